@@ -1,0 +1,264 @@
+"""The one contract: special ids, columns, wire tensors, stage tensors and data-set schema.
+
+Everything that crosses a stage border is named here and nowhere else: training, the ONNX exports,
+``config.pbtxt``, the clients and the load tests import it. This module depends on nothing.
+
+Axis legend: B requests, H raw history events, T encoded history events, N candidates, V item ids, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONTRACT_VERSION = 1
+
+# -- ids: what Categorify in NVTabular 23.8 writes -------------------------------------------------
+PADDING_ID = 0
+NULL_ID = 1
+OOV_ID = 2
+FIRST_ID = 3  # the vocabulary follows, by falling frequency
+
+# -- columns of the typed tables -------------------------------------------------------------------
+USER = "user_id"
+ITEM = "item_id"
+TIME = "timestamp_ms"
+EVENT = "event_type"
+WEIGHT = "weight"
+TITLE = "title"
+SOURCE_ROW = "source_row"  # position in the source: breaks ties of time, and names rejected rows
+SPLIT = "split"
+
+TRAIN, VALID, TEST = 0, 1, 2  # values of SPLIT
+TARGET = "target"  # item id of the held-out event of a request
+
+
+def label_column(head: str) -> str:
+    """Column that holds a task head's label (0 or 1) of an event, or of a request's target."""
+    return f"label_{head}"
+
+
+# -- limits of the public call ---------------------------------------------------------------------
+MAX_TOP_K = 100
+MAX_ID_BYTES = 1024  # longer user or item ids are refused or, inside a history, unknown
+MAX_HISTORY_EVENTS = 100_000
+MAX_QUERY_BYTES = 4096
+
+DTYPES = ("BYTES", "INT64", "INT32", "FP32", "BOOL")
+
+
+@dataclass(frozen=True)
+class WireTensor:
+    """One tensor between a client and a model or between two stages; the batch axis is not in ``dims``."""
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.datatype not in DTYPES:
+            raise ValueError(f"WireTensor {self.name}: expected a datatype of {DTYPES}, got {self.datatype!r}")
+
+    @property
+    def config_datatype(self) -> str:
+        """The name ``config.pbtxt`` uses (TYPE_STRING for BYTES)."""
+        return "TYPE_STRING" if self.datatype == "BYTES" else f"TYPE_{self.datatype}"
+
+
+# -- the public call: model ``recommend`` -----------------------------------------------------------
+USER_ID = WireTensor("USER_ID", "BYTES", (1,))
+QUERY = WireTensor("QUERY", "BYTES", (1,))
+HISTORY = WireTensor("HISTORY", "BYTES", (-1,))
+TOP_K = WireTensor("TOP_K", "INT32", (1,))
+REQUEST = (USER_ID, QUERY, HISTORY, TOP_K)
+
+ITEM_ID = WireTensor("ITEM_ID", "BYTES", (-1,))
+SCORE = WireTensor("SCORE", "FP32", (-1,))
+STATUS = WireTensor("STATUS", "BYTES", (1,))
+STATUS_OK = "ok"
+STATUS_DEGRADED = "degraded: "
+STATUS_ERROR = "error: "  # only inside a request of several rows: that row has no answer
+
+# -- the append call: model ``append_event`` --------------------------------------------------------
+APPEND_ITEM_ID = WireTensor("ITEM_ID", "BYTES", (1,))
+EVENT_TYPE = WireTensor("EVENT_TYPE", "BYTES", (1,))
+TIMESTAMP_MS = WireTensor("TIMESTAMP_MS", "INT64", (1,))
+APPEND = (USER_ID, APPEND_ITEM_ID, EVENT_TYPE, TIMESTAMP_MS)
+HISTORY_LENGTH = WireTensor("HISTORY_LENGTH", "INT32", (1,))
+
+# -- models of the repository -----------------------------------------------------------------------
+ENSEMBLE = "recommend"
+FEATURE_TRANSFORM = "feature_transform"
+RETRIEVAL = "retrieval"
+RANKING = "ranking"
+RESPONSE = "response"
+APPEND_EVENT = "append_event"
+STAGES = (FEATURE_TRANSFORM, RETRIEVAL, RANKING, RESPONSE)
+
+
+def head_tensor(head: str, dims: tuple[int, ...] = (-1,)) -> WireTensor:
+    """The output of one task head: calibrated probability per answered item, FP32."""
+    return WireTensor(head.upper(), "FP32", dims)
+
+
+@dataclass(frozen=True)
+class StageTensors:
+    """Shapes between the stages, fixed by the trained models.
+
+    ``history`` T, ``candidates`` N, ``items`` V (ids 0..V-1, special ids included), ``width`` D.
+    """
+
+    history: int
+    candidates: int
+    items: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"StageTensors.{name}: expected at least 1, got {value}")
+        if self.candidates > self.items - FIRST_ID:
+            raise ValueError(
+                f"StageTensors.candidates: expected at most the {self.items - FIRST_ID} items of the catalogue, "
+                f"got {self.candidates}; lower the preset's candidates"
+            )
+
+    @property
+    def history_ids(self) -> WireTensor:
+        """Item ids, oldest first, padded on the left with PADDING_ID."""
+        return WireTensor("HISTORY_IDS", "INT64", (self.history,))
+
+    @property
+    def exclude(self) -> WireTensor:
+        """True where an item must not be answered (seen items, special ids)."""
+        return WireTensor("EXCLUDE", "BOOL", (self.items,))
+
+    @property
+    def row_status(self) -> WireTensor:
+        return WireTensor("ROW_STATUS", "BYTES", (1,))
+
+    @property
+    def candidate_ids(self) -> WireTensor:
+        return WireTensor("CANDIDATE_IDS", "INT64", (self.candidates,))
+
+    @property
+    def candidate_scores(self) -> WireTensor:
+        return WireTensor("CANDIDATE_SCORES", "FP32", (self.candidates,))
+
+    @property
+    def encoded_history(self) -> WireTensor:
+        return WireTensor("ENCODED_HISTORY", "FP32", (self.history, self.width))
+
+    @property
+    def ranked_ids(self) -> WireTensor:
+        """Candidates, best first; PADDING_ID where there were fewer than N to choose from."""
+        return WireTensor("RANKED_IDS", "INT64", (self.candidates,))
+
+    @property
+    def ranked_scores(self) -> WireTensor:
+        return WireTensor("RANKED_SCORES", "FP32", (self.candidates,))
+
+    def ranked_head(self, head: str) -> WireTensor:
+        return WireTensor(f"RANKED_{head.upper()}", "FP32", (self.candidates,))
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """A thing to predict of the next event: its label is 1 where the event's weight is at least ``min_weight``."""
+
+    name: str
+    min_weight: float
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise ValueError(f"TaskHead: expected a lower-case identifier, got {self.name!r}")
+        if self.name.upper() in {t.name for t in (*REQUEST, ITEM_ID, SCORE, STATUS)}:
+            raise ValueError(f"TaskHead: {self.name!r} is the name of another tensor; choose another")
+
+
+@dataclass(frozen=True)
+class DataSchema:
+    """What one data set carries beyond user, item and time.
+
+    ``heads[0]`` is the task that orders the answer. ``unknown_items`` says what happens to an event whose item the
+    catalogue does not list: "reject" (to the rejects file) or "keep" (attributes stay null).
+    """
+
+    name: str
+    event_categoricals: tuple[str, ...] = (EVENT,)
+    event_continuous: tuple[str, ...] = (WEIGHT,)
+    item_categoricals: tuple[str, ...] = ()
+    item_continuous: tuple[str, ...] = ()
+    heads: tuple[TaskHead, ...] = field(default=(TaskHead("click", float("-inf")),))
+    unknown_items: str = "reject"
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if self.unknown_items not in ("reject", "keep"):
+            raise ValueError(f"DataSchema.unknown_items: expected 'reject' or 'keep', got {self.unknown_items!r}")
+        if not self.heads:
+            raise ValueError("DataSchema.heads: expected at least one task head, got none")
+        names = [*self.event_columns, *self.item_columns]
+        if len(set(names)) != len(names):
+            raise ValueError(f"DataSchema {self.name}: column names repeat: {sorted(names)}")
+
+    @property
+    def event_columns(self) -> tuple[str, ...]:
+        return (USER, ITEM, TIME, *self.event_categoricals, *self.event_continuous)
+
+    @property
+    def item_columns(self) -> tuple[str, ...]:
+        """Columns of the catalogue other than its key (ITEM)."""
+        return (TITLE, *self.item_categoricals, *self.item_continuous)
+
+    def to_json(self) -> dict[str, Any]:
+        record = dataclasses.asdict(self)
+        for head in record["heads"]:
+            head["min_weight"] = None if head["min_weight"] == float("-inf") else head["min_weight"]
+        return record
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> DataSchema:
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        fields["heads"] = tuple(
+            TaskHead(h["name"], float("-inf") if h["min_weight"] is None else float(h["min_weight"]))
+            for h in record["heads"]
+        )
+        return cls(**fields)
+
+    @classmethod
+    def load(cls, path: Path) -> DataSchema:
+        return cls.from_json(json.loads(path.read_text()))
+
+
+# -- stage signatures, in the order of the graph ------------------------------------------------------
+def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
+    return (s.history_ids, s.exclude, s.row_status)
+
+
+def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
+    return (s.history_ids, s.exclude)
+
+
+def retrieval_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
+    return (s.candidate_ids, s.candidate_scores, s.encoded_history)
+
+
+def ranking_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
+    return (s.history_ids, s.candidate_ids, s.candidate_scores, s.encoded_history)
+
+
+def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
+    return (s.ranked_ids, s.ranked_scores, *(s.ranked_head(h.name) for h in heads))
+
+
+def response_inputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
+    return (*ranking_outputs(s, heads), s.row_status, TOP_K)
+
+
+def response_outputs(heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
+    return (ITEM_ID, SCORE, *(head_tensor(h.name) for h in heads), STATUS)

@@ -1,0 +1,320 @@
+"""``vivace prepare``: raw logs to encoded sequences, held-out requests, compiled transform and feature store.
+
+Out of core: the log is read in chunks and dealt to partition files by user, so each later step holds one partition
+(or, on Dask, one a worker) in memory. NVTabular fits on rows marked TRAIN only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocessing import contract as c
+from preprocessing.cleaning import MALFORMED, Rejects, clean_interactions, clean_items, drop_duplicates
+from preprocessing.readers.base import Source
+from preprocessing.splits import SplitConfig, TimeSample, mark
+from preprocessing.workflow import (
+    VocabularyConfig,
+    dask_cluster,
+    dataset,
+    event_workflow,
+    item_workflow,
+    nvt,
+    training_rows,
+)
+from serving.feature_store import LmdbStore
+from vivace.artifacts import Step
+
+SCHEMA_FILE = "schema.json"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What ``prepare`` does. ``partitions`` files by user; ``workers`` Dask processes (0: none)."""
+
+    split: SplitConfig = field(default_factory=SplitConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    partitions: int = 4
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.partitions < 1 or self.workers < 0:
+            raise ValueError(f"PrepareConfig: expected partitions >= 1 and workers >= 0, got {self}")
+
+
+class Features:
+    """Paths and loaders of what ``prepare`` wrote under one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.items_file = folder / "items.parquet"
+        self.transform = folder / "transform.onnx"
+        self.rejects = folder / "rejects.csv"
+
+    @property
+    def schema(self) -> c.DataSchema:
+        return c.DataSchema.load(self.folder / SCHEMA_FILE)
+
+    def files(self, part: str) -> list[Path]:
+        """Parquet files of "train", "valid" or "test"."""
+        return sorted((self.folder / part).glob("*.parquet"))
+
+    def items(self) -> pd.DataFrame:
+        """One row an item id from FIRST_ID on, in order: ITEM (raw), TITLE, encoded attributes."""
+        return pd.read_parquet(self.items_file)
+
+    def item_count(self) -> int:
+        """V: item ids with the special ones."""
+        return pq.read_metadata(self.items_file).num_rows + c.FIRST_ID
+
+
+# -- 1. ingest -------------------------------------------------------------------------------------
+class _Partitions:
+    """Parquet files by user; rows arrive in chunks."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self.files = [folder / f"part-{i:03d}.parquet" for i in range(count)]
+        self._writers: dict[int, pq.ParquetWriter] = {}
+
+    def add(self, frame: pd.DataFrame) -> None:
+        part = (pd.util.hash_array(frame[c.USER].to_numpy(object)) % len(self.files)).astype(int)
+        for i in np.unique(part):
+            rows = frame[part == i].reset_index(drop=True)
+            if i not in self._writers:
+                fields = [(n, pa.string() if t == object else pa.from_numpy_dtype(t)) for n, t in rows.dtypes.items()]
+                self._writers[i] = pq.ParquetWriter(self.files[i], pa.schema(fields))
+            self._writers[i].write_table(pa.Table.from_pandas(rows, self._writers[i].schema, preserve_index=False))
+
+    def close(self) -> list[Path]:
+        for writer in self._writers.values():
+            writer.close()
+        return [self.files[i] for i in sorted(self._writers)]
+
+
+def _ingest(
+    source: Source, config: PrepareConfig, catalogue: pd.Index | None, folder: Path, rejects: Rejects, say: Progress
+) -> tuple[list[Path], TimeSample, int]:
+    partitions, times, read = _Partitions(folder, config.partitions), TimeSample(), 0
+    for chunk in source.interactions():
+        read += len(chunk.rows)
+        if chunk.malformed is not None:
+            read += len(chunk.malformed)
+            rejects.add("interactions", MALFORMED, chunk.malformed)
+        clean = clean_interactions(chunk.rows, source.schema, catalogue, rejects)
+        if len(clean):
+            times.add(clean[c.TIME].to_numpy())
+            partitions.add(clean)
+        say(f"read {read:,} rows, rejected {sum(rejects.counts.values()):,}")
+    files = partitions.close()
+    if not files:
+        raise ValueError(
+            f"interactions: no good row in {read:,}; rejected {rejects.summary()}; see {rejects.path} and the mapping"
+        )
+    return files, times, read
+
+
+def _events(
+    files: list[Path], folder: Path, schema: c.DataSchema, split: SplitConfig, times: TimeSample, rejects: Rejects
+) -> tuple[list[Path], dict[str, int]]:
+    """Partition by partition: duplicates out, in time order, split marked, labels set."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    out, totals = [], {"events": 0, "users": 0}
+    for file in files:
+        frame = drop_duplicates(pd.read_parquet(file), rejects)
+        frame = frame.sort_values([c.USER, c.TIME, c.SOURCE_ROW], kind="stable").reset_index(drop=True)
+        frame[c.SPLIT] = mark(frame, split, times)
+        for head in schema.heads:
+            weight = frame[c.WEIGHT].fillna(-np.inf) if c.WEIGHT in frame else pd.Series(0.0, index=frame.index)
+            frame[c.label_column(head.name)] = (weight >= head.min_weight).astype("int64")
+        frame.to_parquet(folder / file.name, row_group_size=max(len(frame), 1), index=False)
+        out.append(folder / file.name)
+        totals["events"] += len(frame)
+        totals["users"] += frame[c.USER].nunique()
+    return out, totals
+
+
+# -- 2. encoded sequences to training rows and requests ----------------------------------------------
+def _cut(values: pa.ListArray, stops: np.ndarray, keep: np.ndarray) -> pa.ListArray:
+    """The first ``stops[i]`` values of each kept list."""
+    offsets, flat = values.offsets.to_numpy(), values.values.to_numpy(zero_copy_only=False)
+    starts, lengths = offsets[:-1][keep], stops[keep]
+    new = np.concatenate([[0], np.cumsum(lengths)])
+    take = np.repeat(starts - new[:-1], lengths) + np.arange(new[-1])
+    return pa.ListArray.from_arrays(pa.array(new, pa.int32()), pa.array(flat[take]))
+
+
+def _one(values: pa.ListArray, index: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Value ``index[i]`` of each kept list."""
+    flat = values.values.to_numpy(zero_copy_only=False)
+    picked: np.ndarray = flat[values.offsets.to_numpy()[:-1][keep] + index[keep]]
+    return picked
+
+
+def _list(table: pa.Table, column: str) -> pa.ListArray:
+    array = table[column].combine_chunks()
+    array = array.cast(pa.list_(array.type.value_type))
+    return pa.ListArray.from_arrays(
+        pa.array(array.offsets.to_numpy() - array.offsets[0].as_py(), pa.int32()), array.flatten()
+    )
+
+
+def write_requests(encoded: Path, folder: Path, schema: c.DataSchema) -> dict[str, int]:
+    """One encoded partition to its rows of train, valid and test.
+
+    train: whole training sequences. valid and test: the history before the held-out event, its item and its labels.
+    """
+    table = pq.read_table(encoded)
+    split = _list(table, f"{c.SPLIT}-list")
+    owner = np.repeat(np.arange(len(split)), np.diff(split.offsets.to_numpy()))
+    flags = split.values.to_numpy(zero_copy_only=False)
+    counts = np.stack([np.bincount(owner, flags == s, minlength=len(split)) for s in (c.TRAIN, c.VALID, c.TEST)])
+    n_train, n_valid, n_test = counts.astype(np.int64)
+    sequence_columns = [c.ITEM, *schema.event_categoricals, *schema.event_continuous]
+    lists = {name: _list(table, f"{name}-list") for name in sequence_columns}
+    labels = {h.name: _list(table, f"{c.label_column(h.name)}-list") for h in schema.heads}
+    users = table[c.USER].combine_chunks()
+    written = {}
+    parts = (
+        ("train", n_train, n_train > 0, False),
+        ("valid", n_train, (n_train > 0) & (n_valid > 0), True),
+        ("test", n_train + n_valid, (n_train > 0) & (n_test > 0), True),
+    )
+    for part, stop, keep, held_out in parts:
+        columns: dict[str, Any] = {c.USER: users.filter(pa.array(keep))}
+        for name in sequence_columns:
+            columns[name] = _cut(lists[name], stop, keep)
+        for head, values in labels.items():
+            if held_out:
+                columns[c.label_column(head)] = _one(values, stop, keep)
+            else:
+                columns[c.label_column(head)] = _cut(values, stop, keep)
+        if held_out:
+            columns[c.TARGET] = _one(lists[c.ITEM], stop, keep)
+        target = folder / part / encoded.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        rows = int(keep.sum())
+        if rows:
+            pq.write_table(pa.table(columns), target, row_group_size=rows)
+        written[part] = rows
+    written["skipped_without_training_history"] = int(((n_train == 0) & (n_valid + n_test > 0)).sum())
+    return written
+
+
+# -- 3. catalogue and feature store --------------------------------------------------------------------
+def _items_table(workflow: nvt.Workflow, catalogue: pd.DataFrame, schema: c.DataSchema, folder: Path) -> pd.DataFrame:
+    """Every item of the vocabulary in the order of ids, with encoded attributes (nulls where the catalogue has none)."""
+    from preprocessing.transform_onnx import event_vocabulary
+
+    words = event_vocabulary(workflow, c.ITEM)
+    if list(words.index) != list(range(c.FIRST_ID, c.FIRST_ID + len(words))):
+        raise ValueError(f"{c.ITEM}: expected the vocabulary's ids to run from {c.FIRST_ID}, got {words.index[:5]}…")
+    frame = pd.DataFrame({c.ITEM: words.to_numpy(object)}).merge(catalogue, on=c.ITEM, how="left")
+    frame[c.TITLE] = frame[c.TITLE].fillna("")
+    attributes = item_workflow(schema, folder / "scratch" / "item_categories")
+    if attributes is None:
+        return frame[[c.ITEM, c.TITLE]]
+    columns = [*schema.item_categoricals, *schema.item_continuous]
+    for name in schema.item_categoricals:  # a column of nulls alone still is text
+        frame[name] = frame[name].astype(object)
+    attributes.fit(nvt.Dataset(frame[columns].reset_index(drop=True)))
+    attributes.save(str(folder / "item_workflow"))
+    encoded = attributes.transform(nvt.Dataset(frame[columns].reset_index(drop=True))).compute()
+    return pd.concat([frame[[c.ITEM, c.TITLE]], encoded.reset_index(drop=True)], axis=1)
+
+
+def _histories(file: Path) -> Iterator[tuple[str, list[str], list[str], list[int]]]:
+    frame = pd.read_parquet(file)
+    kinds = frame[c.EVENT].fillna("") if c.EVENT in frame else pd.Series("", index=frame.index)
+    frame = frame.assign(**{c.EVENT: kinds})
+    for user, rows in frame.groupby(c.USER, sort=False):
+        yield str(user), rows[c.ITEM].tolist(), rows[c.EVENT].tolist(), [int(t) for t in rows[c.TIME]]
+
+
+def fill_store(path: Path, files: list[Path], catalogue: pd.DataFrame) -> dict[str, int]:
+    """Writes a new feature store beside the old one and puts it in its place."""
+    fresh = path.with_name(path.name + ".partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    store = LmdbStore(fresh, durable=False)
+    users = sum(store.put_histories(_histories(f)) for f in files)
+    titles = store.put_titles(zip(catalogue[c.ITEM], catalogue[c.TITLE], strict=True))
+    store.sync()
+    store.close()
+    shutil.rmtree(path, ignore_errors=True)
+    fresh.rename(path)
+    return {"users": users, "titles": titles}
+
+
+# -- the step -----------------------------------------------------------------------------------------
+def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: Progress) -> dict[str, Any]:
+    """Runs the step unless its artifact is there; returns its manifest."""
+    schema = source.schema
+    inputs = {"data": source.fingerprint()}
+    step = Step(root / "features", "prepare", {"schema": schema.to_json(), **asdict(config)}, seed, inputs)
+    if step.done() and (root / "feature_store" / "data.mdb").exists():
+        say("features are there: nothing to do")
+        assert step.manifest is not None
+        return step.manifest
+    started = time.monotonic()
+    folder, scratch = step.folder, step.folder / "scratch"
+    step.reset()
+    for stale in ("train", "valid", "test", "scratch", "workflow", "item_workflow"):
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    (folder / SCHEMA_FILE).write_text(json.dumps(schema.to_json(), indent=2))
+    rejects = Rejects(folder / "rejects.csv")
+    raw_items = source.items()
+    catalogue = clean_items(raw_items, schema, rejects) if raw_items is not None else None
+    known = pd.Index(catalogue[c.ITEM]) if catalogue is not None else None
+    if catalogue is None:
+        catalogue = pd.DataFrame({c.ITEM: pd.Series(dtype=object), c.TITLE: pd.Series(dtype=object)})
+    files, times, read = _ingest(source, config, known, scratch / "raw", rejects, say)
+    events, totals = _events(files, scratch / "events", schema, config.split, times, rejects)
+    say(f"{totals['events']:,} events of {totals['users']:,} users; fitting NVTabular")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with dask_cluster(config.workers, scratch / "dask") as where:
+            workflow = event_workflow(schema, config.vocabulary, scratch / "categories")
+            workflow.fit(dataset(training_rows(events, scratch / "fit")))
+            workflow.save(str(folder / "workflow"))
+            workflow = nvt.Workflow.load(str(folder / "workflow"))
+            say(f"fitted {where}; encoding")
+            workflow.transform(dataset(events)).to_parquet(str(scratch / "encoded"))
+        counts: dict[str, int] = {}
+        for i, encoded in enumerate(sorted((scratch / "encoded").glob("*.parquet"))):
+            for name, n in write_requests(encoded, folder, schema).items():
+                counts[name] = counts.get(name, 0) + n
+            say(f"sequences of partition {i + 1} of {len(events)}")
+        _items_table(workflow, catalogue, schema, folder).to_parquet(folder / "items.parquet", index=False)
+        from preprocessing.transform_onnx import compile_workflow, save
+
+        columns = [c.ITEM, *schema.event_categoricals, *schema.event_continuous]
+        save(compile_workflow(workflow, columns), folder / "transform.onnx")
+        save(compile_workflow(workflow, [c.ITEM]), folder / "transform_request.onnx")
+    stored = fill_store(root / "feature_store", events, catalogue)
+    shutil.rmtree(scratch)
+    return step.finish(
+        time.monotonic() - started,
+        rows_read=read,
+        rejected=rejects.summary(),
+        **totals,
+        requests=counts,
+        items_in_vocabulary=Features(folder).item_count() - c.FIRST_ID,
+        items_in_catalogue=len(catalogue),
+        split=config.split.describe(times),
+        feature_store=stored,
+        licence=schema.licence,
+    )

@@ -1,0 +1,171 @@
+"""The embedded synthetic shop: seeded, and with structure that a sequence model can learn and a counter cannot.
+
+Categories hold items of unequal popularity; a user has tastes over categories and a price level, both of which drift
+from session to session; a session keeps to a category and walks along "goes with" links between items; a purchase is
+likelier where the price fits. Titles name brand, category and kind, so that answers can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+
+from preprocessing.contract import EVENT, ITEM, SOURCE_ROW, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
+from preprocessing.readers.base import CHUNK_ROWS, Chunk
+from vivace.artifacts import digest
+
+CATEGORIES = (
+    "kettle lamp chair desk rug mug towel pillow blanket clock mirror shelf basket candle vase tent backpack bottle "
+    "stove boots jacket gloves scarf hat sunglasses watch headphones speaker keyboard mouse monitor charger camera "
+    "tripod drone puzzle novel cookbook notebook pen"
+).split()
+STYLES = "Oak Linen Copper Nordic Midnight Coral Alpine Urban Velvet Slate Amber Ivory Sage Cobalt Rustic Feather".split()
+BRANDS = "Alto Brio Cadenza Dolce Forte Largo Mezzo Opus Presto Rondo Sonata Tempo".split()
+DEVICES = ("phone", "desktop", "tablet")
+EVENTS, WEIGHTS = ("view", "cart", "buy"), np.array([1.0, 2.0, 3.0], np.float32)
+START_MS = 1_735_689_600_000  # 2025-01-01
+DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True)
+class ShopConfig:
+    """Size and seed. ``events`` is approximate (sessions have random lengths)."""
+
+    users: int = 20_000
+    items: int = 5_000
+    events: int = 500_000
+    days: int = 90
+    seed: int = 7
+    companions: int = 8  # items each item "goes with"
+    follow: float = 0.55  # chance that the next view follows such a link
+
+    def __post_init__(self) -> None:
+        if min(self.users, self.items, self.events, self.days) < 1 or self.items < len(CATEGORIES):
+            raise ValueError(f"ShopConfig: expected positive sizes and at least {len(CATEGORIES)} items, got {self}")
+
+
+class Shop:
+    """``Source`` of the synthetic shop."""
+
+    schema = DataSchema(
+        name="shop",
+        event_categoricals=(EVENT, "device"),
+        item_categoricals=("category", "brand"),
+        item_continuous=("price",),
+        heads=(TaskHead("click", float("-inf")), TaskHead("buy", 3.0)),
+        licence="generated; free to use",
+    )
+
+    def __init__(self, config: ShopConfig | None = None) -> None:
+        self.config = config or ShopConfig()
+        c, rng = self.config, np.random.default_rng((config or ShopConfig()).seed)
+        n = len(CATEGORIES)
+        self._category = np.sort(np.concatenate([np.arange(n), rng.integers(0, n, c.items - n)]))
+        self._appeal = rng.zipf(1.6, c.items).clip(1, 400).astype(float)  # popularity skew
+        level = rng.normal(3.5, 0.8, n)
+        self._log_price = (level[self._category] + rng.normal(0, 0.5, c.items)).astype(np.float32)
+        self._brand = rng.integers(0, len(BRANDS), c.items)
+        self._style = rng.integers(0, len(STYLES), c.items)
+        self._start = np.searchsorted(self._category, np.arange(n + 1))
+        self._near = rng.permuted(np.tile(np.arange(n), (n, 1)), axis=1)[:, :4]  # categories bought together
+        # companions: mostly of the same or a near category, fixed for the whole log
+        own = rng.random((c.items, c.companions)) < 0.6
+        near = self._near[self._category[:, None], rng.integers(0, 4, own.shape)]
+        self._companion = self._draw(rng, np.where(own, self._category[:, None], near))
+
+    def _draw(self, rng: np.random.Generator, category: np.ndarray) -> np.ndarray:
+        """Items of the given categories by appeal (inverse CDF within each category)."""
+        cdf = np.cumsum(self._appeal)
+        low = np.concatenate([[0.0], cdf])[self._start[category]]
+        high = np.concatenate([[0.0], cdf])[self._start[category + 1]]
+        return np.minimum(np.searchsorted(cdf, low + rng.random(category.shape) * (high - low), "right"), len(cdf) - 1)
+
+    def fingerprint(self) -> str:
+        return digest(asdict(self.config))
+
+    def _ids(self) -> np.ndarray:
+        return np.array([f"sku-{i:05d}" for i in range(self.config.items)], object)
+
+    def items(self) -> pd.DataFrame:
+        titles = [
+            f"{BRANDS[b]} {STYLES[s]} {CATEGORIES[k]} {i % 97 + 3}"
+            for i, (b, s, k) in enumerate(zip(self._brand, self._style, self._category, strict=True))
+        ]
+        return pd.DataFrame(
+            {
+                ITEM: self._ids(),
+                TITLE: titles,
+                "category": np.array(CATEGORIES, object)[self._category],
+                "brand": np.array(BRANDS, object)[self._brand],
+                "price": np.exp(self._log_price).round(2),
+            }
+        )
+
+    def _log(self) -> pd.DataFrame:
+        c = self.config
+        rng = np.random.default_rng([c.seed, 1])
+        n, users = len(CATEGORIES), np.arange(c.users)
+        taste = rng.integers(0, n, (c.users, 4))  # four favoured categories a user
+        budget = rng.normal(3.5, 0.7, c.users)
+        activity = rng.lognormal(0, 0.6, c.users)
+        share = activity / activity.sum() * c.events / 5.0  # sessions of 5 events on average
+        sessions = np.maximum(rng.poisson(share), 1)
+        clock = START_MS + rng.integers(0, c.days * DAY_MS // 3, c.users)
+        gap = (c.days * DAY_MS * 2 // 3) / np.maximum(sessions, 1)
+        parts = []
+        for s in range(int(sessions.max())):
+            live = users[sessions > s]
+            drift = live[rng.random(len(live)) < 0.15]
+            taste[drift, rng.integers(0, 4, len(drift))] = rng.integers(0, n, len(drift))
+            budget[live] += rng.normal(0, 0.05, len(live))
+            clock[live] += (rng.exponential(1.0, len(live)) * gap[live]).astype("int64") + 1
+            parts.append(self._session(rng, live, taste, budget, clock))
+        frame = pd.concat(parts).sort_values([TIME, USER], kind="stable").reset_index(drop=True)
+        frame[USER] = np.array([f"user-{u:05d}" for u in range(c.users)], object)[frame[USER]]
+        frame[ITEM] = self._ids()[frame[ITEM]]
+        frame[SOURCE_ROW] = np.arange(len(frame))
+        return frame
+
+    def _session(
+        self,
+        rng: np.random.Generator,
+        live: np.ndarray,
+        taste: np.ndarray,
+        budget: np.ndarray,
+        clock: np.ndarray,
+    ) -> pd.DataFrame:
+        """One session of every user in ``live``, step by step over all of them at once."""
+        focus = taste[live, rng.integers(0, 4, len(live))]
+        device = np.array(DEVICES, object)[rng.choice(3, len(live), p=(0.6, 0.3, 0.1))]
+        length = rng.geometric(0.2, len(live)).clip(1, 15)
+        item = self._draw(rng, focus)
+        now = clock[live].copy()
+        steps = []
+        for step in range(int(length.max())):
+            on = length > step
+            if step:
+                follow = rng.random(len(live)) < self.config.follow
+                # of the companions, users prefer those near their price level
+                options = self._companion[item]
+                fit = -((self._log_price[options] - budget[live, None]) ** 2) + rng.gumbel(0, 0.5, options.shape)
+                linked = options[np.arange(len(live)), fit.argmax(1)]
+                item = np.where(follow, linked, self._draw(rng, focus))
+                now = now + (rng.exponential(45_000, len(live))).astype("int64") + 1000
+            match = np.exp(-((self._log_price[item] - budget[live]) ** 2))
+            u = rng.random(len(live))
+            kind = np.where(u < 0.15 * match, 2, np.where(u < 0.35 * match, 1, 0))
+            frame = pd.DataFrame({USER: live, ITEM: item, TIME: now, "kind": kind, "device": device})
+            steps.append(frame[on])
+        out = pd.concat(steps)
+        out[EVENT] = np.array(EVENTS, object)[out["kind"]]
+        out[WEIGHT] = WEIGHTS[out["kind"]]
+        return out.drop(columns="kind")
+
+    def interactions(self) -> Iterator[Chunk]:
+        log = self._log()
+        log[TIME] = log[TIME].astype(float)
+        for start in range(0, len(log), CHUNK_ROWS):
+            yield Chunk(log.iloc[start : start + CHUNK_ROWS].reset_index(drop=True))

@@ -1,0 +1,259 @@
+"""Starts the real Triton Inference Server from pip's ``nvidia-pytriton`` wheel and keeps it well.
+
+The wheel carries ``tritonserver``, its Python backend and the local response cache; the Python-based ``onnxruntime``
+backend is ours. Everything the server needs beside the model repository lives in one temporary folder that goes when
+it stops; its shared-memory segments carry a prefix of their own, so that whatever a dead worker left can be found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from serving.repository import ALL_MODELS
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SHM = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How to start. Port 0 takes a free one. ``cache_bytes`` sizes Triton's local response cache (0: none)."""
+
+    repository: Path
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    profile: str = ""
+    cache_bytes: int = 0
+    log: Path | None = None
+    verbose: int = 0
+    start_timeout_s: float = 120.0
+    extra: tuple[str, ...] = field(default=())
+
+
+class ServerError(RuntimeError):
+    """Triton did not start or stopped by itself; the message ends with the last lines of its log."""
+
+
+def wheel_folder() -> Path:
+    """Where pip put ``pytriton``; raises ServerError if it is not installed."""
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise ServerError("tritonserver: the package nvidia-pytriton is not installed; run 'make setup'")
+    return Path(spec.origin).parent
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as s:
+        s.bind((host, 0))
+        return int(s.getsockname()[1])
+
+
+def port_in_use(host: str, port: int) -> bool:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+def backend_folder(root: Path) -> Path:
+    """``root/backends``: Triton's Python backend with the stub of this Python, and our ``onnxruntime``."""
+    wheel = wheel_folder() / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.exists():
+        found = sorted(p.name for p in (wheel / "python_backend_stubs").iterdir())
+        raise ServerError(f"tritonserver: no Python backend stub for Python {version}; the wheel has {found}")
+    python = root / "backends" / "python"
+    python.mkdir(parents=True)
+    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
+        shutil.copy(wheel / "backends" / "python" / name, python / name)
+    shutil.copy(stub, python / stub.name)
+    (python / stub.name).chmod(0o755)
+    onnx = root / "backends" / "onnxruntime"
+    onnx.mkdir()
+    shutil.copy(Path(__file__).parent / "backends" / "onnxruntime" / "model.py", onnx / "model.py")
+    return root / "backends"
+
+
+def _die_with_parent() -> None:
+    """In the child: the kernel ends the server if its launcher is killed outright (prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+class TritonServer:
+    """One running ``tritonserver``; a context manager that is ready inside and leaves nothing behind.
+
+    Attributes: ``http_port``, ``grpc_port``, ``metrics_port`` as bound; ``shm_prefix`` of its /dev/shm segments.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self.host = options.host
+        self.http_port, self.grpc_port, self.metrics_port = (
+            port or free_port(options.host) for port in (options.http_port, options.grpc_port, options.metrics_port)
+        )
+        self.shm_prefix = f"vivace_{uuid.uuid4().hex[:12]}_"
+        self._root: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self.log = options.log
+
+    # -- life --------------------------------------------------------------------------------------
+    def __enter__(self) -> TritonServer:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def command(self, root: Path) -> list[str]:
+        o = self.options
+        command = [
+            str(wheel_folder() / "tritonserver" / "bin" / "tritonserver"),
+            f"--model-repository={o.repository.resolve()}",
+            f"--backend-directory={backend_folder(root)}",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--backend-config=onnxruntime,shm-region-prefix-name={self.shm_prefix}",
+            "--model-control-mode=explicit",
+            *(f"--load-model={name}" for name in ALL_MODELS if (o.repository / name).is_dir()),
+            *(f"--{s}-address={self.host}" for s in ("http", "grpc", "metrics")),
+            f"--http-port={self.http_port}",
+            f"--grpc-port={self.grpc_port}",
+            f"--metrics-port={self.metrics_port}",
+            "--metrics-config=summary_latencies=true",
+            "--metrics-config=summary_quantiles=0.5:0.01,0.95:0.002,0.99:0.001",
+            "--exit-timeout-secs=5",
+            "--disable-auto-complete-config",
+        ]
+        if o.profile:
+            command.append(f"--model-config-name={o.profile}")
+        if o.cache_bytes:
+            command.append(f"--cache-config=local,size={o.cache_bytes}")
+            command.append(f"--cache-directory={wheel_folder() / 'tritonserver' / 'caches'}")
+        if o.verbose:
+            command.append(f"--log-verbose={o.verbose}")
+        return [*command, *o.extra]
+
+    def environment(self) -> dict[str, str]:
+        libraries = wheel_folder().parent / "nvidia_pytriton.libs"
+        packages = sysconfig.get_paths()["purelib"]
+        env = dict(os.environ)
+        env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(libraries), env.get("LD_LIBRARY_PATH")]))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), packages, env.get("PYTHONPATH")]))
+        env["OMP_NUM_THREADS"] = "1"  # numpy's BLAS in every stub would otherwise start a pool of its own
+        return env
+
+    def start(self) -> None:
+        """Starts and waits until the server and every model are ready. Raises ServerError with the log's end."""
+        o = self.options
+        if not (o.repository / "recommend" / "config.pbtxt").exists():
+            raise ServerError(f"model repository: nothing to serve in {o.repository}; run 'vivace compile' first")
+        for name, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
+            if port_in_use(self.host, port):
+                raise ServerError(f"{name} port {port} on {self.host} is taken; choose another with --{name}-port")
+        self._root = Path(tempfile.mkdtemp(prefix="vivace-triton-"))
+        self.log = o.log or self._root / "triton.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.command(self._root),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self.environment(),
+                start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
+                preexec_fn=_die_with_parent,
+            )
+        deadline = time.monotonic() + o.start_timeout_s
+        while not self.ready():
+            if self._process.poll() is not None:
+                raise ServerError(
+                    f"tritonserver stopped with code {self._process.returncode} while starting\n{self.log_tail()}"
+                )
+            if time.monotonic() > deadline:
+                raise ServerError(f"tritonserver was not ready after {o.start_timeout_s:.0f} s\n{self.log_tail()}")
+            time.sleep(0.1)
+
+    def ready(self) -> bool:
+        try:
+            url = f"http://{self.host}:{self.http_port}/v2/health/ready"
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise ServerError("tritonserver: not started")
+        return self._process.pid
+
+    def log_tail(self, lines: int = 25) -> str:
+        if self.log is None or not self.log.exists():
+            return ""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """Asks the server to finish, waits, ends the whole process group, then removes what it left."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+                try:
+                    self._process.wait(10)
+                except subprocess.TimeoutExpired:
+                    pass
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self._process.wait()
+            self._process = None
+        for segment in SHM.glob(f"{self.shm_prefix}*"):
+            segment.unlink(missing_ok=True)
+        if self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
+            self._root = None
+
+    # -- shared memory of workers that died ----------------------------------------------------------
+    def sweep_shm(self) -> list[str]:
+        """Removes segments of this server that no living process maps; returns their names."""
+        own = {p.name: p for p in SHM.glob(f"{self.shm_prefix}*")}
+        if not own:
+            return []
+        mapped: set[str] = set()
+        for maps in Path("/proc").glob("[0-9]*/maps"):
+            try:
+                text = maps.read_text()
+            except OSError:
+                continue
+            mapped.update(name for name in own if name in text)
+        removed = [name for name in own if name not in mapped]
+        for name in removed:
+            own[name].unlink(missing_ok=True)
+        return removed

@@ -1,0 +1,159 @@
+"""Renders every ``config.pbtxt`` from the contract and assembles a servable repository from compiled artifacts.
+
+``model_repository/`` in the checkout holds the default rendering (a test compares it); ``assemble`` writes the one of
+a trained data set, whose shapes and heads it is rendered for, as numbered versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from preprocessing import contract as c
+
+CHECKOUT_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
+FEATURE_STORE = "../feature_store"  # seen from the repository's folder
+PYTHON_STAGES = (c.FEATURE_TRANSFORM, c.RESPONSE, c.APPEND_EVENT)
+ONNX_STAGES = (c.RETRIEVAL, c.RANKING)
+ALL_MODELS = (*c.STAGES, c.APPEND_EVENT, c.ENSEMBLE)
+
+
+@dataclass(frozen=True)
+class ServingProfile:
+    """What does not change the answer. Batches in requests, delay in microseconds, threads per session."""
+
+    max_batch_size: int = 64
+    queue_delay_us: int = 0
+    retrieval_instances: int = 1
+    ranking_instances: int = 1
+    onnx_threads: int = 1
+    gpu: bool = False
+
+
+PROFILES = {
+    "": ServingProfile(),
+    "gpu": ServingProfile(max_batch_size=256, queue_delay_us=200, gpu=True),
+}
+
+
+def _io(message, tensors: tuple[c.WireTensor, ...], ragged: tuple[str, ...] = ()) -> None:  # noqa: ANN001
+    for tensor in tensors:
+        entry = message.add(name=tensor.name, data_type=pb.DataType.Value(tensor.config_datatype), dims=tensor.dims)
+        if tensor.name in ragged:
+            entry.allow_ragged_batch = True
+
+
+def _base(name: str, backend: str, profile: ServingProfile, inputs, outputs, instances: int = 1):  # noqa: ANN001, ANN202
+    config = pb.ModelConfig(name=name, backend=backend, max_batch_size=profile.max_batch_size)
+    _io(config.input, inputs, ragged=(c.HISTORY.name,))
+    _io(config.output, outputs)
+    on_gpu = profile.gpu and backend == "onnxruntime"
+    kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
+    config.instance_group.add(count=instances, kind=kind)
+    config.dynamic_batching.max_queue_delay_microseconds = profile.queue_delay_us
+    return config
+
+
+def _onnx(config: pb.ModelConfig, profile: ServingProfile) -> pb.ModelConfig:
+    for key in ("intra_op_thread_count", "inter_op_thread_count"):
+        config.parameters[key].string_value = str(profile.onnx_threads)
+    return config
+
+
+def _ensemble(s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile) -> pb.ModelConfig:
+    config = pb.ModelConfig(name=c.ENSEMBLE, platform="ensemble", max_batch_size=profile.max_batch_size)
+    _io(config.input, c.REQUEST)
+    _io(config.output, c.response_outputs(heads))
+    steps = (
+        (c.FEATURE_TRANSFORM, c.REQUEST, c.feature_transform_outputs(s)),
+        (c.RETRIEVAL, c.retrieval_inputs(s), c.retrieval_outputs(s)),
+        (c.RANKING, c.ranking_inputs(s), c.ranking_outputs(s, heads)),
+        (c.RESPONSE, c.response_inputs(s, heads), c.response_outputs(heads)),
+    )
+    for model, inputs, outputs in steps:
+        step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
+        for tensor in inputs:
+            step.input_map[tensor.name] = tensor.name
+        for tensor in outputs:
+            step.output_map[tensor.name] = tensor.name
+    return config
+
+
+def model_configs(
+    s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile
+) -> dict[str, pb.ModelConfig]:
+    """Every model's Triton configuration, by model name."""
+    p = profile
+    transform = _base(c.FEATURE_TRANSFORM, "python", p, c.REQUEST, c.feature_transform_outputs(s))
+    transform.parameters["shapes"].string_value = json.dumps(asdict(s))
+    transform.parameters["feature_store"].string_value = FEATURE_STORE
+    retrieval = _base(
+        c.RETRIEVAL, "onnxruntime", p, c.retrieval_inputs(s), c.retrieval_outputs(s), p.retrieval_instances
+    )
+    ranking = _base(
+        c.RANKING, "onnxruntime", p, c.ranking_inputs(s), c.ranking_outputs(s, heads), p.ranking_instances
+    )
+    response = _base(c.RESPONSE, "python", p, c.response_inputs(s, heads), c.response_outputs(heads))
+    append = _base(c.APPEND_EVENT, "python", p, c.APPEND, (c.HISTORY_LENGTH,))
+    append.parameters["feature_store"].string_value = FEATURE_STORE
+    return {
+        c.FEATURE_TRANSFORM: transform,
+        c.RETRIEVAL: _onnx(retrieval, p),
+        c.RANKING: _onnx(ranking, p),
+        c.RESPONSE: response,
+        c.APPEND_EVENT: append,
+        c.ENSEMBLE: _ensemble(s, heads, p),
+    }
+
+
+def render(config: pb.ModelConfig) -> str:
+    """Text of one ``config.pbtxt``."""
+    header = "# Rendered from preprocessing/contract.py by serving/repository.py; do not edit by hand.\n"
+    return header + text_format.MessageToString(config)
+
+
+def write_configs(folder: Path, s: c.StageTensors, heads: tuple[c.TaskHead, ...]) -> None:
+    """``config.pbtxt`` and ``configs/<profile>.pbtxt`` of every model under ``folder``."""
+    for profile_name, profile in PROFILES.items():
+        for name, config in model_configs(s, heads, profile).items():
+            path = folder / name / (f"configs/{profile_name}.pbtxt" if profile_name else "config.pbtxt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(render(config))
+
+
+def next_version(repository: Path) -> int:
+    """The version a newly compiled model gets: one above the newest of any stage."""
+    versions = [int(p.name) for p in repository.glob("*/*") if p.is_dir() and p.name.isdigit()]
+    return max(versions, default=0) + 1
+
+
+def assemble(
+    repository: Path, s: c.StageTensors, heads: tuple[c.TaskHead, ...], files: dict[str, dict[str, Path]]
+) -> int:
+    """Puts compiled files into ``repository`` as a new version of every stage and drops older ones but the last.
+
+    ``files[model][name]`` is copied to ``<repository>/<model>/<version>/<name>``. Returns the version.
+    """
+    version = next_version(repository)
+    write_configs(repository, s, heads)
+    for model in ALL_MODELS:
+        target = repository / model / str(version)
+        partial = target.with_name(f".{version}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        adapter = CHECKOUT_REPOSITORY / model / "1" / "model.py"
+        if adapter.exists():
+            shutil.copy(adapter, partial / "model.py")
+        for name, path in files.get(model, {}).items():
+            shutil.copy(path, partial / name)
+        os.replace(partial, target)
+    for old in repository.glob("*/*"):
+        if old.is_dir() and old.name.isdigit() and int(old.name) < version - 1:
+            shutil.rmtree(old)
+    return version

@@ -1,0 +1,168 @@
+"""The two Python stages of the ensemble as plain functions on arrays, so that tests need no server.
+
+``FeatureTransform`` turns ragged raw requests into fixed-length tensors in one vectorised pass over all rows it is
+handed; ``ResponseStage`` turns ranked ids back into the public answer. Neither imports Triton, torch or NVTabular.
+Axis legend: B rows, T history events, V item ids, N candidates, K answered items.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from preprocessing.contract import (
+    FIRST_ID,
+    HISTORY,
+    ITEM,
+    MAX_HISTORY_EVENTS,
+    MAX_ID_BYTES,
+    MAX_QUERY_BYTES,
+    MAX_TOP_K,
+    OOV_ID,
+    PADDING_ID,
+    QUERY,
+    STATUS_DEGRADED,
+    STATUS_ERROR,
+    STATUS_OK,
+    TOP_K,
+    USER_ID,
+    StageTensors,
+)
+from serving.feature_store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Row:
+    """One user's request, validated: ``history`` None means "ask the feature store"."""
+
+    user_id: str
+    history: list[str] | None
+    top_k: int
+
+
+def _text(raw: bytes, what: str, limit_bytes: int) -> str:
+    if len(raw) > limit_bytes:
+        raise ValueError(f"{what}: expected at most {limit_bytes} bytes, got {len(raw)}; shorten it")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{what}: expected UTF-8, got byte 0x{raw[error.start]:02x} at offset {error.start}; encode it as UTF-8"
+        ) from None
+
+
+def _history_item(raw: bytes, index: int) -> str:
+    """An over-long id cannot be an item; it is kept as the empty string's opposite: a text nobody has."""
+    if len(raw) > MAX_ID_BYTES:
+        return "\0too long"
+    return _text(raw, f"{HISTORY.name}[{index}]", MAX_ID_BYTES)
+
+
+def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> Row:
+    """One row of the public call; raises ValueError naming the input, what was expected, what came."""
+    user = _text(user_id, USER_ID.name, MAX_ID_BYTES)
+    _text(query, QUERY.name, MAX_QUERY_BYTES)
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise ValueError(f"{TOP_K.name}: expected 1..{MAX_TOP_K}, got {top_k}")
+    if len(history) > MAX_HISTORY_EVENTS:
+        raise ValueError(
+            f"{HISTORY.name}: expected at most {MAX_HISTORY_EVENTS} events, got {len(history)}; send the newest ones"
+        )
+    try:
+        items = [raw.decode() for raw in history if raw]  # "" pads rows of unequal length
+        if any(len(text) > MAX_ID_BYTES for text in items):
+            raise ValueError
+    except ValueError:  # name the event at fault, or let over-long ids pass as unknown items
+        items = [_history_item(raw, i) for i, raw in enumerate(history) if raw]
+    return Row(user, items or None, int(top_k))
+
+
+class FeatureTransform:
+    """Rows to the tensors of ``retrieval``.
+
+    Args:
+        graph: path of ``transform.onnx`` with the one input ITEM (string [events]) and output ITEM (int64 [events]).
+        store: where histories live when the request carries none.
+        shapes: T and V of the trained models.
+    """
+
+    def __init__(self, graph: Path, store: FeatureStore, shapes: StageTensors, threads: int = 1) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+        self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._store, self._shapes = store, shapes
+
+    def item_ids(self, items: Sequence[str]) -> np.ndarray:
+        """Ids int64 [len(items)] of raw item ids, by the compiled workflow."""
+        if not items:
+            return np.empty(0, np.int64)
+        return self._session.run([ITEM], {ITEM: np.array(items, object)})[0]
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """(history ids int64 [B, T], exclude bool [B, V], status of each row)."""
+        t, v = self._shapes.history, self._shapes.items
+        asked = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
+        stored = dict(zip(asked, self._store.histories([rows[i].user_id for i in asked]), strict=True)) if asked else {}
+        histories = [row.history if row.history is not None else stored.get(i) or [] for i, row in enumerate(rows)]
+        ids = self.item_ids([item for history in histories for item in history])
+        history_BT = np.full((len(rows), t), PADDING_ID, np.int64)
+        exclude_BV = np.zeros((len(rows), v), bool)
+        exclude_BV[:, :FIRST_ID] = True
+        status, start = [], 0
+        for i, history in enumerate(histories):
+            own = ids[start : start + len(history)]
+            start += len(history)
+            last = own[-t:]
+            history_BT[i, t - len(last) :] = last
+            exclude_BV[i, own] = True
+            status.append(self._status(rows[i], own, known_user=stored.get(i) is not None))
+        return history_BT, exclude_BV, status
+
+    def _status(self, row: Row, ids: np.ndarray, known_user: bool) -> str:
+        unknown = int((ids <= OOV_ID).sum())
+        recent_known = bool((ids[-self._shapes.history :] >= FIRST_ID).any())
+        if recent_known:
+            if row.history is None or not unknown:
+                return STATUS_OK
+            return f"{STATUS_DEGRADED}{unknown} of {len(ids)} HISTORY items are not in the catalogue"
+        if len(ids):
+            return f"{STATUS_DEGRADED}popular items: none of the recent history items is in the catalogue"
+        if not row.user_id:
+            return f"{STATUS_DEGRADED}popular items: anonymous user without HISTORY"
+        why = "has no history" if known_user else "is unknown"
+        return f"{STATUS_DEGRADED}popular items: USER_ID {row.user_id[:64]!r} {why}"
+
+
+class ResponseStage:
+    """Ranked ids to item ids, cut to TOP_K. ``names[id]`` is the raw item id as bytes."""
+
+    def __init__(self, names: np.ndarray) -> None:
+        self._names = names
+
+    @classmethod
+    def from_file(cls, path: Path) -> ResponseStage:
+        """``path``: JSON list of raw item ids; entry i has id FIRST_ID + i."""
+        items = json.loads(path.read_text(encoding="utf-8"))
+        return cls(np.array([b""] * FIRST_ID + [i.encode() for i in items], object))
+
+    def __call__(
+        self, ranked_BN: np.ndarray, floats_BN: Sequence[np.ndarray], top_k_B: np.ndarray, status_B: Sequence[bytes]
+    ) -> list[np.ndarray]:
+        """ITEM_ID (object [B, K]) and each of ``floats_BN`` cut to K = the largest TOP_K; shorter rows end in b"" and 0.
+
+        A row whose status is an error answers nothing.
+        """
+        failed_B = np.array([s.startswith(STATUS_ERROR.encode()) for s in status_B])
+        limit_B = np.where(failed_B, 0, np.clip(top_k_B, 0, ranked_BN.shape[1]))
+        k = int(limit_B.max(initial=0))
+        valid_BK = (np.arange(k)[None] < limit_B[:, None]) & (ranked_BN[:, :k] != PADDING_ID)
+        items = self._names[np.where(valid_BK, ranked_BN[:, :k], PADDING_ID)]
+        if len(ranked_BN) == 1:  # a single row answers exactly what there is
+            count = int(valid_BK.sum())
+            return [items[:, :count], *(f[:, :count] for f in floats_BN)]
+        return [items, *(np.where(valid_BK, f[:, :k], np.float32(0)) for f in floats_BN)]

@@ -1,0 +1,149 @@
+"""What the Python stages of the repository share: from Triton's requests to ``serving.stages`` and back.
+
+Each ``model_repository/<stage>/1/model.py`` is a thin adapter that names one of these classes. Runs inside Triton's
+Python stub only (it imports ``triton_python_backend_utils``).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from preprocessing import contract as c
+from serving.feature_store import Event, LmdbStore
+from serving.stages import FeatureTransform, ResponseStage, Row, parse_row
+
+
+def _input(request, tensor: c.WireTensor | str) -> np.ndarray:  # noqa: ANN001
+    return pb_utils.get_input_tensor_by_name(request, getattr(tensor, "name", tensor)).as_numpy()
+
+
+def _error(message: str):  # noqa: ANN202
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+
+
+def _strings(values: list[str]) -> np.ndarray:
+    return np.array([v.encode() for v in values], object).reshape(-1, 1)
+
+
+class _Stage:
+    """Reads its own config: parameters and the shapes the repository was compiled for."""
+
+    def initialize(self, args: dict) -> None:
+        config = json.loads(args["model_config"])
+        self.parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
+        self.folder = Path(args["model_repository"]) / args["model_version"]
+        self.inputs = [t["name"] for t in config["input"]]
+        self.outputs = [t["name"] for t in config["output"]]
+        self.setup()
+
+    def setup(self) -> None: ...
+
+    def store(self, readonly: bool) -> LmdbStore:
+        path = Path(self.parameters["feature_store"])
+        return LmdbStore(path if path.is_absolute() else self.folder.parent.parent / path, readonly=readonly)
+
+
+class FeatureTransformModel(_Stage):
+    """USER_ID, QUERY, HISTORY, TOP_K to HISTORY_IDS, EXCLUDE, ROW_STATUS, in one pass over all requests at hand.
+
+    A bad request of one row gets its own error. In a request of several rows a bad row is answered with its error in
+    STATUS and no items, so its neighbours are not lost.
+    """
+
+    def setup(self) -> None:
+        shapes = c.StageTensors(**json.loads(self.parameters["shapes"]))
+        self.transform = FeatureTransform(self.folder / "transform.onnx", self.store(readonly=True), shapes)
+
+    def execute(self, requests: list) -> list:
+        parsed = [self._parse(request) for request in requests]
+        rows = [row for rows, _ in parsed for row in rows]
+        try:
+            history, exclude, status = self.transform(rows)
+        except Exception as error:
+            return [_error(f"{c.FEATURE_TRANSFORM}: {error}") for _ in requests]
+        responses, start = [], 0
+        for own, errors in parsed:
+            stop = start + len(own)
+            if len(own) == 1 and errors[0]:
+                responses.append(_error(errors[0]))
+            else:
+                text = [f"{c.STATUS_ERROR}{e}" if e else s for e, s in zip(errors, status[start:stop], strict=True)]
+                values = (history[start:stop], exclude[start:stop], _strings(text))
+                tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, values, strict=True)]
+                responses.append(pb_utils.InferenceResponse(tensors))
+            start = stop
+        return responses
+
+    @staticmethod
+    def _parse(request) -> tuple[list[Row], list[str]]:  # noqa: ANN001
+        columns = (_input(request, t) for t in (c.USER_ID, c.QUERY, c.HISTORY, c.TOP_K))
+        rows, errors = [], []
+        for user, query, history, top_k in zip(*columns, strict=True):
+            try:
+                rows.append(parse_row(user[0], query[0], history, int(top_k[0])))
+                errors.append("")
+            except ValueError as error:
+                rows.append(Row("", None, 1))
+                errors.append(str(error))
+        return rows, errors
+
+
+class ResponseModel(_Stage):
+    """Ranked ids, scores and heads to the public answer."""
+
+    def setup(self) -> None:
+        self.respond = ResponseStage.from_file(self.folder / "items.json")
+        *self.ranked, self.row_status, _ = self.inputs  # the contract's order: response_inputs
+
+    def execute(self, requests: list) -> list:
+        responses = []
+        for request in requests:
+            ranked, *floats = (_input(request, name) for name in self.ranked)
+            status = _input(request, self.row_status)
+            values = self.respond(ranked, floats, _input(request, c.TOP_K)[:, 0], status[:, 0])
+            tensors = [
+                pb_utils.Tensor(n, np.ascontiguousarray(v))
+                for n, v in zip(self.outputs, [*values, status], strict=True)
+            ]
+            responses.append(pb_utils.InferenceResponse(tensors))
+        return responses
+
+
+class AppendEventModel(_Stage):
+    """USER_ID, ITEM_ID, EVENT_TYPE, TIMESTAMP_MS (0: now) into the feature store; answers the history's new length."""
+
+    def setup(self) -> None:
+        self.events = self.store(readonly=False)
+
+    def execute(self, requests: list) -> list:
+        responses: list = [None] * len(requests)
+        accepted: list[tuple[int, list[Event]]] = []
+        for i, request in enumerate(requests):
+            try:
+                accepted.append((i, self._events(request)))
+            except ValueError as error:
+                responses[i] = _error(str(error))
+        lengths = self.events.append(e for _, events in accepted for e in events)
+        for i, events in accepted:
+            value = np.array([[lengths[e.user_id]] for e in events], np.int32)
+            responses[i] = pb_utils.InferenceResponse([pb_utils.Tensor(c.HISTORY_LENGTH.name, value)])
+        return responses
+
+    @staticmethod
+    def _events(request) -> list[Event]:  # noqa: ANN001
+        columns = [_input(request, t)[:, 0] for t in c.APPEND]
+        now_ms = int(time.time() * 1000)
+        events = []
+        for user, item, kind, timestamp in zip(*columns, strict=True):
+            row = parse_row(user, b"", np.array([item], object), 1)
+            if not row.user_id:
+                raise ValueError(f"{c.USER_ID.name}: expected a user id, got an empty string")
+            if row.history is None:
+                raise ValueError(f"{c.APPEND_ITEM_ID.name}: expected an item id, got an empty string")
+            events.append(Event(row.user_id, row.history[0], kind.decode(errors="replace"), int(timestamp) or now_ms))
+        return events

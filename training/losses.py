@@ -1,0 +1,64 @@
+"""Losses over the catalogue. Axis legend: P positions to predict, V item ids, D width, S sampled negatives."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 2048  # positions scored at once: bounds memory at CHUNK x V and stays in cache (3x faster on 2 cores)
+
+
+class _FullSoftmax(torch.autograd.Function):
+    """Cross-entropy over all items, chunk by chunk; gradients are formed with the loss, so no logits are kept."""
+
+    @staticmethod
+    def forward(ctx, h_PD, w_VD, b_V, target_P, first):  # noqa: ANN001, ANN205, N803 - torch's signature
+        total = h_PD.new_zeros(())
+        grad_h, grad_w, grad_b = torch.empty_like(h_PD), torch.zeros_like(w_VD), torch.zeros_like(b_V)
+        n = max(len(target_P), 1)
+        for h, t, g in zip(h_PD.split(CHUNK), target_P.split(CHUNK), grad_h.split(CHUNK), strict=True):
+            logits = torch.addmm(b_V[first:], h, w_VD[first:].t())
+            rows = torch.arange(len(t), device=t.device)
+            picked = logits[rows, t - first]
+            high = logits.amax(1, keepdim=True)
+            p = logits.sub_(high).exp_()
+            mass = p.sum(1, keepdim=True)
+            total += (mass.log() + high).squeeze(1).sub(picked).sum()
+            p.div_(mass)
+            p[rows, t - first] -= 1
+            torch.mm(p, w_VD[first:], out=g)
+            grad_w[first:].addmm_(p.t(), h)
+            grad_b[first:] += p.sum(0)
+        ctx.save_for_backward(grad_h.div_(n), grad_w.div_(n), grad_b.div_(n))
+        return total / n
+
+    @staticmethod
+    def backward(ctx, scale):  # noqa: ANN001, ANN205
+        grad_h, grad_w, grad_b = ctx.saved_tensors
+        return grad_h * scale, grad_w * scale, grad_b * scale, None, None
+
+
+def full_softmax(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_P: Tensor, first_id: int) -> Tensor:  # noqa: N803
+    """Mean cross-entropy of ``target_P`` (ids >= first_id) over all ids from ``first_id`` on; memory O(CHUNK x V)."""
+    return _FullSoftmax.apply(h_PD, weight_VD, bias_V, target_P, first_id)
+
+
+def sampled_softmax(
+    h_PD: Tensor,  # noqa: N803
+    weight_VD: Tensor,  # noqa: N803
+    bias_V: Tensor,  # noqa: N803
+    target_P: Tensor,  # noqa: N803
+    sample_S: Tensor,  # noqa: N803
+    log_expected_V: Tensor,  # noqa: N803
+) -> Tensor:
+    """Cross-entropy against shared negatives with the logQ correction.
+
+    ``sample_S`` ids drawn with replacement; ``log_expected_V`` log of each id's expected count in the sample.
+    Accidental hits are masked. Source: Bengio & Senecal 2008; Yi et al. 2019, eq. 4.
+    """
+    positive_P1 = ((h_PD * weight_VD[target_P]).sum(1) + bias_V[target_P] - log_expected_V[target_P])[:, None]
+    negative_PS = torch.addmm(bias_V[sample_S] - log_expected_V[sample_S], h_PD, weight_VD[sample_S].t())
+    negative_PS = negative_PS.masked_fill(target_P[:, None] == sample_S[None], float("-inf"))
+    logits = torch.cat([positive_P1, negative_PS], 1)
+    return F.cross_entropy(logits, torch.zeros(len(target_P), dtype=torch.long, device=logits.device))

@@ -1,0 +1,203 @@
+"""The ranking Transformer: every candidate attends to the history that the retrieval stage encoded.
+
+Target attention as in DIN (Zhou et al. 2018, eq. 3) in multi-head form, with counters as features (retrieval score,
+popularity, directed co-occurrence with the newest events) and a multi-gate mixture of experts over the task heads
+(MMoE, Ma et al. 2018; blocks of ``merlin.models.torch``).
+Axis legend: B requests, T history events, N candidates, V item ids, D width, L newest events, K followers kept an item,
+F features, P = B x N.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from preprocessing.contract import FIRST_ID, PADDING_ID
+from training.retrieval_model import EXCLUDED, MASKED, RetrievalModel
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import merlin.models.torch as mm
+
+
+@dataclass(frozen=True)
+class RankerConfig:
+    """Shape of the ranker. ``candidates`` N; ``lags`` L; ``followers`` K of the co-occurrence table."""
+
+    candidates: int = 100
+    heads: int = 4
+    experts: int = 3
+    expert_width: int = 64
+    dropout: float = 0.2
+    lags: int = 10
+    followers: int = 64
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1 or self.lags < 1 or self.followers < 1:
+            raise ValueError(f"RankerConfig: expected positive sizes, got {self}")
+
+
+@dataclass(frozen=True)
+class ItemTables:
+    """Counters and attributes of every item id, from training data alone.
+
+    ``popularity`` float [V]; ``follower_ids`` int64 [V, K] and ``follower_weights`` float [V, K]: the items that most
+    often came soon after an item, with their decayed conditional frequency; ``categories`` int64 [V, C] ids of
+    categorical attributes with ``category_sizes``; ``numbers`` float [V, M] normalised continuous attributes.
+    """
+
+    popularity: Tensor
+    follower_ids: Tensor
+    follower_weights: Tensor
+    categories: Tensor
+    category_sizes: tuple[int, ...]
+    numbers: Tensor
+
+
+class RankingModel(nn.Module):
+    """Logits of every task head for every candidate.
+
+    The first head adds to the retrieval score, so that an untrained ranker keeps the retriever's order.
+    """
+
+    keys_frozen: bool = True
+
+    def __init__(
+        self, config: RankerConfig, tables: ItemTables, retriever: RetrievalModel, head_names: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        d = retriever.config.width
+        self.config, self.head_names, self.width = config, head_names, d
+        self.item = nn.Embedding.from_pretrained(retriever.item.weight.detach().clone(), freeze=True)
+        self.popularity: Tensor
+        self.follower_ids: Tensor
+        self.follower_weights: Tensor
+        self.categories: Tensor
+        self.numbers: Tensor
+        pop = torch.log1p(tables.popularity.float())
+        known = pop[FIRST_ID:]
+        self.register_buffer("popularity", (pop - known.mean()) / known.std().clamp_min(1e-6))
+        self.register_buffer("follower_ids", tables.follower_ids[:, : config.followers].contiguous())
+        self.register_buffer("follower_weights", tables.follower_weights[:, : config.followers].float().contiguous())
+        self.register_buffer("categories", tables.categories)
+        self.register_buffer("numbers", tables.numbers.float())
+        self.register_buffer("calibration", torch.tensor([[1.0, 0.0]]).repeat(len(head_names), 1))
+        self.attribute = nn.ModuleList(nn.Embedding(size, 8) for size in tables.category_sizes)
+        attributes = 8 * len(tables.category_sizes) + tables.numbers.shape[1]
+        self.own = nn.Linear(d + attributes, d)  # the candidate as the attention sees it
+        self.key, self.value = nn.Linear(2 * d, d), nn.Linear(2 * d, d)
+        self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
+        self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
+        counters = 5 + 2 * config.lags
+        self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
+        towers = mm.ParallelBlock({h: mm.MLPBlock([32], activation=nn.GELU) for h in head_names})
+        self.experts = mm.MMOEBlock(
+            mm.MLPBlock([config.expert_width], activation=nn.GELU, dropout=config.dropout or None),
+            num_experts=config.experts,
+            outputs=towers,
+        )
+        self.towers = towers
+        self.score = nn.ModuleDict({h: nn.Linear(32, 1) for h in head_names})
+        self.retrieval_scale = nn.Parameter(torch.ones(()))
+        for linear in self.score.values():
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        with torch.no_grad():  # Merlin's layers take their input width from the first batch
+            self._heads(torch.zeros(2, 3 * d + 32))
+
+    # -- parts ---------------------------------------------------------------------------------------
+    def counters(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor) -> Tensor:
+        """Counter features float32 [B, N, 5 + 2L]: score, rank, popularity, co-occurrence by lag and summed."""
+        c = self.config
+        live_BN = scores_BN > EXCLUDED / 2
+        top_B1 = scores_BN.amax(1, keepdim=True)
+        gap_BN = torch.where(live_BN, scores_BN - top_B1, torch.full_like(scores_BN, -20.0)).clamp(-20.0, 0.0)
+        share_BN = torch.softmax(gap_BN, dim=1)
+        rank_BN = torch.log1p((scores_BN[:, None, :] > scores_BN[:, :, None]).sum(2).to(scores_BN.dtype))
+        recent_BL = history_BT[:, -c.lags :]
+        if recent_BL.shape[1] < c.lags:
+            recent_BL = F.pad(recent_BL, (c.lags - recent_BL.shape[1], 0), value=PADDING_ID)
+        followers_BLK = self.follower_ids[recent_BL]
+        weights_BLK = self.follower_weights[recent_BL]
+        hit_BNLK = followers_BLK[:, None] == candidates_BN[:, :, None, None]
+        follow_BNL = (hit_BNLK.to(weights_BLK.dtype) * weights_BLK[:, None]).sum(3)
+        same_BNL = self._same_category(recent_BL, candidates_BN)
+        parts = [gap_BN, share_BN.log().clamp_min(-20.0), rank_BN, self.popularity[candidates_BN]]
+        total_BN = follow_BNL.sum(2)
+        log_follow_BNL = torch.log1p(follow_BNL * 1000.0)
+        return torch.cat(
+            [torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL], dim=2
+        )
+
+    def _same_category(self, recent_BL: Tensor, candidates_BN: Tensor) -> Tensor:
+        """1 where candidate and recent event share their first categorical attribute, float32 [B, N, L]."""
+        if not len(self.attribute):
+            return torch.zeros(
+                *candidates_BN.shape, recent_BL.shape[1], dtype=self.numbers.dtype, device=candidates_BN.device
+            )
+        category_V = self.categories[:, 0]
+        same = category_V[candidates_BN][:, :, None] == category_V[recent_BL][:, None, :]
+        return (same & (recent_BL >= FIRST_ID)[:, None, :]).to(self.numbers.dtype)
+
+    def describe(self, ids: Tensor) -> Tensor:
+        """Embedding, attributes and numbers of items, float32 [..., D + attributes]."""
+        parts = [self.item(ids), *(e(self.categories[ids][..., i]) for i, e in enumerate(self.attribute))]
+        return torch.cat([*parts, self.numbers[ids]], dim=-1)
+
+    def attend(self, own_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
+        """What each candidate finds in the history, float32 [B, N, D]."""
+        b, n, d = own_BND.shape
+        t, h = history_BT.shape[1], self.config.heads
+        memory = torch.cat([encoded_BTD, self.item(history_BT)], dim=2)
+        q = self.query(own_BND).view(b, n, h, d // h).transpose(1, 2)
+        k = self.key(memory).view(b, t, h, d // h).transpose(1, 2)
+        v = self.value(memory).view(b, t, h, d // h).transpose(1, 2)
+        mask = (history_BT == PADDING_ID)[:, None, None, :].to(q.dtype) * MASKED
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.norm_out(own_BND + self.out(found.transpose(1, 2).reshape(b, n, d)))
+
+    def _heads(self, x_PF: Tensor) -> dict[str, Tensor]:
+        mixed = self.towers(self.experts(x_PF))
+        return {h: self.score[h](mixed[h]) for h in self.head_names}
+
+    def forward(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor) -> Tensor:
+        """Logits float32 [B, N, heads]."""
+        b, n = candidates_BN.shape
+        own = self.norm_own(self.own(self.describe(candidates_BN)))
+        own = F.dropout(own, self.config.dropout, self.training)
+        found = self.attend(own, history_BT, encoded_BTD)
+        features = self.counter(self.counters(history_BT, candidates_BN, scores_BN))
+        user = encoded_BTD[:, -1:, :] * self.item(candidates_BN)
+        x = torch.cat([found, own, user, features], dim=2).reshape(b * n, -1)
+        logits = torch.cat([self._heads(x)[h] for h in self.head_names], dim=1).view(b, n, -1)
+        residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)
+        return torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], dim=2)
+
+
+class RankingGraph(nn.Module):
+    """What is exported as ``ranking.onnx``: candidates sorted by the first head, with calibrated probabilities.
+
+    For a history without a known item the retriever's order (popularity) stays.
+    """
+
+    def __init__(self, model: RankingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, history_ids: Tensor, candidate_ids: Tensor, candidate_scores: Tensor, encoded_history: Tensor
+    ) -> tuple[Tensor, ...]:
+        logits = self.model(history_ids, candidate_ids, candidate_scores, encoded_history)
+        empty_B1 = (history_ids < FIRST_ID).all(dim=1, keepdim=True)
+        score = torch.where(empty_B1, candidate_scores, logits[..., 0])
+        score = torch.where(candidate_ids == PADDING_ID, torch.full_like(score, EXCLUDED), score)
+        ranked, order = torch.topk(score, score.shape[1], dim=1)
+        ids = candidate_ids.gather(1, order)
+        slope, offset = self.model.calibration[:, 0], self.model.calibration[:, 1]
+        probabilities = torch.sigmoid(logits * slope + offset)
+        heads = [probabilities[..., i].gather(1, order) for i in range(probabilities.shape[2])]
+        return ids, ranked, *heads
