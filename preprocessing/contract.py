@@ -185,7 +185,7 @@ class DataSchema:
     """What one data set carries beyond user, item and time.
 
     ``heads[0]`` is the task that orders the answer. ``unknown_items`` says what happens to an event whose item the
-    catalogue does not list: "reject" (to the rejects file) or "keep" (attributes stay null).
+    catalogue does not list: "reject" (to the rejects file) or "keep" (attributes stay null). ``exclude_seen``: items of the history are not answered.
     """
 
     name: str
@@ -195,6 +195,7 @@ class DataSchema:
     item_continuous: tuple[str, ...] = ()
     heads: tuple[TaskHead, ...] = field(default=(TaskHead("click", float("-inf")),))
     unknown_items: str = "reject"
+    exclude_seen: bool = True
     licence: str = ""
 
     def __post_init__(self) -> None:

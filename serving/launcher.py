@@ -22,11 +22,11 @@ import urllib.error
 import urllib.request
 import uuid
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 from serving.repository import ALL_MODELS
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 SHM = Path("/dev/shm")
 
 
@@ -158,17 +158,23 @@ class TritonServer:
         return [*command, *o.extra]
 
     def environment(self) -> dict[str, str]:
-        libraries = wheel_folder().parent / "nvidia_pytriton.libs"
-        packages = sysconfig.get_paths()["purelib"]
+        """Triton's Python workers ignore PYTHONPATH (they start Python isolated): they find this environment, with
+        the project installed in it, because its ``python3`` is the first on PATH."""
         env = dict(os.environ)
-        env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(libraries), env.get("LD_LIBRARY_PATH")]))
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), packages, env.get("PYTHONPATH")]))
-        env["OMP_NUM_THREADS"] = "1"  # numpy's BLAS in every stub would otherwise start a pool of its own
+        binaries = os.path.dirname(sys.executable)
+        libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
+        env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
+        env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*libraries, env.get("LD_LIBRARY_PATH")]))
+        env["OMP_NUM_THREADS"] = "1"  # numpy's BLAS in every worker would otherwise start a pool of its own
         return env
 
     def start(self) -> None:
         """Starts and waits until the server and every model are ready. Raises ServerError with the log's end."""
         o = self.options
+        try:
+            metadata.distribution("vivace")
+        except metadata.PackageNotFoundError:
+            raise ServerError("vivace is not installed in this environment; run 'make setup'") from None
         if not (o.repository / "recommend" / "config.pbtxt").exists():
             raise ServerError(f"model repository: nothing to serve in {o.repository}; run 'vivace compile' first")
         for name, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):

@@ -86,13 +86,14 @@ def _ensemble(s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: Serving
 
 
 def model_configs(
-    s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile
+    s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile, exclude_seen: bool = True
 ) -> dict[str, pb.ModelConfig]:
     """Every model's Triton configuration, by model name."""
     p = profile
     transform = _base(c.FEATURE_TRANSFORM, "python", p, c.REQUEST, c.feature_transform_outputs(s))
     transform.parameters["shapes"].string_value = json.dumps(asdict(s))
     transform.parameters["feature_store"].string_value = FEATURE_STORE
+    transform.parameters["exclude_seen"].string_value = str(exclude_seen).lower()
     retrieval = _base(
         c.RETRIEVAL, "onnxruntime", p, c.retrieval_inputs(s), c.retrieval_outputs(s), p.retrieval_instances
     )
@@ -118,10 +119,12 @@ def render(config: pb.ModelConfig) -> str:
     return header + text_format.MessageToString(config)
 
 
-def write_configs(folder: Path, s: c.StageTensors, heads: tuple[c.TaskHead, ...]) -> None:
+def write_configs(
+    folder: Path, s: c.StageTensors, heads: tuple[c.TaskHead, ...], exclude_seen: bool = True
+) -> None:
     """``config.pbtxt`` and ``configs/<profile>.pbtxt`` of every model under ``folder``."""
     for profile_name, profile in PROFILES.items():
-        for name, config in model_configs(s, heads, profile).items():
+        for name, config in model_configs(s, heads, profile, exclude_seen).items():
             path = folder / name / (f"configs/{profile_name}.pbtxt" if profile_name else "config.pbtxt")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(render(config))
@@ -134,14 +137,18 @@ def next_version(repository: Path) -> int:
 
 
 def assemble(
-    repository: Path, s: c.StageTensors, heads: tuple[c.TaskHead, ...], files: dict[str, dict[str, Path]]
+    repository: Path,
+    s: c.StageTensors,
+    heads: tuple[c.TaskHead, ...],
+    files: dict[str, dict[str, Path]],
+    exclude_seen: bool = True,
 ) -> int:
     """Puts compiled files into ``repository`` as a new version of every stage and drops older ones but the last.
 
     ``files[model][name]`` is copied to ``<repository>/<model>/<version>/<name>``. Returns the version.
     """
     version = next_version(repository)
-    write_configs(repository, s, heads)
+    write_configs(repository, s, heads, exclude_seen)
     for model in ALL_MODELS:
         target = repository / model / str(version)
         partial = target.with_name(f".{version}.partial")

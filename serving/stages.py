@@ -36,6 +36,9 @@ from preprocessing.contract import (
 from serving.feature_store import FeatureStore
 
 
+NO_SUCH_ITEM = "\0"
+
+
 @dataclass(frozen=True)
 class Row:
     """One user's request, validated: ``history`` None means "ask the feature store"."""
@@ -57,9 +60,9 @@ def _text(raw: bytes, what: str, limit_bytes: int) -> str:
 
 
 def _history_item(raw: bytes, index: int) -> str:
-    """An over-long id cannot be an item; it is kept as the empty string's opposite: a text nobody has."""
+    """One event of HISTORY; an over-long id cannot be an item and becomes one that no catalogue has."""
     if len(raw) > MAX_ID_BYTES:
-        return "\0too long"
+        return NO_SUCH_ITEM
     return _text(raw, f"{HISTORY.name}[{index}]", MAX_ID_BYTES)
 
 
@@ -86,22 +89,26 @@ class FeatureTransform:
     """Rows to the tensors of ``retrieval``.
 
     Args:
-        graph: path of ``transform.onnx`` with the one input ITEM (string [events]) and output ITEM (int64 [events]).
+        graph: path of ``transform.onnx`` with one string input [events] and one int64 output [events].
         store: where histories live when the request carries none.
         shapes: T and V of the trained models.
+        exclude_seen: whether items of the history may not be answered.
     """
 
-    def __init__(self, graph: Path, store: FeatureStore, shapes: StageTensors, threads: int = 1) -> None:
+    def __init__(
+        self, graph: Path, store: FeatureStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = threads
         self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        self._store, self._shapes = store, shapes
+        self._store, self._shapes, self._exclude_seen = store, shapes, exclude_seen
 
     def item_ids(self, items: Sequence[str]) -> np.ndarray:
         """Ids int64 [len(items)] of raw item ids, by the compiled workflow."""
         if not items:
             return np.empty(0, np.int64)
-        return self._session.run([ITEM], {ITEM: np.array(items, object)})[0]
+        ids: np.ndarray = self._session.run(None, {ITEM: np.array(items, object)})[0]
+        return ids
 
     def __call__(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """(history ids int64 [B, T], exclude bool [B, V], status of each row)."""
@@ -119,7 +126,8 @@ class FeatureTransform:
             start += len(history)
             last = own[-t:]
             history_BT[i, t - len(last) :] = last
-            exclude_BV[i, own] = True
+            if self._exclude_seen:
+                exclude_BV[i, own] = True
             status.append(self._status(rows[i], own, known_user=stored.get(i) is not None))
         return history_BT, exclude_BV, status
 

@@ -57,7 +57,8 @@ class FeatureTransformModel(_Stage):
 
     def setup(self) -> None:
         shapes = c.StageTensors(**json.loads(self.parameters["shapes"]))
-        self.transform = FeatureTransform(self.folder / "transform.onnx", self.store(readonly=True), shapes)
+        seen = self.parameters["exclude_seen"] == "true"
+        self.transform = FeatureTransform(self.folder / "transform.onnx", self.store(readonly=True), shapes, seen)
 
     def execute(self, requests: list) -> list:
         parsed = [self._parse(request) for request in requests]

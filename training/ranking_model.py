@@ -119,8 +119,8 @@ class RankingModel(nn.Module):
         share_BN = torch.softmax(gap_BN, dim=1)
         rank_BN = torch.log1p((scores_BN[:, None, :] > scores_BN[:, :, None]).sum(2).to(scores_BN.dtype))
         recent_BL = history_BT[:, -c.lags :]
-        if recent_BL.shape[1] < c.lags:
-            recent_BL = F.pad(recent_BL, (c.lags - recent_BL.shape[1], 0), value=PADDING_ID)
+        if int(recent_BL.shape[1]) < c.lags:
+            recent_BL = F.pad(recent_BL, (c.lags - int(recent_BL.shape[1]), 0), value=PADDING_ID)
         followers_BLK = self.follower_ids[recent_BL]
         weights_BLK = self.follower_weights[recent_BL]
         hit_BNLK = followers_BLK[:, None] == candidates_BN[:, :, None, None]

@@ -78,7 +78,7 @@ class RetrievalModel(nn.Module):
             raise ValueError(f"popularity: expected shape [{items}], got {list(popularity.shape)}")
         self.config = config
         self.item = nn.Embedding(items, config.width, padding_idx=PADDING_ID)
-        self.position = nn.Embedding(config.history, config.width)  # counted from the newest event
+        self.position = nn.Embedding(config.history, config.width)  # the last row is the newest event's
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.bias = nn.Parameter(torch.zeros(items))
@@ -94,10 +94,9 @@ class RetrievalModel(nn.Module):
 
     def encode(self, history_BT: Tensor) -> Tensor:
         """Encoded history float32 [B, T, D] of ids int64 [B, T], padded on the left; T <= config.history."""
-        t = history_BT.shape[1]
+        t = int(history_BT.shape[1])  # a constant of the exported graph: only the batch axis is free
         known_BT = history_BT != PADDING_ID
-        newest_first = torch.arange(t - 1, -1, -1, device=history_BT.device)
-        x_BTD = self.item(history_BT) * self.config.width**0.5 + self.position(newest_first)
+        x_BTD = self.item(history_BT) * self.config.width**0.5 + self.position.weight[self.config.history - t :]
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         mask = self.causal_TT[:t, :t] + (~known_BT)[:, None, None, :].to(x_BTD.dtype) * MASKED
         for block in self.blocks:

@@ -111,7 +111,7 @@ class Shop:
         taste = rng.integers(0, n, (c.users, 4))  # four favoured categories a user
         budget = rng.normal(3.5, 0.7, c.users)
         activity = rng.lognormal(0, 0.6, c.users)
-        share = activity / activity.sum() * c.events / 5.0  # sessions of 5 events on average
+        share = activity / activity.sum() * c.events / 3.9  # new items a session, on average
         sessions = np.maximum(rng.poisson(share), 1)
         clock = START_MS + rng.integers(0, c.days * DAY_MS // 3, c.users)
         gap = (c.days * DAY_MS * 2 // 3) / np.maximum(sessions, 1)
@@ -123,7 +123,8 @@ class Shop:
             budget[live] += rng.normal(0, 0.05, len(live))
             clock[live] += (rng.exponential(1.0, len(live)) * gap[live]).astype("int64") + 1
             parts.append(self._session(rng, live, taste, budget, clock))
-        frame = pd.concat(parts).sort_values([TIME, USER], kind="stable").reset_index(drop=True)
+        frame = pd.concat(parts).sort_values([TIME, USER], kind="stable")
+        frame = frame.drop_duplicates([USER, ITEM], keep="first").reset_index(drop=True)
         frame[USER] = np.array([f"user-{u:05d}" for u in range(c.users)], object)[frame[USER]]
         frame[ITEM] = self._ids()[frame[ITEM]]
         frame[SOURCE_ROW] = np.arange(len(frame))

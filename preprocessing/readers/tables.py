@@ -3,6 +3,7 @@
 ```toml
 name = "my-shop"
 unknown_items = "reject"            # or "keep"
+exclude_seen = true                 # false: items of the history may be answered again
 
 [interactions]
 files = "events/*.parquet"          # seen from the mapping's folder; .csv, .csv.gz or .parquet
@@ -50,7 +51,7 @@ from preprocessing.readers.base import CHUNK_ROWS, Chunk
 from vivace.artifacts import fingerprint_files
 
 _KEYS = {
-    "": {"name", "unknown_items", "interactions", "items", "heads", "licence"},
+    "": {"name", "unknown_items", "exclude_seen", "interactions", "items", "heads", "licence"},
     "interactions": {"files", "user", "item", "time", "time_unit", "event_type", "weight", "weights", "context"},
     "items": {"files", "item", "title", "categorical", "continuous"},
 }
@@ -138,6 +139,7 @@ class Tables:
             item_continuous=tuple(items.get("continuous", ())),
             heads=tuple(TaskHead(name, float(weight)) for name, weight in heads.items()),
             unknown_items=self.spec.get("unknown_items", "reject"),
+            exclude_seen=bool(self.spec.get("exclude_seen", True)),
             licence=self.spec.get("licence", ""),
         )
 

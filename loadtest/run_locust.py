@@ -1,0 +1,61 @@
+"""Runs the locust file as ``vivace load`` and the demo do."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from loadtest.requests import recorded
+
+FILE = Path(__file__).with_name("locustfile.py")
+USERS = {"grpc": ["GrpcUser"], "http": ["HttpUser"], "both": ["GrpcUser", "HttpUser"]}
+
+
+def command(
+    root: Path, host: str, http_port: int, grpc_port: int, protocol: str, users: int, seconds: int, web: bool
+) -> list[str]:
+    if protocol not in USERS:
+        raise ValueError(f"--protocol: expected one of {sorted(USERS)}, got {protocol!r}")
+    base = [
+        sys.executable, "-m", "locust", "-f", str(FILE), "--artifacts", str(root),
+        "--grpc-url", f"{host}:{grpc_port}", "--http-url", f"{host}:{http_port}",
+        "-u", str(users), "-r", str(users),
+    ]  # fmt: skip
+    if web:
+        base += ["--web-host", "127.0.0.1", "--autostart", "-t", f"{seconds}s"]
+    else:
+        base += ["--headless", "-t", f"{seconds}s", "--stop-timeout", "5", "--csv", str(root / "locust")]
+    return [*base, *USERS[protocol]]
+
+
+def run_locust(
+    root: Path, host: str, http_port: int, grpc_port: int, protocol: str, users: int, seconds: int, web: bool = False,
+    quiet: bool = False,
+) -> int:  # fmt: skip
+    """Runs locust to its end; returns its exit code (1: some requests failed)."""
+    recorded(root)
+    line = command(root, host, http_port, grpc_port, protocol, users, seconds, web)
+    if quiet:
+        line += ["--only-summary", "--loglevel", "WARNING"]
+    checkout = str(FILE.parent.parent)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))}
+    return subprocess.run(line, env=env, stdout=subprocess.DEVNULL if quiet else None).returncode
+
+
+def results(root: Path) -> list[dict[str, float | str]]:
+    """Rows of the last headless run: protocol, requests, failures, QPS, p50, p95 and p99 in ms."""
+    with (root / "locust_stats.csv").open() as stream:
+        rows = [r for r in csv.DictReader(stream) if r["Type"]]
+    return [
+        {
+            "protocol": r["Type"],
+            "requests": int(r["Request Count"]),
+            "failures": int(r["Failure Count"]),
+            "qps": float(r["Requests/s"]),
+            **{f"p{q}": float(r[f"{q}%"]) for q in (50, 95, 99)},
+        }
+        for r in rows
+    ]

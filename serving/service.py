@@ -1,0 +1,54 @@
+"""``vivace serve``: the server and its watchdog until a signal comes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from prometheus_client import start_http_server
+
+from serving.launcher import ServerError, ServerOptions, TritonServer
+from serving.watchdog import Metrics, Watchdog
+
+
+@contextmanager
+def service(options: ServerOptions, say: Callable[[str], None]) -> Iterator[tuple[TritonServer, Watchdog]]:
+    """A ready server with its watchdog; nothing is left when the block ends."""
+    with TritonServer(options) as server, Watchdog(server, Metrics(), on_event=say) as watchdog:
+        yield server, watchdog
+
+
+def interrupt_on_signals() -> None:
+    """SIGINT and SIGTERM raise KeyboardInterrupt once; a second one does not cut the clean-up short."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
+def run_until_signal(options: ServerOptions, status_port: int, say: Callable[[str], None]) -> None:
+    """Serves until SIGINT or SIGTERM; raises ServerError if Triton stops by itself."""
+    interrupt_on_signals()
+    say("starting Triton")
+    try:
+        with service(options, say) as (server, watchdog):
+            if status_port:
+                start_http_server(status_port, addr=server.host, registry=watchdog.metrics.registry)
+            say(
+                f"ready: http {server.host}:{server.http_port}, grpc {server.host}:{server.grpc_port}, "
+                f"metrics {server.host}:{server.metrics_port}"
+                + (f", watchdog {server.host}:{status_port}" if status_port else "")
+                + f"; log {server.log}; Ctrl-C stops"
+            )
+            while not threading.Event().wait(0.5):
+                if not server.running():
+                    raise ServerError(f"tritonserver stopped by itself\n{server.log_tail()}")
+    except KeyboardInterrupt:
+        say("stopped")

@@ -1,0 +1,181 @@
+"""Finds and revives models whose worker process died.
+
+Triton 2.51 never restarts a killed Python worker, and goes on answering 200 to both readiness probes. So each model
+is asked a real question every ``interval_s``, and the worker processes are counted; a model that fails is unloaded and
+loaded again (``load`` alone does not help), then the dead worker's shared memory is removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import psutil
+import tritonclient.grpc as grpcclient
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from tritonclient.grpc import model_config_pb2 as pb
+from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+
+from preprocessing import contract as c
+from serving.launcher import TritonServer
+from serving.repository import ALL_MODELS
+
+log = logging.getLogger("vivace.serve")
+
+STUB = "triton_python_backend_stub"
+
+
+class Metrics:
+    """What the watchdog counts, for Prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.restarts = Counter("vivace_model_restarts", "Models revived after a dead worker", ["model"], registry=r)
+        self.failures = Counter("vivace_model_probe_failures", "Questions a model did not answer", ["model"], registry=r)
+        self.healthy = Gauge("vivace_model_healthy", "1 if the model answered its last question", ["model"], registry=r)
+        self.recovery = Histogram(
+            "vivace_model_recovery_seconds", "From noticing a dead worker to the first answer", registry=r,
+            buckets=(0.25, 0.5, 1, 2, 3, 5, 10, 30),
+        )  # fmt: skip
+        self.swept = Counter("vivace_shm_segments_removed", "Shared memory segments of dead workers", registry=r)
+
+
+def question(config: pb.ModelConfig) -> list[grpcclient.InferInput]:
+    """The smallest valid request of a model, from its configuration: one row, free axes of length 1, zeros and ""."""
+    inputs = []
+    for tensor in config.input:
+        shape = [1] * bool(config.max_batch_size) + [d if d > 0 else 1 for d in tensor.dims]
+        datatype = pb.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
+        item = grpcclient.InferInput(tensor.name, shape, datatype)
+        if datatype == "BYTES":
+            value = np.full(shape, b"", object)
+        elif tensor.name == c.TOP_K.name:
+            value = np.ones(shape, np.int32)
+        else:
+            value = np.zeros(shape, triton_to_np_dtype(datatype))
+        item.set_data_from_numpy(value)
+        inputs.append(item)
+    return inputs
+
+
+def died(error: InferenceServerException) -> bool:
+    """Whether the error means that the model has no worker: an answer such as "expected a user id" is a sign of life."""
+    text = error.message() or ""
+    return any(sign in text for sign in ("not healthy", "Stub process", "unexpectedly", "is not ready", "no version"))
+
+
+class Watchdog:
+    """Asks every model in turn, in a thread of its own. ``ask_timeout_s`` without any answer counts as dead."""
+
+    def __init__(
+        self,
+        server: TritonServer,
+        metrics: Metrics | None = None,
+        interval_s: float = 0.5,
+        ask_timeout_s: float = 20.0,
+        on_event: Callable[[str], None] | None = None,
+    ) -> None:
+        self.server, self.interval_s, self.ask_timeout_s = server, interval_s, ask_timeout_s
+        self.metrics = metrics or Metrics()
+        self._say = on_event or log.warning
+        self._client = grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._questions: dict[str, list[grpcclient.InferInput]] = {}
+        self._workers: dict[int, str] = {}
+
+    def __enter__(self) -> Watchdog:
+        for name in ALL_MODELS:
+            if self._client.is_model_ready(name):
+                config = self._client.get_model_config(name).config
+                if config.platform != "ensemble":
+                    self._questions[name] = question(config)
+                    self.metrics.healthy.labels(name).set(1)
+                    self.metrics.restarts.labels(name)
+        self._workers = self.workers()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+        self._client.close()
+
+    def workers(self) -> dict[int, str]:
+        """Worker processes of the server: pid to the model it serves."""
+        found = {}
+        try:
+            children = psutil.Process(self.server.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return {}
+        for child in children:
+            try:
+                line = child.cmdline()
+                if line and STUB in line[0] and child.status() != psutil.STATUS_ZOMBIE:
+                    found[child.pid] = next((m for m in self._questions if any(f"/{m}/" in a for a in line)), "")
+            except psutil.Error:
+                continue
+        return found
+
+    def alive(self, model: str) -> bool:
+        """Whether ``model`` answers its question."""
+        try:
+            self._client.infer(model, self._questions[model], client_timeout=self.ask_timeout_s)
+        except InferenceServerException as error:
+            if died(error):
+                return False
+            if "Deadline" in str(error):
+                self._say(f"{model}: no answer in {self.ask_timeout_s:.0f} s")
+                return False
+        return True
+
+    def revive(self, model: str) -> float:
+        """Unloads and loads ``model`` until it answers; returns the seconds it took."""
+        started = time.monotonic()
+        self.metrics.healthy.labels(model).set(0)
+        self._say(f"{model}: its worker died; reloading it")
+        while not self._stop.is_set():
+            try:
+                self._client.unload_model(model, unload_dependents=False)
+                self._client.load_model(model)
+                if self.alive(model):
+                    break
+            except InferenceServerException as error:
+                self._say(f"{model}: reload failed: {error.message()}; trying again")
+            self._stop.wait(0.2)
+        seconds = time.monotonic() - started
+        removed = self.server.sweep_shm()
+        self.metrics.swept.inc(len(removed))
+        self.metrics.restarts.labels(model).inc()
+        self.metrics.recovery.observe(seconds)
+        self.metrics.healthy.labels(model).set(1)
+        self._say(f"{model}: answers again after {seconds:.2f} s; removed {len(removed)} shared memory segments")
+        return seconds
+
+    def check(self) -> list[str]:
+        """One round: models revived."""
+        now = self.workers()
+        lost = {model for pid, model in self._workers.items() if pid not in now and model}
+        revived = []
+        for model in self._questions:
+            if self._stop.is_set():
+                break
+            if model in lost or not self.alive(model):
+                self.metrics.failures.labels(model).inc()
+                self.revive(model)
+                revived.append(model)
+        self._workers = self.workers() if revived or lost else now
+        return revived
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            if not self.server.running():
+                return
+            try:
+                self.check()
+            except InferenceServerException as error:
+                self._say(f"watchdog: {error.message()}; asking again")

@@ -1,0 +1,124 @@
+"""Batches from NVTabular's parquet through ``merlin.dataloader``.
+
+The loader hands lists over as values and offsets; here they become windows padded on the left.
+Axis legend: B rows, T history events, V item ids.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preprocessing.contract import FIRST_ID, ITEM, PADDING_ID, TARGET, label_column
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from merlin.dataloader.torch import Loader
+    from merlin.io import Dataset
+
+POOL_BATCHES = 16  # batches that are cut, sorted by length and shuffled together
+
+
+def pad_left(sequences: list[np.ndarray], length: int) -> Tensor:
+    """The newest ``length`` ids of each sequence, int64 [B, length], padded on the left."""
+    out = np.full((len(sequences), length), PADDING_ID, np.int64)
+    for row, sequence in enumerate(sequences):
+        last = sequence[-length:]
+        out[row, length - len(last) :] = last
+    return torch.from_numpy(out)
+
+
+def windows(sequence: np.ndarray, length: int) -> list[np.ndarray]:
+    """A sequence cut into pieces of ``length`` transitions from the newest back; every transition is in one piece."""
+    pieces, end = [], len(sequence)
+    while end > 1:
+        pieces.append(sequence[max(0, end - length - 1) : end])
+        end -= length
+    return pieces
+
+
+def _loader(files: list[Path], columns: list[str], rows: int, shuffle: bool, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of ``columns`` (a list column as two: values, offsets), on the CPU; the order depends on ``seed`` alone."""
+    if not files:
+        raise ValueError("training data: no parquet file; run 'vivace prepare' first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazy = Dataset([str(f) for f in files], engine="parquet", part_size="4GB", cpu=True)
+        data = Dataset(lazy.to_ddf()[columns], cpu=True)
+        np.random.seed(seed)  # what Merlin's loader shuffles by
+        loader = Loader(data, batch_size=rows, shuffle=shuffle, drop_last=False)
+        with loader:
+            for inputs, _ in loader:
+                yield {k: v.cpu() for k, v in inputs.items()}
+
+
+def _split(batch: dict[str, Tensor], column: str) -> list[np.ndarray]:
+    values, offsets = batch[f"{column}__values"].numpy(), batch[f"{column}__offsets"].numpy()
+    return np.split(values, offsets[1:-1])
+
+
+def training_batches(files: list[Path], history: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
+    """One epoch of windows, int64 [B, <= history + 1]; batches of like length, in an order set by seed and epoch."""
+    rng = np.random.default_rng([seed, epoch])
+    pool_seed = int(rng.integers(2**31))
+    for rows in _loader(files, [ITEM], batch_size * POOL_BATCHES, shuffle=True, seed=pool_seed):
+        pool = [w for s in _split(rows, ITEM) for w in windows(s, history)]
+        order = sorted(range(len(pool)), key=lambda i: len(pool[i]))
+        starts = rng.permutation(np.arange(0, len(order), batch_size))
+        for start in starts:
+            chosen = [pool[i] for i in order[start : start + batch_size]]
+            yield pad_left(chosen, max(len(w) for w in chosen))
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Held-out requests: ``histories`` whole (for the seen filter), ``history_BT`` as the encoder reads them,
+    ``target_B`` item ids, ``labels`` float [B] by head."""
+
+    histories: list[np.ndarray]
+    history_BT: Tensor
+    target_B: Tensor
+    labels: dict[str, Tensor]
+
+    def exclude(self, items: int, exclude_seen: bool) -> Tensor:
+        """bool [B, V], True where an item must not be answered."""
+        out_BV = torch.zeros(len(self.histories), items, dtype=torch.bool)
+        out_BV[:, :FIRST_ID] = True
+        if exclude_seen:
+            for row, history in enumerate(self.histories):
+                out_BV[row, torch.from_numpy(history)] = True
+        return out_BV
+
+
+def requests(
+    files: list[Path],
+    heads: list[str],
+    history: int,
+    batch_size: int,
+    shuffle_seed: int | None = None,
+    from_train: bool = False,
+) -> Iterator[Requests]:
+    """Requests of "valid" or "test" files. ``from_train``: the files are training sequences and the last event of
+    each is the one to predict (the control without an extra label)."""
+    columns = [ITEM, *(label_column(h) for h in heads)] + ([] if from_train else [TARGET])
+    shuffle = shuffle_seed is not None
+    for batch in _loader(files, columns, batch_size, shuffle, shuffle_seed or 0):
+        sequences = _split(batch, ITEM)
+        if from_train:
+            keep = [i for i, s in enumerate(sequences) if len(s) > 1]
+            labels = {
+                h: torch.tensor([float(v[-1]) for v in _split(batch, label_column(h))])[keep] for h in heads
+            }
+            target = torch.tensor([int(sequences[i][-1]) for i in keep])
+            sequences = [sequences[i][:-1] for i in keep]
+        else:
+            labels = {h: batch[label_column(h)].float().reshape(-1) for h in heads}
+            target = batch[TARGET].reshape(-1)
+        if sequences:
+            yield Requests(sequences, pad_left(sequences, history), target, labels)

@@ -1,0 +1,94 @@
+"""Full-ranking evaluation: every item of the vocabulary is ranked, no sampled negatives.
+
+A target that is excluded or out of vocabulary counts as a miss. Ties go to the smaller id (stable).
+Axis legend: B requests, V item ids, N candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preprocessing.contract import FIRST_ID
+from training.retrieval_model import EXCLUDED
+
+CUTS = (1, 5, 10, 50)
+MISS = 1 << 30  # the rank of a target that cannot be answered
+
+
+def ranks(scores_BV: Tensor, target_B: Tensor) -> Tensor:
+    """Rank of each target from 0, int64 [B]: items that score higher, or equal with a smaller id; MISS if excluded."""
+    own_B1 = scores_BV.gather(1, target_B[:, None])
+    higher = (scores_BV > own_B1).sum(1)
+    ids = torch.arange(scores_BV.shape[1], device=scores_BV.device)
+    ties = ((scores_BV == own_B1) & (ids[None] < target_B[:, None])).sum(1)
+    dead = (own_B1[:, 0] <= EXCLUDED / 2) | (target_B < FIRST_ID)
+    return torch.where(dead, MISS, higher + ties)
+
+
+def ranks_after(logits_BN: Tensor, candidates_BN: Tensor, target_B: Tensor, before_B: Tensor) -> Tensor:
+    """Rank of each target when the candidates are re-ordered by ``logits_BN`` and the rest keeps its place."""
+    hit_BN = candidates_BN == target_B[:, None]
+    own = torch.where(hit_BN, logits_BN, torch.full_like(logits_BN, EXCLUDED)).amax(1, keepdim=True)
+    higher = (logits_BN > own).sum(1)
+    place = hit_BN.to(torch.int64).argmax(1, keepdim=True)
+    index = torch.arange(logits_BN.shape[1], device=logits_BN.device)
+    ties = ((logits_BN == own) & (index[None] < place)).sum(1)
+    return torch.where(hit_BN.any(1), higher + ties, before_B)
+
+
+def metrics(rank: np.ndarray) -> dict[str, float]:
+    """HR@k, NDCG@k and MRR@k for CUTS, of ranks from 0 with one relevant item a request."""
+    rank = np.asarray(rank, np.float64)
+    if rank.size == 0:
+        raise ValueError("metrics: expected at least one request, got none; the split left nothing to evaluate")
+    out = {}
+    for k in CUTS:
+        hit = rank < k
+        out[f"HR@{k}"] = float(hit.mean())
+        out[f"NDCG@{k}"] = float(np.where(hit, 1.0 / np.log2(rank + 2.0), 0.0).mean())
+        out[f"MRR@{k}"] = float(np.where(hit, 1.0 / (rank + 1.0), 0.0).mean())
+    return out
+
+
+def list_auc(scores_BN: Tensor, positive_BN: Tensor) -> Tensor:
+    """AUC within each list that has both classes, float [<= B]; ties count one half. Their mean is the GAUC
+    (Zhou et al. 2018) for lists of equal length."""
+    both = positive_BN.any(1) & (~positive_BN).any(1)
+    s, p = scores_BN[both], positive_BN[both]
+    wins = (s[:, :, None] > s[:, None, :]).float() + 0.5 * (s[:, :, None] == s[:, None, :]).float()
+    pairs = (p[:, :, None] & ~p[:, None, :]).float()
+    return (wins * pairs).sum((1, 2)) / pairs.sum((1, 2))
+
+
+@dataclass
+class Collected:
+    """Ranks and AUCs gathered batch by batch."""
+
+    rank: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    auc: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    def add_ranks(self, method: str, values: Tensor) -> None:
+        self.rank.setdefault(method, []).append(values.cpu().numpy())
+
+    def add_auc(self, head: str, values: Tensor) -> None:
+        self.auc.setdefault(head, []).append(values.cpu().numpy())
+
+    def table(self) -> dict[str, dict[str, float]]:
+        return {method: metrics(np.concatenate(parts)) for method, parts in self.rank.items()}
+
+    def gauc(self) -> dict[str, dict[str, float]]:
+        out = {}
+        for head, parts in self.auc.items():
+            values = np.concatenate(parts)
+            out[head] = {"GAUC": float(values.mean()) if len(values) else float("nan"), "lists": len(values)}
+        return out
+
+
+def mean_ndcg(values: Iterable[Tensor], k: int = 10) -> float:
+    rank = np.concatenate([v.cpu().numpy() for v in values]).astype(np.float64)
+    return float(np.where(rank < k, 1.0 / np.log2(rank + 2.0), 0.0).mean())

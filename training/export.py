@@ -1,0 +1,189 @@
+"""``vivace compile``: trained models to ONNX, checked against PyTorch on real requests, into a servable repository."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from loadtest.requests import FILE, record
+from preprocessing import contract as c
+from preprocessing.prepare import Features
+from serving import repository
+from training import data
+from training.presets import Preset
+from training.ranking_model import RankingGraph, RankingModel
+from training.retrieval_model import RetrievalGraph, RetrievalModel
+from training.train import Progress, load_ranker, load_retrieval
+from vivace.artifacts import Step, read_manifest, write_text
+
+OPSET = 18
+TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
+PARITY_REQUESTS = 64
+RECORDED_REQUESTS = 5000
+
+
+def shapes(preset: Preset, items: int) -> c.StageTensors:
+    """The tensors between the stages for a preset and a vocabulary."""
+    count = min(preset.ranker.candidates, items - c.FIRST_ID)
+    return c.StageTensors(preset.encoder.history, count, items, preset.encoder.width)
+
+
+def export(graph: nn.Module, example: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str], path: Path) -> None:
+    """One ONNX file with a free batch axis on every tensor; raises if the checker finds fault."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    batch = {name: {0: "batch"} for name in (*inputs, *outputs)}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        # the TorchScript exporter: Merlin's expert blocks are scripted, which torch.export does not take
+        torch.onnx.export(
+            graph.eval().cpu(),
+            tuple(x.cpu() for x in example),
+            str(path),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes=batch,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    onnx.checker.check_model(str(path))
+
+
+def session(path: Path, threads: int = 1) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def example_requests(features: Features, preset: Preset, count: int = PARITY_REQUESTS) -> tuple[Tensor, Tensor]:
+    """(history ids [B, T], exclude [B, V]) of held-out requests, the last one with an empty history."""
+    heads = [h.name for h in features.schema.heads]
+    request = next(iter(data.requests(features.files("test"), heads, preset.encoder.history, count)))
+    history = request.history_BT.clone()
+    history[-1] = c.PADDING_ID
+    return history, request.exclude(features.item_count(), features.schema.exclude_seen)
+
+
+def _names(tensors: Sequence[c.WireTensor]) -> list[str]:
+    return [t.name for t in tensors]
+
+
+def _difference(expected: Sequence[Tensor], got: Sequence[np.ndarray], names: Sequence[str]) -> dict[str, float]:
+    """Largest absolute difference of each float tensor; share of equal ids for the others."""
+    found = {}
+    for name, e, g in zip(names, expected, got, strict=True):
+        reference = e.numpy()
+        if reference.dtype.kind == "f":
+            found[name] = float(np.abs(reference - g).max())
+        else:
+            found[name] = float((reference == g).mean())
+    return found
+
+
+def _check(stage: str, difference: dict[str, float]) -> None:
+    for name, value in difference.items():
+        exact = name in ("CANDIDATE_IDS", "RANKED_IDS")
+        if (exact and value < 0.99) or (not exact and value > TOLERANCE):
+            what = "share of equal ids" if exact else "largest difference"
+            raise ValueError(
+                f"{stage}: {name}: {what} between PyTorch and ONNX is {value:.3g}, expected "
+                f"{'at least 0.99' if exact else f'at most {TOLERANCE}'}; the graph was not published"
+            )
+
+
+def export_retrieval(model: RetrievalModel, s: c.StageTensors, example: tuple[Tensor, Tensor], path: Path) -> dict[str, float]:
+    graph = RetrievalGraph(model, s.candidates).eval()
+    inputs, outputs = _names(c.retrieval_inputs(s)), _names(c.retrieval_outputs(s))
+    export(graph, example, inputs, outputs, path)
+    with torch.no_grad():
+        expected = graph(*example)
+    got = session(path).run(outputs, {n: x.numpy() for n, x in zip(inputs, example, strict=True)})
+    difference = _difference(expected, got, outputs)
+    _check(c.RETRIEVAL, difference)
+    return difference
+
+
+def export_ranking(
+    model: RankingModel, s: c.StageTensors, heads: tuple[c.TaskHead, ...], example: tuple[Tensor, ...], path: Path
+) -> dict[str, float]:
+    graph = RankingGraph(model).eval()
+    inputs, outputs = _names(c.ranking_inputs(s)), _names(c.ranking_outputs(s, heads))
+    export(graph, example, inputs, outputs, path)
+    with torch.no_grad():
+        expected = graph(*example)
+    got = session(path).run(outputs, {n: x.numpy() for n, x in zip(inputs, example, strict=True)})
+    difference = _difference(expected, got, outputs)
+    _check(c.RANKING, difference)
+    return difference
+
+
+def compile_models(features: Features, preset: Preset, root: Path, seed: int, say: Progress) -> dict[str, Any]:
+    """Writes ``artifacts/<name>/compiled`` and publishes a new version in ``artifacts/<name>/model_repository``."""
+    inputs = {n: read_manifest(root / n, "vivace train")["key"] for n in ("retrieval", "ranking")}
+    inputs["features"] = read_manifest(features.folder, "vivace prepare")["key"]
+    schema, items = features.schema, features.item_count()
+    s = shapes(preset, items)
+    profiles = {name: repr(p) for name, p in repository.PROFILES.items()}
+    step = Step(root / "compiled", "compile", {"opset": OPSET, "shapes": s, "profiles": profiles}, seed, inputs)
+    target = root / "model_repository"
+    if step.done() and target.is_dir():
+        say("compiled models are there: nothing to do")
+        assert step.manifest is not None
+        return step.manifest
+    started = time.monotonic()
+    step.reset()
+    retriever = load_retrieval(features, preset, root).cpu()
+    ranker = load_ranker(features, preset, root).cpu()
+    example = example_requests(features, preset)
+    say("exporting retrieval")
+    parity = {c.RETRIEVAL: export_retrieval(retriever, s, example, step.folder / "retrieval.onnx")}
+    with torch.no_grad():
+        ids, scores, encoded = RetrievalGraph(retriever, s.candidates).eval()(*example)
+    say("exporting ranking")
+    ranking_example = (example[0], ids, scores, encoded)
+    parity[c.RANKING] = export_ranking(ranker, s, schema.heads, ranking_example, step.folder / "ranking.onnx")
+    record(features, step.folder / FILE, RECORDED_REQUESTS, seed)
+    items_file = step.folder / "items.json"
+    write_text(items_file, json.dumps(features.items()[c.ITEM].tolist(), ensure_ascii=False))
+    write_text(step.folder / "schema.json", json.dumps(schema.to_json()))
+    card = _model_card(features, root, s, seed, parity)
+    write_text(step.folder / "model_card.json", json.dumps(card, indent=2))
+    version = repository.assemble(
+        target,
+        s,
+        schema.heads,
+        {
+            c.FEATURE_TRANSFORM: {"transform.onnx": features.folder / "transform_request.onnx"},
+            c.RETRIEVAL: {"model.onnx": step.folder / "retrieval.onnx"},
+            c.RANKING: {"model.onnx": step.folder / "ranking.onnx"},
+            c.RESPONSE: {"items.json": items_file},
+            c.ENSEMBLE: {"model_card.json": step.folder / "model_card.json"},
+        },
+        exclude_seen=schema.exclude_seen,
+    )
+    say(f"published version {version} in {target}")
+    return step.finish(time.monotonic() - started, parity=parity, version=version, repository=str(target.name))
+
+
+def _model_card(features: Features, root: Path, s: c.StageTensors, seed: int, parity: dict[str, Any]) -> dict[str, Any]:
+    """Data, configuration, seed, commit and quality of what is served, beside the models."""
+    manifests = {n: read_manifest(root / n, "vivace train") for n in ("features", "retrieval", "ranking")}
+    evaluated = root / "evaluation" / "manifest.json"
+    return {
+        "data": features.schema.name,
+        "licence": features.schema.licence,
+        "shapes": s.__dict__,
+        "seed": seed,
+        "parity": parity,
+        "quality": json.loads(evaluated.read_text())["results"] if evaluated.exists() else "not evaluated",
+        **{n: {k: m[k] for k in ("key", "config", "commit", "versions", "finished")} for n, m in manifests.items()},
+    }

@@ -1,0 +1,93 @@
+"""Configurations by name. A preset is a function; nothing else decides sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from training.ranking_model import RankerConfig
+from training.retrieval_model import EncoderConfig
+
+
+@dataclass(frozen=True)
+class RetrievalTraining:
+    """How the retriever learns. ``loss`` "full" or "sampled" (with ``negatives`` shared a batch, logQ-corrected).
+
+    ``probe_users``: users whose last training event is held back to watch NDCG@10 for early stopping (``patience``
+    epochs without a gain; 0 never stops early). The validation event is not touched.
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    loss: str = "full"
+    negatives: int = 2048
+    clip_norm: float = 1.0
+    patience: int = 3
+    probe_users: int = 512
+    checkpoint_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("full", "sampled"):
+            raise ValueError(f"RetrievalTraining.loss: expected 'full' or 'sampled', got {self.loss!r}")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"RetrievalTraining: expected epochs and batch_size >= 1, got {self}")
+
+
+@dataclass(frozen=True)
+class RankerTraining:
+    """How the ranker learns, on the validation events of all users but ``held_out`` of them (early stopping and
+    calibration use those)."""
+
+    epochs: int = 4
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    held_out: float = 0.1
+    patience: int = 2
+
+
+@dataclass(frozen=True)
+class Preset:
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    retrieval: RetrievalTraining = field(default_factory=RetrievalTraining)
+    ranker: RankerConfig = field(default_factory=RankerConfig)
+    ranking: RankerTraining = field(default_factory=RankerTraining)
+
+
+def cpu() -> Preset:
+    """Minutes on two cores; what the ML-1M figures of the README use."""
+    return Preset()
+
+
+def shop() -> Preset:
+    """``cpu`` for short histories: the synthetic shop's users have 25 events."""
+    base = cpu()
+    return replace(
+        base,
+        encoder=replace(base.encoder, history=50),
+        retrieval=replace(base.retrieval, epochs=4, batch_size=128),
+        ranking=replace(base.ranking, epochs=2, batch_size=128),
+    )
+
+
+def tiny() -> Preset:
+    """Seconds: for tests of the path, not of the quality."""
+    return Preset(
+        EncoderConfig(width=16, layers=1, heads=2, history=20, dropout=0.1),
+        RetrievalTraining(epochs=2, batch_size=32, warmup_steps=5, probe_users=32),
+        RankerConfig(candidates=100, heads=2, experts=2, expert_width=16, lags=4, followers=8),
+        RankerTraining(epochs=1, batch_size=32),
+    )
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {"cpu": cpu, "shop": shop, "tiny": tiny}
+
+
+def preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"--preset: expected one of {sorted(PRESETS)}, got {name!r}")
+    return PRESETS[name]()

@@ -1,0 +1,331 @@
+"""``vivace train``: the retriever on the training events, then the ranker on the validation events.
+
+Axis legend: B requests, T history events, N candidates.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from preprocessing.contract import FIRST_ID, ITEM
+from preprocessing.prepare import Features
+from training import data
+from training.counters import item_tables, popularity
+from training.evaluation import list_auc, mean_ndcg, ranks, ranks_after
+from training.loop import Loop, LoopConfig
+from training.losses import full_softmax, sampled_softmax
+from training.presets import Preset, RetrievalTraining
+from training.ranking_model import RankingModel
+from training.retrieval_model import EXCLUDED, RetrievalModel
+from vivace.artifacts import Step, read_manifest
+
+Progress = Callable[[str], None]
+WEIGHTS = "weights.pt"
+SCORED = 256  # requests scored at once in evaluation
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# -- retrieval ---------------------------------------------------------------------------------------
+def hold_back(files: list[Path], folder: Path, users: int, seed: int) -> tuple[list[Path], list[np.ndarray]]:
+    """Copies of the training files in which ``users`` random users miss their last event, and those users' whole
+    training sequences: what early stopping watches, at the cost of one training event each."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows = [pq.read_metadata(f).num_rows for f in files]
+    chosen = np.random.default_rng(seed).permutation(sum(rows))[: min(users, sum(rows) // 4)]
+    probes, out, start = [], [], 0
+    for file, count in zip(files, rows, strict=True):
+        column = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks()
+        flat = column.flatten().to_numpy()
+        own = set((chosen[(chosen >= start) & (chosen < start + count)] - start).tolist())
+        lists = np.split(flat, column.offsets.to_numpy()[1:-1])
+        for i in own:
+            if len(lists[i]) >= 3 and lists[i][-1] >= FIRST_ID:
+                probes.append(lists[i])
+                lists[i] = lists[i][:-1]
+        lengths = np.cumsum([0, *(len(x) for x in lists)])
+        table = pa.table({ITEM: pa.ListArray.from_arrays(pa.array(lengths, pa.int32()), np.concatenate(lists))})
+        pq.write_table(table, folder / file.name, row_group_size=max(count, 1))
+        out.append(folder / file.name)
+        start += count
+    return out, probes
+
+
+def _retrieval_loss(model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor) -> Callable[..., Tensor]:
+    sampling_V = log_expected_V.exp()
+
+    def loss(window: Tensor) -> Tensor:
+        window = window.to(model.bias.device)
+        inputs, targets = window[:, :-1], window[:, 1:]
+        encoded = model.encode(inputs)
+        keep = (inputs != 0) & (targets >= FIRST_ID)
+        h, t = encoded[keep], targets[keep]
+        if config.loss == "full":
+            return full_softmax(h, model.item.weight, model.bias, t, FIRST_ID)
+        sample = torch.multinomial(sampling_V, config.negatives, replacement=True)
+        return sampled_softmax(h, model.item.weight, model.bias, t, sample, log_expected_V)
+
+    return loss
+
+
+def _probe_metric(model: RetrievalModel, probes: list[np.ndarray], exclude_seen: bool) -> Callable[[], float]:
+    def metric() -> float:
+        found = []
+        with torch.no_grad():
+            for start in range(0, len(probes), SCORED):
+                part = probes[start : start + SCORED]
+                request = data.Requests(
+                    [p[:-1] for p in part],
+                    data.pad_left([p[:-1] for p in part], model.config.history),
+                    torch.tensor([int(p[-1]) for p in part]),
+                    {},
+                )
+                found.append(_scored(model, request, exclude_seen)[0])
+        return mean_ndcg(found) if found else 0.0
+
+    return metric
+
+
+def _scored(model: RetrievalModel, request: data.Requests, exclude_seen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(rank of the target [B], scores [B, V], encoded history [B, T, D])."""
+    where = model.bias.device
+    history = request.history_BT.to(where)
+    exclude = request.exclude(len(model.bias), exclude_seen).to(where)
+    encoded = model.encode(history)
+    scores = model.scores(history, encoded, exclude)
+    return ranks(scores, request.target_B.to(where)), scores, encoded
+
+
+def train_retrieval(features: Features, preset: Preset, root: Path, seed: int, say: Progress, quiet: bool = False) -> dict[str, Any]:
+    """Trains (or resumes, or finds) ``artifacts/<name>/retrieval``; returns its manifest."""
+    prepared = read_manifest(features.folder, "vivace prepare")
+    config = {"encoder": asdict(preset.encoder), "training": asdict(preset.retrieval)}
+    step = Step(root / "retrieval", "train retrieval", config, seed, {"features": prepared["key"]})
+    if step.done():
+        say("retriever is there: nothing to do")
+        assert step.manifest is not None
+        return step.manifest
+    _keep_only_own_checkpoint(step)
+    torch.manual_seed(seed)
+    items, c = features.item_count(), preset.retrieval
+    counts = popularity(features.files("train"), items)
+    model = RetrievalModel(preset.encoder, items, torch.tensor(counts)).to(device())
+    files, probes = hold_back(features.files("train"), step.folder / "parts", c.probe_users, seed)
+    history = preset.encoder.history
+    steps = sum(1 for _ in data.training_batches(files, history, c.batch_size, seed, 0))
+    p = torch.tensor((counts + 1) ** 0.75)
+    p[:FIRST_ID] = 1e-12
+    log_expected = (c.negatives * p / p.sum()).log().float().to(device())
+    loop = Loop(
+        model,
+        LoopConfig(
+            c.epochs, steps, c.learning_rate, c.weight_decay, c.warmup_steps, c.clip_norm, c.patience,
+            c.checkpoint_s, seed,
+        ),
+        step.folder,
+        "retrieval",
+        lambda epoch: data.training_batches(files, history, c.batch_size, seed, epoch),
+        _retrieval_loss(model, c, log_expected),
+        _probe_metric(model, probes, features.schema.exclude_seen),
+        quiet,
+    )  # fmt: skip
+    if loop.resume():
+        say(f"retriever: resumed at epoch {loop.epoch + 1}, step {loop.step}")
+    report = loop.run()
+    return _finish(step, model, report, parameters=sum(p.numel() for p in model.parameters()))
+
+
+def _keep_only_own_checkpoint(step: Step) -> None:
+    """A checkpoint of another configuration is not taken up."""
+    step.reset()
+    mark = step.folder / "checkpoint.key"
+    if not mark.exists() or mark.read_text() != step.key:
+        (step.folder / "checkpoint.pt").unlink(missing_ok=True)
+        mark.write_text(step.key)
+
+
+def _finish(step: Step, model: torch.nn.Module, report: dict[str, Any], **more: Any) -> dict[str, Any]:
+    torch.save(model.state_dict(), step.folder / WEIGHTS)
+    (step.folder / "checkpoint.pt").unlink(missing_ok=True)
+    shutil.rmtree(step.folder / "parts", ignore_errors=True)
+    seconds = report.pop("seconds")
+    return step.finish(seconds, **report, **more, device=str(device()))
+
+
+def load_retrieval(features: Features, preset: Preset, root: Path) -> RetrievalModel:
+    read_manifest(root / "retrieval", "vivace train")
+    items = features.item_count()
+    model = RetrievalModel(preset.encoder, items, torch.zeros(items))
+    model.load_state_dict(torch.load(root / "retrieval" / WEIGHTS, weights_only=True, map_location="cpu"))
+    return model.eval().to(device())
+
+
+# -- ranking -------------------------------------------------------------------------------------------
+def candidates(
+    retriever: RetrievalModel, request: data.Requests, count: int, exclude_seen: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(rank of the target [B], ids [B, N], scores [B, N], encoded [B, T, D]) of the retriever, without gradients."""
+    with torch.no_grad():
+        rank, scores, encoded = _scored(retriever, request, exclude_seen)
+        top, ids = torch.topk(scores, count, dim=1)
+        ids = torch.where(top > EXCLUDED / 2, ids, torch.zeros_like(ids))
+    return rank, ids, top, encoded
+
+
+class RankerData:
+    """Ranker batches: requests of the validation events (or, as a control, of the last training events)."""
+
+    def __init__(self, features: Features, retriever: RetrievalModel, preset: Preset, seed: int, control: bool) -> None:
+        self.features, self.retriever, self.preset, self.seed, self.control = features, retriever, preset, seed, control
+        self.schema = features.schema
+        self.heads = [h.name for h in self.schema.heads]
+        self.files = features.files("train" if control else "valid")
+        self.count = min(preset.ranker.candidates, features.item_count() - FIRST_ID)
+
+    def _requests(self, shuffle_seed: int | None, batch_size: int) -> Iterator[data.Requests]:
+        history = self.preset.encoder.history
+        return data.requests(self.files, self.heads, history, batch_size, shuffle_seed, from_train=self.control)
+
+    def held_out_mask(self, request: data.Requests) -> np.ndarray:
+        """The same requests always: by a hash of the history, which stays with the user."""
+        mix = np.array([(int(h.sum()) * 2654435761 + len(h) * 40503 + self.seed) % 1000 for h in request.histories])
+        return mix < self.preset.ranking.held_out * 1000
+
+    def batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[tuple[Any, ...]]:
+        """(history [B, T], ids, scores, encoded, hit bool [B, N], labels [B, heads]) of requests whose target is among
+        the candidates (training), or of all of them (held out); the retriever's rank and the target come last."""
+        for request in self._requests(shuffle_seed, batch_size):
+            rank, ids, scores, encoded = candidates(self.retriever, request, self.count, self.schema.exclude_seen)
+            target = request.target_B.to(ids.device)
+            hit = ids == target[:, None]
+            keep = torch.from_numpy(self.held_out_mask(request) == held_out).to(ids.device)
+            if not held_out:
+                keep &= hit.any(1)
+            labels = torch.stack([request.labels[h] for h in self.heads], 1).to(ids.device)
+            history = request.history_BT.to(ids.device)
+            if keep.any():
+                yield tuple(x[keep] for x in (history, ids, scores, encoded, hit, labels, rank, target))
+
+
+def ranker_loss(model: RankingModel, batch: tuple[Any, ...]) -> Tensor:
+    """Listwise softmax over the candidates for the head that orders; binary cross-entropy for the others."""
+    history, ids, scores, encoded, hit_BN, labels_BH, *_ = batch
+    logits = model(history, ids, scores, encoded)
+    loss = F.cross_entropy(logits[..., 0], hit_BN.to(torch.int64).argmax(1))
+    for head in range(1, logits.shape[2]):
+        label_BN = hit_BN.float() * labels_BH[:, head, None]
+        loss = loss + F.binary_cross_entropy_with_logits(logits[..., head], label_BN, reduction="none").sum(1).mean() / 2
+    return loss
+
+
+def calibrate(model: RankingModel, batches: Iterator[tuple[Any, ...]]) -> dict[str, list[float]]:
+    """Platt scaling of each head on held-out requests (Platt 1999): slope and offset go into the model."""
+    logits, labels = [], []
+    with torch.no_grad():
+        for history, ids, scores, encoded, hit_BN, labels_BH, *_ in batches:
+            out = model(history, ids, scores, encoded)
+            logits.append(out.reshape(-1, out.shape[2]).cpu())
+            labels.append((hit_BN[..., None] * labels_BH[:, None, :]).reshape(-1, out.shape[2]).cpu())
+    if not logits:
+        return {}
+    x, y = torch.cat(logits).double(), torch.cat(labels).double()
+    found = {}
+    for head, name in enumerate(model.head_names):
+        w = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
+        optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure(w=w, head=head, optimizer=optimizer) -> Tensor:  # noqa: ANN001
+            optimizer.zero_grad()
+            loss = F.binary_cross_entropy_with_logits(x[:, head] * w[0] + w[1], y[:, head])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            model.calibration[head] = w.detach().float().clamp(-100, 100)
+        found[name] = [float(v) for v in w.detach()]
+    return found
+
+
+def build_ranker(features: Features, preset: Preset, retriever: RetrievalModel) -> RankingModel:
+    tables = item_tables(features, preset.ranker.followers)
+    names = tuple(h.name for h in features.schema.heads)
+    return RankingModel(preset.ranker, tables, retriever.cpu(), names)
+
+
+def train_ranker(
+    features: Features, preset: Preset, root: Path, seed: int, say: Progress, control: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Trains ``artifacts/<name>/ranking``. ``control``: on the last training event instead of the validation event,
+    so without a label that the retriever has not seen (``ranking_control``)."""
+    retrieval = read_manifest(root / "retrieval", "vivace train")
+    name = "ranking_control" if control else "ranking"
+    config = {"ranker": asdict(preset.ranker), "training": asdict(preset.ranking), "control": control}
+    step = Step(root / name, "train ranking", config, seed, {"retrieval": retrieval["key"]})
+    if step.done():
+        say("ranker is there: nothing to do")
+        assert step.manifest is not None
+        return step.manifest
+    _keep_only_own_checkpoint(step)
+    torch.manual_seed(seed)
+    retriever = load_retrieval(features, preset, root)
+    model = build_ranker(features, preset, retriever).to(device())
+    retriever.to(device())
+    source, c = RankerData(features, retriever, preset, seed, control), preset.ranking
+    rows = sum(pq.read_metadata(f).num_rows for f in source.files)
+
+    def metric() -> float:
+        found = []
+        with torch.no_grad():
+            for history, ids, scores, encoded, _, _, rank, target in source.batches(True, None, SCORED):
+                found.append(ranks_after(model(history, ids, scores, encoded)[..., 0], ids, target, rank))
+        return mean_ndcg(found) if found else 0.0
+
+    loop = Loop(
+        model,
+        LoopConfig(
+            c.epochs, -(-rows // c.batch_size), c.learning_rate, c.weight_decay, 50, c.clip_norm, c.patience, 30.0, seed
+        ),
+        step.folder,
+        name,
+        lambda epoch: source.batches(False, seed * 1000 + epoch, c.batch_size),
+        lambda batch: ranker_loss(model, batch),
+        metric,
+        quiet,
+    )
+    if loop.resume():
+        say(f"ranker: resumed at epoch {loop.epoch + 1}, step {loop.step}")
+    report = loop.run()
+    if loop.best_state is not None:
+        model.load_state_dict(loop.best_state)
+    calibration = calibrate(model, source.batches(True, None, SCORED))
+    return _finish(step, model, report, calibration=calibration, parameters=sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    ))  # fmt: skip
+
+
+def load_ranker(features: Features, preset: Preset, root: Path, name: str = "ranking") -> RankingModel:
+    read_manifest(root / name, "vivace train")
+    retriever = load_retrieval(features, preset, root)
+    model = build_ranker(features, preset, retriever)
+    model.load_state_dict(torch.load(root / name / WEIGHTS, weights_only=True, map_location="cpu"))
+    return model.eval().to(device())
+
+
+def head_auc(probability_BN: Tensor, hit_BN: Tensor, label_B: Tensor) -> Tensor:
+    """AUC of one head within each candidate list whose target carries the label."""
+    return list_auc(probability_BN, hit_BN & (label_B[:, None] > 0))

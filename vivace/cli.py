@@ -1,0 +1,317 @@
+"""``vivace``: one verb a step. Each verb is a thin shell over a function of its stage's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+Data = Annotated[str, typer.Option("--data", help="shop, ml-1m, ml-1m-benchmark, globo or tables")]
+DataPath = Annotated[Path | None, typer.Option("--path", help="folder of the data set; for tables the TOML mapping")]
+Name = Annotated[str, typer.Option("--name", help="folder under --artifacts; the data set's name if empty")]
+Artifacts = Annotated[Path, typer.Option("--artifacts", help="where artifacts go")]
+PresetName = Annotated[str, typer.Option("--preset", help="model and training sizes; chosen by the data set if empty")]
+Seed = Annotated[int, typer.Option("--seed")]
+Profile = Annotated[str, typer.Option("--profile", help='configs/<profile>.pbtxt; "" is config.pbtxt')]
+Host = Annotated[str, typer.Option("--host", help="address to bind or to call")]
+DEFAULT_ARTIFACTS = Path("artifacts")
+
+
+def say(text: str) -> None:
+    console.print(f"[dim]·[/dim] {text}", highlight=False)
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Expected errors as one line and exit code 1; Ctrl-C as exit code 130. The rest shows its traceback."""
+    from serving.client import VivaceError
+    from serving.launcher import ServerError
+    from vivace.artifacts import BusyError
+
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NotImplementedError, ServerError, BusyError, VivaceError) as error:
+        console.print(f"[red]vivace:[/red] {error}", highlight=False, markup=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("stopped", highlight=False)
+        raise typer.Exit(130) from None
+
+
+def _root(artifacts: Path, name: str, data: str) -> Path:
+    return artifacts / (name or data)
+
+
+def _preset(name: str, root: Path) -> Any:
+    from preprocessing.contract import DataSchema
+    from training.presets import preset
+
+    schema = root / "features" / "schema.json"
+    known = DataSchema.load(schema).name if schema.exists() else ""
+    return preset(name or ("shop" if known == "shop" else "cpu"))
+
+
+@app.command()
+def prepare(
+    data: Data = "shop",
+    path: DataPath = None,
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    seed: Seed = 7,
+    split: Annotated[str, typer.Option(help="leave-one-out or time")] = "leave-one-out",
+    freq_threshold: Annotated[int, typer.Option(help="items with fewer events are out of vocabulary (0: none)")] = 0,
+    max_items: Annotated[int, typer.Option(help="keep only the most frequent items (0: all)")] = 0,
+    partitions: Annotated[int, typer.Option(help="files by user; one must fit in memory")] = 4,
+    workers: Annotated[int, typer.Option(help="Dask worker processes (0: this process; CUDA workers with cuDF)")] = 0,
+    users: Annotated[int, typer.Option(help="shop only: number of users")] = 20_000,
+    items: Annotated[int, typer.Option(help="shop only: number of items")] = 5_000,
+    events: Annotated[int, typer.Option(help="shop only: number of events, about")] = 500_000,
+) -> None:
+    """Read a log, fit NVTabular, write sequences, requests, transform.onnx and the feature store."""
+    from preprocessing.contract import FIRST_ID
+    from preprocessing.prepare import PrepareConfig
+    from preprocessing.prepare import prepare as run
+    from preprocessing.readers import open_source
+    from preprocessing.splits import SplitConfig
+    from preprocessing.workflow import VocabularyConfig
+    from vivace.artifacts import exclusive
+
+    with reported():
+        root = _root(artifacts, name, data)
+        vocabulary = VocabularyConfig(freq_threshold, max_items + FIRST_ID if max_items else 0)
+        config = PrepareConfig(SplitConfig(split), vocabulary, partitions, workers)
+        size = {"users": users, "items": items, "events": events, "seed": seed}
+        with exclusive(root):
+            results = run(open_source(data, path, size), config, root, seed, say)["results"]
+        say(
+            f"{results['events']:,} events, {results['users']:,} users, {results['items_in_vocabulary']:,} items; "
+            f"requests {results['requests']}"
+        )
+        for reason, count in results["rejected"].items():
+            say(f"[yellow]rejected[/yellow] {reason}: {count:,} (see {root / 'features' / 'rejects.csv'})")
+        if results["licence"]:
+            say(f"licence of the data: {results['licence']}")
+
+
+@app.command()
+def train(
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    preset: PresetName = "",
+    seed: Seed = 7,
+    control: Annotated[bool, typer.Option(help="also train the ranker without its extra label")] = False,
+    epochs: Annotated[int, typer.Option(help="epochs of the retriever (0: the preset's)")] = 0,
+    loss: Annotated[str, typer.Option(help='"full" or "sampled" softmax ("": the preset\'s)')] = "",
+) -> None:
+    """Train the retriever, then the ranker; resumes from the last checkpoint."""
+    from preprocessing.prepare import Features
+    from training.train import train_ranker, train_retrieval
+    from vivace.artifacts import exclusive
+
+    with reported():
+        root = artifacts / name
+        chosen = with_overrides(_preset(preset, root), epochs, loss)
+        features = Features(root / "features")
+        with exclusive(root):
+            first = train_retrieval(features, chosen, root, seed, say)
+            say(f"retriever: {first['results']['parameters']:,} parameters, {first['seconds']:.0f} s")
+            second = train_ranker(features, chosen, root, seed, say)
+            say(f"ranker: {second['results']['parameters']:,} parameters, {second['seconds']:.0f} s")
+            if control:
+                train_ranker(features, chosen, root, seed, say, control=True)
+
+
+def with_overrides(chosen: Any, epochs: int = 0, loss: str = "") -> Any:
+    if epochs:
+        chosen = replace(chosen, retrieval=replace(chosen.retrieval, epochs=epochs))
+    if loss:
+        chosen = replace(chosen, retrieval=replace(chosen.retrieval, loss=loss))
+    return chosen
+
+
+@app.command()
+def evaluate(
+    name: Name = "shop", artifacts: Artifacts = DEFAULT_ARTIFACTS, preset: PresetName = "", seed: Seed = 7
+) -> None:
+    """Rank every item for every test request: baselines, retriever, ranker, control."""
+    from preprocessing.prepare import Features
+    from training.evaluate import evaluate as run
+    from training.evaluate import render
+    from vivace.artifacts import exclusive
+
+    with reported():
+        root = artifacts / name
+        with exclusive(root), console.status("ranking test requests") as status:
+            features = Features(root / "features")
+            manifest = run(features, _preset(preset, root), root, seed, lambda text: status.update(text))
+        for table in render(manifest, name):
+            console.print(table)
+
+
+@app.command("compile")
+def compile_(
+    name: Name = "shop", artifacts: Artifacts = DEFAULT_ARTIFACTS, preset: PresetName = "", seed: Seed = 7
+) -> None:
+    """Export to ONNX, check against PyTorch, publish a new version of the model repository."""
+    from preprocessing.prepare import Features
+    from training.export import compile_models
+    from vivace.artifacts import exclusive
+
+    with reported():
+        root = artifacts / name
+        with exclusive(root):
+            manifest = compile_models(Features(root / "features"), _preset(preset, root), root, seed, say)
+        for stage, values in manifest["results"]["parity"].items():
+            say(f"{stage}: PyTorch against ONNX " + ", ".join(f"{k} {v:.2g}" for k, v in values.items()))
+
+
+@app.command()
+def serve(
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    host: Host = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="0: any free port")] = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    status_port: Annotated[int, typer.Option(help="Prometheus metrics of the watchdog (0: none)")] = 8003,
+    profile: Profile = "",
+    cache_mb: Annotated[int, typer.Option(help="Triton's response cache (0: none)")] = 0,
+    log_file: Annotated[Path | None, typer.Option(help="Triton's log; default artifacts/<name>/triton.log")] = None,
+    verbose: int = 0,
+) -> None:
+    """Start the real Triton with the ensemble, watch its workers, stop cleanly on Ctrl-C."""
+    from serving.launcher import ServerOptions
+    from serving.service import run_until_signal
+
+    with reported():
+        root = artifacts / name
+        options = ServerOptions(
+            repository=root / "model_repository",
+            host=host,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            metrics_port=metrics_port,
+            profile=profile,
+            cache_bytes=cache_mb << 20,
+            log=log_file or root / "triton.log",
+            verbose=verbose,
+        )
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        run_until_signal(options, status_port, say)
+
+
+@app.command()
+def query(
+    user: Annotated[str, typer.Option(help="user id; the history comes from the feature store")] = "",
+    history: Annotated[str, typer.Option(help="item ids, oldest first, separated by commas")] = "",
+    top_k: int = 10,
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    url: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8001",
+    protocol: Annotated[str, typer.Option(help="grpc or http")] = "grpc",
+    append: Annotated[str, typer.Option(help="first add this item to the user's history")] = "",
+) -> None:
+    """Ask the running server and print titles."""
+    from serving.client import VivaceClient
+
+    with reported(), VivaceClient(url, protocol) as client:
+        if append:
+            say(f"{user}: history now has {client.append(user, append)} events")
+        items = [i for i in history.split(",") if i]
+        print_answer(artifacts / name, user, items, client.recommend(user, items, top_k))
+
+
+def print_answer(root: Path, user: str, history: list[str], answer: Any) -> None:
+    """History titles and recommended titles side by side with scores."""
+    from serving.feature_store import LmdbStore
+
+    store = LmdbStore(root / "feature_store", readonly=True)
+    known = history or (store.histories([user])[0] if user else None) or []
+    titled = lambda ids: [t or i for t, i in zip(store.titles(ids), ids, strict=True)]  # noqa: E731
+    past = titled(known[-5:])
+    store_titles = titled(answer.items)
+    store.close()
+    table = Table(title=f"user {user or '(anonymous)'}, STATUS {answer.status}", title_justify="left")
+    table.add_column("last in the history")
+    table.add_column("recommended")
+    table.add_column("score", justify="right")
+    for head in answer.heads:
+        table.add_column(f"P({head})", justify="right")
+    for i in range(max(len(past), len(store_titles))):
+        got = i < len(store_titles)
+        table.add_row(
+            past[i] if i < len(past) else "",
+            store_titles[i] if got else "",
+            f"{answer.scores[i]:.2f}" if got else "",
+            *(f"{p[i]:.3f}" if got else "" for p in answer.heads.values()),
+        )
+    console.print(table)
+
+
+@app.command()
+def load(
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    host: Host = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    protocol: Annotated[str, typer.Option(help="grpc, http or both")] = "both",
+    users: Annotated[int, typer.Option(help="concurrent users")] = 8,
+    seconds: int = 20,
+    web: Annotated[bool, typer.Option(help="locust's own page on 127.0.0.1:8089 instead of a headless run")] = False,
+) -> None:
+    """Replay held-out requests with locust."""
+    from loadtest.run_locust import run_locust
+
+    with reported():
+        raise typer.Exit(run_locust(artifacts / name, host, http_port, grpc_port, protocol, users, seconds, web))
+
+
+@app.command()
+def demo(
+    data: Data = "shop",
+    path: DataPath = None,
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    seed: Seed = 7,
+    preset: PresetName = "",
+    load_seconds: Annotated[int, typer.Option(help="length of the locust run")] = 15,
+) -> None:
+    """The whole path: prepare, train, evaluate, compile, serve, a few answers, a short load test."""
+    from vivace.demo import run_demo
+
+    with reported():
+        run_demo(data, path, artifacts, seed, preset, load_seconds)
+
+
+@app.command()
+def doctor(artifacts: Artifacts = DEFAULT_ARTIFACTS) -> None:
+    """Say what this machine offers and what is missing."""
+    from vivace.doctor import examine
+
+    missing = examine(console, artifacts)
+    if missing:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    os.environ.setdefault("TQDM_MININTERVAL", "1")
+    import warnings
+
+    warnings.filterwarnings("ignore", module="merlin|nvtabular|dask|cudf")
+    app()
+
+
+if __name__ == "__main__":
+    main()

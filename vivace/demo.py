@@ -1,0 +1,91 @@
+"""``make demo``: the whole path on one data set, with its times."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import tritonclient.grpc as grpcclient
+from rich.console import Console
+from rich.table import Table
+
+from loadtest.requests import recorded
+from loadtest.run_locust import results, run_locust
+from loadtest.stages import MODELS, between, quantiles, statistics
+from preprocessing import contract as c
+from serving.client import VivaceClient
+from serving.launcher import ServerOptions, TritonServer
+from serving.service import interrupt_on_signals, service
+from vivace import cli
+
+LOAD_USERS = 8
+
+
+def _answers(root: Path, server: TritonServer) -> None:
+    """A few readable answers: held-out users, a user after a new click, an anonymous one."""
+    sample = recorded(root)
+    with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
+        for user, history, target in sample.head(2)[[c.USER, c.ITEM, c.TARGET]].itertuples(index=False):
+            answer = client.recommend(user, list(history), 5)
+            cli.print_answer(root, user, list(history), answer)
+            cli.say(f"held-out next item: {target}" + (" (among the answers)" if target in answer.items else ""))
+        cli.print_answer(root, "", [], client.recommend(top_k=5))
+
+
+def _load(root: Path, server: TritonServer, seconds: int, console: Console) -> None:
+    client = grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}")
+    before = statistics(client)
+    code = run_locust(
+        root, server.host, server.http_port, server.grpc_port, "both", LOAD_USERS, seconds, quiet=True
+    )
+    stages, spread = between(before, statistics(client)), quantiles(server.host, server.metrics_port)
+    client.close()
+    table = Table(title=f"locust, {LOAD_USERS} users in a closed loop for {seconds} s: latency in ms", title_justify="left")
+    for name in ("", "p50", "p95", "p99", "QPS", "mean batch", "failures"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in results(root):
+        cells = [f"{row[k]:.1f}" for k in ("p50", "p95", "p99", "qps")]
+        table.add_row(f"client, {row['protocol']}", *cells, "", str(row["failures"]))
+    for model in MODELS:
+        p = spread.get(model, {})
+        cells = [f"{p[k]:.1f}" if k in p else "-" for k in ("p50", "p95", "p99")]
+        batch = f"{stages[model]['batch']:.1f}" if model in c.STAGES else ""
+        table.add_row(f"server, {model}", *cells, f"{stages[model]['requests'] / seconds:.1f}", batch, "")
+    console.print(table)
+    if code:
+        raise ValueError(f"locust: some requests failed (exit code {code}); see the table and {root / 'triton.log'}")
+
+
+def run_demo(data: str, path: Path | None, artifacts: Path, seed: int, preset: str, load_seconds: int) -> None:
+    """Runs every step; each one that is already there is not done again."""
+    interrupt_on_signals()
+    console, root, started = cli.console, artifacts / data, time.monotonic()
+    times: list[tuple[str, float]] = []
+
+    def timed(name: str, since: float) -> None:
+        times.append((name, time.monotonic() - since))
+        console.rule(f"{name}: {times[-1][1]:.0f} s", align="left")
+
+    t = time.monotonic()
+    cli.prepare(data=data, path=path, artifacts=artifacts, seed=seed)
+    timed("prepare", t)
+    t = time.monotonic()
+    cli.train(name=data, artifacts=artifacts, preset=preset, seed=seed)
+    timed("train", t)
+    t = time.monotonic()
+    cli.evaluate(name=data, artifacts=artifacts, preset=preset, seed=seed)
+    timed("evaluate", t)
+    t = time.monotonic()
+    cli.compile_(name=data, artifacts=artifacts, preset=preset, seed=seed)
+    timed("compile", t)
+    t = time.monotonic()
+    options = ServerOptions(root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log")
+    with service(options, cli.say) as (server, _):
+        timed("serve", t)
+        _answers(root, server)
+        t = time.monotonic()
+        _load(root, server, load_seconds, console)
+        timed("load", t)
+    total = time.monotonic() - started
+    cli.say("seconds: " + ", ".join(f"{n} {s:.0f}" for n, s in times) + f"; in all {total:.0f}")
+    cli.say(f"serve it with: vivace serve --name {data}   then: vivace query --name {data} --user {recorded(root)[c.USER][0]}")
