@@ -21,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -247,19 +248,24 @@ class TritonServer:
             self._root = None
 
     # -- shared memory of workers that died ----------------------------------------------------------
-    def sweep_shm(self) -> list[str]:
-        """Removes segments of this server that no living process maps; returns their names."""
-        own = {p.name: p for p in SHM.glob(f"{self.shm_prefix}*")}
-        if not own:
-            return []
+    def segments(self) -> set[str]:
+        """Names of this server's shared memory segments."""
+        return {p.name for p in SHM.glob(f"{self.shm_prefix}*")}
+
+    def sweep_shm(self, candidates: set[str], workers: Iterable[int]) -> list[str]:
+        """Removes those of ``candidates`` that no living worker maps; returns their names.
+
+        Triton itself keeps a dead worker's segment mapped, so only the workers are asked; ``candidates`` must be from
+        before a reload, as a segment is made before its worker maps it.
+        """
         mapped: set[str] = set()
-        for maps in Path("/proc").glob("[0-9]*/maps"):
+        for pid in workers:
             try:
-                text = maps.read_text()
+                text = Path(f"/proc/{pid}/maps").read_text()
             except OSError:
                 continue
-            mapped.update(name for name in own if name in text)
-        removed = [name for name in own if name not in mapped]
+            mapped.update(name for name in candidates if name in text)
+        removed = sorted(candidates - mapped)
         for name in removed:
-            own[name].unlink(missing_ok=True)
+            (SHM / name).unlink(missing_ok=True)
         return removed

@@ -42,6 +42,10 @@ PROFILES = {
 }
 
 
+DEFAULT_SHAPES = c.StageTensors(history=50, candidates=100, items=5_000 + c.FIRST_ID, width=64)  # the demo shop's
+DEFAULT_HEADS = (c.TaskHead("click", float("-inf")), c.TaskHead("buy", 3.0))
+
+
 def _io(message, tensors: tuple[c.WireTensor, ...], ragged: tuple[str, ...] = ()) -> None:  # noqa: ANN001
     for tensor in tensors:
         entry = message.add(name=tensor.name, data_type=pb.DataType.Value(tensor.config_datatype), dims=tensor.dims)
@@ -164,3 +168,7 @@ def assemble(
         if old.is_dir() and old.name.isdigit() and int(old.name) < version - 1:
             shutil.rmtree(old)
     return version
+
+
+if __name__ == "__main__":  # python -m serving.repository: renders the checkout's configurations anew
+    write_configs(CHECKOUT_REPOSITORY, DEFAULT_SHAPES, DEFAULT_HEADS)

@@ -135,7 +135,7 @@ class Watchdog:
 
     def revive(self, model: str) -> float:
         """Unloads and loads ``model`` until it answers; returns the seconds it took."""
-        started = time.monotonic()
+        started, segments = time.monotonic(), self.server.segments()
         self.metrics.healthy.labels(model).set(0)
         self._say(f"{model}: its worker died; reloading it")
         while not self._stop.is_set():
@@ -148,7 +148,7 @@ class Watchdog:
                 self._say(f"{model}: reload failed: {error.message()}; trying again")
             self._stop.wait(0.2)
         seconds = time.monotonic() - started
-        removed = self.server.sweep_shm()
+        removed = self.server.sweep_shm(segments, self.workers())
         self.metrics.swept.inc(len(removed))
         self.metrics.restarts.labels(model).inc()
         self.metrics.recovery.observe(seconds)

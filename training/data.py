@@ -92,7 +92,7 @@ class Requests:
         out_BV[:, :FIRST_ID] = True
         if exclude_seen:
             for row, history in enumerate(self.histories):
-                out_BV[row, torch.from_numpy(history)] = True
+                out_BV[row, torch.tensor(history)] = True
         return out_BV
 
 

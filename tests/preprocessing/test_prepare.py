@@ -1,0 +1,62 @@
+"""The prepared artifact does not depend on how it was made, and resumes."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from preprocessing import contract as c
+from preprocessing.prepare import Features, PrepareConfig, prepare
+from preprocessing.readers.shop import Shop, ShopConfig
+from preprocessing.splits import SplitConfig
+from preprocessing.workflow import VocabularyConfig
+from vivace.artifacts import BusyError, exclusive
+
+SOURCE = Shop(ShopConfig(users=150, items=80, events=3000, seed=9))
+
+
+def _raw_sequences(folder) -> dict[str, list[str]]:
+    features = Features(folder / "features")
+    names = features.items()[c.ITEM].tolist()
+    rows = pd.concat(pd.read_parquet(f) for f in features.files("test"))
+    return {u: [names[i - c.FIRST_ID] for i in h] for u, h in zip(rows[c.USER], rows[c.ITEM], strict=True)}
+
+
+def test_partitions_and_dask_workers_change_nothing(tmp_path):
+    configs = {"one": PrepareConfig(partitions=1), "five": PrepareConfig(partitions=5), "dask": PrepareConfig(partitions=4, workers=2)}
+    found = {}
+    for name, config in configs.items():
+        prepare(SOURCE, config, tmp_path / name, 0, lambda _: None)
+        found[name] = _raw_sequences(tmp_path / name)
+    assert found["one"] == found["five"] == found["dask"]
+    assert len(found["one"]) > 100
+
+
+def test_leave_one_out_holds_back_the_last_two_events(tmp_path):
+    prepare(SOURCE, PrepareConfig(partitions=2), tmp_path, 0, lambda _: None)
+    log = pd.concat(x.rows for x in SOURCE.interactions()).sort_values([c.USER, c.TIME, c.SOURCE_ROW])
+    expected = {u: g[c.ITEM].tolist() for u, g in log.groupby(c.USER)}
+    vocabulary = set(Features(tmp_path / "features").items()[c.ITEM])
+    for user, history in _raw_sequences(tmp_path).items():
+        if set(expected[user]) <= vocabulary:
+            assert history == expected[user][:-1]
+
+
+def test_vocabulary_limits(tmp_path):
+    config = PrepareConfig(SplitConfig(), VocabularyConfig(max_size=20 + c.FIRST_ID), partitions=2)
+    results = prepare(SOURCE, config, tmp_path, 0, lambda _: None)["results"]
+    assert results["items_in_vocabulary"] == 20
+    with pytest.raises(ValueError, match="only one"):
+        VocabularyConfig(freq_threshold=2, max_size=10)
+
+
+def test_resume_and_lock(tmp_path):
+    said: list[str] = []
+    first = prepare(SOURCE, PrepareConfig(partitions=2), tmp_path, 0, said.append)
+    again = prepare(SOURCE, PrepareConfig(partitions=2), tmp_path, 0, said.append)
+    assert again == first and "nothing to do" in said[-1]
+    assert {"config", "seed", "inputs", "versions", "commit"} <= set(first)
+    with exclusive(tmp_path), pytest.raises(BusyError, match="another vivace"), exclusive(tmp_path):
+        pass
+    with exclusive(tmp_path):  # the lock went with its holder
+        pass

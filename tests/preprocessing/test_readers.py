@@ -1,0 +1,180 @@
+"""Readers: bad rows are counted by reason and kept in the rejects file; good rows come out typed and in order."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from preprocessing import contract as c
+from preprocessing.prepare import Features, PrepareConfig, prepare
+from preprocessing.readers import open_source
+from preprocessing.readers.shop import Shop, ShopConfig
+from preprocessing.splits import SplitConfig
+
+MAPPING = """
+name = "corner-shop"
+[interactions]
+files = "events.{kind}"
+user = "visitor"
+item = "sku"
+time = "at"
+time_unit = "iso"
+event_type = "did"
+context = ["device"]
+[interactions.weights]
+view = 1
+buy = 3
+[items]
+files = "items.csv"
+item = "sku"
+title = ["brand", "name"]
+categorical = ["category"]
+continuous = ["price"]
+[heads]
+click = 0
+buy = 3
+"""
+ITEMS = "sku,brand,name,category,price\nA,Opus,café cup,cups,9.5\nB,Opus,pan,pans,\nC,,plate,,x\nA,again,again,cups,1\n,no,id,cups,1\n"
+GOOD = [
+    ("u1", "A", "2026-01-01T00:00:00", "view", "phone"),
+    ("u1", "B", "2026-01-01T00:00:01", "buy", "phone"),
+    ("u1", "C", "2026-01-01T00:00:02", "view", ""),
+    ("ü2", "B", "2026-01-01T00:00:03", "view", "desktop"),
+    ("ü2", "A", "2026-01-02T00:00:03", "buy", "desktop"),
+    ("ü2", "C", "2026-01-03T00:00:03", "view", "desktop"),
+]
+BAD = [
+    ("", "A", "2026-01-01T00:00:00", "view", "phone"),  # missing user id
+    ("u1", "", "2026-01-01T00:00:00", "view", "phone"),  # missing item id
+    ("u1", "A", "yesterday", "view", "phone"),  # unparsable time
+    ("u1", "Z", "2026-01-01T00:00:00", "view", "phone"),  # unknown item
+    ("u1", "A", "2026-01-01T00:00:00", "view", "phone"),  # duplicate
+    ("u" * 2000, "A", "2026-01-01T00:00:00", "view", "phone"),  # id too long
+]
+REASONS = {
+    "interactions: missing user id": 1,
+    "interactions: missing item id": 1,
+    "interactions: unparsable time": 1,
+    "interactions: unknown item": 1,
+    "interactions: duplicate": 1,
+    "interactions: id longer than 1024 bytes": 1,
+    "items: duplicate": 1,
+    "items: missing item id": 1,
+}
+
+
+def _tables(folder: Path, kind: str) -> Path:
+    columns = ["visitor", "sku", "at", "did", "device"]
+    frame = pd.DataFrame(GOOD + BAD, columns=columns)
+    if kind == "csv":
+        text = frame.to_csv(index=False)
+        (folder / "events.csv").write_text(text + "one,field,too,many,for,this,row\n")
+    else:
+        frame.replace("", None).to_parquet(folder / "events.parquet")
+    (folder / "items.csv").write_text(ITEMS)
+    mapping = folder / "mapping.toml"
+    mapping.write_text(MAPPING.format(kind=kind))
+    return mapping
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_report_every_bad_row_by_reason(tmp_path, kind):
+    source = open_source("tables", _tables(tmp_path, kind))
+    root = tmp_path / "artifacts"
+    results = prepare(source, PrepareConfig(partitions=2), root, 0, lambda _: None)["results"]
+    expected = dict(REASONS)
+    if kind == "csv":
+        expected["interactions: malformed row"] = 1
+    assert results["rejected"] == expected
+    assert results["events"] == len(GOOD)
+    with (root / "features" / "rejects.csv").open() as stream:
+        rejected = list(csv.DictReader(stream))
+    assert len(rejected) == sum(expected.values())
+    assert any("Z" in r["record"] and r["reason"] == "unknown item" for r in rejected)
+    # the rows that were left are whole: sequences in time order, labels from the weights
+    train = pd.concat(pd.read_parquet(f) for f in Features(root / "features").files("train")).set_index(c.USER)
+    items = Features(root / "features").items()
+    names = dict(zip(items.index + c.FIRST_ID, items[c.ITEM], strict=True))
+    assert [names[i] for i in train.loc["u1", c.ITEM]] == ["A"]
+    assert [names[i] for i in train.loc["ü2", c.ITEM]] == ["B"]
+    assert items.set_index(c.ITEM)[c.TITLE]["A"] == "Opus café cup"
+
+
+def test_a_mapping_with_a_typing_error_is_named(tmp_path):
+    mapping = _tables(tmp_path, "csv")
+    mapping.write_text(mapping.read_text().replace("visitor", "vistor"))
+    with pytest.raises(ValueError, match="vistor"):
+        list(open_source("tables", mapping).interactions())
+    mapping.write_text(mapping.read_text() + "\n[item]\n")
+    with pytest.raises(ValueError, match=r"unknown keys \['item'\]"):
+        open_source("tables", mapping)
+
+
+def _movielens(folder: Path) -> Path:
+    (folder / "ratings.dat").write_text("1::10::5::978300760\n1::20::3::978300760\n1::10::4\n1::30::4::978300800\n2::99::4::1\n")
+    (folder / "movies.dat").write_bytes("10::Amélie (2001)::Comedy|Romance\n20::Heat (1995)::Crime\n30::Up (2009)::Animation\n".encode("latin-1"))
+    (folder / "users.dat").write_text("1::F::1::10::48067\n2::M::25::3::1\n")
+    return folder
+
+
+def test_movielens_layout(tmp_path):
+    source = open_source("ml-1m", _movielens(tmp_path))
+    items = source.items().set_index(c.ITEM)
+    assert items.loc["10", c.TITLE] == "Amélie (2001)" and items.loc["10", "year"] == 2001
+    (chunk,) = source.interactions()
+    assert chunk.rows[c.ITEM].tolist() == ["10", "20", "30", "99"]
+    assert chunk.rows[c.TIME].tolist()[0] == 978300760000.0
+    assert chunk.rows["gender"].tolist() == ["F", "F", "F", "M"]
+    assert chunk.malformed["line"].tolist() == ["1::10::4"]
+    with pytest.raises(FileNotFoundError, match=r"users\.dat"):
+        (tmp_path / "users.dat").unlink()
+        open_source("ml-1m", tmp_path)
+
+
+def test_globo_layout_and_dwell_time(tmp_path):
+    (tmp_path / "clicks").mkdir()
+    header = "user_id,session_id,session_start,session_size,click_article_id,click_timestamp,click_environment,click_deviceGroup,click_os,click_country,click_region,click_referrer_type\n"
+    (tmp_path / "clicks" / "clicks_hour_000.csv").write_text(
+        header + "0,7,1,2,11,1506826800026,4,1,17,1,14,2\n0,7,1,2,12,1506826890026,4,1,17,1,14,2\n"
+    )
+    (tmp_path / "articles_metadata.csv").write_text(
+        "article_id,category_id,created_at_ts,publisher_id,words_count\n11,1,1453205323000,0,224\n"
+    )
+    source = open_source("globo", tmp_path)
+    (chunk,) = source.interactions()
+    assert chunk.rows[c.WEIGHT].tolist()[0] == pytest.approx(90.0)  # seconds to the session's next click
+    assert np.isnan(chunk.rows[c.WEIGHT].tolist()[1])
+    assert source.items()[c.ITEM].tolist() == ["11"]
+
+
+def test_shop_is_seeded():
+    small = ShopConfig(users=50, items=60, events=800, seed=1)
+    one, two = (pd.concat(x.rows for x in Shop(small).interactions()) for _ in range(2))
+    pd.testing.assert_frame_equal(one, two)
+    other = pd.concat(x.rows for x in Shop(ShopConfig(users=50, items=60, events=800, seed=2)).interactions())
+    assert not one[c.ITEM].tolist() == other[c.ITEM].tolist()
+
+
+def test_split_by_time_keeps_the_future_out(tmp_path):
+    config = PrepareConfig(SplitConfig("time", 0.1, 0.1), partitions=2)
+    source = Shop(ShopConfig(users=200, items=80, events=4000, seed=5))
+    prepare(source, config, tmp_path, 0, lambda _: None)
+    log = pd.concat(x.rows for x in source.interactions())
+    cut = int(np.quantile(log[c.TIME], 0.8))
+    past = set(log[log[c.TIME] < cut][c.ITEM])
+    assert set(Features(tmp_path / "features").items()[c.ITEM]) == past  # no vocabulary from after the cut
+    rows = pd.concat(pd.read_parquet(f) for f in Features(tmp_path / "features").files("train"))
+    assert sum(len(x) for x in rows[c.ITEM]) == (log[c.TIME] < cut).sum()
+
+
+@pytest.mark.skipif("VIVACE_DATA" not in os.environ, reason="VIVACE_DATA does not point to the real data sets")
+def test_real_movielens_benchmark_file():
+    source = open_source("ml-1m-benchmark", Path(os.environ["VIVACE_DATA"]) / "ml-1m")
+    rows = pd.concat(x.rows for x in source.interactions())
+    assert (len(rows), rows[c.USER].nunique(), rows[c.ITEM].nunique()) == (999_611, 6_040, 3_416)
+    assert rows[c.WEIGHT].notna().all()

@@ -1,0 +1,108 @@
+"""Train/serve skew: raw rows through NVTabular and through the compiled graph give the same numbers."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import onnxruntime as ort
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from preprocessing import contract as c
+from preprocessing.transform_onnx import compile_workflow, encoded_name, graph_feed
+from preprocessing.workflow import VocabularyConfig, dataset, event_workflow, nvt, training_rows
+
+SCHEMA = c.DataSchema("skew", event_categoricals=(c.EVENT, "device"), event_continuous=(c.WEIGHT,))
+COLUMNS = [c.ITEM, c.EVENT, "device", c.WEIGHT]
+TEXT = {c.ITEM, c.EVENT, "device"}
+WORDS = ["sku-1", "sku-2", "sku-3", "ø-été", "日本語", "🎻", "rare", " ", "0", "nan", "None"]
+
+
+def _frame(items, events, devices, weights) -> pd.DataFrame:
+    n = len(items)
+    return pd.DataFrame(
+        {
+            c.USER: [f"u{i % 5}" for i in range(n)],
+            c.ITEM: pd.Series(items, dtype=object),
+            c.EVENT: pd.Series(events, dtype=object),
+            "device": pd.Series(devices, dtype=object),
+            c.WEIGHT: np.array(weights, np.float32),
+            c.TIME: np.arange(n),
+            c.SOURCE_ROW: np.arange(n),
+            c.SPLIT: np.zeros(n, np.int8),
+            c.label_column("click"): np.ones(n, np.int64),
+        }
+    )
+
+
+@pytest.fixture(scope="module", params=[VocabularyConfig(freq_threshold=2), VocabularyConfig(max_size=8)])
+def fitted(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("skew")
+    rng = np.random.default_rng(0)
+    items = [*rng.choice(WORDS[:6], 60), "rare", " ", "0", "0", "nan", "nan", "None"]
+    n = len(items)
+    frame = _frame(
+        items,
+        rng.choice(["view", "buy", None], n),
+        rng.choice(["phone", "", "tablé"], n),
+        np.where(rng.random(n) < 0.2, np.nan, rng.normal(3, 2, n)),
+    )
+    file = folder / "part-000.parquet"
+    frame.to_parquet(file, row_group_size=n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        workflow = event_workflow(SCHEMA, request.param, folder / "scratch")
+        workflow.fit(dataset(training_rows([file], folder / "fit")))
+        workflow.save(str(folder / "workflow"))
+        workflow = nvt.Workflow.load(str(folder / "workflow"))
+    model = compile_workflow(workflow, COLUMNS)
+    return workflow, ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+text = st.one_of(st.none(), st.just(""), st.sampled_from(WORDS), st.text(max_size=12).filter(lambda s: "\0" not in s))
+row = st.tuples(
+    text,
+    st.one_of(st.none(), st.sampled_from(["view", "buy", "unseen", ""])),
+    st.one_of(st.none(), st.sampled_from(["phone", "tablé", "", "watch"])),
+    st.one_of(st.just(float("nan")), st.floats(-1e6, 1e6, width=32)),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(row, min_size=1, max_size=12))
+def test_raw_rows_give_the_same_ids_through_nvtabular_and_the_graph(fitted, rows):
+    workflow, session = fitted
+    frame = _frame(*zip(*rows, strict=True))
+    frame[c.USER] = "one"  # one group: the list columns keep the order of the rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        offline = workflow.transform(nvt.Dataset(frame)).compute()
+    names = [encoded_name(n) for n in COLUMNS]
+    online = dict(zip(COLUMNS, session.run(names, graph_feed(frame, COLUMNS, TEXT)), strict=True))
+    for column in COLUMNS:
+        expected = np.asarray(offline[f"{column}-list"].iloc[0])
+        if column == c.WEIGHT:
+            np.testing.assert_allclose(online[column], expected, rtol=2e-6, atol=1e-6)
+        else:
+            assert online[column].tolist() == expected.tolist(), column
+
+
+def test_special_ids(fitted):
+    _, session = fitted
+    frame = _frame(["sku-1", None, "", "never seen"], ["view"] * 4, ["phone"] * 4, [1.0] * 4)
+    ids = session.run([encoded_name(c.ITEM)], graph_feed(frame, COLUMNS, TEXT))[0]
+    assert ids[0] >= c.FIRST_ID
+    assert ids[1:].tolist() == [c.NULL_ID, c.NULL_ID, c.OOV_ID]
+
+
+def test_an_operator_without_an_onnx_form_is_named(tmp_path):
+    frame = pd.DataFrame({"x": np.arange(5, dtype=np.float32)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        workflow = nvt.Workflow(["x"] >> nvt.ops.Clip(min_value=0.0))
+        workflow.fit(nvt.Dataset(frame))
+    with pytest.raises(NotImplementedError, match="Clip"):
+        compile_workflow(workflow, ["x"])

@@ -1,0 +1,67 @@
+"""Seeds and exact resume: an interrupted run ends where an uninterrupted one does. The loss falls as recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from training import data
+from training.loop import Loop, LoopConfig
+from training.presets import tiny
+from training.retrieval_model import RetrievalModel
+from training.train import _retrieval_loss
+
+
+def _loop(features, folder: Path, metric=lambda: 0.0, patience: int = 0, epochs: int = 2) -> Loop:
+    preset = tiny()
+    torch.manual_seed(5)
+    items = features.item_count()
+    model = RetrievalModel(preset.encoder, items, torch.ones(items))
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = lambda epoch: data.training_batches(features.files("train"), 20, 32, 5, epoch)  # noqa: E731
+    steps = sum(1 for _ in batches(0))
+    config = LoopConfig(epochs, steps, 3e-3, 0.0, 5, 1.0, patience, 1e9, 5)
+    return Loop(
+        model, config, folder, "test", batches, _retrieval_loss(model, preset.retrieval, torch.zeros(items)), metric, quiet=True
+    )
+
+
+def test_resume_is_exact(features, tmp_path):
+    whole = _loop(features, tmp_path / "whole")
+    whole.run()
+    part = _loop(features, tmp_path / "part")
+    part.run(stop_after_steps=13)
+    resumed = _loop(features, tmp_path / "part")
+    torch.manual_seed(999)  # the checkpoint brings its own generator state
+    assert resumed.resume()
+    resumed.run()
+    assert [e["loss"] for e in resumed.history] == [e["loss"] for e in whole.history]
+    for mine, reference in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, reference)
+
+
+def test_loss_falls_and_the_seed_fixes_it(features, tmp_path):
+    reports = [_loop(features, tmp_path / name).run() for name in ("a", "b")]
+    losses = [[e["loss"] for e in r["epochs"]] for r in reports]
+    assert losses[0] == losses[1]
+    assert losses[0][1] < losses[0][0] - 0.1
+
+
+def test_early_stopping_returns_to_the_best(features, tmp_path):
+    scores = iter([0.3, 0.2, 0.1, 0.9])
+    loop = _loop(features, tmp_path, metric=lambda: next(scores), patience=2, epochs=4)
+    snapshot: list[nn.Parameter] = []
+    report = loop.run()
+    assert report["stopped_early"] and len(report["epochs"]) == 3
+    snapshot = loop.best_state["item.weight"]
+    assert torch.equal(loop.model.item.weight, snapshot)
+
+
+def test_a_loss_that_is_not_finite_is_named(features, tmp_path):
+    loop = _loop(features, tmp_path)
+    loop.loss = lambda batch: (loop.model.bias * float("nan")).sum()
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        loop.run()

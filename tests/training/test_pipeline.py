@@ -1,0 +1,75 @@
+"""What training on the small shop leaves: tables, cards, controls."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from preprocessing import contract as c
+from training import data
+from training.counters import follower_matrix, popularity, top_followers
+from training.evaluate import NEIGHBOUR, POPULARITY, RANKED, RETRIEVAL
+from training.presets import tiny
+from training.train import load_ranker
+
+
+def test_evaluation_lists_baselines_models_and_protocol(root):
+    results = json.loads((root / "evaluation" / "metrics.json").read_text())
+    assert {POPULARITY, NEIGHBOUR, RETRIEVAL, RANKED} <= set(results["table"])
+    assert results["protocol"]["seen items"] == "filtered" and results["protocol"]["sampled metrics"] == "none"
+    assert set(results["gauc"]) == {"click", "buy"}
+    assert all(0 <= v <= 1 for row in results["table"].values() for v in row.values())
+
+
+def test_manifests_say_how_things_were_made(root):
+    for step in ("features", "retrieval", "ranking", "evaluation", "compiled"):
+        manifest = json.loads((root / step / "manifest.json").read_text())
+        assert {"config", "seed", "inputs", "versions", "commit", "finished", "key"} <= set(manifest)
+    card = json.loads((root / "compiled" / "model_card.json").read_text())
+    assert card["quality"]["requests"] > 100 and card["licence"]
+
+
+def test_windows_cover_every_transition_once():
+    sequence = np.arange(10, 33)
+    pieces = data.windows(sequence, 5)
+    pairs = [(a, b) for p in pieces for a, b in zip(p, p[1:], strict=False)]
+    assert sorted(pairs) == [(a, a + 1) for a in range(10, 32)]
+    assert all(len(p) <= 6 for p in pieces)
+
+
+def test_batches_come_from_the_loader_whole_and_seeded(features):
+    files = features.files("train")
+    tokens = sum(int((b != c.PADDING_ID).sum()) for b in data.training_batches(files, 1000, 16, 1, 0))
+    assert tokens == popularity_total(files, features.item_count())
+    one, two, other = ([b.tolist() for b in data.training_batches(files, 20, 16, s, 0)] for s in (1, 1, 2))
+    assert one == two and one != other
+
+
+def popularity_total(files, items) -> int:
+    """Training events of users with at least two (a single event is no transition)."""
+    from training.counters import sequences
+
+    return sum(len(s) for f in files for s in sequences(f) if len(s) > 1)
+
+
+def test_followers_by_hand(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "part.parquet"
+    pq.write_table(pa.table({c.ITEM: pa.array([[3, 4, 5], [3, 4]], pa.list_(pa.int64()))}), file)
+    matrix = follower_matrix([file], 6).toarray()
+    assert popularity([file], 6).tolist() == [0, 0, 0, 2, 2, 1]
+    assert matrix[3, 4] == pytest.approx((1 + 1) / (2 + 5))  # twice right after, over the smoothed count of item 3
+    assert matrix[3, 5] == pytest.approx((1 / 2) / (2 + 5))
+    ids, weights = top_followers(follower_matrix([file], 6), 2)
+    assert ids[3].tolist() == [4, 5] and weights[3, 0] > weights[3, 1] and ids[5].tolist() == [0, 0]
+
+
+def test_heads_are_calibrated(features, root):
+    model = load_ranker(features, tiny(), root)
+    assert torch.isfinite(model.calibration).all() and (model.calibration[:, 0] > 0).all()
+    assert not torch.equal(model.calibration, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
