@@ -54,7 +54,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class Loop:
-    """Trains ``model`` on ``batches(epoch)`` with ``loss(batch)``; ``metric()`` after each epoch, larger is better."""
+    """Trains ``model`` on ``batches(epoch)`` with ``loss(batch)``.
+
+    ``metric()`` after each epoch gives named figures of held-back users; its "log_loss" (smaller is better, and far
+    less noisy than a ranking metric of some hundred users) decides on early stopping and on the best weights.
+    """
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class Loop:
         name: str,
         batches: Callable[[int], Iterator[Batch]],
         loss: Callable[[Batch], Tensor],
-        metric: Callable[[], float],
+        metric: Callable[[], dict[str, float]],
         quiet: bool = False,
     ) -> None:
         self.model, self.config, self.folder, self.name = model, config, folder, name
@@ -74,7 +78,7 @@ class Loop:
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, cosine(config))
         self.epoch = self.step = 0
-        self.best, self.best_state, self.bad_epochs = -math.inf, None, 0
+        self.best, self.best_state, self.bad_epochs = math.inf, None, 0
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self._sum, self._count = 0.0, 0
@@ -147,7 +151,7 @@ class Loop:
                 self._end_epoch(progress)
                 self.seconds = before + time.monotonic() - started
                 self.save()
-        if self._stopped() and self.best_state is not None:
+        if self.config.patience and self.best_state is not None:
             self.model.load_state_dict(self.best_state)
         self.model.eval()
         return self.report()
@@ -169,16 +173,18 @@ class Loop:
 
     def _end_epoch(self, progress: Progress) -> None:
         self.model.eval()
-        metric = self.metric()
-        entry = {"epoch": self.epoch + 1, "loss": self._sum / max(self._count, 1), "metric": metric}
+        figures = self.metric()
+        entry = {"epoch": self.epoch + 1, "loss": self._sum / max(self._count, 1), **figures}
         self.history.append(entry)
         if not self.quiet:
+            held_back = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
             progress.console.print(
-                f"{self.name}: epoch {entry['epoch']} of {self.config.epochs}, loss {entry['loss']:.4f}, "
-                f"NDCG@10 on held-back users {metric:.4f}"
+                f"{self.name}: epoch {entry['epoch']} of {self.config.epochs}, loss {entry['loss']:.4f}; "
+                f"held-back users: {held_back}",
+                highlight=False,
             )
-        if metric > self.best:
-            self.best, self.bad_epochs = metric, 0
+        if figures["log_loss"] < self.best:
+            self.best, self.bad_epochs = figures["log_loss"], 0
             self.best_state = {k: v.clone() for k, v in self.model.state_dict().items()}
         else:
             self.bad_epochs += 1

@@ -64,8 +64,6 @@ class RankingModel(nn.Module):
     The first head adds to the retrieval score, so that an untrained ranker keeps the retriever's order.
     """
 
-    keys_frozen: bool = True
-
     def __init__(
         self, config: RankerConfig, tables: ItemTables, retriever: RetrievalModel, head_names: tuple[str, ...]
     ) -> None:
@@ -103,9 +101,9 @@ class RankingModel(nn.Module):
         self.towers = towers
         self.score = nn.ModuleDict({h: nn.Linear(32, 1) for h in head_names})
         self.retrieval_scale = nn.Parameter(torch.ones(()))
-        for linear in self.score.values():
+        for i, linear in enumerate(self.score.values()):
             nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            nn.init.constant_(linear.bias, -4.5 if i else 0.0)  # about one positive among the candidates
         with torch.no_grad():  # Merlin's layers take their input width from the first batch
             self._heads(torch.zeros(2, 3 * d + 32))
 

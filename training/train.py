@@ -82,9 +82,11 @@ def _retrieval_loss(model: RetrievalModel, config: RetrievalTraining, log_expect
     return loss
 
 
-def _probe_metric(model: RetrievalModel, probes: list[np.ndarray], exclude_seen: bool) -> Callable[[], float]:
-    def metric() -> float:
-        found = []
+def _probe_metric(
+    model: RetrievalModel, probes: list[np.ndarray], exclude_seen: bool
+) -> Callable[[], dict[str, float]]:
+    def metric() -> dict[str, float]:
+        found, losses = [], []
         with torch.no_grad():
             for start in range(0, len(probes), SCORED):
                 part = probes[start : start + SCORED]
@@ -94,8 +96,14 @@ def _probe_metric(model: RetrievalModel, probes: list[np.ndarray], exclude_seen:
                     torch.tensor([int(p[-1]) for p in part]),
                     {},
                 )
-                found.append(_scored(model, request, exclude_seen)[0])
-        return mean_ndcg(found) if found else 0.0
+                rank, scores, _ = _scored(model, request, exclude_seen)
+                found.append(rank)
+                losses.append(F.cross_entropy(scores, request.target_B.to(scores.device), reduction="none"))
+        if not found:
+            return {"log_loss": 0.0}
+        loss = torch.cat(losses)
+        live = loss < -EXCLUDED / 2  # a target that was seen before has no score
+        return {"log_loss": float(loss[live].mean()) if live.any() else 0.0, "NDCG@10": mean_ndcg(found)}
 
     return metric
 
@@ -288,12 +296,17 @@ def train_ranker(
     source, c = RankerData(features, retriever, preset, seed, control), preset.ranking
     rows = sum(pq.read_metadata(f).num_rows for f in source.files)
 
-    def metric() -> float:
-        found = []
+    def metric() -> dict[str, float]:
+        found, losses = [], []
         with torch.no_grad():
-            for history, ids, scores, encoded, _, _, rank, target in source.batches(True, None, SCORED):
-                found.append(ranks_after(model(history, ids, scores, encoded)[..., 0], ids, target, rank))
-        return mean_ndcg(found) if found else 0.0
+            for history, ids, scores, encoded, hit_BN, _, rank, target in source.batches(True, None, SCORED):
+                logits = model(history, ids, scores, encoded)[..., 0]
+                found.append(ranks_after(logits, ids, target, rank))
+                among = hit_BN.any(1)
+                losses.append(F.cross_entropy(logits[among], hit_BN[among].to(torch.int64).argmax(1), reduction="none"))
+        if not found or not sum(len(x) for x in losses):
+            return {"log_loss": 0.0}
+        return {"log_loss": float(torch.cat(losses).mean()), "NDCG@10": mean_ndcg(found)}
 
     loop = Loop(
         model,
@@ -310,8 +323,6 @@ def train_ranker(
     if loop.resume():
         say(f"ranker: resumed at epoch {loop.epoch + 1}, step {loop.step}")
     report = loop.run()
-    if loop.best_state is not None:
-        model.load_state_dict(loop.best_state)
     calibration = calibrate(model, source.batches(True, None, SCORED))
     return _finish(step, model, report, calibration=calibration, parameters=sum(
         p.numel() for p in model.parameters() if p.requires_grad

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from training import data
 from training.loop import Loop, LoopConfig
@@ -15,7 +14,7 @@ from training.retrieval_model import RetrievalModel
 from training.train import _retrieval_loss
 
 
-def _loop(features, folder: Path, metric=lambda: 0.0, patience: int = 0, epochs: int = 2) -> Loop:
+def _loop(features, folder: Path, metric=lambda: {"log_loss": 0.0}, patience: int = 0, epochs: int = 2) -> Loop:
     preset = tiny()
     torch.manual_seed(5)
     items = features.item_count()
@@ -51,9 +50,8 @@ def test_loss_falls_and_the_seed_fixes_it(features, tmp_path):
 
 
 def test_early_stopping_returns_to_the_best(features, tmp_path):
-    scores = iter([0.3, 0.2, 0.1, 0.9])
-    loop = _loop(features, tmp_path, metric=lambda: next(scores), patience=2, epochs=4)
-    snapshot: list[nn.Parameter] = []
+    losses = iter([0.3, 0.4, 0.5, 0.1])
+    loop = _loop(features, tmp_path, metric=lambda: {"log_loss": next(losses)}, patience=2, epochs=4)
     report = loop.run()
     assert report["stopped_early"] and len(report["epochs"]) == 3
     snapshot = loop.best_state["item.weight"]
