@@ -17,9 +17,9 @@ class RetrievalTraining:
     epochs without a gain; 0 never stops early). The validation event is not touched.
     """
 
-    epochs: int = 10
+    epochs: int = 8
     batch_size: int = 64
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     weight_decay: float = 0.0
     warmup_steps: int = 100
     loss: str = "full"

@@ -1,0 +1,198 @@
+"""``make bench``: the served ensemble against the same graphs in process, in one run.
+
+    python -m loadtest.bench --name shop
+
+The bound runs transform.onnx, retrieval.onnx and ranking.onnx of the served version under ONNX Runtime with the same
+thread settings and batch size, no server, no client: latency of one request alone, and throughput with as many threads
+as there are cores, each taking batches of the mean size that the server formed. Then perf_analyzer drives the live
+ensemble over gRPC at concurrency 1 and 16. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnxruntime as ort
+import psutil
+import tritonclient.grpc as grpcclient
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loadtest import perf_analyzer
+from loadtest.requests import recorded
+from loadtest.stages import MODELS, between, statistics
+from preprocessing import contract as c
+from serving.feature_store import LmdbStore
+from serving.launcher import ServerOptions, TritonServer
+from serving.service import service
+from serving.stages import FeatureTransform, Row
+from training.export import session
+from vivace.artifacts import commit, read_manifest
+from vivace.doctor import cpu
+
+console = Console(width=120)
+TOP_K = 10
+HIGH = 16
+
+
+class InProcess:
+    """The served graphs without a server."""
+
+    def __init__(self, root: Path, threads: int = 1) -> None:
+        version = str(read_manifest(root / "compiled", "vivace compile")["results"]["version"])
+        repository = root / "model_repository"
+        card = json.loads((repository / c.ENSEMBLE / version / "model_card.json").read_text())
+        self.shapes = c.StageTensors(**card["shapes"])
+        self.store = LmdbStore(root / "feature_store", readonly=True)
+        self.transform = FeatureTransform(
+            repository / c.FEATURE_TRANSFORM / version / "transform.onnx", self.store, self.shapes
+        )
+        self.retrieval = session(repository / c.RETRIEVAL / version / "model.onnx", threads)
+        self.ranking = session(repository / c.RANKING / version / "model.onnx", threads)
+
+    def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        history, exclude, _ = self.transform(rows)
+        ids, scores, encoded = self._run(self.retrieval, (history, exclude))
+        return self._run(self.ranking, (history, ids, scores, encoded))
+
+    @staticmethod
+    def _run(graph: ort.InferenceSession, values: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+        names = {"HISTORY_IDS": 0, "EXCLUDE": 1} if len(values) == 2 else {
+            "HISTORY_IDS": 0, "CANDIDATE_IDS": 1, "CANDIDATE_SCORES": 2, "ENCODED_HISTORY": 3
+        }  # fmt: skip
+        found: list[np.ndarray] = graph.run(None, {n: values[i] for n, i in names.items()})
+        return found
+
+
+def bound_latency(models: InProcess, rows: list[Row], count: int) -> dict[str, float]:
+    """Latency in ms of one request at a time."""
+    for row in rows[:20]:
+        models([row])
+    times = []
+    for row in itertools.islice(itertools.cycle(rows), count):
+        t = time.perf_counter()
+        models([row])
+        times.append((time.perf_counter() - t) * 1000)
+    return {f"p{q}_ms": float(np.percentile(times, q)) for q in (50, 95, 99)}
+
+
+def bound_throughput(models: list[InProcess], rows: list[Row], batch: int, seconds: float) -> float:
+    """Requests a second of one thread a model set, each on batches of ``batch``."""
+    counts = [0] * len(models)
+    stop = time.perf_counter() + seconds
+
+    def work(index: int) -> None:
+        source = itertools.cycle(rows[index * 100 :] + rows)
+        while time.perf_counter() < stop:
+            models[index](list(itertools.islice(source, batch)))
+            counts[index] += batch
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(models))]
+    started = time.perf_counter()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return sum(counts) / (time.perf_counter() - started)
+
+
+def memory_mib(server: TritonServer) -> float:
+    """Proportional set size of the server and its workers: shared pages are counted once."""
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    return sum(p.memory_full_info().pss for p in processes) / 2**20
+
+
+def main(
+    name: str = "shop",
+    artifacts: Path = Path("artifacts"),
+    profile: str = "",
+    requests: Annotated[int, typer.Option(help="requests of a run at concurrency 16; a third of it at 1")] = 6000,
+    seconds: Annotated[float, typer.Option(help="length of the in-process throughput run")] = 10.0,
+) -> None:
+    root, cores = artifacts / name, len(os.sched_getaffinity(0))
+    frame = recorded(root).head(1000)
+    pairs = [(u, list(h)) for u, h in zip(frame[c.USER], frame[c.ITEM], strict=True)]
+    rows = [Row(u, h, TOP_K) for u, h in pairs]
+    perf_analyzer.binary()
+    perf_analyzer.write_input(pairs, TOP_K, root / "perf_input.json")
+    options = ServerOptions(
+        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "triton.log"
+    )
+    served: dict[int, dict[str, float]] = {}
+    stages: dict[int, Any] = {}
+    with service(options, console.print) as (server, _):
+        url = f"{server.host}:{server.grpc_port}"
+        client = grpcclient.InferenceServerClient(url)
+        perf_analyzer.measure(url, root / "perf_input.json", 4, 500, root)  # warm-up
+        for concurrency, count in ((1, requests // 3), (HIGH, requests)):
+            before = statistics(client)
+            served[concurrency] = perf_analyzer.measure(url, root / "perf_input.json", concurrency, count, root)
+            stages[concurrency] = between(before, statistics(client))
+        memory = memory_mib(server)
+        client.close()
+    batch = max(1, round(stages[HIGH][c.RETRIEVAL]["batch"]))
+    console.print(f"in process: {cores} threads, batches of {batch} as the server formed")
+    models = [InProcess(root) for _ in range(cores)]
+    latency = bound_latency(models[0], rows, 500)
+    throughput = bound_throughput(models, rows, batch, seconds)
+    report(served, stages, latency, throughput, batch, memory, name, cores)
+
+
+def report(
+    served: dict[int, dict[str, float]],
+    stages: dict[int, Any],
+    latency: dict[str, float],
+    throughput: float,
+    batch: int,
+    memory: float,
+    name: str,
+    cores: int,
+) -> None:
+    table = Table(title=f"{name}: one run on {cores} cores of {cpu()[0]}", title_justify="left")
+    for column in ("", "QPS", "p50 ms", "p95 ms", "p99 ms"):
+        table.add_column(column, justify="right" if column else "left")
+    cells = lambda r: [f"{r[k]:.2f}" for k in ("p50_ms", "p95_ms", "p99_ms")]  # noqa: E731
+    table.add_row("in process, one request at a time", f"{1000 / latency['p50_ms']:.0f}", *cells(latency))
+    table.add_row(f"in process, {cores} threads x batch {batch}", f"{throughput:.0f}", "", "", "")
+    for concurrency, r in served.items():
+        table.add_row(f"served, concurrency {concurrency}", f"{r['qps']:.0f}", *cells(r))
+    console.print(table)
+    detail = Table(title="by stage (Triton's statistics)", title_justify="left")
+    for column in ("stage", "concurrency", "mean batch", "queue ms", "compute ms", "total ms"):
+        detail.add_column(column, justify="left" if column == "stage" else "right")
+    for concurrency, found in stages.items():
+        for model in MODELS:
+            s = found[model]
+            detail.add_row(
+                model, str(concurrency), f"{s['batch']:.1f}" if s["batch"] else "",
+                *(f"{s[k]:.2f}" if s[k] else "" for k in ("queue_ms", "compute_ms", "total_ms")),
+            )  # fmt: skip
+    console.print(detail)
+    summary = {
+        "benchmark": "ensemble against the in-process bound, closed loop, perf_analyzer over gRPC",
+        "data": name,
+        "throughput_ratio": round(served[HIGH]["qps"] / throughput, 3),
+        "p50_over_bound_ms": round(served[1]["p50_ms"] - latency["p50_ms"], 3),
+        "bound": {"qps": round(throughput, 1), "batch": batch, **{k: round(v, 3) for k, v in latency.items()}},
+        "served": {str(n): {k: round(v, 3) for k, v in r.items()} for n, r in served.items()},
+        "mean_batch": {m: round(stages[HIGH][m]["batch"], 2) for m in c.STAGES},
+        "memory_mib": round(memory),
+        "commit": commit(),
+        "cpu": cpu()[0],
+        "cores": cores,
+        "onnxruntime": ort.__version__,
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    typer.run(main)

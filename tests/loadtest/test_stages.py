@@ -1,0 +1,41 @@
+"""Load-test readings come from the live server."""
+
+from __future__ import annotations
+
+import json
+
+import tritonclient.grpc as grpcclient
+
+from loadtest.bench import InProcess
+from loadtest.requests import recorded, replay
+from loadtest.stages import MODELS, between, quantiles, statistics
+from preprocessing import contract as c
+from serving.client import VivaceClient
+from serving.stages import Row
+
+
+def test_statistics_count_what_was_asked(served, root):
+    server, _ = served
+    url = f"{server.host}:{server.grpc_port}"
+    source = replay(root, 1)
+    with grpcclient.InferenceServerClient(url) as triton, VivaceClient(url) as client:
+        before = statistics(triton)
+        for _ in range(20):
+            client.recommend(*next(source), 5)
+        found = between(before, statistics(triton))
+    assert found[c.ENSEMBLE]["requests"] == 20
+    assert all(found[m]["requests"] >= 20 and found[m]["total_ms"] > 0 for m in c.STAGES)
+    spread = quantiles(server.host, server.metrics_port)
+    assert set(spread) >= set(MODELS)
+    assert all(s["p50"] <= s["p99"] for s in spread.values())
+
+
+def test_the_bound_runs_the_served_graphs(served, root):
+    """What ``make bench`` calls the in-process bound gives the served answer."""
+    server, _ = served
+    frame = recorded(root)
+    names = [""] * c.FIRST_ID + json.loads((root / "compiled" / "items.json").read_text())
+    with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
+        for user, history in list(zip(frame[c.USER], frame[c.ITEM], strict=True))[:5]:
+            ids = InProcess(root)([Row(user, list(history), 10)])[0][0]
+            assert [names[i] for i in ids[:10]] == client.recommend(user, list(history), 10).items

@@ -1,0 +1,146 @@
+"""The launcher and the watchdog against the real server: clean shutdown, clear errors, dead workers revived."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loadtest.requests import recorded
+from preprocessing import contract as c
+from serving.client import VivaceClient
+from serving.launcher import SHM, ServerError, ServerOptions, TritonServer
+from serving.service import service
+
+RECOVERY_S = 5.0
+
+
+def _options(root: Path, **more) -> ServerOptions:
+    return ServerOptions(root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, **more)
+
+
+def _ours() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any(n in " ".join(process.cmdline()) for n in ("tritonserver", "triton_python_backend_stub")):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("model", c.STAGES)
+def test_a_killed_worker_is_revived_under_load(root, model):
+    """kill -9 under load: clear errors meanwhile, answers again within 5 s, counted, nothing left in /dev/shm."""
+    said: list[str] = []
+    frame = recorded(root)
+    user, history = frame[c.USER][0], list(frame[c.ITEM][0])
+    with service(_options(root, log=root / "kill.log"), said.append) as (server, watchdog):
+        segments = len(server.segments())
+        outcomes: list[tuple[float, str]] = []
+        stop = threading.Event()
+
+        def hammer() -> None:
+            with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
+                while not stop.is_set():
+                    try:
+                        problem = "" if client.recommend(user, history, 5).items else "no items"
+                    except Exception as error:
+                        problem = str(error)
+                    outcomes.append((time.monotonic(), problem))
+
+        threads = [threading.Thread(target=hammer) for _ in range(4)]
+        for t in threads:
+            t.start()
+        time.sleep(0.5)
+        (pid,) = [p for p, m in watchdog.workers().items() if m == model]
+        os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        time.sleep(RECOVERY_S + 1)
+        stop.set()
+        for t in threads:
+            t.join()
+        problems = [(at - killed, text) for at, text in outcomes if text]
+        assert all(0 <= at < RECOVERY_S for at, _ in problems), problems
+        assert all("not healthy" in text or "not ready" in text or "no version" in text for _, text in problems)
+        assert sum(1 for at, text in outcomes if not text and at - killed > RECOVERY_S) > 10
+        assert any(f"{model}: its worker died" in text for text in said)
+        assert any(f"{model}: answers again" in text for text in said)
+        counted = watchdog.metrics.registry.get_sample_value("vivace_model_restarts_total", {"model": model})
+        assert counted == 1
+        assert len(server.segments()) == segments
+        prefix = server.shm_prefix
+    assert not list(SHM.glob(f"{prefix}*"))
+
+
+def test_shutdown_leaves_nothing(root):
+    before = {p.pid for p in _ours()}
+    with TritonServer(_options(root)) as server:
+        prefix, folder = server.shm_prefix, server._root
+        assert folder.exists() and {p.pid for p in _ours()} > before
+    assert {p.pid for p in _ours()} == before
+    assert not list(SHM.glob(f"{prefix}*")) and not folder.exists()
+
+
+def test_the_server_binds_to_loopback_only(served):
+    server, _ = served
+    process = psutil.Process(server.pid)
+    addresses = {conn.laddr.ip for conn in process.connections("inet") if conn.status == psutil.CONN_LISTEN}
+    assert addresses == {"127.0.0.1"}
+
+
+def test_what_is_wrong_is_said(root, tmp_path, served):
+    with pytest.raises(ServerError, match="nothing to serve"), TritonServer(_options(tmp_path)):
+        pass
+    server, _ = served
+    taken = ServerOptions(root / "model_repository", http_port=server.http_port, grpc_port=0, metrics_port=0)
+    with pytest.raises(ServerError, match=f"http port {server.http_port} on 127.0.0.1 is taken"), TritonServer(taken):
+        pass
+
+
+def test_a_model_that_does_not_fit_its_config_is_refused(root, tmp_path):
+    import shutil
+
+    broken = tmp_path / "model_repository"
+    shutil.copytree(root / "model_repository", broken)
+    shutil.copytree(root / "feature_store", tmp_path / "feature_store")
+    config = broken / "retrieval" / "config.pbtxt"
+    config.write_text(config.read_text().replace("CANDIDATE_SCORES", "CANDIDATE_POINTS"))
+    with pytest.raises(ServerError, match="CANDIDATE_POINTS"), TritonServer(_options(tmp_path)):
+        pass
+
+
+def test_serve_stops_cleanly_on_ctrl_c(root, tmp_path):
+    log = tmp_path / "serve.log"
+    command = [
+        sys.executable, "-m", "vivace.cli", "serve", "--name", root.name, "--artifacts", str(root.parent),
+        "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--status-port", "18093",
+        "--log-file", str(tmp_path / "triton.log"),
+    ]  # fmt: skip
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 60
+            while "ready:" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            with urllib.request.urlopen("http://127.0.0.1:18093/metrics") as answer:
+                assert "vivace_model_healthy" in answer.read().decode()
+            children = psutil.Process(process.pid).children(recursive=True)
+            assert len(children) > 3
+            os.kill(process.pid, signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+    assert "stopped" in log.read_text()

@@ -1,0 +1,50 @@
+"""The Python stages as functions: status texts, padding, rows of unequal length, the feature store."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from preprocessing import contract as c
+from serving.feature_store import MAX_STORED_EVENTS, Event, LmdbStore
+from serving.stages import ResponseStage, parse_row
+
+
+def test_parse_row():
+    row = parse_row("ü1".encode(), b"", np.array([b"a", b"", b"b"], object), 5)
+    assert (row.user_id, row.history, row.top_k) == ("ü1", ["a", "b"], 5)
+    assert parse_row(b"", b"", np.array([b"", b""], object), 5).history is None
+    with pytest.raises(ValueError, match=r"HISTORY\[2\]: expected UTF-8, got byte 0xff at offset 1"):
+        parse_row(b"", b"", np.array([b"a", b"b", b"c\xff"], object), 5)
+
+
+def test_response_pads_rows_and_answers_no_failed_row():
+    stage = ResponseStage(np.array([b"", b"", b"", b"A", b"B", b"C"], object))
+    ranked = np.array([[5, 4, 3], [3, 4, 0], [3, 4, 5]])
+    scores = np.array([[3, 2, 1], [3, 2, -1e30], [3, 2, 1]], np.float32)
+    status = [b"ok", b"ok", f"{c.STATUS_ERROR}broken".encode()]
+    items, values = stage(ranked, [scores], np.array([1, 3, 3]), status)
+    assert items.tolist() == [[b"C", b"", b""], [b"A", b"B", b""], [b"", b"", b""]]
+    assert values.tolist() == [[3, 0, 0], [3, 2, 0], [0, 0, 0]]
+    single, value = stage(ranked[1:2], [scores[1:2]], np.array([3]), [b"ok"])
+    assert single.tolist() == [[b"A", b"B"]] and value.tolist() == [[3, 2]]
+
+
+def test_feature_store(tmp_path):
+    store = LmdbStore(tmp_path / "store")
+    long_id = "ü" * 400  # longer than LMDB's keys
+    assert store.append([Event("u", "a", "view", 1), Event("u", "b", "buy", 2), Event(long_id, "c")]) == {"u": 2, long_id: 1}
+    assert store.histories(["u", long_id, "nobody", ""]) == [["a", "b"], ["c"], None, None]
+    assert store.events("u") == [Event("u", "a", "view", 1), Event("u", "b", "buy", 2)]
+    store.put_titles([("a", "Ein Stück")])
+    assert store.titles(["a", "zzz"]) == ["Ein Stück", None]
+    store.append(Event("busy", str(i)) for i in range(MAX_STORED_EVENTS + 10))
+    (kept,) = store.histories(["busy"])
+    assert len(kept) == MAX_STORED_EVENTS and kept[-1] == str(MAX_STORED_EVENTS + 9)
+    reader = LmdbStore(tmp_path / "store", readonly=True)
+    store.append([Event("u", "c")])
+    assert reader.histories(["u"]) == [["a", "b", "c"]]
+    reader.close()
+    store.close()
+    with pytest.raises(FileNotFoundError, match="vivace prepare"):
+        LmdbStore(tmp_path / "none", readonly=True)
