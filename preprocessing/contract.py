@@ -185,7 +185,8 @@ class DataSchema:
     """What one data set carries beyond user, item and time.
 
     ``heads[0]`` is the task that orders the answer. ``unknown_items`` says what happens to an event whose item the
-    catalogue does not list: "reject" (to the rejects file) or "keep" (attributes stay null). ``exclude_seen``: items of the history are not answered.
+    catalogue does not list: "reject" (to the rejects file) or "keep" (attributes stay null).
+    ``exclude_seen``: items of the history are not answered.
     """
 
     name: str

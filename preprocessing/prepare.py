@@ -95,7 +95,10 @@ class _Partitions:
         for i in np.unique(part):
             rows = frame[part == i].reset_index(drop=True)
             if i not in self._writers:
-                fields = [(n, pa.string() if t == object else pa.from_numpy_dtype(t)) for n, t in rows.dtypes.items()]
+                fields = [
+                    (n, pa.string() if t == np.dtype(object) else pa.from_numpy_dtype(t))
+                    for n, t in rows.dtypes.items()
+                ]
                 self._writers[i] = pq.ParquetWriter(self.files[i], pa.schema(fields))
             self._writers[i].write_table(pa.Table.from_pandas(rows, self._writers[i].schema, preserve_index=False))
 
@@ -217,7 +220,7 @@ def write_requests(encoded: Path, folder: Path, schema: c.DataSchema) -> dict[st
 
 # -- 3. catalogue and feature store --------------------------------------------------------------------
 def _items_table(workflow: nvt.Workflow, catalogue: pd.DataFrame, schema: c.DataSchema, folder: Path) -> pd.DataFrame:
-    """Every item of the vocabulary in the order of ids, with encoded attributes (nulls where the catalogue has none)."""
+    """Every item of the vocabulary in the order of ids, with encoded attributes (null where there are none)."""
     from preprocessing.transform_onnx import event_vocabulary
 
     words = event_vocabulary(workflow, c.ITEM)

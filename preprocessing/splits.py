@@ -25,7 +25,7 @@ class SplitConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("leave-one-out", "time"):
             raise ValueError(f"split: expected 'leave-one-out' or 'time', got {self.kind!r}")
-        if not (0 < self.valid_share and 0 < self.test_share and self.valid_share + self.test_share < 1):
+        if not (self.valid_share > 0 and self.test_share > 0 and self.valid_share + self.test_share < 1):
             raise ValueError(f"split: expected shares above 0 that sum below 1, got {self}")
 
     def describe(self, times: TimeSample) -> str:

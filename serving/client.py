@@ -1,8 +1,8 @@
 """The Python client: ``VivaceClient`` (sync) and ``AsyncVivaceClient`` (asyncio), each over gRPC or HTTP.
 
-    with VivaceClient("127.0.0.1:8001") as client:
-        answer = client.recommend(user_id="user-00042", top_k=10)
-        client.append("user-00042", answer.items[0])
+with VivaceClient("127.0.0.1:8001") as client:
+    answer = client.recommend(user_id="user-00042", top_k=10)
+    client.append("user-00042", answer.items[0])
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def request_tensors(
     ]
 
 
-def append_tensors(user_id: str, item_id: str, event_type: str, timestamp_ms: int) -> list[tuple[c.WireTensor, np.ndarray]]:
+def append_tensors(
+    user_id: str, item_id: str, event_type: str, timestamp_ms: int
+) -> list[tuple[c.WireTensor, np.ndarray]]:
     text = [np.array([[_text(v)]], object) for v in (user_id, item_id, event_type)]
     return list(zip(c.APPEND, [*text, np.array([[timestamp_ms]], np.int64)], strict=True))
 
@@ -87,7 +89,9 @@ def append_tensors(user_id: str, item_id: str, event_type: str, timestamp_ms: in
 def outputs_of(result: Any) -> list[str]:
     """Names of the outputs that came, over either protocol."""
     response = result.get_response()
-    return [o["name"] for o in response["outputs"]] if isinstance(response, dict) else [o.name for o in response.outputs]
+    return (
+        [o["name"] for o in response["outputs"]] if isinstance(response, dict) else [o.name for o in response.outputs]
+    )
 
 
 def read_answer(result: Any) -> Recommendation:

@@ -101,9 +101,7 @@ def model_configs(
     retrieval = _base(
         c.RETRIEVAL, "onnxruntime", p, c.retrieval_inputs(s), c.retrieval_outputs(s), p.retrieval_instances
     )
-    ranking = _base(
-        c.RANKING, "onnxruntime", p, c.ranking_inputs(s), c.ranking_outputs(s, heads), p.ranking_instances
-    )
+    ranking = _base(c.RANKING, "onnxruntime", p, c.ranking_inputs(s), c.ranking_outputs(s, heads), p.ranking_instances)
     response = _base(c.RESPONSE, "python", p, c.response_inputs(s, heads), c.response_outputs(heads))
     append = _base(c.APPEND_EVENT, "python", p, c.APPEND, (c.HISTORY_LENGTH,))
     append.parameters["feature_store"].string_value = FEATURE_STORE
@@ -123,9 +121,7 @@ def render(config: pb.ModelConfig) -> str:
     return header + text_format.MessageToString(config)
 
 
-def write_configs(
-    folder: Path, s: c.StageTensors, heads: tuple[c.TaskHead, ...], exclude_seen: bool = True
-) -> None:
+def write_configs(folder: Path, s: c.StageTensors, heads: tuple[c.TaskHead, ...], exclude_seen: bool = True) -> None:
     """``config.pbtxt`` and ``configs/<profile>.pbtxt`` of every model under ``folder``."""
     for profile_name, profile in PROFILES.items():
         for name, config in model_configs(s, heads, profile, exclude_seen).items():

@@ -35,7 +35,6 @@ from preprocessing.contract import (
 )
 from serving.feature_store import FeatureStore
 
-
 NO_SUCH_ITEM = "\0"
 
 
@@ -161,7 +160,7 @@ class ResponseStage:
     def __call__(
         self, ranked_BN: np.ndarray, floats_BN: Sequence[np.ndarray], top_k_B: np.ndarray, status_B: Sequence[bytes]
     ) -> list[np.ndarray]:
-        """ITEM_ID (object [B, K]) and each of ``floats_BN`` cut to K = the largest TOP_K; shorter rows end in b"" and 0.
+        """ITEM_ID (object [B, K]) and each of ``floats_BN`` cut to K, the largest TOP_K; short rows end in b"", 0.
 
         A row whose status is an error answers nothing.
         """

@@ -35,7 +35,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         r = self.registry
         self.restarts = Counter("vivace_model_restarts", "Models revived after a dead worker", ["model"], registry=r)
-        self.failures = Counter("vivace_model_probe_failures", "Questions a model did not answer", ["model"], registry=r)
+        self.failures = Counter(
+            "vivace_model_probe_failures", "Questions a model did not answer", ["model"], registry=r
+        )
         self.healthy = Gauge("vivace_model_healthy", "1 if the model answered its last question", ["model"], registry=r)
         self.recovery = Histogram(
             "vivace_model_recovery_seconds", "From noticing a dead worker to the first answer", registry=r,
@@ -63,7 +65,7 @@ def question(config: pb.ModelConfig) -> list[grpcclient.InferInput]:
 
 
 def died(error: InferenceServerException) -> bool:
-    """Whether the error means that the model has no worker: an answer such as "expected a user id" is a sign of life."""
+    """Whether the error says that the model has no worker; a refusal such as "expected a user id" is life."""
     text = error.message() or ""
     return any(sign in text for sign in ("not healthy", "Stub process", "unexpectedly", "is not ready", "no version"))
 

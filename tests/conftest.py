@@ -1,4 +1,4 @@
-"""A small shop, prepared, trained, compiled and served once for the whole run: the real libraries and the real Triton."""
+"""A small shop, prepared, trained, compiled and served once for the whole run, by the real Triton."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def windows(sequence: np.ndarray, length: int) -> list[np.ndarray]:
 
 
 def _loader(files: list[Path], columns: list[str], rows: int, shuffle: bool, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of ``columns`` (a list column as two: values, offsets), on the CPU; the order depends on ``seed`` alone."""
+    """Batches of ``columns`` (a list column as two: values, offsets), on the CPU, in an order set by ``seed`` alone."""
     if not files:
         raise ValueError("training data: no parquet file; run 'vivace prepare' first")
     with warnings.catch_warnings():
@@ -114,9 +114,7 @@ def requests(
         sequences = _split(batch, ITEM)
         if from_train:
             keep = [i for i, s in enumerate(sequences) if len(s) > 1]
-            labels = {
-                h: torch.tensor([float(v[-1]) for v in _split(batch, label_column(h))])[keep] for h in heads
-            }
+            labels = {h: torch.tensor([float(v[-1]) for v in _split(batch, label_column(h))])[keep] for h in heads}
             target = torch.tensor([int(sequences[i][-1]) for i in keep])
             sequences = [sequences[i][:-1] for i in keep]
         else:

@@ -24,13 +24,17 @@ POPULARITY, NEIGHBOUR = "popularity", "last-item neighbour"
 RETRIEVAL, RANKED, CONTROL = "retrieval", "retrieval + ranking", "control: ranker without the extra label"
 
 
-def _baselines(features: Features, requests: data.Requests, counts: torch.Tensor, followers: Any) -> dict[str, torch.Tensor]:
+def _baselines(
+    features: Features, requests: data.Requests, counts: torch.Tensor, followers: Any
+) -> dict[str, torch.Tensor]:
     """Scores [B, V] of the two baselines under the same exclusions; popularity breaks the neighbour's ties."""
     dead = requests.exclude(len(counts), features.schema.exclude_seen)
     popular = counts[None].expand(len(requests.histories), -1)
     last = np.array([int(h[-1]) for h in requests.histories])
     near = torch.from_numpy(np.asarray(followers[last].todense(), np.float32)) + popular * 1e-9
-    return {n: torch.where(dead, torch.full_like(s, EXCLUDED), s) for n, s in ((POPULARITY, popular), (NEIGHBOUR, near))}
+    return {
+        n: torch.where(dead, torch.full_like(s, EXCLUDED), s) for n, s in ((POPULARITY, popular), (NEIGHBOUR, near))
+    }
 
 
 def protocol(features: Features) -> dict[str, Any]:

@@ -39,7 +39,9 @@ def shapes(preset: Preset, items: int) -> c.StageTensors:
     return c.StageTensors(preset.encoder.history, count, items, preset.encoder.width)
 
 
-def export(graph: nn.Module, example: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str], path: Path) -> None:
+def export(
+    graph: nn.Module, example: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str], path: Path
+) -> None:
     """One ONNX file with a free batch axis on every tensor; raises if the checker finds fault."""
     path.parent.mkdir(parents=True, exist_ok=True)
     batch = {name: {0: "batch"} for name in (*inputs, *outputs)}
@@ -98,7 +100,9 @@ def difference(expected: Sequence[Tensor], got: Sequence[np.ndarray], names: Seq
 def _check(stage: str, found: dict[str, float]) -> None:
     ids, *values = found.items()
     if ids[1] < EQUAL_IDS:
-        raise ValueError(f"{stage}: {ids[0]}: {ids[1]:.4f} of the ids equal PyTorch's, expected {EQUAL_IDS}; not published")
+        raise ValueError(
+            f"{stage}: {ids[0]}: {ids[1]:.4f} of the ids equal PyTorch's, expected {EQUAL_IDS}; not published"
+        )
     for name, value in values:
         if value > TOLERANCE:
             raise ValueError(
@@ -106,7 +110,9 @@ def _check(stage: str, found: dict[str, float]) -> None:
             )
 
 
-def export_retrieval(model: RetrievalModel, s: c.StageTensors, example: tuple[Tensor, Tensor], path: Path) -> dict[str, float]:
+def export_retrieval(
+    model: RetrievalModel, s: c.StageTensors, example: tuple[Tensor, Tensor], path: Path
+) -> dict[str, float]:
     graph = RetrievalGraph(model, s.candidates).eval()
     inputs, outputs = _names(c.retrieval_inputs(s)), _names(c.retrieval_outputs(s))
     export(graph, example, inputs, outputs, path)

@@ -13,7 +13,7 @@ class _FullSoftmax(torch.autograd.Function):
     """Cross-entropy over all items, chunk by chunk; gradients are formed with the loss, so no logits are kept."""
 
     @staticmethod
-    def forward(ctx, h_PD, w_VD, b_V, target_P, first):  # noqa: ANN001, ANN205, N803 - torch's signature
+    def forward(ctx, h_PD, w_VD, b_V, target_P, first):  # noqa: ANN001, ANN205 - torch signature
         total = h_PD.new_zeros(())
         grad_h, grad_w, grad_b = torch.empty_like(h_PD), torch.zeros_like(w_VD), torch.zeros_like(b_V)
         w, w_t, b = w_VD[first:], w_VD[first:].t().contiguous(), b_V[first:]
@@ -36,18 +36,18 @@ class _FullSoftmax(torch.autograd.Function):
         return grad_h * scale, grad_w * scale, grad_b * scale, None, None
 
 
-def full_softmax(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_P: Tensor, first_id: int) -> Tensor:  # noqa: N803
+def full_softmax(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_P: Tensor, first_id: int) -> Tensor:
     """Mean cross-entropy of ``target_P`` (ids >= first_id) over all ids from ``first_id`` on; memory O(CHUNK x V)."""
     return _FullSoftmax.apply(h_PD, weight_VD, bias_V, target_P, first_id)
 
 
 def sampled_softmax(
-    h_PD: Tensor,  # noqa: N803
-    weight_VD: Tensor,  # noqa: N803
-    bias_V: Tensor,  # noqa: N803
-    target_P: Tensor,  # noqa: N803
-    sample_S: Tensor,  # noqa: N803
-    log_expected_V: Tensor,  # noqa: N803
+    h_PD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    target_P: Tensor,
+    sample_S: Tensor,
+    log_expected_V: Tensor,
 ) -> Tensor:
     """Cross-entropy against shared negatives with the logQ correction.
 

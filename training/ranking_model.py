@@ -127,9 +127,7 @@ class RankingModel(nn.Module):
         parts = [gap_BN, share_BN.log().clamp_min(-20.0), rank_BN, self.popularity[candidates_BN]]
         total_BN = follow_BNL.sum(2)
         log_follow_BNL = torch.log1p(follow_BNL * 1000.0)
-        return torch.cat(
-            [torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL], dim=2
-        )
+        return torch.cat([torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL], dim=2)
 
     def _same_category(self, recent_BL: Tensor, candidates_BN: Tensor) -> Tensor:
         """1 where candidate and recent event share their first categorical attribute, float32 [B, N, L]."""

@@ -118,7 +118,9 @@ def _scored(model: RetrievalModel, request: data.Requests, exclude_seen: bool) -
     return ranks(scores, request.target_B.to(where)), scores, encoded
 
 
-def train_retrieval(features: Features, preset: Preset, root: Path, seed: int, say: Progress, quiet: bool = False) -> dict[str, Any]:
+def train_retrieval(
+    features: Features, preset: Preset, root: Path, seed: int, say: Progress, quiet: bool = False
+) -> dict[str, Any]:
     """Trains (or resumes, or finds) ``artifacts/<name>/retrieval``; returns its manifest."""
     prepared = read_manifest(features.folder, "vivace prepare")
     config = {"encoder": asdict(preset.encoder), "training": asdict(preset.retrieval)}
@@ -236,7 +238,9 @@ def ranker_loss(model: RankingModel, batch: tuple[Any, ...]) -> Tensor:
     loss = F.cross_entropy(logits[..., 0], hit_BN.to(torch.int64).argmax(1))
     for head in range(1, logits.shape[2]):
         label_BN = hit_BN.float() * labels_BH[:, head, None]
-        loss = loss + F.binary_cross_entropy_with_logits(logits[..., head], label_BN, reduction="none").sum(1).mean() / 2
+        loss = (
+            loss + F.binary_cross_entropy_with_logits(logits[..., head], label_BN, reduction="none").sum(1).mean() / 2
+        )
     return loss
 
 

@@ -35,12 +35,12 @@ def _answers(root: Path, server: TritonServer) -> None:
 def _load(root: Path, server: TritonServer, seconds: int, console: Console) -> None:
     client = grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}")
     before = statistics(client)
-    code = run_locust(
-        root, server.host, server.http_port, server.grpc_port, "both", LOAD_USERS, seconds, quiet=True
-    )
+    code = run_locust(root, server.host, server.http_port, server.grpc_port, "both", LOAD_USERS, seconds, quiet=True)
     stages, spread = between(before, statistics(client)), quantiles(server.host, server.metrics_port)
     client.close()
-    table = Table(title=f"locust, {LOAD_USERS} users in a closed loop for {seconds} s: latency in ms", title_justify="left")
+    table = Table(
+        title=f"locust, {LOAD_USERS} users in a closed loop for {seconds} s: latency in ms", title_justify="left"
+    )
     for name in ("", "p50", "p95", "p99", "QPS", "mean batch", "failures"):
         table.add_column(name, justify="left" if not name else "right")
     for row in results(root):
@@ -79,7 +79,9 @@ def run_demo(data: str, path: Path | None, artifacts: Path, seed: int, preset: s
     cli.compile_(name=data, artifacts=artifacts, preset=preset, seed=seed)
     timed("compile", t)
     t = time.monotonic()
-    options = ServerOptions(root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log")
+    options = ServerOptions(
+        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
+    )
     with service(options, cli.say) as (server, _):
         timed("serve", t)
         _answers(root, server)
@@ -88,4 +90,7 @@ def run_demo(data: str, path: Path | None, artifacts: Path, seed: int, preset: s
         timed("load", t)
     total = time.monotonic() - started
     cli.say("seconds: " + ", ".join(f"{n} {s:.0f}" for n, s in times) + f"; in all {total:.0f}")
-    cli.say(f"serve it with: vivace serve --name {data}   then: vivace query --name {data} --user {recorded(root)[c.USER][0]}")
+    cli.say(
+        f"serve it with: vivace serve --name {data}   "
+        f"then: vivace query --name {data} --user {recorded(root)[c.USER][0]}"
+    )

@@ -14,7 +14,13 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-CPU_FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI", "amx_int8": "AMX"}
+CPU_FLAGS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX VNNI",
+    "amx_int8": "AMX",
+}
 
 
 def cpu() -> tuple[str, list[str]]:
@@ -60,7 +66,9 @@ def _libpython() -> tuple[bool, str]:
 
 def _artifacts(folder: Path) -> str:
     ready = [p.parent.name for p in sorted(folder.glob("*/model_repository"))]
-    return f"ready to serve in {folder}: {', '.join(ready)}" if ready else f"none in {folder} yet: 'make demo' makes some"
+    return (
+        f"ready to serve in {folder}: {', '.join(ready)}" if ready else f"none in {folder} yet: 'make demo' makes some"
+    )
 
 
 def examine(console: Console, artifacts: Path) -> int:
@@ -75,12 +83,21 @@ def examine(console: Console, artifacts: Path) -> int:
         ("CPU", True, f"{len(os.sched_getaffinity(0))} cores, {name}, {', '.join(extensions) or 'no AVX2'}"),
         ("int8 on CPU", None if "VNNI" not in str(extensions) else True,
          "VNNI: int8 products are exact and fast" if "VNNI" in str(extensions) else "no VNNI: int8 needs reduce_range"),
-        ("memory", memory.available > 2 << 30, f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"),
+        ("memory", memory.available > 2**31, f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}"),
         ("shared memory", shm.free > 64 << 20, f"/dev/shm has {shm.free / 2**20:.0f} MiB free"),
         ("Triton", triton_ok, triton),
         ("Python library", library_ok, library),
     ]  # fmt: skip
-    for package in ("torch", "nvtabular", "merlin-models", "merlin-dataloader", "onnxruntime", "tritonclient", "lmdb", "locust"):
+    for package in (
+        "torch",
+        "nvtabular",
+        "merlin-models",
+        "merlin-dataloader",
+        "onnxruntime",
+        "tritonclient",
+        "lmdb",
+        "locust",
+    ):
         found = _version(package)
         rows.append((package, bool(found), found or "not installed: run 'make setup'"))
     rows += [
@@ -89,7 +106,8 @@ def examine(console: Console, artifacts: Path) -> int:
          "not installed: NVTabular runs on CPU (prepare --workers N spreads it)"),
         ("Redis", True if shutil.which("redis-server") else None, "found; nothing uses it yet"
          if shutil.which("redis-server") else "not found; not needed, the embedded store (LMDB) is used"),
-        ("Docker", True if shutil.which("docker") else None, "found" if shutil.which("docker") else "not found; not needed"),
+        ("Docker", True if shutil.which("docker") else None, "found" if shutil.which("docker")
+         else "not found; not needed"),
         ("artifacts", None, _artifacts(artifacts)),
     ]  # fmt: skip
     table = Table(show_header=False)

@@ -95,7 +95,8 @@ class MovieLensBenchmark(MovieLens):
     files = (*MovieLens.files, BENCHMARK_FILE, "sas_to_original_items.txt", "sas_to_original_users.txt")
 
     def _log(self) -> pd.DataFrame:
-        frame = pd.read_csv(lzma.open(self.path / BENCHMARK_FILE), sep=" ", names=[USER, ITEM], dtype="int64")
+        with lzma.open(self.path / BENCHMARK_FILE) as stream:
+            frame = pd.read_csv(stream, sep=" ", names=[USER, ITEM], dtype="int64")
         maps = {
             column: pd.read_csv(self.path / f"sas_to_original_{file}.txt", sep=" ", names=["sas", "own"]).set_index(
                 "sas"

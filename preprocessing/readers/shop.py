@@ -18,12 +18,16 @@ from preprocessing.readers.base import CHUNK_ROWS, Chunk
 from vivace.artifacts import digest
 
 CATEGORIES = (
-    "kettle lamp chair desk rug mug towel pillow blanket clock mirror shelf basket candle vase tent backpack bottle "
-    "stove boots jacket gloves scarf hat sunglasses watch headphones speaker keyboard mouse monitor charger camera "
-    "tripod drone puzzle novel cookbook notebook pen"
-).split()
-STYLES = "Oak Linen Copper Nordic Midnight Coral Alpine Urban Velvet Slate Amber Ivory Sage Cobalt Rustic Feather".split()
-BRANDS = "Alto Brio Cadenza Dolce Forte Largo Mezzo Opus Presto Rondo Sonata Tempo".split()
+    *("kettle", "lamp", "chair", "desk", "rug", "mug", "towel", "pillow", "blanket", "clock", "mirror", "shelf"),
+    *("basket", "candle", "vase", "tent", "backpack", "bottle", "stove", "boots", "jacket", "gloves", "scarf", "hat"),
+    *("sunglasses", "watch", "headphones", "speaker", "keyboard", "mouse", "monitor", "charger", "camera", "tripod"),
+    *("drone", "puzzle", "novel", "cookbook", "notebook", "pen"),
+)
+STYLES = (
+    *("Oak", "Linen", "Copper", "Nordic", "Midnight", "Coral", "Alpine", "Urban"),
+    *("Velvet", "Slate", "Amber", "Ivory", "Sage", "Cobalt", "Rustic", "Feather"),
+)
+BRANDS = ["Alto", "Brio", "Cadenza", "Dolce", "Forte", "Largo", "Mezzo", "Opus", "Presto", "Rondo", "Sonata", "Tempo"]
 DEVICES = ("phone", "desktop", "tablet")
 EVENTS, WEIGHTS = ("view", "cart", "buy"), np.array([1.0, 2.0, 3.0], np.float32)
 START_MS = 1_735_689_600_000  # 2025-01-01

@@ -124,7 +124,9 @@ class Tables:
         for section, known in _KEYS.items():
             unknown = set(self.spec.get(section, {}) if section else self.spec) - known
             if unknown:
-                raise ValueError(f"{mapping}: [{section or 'top'}] unknown keys {sorted(unknown)}; known: {sorted(known)}")
+                raise ValueError(
+                    f"{mapping}: [{section or 'top'}] unknown keys {sorted(unknown)}; known: {sorted(known)}"
+                )
         if "interactions" not in self.spec:
             raise ValueError(f"{mapping}: expected a table [interactions], found none")
         for key in ("files", "user", "item", "time"):

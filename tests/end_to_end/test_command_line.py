@@ -54,7 +54,9 @@ def test_query_and_load_against_the_served_models(artifacts):
     from serving.service import service
 
     root = artifacts / "shop"
-    options = ServerOptions(root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log")
+    options = ServerOptions(
+        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
+    )
     with service(options, lambda _: None) as (server, _):
         user = recorded(root)[c.USER][0]
         for protocol, port in (("grpc", server.grpc_port), ("http", server.http_port)):
@@ -75,7 +77,9 @@ def test_ctrl_c_in_the_middle_leaves_nothing_and_resumes(artifacts):
     """The demo is interrupted while it trains: no process, no lock, no segment; the next run goes on."""
     before = set(SHM.glob("vivace_*"))
     command = [sys.executable, "-m", "vivace.cli", "demo", "--artifacts", str(artifacts / "demo"), "--preset", "tiny"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=CHECKOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=CHECKOUT, start_new_session=True
+    )
     root = artifacts / "demo" / "shop"
     deadline = time.monotonic() + 180
     while not (root / "retrieval" / "checkpoint.key").exists():

@@ -23,7 +23,11 @@ def _raw_sequences(folder) -> dict[str, list[str]]:
 
 
 def test_partitions_and_dask_workers_change_nothing(tmp_path):
-    configs = {"one": PrepareConfig(partitions=1), "five": PrepareConfig(partitions=5), "dask": PrepareConfig(partitions=4, workers=2)}
+    configs = {
+        "one": PrepareConfig(partitions=1),
+        "five": PrepareConfig(partitions=5),
+        "dask": PrepareConfig(partitions=4, workers=2),
+    }
     found = {}
     for name, config in configs.items():
         prepare(SOURCE, config, tmp_path / name, 0, lambda _: None)

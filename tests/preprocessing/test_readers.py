@@ -39,7 +39,10 @@ continuous = ["price"]
 click = 0
 buy = 3
 """
-ITEMS = "sku,brand,name,category,price\nA,Opus,café cup,cups,9.5\nB,Opus,pan,pans,\nC,,plate,,x\nA,again,again,cups,1\n,no,id,cups,1\n"
+ITEMS = (
+    "sku,brand,name,category,price\nA,Opus,café cup,cups,9.5\nB,Opus,pan,pans,\nC,,plate,,x\n"
+    "A,again,again,cups,1\n,no,id,cups,1\n"
+)
 GOOD = [
     ("u1", "A", "2026-01-01T00:00:00", "view", "phone"),
     ("u1", "B", "2026-01-01T00:00:01", "buy", "phone"),
@@ -116,8 +119,12 @@ def test_a_mapping_with_a_typing_error_is_named(tmp_path):
 
 
 def _movielens(folder: Path) -> Path:
-    (folder / "ratings.dat").write_text("1::10::5::978300760\n1::20::3::978300760\n1::10::4\n1::30::4::978300800\n2::99::4::1\n")
-    (folder / "movies.dat").write_bytes("10::Amélie (2001)::Comedy|Romance\n20::Heat (1995)::Crime\n30::Up (2009)::Animation\n".encode("latin-1"))
+    (folder / "ratings.dat").write_text(
+        "1::10::5::978300760\n1::20::3::978300760\n1::10::4\n1::30::4::978300800\n2::99::4::1\n"
+    )
+    (folder / "movies.dat").write_bytes(
+        "10::Amélie (2001)::Comedy|Romance\n20::Heat (1995)::Crime\n30::Up (2009)::Animation\n".encode("latin-1")
+    )
     (folder / "users.dat").write_text("1::F::1::10::48067\n2::M::25::3::1\n")
     return folder
 
@@ -138,7 +145,10 @@ def test_movielens_layout(tmp_path):
 
 def test_globo_layout_and_dwell_time(tmp_path):
     (tmp_path / "clicks").mkdir()
-    header = "user_id,session_id,session_start,session_size,click_article_id,click_timestamp,click_environment,click_deviceGroup,click_os,click_country,click_region,click_referrer_type\n"
+    header = (
+        "user_id,session_id,session_start,session_size,click_article_id,click_timestamp,"
+        "click_environment,click_deviceGroup,click_os,click_country,click_region,click_referrer_type\n"
+    )
     (tmp_path / "clicks" / "clicks_hour_000.csv").write_text(
         header + "0,7,1,2,11,1506826800026,4,1,17,1,14,2\n0,7,1,2,12,1506826890026,4,1,17,1,14,2\n"
     )
@@ -157,7 +167,7 @@ def test_shop_is_seeded():
     one, two = (pd.concat(x.rows for x in Shop(small).interactions()) for _ in range(2))
     pd.testing.assert_frame_equal(one, two)
     other = pd.concat(x.rows for x in Shop(ShopConfig(users=50, items=60, events=800, seed=2)).interactions())
-    assert not one[c.ITEM].tolist() == other[c.ITEM].tolist()
+    assert one[c.ITEM].tolist() != other[c.ITEM].tolist()
 
 
 def test_split_by_time_keeps_the_future_out(tmp_path):

@@ -151,7 +151,9 @@ class TestRefused:
         assert items.shape == (3, 6)
         assert [b for b in items[1] if b] == []
         for row, own, k in ((0, one, 3), (2, two, 6)):
-            alone = read_answer(_raw(served, protocol, [(t.name, t.datatype, v) for t, v in request_tensors("", own, k)]))
+            alone = read_answer(
+                _raw(served, protocol, [(t.name, t.datatype, v) for t, v in request_tensors("", own, k)])
+            )
             assert [b.decode() for b in items[row] if b] == alone.items
 
 

@@ -39,7 +39,9 @@ def test_new_versions_replace_old_ones_but_the_last(tmp_path):
     file.write_text("x")
     files = {c.RETRIEVAL: {"model.onnx": file}}
     target = tmp_path / "repository"
-    versions = [repository.assemble(target, repository.DEFAULT_SHAPES, repository.DEFAULT_HEADS, files) for _ in range(3)]
+    versions = [
+        repository.assemble(target, repository.DEFAULT_SHAPES, repository.DEFAULT_HEADS, files) for _ in range(3)
+    ]
     assert versions == [1, 2, 3]
     assert sorted(p.name for p in (target / c.RETRIEVAL).iterdir() if p.is_dir() and p.name.isdigit()) == ["2", "3"]
 

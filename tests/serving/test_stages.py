@@ -33,7 +33,10 @@ def test_response_pads_rows_and_answers_no_failed_row():
 def test_feature_store(tmp_path):
     store = LmdbStore(tmp_path / "store")
     long_id = "ü" * 400  # longer than LMDB's keys
-    assert store.append([Event("u", "a", "view", 1), Event("u", "b", "buy", 2), Event(long_id, "c")]) == {"u": 2, long_id: 1}
+    assert store.append([Event("u", "a", "view", 1), Event("u", "b", "buy", 2), Event(long_id, "c")]) == {
+        "u": 2,
+        long_id: 1,
+    }
     assert store.histories(["u", long_id, "nobody", ""]) == [["a", "b"], ["c"], None, None]
     assert store.events("u") == [Event("u", "a", "view", 1), Event("u", "b", "buy", 2)]
     store.put_titles([("a", "Ein Stück")])

@@ -24,7 +24,14 @@ def _loop(features, folder: Path, metric=lambda: {"log_loss": 0.0}, patience: in
     steps = sum(1 for _ in batches(0))
     config = LoopConfig(epochs, steps, 3e-3, 0.0, 5, 1.0, patience, 1e9, 5)
     return Loop(
-        model, config, folder, "test", batches, _retrieval_loss(model, preset.retrieval, torch.zeros(items)), metric, quiet=True
+        model,
+        config,
+        folder,
+        "test",
+        batches,
+        _retrieval_loss(model, preset.retrieval, torch.zeros(items)),
+        metric,
+        quiet=True,
     )
 
 

@@ -119,7 +119,9 @@ def test_full_softmax_equals_cross_entropy_with_its_gradients():
     ours = full_softmax(h, w, b, target, FIRST_ID)
     plain = torch.nn.functional.cross_entropy((h @ w.t() + b)[:, FIRST_ID:], target - FIRST_ID)
     torch.testing.assert_close(ours, plain)
-    for mine, reference in zip(torch.autograd.grad(ours, (h, w, b)), torch.autograd.grad(plain, (h, w, b)), strict=True):
+    for mine, reference in zip(
+        torch.autograd.grad(ours, (h, w, b)), torch.autograd.grad(plain, (h, w, b)), strict=True
+    ):
         torch.testing.assert_close(mine, reference)
 
 

@@ -129,7 +129,9 @@ class TritonPythonModel:
 
     def _answer(self, requests: list) -> list:
         try:
-            columns = [[pb_utils.get_input_tensor_by_name(r, name).as_numpy() for r in requests] for name in self.inputs]
+            columns = [
+                [pb_utils.get_input_tensor_by_name(r, name).as_numpy() for r in requests] for name in self.inputs
+            ]
             feed = {
                 name: decode(parts[0] if len(parts) == 1 else np.concatenate(parts))
                 for name, parts in zip(self.inputs, columns, strict=True)
