@@ -42,6 +42,7 @@ class ReplayUser(User):
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
         options = environment.parsed_options
+        assert options is not None  # locust sets it before it makes users
         self.requests = replay(Path(options.artifacts), next(_seeds))
         self.top_k = options.top_k
         self.client = VivaceClient(options.grpc_url if self.protocol == "grpc" else options.http_url, self.protocol)
@@ -49,7 +50,8 @@ class ReplayUser(User):
     @task
     def recommend(self) -> None:
         user, history = next(self.requests)
-        started, problem, size = time.perf_counter(), None, 0
+        problem: Exception | None = None
+        started, size = time.perf_counter(), 0
         try:
             answer = self.client.recommend(user, history, self.top_k)
             size = len(answer.items)

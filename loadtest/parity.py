@@ -127,7 +127,11 @@ def main(name: str = "shop", artifacts: Path = Path("artifacts"), preset: str = 
     )
     with service(options, print) as (server, _):
         answers = served_answers(f"{server.host}:{server.grpc_port}", offline.histories)
-    print(json.dumps({"benchmark": "served against evaluated", "data": name, **compare(offline, answers), "commit": commit()}))
+    print(
+        json.dumps(
+            {"benchmark": "served against evaluated", "data": name, **compare(offline, answers), "commit": commit()}
+        )
+    )
 
 
 if __name__ == "__main__":

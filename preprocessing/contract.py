@@ -225,7 +225,7 @@ class DataSchema:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> DataSchema:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
         fields["heads"] = tuple(
             TaskHead(h["name"], float("-inf") if h["min_weight"] is None else float(h["min_weight"]))
             for h in record["heads"]

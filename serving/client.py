@@ -124,7 +124,7 @@ class VivaceClient:
             raise _failed(error) from error
 
     def recommend(
-        self, user_id: str = "", history: Sequence[str] = (), top_k: int = 10, query: str = ""
+        self, user_id: str = "", history: Sequence[str | bytes] = (), top_k: int = 10, query: str = ""
     ) -> Recommendation:
         """Items for a user; an empty ``history`` asks the feature store for the user's own. Raises VivaceError."""
         return read_answer(self._infer(c.ENSEMBLE, request_tensors(user_id, history, top_k, query)))
@@ -160,7 +160,7 @@ class AsyncVivaceClient:
             raise _failed(error) from error
 
     async def recommend(
-        self, user_id: str = "", history: Sequence[str] = (), top_k: int = 10, query: str = ""
+        self, user_id: str = "", history: Sequence[str | bytes] = (), top_k: int = 10, query: str = ""
     ) -> Recommendation:
         """See ``VivaceClient.recommend``."""
         return read_answer(await self._infer(c.ENSEMBLE, request_tensors(user_id, history, top_k, query)))

@@ -78,7 +78,8 @@ class Loop:
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, cosine(config))
         self.epoch = self.step = 0
-        self.best, self.best_state, self.bad_epochs = math.inf, None, 0
+        self.best, self.bad_epochs = math.inf, 0
+        self.best_state: dict[str, Tensor] | None = None
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self._sum, self._count = 0.0, 0

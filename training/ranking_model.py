@@ -76,6 +76,7 @@ class RankingModel(nn.Module):
         self.follower_weights: Tensor
         self.categories: Tensor
         self.numbers: Tensor
+        self.calibration: Tensor
         pop = torch.log1p(tables.popularity.float())
         known = pop[FIRST_ID:]
         self.register_buffer("popularity", (pop - known.mean()) / known.std().clamp_min(1e-6))
@@ -99,9 +100,10 @@ class RankingModel(nn.Module):
             outputs=towers,
         )
         self.towers = towers
-        self.score = nn.ModuleDict({h: nn.Linear(32, 1) for h in head_names})
+        linears = [nn.Linear(32, 1) for _ in head_names]
+        self.score = nn.ModuleDict(dict(zip(head_names, linears, strict=True)))
         self.retrieval_scale = nn.Parameter(torch.ones(()))
-        for i, linear in enumerate(self.score.values()):
+        for i, linear in enumerate(linears):
             nn.init.zeros_(linear.weight)
             nn.init.constant_(linear.bias, -4.5 if i else 0.0)  # about one positive among the candidates
         with torch.no_grad():  # Merlin's layers take their input width from the first batch

@@ -244,6 +244,19 @@ def ranker_loss(model: RankingModel, batch: tuple[Any, ...]) -> Tensor:
     return loss
 
 
+def _fit_platt(w: Tensor, x: Tensor, y: Tensor) -> None:
+    """Minimises the log loss of sigmoid(w[0] x + w[1]) over ``w``, in place."""
+    optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(x * w[0] + w[1], y)
+        loss.backward()
+        return float(loss)
+
+    optimizer.step(closure)
+
+
 def calibrate(model: RankingModel, batches: Iterator[tuple[Any, ...]]) -> dict[str, list[float]]:
     """Platt scaling of each head on held-out requests (Platt 1999): slope and offset go into the model."""
     logits, labels = [], []
@@ -258,15 +271,7 @@ def calibrate(model: RankingModel, batches: Iterator[tuple[Any, ...]]) -> dict[s
     found = {}
     for head, name in enumerate(model.head_names):
         w = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
-        optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
-        def closure(w=w, head=head, optimizer=optimizer) -> Tensor:  # noqa: ANN001
-            optimizer.zero_grad()
-            loss = F.binary_cross_entropy_with_logits(x[:, head] * w[0] + w[1], y[:, head])
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        _fit_platt(w, x[:, head], y[:, head])
         with torch.no_grad():
             model.calibration[head] = w.detach().float().clamp(-100, 100)
         found[name] = [float(v) for v in w.detach()]

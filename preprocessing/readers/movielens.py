@@ -54,7 +54,7 @@ class MovieLens:
     """``ratings.dat``, ``movies.dat``, ``users.dat`` under ``path``. A rating is an event, its stars the weight."""
 
     schema = _schema("ml-1m")
-    files = ("ratings.dat", "movies.dat", "users.dat")
+    files: tuple[str, ...] = ("ratings.dat", "movies.dat", "users.dat")
 
     def __init__(self, path: Path) -> None:
         require(path, self.files, "MovieLens-1M")
