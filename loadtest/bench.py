@@ -4,8 +4,9 @@
 
 The bound runs transform.onnx, retrieval.onnx and ranking.onnx of the served version under ONNX Runtime with the same
 thread settings and batch size, no server, no client: latency of one request alone, and throughput with as many threads
-as there are cores, each taking batches of the mean size that the server formed. Then perf_analyzer drives the live
-ensemble over gRPC at concurrency 1 and 16. The last line of stdout is one JSON object.
+as there are cores, each taking batches of the mean size that the server formed (the larger of the two ONNX stages). perf_analyzer drives the live ensemble
+over gRPC at concurrency 1 and 16. Bound and ensemble are measured in turn, ``rounds`` times, and the ratios are of the
+medians: a machine that drifts moves both. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ import psutil
 import tritonclient.grpc as grpcclient
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from loadtest import perf_analyzer
 from loadtest.requests import recorded
 from loadtest.stages import MODELS, between, statistics
 from preprocessing import contract as c
-from serving.feature_store import LmdbStore
+from serving.feature_store import FeatureStore, LmdbStore
 from serving.launcher import ServerOptions, TritonServer
 from serving.service import service
 from serving.stages import FeatureTransform, Row
@@ -47,14 +49,13 @@ HIGH = 16
 class InProcess:
     """The served graphs without a server."""
 
-    def __init__(self, root: Path, threads: int = 1) -> None:
+    def __init__(self, root: Path, store: FeatureStore, threads: int = 1) -> None:
         version = str(read_manifest(root / "compiled", "vivace compile")["results"]["version"])
         repository = root / "model_repository"
         card = json.loads((repository / c.ENSEMBLE / version / "model_card.json").read_text())
         self.shapes = c.StageTensors(**card["shapes"])
-        self.store = LmdbStore(root / "feature_store", readonly=True)
         self.transform = FeatureTransform(
-            repository / c.FEATURE_TRANSFORM / version / "transform.onnx", self.store, self.shapes
+            repository / c.FEATURE_TRANSFORM / version / "transform.onnx", store, self.shapes
         )
         self.retrieval = session(repository / c.RETRIEVAL / version / "model.onnx", threads)
         self.ranking = session(repository / c.RANKING / version / "model.onnx", threads)
@@ -115,36 +116,53 @@ def main(
     name: str = "shop",
     artifacts: Path = Path("artifacts"),
     profile: str = "",
-    requests: Annotated[int, typer.Option(help="requests of a run at concurrency 16; a third of it at 1")] = 6000,
-    seconds: Annotated[float, typer.Option(help="length of the in-process throughput run")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="length of one measuring window")] = 4.0,
+    rounds: Annotated[int, typer.Option(help="measurements of each, in turn")] = 3,
 ) -> None:
     root, cores = artifacts / name, len(os.sched_getaffinity(0))
     frame = recorded(root).head(1000)
     pairs = [(u, list(h)) for u, h in zip(frame[c.USER], frame[c.ITEM], strict=True)]
     rows = [Row(u, h, TOP_K) for u, h in pairs]
     perf_analyzer.binary()
-    perf_analyzer.write_input(pairs, TOP_K, root / "perf_input.json")
+    inputs = root / "perf_input.json"
+    perf_analyzer.write_input(pairs, TOP_K, inputs)
     options = ServerOptions(
         root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "triton.log"
     )
-    served: dict[int, dict[str, float]] = {}
+    store = LmdbStore(root / "feature_store", readonly=True)
+    models = [InProcess(root, store) for _ in range(cores)]
+    served: dict[int, list[dict[str, float]]] = {1: [], HIGH: []}
+    latencies: list[dict[str, float]] = []
+    throughputs: list[float] = []
     stages: dict[int, Any] = {}
     with service(options, console.print) as (server, _):
         url = f"{server.host}:{server.grpc_port}"
-        client = grpcclient.InferenceServerClient(url)
-        perf_analyzer.measure(url, root / "perf_input.json", 4, 500, root)  # warm-up
-        for concurrency, count in ((1, requests // 3), (HIGH, requests)):
-            before = statistics(client)
-            served[concurrency] = perf_analyzer.measure(url, root / "perf_input.json", concurrency, count, root)
-            stages[concurrency] = between(before, statistics(client))
+        with grpcclient.InferenceServerClient(url) as client:
+            perf_analyzer.measure(url, inputs, 4, 1.0, root, agree=100)  # warm-up
+            for _round in track(range(rounds), description="bound and ensemble in turn", console=console):
+                for concurrency, found in served.items():
+                    before = statistics(client)
+                    found.append(perf_analyzer.measure(url, inputs, concurrency, seconds, root))
+                    stages[concurrency] = between(before, statistics(client))
+                batch = max(1, *(round(stages[HIGH][m]["batch"]) for m in (c.RETRIEVAL, c.RANKING)))
+                latencies.append(bound_latency(models[0], rows, 300))
+                throughputs.append(bound_throughput(models, rows, batch, seconds))
         memory = memory_mib(server)
-        client.close()
-    batch = max(1, round(stages[HIGH][c.RETRIEVAL]["batch"]))
-    console.print(f"in process: {cores} threads, batches of {batch} as the server formed")
-    models = [InProcess(root) for _ in range(cores)]
-    latency = bound_latency(models[0], rows, 500)
-    throughput = bound_throughput(models, rows, batch, seconds)
-    report(served, stages, latency, throughput, batch, memory, name, cores)
+    store.close()
+    report(
+        {n: medians(found) for n, found in served.items()},
+        stages,
+        medians(latencies),
+        float(np.median(throughputs)),
+        batch,
+        memory,
+        name,
+        cores,
+    )
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {k: float(np.median([r[k] for r in runs])) for k in runs[0]}
 
 
 def report(

@@ -3,7 +3,6 @@ protobuf, so only its binary is taken out, into ``.tools/``)."""
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import os
@@ -53,16 +52,12 @@ def binary() -> Path:
 
 
 def write_input(requests: Iterable[tuple[str, list[str]]], top_k: int, path: Path) -> None:
-    """Requests in perf_analyzer's JSON form; strings travel as base64, so any text is safe."""
-
-    def text(values: list[str]) -> list[dict[str, str]]:
-        return [{"b64": base64.b64encode(v.encode()).decode()} for v in values]
-
+    """Requests in perf_analyzer's JSON form."""
     data = [
         {
-            c.USER_ID.name: {"content": text([user]), "shape": [1]},
-            c.QUERY.name: {"content": text([""]), "shape": [1]},
-            c.HISTORY.name: {"content": text(history), "shape": [len(history)]},
+            c.USER_ID.name: {"content": [user], "shape": [1]},
+            c.QUERY.name: {"content": [""], "shape": [1]},
+            c.HISTORY.name: {"content": history, "shape": [len(history)]},
             c.TOP_K.name: {"content": [top_k], "shape": [1]},
         }
         for user, history in requests
@@ -70,13 +65,17 @@ def write_input(requests: Iterable[tuple[str, list[str]]], top_k: int, path: Pat
     path.write_text(json.dumps({"data": data}))
 
 
-def measure(url: str, data: Path, concurrency: int, requests: int, folder: Path) -> dict[str, float]:
-    """One closed-loop run over gRPC: QPS and latency in ms. Raises RuntimeError with perf_analyzer's words."""
+def measure(url: str, data: Path, concurrency: int, window_s: float, folder: Path, agree: int = 15) -> dict[str, float]:
+    """Closed loop over gRPC, windows of ``window_s`` until three agree within ``agree`` %: QPS and latency in ms.
+
+    Raises RuntimeError with perf_analyzer's words. (Its ``--request-count`` counts in whole seconds: 10 % off here.)
+    """
     tool = binary()
     report = folder / f"perf_{concurrency}.csv"
     command = [
         str(tool), "-m", c.ENSEMBLE, "-u", url, "-i", "grpc", "--input-data", str(data),
-        "--concurrency-range", str(concurrency), "--request-count", str(requests),
+        "--concurrency-range", str(concurrency), "--measurement-interval", str(int(window_s * 1000)),
+        "--stability-percentage", str(agree), "--max-trials", "10",
         "-f", str(report), "--percentile", "99", "--max-threads", str(min(concurrency, 2)),
     ]  # fmt: skip
     libraries = [str(TOOLS), str(wheel_folder().parent / "nvidia_pytriton.libs"), os.environ.get("LD_LIBRARY_PATH", "")]

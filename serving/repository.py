@@ -30,7 +30,7 @@ class ServingProfile:
 
     max_batch_size: int = 64
     queue_delay_us: int = 0
-    retrieval_instances: int = 1
+    retrieval_instances: int = 2  # the longest stage: with one, the other cores wait for it
     ranking_instances: int = 1
     onnx_threads: int = 1
     gpu: bool = False
@@ -38,7 +38,7 @@ class ServingProfile:
 
 PROFILES = {
     "": ServingProfile(),
-    "gpu": ServingProfile(max_batch_size=256, queue_delay_us=200, gpu=True),
+    "gpu": ServingProfile(max_batch_size=256, queue_delay_us=200, retrieval_instances=1, gpu=True),
 }
 
 

@@ -77,7 +77,7 @@ def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> 
         )
     try:
         items = [raw.decode() for raw in history if raw]  # "" pads rows of unequal length
-        if any(len(text) > MAX_ID_BYTES for text in items):
+        if items and max(map(len, items)) > MAX_ID_BYTES:
             raise ValueError
     except ValueError:  # name the event at fault, or let over-long ids pass as unknown items
         items = [_history_item(raw, i) for i, raw in enumerate(history) if raw]
@@ -164,12 +164,13 @@ class ResponseStage:
 
         A row whose status is an error answers nothing.
         """
+        if len(ranked_BN) == 1:  # a single row answers exactly what there is
+            live = np.count_nonzero(ranked_BN[0])  # PADDING_ID is 0 and stands at the end
+            k = 0 if status_B[0].startswith(STATUS_ERROR.encode()) else max(0, min(int(top_k_B[0]), live))
+            return [self._names[ranked_BN[:, :k]], *(f[:, :k] for f in floats_BN)]
         failed_B = np.array([s.startswith(STATUS_ERROR.encode()) for s in status_B])
         limit_B = np.where(failed_B, 0, np.clip(top_k_B, 0, ranked_BN.shape[1]))
         k = int(limit_B.max(initial=0))
         valid_BK = (np.arange(k)[None] < limit_B[:, None]) & (ranked_BN[:, :k] != PADDING_ID)
         items = self._names[np.where(valid_BK, ranked_BN[:, :k], PADDING_ID)]
-        if len(ranked_BN) == 1:  # a single row answers exactly what there is
-            count = int(valid_BK.sum())
-            return [items[:, :count], *(f[:, :count] for f in floats_BN)]
         return [items, *(np.where(valid_BK, f[:, :k], np.float32(0)) for f in floats_BN)]

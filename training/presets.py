@@ -17,7 +17,7 @@ class RetrievalTraining:
     epochs without a gain; 0 never stops early). The validation event is not touched.
     """
 
-    epochs: int = 8
+    epochs: int = 9
     batch_size: int = 64
     learning_rate: float = 4e-3
     weight_decay: float = 0.0
