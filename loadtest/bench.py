@@ -4,9 +4,10 @@
 
 The bound runs transform.onnx, retrieval.onnx and ranking.onnx of the served version under ONNX Runtime with the same
 thread settings and batch size, no server, no client: latency of one request alone, and throughput with as many threads
-as there are cores, each taking batches of the mean size that the server formed (the larger of the two ONNX stages). perf_analyzer drives the live ensemble
-over gRPC at concurrency 1 and 16. Bound and ensemble are measured in turn, ``rounds`` times, and the ratios are of the
-medians: a machine that drifts moves both. The last line of stdout is one JSON object.
+as there are cores, each taking batches of the mean size that the server formed (that of the ONNX stage with the larger
+batches). perf_analyzer drives the live ensemble over gRPC at concurrency 1 and 16. Bound and ensemble are measured in
+turn, ``rounds`` times, and the ratios are of the medians: a machine that drifts moves both. The last line of stdout is
+one JSON object.
 """
 
 from __future__ import annotations

@@ -248,9 +248,16 @@ class TritonServer:
             self._root = None
 
     # -- shared memory of workers that died ----------------------------------------------------------
-    def segments(self) -> set[str]:
-        """Names of this server's shared memory segments."""
-        return {p.name for p in SHM.glob(f"{self.shm_prefix}*")}
+    def segments(self, older_than_s: float = 0.0) -> set[str]:
+        """Names of this server's shared memory segments that were made at least so long ago."""
+        now, found = time.time(), set()
+        for path in SHM.glob(f"{self.shm_prefix}*"):
+            try:
+                if now - path.stat().st_ctime >= older_than_s:
+                    found.add(path.name)
+            except FileNotFoundError:
+                continue
+        return found
 
     def sweep_shm(self, candidates: set[str], workers: Iterable[int]) -> list[str]:
         """Removes those of ``candidates`` that no living worker maps; returns their names.

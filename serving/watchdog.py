@@ -8,6 +8,8 @@ loaded again (``load`` alone does not help), then the dead worker's shared memor
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from serving.repository import ALL_MODELS
 log = logging.getLogger("vivace.serve")
 
 STUB = "triton_python_backend_stub"
+SETTLED_S = 2.0  # a worker maps its segment within milliseconds of its making
 
 
 class Metrics:
@@ -67,7 +70,9 @@ def question(config: pb.ModelConfig) -> list[grpcclient.InferInput]:
 def died(error: InferenceServerException) -> bool:
     """Whether the error says that the model has no worker; a refusal such as "expected a user id" is life."""
     text = error.message() or ""
-    return any(sign in text for sign in ("not healthy", "Stub process", "unexpectedly", "is not ready", "no version"))
+    return any(
+        sign in text for sign in ("not healthy", "Stub process", "unexpectedly", "is not ready", "no available version")
+    )
 
 
 class Watchdog:
@@ -89,6 +94,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._questions: dict[str, list[grpcclient.InferInput]] = {}
         self._workers: dict[int, str] = {}
+        self._retired: dict[int, float] = {}  # workers of unloaded instances, and since when
 
     def __enter__(self) -> Watchdog:
         for name in ALL_MODELS:
@@ -138,6 +144,7 @@ class Watchdog:
     def revive(self, model: str) -> float:
         """Unloads and loads ``model`` until it answers; returns the seconds it took."""
         started, segments = time.monotonic(), self.server.segments()
+        self._retired.update({pid: started for pid, own in self.workers().items() if own == model})
         self.metrics.healthy.labels(model).set(0)
         self._say(f"{model}: its worker died; reloading it")
         while not self._stop.is_set():
@@ -161,7 +168,7 @@ class Watchdog:
     def check(self) -> list[str]:
         """One round: models revived."""
         now = self.workers()
-        lost = {model for pid, model in self._workers.items() if pid not in now and model}
+        lost = {m for pid, m in self._workers.items() if m and pid not in now and pid not in self._retired}
         revived = []
         for model in self._questions:
             if self._stop.is_set():
@@ -171,7 +178,21 @@ class Watchdog:
                 self.revive(model)
                 revived.append(model)
         self._workers = self.workers() if revived or lost else now
+        self.sweep(self._workers)
         return revived
+
+    def sweep(self, workers: dict[int, str]) -> None:
+        """Removes what a reload left: the other workers of a model that was unloaded with a dead one among them may
+        stay for ever, and go when they have had the time to finish."""
+        for pid, since in list(self._retired.items()):
+            if time.monotonic() - since > SETTLED_S:
+                if pid not in workers:
+                    del self._retired[pid]
+                    continue
+                os.kill(pid, signal.SIGKILL)
+        segments = self.server.segments(older_than_s=SETTLED_S)
+        if len(segments) > len(workers):
+            self.metrics.swept.inc(len(self.server.sweep_shm(segments, workers)))
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval_s):

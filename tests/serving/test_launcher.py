@@ -21,6 +21,7 @@ from serving.launcher import SHM, ServerError, ServerOptions, TritonServer
 from serving.service import service
 
 RECOVERY_S = 5.0
+CLEAR = ("not healthy", "not ready", "no available versions")
 
 
 def _options(root: Path, **more) -> ServerOptions:
@@ -45,7 +46,7 @@ def test_a_killed_worker_is_revived_under_load(root, model):
     frame = recorded(root)
     user, history = frame[c.USER][0], list(frame[c.ITEM][0])
     with service(_options(root, log=root / "kill.log"), said.append) as (server, watchdog):
-        segments = len(server.segments())
+        segments, workers = len(server.segments()), len(watchdog.workers())
         outcomes: list[tuple[float, str]] = []
         stop = threading.Event()
 
@@ -58,26 +59,32 @@ def test_a_killed_worker_is_revived_under_load(root, model):
                         problem = str(error)
                     outcomes.append((time.monotonic(), problem))
 
-        threads = [threading.Thread(target=hammer) for _ in range(4)]
+        threads = [threading.Thread(target=hammer, daemon=True) for _ in range(4)]
         for t in threads:
             t.start()
         time.sleep(0.5)
-        (pid,) = [p for p, m in watchdog.workers().items() if m == model]
-        os.kill(pid, signal.SIGKILL)
-        killed = time.monotonic()
-        time.sleep(RECOVERY_S + 1)
-        stop.set()
+        try:
+            pid = next(p for p, m in watchdog.workers().items() if m == model)
+            os.kill(pid, signal.SIGKILL)
+            killed = time.monotonic()
+            time.sleep(RECOVERY_S + 1)
+        finally:
+            stop.set()
         for t in threads:
-            t.join()
+            t.join(30)
         problems = [(at - killed, text) for at, text in outcomes if text]
         assert all(0 <= at < RECOVERY_S for at, _ in problems), problems
-        assert all("not healthy" in text or "not ready" in text or "no version" in text for _, text in problems)
+        unclear = {text for _, text in problems if not any(s in text for s in CLEAR)}
+        assert not unclear
         assert sum(1 for at, text in outcomes if not text and at - killed > RECOVERY_S) > 10
         assert any(f"{model}: its worker died" in text for text in said)
         assert any(f"{model}: answers again" in text for text in said)
         counted = watchdog.metrics.registry.get_sample_value("vivace_model_restarts_total", {"model": model})
         assert counted == 1
-        assert len(server.segments()) == segments
+        deadline = time.monotonic() + 20  # a sibling worker of the dead one may take a moment to go
+        while len(server.segments()) != segments or len(watchdog.workers()) != workers:
+            assert time.monotonic() < deadline, (server.segments(), watchdog.workers())
+            time.sleep(0.2)
         prefix = server.shm_prefix
     assert not list(SHM.glob(f"{prefix}*"))
 
@@ -94,7 +101,11 @@ def test_shutdown_leaves_nothing(root):
 def test_the_server_binds_to_loopback_only(served):
     server, _ = served
     process = psutil.Process(server.pid)
-    addresses = {conn.laddr.ip for conn in process.connections("inet") if conn.status == psutil.CONN_LISTEN}
+    addresses = {
+        conn.laddr.ip.removeprefix("::ffff:")
+        for conn in process.connections("inet")
+        if conn.status == psutil.CONN_LISTEN
+    }
     assert addresses == {"127.0.0.1"}
 
 
