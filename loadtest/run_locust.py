@@ -42,7 +42,10 @@ def run_locust(
         line += ["--only-summary", "--loglevel", "WARNING"]
     checkout = str(FILE.parent.parent)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))}
-    return subprocess.run(line, env=env, stdout=subprocess.DEVNULL if quiet else None).returncode
+    if not quiet:
+        return subprocess.run(line, env=env).returncode
+    with (root / "locust.log").open("w") as log:
+        return subprocess.run(line, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
 
 
 def results(root: Path) -> list[dict[str, float | str]]:

@@ -69,7 +69,7 @@ def shop() -> Preset:
     return replace(
         base,
         encoder=replace(base.encoder, history=50),
-        retrieval=replace(base.retrieval, epochs=4, batch_size=128),
+        retrieval=replace(base.retrieval, epochs=6, batch_size=128),
         ranking=replace(base.ranking, epochs=2, batch_size=128),
     )
 

@@ -252,7 +252,7 @@ def _fit_platt(w: Tensor, x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
         loss = F.binary_cross_entropy_with_logits(x * w[0] + w[1], y)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     optimizer.step(closure)
 

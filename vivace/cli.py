@@ -233,27 +233,32 @@ def query(
         print_answer(artifacts / name, user, items, client.recommend(user, items, top_k))
 
 
+def titles(root: Path, items: list[str]) -> list[str]:
+    """Titles from the feature store; the id where there is none."""
+    from serving.feature_store import LmdbStore
+
+    with contextlib.closing(LmdbStore(root / "feature_store", readonly=True)) as store:
+        return [t or i for t, i in zip(store.titles(items), items, strict=True)]
+
+
 def print_answer(root: Path, user: str, history: list[str], answer: Any) -> None:
     """History titles and recommended titles side by side with scores."""
     from serving.feature_store import LmdbStore
 
-    store = LmdbStore(root / "feature_store", readonly=True)
-    known = history or (store.histories([user])[0] if user else None) or []
-    titled = lambda ids: [t or i for t, i in zip(store.titles(ids), ids, strict=True)]  # noqa: E731
-    past = titled(known[-5:])
-    store_titles = titled(answer.items)
-    store.close()
+    with contextlib.closing(LmdbStore(root / "feature_store", readonly=True)) as store:
+        known = history or (store.histories([user])[0] if user else None) or []
+    past, found = titles(root, known[-5:]), titles(root, answer.items)
     table = Table(title=f"user {user or '(anonymous)'}, STATUS {answer.status}", title_justify="left")
     table.add_column("last in the history")
     table.add_column("recommended")
     table.add_column("score", justify="right")
     for head in answer.heads:
         table.add_column(f"P({head})", justify="right")
-    for i in range(max(len(past), len(store_titles))):
-        got = i < len(store_titles)
+    for i in range(max(len(past), len(found))):
+        got = i < len(found)
         table.add_row(
             past[i] if i < len(past) else "",
-            store_titles[i] if got else "",
+            found[i] if got else "",
             f"{answer.scores[i]:.2f}" if got else "",
             *(f"{p[i]:.3f}" if got else "" for p in answer.heads.values()),
         )

@@ -28,7 +28,8 @@ def _answers(root: Path, server: TritonServer) -> None:
         for user, history, target in sample.head(2)[[c.USER, c.ITEM, c.TARGET]].itertuples(index=False):
             answer = client.recommend(user, list(history), 5)
             cli.print_answer(root, user, list(history), answer)
-            cli.say(f"held-out next item: {target}" + (" (among the answers)" if target in answer.items else ""))
+            (title,) = cli.titles(root, [target])
+            cli.say(f"held-out next item: {title}" + (" (among the answers)" if target in answer.items else ""))
         cli.print_answer(root, "", [], client.recommend(top_k=5))
 
 
@@ -53,7 +54,9 @@ def _load(root: Path, server: TritonServer, seconds: int, console: Console) -> N
         table.add_row(f"server, {model}", *cells, f"{stages[model]['requests'] / seconds:.1f}", batch, "")
     console.print(table)
     if code:
-        raise ValueError(f"locust: some requests failed (exit code {code}); see the table and {root / 'triton.log'}")
+        raise ValueError(
+            f"locust: some requests failed (exit code {code}); see {root / 'locust.log'} and {root / 'triton.log'}"
+        )
 
 
 def run_demo(data: str, path: Path | None, artifacts: Path, seed: int, preset: str, load_seconds: int) -> None:

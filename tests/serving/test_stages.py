@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -30,6 +34,14 @@ def test_response_pads_rows_and_answers_no_failed_row():
     assert single.tolist() == [[b"A", b"B"]] and value.tolist() == [[3, 2]]
 
 
+def _read(path: Path) -> list[list[str] | None]:
+    store = LmdbStore(path, readonly=True)
+    try:
+        return store.histories(["u"])
+    finally:
+        store.close()
+
+
 def test_feature_store(tmp_path):
     store = LmdbStore(tmp_path / "store")
     long_id = "ü" * 400  # longer than LMDB's keys
@@ -44,10 +56,10 @@ def test_feature_store(tmp_path):
     store.append(Event("busy", str(i)) for i in range(MAX_STORED_EVENTS + 10))
     (kept,) = store.histories(["busy"])
     assert len(kept) == MAX_STORED_EVENTS and kept[-1] == str(MAX_STORED_EVENTS + 9)
-    reader = LmdbStore(tmp_path / "store", readonly=True)
-    store.append([Event("u", "c")])
-    assert reader.histories(["u"]) == [["a", "b", "c"]]
-    reader.close()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:  # a reader in another process
+        assert other.submit(_read, tmp_path / "store").result() == [["a", "b"]]
+        store.append([Event("u", "c")])
+        assert other.submit(_read, tmp_path / "store").result() == [["a", "b", "c"]]
     store.close()
     with pytest.raises(FileNotFoundError, match="vivace prepare"):
         LmdbStore(tmp_path / "none", readonly=True)
