@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import urllib.request
 from typing import Any
@@ -66,7 +67,8 @@ def quantiles(host: str, metrics_port: int) -> dict[str, dict[str, float]]:
         if not match or match.group(1) != "request":
             continue
         labels: dict[str, Any] = dict(re.findall(r'(\w+)="([^"]*)"', match.group("labels")))
-        if "quantile" in labels and match.group("value") != "NaN":
+        value_us = float(match.group("value"))
+        if "quantile" in labels and not math.isnan(value_us):  # a model that nobody asked lately has none
             name = f"p{float(labels['quantile']) * 100:.0f}"
-            found.setdefault(labels["model"], {})[name] = float(match.group("value")) / 1000
+            found.setdefault(labels["model"], {})[name] = value_us / 1000
     return found

@@ -29,10 +29,10 @@ def test_statistics_count_what_was_asked(served, root):
         while any(found[m]["requests"] < 20 for m in c.STAGES) and time.monotonic() < deadline:
             found = between(before, statistics(triton))
     assert found[c.ENSEMBLE]["requests"] == 20
-    assert all(found[m]["requests"] >= 20 and found[m]["total_ms"] > 0 for m in c.STAGES)
+    assert all(found[m]["requests"] >= 20 and found[m]["total_ms"] > 0 for m in c.STAGES), found
     spread = quantiles(server.host, server.metrics_port)
     assert set(spread) >= set(MODELS)
-    assert all(s["p50"] <= s["p99"] for s in spread.values())
+    assert all(s["p50"] <= s["p99"] for s in spread.values()), spread
 
 
 def test_the_bound_runs_the_served_graphs(served, root):
