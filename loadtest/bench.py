@@ -55,23 +55,20 @@ class InProcess:
         repository = root / "model_repository"
         card = json.loads((repository / c.ENSEMBLE / version / "model_card.json").read_text())
         self.shapes = c.StageTensors(**card["shapes"])
-        self.transform = FeatureTransform(
-            repository / c.FEATURE_TRANSFORM / version / "transform.onnx", store, self.shapes
-        )
+        seen = c.DataSchema.load(root / "compiled" / "schema.json").exclude_seen
+        graph = repository / c.FEATURE_TRANSFORM / version / "transform.onnx"
+        self.transform = FeatureTransform(graph, store, self.shapes, seen)
         self.retrieval = session(repository / c.RETRIEVAL / version / "model.onnx", threads)
         self.ranking = session(repository / c.RANKING / version / "model.onnx", threads)
 
     def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
         history, exclude, _ = self.transform(rows)
-        ids, scores, encoded = self._run(self.retrieval, (history, exclude))
-        return self._run(self.ranking, (history, ids, scores, encoded))
+        ids, scores, encoded = self._run(self.retrieval, c.retrieval_inputs(self.shapes), history, exclude)
+        return self._run(self.ranking, c.ranking_inputs(self.shapes), history, ids, scores, encoded)
 
     @staticmethod
-    def _run(graph: ort.InferenceSession, values: tuple[np.ndarray, ...]) -> list[np.ndarray]:
-        names = {"HISTORY_IDS": 0, "EXCLUDE": 1} if len(values) == 2 else {
-            "HISTORY_IDS": 0, "CANDIDATE_IDS": 1, "CANDIDATE_SCORES": 2, "ENCODED_HISTORY": 3
-        }  # fmt: skip
-        found: list[np.ndarray] = graph.run(None, {n: values[i] for n, i in names.items()})
+    def _run(graph: ort.InferenceSession, inputs: tuple[c.WireTensor, ...], *values: np.ndarray) -> list[np.ndarray]:
+        found: list[np.ndarray] = graph.run(None, {t.name: v for t, v in zip(inputs, values, strict=True)})
         return found
 
 

@@ -21,8 +21,8 @@ from preprocessing.prepare import Features
 from serving import repository
 from training import data
 from training.presets import Preset
-from training.ranking_model import RankingGraph, RankingModel
-from training.retrieval_model import RetrievalGraph, RetrievalModel
+from training.ranking_model import RankingGraph
+from training.retrieval_model import RetrievalGraph
 from training.train import Progress, load_ranker, load_retrieval
 from vivace.artifacts import Step, read_manifest, write_text
 
@@ -110,31 +110,22 @@ def _check(stage: str, found: dict[str, float]) -> None:
             )
 
 
-def export_retrieval(
-    model: RetrievalModel, s: c.StageTensors, example: tuple[Tensor, Tensor], path: Path
+def export_checked(
+    stage: str,
+    graph: nn.Module,
+    inputs: tuple[c.WireTensor, ...],
+    outputs: tuple[c.WireTensor, ...],
+    example: tuple[Tensor, ...],
+    path: Path,
 ) -> dict[str, float]:
-    graph = RetrievalGraph(model, s.candidates).eval()
-    inputs, outputs = _names(c.retrieval_inputs(s)), _names(c.retrieval_outputs(s))
-    export(graph, example, inputs, outputs, path)
+    """Exports a stage and compares it with PyTorch on ``example``; the differences. Raises ValueError beyond them."""
+    names_in, names_out = _names(inputs), _names(outputs)
+    export(graph, example, names_in, names_out, path)
     with torch.no_grad():
-        expected = graph(*example)
-    got = session(path).run(outputs, {n: x.numpy() for n, x in zip(inputs, example, strict=True)})
-    found = difference(expected, got, outputs)
-    _check(c.RETRIEVAL, found)
-    return found
-
-
-def export_ranking(
-    model: RankingModel, s: c.StageTensors, heads: tuple[c.TaskHead, ...], example: tuple[Tensor, ...], path: Path
-) -> dict[str, float]:
-    graph = RankingGraph(model).eval()
-    inputs, outputs = _names(c.ranking_inputs(s)), _names(c.ranking_outputs(s, heads))
-    export(graph, example, inputs, outputs, path)
-    with torch.no_grad():
-        expected = graph(*example)
-    got = session(path).run(outputs, {n: x.numpy() for n, x in zip(inputs, example, strict=True)})
-    found = difference(expected, got, outputs)
-    _check(c.RANKING, found)
+        expected = graph.eval()(*example)
+    got = session(path).run(names_out, {n: x.numpy() for n, x in zip(names_in, example, strict=True)})
+    found = difference(expected, got, names_out)
+    _check(stage, found)
     return found
 
 
@@ -157,12 +148,16 @@ def compile_models(features: Features, preset: Preset, root: Path, seed: int, sa
     ranker = load_ranker(features, preset, root).cpu()
     example = example_requests(features, preset)
     say("exporting retrieval")
-    parity = {c.RETRIEVAL: export_retrieval(retriever, s, example, step.folder / "retrieval.onnx")}
+    graph = RetrievalGraph(retriever, s.candidates)
+    file = step.folder / "retrieval.onnx"
+    found = export_checked(c.RETRIEVAL, graph, c.retrieval_inputs(s), c.retrieval_outputs(s), example, file)
+    parity = {c.RETRIEVAL: found}
     with torch.no_grad():
-        ids, scores, encoded = RetrievalGraph(retriever, s.candidates).eval()(*example)
+        ids, scores, encoded = graph(*example)
     say("exporting ranking")
-    ranking_example = (example[0], ids, scores, encoded)
-    parity[c.RANKING] = export_ranking(ranker, s, schema.heads, ranking_example, step.folder / "ranking.onnx")
+    rows, file = (example[0], ids, scores, encoded), step.folder / "ranking.onnx"
+    outputs = c.ranking_outputs(s, schema.heads)
+    parity[c.RANKING] = export_checked(c.RANKING, RankingGraph(ranker), c.ranking_inputs(s), outputs, rows, file)
     record(features, step.folder / FILE, RECORDED_REQUESTS, seed)
     items_file = step.folder / "items.json"
     write_text(items_file, json.dumps(features.items()[c.ITEM].tolist(), ensure_ascii=False))

@@ -72,15 +72,10 @@ def run_demo(data: str, path: Path | None, artifacts: Path, seed: int, preset: s
     t = time.monotonic()
     cli.prepare(data=data, path=path, artifacts=artifacts, seed=seed)
     timed("prepare", t)
-    t = time.monotonic()
-    cli.train(name=data, artifacts=artifacts, preset=preset, seed=seed)
-    timed("train", t)
-    t = time.monotonic()
-    cli.evaluate(name=data, artifacts=artifacts, preset=preset, seed=seed)
-    timed("evaluate", t)
-    t = time.monotonic()
-    cli.compile_(name=data, artifacts=artifacts, preset=preset, seed=seed)
-    timed("compile", t)
+    for name, step in (("train", cli.train), ("evaluate", cli.evaluate), ("compile", cli.compile_)):
+        t = time.monotonic()
+        step(name=data, artifacts=artifacts, preset=preset, seed=seed)
+        timed(name, t)
     t = time.monotonic()
     options = ServerOptions(
         root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
