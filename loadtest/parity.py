@@ -100,7 +100,7 @@ def compare(offline: Offline, answers: list[Recommendation]) -> dict[str, Any]:
             is_tie = answer.items[place] in expected and (
                 abs(score[place] - score[expected.index(answer.items[place])]) < TIE
             )
-            tied, wrong = tied + is_tie, wrong + (not is_tie)
+            tied, wrong = tied + int(is_tie), wrong + int(not is_tie)
 
     def ndcg(lists: list[list[str]]) -> float:
         rank = [i.index(t) if t in i else MISS for i, t in zip(lists, offline.targets, strict=True)]
