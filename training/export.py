@@ -47,7 +47,7 @@ def export(
     batch = {name: {0: "batch"} for name in (*inputs, *outputs)}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        # the TorchScript exporter: Merlin's expert blocks are scripted, which torch.export does not take
+        # the TorchScript exporter is the one Merlin's expert blocks were known to export with; the newer was not tried
         torch.onnx.export(
             graph.eval().cpu(),
             tuple(x.cpu() for x in example),
