@@ -58,13 +58,13 @@ def offline_answers(features: Features, preset: Preset, root: Path, users: int) 
     graph = RetrievalGraph(retriever, shapes(preset, features.item_count()).candidates)
     with torch.no_grad():
         ids, scores, encoded = graph(request.history_BT, exclude)
-        ranked, score, *_ = RankingGraph(ranker)(request.history_BT, ids, scores, encoded)
+        ranked, values = RankingGraph(ranker)(request.history_BT, ids, scores, encoded)
     return Offline(
         request,
         [names[h].tolist() for h in request.histories],
         names[request.target_B.numpy()].tolist(),
         names[ranked.numpy()],
-        score.numpy(),
+        values[:, 0].numpy(),
     )
 
 

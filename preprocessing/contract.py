@@ -100,6 +100,9 @@ APPEND_EVENT = "append_event"
 STAGES = (FEATURE_TRANSFORM, RETRIEVAL, RANKING, RESPONSE)
 
 
+ENCODED_HISTORY = "ENCODED_HISTORY"  # the one tensor between stages whose axis is events, not items
+
+
 def head_tensor(head: str, dims: tuple[int, ...] = (-1,)) -> WireTensor:
     """The output of one task head: calibrated probability per answered item, FP32."""
     return WireTensor(head.upper(), "FP32", dims)
@@ -138,10 +141,6 @@ class StageTensors:
         return WireTensor("EXCLUDE", "BOOL", (self.items,))
 
     @property
-    def row_status(self) -> WireTensor:
-        return WireTensor("ROW_STATUS", "BYTES", (1,))
-
-    @property
     def candidate_ids(self) -> WireTensor:
         return WireTensor("CANDIDATE_IDS", "INT64", (self.candidates,))
 
@@ -151,19 +150,17 @@ class StageTensors:
 
     @property
     def encoded_history(self) -> WireTensor:
-        return WireTensor("ENCODED_HISTORY", "FP32", (self.history, self.width))
+        return WireTensor(ENCODED_HISTORY, "FP32", (self.history, self.width))
 
     @property
     def ranked_ids(self) -> WireTensor:
         """Candidates, best first; PADDING_ID where there were fewer than N to choose from."""
         return WireTensor("RANKED_IDS", "INT64", (self.candidates,))
 
-    @property
-    def ranked_scores(self) -> WireTensor:
-        return WireTensor("RANKED_SCORES", "FP32", (self.candidates,))
-
-    def ranked_head(self, head: str) -> WireTensor:
-        return WireTensor(f"RANKED_{head.upper()}", "FP32", (self.candidates,))
+    def ranked_values(self, heads: tuple[TaskHead, ...]) -> WireTensor:
+        """Row 0: the score that ordered the candidates; row 1 + i: calibrated probability of head i. One tensor, as
+        each tensor between two stages costs the server more than its bytes do."""
+        return WireTensor("RANKED_VALUES", "FP32", (1 + len(heads), self.candidates))
 
 
 @dataclass(frozen=True)
@@ -239,7 +236,7 @@ class DataSchema:
 
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (s.history_ids, s.exclude, s.row_status)
+    return (s.history_ids, s.exclude, STATUS)
 
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -255,12 +252,17 @@ def ranking_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
 
 
 def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (s.ranked_ids, s.ranked_scores, *(s.ranked_head(h.name) for h in heads))
+    return (s.ranked_ids, s.ranked_values(heads))
 
 
 def response_inputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (*ranking_outputs(s, heads), s.row_status, TOP_K)
+    return (*ranking_outputs(s, heads), STATUS, TOP_K)
 
 
 def response_outputs(heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (ITEM_ID, SCORE, *(head_tensor(h.name) for h in heads), STATUS)
+    return (ITEM_ID, SCORE, *(head_tensor(h.name) for h in heads))
+
+
+def answer_outputs(heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
+    """What the ensemble answers: the response's tensors, and STATUS as the feature transform wrote it."""
+    return (*response_outputs(heads), STATUS)

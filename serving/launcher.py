@@ -48,6 +48,14 @@ class ServerOptions:
     extra: tuple[str, ...] = field(default=())
 
 
+# glibc gives blocks of 128 KiB and more back to the kernel at each free: tensors of a batch are of that size
+MALLOC = {  # the largest threshold that glibc takes is 32 MiB
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "MALLOC_TOP_PAD_": str(1 << 24),
+}
+
+
 class ServerError(RuntimeError):
     """Triton did not start or stopped by itself; the message ends with the last lines of its log."""
 
@@ -96,9 +104,11 @@ def backend_folder(root: Path) -> Path:
     return root / "backends"
 
 
-def _die_with_parent() -> None:
-    """In the child: the kernel ends the server if its launcher is killed outright (prctl PR_SET_PDEATHSIG)."""
+def _in_child() -> None:
+    """In the server's process before it starts: the kernel ends it if its launcher is killed outright (prctl
+    PR_SET_PDEATHSIG), and a thread of it that wakes up does not interrupt one that computes (SCHED_BATCH)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 class TritonServer:
@@ -166,6 +176,8 @@ class TritonServer:
         libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
         env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*libraries, env.get("LD_LIBRARY_PATH")]))
+        for name, value in MALLOC.items():
+            env.setdefault(name, value)
         env["OMP_NUM_THREADS"] = "1"  # numpy's BLAS in every worker would otherwise start a pool of its own
         return env
 
@@ -192,7 +204,7 @@ class TritonServer:
                 stdin=subprocess.DEVNULL,
                 env=self.environment(),
                 start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
-                preexec_fn=_die_with_parent,
+                preexec_fn=_in_child,
             )
         deadline = time.monotonic() + o.start_timeout_s
         while not self.ready():

@@ -73,7 +73,7 @@ def _onnx(config: pb.ModelConfig, profile: ServingProfile) -> pb.ModelConfig:
 def _ensemble(s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile) -> pb.ModelConfig:
     config = pb.ModelConfig(name=c.ENSEMBLE, platform="ensemble", max_batch_size=profile.max_batch_size)
     _io(config.input, c.REQUEST)
-    _io(config.output, c.response_outputs(heads))
+    _io(config.output, c.answer_outputs(heads))
     steps = (
         (c.FEATURE_TRANSFORM, c.REQUEST, c.feature_transform_outputs(s)),
         (c.RETRIEVAL, c.retrieval_inputs(s), c.retrieval_outputs(s)),

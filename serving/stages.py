@@ -158,19 +158,20 @@ class ResponseStage:
         return cls(np.array([b""] * FIRST_ID + [i.encode() for i in items], object))
 
     def __call__(
-        self, ranked_BN: np.ndarray, floats_BN: Sequence[np.ndarray], top_k_B: np.ndarray, status_B: Sequence[bytes]
+        self, ranked_BN: np.ndarray, values_BCN: np.ndarray, top_k_B: np.ndarray, status_B: Sequence[bytes]
     ) -> list[np.ndarray]:
-        """ITEM_ID (object [B, K]) and each of ``floats_BN`` cut to K, the largest TOP_K; short rows end in b"", 0.
+        """ITEM_ID (object [B, K]) and each row c of ``values_BCN`` as float32 [B, K]; K is the largest TOP_K, short
+        rows end in b"", 0.
 
         A row whose status is an error answers nothing.
         """
         if len(ranked_BN) == 1:  # a single row answers exactly what there is
             live = np.count_nonzero(ranked_BN[0])  # PADDING_ID is 0 and stands at the end
             k = 0 if status_B[0].startswith(STATUS_ERROR.encode()) else max(0, min(int(top_k_B[0]), live))
-            return [self._names[ranked_BN[:, :k]], *(f[:, :k] for f in floats_BN)]
+            return [self._names[ranked_BN[:, :k]], *values_BCN[:, :, :k].swapaxes(0, 1)]
         failed_B = np.array([s.startswith(STATUS_ERROR.encode()) for s in status_B])
         limit_B = np.where(failed_B, 0, np.clip(top_k_B, 0, ranked_BN.shape[1]))
         k = int(limit_B.max(initial=0))
         valid_BK = (np.arange(k)[None] < limit_B[:, None]) & (ranked_BN[:, :k] != PADDING_ID)
         items = self._names[np.where(valid_BK, ranked_BN[:, :k], PADDING_ID)]
-        return [items, *(np.where(valid_BK, f[:, :k], np.float32(0)) for f in floats_BN)]
+        return [items, *np.where(valid_BK, values_BCN[:, :, :k].swapaxes(0, 1), np.float32(0))]

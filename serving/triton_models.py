@@ -18,7 +18,7 @@ from preprocessing import contract as c
 from serving.feature_store import Event, LmdbStore
 from serving.stages import FeatureTransform, ResponseStage, Row, parse_row
 
-_LENGTH = struct.Struct("<I").unpack_from
+_LENGTH, _PACK = struct.Struct("<I").unpack_from, struct.Struct("<I").pack
 
 
 def read_strings(encoded: np.ndarray | bytes) -> np.ndarray:
@@ -34,7 +34,13 @@ def read_strings(encoded: np.ndarray | bytes) -> np.ndarray:
     return out
 
 
-pb_utils.deserialize_bytes_tensor = read_strings  # the stub looks it up at each call
+def write_strings(array: np.ndarray) -> bytes | tuple[()]:
+    """The reverse for an object array of bytes; () for an empty one, as Triton's own gives."""
+    return b"".join([part for value in array.ravel().tolist() for part in (_PACK(len(value)), value)]) or ()
+
+
+# the stub looks them up at each call
+pb_utils.deserialize_bytes_tensor, pb_utils.serialize_byte_tensor = read_strings, write_strings
 
 
 def _input(request, tensor: c.WireTensor | str) -> np.ndarray:  # noqa: ANN001
@@ -68,7 +74,7 @@ class _Stage:
 
 
 class FeatureTransformModel(_Stage):
-    """USER_ID, QUERY, HISTORY, TOP_K to HISTORY_IDS, EXCLUDE, ROW_STATUS, in one pass over all requests at hand.
+    """USER_ID, QUERY, HISTORY, TOP_K to HISTORY_IDS, EXCLUDE, STATUS, in one pass over all requests at hand.
 
     A bad request of one row gets its own error. In a request of several rows a bad row is answered with its error in
     STATUS and no items, so its neighbours are not lost.
@@ -114,22 +120,19 @@ class FeatureTransformModel(_Stage):
 
 
 class ResponseModel(_Stage):
-    """Ranked ids, scores and heads to the public answer."""
+    """Ranked ids, their scores and head probabilities to the public answer."""
 
     def setup(self) -> None:
         self.respond = ResponseStage.from_file(self.folder / "items.json")
-        *self.ranked, self.row_status, _ = self.inputs  # the contract's order: response_inputs
+        self.ids, self.values, *_ = self.inputs  # the contract's order: response_inputs
 
     def execute(self, requests: list) -> list:
         responses = []
         for request in requests:
-            ranked, *floats = (_input(request, name) for name in self.ranked)
-            status = _input(request, self.row_status)
-            values = self.respond(ranked, floats, _input(request, c.TOP_K)[:, 0], status[:, 0])
-            tensors = [
-                pb_utils.Tensor(n, np.ascontiguousarray(v))
-                for n, v in zip(self.outputs, [*values, status], strict=True)
-            ]
+            ranked, values = _input(request, self.ids), _input(request, self.values)
+            status, top_k = _input(request, c.STATUS), _input(request, c.TOP_K)
+            answer = self.respond(ranked, values, top_k[:, 0], status[:, 0])
+            tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, answer, strict=True)]
             responses.append(pb_utils.InferenceResponse(tensors))
         return responses
 

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -73,6 +74,14 @@ def died(error: InferenceServerException) -> bool:
     return any(
         sign in text for sign in ("not healthy", "Stub process", "unexpectedly", "is not ready", "no available version")
     )
+
+
+def living(pid: int) -> bool:
+    """Whether the process is there and no zombie; far cheaper than a scan of all processes."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 class Watchdog:
@@ -167,7 +176,7 @@ class Watchdog:
 
     def check(self) -> list[str]:
         """One round: models revived."""
-        now = self.workers()
+        now = {pid: model for pid, model in self._workers.items() if living(pid)}
         lost = {m for pid, m in self._workers.items() if m and pid not in now and pid not in self._retired}
         revived = []
         for model in self._questions:
@@ -191,8 +200,9 @@ class Watchdog:
                     continue
                 os.kill(pid, signal.SIGKILL)
         segments = self.server.segments(older_than_s=SETTLED_S)
-        if len(segments) > len(workers):
-            self.metrics.swept.inc(len(self.server.sweep_shm(segments, workers)))
+        if len(segments) > len(workers):  # a worker that someone else's reload started is not among ``workers``
+            self._workers = self.workers()
+            self.metrics.swept.inc(len(self.server.sweep_shm(segments, self._workers)))
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval_s):

@@ -198,4 +198,4 @@ class RankingGraph(nn.Module):
         slope, offset = self.model.calibration[:, 0], self.model.calibration[:, 1]
         probabilities = torch.sigmoid(logits * slope + offset)
         heads = [probabilities[..., i].gather(1, order) for i in range(probabilities.shape[2])]
-        return ids, ranked, *heads
+        return ids, torch.stack([ranked, *heads], dim=1)

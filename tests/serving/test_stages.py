@@ -27,10 +27,10 @@ def test_response_pads_rows_and_answers_no_failed_row():
     ranked = np.array([[5, 4, 3], [3, 4, 0], [3, 4, 5]])
     scores = np.array([[3, 2, 1], [3, 2, -1e30], [3, 2, 1]], np.float32)
     status = [b"ok", b"ok", f"{c.STATUS_ERROR}broken".encode()]
-    items, values = stage(ranked, [scores], np.array([1, 3, 3]), status)
+    items, values = stage(ranked, scores[:, None], np.array([1, 3, 3]), status)
     assert items.tolist() == [[b"C", b"", b""], [b"A", b"B", b""], [b"", b"", b""]]
     assert values.tolist() == [[3, 0, 0], [3, 2, 0], [0, 0, 0]]
-    single, value = stage(ranked[1:2], [scores[1:2]], np.array([3]), [b"ok"])
+    single, value = stage(ranked[1:2], scores[1:2, None], np.array([3]), [b"ok"])
     assert single.tolist() == [[b"A", b"B"]] and value.tolist() == [[3, 2]]
 
 

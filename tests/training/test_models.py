@@ -87,8 +87,8 @@ def test_excluded_items_are_not_answered(retriever, ranker):
     exclude[0, 20:24] = False  # fewer items than candidates
     ids, scores, encoded = RetrievalGraph(retriever, 10)(_history(7, 9), exclude)
     assert sorted(ids[0, :4].tolist()) == [20, 21, 22, 23] and (ids[0, 4:] == PADDING_ID).all()
-    ranked, score, *_ = RankingGraph(ranker)(_history(7, 9), ids, scores, encoded)
-    assert sorted(ranked[0, :4].tolist()) == [20, 21, 22, 23] and (score[0, 4:] <= EXCLUDED / 2).all()
+    ranked, values = RankingGraph(ranker)(_history(7, 9), ids, scores, encoded)
+    assert sorted(ranked[0, :4].tolist()) == [20, 21, 22, 23] and (values[0, 0, 4:] <= EXCLUDED / 2).all()
 
 
 def test_candidate_order_is_irrelevant(retriever, ranker):
