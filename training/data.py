@@ -35,9 +35,13 @@ def pad_left(sequences: list[np.ndarray], length: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-def windows(sequence: np.ndarray, length: int) -> list[np.ndarray]:
-    """A sequence cut into pieces of ``length`` transitions from the newest back; every transition is in one piece."""
+def windows(sequence: np.ndarray, length: int, offset: int = 0) -> list[np.ndarray]:
+    """A sequence cut into pieces of ``length`` transitions from the newest back; every transition is in one piece.
+    ``offset``: transitions of the first piece, if the sequence is longer than that (0: ``length``)."""
     pieces, end = [], len(sequence)
+    if 0 < offset < end - 1:
+        pieces.append(sequence[end - offset - 1 :])
+        end -= offset
     while end > 1:
         pieces.append(sequence[max(0, end - length - 1) : end])
         end -= length
@@ -65,12 +69,16 @@ def _split(batch: dict[str, Tensor], column: str) -> list[np.ndarray]:
     return np.split(values, offsets[1:-1])
 
 
-def training_batches(files: list[Path], history: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """One epoch of windows, int64 [B, <= history + 1]; batches of like length, in an order set by seed and epoch."""
+def training_batches(
+    files: list[Path], history: int, batch_size: int, seed: int, epoch: int, random_offset: bool = False
+) -> Iterator[Tensor]:
+    """One epoch of windows, int64 [B, <= history + 1]; batches of like length, in an order set by seed and epoch.
+    ``random_offset``: sequences longer than a window are cut at places that change from epoch to epoch."""
     rng = np.random.default_rng([seed, epoch])
     pool_seed = int(rng.integers(2**31))
     for rows in _loader(files, [ITEM], batch_size * POOL_BATCHES, shuffle=True, seed=pool_seed):
-        pool = [w for s in _split(rows, ITEM) for w in windows(s, history)]
+        offset = int(rng.integers(history // 2, history)) if random_offset and epoch else 0
+        pool = [w for s in _split(rows, ITEM) for w in windows(s, history, offset if len(s) > history + 1 else 0)]
         order = sorted(range(len(pool)), key=lambda i: len(pool[i]))
         starts = rng.permutation(np.arange(0, len(order), batch_size))
         for start in starts:

@@ -23,7 +23,8 @@ Batch = Any
 
 @dataclass
 class LoopConfig:
-    """``steps_per_epoch`` sets the schedule; ``patience`` epochs without a better metric stop the run (0: never)."""
+    """``steps_per_epoch`` sets the schedule; ``patience`` epochs without a better metric stop the run (0: never).
+    ``ema``: decay a step of the average of the weights, which is what is measured and kept (0: the weights)."""
 
     epochs: int
     steps_per_epoch: int
@@ -34,6 +35,7 @@ class LoopConfig:
     patience: int
     checkpoint_s: float
     seed: int
+    ema: float = 0.0
 
 
 def cosine(config: LoopConfig) -> Callable[[int], float]:
@@ -73,6 +75,8 @@ class Loop:
     ) -> None:
         self.model, self.config, self.folder, self.name = model, config, folder, name
         self.batches, self.loss, self.metric, self.quiet = batches, loss, metric, quiet
+        self.average = {k: p.detach().clone() for k, p in self._trained()} if config.ema else {}
+        self.taken = 0
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98)
         )
@@ -83,6 +87,16 @@ class Loop:
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self._sum, self._count = 0.0, 0
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(k, p) for k, p in self.model.named_parameters() if p.requires_grad]
+
+    def _swap(self) -> None:
+        """Exchanges weights and their average."""
+        with torch.no_grad():
+            for k, p in self._trained():
+                if k in self.average:
+                    self.average[k], p.data = p.data, self.average[k]
 
     # -- checkpoint ----------------------------------------------------------------------------------
     @property
@@ -99,6 +113,7 @@ class Loop:
             "best": (self.best, self.best_state, self.bad_epochs),
             "history": self.history,
             "seconds": self.seconds,
+            "average": (self.average, self.taken),
         }
         partial = self._path.with_suffix(".partial")
         torch.save(state, partial)
@@ -116,6 +131,7 @@ class Loop:
         self.epoch, self.step, self._sum, self._count = state["position"]
         self.best, self.best_state, self.bad_epochs = state["best"]
         self.history, self.seconds = state["history"], state["seconds"]
+        self.average, self.taken = state["average"]
         return True
 
     # -- run -------------------------------------------------------------------------------------------
@@ -152,7 +168,7 @@ class Loop:
                 self._end_epoch(progress)
                 self.seconds = before + time.monotonic() - started
                 self.save()
-        if self.config.patience and self.best_state is not None:
+        if (self.config.patience or self.average) and self.best_state is not None:
             self.model.load_state_dict(self.best_state)
         self.model.eval()
         return self.report()
@@ -164,6 +180,12 @@ class Loop:
         nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.config.clip_norm)
         self.optimizer.step()
         self.schedule.step()
+        self.taken += 1
+        if self.average:
+            with torch.no_grad():
+                decay = min(self.config.ema, (1 + self.taken) / (10 + self.taken))  # short memory while young
+                for k, p in self._trained():
+                    self.average[k].lerp_(p, 1 - decay)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -174,6 +196,7 @@ class Loop:
 
     def _end_epoch(self, progress: Progress) -> None:
         self.model.eval()
+        self._swap()
         figures = self.metric()
         entry = {"epoch": self.epoch + 1, "loss": self._sum / max(self._count, 1), **figures}
         self.history.append(entry)
@@ -189,6 +212,7 @@ class Loop:
             self.best_state = {k: v.clone() for k, v in self.model.state_dict().items()}
         else:
             self.bad_epochs += 1
+        self._swap()
         self.epoch, self.step, self._sum, self._count = self.epoch + 1, 0, 0.0, 0
 
     def _stopped(self) -> bool:

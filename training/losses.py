@@ -13,17 +13,24 @@ class _FullSoftmax(torch.autograd.Function):
     """Cross-entropy over all items, chunk by chunk; gradients are formed with the loss, so no logits are kept."""
 
     @staticmethod
-    def forward(ctx, h_PD, w_VD, b_V, target_P, first):  # noqa: ANN001, ANN205 - torch signature
+    def forward(ctx, h_PD, w_VD, b_V, target_P, first, smoothing):  # noqa: ANN001, ANN205 - torch signature
         total = h_PD.new_zeros(())
         grad_h, grad_w, grad_b = torch.empty_like(h_PD), torch.zeros_like(w_VD), torch.zeros_like(b_V)
         w, w_t, b = w_VD[first:], w_VD[first:].t().contiguous(), b_V[first:]
         n = max(len(target_P), 1)
         tiny = torch.finfo(h_PD.dtype).tiny
         for h, t, g in zip(h_PD.split(CHUNK), target_P.split(CHUNK), grad_h.split(CHUNK), strict=True):
-            p = torch.softmax(torch.addmm(b, h, w_t), 1)
+            logits = torch.addmm(b, h, w_t)
             rows, own = torch.arange(len(t), device=t.device), t - first
-            total -= p[rows, own].clamp_min(tiny).log().sum()
-            p[rows, own] -= 1
+            if smoothing:
+                mean, one = logits.mean(1), logits[rows, own]
+            p = torch.softmax(logits, 1)
+            log_p = p[rows, own].clamp_min(tiny).log()
+            total -= log_p.sum()
+            if smoothing:
+                total += smoothing * (one - mean).sum()
+                p -= smoothing / p.shape[1]
+            p[rows, own] -= 1 - smoothing
             torch.mm(p, w, out=g)
             grad_w[first:].addmm_(p.t(), h)
             grad_b[first:] += p.sum(0)
@@ -33,12 +40,51 @@ class _FullSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):  # noqa: ANN001, ANN205
         grad_h, grad_w, grad_b = ctx.saved_tensors
-        return grad_h * scale, grad_w * scale, grad_b * scale, None, None
+        return grad_h * scale, grad_w * scale, grad_b * scale, None, None, None
 
 
-def full_softmax(h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_P: Tensor, first_id: int) -> Tensor:
-    """Mean cross-entropy of ``target_P`` (ids >= first_id) over all ids from ``first_id`` on; memory O(CHUNK x V)."""
-    return _FullSoftmax.apply(h_PD, weight_VD, bias_V, target_P, first_id)
+def full_softmax(
+    h_PD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_P: Tensor, first_id: int, smoothing: float = 0.0
+) -> Tensor:
+    """Mean cross-entropy of ``target_P`` (ids >= first_id) over all ids from ``first_id`` on; memory O(CHUNK x V).
+
+    ``smoothing``: share of the target's probability that is spread over all ids (Szegedy et al. 2016)."""
+    return _FullSoftmax.apply(h_PD, weight_VD, bias_V, target_P, first_id, smoothing)
+
+
+class _SampledSoftmax(torch.autograd.Function):
+    """Softmax of the target against shared negatives, chunk by chunk, gradients formed with the loss."""
+
+    @staticmethod
+    def forward(ctx, h_PD, w_VD, b_V, target_P, sample_S, log_expected_V):  # noqa: ANN001, ANN205 - torch signature
+        total = h_PD.new_zeros(())
+        grad_h, grad_w, grad_b = torch.empty_like(h_PD), torch.zeros_like(w_VD), torch.zeros_like(b_V)
+        corrected_V = b_V - log_expected_V
+        w_S, b_S = w_VD[sample_S], corrected_V[sample_S]
+        w_t, grad_w_S, grad_b_S = w_S.t().contiguous(), torch.zeros_like(w_S), torch.zeros_like(b_S)
+        n, low = max(len(target_P), 1), torch.finfo(h_PD.dtype).min / 2
+        for h, t, g in zip(h_PD.split(CHUNK), target_P.split(CHUNK), grad_h.split(CHUNK), strict=True):
+            logits = torch.addmm(b_S, h, w_t).masked_fill_(t[:, None] == sample_S[None], low)  # accidental hits
+            positive, top = (h * w_VD[t]).sum(1) + corrected_V[t], logits.amax(1)
+            p = torch.softmax(logits, 1)
+            others = top - p.amax(1).log()  # logsumexp of the negatives
+            total += F.softplus(others - positive).sum()
+            share = torch.sigmoid(others - positive)  # what the negatives hold of the probability
+            p *= share[:, None]
+            torch.addmm(-share[:, None] * w_VD[t], p, w_S, out=g)
+            grad_w_S.addmm_(p.t(), h)
+            grad_b_S += p.sum(0)
+            grad_w.index_add_(0, t, -share[:, None] * h)
+            grad_b.index_add_(0, t, -share)
+        grad_w.index_add_(0, sample_S, grad_w_S)
+        grad_b.index_add_(0, sample_S, grad_b_S)
+        ctx.save_for_backward(grad_h.div_(n), grad_w.div_(n), grad_b.div_(n))
+        return total / n
+
+    @staticmethod
+    def backward(ctx, scale):  # noqa: ANN001, ANN205
+        grad_h, grad_w, grad_b = ctx.saved_tensors
+        return grad_h * scale, grad_w * scale, grad_b * scale, None, None, None
 
 
 def sampled_softmax(
@@ -49,13 +95,33 @@ def sampled_softmax(
     sample_S: Tensor,
     log_expected_V: Tensor,
 ) -> Tensor:
-    """Cross-entropy against shared negatives with the logQ correction.
+    """Mean cross-entropy against shared negatives with the logQ correction; memory O(CHUNK x S).
 
     ``sample_S`` ids drawn with replacement; ``log_expected_V`` log of each id's expected count in the sample.
     Accidental hits are masked. Source: Bengio & Senecal 2008; Yi et al. 2019, eq. 4.
     """
-    positive_P1 = ((h_PD * weight_VD[target_P]).sum(1) + bias_V[target_P] - log_expected_V[target_P])[:, None]
-    negative_PS = torch.addmm(bias_V[sample_S] - log_expected_V[sample_S], h_PD, weight_VD[sample_S].t())
-    negative_PS = negative_PS.masked_fill(target_P[:, None] == sample_S[None], float("-inf"))
-    logits = torch.cat([positive_P1, negative_PS], 1)
-    return F.cross_entropy(logits, torch.zeros(len(target_P), dtype=torch.long, device=logits.device))
+    return _SampledSoftmax.apply(h_PD, weight_VD, bias_V, target_P, sample_S, log_expected_V)
+
+
+def gbce(
+    h_PD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    target_P: Tensor,
+    negative_S: Tensor,
+    items: int,
+    calibration: float,
+) -> Tensor:
+    """Generalised binary cross-entropy of gSASRec (Petrov & Macdonald 2023, eq. 11 to 13), with the negatives shared by
+    all positions of a batch (the paper draws them for each position).
+
+    ``negative_S`` uniform item ids; ``items`` number of items; ``calibration`` t in [0, 1]: 0 is plain binary
+    cross-entropy, 1 undoes the over-confidence of sampling.
+    """
+    positive_P = (h_PD * weight_VD[target_P]).sum(1) + bias_V[target_P]
+    negative_PS = torch.addmm(bias_V[negative_S], h_PD, weight_VD[negative_S].t())
+    rate = len(negative_S) / (items - 1)
+    beta = rate * (calibration * (1 - 1 / rate) + 1 / rate)
+    hit_PS = target_P[:, None] == negative_S[None]
+    loss_P = -beta * F.logsigmoid(positive_P) + F.softplus(negative_PS).masked_fill(hit_PS, 0.0).sum(1)
+    return loss_P.mean()

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field, replace
 from training.ranking_model import RankerConfig
 from training.retrieval_model import EncoderConfig
 
+LOSSES = ("full", "sampled", "gbce")
+
 
 @dataclass(frozen=True)
 class RetrievalTraining:
-    """How the retriever learns. ``loss`` "full" or "sampled" (with ``negatives`` shared a batch, logQ-corrected).
+    """How the retriever learns.
+
+    ``loss``: "full" softmax over all items; "sampled" softmax with ``negatives`` shared by a batch and the logQ
+    correction, drawn by popularity ** ``negative_power``; "gbce" with ``negatives`` uniform ones and
+    ``calibration``. ``label_smoothing`` is for the full softmax. ``ema``: decay of the average of the weights.
+    ``random_offset``: windows are cut at another place each epoch. ``mask_share``: items hidden in a window, for the
+    bert4rec family.
 
     ``probe_users``: users whose last training event is held back to watch NDCG@10 for early stopping (``patience``
     epochs without a gain; 0 never stops early). The validation event is not touched.
@@ -24,14 +32,25 @@ class RetrievalTraining:
     warmup_steps: int = 100
     loss: str = "full"
     negatives: int = 2048
+    negative_power: float = 0.75
+    calibration: float = 0.75
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    random_offset: bool = False
+    mask_share: float = 0.3
     clip_norm: float = 1.0
     patience: int = 3
     probe_users: int = 512
     checkpoint_s: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.loss not in ("full", "sampled"):
-            raise ValueError(f"RetrievalTraining.loss: expected 'full' or 'sampled', got {self.loss!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"RetrievalTraining.loss: expected one of {LOSSES}, got {self.loss!r}")
+        if self.label_smoothing and self.loss != "full":
+            raise ValueError(f"RetrievalTraining.label_smoothing is for loss 'full', got {self.loss!r}")
+        for name in ("label_smoothing", "ema", "mask_share"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"RetrievalTraining.{name}: expected 0 <= x < 1, got {getattr(self, name)}")
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"RetrievalTraining: expected epochs and batch_size >= 1, got {self}")
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from preprocessing.contract import FIRST_ID, PADDING_ID
+from training.encoders import dropout
 from training.retrieval_model import EXCLUDED, MASKED, RetrievalModel
 
 with warnings.catch_warnings():
@@ -70,7 +71,7 @@ class RankingModel(nn.Module):
         super().__init__()
         d = retriever.config.width
         self.config, self.head_names, self.width = config, head_names, d
-        self.item = nn.Embedding.from_pretrained(retriever.item.weight.detach().clone(), freeze=True)
+        self.item = nn.Embedding.from_pretrained(retriever.table().detach().clone(), freeze=True)
         self.popularity: Tensor
         self.follower_ids: Tensor
         self.follower_weights: Tensor
@@ -166,7 +167,7 @@ class RankingModel(nn.Module):
         """Logits float32 [B, N, heads]."""
         b, n = candidates_BN.shape
         own = self.norm_own(self.own(self.describe(candidates_BN)))
-        own = F.dropout(own, self.config.dropout, self.training)
+        own = dropout(own, self.config.dropout, self.training)
         found = self.attend(own, history_BT, encoded_BTD)
         features = self.counter(self.counters(history_BT, candidates_BN, scores_BN))
         user = encoded_BTD[:, -1:, :] * self.item(candidates_BN)

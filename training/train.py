@@ -18,19 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from preprocessing.contract import FIRST_ID, ITEM
+from preprocessing.contract import FIRST_ID, ITEM, PADDING_ID
 from preprocessing.prepare import Features
 from training import data
 from training.counters import item_tables, popularity
 from training.evaluation import list_auc, mean_ndcg, ranks, ranks_after
+from training.item_table import item_attributes
 from training.loop import Loop, LoopConfig
-from training.losses import full_softmax, sampled_softmax
+from training.losses import full_softmax, gbce, sampled_softmax
 from training.presets import Preset, RetrievalTraining
 from training.ranking_model import RankingModel
 from training.retrieval_model import EXCLUDED, RetrievalModel
 from vivace.artifacts import Step, read_manifest
 
 Progress = Callable[[str], None]
+LAST_ONLY = 0.2  # share of the masked encoder's windows that hide only the newest item
 WEIGHTS = "weights.pt"
 SCORED = 256  # requests scored at once in evaluation
 
@@ -65,21 +67,52 @@ def hold_back(files: list[Path], folder: Path, users: int, seed: int) -> tuple[l
     return out, probes
 
 
-def _retrieval_loss(model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor) -> Callable[..., Tensor]:
-    sampling_V = log_expected_V.exp()
+def item_loss(
+    model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Loss of predicting items ``t`` int64 [P] from encodings ``h`` [P, D] with the item table [V, D]."""
+    sampling_V, items = log_expected_V.exp(), len(log_expected_V)
 
-    def loss(window: Tensor) -> Tensor:
-        window = window.to(model.bias.device)
-        inputs, targets = window[:, :-1], window[:, 1:]
-        encoded = model.encode(inputs)
-        keep = (inputs != 0) & (targets >= FIRST_ID)
-        h, t = encoded[keep], targets[keep]
+    def loss(h: Tensor, t: Tensor, table: Tensor) -> Tensor:
         if config.loss == "full":
-            return full_softmax(h, model.item.weight, model.bias, t, FIRST_ID)
+            return full_softmax(h, table, model.bias, t, FIRST_ID, config.label_smoothing)
+        if config.loss == "gbce":
+            negatives = torch.randint(FIRST_ID, items, (config.negatives,), device=t.device)
+            return gbce(h, table, model.bias, t, negatives, items - FIRST_ID, config.calibration)
         sample = torch.multinomial(sampling_V, config.negatives, replacement=True)
-        return sampled_softmax(h, model.item.weight, model.bias, t, sample, log_expected_V)
+        return sampled_softmax(h, table, model.bias, t, sample, log_expected_V)
 
     return loss
+
+
+def _retrieval_loss(model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor) -> Callable[..., Tensor]:
+    of_items = item_loss(model, config, log_expected_V)
+
+    def next_item(window: Tensor) -> Tensor:
+        window, table = window.to(model.bias.device), model.table()
+        inputs, targets = window[:, :-1], window[:, 1:]
+        encoded = model.encode(inputs, table)
+        keep = (inputs != PADDING_ID) & (targets >= FIRST_ID)
+        return of_items(encoded[keep], targets[keep], table)
+
+    def masked_item(window: Tensor) -> Tensor:
+        window, table = window.to(model.bias.device), model.table()
+        hidden = hide(window, config.mask_share)
+        return of_items(model.encode_masked(window, hidden, table)[hidden], window[hidden], table)
+
+    return masked_item if model.masked else next_item
+
+
+def hide(window_BT: Tensor, share: float) -> Tensor:
+    """Which items of a window the masked encoder must guess, bool [B, T]: a random ``share``, or in some rows
+    only the newest one, which is what it is asked for when it serves."""
+    real = window_BT >= FIRST_ID
+    drawn = torch.rand(window_BT.shape, device=window_BT.device) < share
+    last = torch.zeros_like(real)
+    last[:, -1] = True
+    only_last = torch.rand(len(window_BT), 1, device=window_BT.device) < LAST_ONLY
+    hidden = torch.where(only_last, last, drawn) & real
+    return hidden | (last & real & ~hidden.any(1, keepdim=True))
 
 
 def _probe_metric(
@@ -133,22 +166,23 @@ def train_retrieval(
     torch.manual_seed(seed)
     items, c = features.item_count(), preset.retrieval
     counts = popularity(features.files("train"), items)
-    model = RetrievalModel(preset.encoder, items, torch.tensor(counts)).to(device())
+    attributes = item_attributes(features, preset.encoder)
+    model = RetrievalModel(preset.encoder, items, torch.tensor(counts), attributes).to(device())
     files, probes = hold_back(features.files("train"), step.folder / "parts", c.probe_users, seed)
     history = preset.encoder.history
     steps = sum(1 for _ in data.training_batches(files, history, c.batch_size, seed, 0))
-    p = torch.tensor((counts + 1) ** 0.75)
+    p = torch.tensor((counts + 1) ** c.negative_power)
     p[:FIRST_ID] = 1e-12
     log_expected = (c.negatives * p / p.sum()).log().float().to(device())
     loop = Loop(
         model,
         LoopConfig(
             c.epochs, steps, c.learning_rate, c.weight_decay, c.warmup_steps, c.clip_norm, c.patience,
-            c.checkpoint_s, seed,
+            c.checkpoint_s, seed, c.ema,
         ),
         step.folder,
         "retrieval",
-        lambda epoch: data.training_batches(files, history, c.batch_size, seed, epoch),
+        lambda epoch: data.training_batches(files, history, c.batch_size, seed, epoch, c.random_offset),
         _retrieval_loss(model, c, log_expected),
         _probe_metric(model, probes, features.schema.exclude_seen),
         quiet,
@@ -179,7 +213,7 @@ def _finish(step: Step, model: torch.nn.Module, report: dict[str, Any], **more: 
 def load_retrieval(features: Features, preset: Preset, root: Path) -> RetrievalModel:
     read_manifest(root / "retrieval", "vivace train")
     items = features.item_count()
-    model = RetrievalModel(preset.encoder, items, torch.zeros(items))
+    model = RetrievalModel(preset.encoder, items, torch.zeros(items), item_attributes(features, preset.encoder))
     model.load_state_dict(torch.load(root / "retrieval" / WEIGHTS, weights_only=True, map_location="cpu"))
     return model.eval().to(device())
 

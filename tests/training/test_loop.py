@@ -22,7 +22,7 @@ def _loop(features, folder: Path, metric=lambda: {"log_loss": 0.0}, patience: in
     folder.mkdir(parents=True, exist_ok=True)
     batches = lambda epoch: data.training_batches(features.files("train"), 20, 32, 5, epoch)  # noqa: E731
     steps = sum(1 for _ in batches(0))
-    config = LoopConfig(epochs, steps, 3e-3, 0.0, 5, 1.0, patience, 1e9, 5)
+    config = LoopConfig(epochs, steps, 3e-3, 0.0, 5, 1.0, patience, 1e9, 5, ema=0.9)
     return Loop(
         model,
         config,
@@ -61,8 +61,8 @@ def test_early_stopping_returns_to_the_best(features, tmp_path):
     loop = _loop(features, tmp_path, metric=lambda: {"log_loss": next(losses)}, patience=2, epochs=4)
     report = loop.run()
     assert report["stopped_early"] and len(report["epochs"]) == 3
-    snapshot = loop.best_state["item.weight"]
-    assert torch.equal(loop.model.item.weight, snapshot)
+    snapshot = loop.best_state["items.id.weight"]
+    assert torch.equal(loop.model.items.id.weight, snapshot)
 
 
 def test_a_loss_that_is_not_finite_is_named(features, tmp_path):

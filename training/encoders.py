@@ -1,0 +1,209 @@
+"""Encoders of a user's events behind one interface, chosen by ``EncoderConfig.family``.
+
+Every encoder maps embedded events [B, T, D] and ``known`` [B, T] (False where padded, on the left) to encodings
+[B, T, D]; what stands at a padded position is undefined, and padding changes nothing elsewhere.
+Axis legend: B requests, T history events, D width, A attention heads, R buckets of distance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MASKED = -1e9  # finite, so that a row whose keys are all padding stays a number
+BUCKETS = 32
+FAMILIES = ("sasrec", "hstu", "bert4rec", "gru", "lstm")
+POSITION_BIAS = ("none", "relative")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of the history encoder. ``history`` is T; dropout is a probability.
+
+    ``family``: "sasrec" causal attention (Kang & McAuley 2018), "hstu" pointwise gated attention (Zhai et al. 2024),
+    "bert4rec" bidirectional, trained on masked items (Sun et al. 2019), "gru" or "lstm" (Hidasi et al. 2016).
+    ``position_bias`` "relative" adds a learned bias by log-bucketed distance to the attention of sasrec and bert4rec
+    (hstu always has it). ``text_tokens``: words of an item's text that its embedding sums (0: ids alone);
+    ``attributes``: whether its categorical and continuous attributes join the embedding.
+    """
+
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+    history: int = 200
+    dropout: float = 0.2
+    ffn_factor: int = 4
+    family: str = "sasrec"
+    position_bias: str = "none"
+    attributes: bool = False
+    text_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"EncoderConfig.family: expected one of {FAMILIES}, got {self.family!r}")
+        if self.position_bias not in POSITION_BIAS:
+            raise ValueError(
+                f"EncoderConfig.position_bias: expected one of {POSITION_BIAS}, got {self.position_bias!r}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"EncoderConfig: width {self.width} is not a multiple of heads {self.heads}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"EncoderConfig.dropout: expected 0 <= p < 1, got {self.dropout}")
+        if self.text_tokens < 0:
+            raise ValueError(f"EncoderConfig.text_tokens: expected a count >= 0, got {self.text_tokens}")
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout that takes eight decisions from each random number on the CPU, where drawing them is most of its cost;
+    ``p`` is rounded to 1/256 there."""
+    if not training or not p or x.is_cuda:
+        return F.dropout(x, p, training)
+    dropped = round(p * 256)
+    draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
+    keep = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
+    return x * (keep.to(x.dtype) * (256 / (256 - dropped)))
+
+
+def distance_buckets(length: int, buckets: int = BUCKETS) -> Tensor:
+    """Bucket of the distance |i - j|, int64 [length, length]: exact for the first half of the buckets, then
+    logarithmic up to ``length`` (Raffel et al. 2020, T5)."""
+    distance = (torch.arange(length)[:, None] - torch.arange(length)[None]).abs()
+    exact = buckets // 2
+    spread = math.log(max(length, exact + 1) / exact)
+    far = exact + (torch.log(distance.clamp_min(1) / exact) / spread * (buckets - exact)).long()
+    return torch.where(distance < exact, distance, far.clamp_max(buckets - 1))
+
+
+class RelativeBias(nn.Module):
+    """Learned bias of each head by bucketed distance, float32 [A, T, T]; zero before training."""
+
+    buckets_TT: Tensor
+
+    def __init__(self, heads: int, length: int) -> None:
+        super().__init__()
+        self.bias_RA = nn.Parameter(torch.zeros(BUCKETS, heads))
+        self.register_buffer("buckets_TT", distance_buckets(length), persistent=False)
+
+    def forward(self, t: int) -> Tensor:
+        return self.bias_RA[self.buckets_TT[:t, :t]].permute(2, 0, 1)
+
+
+class AttentionBlock(nn.Module):
+    """Pre-norm self-attention and feed-forward; the additive mask says what may be seen (None: causal)."""
+
+    def __init__(self, config: EncoderConfig, length: int) -> None:
+        super().__init__()
+        d = config.width
+        self.heads, self.p = config.heads, config.dropout
+        self.norm_attention, self.norm_ffn = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, config.ffn_factor * d), nn.Linear(config.ffn_factor * d, d)
+        self.relative = RelativeBias(config.heads, length) if config.position_bias == "relative" else None
+
+    def forward(self, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
+        b, t, d = x_BTD.shape
+        q, k, v = self.qkv(self.norm_attention(x_BTD)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        if self.relative is not None:
+            assert mask is not None
+            mask = mask + self.relative(t)[None]
+        # no dropout inside attention: slow on CPU
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        a = self.out(a.transpose(1, 2).reshape(b, t, d))
+        x_BTD = x_BTD + dropout(a, self.p, self.training)
+        h = self.down(F.gelu(self.up(self.norm_ffn(x_BTD))))
+        return x_BTD + dropout(h, self.p, self.training)
+
+
+class Attention(nn.Module):
+    """A stack of attention blocks, causal or not."""
+
+    allowed_TT: Tensor
+
+    def __init__(self, config: EncoderConfig, length: int, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.biased = causal, config.position_bias != "none"
+        self.blocks = nn.ModuleList(AttentionBlock(config, length) for _ in range(config.layers))
+        mask = torch.full((length, length), MASKED).triu(1) if causal else torch.zeros(length, length)
+        self.register_buffer("allowed_TT", mask, persistent=False)
+
+    def forward(self, x_BTD: Tensor, known_BT: Tensor) -> Tensor:
+        t = int(x_BTD.shape[1])  # a constant of the exported graph: only the batch axis is free
+        mask: Tensor | None = None
+        whole = self.training and bool(known_BT.all())  # nothing padded: one mask for all rows
+        if not (whole and self.causal and not self.biased):  # else the faster causal form
+            mask = self.allowed_TT[:t, :t][None, None]
+            if not whole:
+                mask = mask + (~known_BT)[:, None, None, :].to(x_BTD.dtype) * MASKED
+        for block in self.blocks:
+            x_BTD = block(x_BTD, mask)
+        return x_BTD
+
+
+class GatedBlock(nn.Module):
+    """Pointwise aggregated attention with a gate (HSTU, Zhai et al. 2024, eq. 1 to 3), causal."""
+
+    def __init__(self, config: EncoderConfig, length: int) -> None:
+        super().__init__()
+        d = config.width
+        self.heads, self.p, self.length = config.heads, config.dropout, length
+        self.norm, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.uvqk, self.out = nn.Linear(d, 4 * d), nn.Linear(d, d)
+        self.relative = RelativeBias(config.heads, length)
+
+    def forward(self, x_BTD: Tensor, seen_B1TT: Tensor) -> Tensor:
+        b, t, d = x_BTD.shape
+        u, v, q, k = F.silu(self.uvqk(self.norm(x_BTD))).chunk(4, dim=2)
+        v, q, k = (z.view(b, t, self.heads, d // self.heads).transpose(1, 2) for z in (v, q, k))
+        weight = F.silu(q @ k.transpose(2, 3) + self.relative(t)[None]) * seen_B1TT / self.length
+        found = (weight @ v).transpose(1, 2).reshape(b, t, d)
+        y = self.out(dropout(self.norm_out(found) * u, self.p, self.training))
+        return x_BTD + y
+
+
+class Gated(nn.Module):
+    causal_TT: Tensor
+
+    def __init__(self, config: EncoderConfig, length: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(GatedBlock(config, length) for _ in range(config.layers))
+        self.register_buffer("causal_TT", torch.ones(length, length).tril(), persistent=False)
+
+    def forward(self, x_BTD: Tensor, known_BT: Tensor) -> Tensor:
+        t = int(x_BTD.shape[1])
+        seen = self.causal_TT[:t, :t][None, None] * known_BT[:, None, None, :].to(x_BTD.dtype)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, seen)
+        return x_BTD
+
+
+class Recurrent(nn.Module):
+    """GRU or LSTM layers with a residual. Without bias a zero input leaves a zero state at zero, so padding on the
+    left changes nothing."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        kind = nn.GRU if config.family == "gru" else nn.LSTM
+        self.layers = nn.ModuleList(
+            kind(config.width, config.width, batch_first=True, bias=False) for _ in range(config.layers)
+        )
+        self.p = config.dropout
+
+    def forward(self, x_BTD: Tensor, known_BT: Tensor) -> Tensor:
+        known = known_BT[:, :, None].to(x_BTD.dtype)
+        for layer in self.layers:
+            y, _ = layer(x_BTD * known)
+            x_BTD = x_BTD + dropout(y, self.p, self.training)
+        return x_BTD
+
+
+def build_encoder(config: EncoderConfig, length: int) -> nn.Module:
+    """The encoder of ``config.family`` for inputs of at most ``length`` events."""
+    if config.family in ("gru", "lstm"):
+        return Recurrent(config)
+    if config.family == "hstu":
+        return Gated(config, length)
+    return Attention(config, length, causal=config.family != "bert4rec")
