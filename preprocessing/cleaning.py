@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from preprocessing.contract import EVENT, ITEM, MAX_ID_BYTES, SOURCE_ROW, TIME, USER, WEIGHT, DataSchema
+from preprocessing.contract import EVENT, ITEM, MAX_ID_BYTES, SOURCE_ROW, TEXT, TIME, USER, WEIGHT, DataSchema
 
 MALFORMED = "malformed row"
 NO_USER = "missing user id"
@@ -132,6 +132,7 @@ def clean_items(frame: pd.DataFrame, schema: DataSchema, rejects: Rejects) -> pd
         good &= ~bad.fillna(False)
     frame = frame[good]
     typed = {ITEM: frame[ITEM], schema.item_columns[0]: frame[schema.item_columns[0]].fillna("").astype(str)}
+    typed[TEXT] = frame[TEXT].fillna("").astype(str) if TEXT in frame else typed[schema.item_columns[0]]
     for name in schema.item_categoricals:
         typed[name] = text_ids(frame[name])
     for name in schema.item_continuous:

@@ -30,6 +30,7 @@ TIME = "timestamp_ms"
 EVENT = "event_type"
 WEIGHT = "weight"
 TITLE = "title"
+TEXT = "text"  # what models read of an item, if it is more than its title
 SOURCE_ROW = "source_row"  # position in the source: breaks ties of time, and names rejected rows
 SPLIT = "split"
 

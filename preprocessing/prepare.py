@@ -72,7 +72,7 @@ class Features:
         return sorted((self.folder / part).glob("*.parquet"))
 
     def items(self) -> pd.DataFrame:
-        """One row an item id from FIRST_ID on, in order: ITEM (raw), TITLE, encoded attributes."""
+        """One row an item id from FIRST_ID on, in order: ITEM (raw), TITLE, TEXT, encoded attributes."""
         return pd.read_parquet(self.items_file)
 
     def item_count(self) -> int:
@@ -227,17 +227,19 @@ def _items_table(workflow: nvt.Workflow, catalogue: pd.DataFrame, schema: c.Data
     if list(words.index) != list(range(c.FIRST_ID, c.FIRST_ID + len(words))):
         raise ValueError(f"{c.ITEM}: expected the vocabulary's ids to run from {c.FIRST_ID}, got {words.index[:5]}…")
     frame = pd.DataFrame({c.ITEM: words.to_numpy(object)}).merge(catalogue, on=c.ITEM, how="left")
-    frame[c.TITLE] = frame[c.TITLE].fillna("")
+    shown = [c.ITEM, c.TITLE, c.TEXT]
+    for name in (c.TITLE, c.TEXT):
+        frame[name] = frame[name].fillna("")
     attributes = item_workflow(schema, folder / "scratch" / "item_categories")
     if attributes is None:
-        return frame[[c.ITEM, c.TITLE]]
+        return frame[shown]
     columns = [*schema.item_categoricals, *schema.item_continuous]
     for name in schema.item_categoricals:  # a column of nulls alone still is text
         frame[name] = frame[name].astype(object)
     attributes.fit(nvt.Dataset(frame[columns].reset_index(drop=True)))
     attributes.save(str(folder / "item_workflow"))
     encoded = attributes.transform(nvt.Dataset(frame[columns].reset_index(drop=True))).compute()
-    return pd.concat([frame[[c.ITEM, c.TITLE]], encoded.reset_index(drop=True)], axis=1)
+    return pd.concat([frame[shown], encoded.reset_index(drop=True)], axis=1)
 
 
 def _histories(file: Path) -> Iterator[tuple[str, list[str], list[str], list[int]]]:
@@ -283,7 +285,7 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
     catalogue = clean_items(raw_items, schema, rejects) if raw_items is not None else None
     known = pd.Index(catalogue[c.ITEM]) if catalogue is not None else None
     if catalogue is None:
-        catalogue = pd.DataFrame({c.ITEM: pd.Series(dtype=object), c.TITLE: pd.Series(dtype=object)})
+        catalogue = pd.DataFrame({name: pd.Series(dtype=object) for name in (c.ITEM, c.TITLE, c.TEXT)})
     files, times, read = _ingest(source, config, known, scratch / "raw", rejects, say)
     events, totals = _events(files, scratch / "events", schema, config.split, times, rejects)
     say(f"{totals['events']:,} events of {totals['users']:,} users; fitting NVTabular")

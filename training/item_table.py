@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor, nn
 
-from preprocessing.contract import FIRST_ID, PADDING_ID, TITLE
+from preprocessing.contract import FIRST_ID, PADDING_ID, TEXT
 from preprocessing.prepare import Features
 from training.encoders import EncoderConfig
 
@@ -72,7 +72,7 @@ def item_attributes(features: Features, config: EncoderConfig) -> ItemAttributes
         categories[FIRST_ID:, i] = table[name].to_numpy()
     for i, name in enumerate(continuous):
         numbers[FIRST_ID:, i] = table[name].fillna(0.0).to_numpy()
-    words, count = words_of(table[TITLE].tolist(), config.text_tokens)
+    words, count = words_of(table[TEXT].tolist(), config.text_tokens)
     sizes = tuple(int(categories[:, i].max()) + 1 for i in range(len(categoricals)))
     return ItemAttributes(torch.from_numpy(categories), sizes, torch.from_numpy(numbers), words, count)
 

@@ -18,7 +18,9 @@ from rich.table import Table
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(width=None if sys.stdout.isatty() else 120)
 
-Data = Annotated[str, typer.Option("--data", help="shop, ml-1m, ml-1m-benchmark, globo or tables")]
+Data = Annotated[
+    str, typer.Option("--data", help="shop, ml-1m, ml-1m-benchmark, beauty, globo, retailrocket or tables")
+]
 DataPath = Annotated[Path | None, typer.Option("--path", help="folder of the data set; for tables the TOML mapping")]
 Name = Annotated[str, typer.Option("--name", help="folder under --artifacts; the data set's name if empty")]
 Artifacts = Annotated[Path, typer.Option("--artifacts", help="where artifacts go")]

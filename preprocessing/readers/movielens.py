@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from preprocessing.cleaning import parse_time_ms
-from preprocessing.contract import EVENT, ITEM, SOURCE_ROW, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
+from preprocessing.contract import EVENT, ITEM, SOURCE_ROW, TEXT, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
 from preprocessing.readers.base import CHUNK_ROWS, Chunk, require
 from vivace.artifacts import fingerprint_files
 
 LICENCE = "MovieLens: research use only, no redistribution, no commercial use without permission (GroupLens)"
+EXTRA_FILE = "movies_extrainfos.dat"  # optional: not of GroupLens
 BENCHMARK_FILE = "sasrec_ml-1m.txt.xz"
 
 
@@ -61,13 +62,26 @@ class MovieLens:
         self.path = path
 
     def fingerprint(self) -> str:
-        return fingerprint_files(self.path / f for f in self.files)
+        files = [*self.files, *([EXTRA_FILE] if (self.path / EXTRA_FILE).exists() else [])]
+        return fingerprint_files(self.path / f for f in files)
 
     def items(self) -> pd.DataFrame:
         frame, _ = _fields(self.path / "movies.dat", [ITEM, TITLE, "genres"])
         frame["main_genre"] = frame["genres"].str.split("|").str[0]
+        frame[TEXT] = frame[TITLE] + " " + frame["genres"]
+        if (self.path / EXTRA_FILE).exists():
+            frame[TEXT] = frame[TEXT].str.cat(frame[ITEM].map(self._extra()).fillna(""), sep=" ")
         frame["year"] = pd.to_numeric(frame[TITLE].str.extract(r"\((\d{4})\)\s*$")[0], errors="coerce")
         return frame
+
+    def _extra(self) -> pd.Series:
+        """Words on each film that ``movies_extrainfos.dat`` knows: people as one word each, then the plot."""
+        names = [ITEM, TITLE, "year", "rated", "date", "genres", "director", "writer", "actors", "plot"]
+        extra, _ = _fields(self.path / EXTRA_FILE, names)
+        extra = extra.drop_duplicates(ITEM).set_index(ITEM)
+        people = (extra["director"] + ", " + extra["actors"]).str.replace(r"\s*\([^)]*\)", "", regex=True)
+        joined = people.str.replace(r"[^\w,]+", "_", regex=True).str.replace(r"_*,_*", " ", regex=True)
+        return joined + " " + extra["plot"]
 
     def users(self) -> pd.DataFrame:
         frame, _ = _fields(self.path / "users.dat", [USER, "gender", "age", "occupation", "zip"])

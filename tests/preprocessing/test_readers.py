@@ -125,6 +125,8 @@ def _movielens(folder: Path) -> Path:
     (folder / "movies.dat").write_bytes(
         "10::Amélie (2001)::Comedy|Romance\n20::Heat (1995)::Crime\n30::Up (2009)::Animation\n".encode("latin-1")
     )
+    extra = "10::Amélie::2001::R::x::Comedy::Jean-Pierre Jeunet::W (story)::Audrey Tautou, Rufus::A shy waitress\n"
+    (folder / "movies_extrainfos.dat").write_bytes(extra.encode("latin-1"))
     (folder / "users.dat").write_text("1::F::1::10::48067\n2::M::25::3::1\n")
     return folder
 
@@ -133,6 +135,10 @@ def test_movielens_layout(tmp_path):
     source = open_source("ml-1m", _movielens(tmp_path))
     items = source.items().set_index(c.ITEM)
     assert items.loc["10", c.TITLE] == "Amélie (2001)" and items.loc["10", "year"] == 2001
+    assert (
+        items.loc["10", c.TEXT] == "Amélie (2001) Comedy|Romance Jean_Pierre_Jeunet Audrey_Tautou Rufus A shy waitress"
+    )
+    assert items.loc["20", c.TEXT] == "Heat (1995) Crime "
     (chunk,) = source.interactions()
     assert chunk.rows[c.ITEM].tolist() == ["10", "20", "30", "99"]
     assert chunk.rows[c.TIME].tolist()[0] == 978300760000.0
@@ -141,6 +147,33 @@ def test_movielens_layout(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"users\.dat"):
         (tmp_path / "users.dat").unlink()
         open_source("ml-1m", tmp_path)
+
+
+def test_s3rec_layout(tmp_path):
+    (tmp_path / "Beauty.txt").write_text("1 5 7\n2 7\n")
+    (tmp_path / "Beauty_item2attributes.json").write_text('{"5": [3, 9], "8": [3]}')
+    (tmp_path / "Beauty_id_asin_keywords.tsv").write_text("5\tB00X\tred polish\n", encoding="utf-8")
+    source = open_source("beauty", tmp_path)
+    items = source.items().set_index(c.ITEM)
+    assert items.index.tolist() == ["5", "7", "8"]
+    assert items.loc["5", c.TITLE] == "red polish" and items.loc["5", c.TEXT] == "red polish a3 a9"
+    (chunk,) = source.interactions()
+    assert chunk.rows[[c.USER, c.ITEM, c.TIME]].to_numpy().tolist() == [
+        ["1", "5", 0.0],
+        ["1", "7", 1.0],
+        ["2", "7", 0.0],
+    ]
+
+
+def test_retailrocket_layout(tmp_path):
+    (tmp_path / "train_events.csv").write_text(
+        "user,item,behavior,timestamp\n0,3,view,1433221969\n0,3,buy,1433221999\n"
+    )
+    (tmp_path / "kg.txt").write_text("3 0 6\n3 1 7\n6 0 3\n")
+    source = open_source("retailrocket", tmp_path)
+    (chunk,) = source.interactions()
+    assert chunk.rows[c.WEIGHT].tolist() == [1.0, 3.0] and chunk.rows[c.TIME].tolist()[0] == 1433221969000.0
+    assert source.items().set_index(c.ITEM)[c.TEXT].to_dict() == {"3": "r0t6 r1t7", "6": "r0t3"}
 
 
 def test_globo_layout_and_dwell_time(tmp_path):
