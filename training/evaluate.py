@@ -15,11 +15,13 @@ from preprocessing.prepare import Features
 from training import data
 from training.counters import follower_matrix, popularity
 from training.evaluation import Collected, ranks, ranks_after
+from training.multitask import plot_reliability
 from training.presets import Preset
 from training.retrieval_model import EXCLUDED
 from training.train import Progress, candidates, device, head_auc, load_ranker, load_retrieval
 from vivace.artifacts import Step, read_manifest
 
+RANKS = "ranks.npz"  # rank of every test request's target by method
 POPULARITY, NEIGHBOUR = "popularity", "last-item neighbour"
 RETRIEVAL, RANKED, CONTROL = "retrieval", "retrieval + ranking", "control: ranker without the extra label"
 
@@ -82,15 +84,21 @@ def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Pro
                 logits = rankers[name](request.history_BT.to(ids.device), ids, scores, encoded)
             found.add_ranks(label, ranks_after(logits[..., 0], ids, target, rank))
             if name == "ranking":
+                probability = rankers[name].probabilities(logits)
                 for i, head in enumerate(heads):
+                    positive = hit & (request.labels[head].to(ids.device)[:, None] > 0)
+                    found.add_calibration(head, probability[..., i], positive)
                     found.add_auc(head, head_auc(logits[..., i], hit, request.labels[head].to(ids.device)))
         done += len(target)
         oov += int((request.target_B < FIRST_ID).sum())
         say(f"ranked {done:,} test requests")
     table, gauc = found.table(), found.gauc()
+    np.savez_compressed(step.folder / RANKS, **found.ranks())
+    curves = found.reliability()
+    plot_reliability(curves, step.folder / "reliability.png")
     manifest = step.finish(
-        0, table=table, gauc=gauc, protocol=protocol(features), requests=done, targets_out_of_vocabulary=oov,
-        device=str(device()),
+        0, table=table, gauc=gauc, ece=found.ece(), protocol=protocol(features), requests=done,
+        targets_out_of_vocabulary=oov, device=str(device()),
     )  # fmt: skip
     (step.folder / "metrics.json").write_text(json.dumps(manifest["results"], indent=2))
     return manifest
@@ -107,10 +115,10 @@ def render(manifest: dict[str, Any], data_name: str) -> list[Table]:
     for method, values in results["table"].items():
         main.add_row(method, *(f"{values[c]:.4f}" for c in columns))
     heads = Table(title="within the candidates, by task head")
-    for name in ("head", "GAUC", "lists"):
+    for name in ("head", "GAUC", "lists", "ECE"):
         heads.add_column(name, justify="left" if name == "head" else "right")
     for head, values in results["gauc"].items():
-        heads.add_row(head, f"{values['GAUC']:.4f}", f"{values['lists']:,}")
+        heads.add_row(head, f"{values['GAUC']:.4f}", f"{values['lists']:,}", f"{results['ece'][head]:.5f}")
     how = Table(title="protocol", show_header=False)
     for key, value in results["protocol"].items():
         how.add_row(key, str(value))

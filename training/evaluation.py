@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from preprocessing.contract import FIRST_ID
+from training.multitask import expected_calibration_error, reliability
 from training.retrieval_model import EXCLUDED
 
 CUTS = (1, 5, 10, 50)
@@ -41,6 +42,20 @@ def ranks_after(logits_BN: Tensor, candidates_BN: Tensor, target_B: Tensor, befo
     return torch.where(hit_BN.any(1), higher + ties, before_B)
 
 
+def ndcg_of(rank: np.ndarray, k: int = 10) -> np.ndarray:
+    """NDCG@k of each request, float64, of ranks from 0 with one relevant item a request."""
+    rank = np.asarray(rank, np.float64)
+    return np.where(rank < k, 1.0 / np.log2(rank + 2.0), 0.0)
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean of ``values`` over users (Efron 1979), drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def metrics(rank: np.ndarray) -> dict[str, float]:
     """HR@k, NDCG@k and MRR@k for CUTS, of ranks from 0 with one relevant item a request."""
     rank = np.asarray(rank, np.float64)
@@ -50,7 +65,7 @@ def metrics(rank: np.ndarray) -> dict[str, float]:
     for k in CUTS:
         hit = rank < k
         out[f"HR@{k}"] = float(hit.mean())
-        out[f"NDCG@{k}"] = float(np.where(hit, 1.0 / np.log2(rank + 2.0), 0.0).mean())
+        out[f"NDCG@{k}"] = float(ndcg_of(rank, k).mean())
         out[f"MRR@{k}"] = float(np.where(hit, 1.0 / (rank + 1.0), 0.0).mean())
     return out
 
@@ -72,14 +87,35 @@ class Collected:
     rank: dict[str, list[np.ndarray]] = field(default_factory=dict)
     auc: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
+    probability: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    label: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    def add_calibration(self, head: str, probability: Tensor, label: Tensor) -> None:
+        self.probability.setdefault(head, []).append(probability.cpu().numpy().ravel())
+        self.label.setdefault(head, []).append(label.cpu().numpy().ravel())
+
+    def reliability(self) -> dict[str, np.ndarray]:
+        """Reliability curve of every head, over all candidates of all requests."""
+        return {h: reliability(np.concatenate(p), np.concatenate(self.label[h])) for h, p in self.probability.items()}
+
+    def ece(self) -> dict[str, float]:
+        return {
+            h: expected_calibration_error(np.concatenate(p), np.concatenate(self.label[h]))
+            for h, p in self.probability.items()
+        }
+
     def add_ranks(self, method: str, values: Tensor) -> None:
         self.rank.setdefault(method, []).append(values.cpu().numpy())
 
     def add_auc(self, head: str, values: Tensor) -> None:
         self.auc.setdefault(head, []).append(values.cpu().numpy())
 
+    def ranks(self) -> dict[str, np.ndarray]:
+        """Rank of every request's target by method, int64, in the order of the requests."""
+        return {method: np.concatenate(parts) for method, parts in self.rank.items()}
+
     def table(self) -> dict[str, dict[str, float]]:
-        return {method: metrics(np.concatenate(parts)) for method, parts in self.rank.items()}
+        return {method: metrics(rank) for method, rank in self.ranks().items()}
 
     def gauc(self) -> dict[str, dict[str, float]]:
         out = {}
@@ -90,5 +126,4 @@ class Collected:
 
 
 def mean_ndcg(values: Iterable[Tensor], k: int = 10) -> float:
-    rank = np.concatenate([v.cpu().numpy() for v in values]).astype(np.float64)
-    return float(np.where(rank < k, 1.0 / np.log2(rank + 2.0), 0.0).mean())
+    return float(ndcg_of(np.concatenate([v.cpu().numpy() for v in values]), k).mean())

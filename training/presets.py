@@ -58,7 +58,7 @@ class RetrievalTraining:
 @dataclass(frozen=True)
 class RankerTraining:
     """How the ranker learns, on the validation events of all users but ``held_out`` of them (early stopping and
-    calibration use those)."""
+    calibration use those). ``weighting`` of the task losses: "static", "uncertainty" or "gradnorm"."""
 
     epochs: int = 4
     batch_size: int = 64
@@ -67,6 +67,7 @@ class RankerTraining:
     clip_norm: float = 1.0
     held_out: float = 0.1
     patience: int = 2
+    weighting: str = "static"
 
 
 @dataclass(frozen=True)

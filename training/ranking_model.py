@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from preprocessing.contract import FIRST_ID, PADDING_ID
 from training.encoders import dropout
+from training.multitask import TaskWeights
 from training.retrieval_model import EXCLUDED, MASKED, RetrievalModel
 
 with warnings.catch_warnings():
@@ -25,9 +26,16 @@ with warnings.catch_warnings():
     import merlin.models.torch as mm
 
 
+MIXTURES = ("mmoe", "ple", "shared")
+
+
 @dataclass(frozen=True)
 class RankerConfig:
-    """Shape of the ranker. ``candidates`` N; ``lags`` L; ``followers`` K of the co-occurrence table."""
+    """Shape of the ranker. ``candidates`` N; ``lags`` L; ``followers`` K of the co-occurrence table.
+
+    ``mixture``: how the heads share: "mmoe" a gate each over common experts (Ma et al. 2018), "ple" experts of their
+    own beside common ones in two layers (Tang et al. 2020), "shared" one common layer.
+    """
 
     candidates: int = 100
     heads: int = 4
@@ -36,8 +44,11 @@ class RankerConfig:
     dropout: float = 0.2
     lags: int = 10
     followers: int = 64
+    mixture: str = "mmoe"
 
     def __post_init__(self) -> None:
+        if self.mixture not in MIXTURES:
+            raise ValueError(f"RankerConfig.mixture: expected one of {MIXTURES}, got {self.mixture!r}")
         if self.candidates < 1 or self.lags < 1 or self.followers < 1:
             raise ValueError(f"RankerConfig: expected positive sizes, got {self}")
 
@@ -66,7 +77,12 @@ class RankingModel(nn.Module):
     """
 
     def __init__(
-        self, config: RankerConfig, tables: ItemTables, retriever: RetrievalModel, head_names: tuple[str, ...]
+        self,
+        config: RankerConfig,
+        tables: ItemTables,
+        retriever: RetrievalModel,
+        head_names: tuple[str, ...],
+        weighting: str = "static",
     ) -> None:
         super().__init__()
         d = retriever.config.width
@@ -95,14 +111,11 @@ class RankingModel(nn.Module):
         counters = 5 + 2 * config.lags
         self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
         towers = mm.ParallelBlock({h: mm.MLPBlock([32], activation=nn.GELU) for h in head_names})
-        self.experts = mm.MMOEBlock(
-            mm.MLPBlock([config.expert_width], activation=nn.GELU, dropout=config.dropout or None),
-            num_experts=config.experts,
-            outputs=towers,
-        )
+        self.experts = self._mixture(towers)
         self.towers = towers
         linears = [nn.Linear(32, 1) for _ in head_names]
         self.score = nn.ModuleDict(dict(zip(head_names, linears, strict=True)))
+        self.task_weights = TaskWeights(len(head_names), weighting)
         self.retrieval_scale = nn.Parameter(torch.ones(()))
         for i, linear in enumerate(linears):
             nn.init.zeros_(linear.weight)
@@ -159,8 +172,17 @@ class RankingModel(nn.Module):
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.norm_out(own_BND + self.out(found.transpose(1, 2).reshape(b, n, d)))
 
+    def _mixture(self, towers: nn.Module) -> nn.Module:
+        c = self.config
+        expert = mm.MLPBlock([c.expert_width], activation=nn.GELU, dropout=c.dropout or None)
+        if c.mixture == "mmoe":
+            return mm.MMOEBlock(expert, num_experts=c.experts, outputs=towers)
+        if c.mixture == "ple":
+            return mm.PLEBlock(expert, num_shared_experts=c.experts, num_task_experts=1, depth=2, outputs=towers)
+        return expert
+
     def _heads(self, x_PF: Tensor) -> dict[str, Tensor]:
-        mixed = self.towers(self.experts(x_PF))
+        mixed = self.towers(self.experts(x_PF))  # one tensor for all towers, or one each
         return {h: self.score[h](mixed[h]) for h in self.head_names}
 
     def forward(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor) -> Tensor:
@@ -175,6 +197,10 @@ class RankingModel(nn.Module):
         logits = torch.cat([self._heads(x)[h] for h in self.head_names], dim=1).view(b, n, -1)
         residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)
         return torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], dim=2)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Calibrated probabilities [..., heads] of logits of the same shape (Platt scaling)."""
+        return torch.sigmoid(logits * self.calibration[:, 0] + self.calibration[:, 1])
 
 
 class RankingGraph(nn.Module):
@@ -196,7 +222,6 @@ class RankingGraph(nn.Module):
         score = torch.where(candidate_ids == PADDING_ID, torch.full_like(score, EXCLUDED), score)
         ranked, order = torch.topk(score, score.shape[1], dim=1)
         ids = candidate_ids.gather(1, order)
-        slope, offset = self.model.calibration[:, 0], self.model.calibration[:, 1]
-        probabilities = torch.sigmoid(logits * slope + offset)
+        probabilities = self.model.probabilities(logits)
         heads = [probabilities[..., i].gather(1, order) for i in range(probabilities.shape[2])]
         return ids, torch.stack([ranked, *heads], dim=1)

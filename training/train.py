@@ -269,13 +269,11 @@ def ranker_loss(model: RankingModel, batch: tuple[Any, ...]) -> Tensor:
     """Listwise softmax over the candidates for the head that orders; binary cross-entropy for the others."""
     history, ids, scores, encoded, hit_BN, labels_BH, *_ = batch
     logits = model(history, ids, scores, encoded)
-    loss = F.cross_entropy(logits[..., 0], hit_BN.to(torch.int64).argmax(1))
+    losses = [F.cross_entropy(logits[..., 0], hit_BN.to(torch.int64).argmax(1))]
     for head in range(1, logits.shape[2]):
         label_BN = hit_BN.float() * labels_BH[:, head, None]
-        loss = (
-            loss + F.binary_cross_entropy_with_logits(logits[..., head], label_BN, reduction="none").sum(1).mean() / 2
-        )
-    return loss
+        losses.append(F.binary_cross_entropy_with_logits(logits[..., head], label_BN, reduction="none").sum(1).mean())
+    return model.task_weights(losses, model.own.weight)
 
 
 def _fit_platt(w: Tensor, x: Tensor, y: Tensor) -> None:
@@ -315,7 +313,7 @@ def calibrate(model: RankingModel, batches: Iterator[tuple[Any, ...]]) -> dict[s
 def build_ranker(features: Features, preset: Preset, retriever: RetrievalModel) -> RankingModel:
     tables = item_tables(features, preset.ranker.followers)
     names = tuple(h.name for h in features.schema.heads)
-    return RankingModel(preset.ranker, tables, retriever.cpu(), names)
+    return RankingModel(preset.ranker, tables, retriever.cpu(), names, preset.ranking.weighting)
 
 
 def train_ranker(

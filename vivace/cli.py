@@ -145,9 +145,17 @@ def with_overrides(chosen: Any, epochs: int = 0, loss: str = "") -> Any:
 
 @app.command()
 def evaluate(
-    name: Name = "shop", artifacts: Artifacts = DEFAULT_ARTIFACTS, preset: PresetName = "", seed: Seed = 7
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    preset: PresetName = "",
+    seed: Seed = 7,
+    compare: Annotated[str, typer.Option(help="names of evaluated runs, by commas: print them side by side")] = "",
+    plot: Annotated[Path, typer.Option(help="picture of --compare")] = Path("compare.png"),
 ) -> None:
-    """Rank every item for every test request: baselines, retriever, ranker, control."""
+    """Rank every item for every test request: baselines, retriever, ranker, control. --compare: several runs."""
+    if compare:
+        compare_runs([artifacts / n for n in compare.split(",") if n], plot)
+        return
     from preprocessing.prepare import Features
     from training.evaluate import evaluate as run
     from training.evaluate import render
@@ -160,6 +168,17 @@ def evaluate(
             manifest = run(features, _preset(preset, root), root, seed, lambda text: status.update(text))
         for table in render(manifest, name):
             console.print(table)
+
+
+def compare_runs(runs: list[Path], plot_file: Path) -> None:
+    from training import compare
+
+    with reported():
+        rows = compare.compare(runs)
+        console.print(compare.render(rows))
+        compare.plot(rows, plot_file)
+        compare.write_json(rows, plot_file.with_suffix(".json"))
+        say(f"plot {plot_file}, figures {plot_file.with_suffix('.json')}")
 
 
 @app.command("compile")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from preprocessing.contract import FIRST_ID
-from training.evaluation import MISS, list_auc, metrics, ranks, ranks_after
+from training.evaluation import MISS, bootstrap, list_auc, metrics, ranks, ranks_after
 from training.retrieval_model import EXCLUDED
 
 
@@ -22,6 +22,14 @@ def test_metrics_by_hand():
     assert found["NDCG@50"] == pytest.approx(found["NDCG@10"] + 1 / math.log2(12) / 5)
     with pytest.raises(ValueError, match="no"):
         metrics(np.array([]))
+
+
+def test_bootstrap_covers_the_mean_as_theory_says():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 4000)
+    low, high = bootstrap(values, seed=2)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - half, abs=half * 0.1)
+    assert high == pytest.approx(values.mean() + half, abs=half * 0.1)
 
 
 def test_ranks_are_stable_and_exclusions_are_misses():

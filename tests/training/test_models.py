@@ -14,7 +14,7 @@ from training.encoders import dropout
 from training.export import export, session
 from training.item_table import ItemAttributes, words_of
 from training.losses import full_softmax, gbce, sampled_softmax
-from training.ranking_model import ItemTables, RankerConfig, RankingGraph, RankingModel
+from training.ranking_model import MIXTURES, ItemTables, RankerConfig, RankingGraph, RankingModel
 from training.retrieval_model import EXCLUDED, EncoderConfig, RetrievalGraph, RetrievalModel
 
 ITEMS = 60
@@ -58,6 +58,10 @@ def retriever(request) -> RetrievalModel:
 
 @pytest.fixture(scope="module")
 def ranker(retriever: RetrievalModel) -> RankingModel:
+    return _ranker(retriever, "mmoe")
+
+
+def _ranker(retriever: RetrievalModel, mixture: str) -> RankingModel:
     torch.manual_seed(1)
     g = torch.Generator().manual_seed(2)
     tables = ItemTables(
@@ -68,7 +72,7 @@ def ranker(retriever: RetrievalModel) -> RankingModel:
         category_sizes=(5, 5),
         numbers=torch.randn(ITEMS, 1, generator=g),
     )
-    config = RankerConfig(candidates=10, heads=2, experts=2, expert_width=8, lags=4, followers=8)
+    config = RankerConfig(candidates=10, heads=2, experts=2, expert_width=8, lags=4, followers=8, mixture=mixture)
     model = RankingModel(config, tables, retriever, ("watched", "liked"))
     with torch.no_grad():
         for p in model.parameters():
@@ -106,6 +110,23 @@ def test_batch_equals_single(retriever, ranker):
         torch.testing.assert_close(alone[1][0], scores[i], atol=1e-5, rtol=1e-5)
         for a, b in zip(rank(history[i : i + 1], *alone), together, strict=True):
             torch.testing.assert_close(a[0], b[i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_every_mixture_exports_to_onnx(mixture, tmp_path):
+    retriever = _retriever(ENCODERS["sasrec"])
+    history = torch.cat([_history(7, 9, 11), _history(*range(10, 22)), _history()])
+    with torch.no_grad():
+        ids, scores, encoded = RetrievalGraph(retriever, 10)(history, torch.zeros(3, ITEMS, dtype=torch.bool))
+        graph = RankingGraph(_ranker(retriever, mixture)).eval()
+        expected = graph(history, ids, scores, encoded)
+    rows = (history, ids, scores, encoded)
+    names = ["HISTORY_IDS", "CANDIDATE_IDS", "CANDIDATE_SCORES", "ENCODED_HISTORY"]
+    export(graph, tuple(x[:2] for x in rows), names, ["IDS", "VALUES"], tmp_path / "model.onnx")
+    feed = {n: x.numpy() for n, x in zip(names, rows, strict=True)}
+    got = session(tmp_path / "model.onnx").run(None, feed)
+    assert (got[0] == expected[0].numpy()).all()
+    np.testing.assert_allclose(got[1], expected[1].numpy(), atol=2e-5)
 
 
 def test_empty_history_gives_popular_items_in_order(retriever, ranker):

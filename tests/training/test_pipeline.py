@@ -10,6 +10,7 @@ import torch
 
 from preprocessing import contract as c
 from training import data
+from training.compare import compare, plot
 from training.counters import follower_matrix, popularity, top_followers
 from training.evaluate import NEIGHBOUR, POPULARITY, RANKED, RETRIEVAL
 from training.presets import tiny
@@ -22,6 +23,19 @@ def test_evaluation_lists_baselines_models_and_protocol(root):
     assert results["protocol"]["seen items"] == "filtered" and results["protocol"]["sampled metrics"] == "none"
     assert set(results["gauc"]) == {"click", "buy"}
     assert all(0 <= v <= 1 for row in results["table"].values() for v in row.values())
+
+
+def test_runs_are_compared_user_by_user(root, tmp_path):
+    rows = compare([root, root])
+    assert [r.method for r in rows] == [RETRIEVAL, RANKED] * 2
+    saved = json.loads((root / "evaluation" / "metrics.json").read_text())["table"]
+    for row in rows:
+        assert (
+            row.ndcg10 == pytest.approx(saved[row.method]["NDCG@10"]) and row.interval[0] < row.ndcg10 < row.interval[1]
+        )
+    assert rows[0].gain is None and rows[2].gain == 0.0 and rows[2].gain_interval == (0.0, 0.0)
+    plot(rows, tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").stat().st_size > 1000 and (root / "evaluation" / "reliability.png").exists()
 
 
 def test_manifests_say_how_things_were_made(root):

@@ -1,0 +1,89 @@
+"""Weights of the task losses, and how well the heads' probabilities are calibrated.
+
+Axis legend: H task heads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WEIGHTINGS = ("static", "uncertainty", "gradnorm")
+BINS = 15
+
+
+class TaskWeights(nn.Module):
+    """The sum of the tasks' losses, weighted.
+
+    "static": 1 for the head that orders, 0.5 for the others. "uncertainty": exp(-s) L + s with a learned s each
+    (Kendall et al. 2018, eq. 7, up to factors). "gradnorm": weights that draw the norms of the weighted gradients at
+    the layer all tasks share to (mean norm) x (relative training rate) ** ``alpha`` (Chen et al. 2018, eq. 1 and 2),
+    by a multiplicative step instead of the paper's gradient step; they sum to H.
+    """
+
+    weight_H: Tensor
+    start_H: Tensor
+
+    def __init__(self, tasks: int, weighting: str = "static", alpha: float = 0.5, rate: float = 0.025) -> None:
+        super().__init__()
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting: expected one of {WEIGHTINGS}, got {weighting!r}")
+        self.weighting, self.alpha, self.rate = weighting, alpha, rate
+        self.log_variance = nn.Parameter(torch.zeros(tasks), requires_grad=weighting == "uncertainty")
+        first = torch.full((tasks,), 0.5)
+        first[0] = 1.0
+        self.register_buffer("weight_H", first if weighting == "static" else torch.ones(tasks))
+        self.register_buffer("start_H", torch.zeros(tasks))
+
+    def forward(self, losses: list[Tensor], shared: Tensor) -> Tensor:
+        """Scalar loss; ``shared`` is a weight of the last layer that all tasks use."""
+        loss_H = torch.stack(losses)
+        if self.weighting == "uncertainty":
+            return (torch.exp(-self.log_variance) * loss_H + self.log_variance).sum()
+        if self.weighting == "gradnorm" and self.training and torch.is_grad_enabled():
+            self._balance(losses, shared)
+        return (self.weight_H * loss_H).sum()
+
+    def _balance(self, losses: list[Tensor], shared: Tensor) -> None:
+        norms = [torch.autograd.grad(loss, shared, retain_graph=True)[0].norm() for loss in losses]
+        with torch.no_grad():
+            now_H = torch.stack([x.detach() for x in losses])
+            if not bool(self.start_H.any()):
+                self.start_H.copy_(now_H.clamp_min(1e-8))
+            norm_H = self.weight_H * torch.stack(norms)
+            rate_H = now_H / self.start_H
+            target_H = norm_H.mean() * (rate_H / rate_H.mean()) ** self.alpha
+            self.weight_H.mul_((target_H / norm_H.clamp_min(1e-8)) ** self.rate)
+            self.weight_H.mul_(len(losses) / self.weight_H.sum())
+
+
+def expected_calibration_error(probability: np.ndarray, label: np.ndarray, bins: int = BINS) -> float:
+    """Mean over bins of equal count of |mean probability - share of positives|, weighted by count (Naeini et al. 2015
+    with equal-mass bins, as almost all probabilities here are small)."""
+    curve = reliability(probability, label, bins)
+    return float((np.abs(curve[:, 0] - curve[:, 1]) * curve[:, 2]).sum() / curve[:, 2].sum())
+
+
+def reliability(probability: np.ndarray, label: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """Float [<= bins, 3]: mean probability, share of positives and count of each bin of equal count."""
+    order = np.argsort(probability, kind="stable")
+    parts = [p for p in np.array_split(order, bins) if len(p)]
+    return np.array([[probability[p].mean(), label[p].mean(), len(p)] for p in parts])
+
+
+def plot_reliability(curves: dict[str, np.ndarray], path: Path) -> None:
+    """Reliability diagram of every head: predicted against observed, both on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axis = figure.add_subplot()
+    low = min(max(float(c[:, :2].min()), 1e-5) for c in curves.values())
+    axis.plot([low, 1], [low, 1], color="gray", linewidth=1)
+    for head, curve in curves.items():
+        axis.plot(curve[:, 0].clip(low), curve[:, 1].clip(low), marker="o", label=head)
+    axis.set(xscale="log", yscale="log", xlabel="predicted probability", ylabel="observed share")
+    axis.legend()
+    figure.savefig(path, dpi=120)
