@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
+from scipy.sparse.linalg import svds
 
 from preprocessing.contract import FIRST_ID, ITEM
 from preprocessing.prepare import Features
@@ -38,8 +39,13 @@ def popularity(files: list[Path], items: int) -> np.ndarray:
 
 def follower_matrix(files: list[Path], items: int) -> sp.csr_matrix:
     """Row i: how often each item came within WINDOW events after i, weighted by 1 / distance, over i's count."""
-    total = sp.csr_matrix((items, items))
     counts = popularity(files, items)
+    return sp.diags(1.0 / (counts + SMOOTHING)) @ follower_counts(files, items)
+
+
+def follower_counts(files: list[Path], items: int) -> sp.csr_matrix:
+    """Entry (i, j): how often j came within WINDOW events after i, weighted by 1 / distance."""
+    total = sp.csr_matrix((items, items))
     for file in files:
         column = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks()
         flat, offsets = column.flatten().to_numpy(), column.offsets.to_numpy()
@@ -49,7 +55,25 @@ def follower_matrix(files: list[Path], items: int) -> sp.csr_matrix:
             same = (owner[:-distance] == owner[distance:]) & (a >= FIRST_ID) & (b >= FIRST_ID) & (a != b)
             weight = np.full(int(same.sum()), 1.0 / distance)
             total = total + sp.csr_matrix((weight, (a[same], b[same])), shape=(items, items))
-    return sp.diags(1.0 / (counts + SMOOTHING)) @ total
+    return total
+
+
+def cooccurrence_embeddings(files: list[Path], items: int, width: int, scale: float) -> np.ndarray:
+    """Where item embeddings may start: the truncated SVD of positive pointwise mutual information within WINDOW events
+    (Levy & Goldberg 2014, with the singular values' roots), float32 [V, width]; rows of known items have root mean
+    square ``scale``, the others are zero."""
+    counts = follower_counts(files, items)
+    both = (counts + counts.T).tocoo()
+    margin = np.asarray(both.sum(1)).ravel()
+    pmi = np.log(both.data * margin.sum() / (margin[both.row] * margin[both.col]))
+    keep = pmi > 0
+    matrix = sp.csr_matrix((pmi[keep], (both.row[keep], both.col[keep])), shape=both.shape)
+    k = min(width, items - 1)
+    left, values, _ = svds(matrix, k=k, v0=np.ones(items), which="LM")
+    out = np.zeros((items, width), np.float32)
+    out[:, :k] = left * np.sqrt(values)
+    size = np.sqrt((out**2).mean(1, keepdims=True))
+    return np.where(size > 1e-8, out / np.maximum(size, 1e-8) * scale, 0.0).astype(np.float32)
 
 
 def top_followers(matrix: sp.csr_matrix, keep: int) -> tuple[np.ndarray, np.ndarray]:

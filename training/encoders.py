@@ -28,7 +28,8 @@ class EncoderConfig:
     "bert4rec" bidirectional, trained on masked items (Sun et al. 2019), "gru" or "lstm" (Hidasi et al. 2016).
     ``position_bias`` "relative" adds a learned bias by log-bucketed distance to the attention of sasrec and bert4rec
     (hstu always has it). ``text_tokens``: words of an item's text that its embedding sums (0: ids alone);
-    ``attributes``: whether its categorical and continuous attributes join the embedding.
+    ``attributes``: whether its categorical and continuous attributes join the embedding. ``adapter``: width of the
+    bottleneck after each attention block (0: none), for fine-tuning a frozen encoder.
     """
 
     width: int = 64
@@ -41,6 +42,7 @@ class EncoderConfig:
     position_bias: str = "none"
     attributes: bool = False
     text_tokens: int = 0
+    adapter: int = 0
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -92,6 +94,22 @@ class RelativeBias(nn.Module):
         return self.bias_RA[self.buckets_TT[:t, :t]].permute(2, 0, 1)
 
 
+class Adapter(nn.Module):
+    """Residual bottleneck (Houlsby et al. 2019), the identity before training."""
+
+    def __init__(self, width: int, bottleneck: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y: Tensor = self.up(F.gelu(self.down(x_BTD)))
+        return x_BTD + y
+
+
 class AttentionBlock(nn.Module):
     """Pre-norm self-attention and feed-forward; the additive mask says what may be seen (None: causal)."""
 
@@ -103,6 +121,7 @@ class AttentionBlock(nn.Module):
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.up, self.down = nn.Linear(d, config.ffn_factor * d), nn.Linear(config.ffn_factor * d, d)
         self.relative = RelativeBias(config.heads, length) if config.position_bias == "relative" else None
+        self.adapter = Adapter(d, config.adapter) if config.adapter else None
 
     def forward(self, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
         b, t, d = x_BTD.shape
@@ -115,7 +134,8 @@ class AttentionBlock(nn.Module):
         a = self.out(a.transpose(1, 2).reshape(b, t, d))
         x_BTD = x_BTD + dropout(a, self.p, self.training)
         h = self.down(F.gelu(self.up(self.norm_ffn(x_BTD))))
-        return x_BTD + dropout(h, self.p, self.training)
+        x_BTD = x_BTD + dropout(h, self.p, self.training)
+        return x_BTD if self.adapter is None else self.adapter(x_BTD)
 
 
 class Attention(nn.Module):

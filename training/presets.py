@@ -19,7 +19,8 @@ class RetrievalTraining:
     correction, drawn by popularity ** ``negative_power``; "gbce" with ``negatives`` uniform ones and
     ``calibration``. ``label_smoothing`` is for the full softmax. ``ema``: decay of the average of the weights.
     ``random_offset``: windows are cut at another place each epoch. ``mask_share``: items hidden in a window, for the
-    bert4rec family.
+    bert4rec family. ``start``: item embeddings from the training data's co-occurrence and item biases from its
+    popularity ("cooccurrence"), or from chance ("random").
 
     ``probe_users``: users whose last training event is held back to watch NDCG@10 for early stopping (``patience``
     epochs without a gain; 0 never stops early). The validation event is not touched.
@@ -37,6 +38,7 @@ class RetrievalTraining:
     label_smoothing: float = 0.0
     ema: float = 0.0
     random_offset: bool = False
+    start: str = "cooccurrence"
     mask_share: float = 0.3
     clip_norm: float = 1.0
     patience: int = 3
@@ -51,6 +53,8 @@ class RetrievalTraining:
         for name in ("label_smoothing", "ema", "mask_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"RetrievalTraining.{name}: expected 0 <= x < 1, got {getattr(self, name)}")
+        if self.start not in ("cooccurrence", "random"):
+            raise ValueError(f"RetrievalTraining.start: expected 'cooccurrence' or 'random', got {self.start!r}")
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"RetrievalTraining: expected epochs and batch_size >= 1, got {self}")
 

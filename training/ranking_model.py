@@ -172,7 +172,7 @@ class RankingModel(nn.Module):
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.norm_out(own_BND + self.out(found.transpose(1, 2).reshape(b, n, d)))
 
-    def _mixture(self, towers: nn.Module) -> nn.Module:
+    def _mixture(self, towers: mm.ParallelBlock) -> nn.Module:
         c = self.config
         expert = mm.MLPBlock([c.expert_width], activation=nn.GELU, dropout=c.dropout or None)
         if c.mixture == "mmoe":

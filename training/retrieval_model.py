@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from preprocessing.contract import FIRST_ID, PADDING_ID
-from training.encoders import MASKED, EncoderConfig, build_encoder, dropout
+from training.encoders import MASKED, Adapter, EncoderConfig, build_encoder, dropout
 from training.item_table import ItemAttributes, ItemTable
 
 __all__ = ["EXCLUDED", "MASKED", "EncoderConfig", "RetrievalGraph", "RetrievalModel"]
@@ -51,6 +51,9 @@ class RetrievalModel(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Adapter):
+                module.reset()
         with torch.no_grad():
             self.items.id.weight[PADDING_ID].zero_()
         self.mask_token = nn.Parameter(torch.zeros(config.width).normal_(std=0.02)) if self.masked else None

@@ -21,7 +21,8 @@ from torch import Tensor
 from preprocessing.contract import FIRST_ID, ITEM, PADDING_ID
 from preprocessing.prepare import Features
 from training import data
-from training.counters import item_tables, popularity
+from training.adapt import Adaptation, freeze_for, merge
+from training.counters import cooccurrence_embeddings, item_tables, popularity
 from training.evaluation import list_auc, mean_ndcg, ranks, ranks_after
 from training.item_table import item_attributes
 from training.loop import Loop, LoopConfig
@@ -33,6 +34,7 @@ from vivace.artifacts import Step, read_manifest
 
 Progress = Callable[[str], None]
 LAST_ONLY = 0.2  # share of the masked encoder's windows that hide only the newest item
+START_SCALE = 0.1  # root mean square of a starting item embedding
 WEIGHTS = "weights.pt"
 SCORED = 256  # requests scored at once in evaluation
 
@@ -152,22 +154,48 @@ def _scored(model: RetrievalModel, request: data.Requests, exclude_seen: bool) -
 
 
 def train_retrieval(
-    features: Features, preset: Preset, root: Path, seed: int, say: Progress, quiet: bool = False
+    features: Features,
+    preset: Preset,
+    root: Path,
+    seed: int,
+    say: Progress,
+    quiet: bool = False,
+    start_from: Path | None = None,
+    adaptation: Adaptation | None = None,
 ) -> dict[str, Any]:
-    """Trains (or resumes, or finds) ``artifacts/<name>/retrieval``; returns its manifest."""
+    """Trains (or resumes, or finds) ``artifacts/<name>/retrieval``; returns its manifest.
+
+    ``start_from``: folder of a pretrained or trained retriever whose weights are taken up first; ``adaptation``: which
+    of them are then trained.
+    """
+    from training.pretrain import take_up
+
     prepared = read_manifest(features.folder, "vivace prepare")
-    config = {"encoder": asdict(preset.encoder), "training": asdict(preset.retrieval)}
-    step = Step(root / "retrieval", "train retrieval", config, seed, {"features": prepared["key"]})
+    adaptation = adaptation or Adaptation()
+    if adaptation.method != "full" and start_from is None:
+        raise ValueError(f"--adapt {adaptation.method} fine-tunes a trained encoder: name its folder with --from")
+    config = {"encoder": asdict(preset.encoder), "training": asdict(preset.retrieval), "adapt": asdict(adaptation)}
+    inputs = {"features": prepared["key"]}
+    if start_from is not None:
+        inputs["from"] = read_manifest(start_from, "vivace pretrain")["key"]
+    step = Step(root / "retrieval", "train retrieval", config, seed, inputs)
     if step.done():
         say("retriever is there: nothing to do")
         assert step.manifest is not None
         return step.manifest
-    _keep_only_own_checkpoint(step)
+    keep_only_own_checkpoint(step)
     torch.manual_seed(seed)
     items, c = features.item_count(), preset.retrieval
     counts = popularity(features.files("train"), items)
     attributes = item_attributes(features, preset.encoder)
     model = RetrievalModel(preset.encoder, items, torch.tensor(counts), attributes).to(device())
+    if c.start == "cooccurrence":
+        start_from_counts(model, features.files("train"), counts)
+    taken: dict[str, Any] = {}
+    if start_from is not None:
+        taken = take_up(model, start_from, prepared["key"])
+        say(f"took up {len(taken['taken'])} tensors of {start_from}, left {len(taken['left'])}")
+    sizes = freeze_for(model, adaptation)
     files, probes = hold_back(features.files("train"), step.folder / "parts", c.probe_users, seed)
     history = preset.encoder.history
     steps = sum(1 for _ in data.training_batches(files, history, c.batch_size, seed, 0))
@@ -190,10 +218,21 @@ def train_retrieval(
     if loop.resume():
         say(f"retriever: resumed at epoch {loop.epoch + 1}, step {loop.step}")
     report = loop.run()
-    return _finish(step, model, report, parameters=sum(p.numel() for p in model.parameters()))
+    merge(model)
+    return finish_training(step, model, report, **sizes, start=taken)
 
 
-def _keep_only_own_checkpoint(step: Step) -> None:
+def start_from_counts(model: RetrievalModel, files: list[Path], counts: np.ndarray) -> None:
+    """Item embeddings from co-occurrence, item biases from popularity; items without events keep their random start."""
+    vectors = torch.from_numpy(cooccurrence_embeddings(files, len(counts), model.config.width, START_SCALE))
+    with torch.no_grad():
+        weight = model.items.id.weight
+        seen = (vectors != 0).any(1)[:, None]
+        weight.copy_(torch.where(seen, vectors, weight.cpu()))
+        model.bias.copy_(torch.tensor(np.log((counts + 1) / (counts + 1).mean()), dtype=model.bias.dtype))
+
+
+def keep_only_own_checkpoint(step: Step) -> None:
     """A checkpoint of another configuration is not taken up."""
     step.reset()
     mark = step.folder / "checkpoint.key"
@@ -202,7 +241,7 @@ def _keep_only_own_checkpoint(step: Step) -> None:
         mark.write_text(step.key)
 
 
-def _finish(step: Step, model: torch.nn.Module, report: dict[str, Any], **more: Any) -> dict[str, Any]:
+def finish_training(step: Step, model: torch.nn.Module, report: dict[str, Any], **more: Any) -> dict[str, Any]:
     torch.save(model.state_dict(), step.folder / WEIGHTS)
     (step.folder / "checkpoint.pt").unlink(missing_ok=True)
     shutil.rmtree(step.folder / "parts", ignore_errors=True)
@@ -329,7 +368,7 @@ def train_ranker(
         say("ranker is there: nothing to do")
         assert step.manifest is not None
         return step.manifest
-    _keep_only_own_checkpoint(step)
+    keep_only_own_checkpoint(step)
     torch.manual_seed(seed)
     retriever = load_retrieval(features, preset, root)
     model = build_ranker(features, preset, retriever).to(device())
@@ -365,7 +404,7 @@ def train_ranker(
         say(f"ranker: resumed at epoch {loop.epoch + 1}, step {loop.step}")
     report = loop.run()
     calibration = calibrate(model, source.batches(True, None, SCORED))
-    return _finish(step, model, report, calibration=calibration, parameters=sum(
+    return finish_training(step, model, report, calibration=calibration, parameters=sum(
         p.numel() for p in model.parameters() if p.requires_grad
     ))  # fmt: skip
 

@@ -115,9 +115,15 @@ def train(
     seed: Seed = 7,
     control: Annotated[bool, typer.Option(help="also train the ranker without its extra label")] = False,
     epochs: Annotated[int, typer.Option(help="epochs of the retriever (0: the preset's)")] = 0,
-    loss: Annotated[str, typer.Option(help='"full" or "sampled" softmax ("": the preset\'s)')] = "",
+    loss: Annotated[str, typer.Option(help='"full", "sampled" or "gbce" ("": the preset\'s)')] = "",
+    start_from: Annotated[
+        Path | None, typer.Option("--from", help="folder of a pretrained or trained retriever to start from")
+    ] = None,
+    adapt: Annotated[str, typer.Option(help="with --from: full, lora or adapter")] = "full",
+    rank: Annotated[int, typer.Option(help="with --adapt lora: rank of the updates")] = 8,
 ) -> None:
     """Train the retriever, then the ranker; resumes from the last checkpoint."""
+    from training.adapt import Adaptation
     from preprocessing.prepare import Features
     from training.train import train_ranker, train_retrieval
     from vivace.artifacts import exclusive
@@ -127,8 +133,14 @@ def train(
         chosen = with_overrides(_preset(preset, root), epochs, loss)
         features = Features(root / "features")
         with exclusive(root):
-            first = train_retrieval(features, chosen, root, seed, say)
-            say(f"retriever: {first['results']['parameters']:,} parameters, {first['seconds']:.0f} s")
+            first = train_retrieval(
+                features, chosen, root, seed, say, start_from=start_from, adaptation=Adaptation(adapt, rank)
+            )
+            sizes = first["results"]
+            say(
+                f"retriever: {sizes['parameters']:,} parameters, {sizes['trained_parameters']:,} trained, "
+                f"{first['seconds']:.0f} s"
+            )
             second = train_ranker(features, chosen, root, seed, say)
             say(f"ranker: {second['results']['parameters']:,} parameters, {second['seconds']:.0f} s")
             if control:
@@ -141,6 +153,29 @@ def with_overrides(chosen: Any, epochs: int = 0, loss: str = "") -> Any:
     if loss:
         chosen = replace(chosen, retrieval=replace(chosen.retrieval, loss=loss))
     return chosen
+
+
+@app.command()
+def pretrain(
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    preset: PresetName = "",
+    seed: Seed = 7,
+    objective: Annotated[str, typer.Option(help="by commas: masked, segment, contrastive")] = "masked",
+    epochs: int = 2,
+) -> None:
+    """Train the encoder without next-item labels; then: vivace train --from artifacts/<name>/pretrained."""
+    from preprocessing.prepare import Features
+    from training.pretrain import Pretraining
+    from training.pretrain import pretrain as run
+    from vivace.artifacts import exclusive
+
+    with reported():
+        root = artifacts / name
+        config = Pretraining(tuple(o for o in objective.split(",") if o), epochs)
+        with exclusive(root):
+            manifest = run(Features(root / "features"), _preset(preset, root), config, root, seed, say)
+        say(f"pretrained: {manifest['results']['parameters']:,} parameters, {manifest['seconds']:.0f} s")
 
 
 @app.command()

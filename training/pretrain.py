@@ -1,0 +1,218 @@
+"""``vivace pretrain``: objectives that need no next-item label, on the training sequences; ``train --from`` takes up.
+
+Axis legend: B windows, T events, V item ids, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from preprocessing.contract import FIRST_ID, PADDING_ID
+from preprocessing.prepare import Features
+from training import data
+from training.counters import popularity
+from training.item_table import item_attributes
+from training.loop import Loop, LoopConfig
+from training.losses import full_softmax
+from training.presets import Preset
+from training.retrieval_model import RetrievalModel
+from training.train import (
+    WEIGHTS,
+    Progress,
+    device,
+    finish_training,
+    hide,
+    hold_back,
+    keep_only_own_checkpoint,
+    start_from_counts,
+)
+from vivace.artifacts import Step, read_manifest
+
+OBJECTIVES = ("masked", "segment", "contrastive")
+FOLDER = "pretrained"
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """``objectives``, summed: "masked" guesses hidden items (Sun et al. 2019; causal families see the past only);
+    "segment" tells which half of a sequence followed which first half, among the batch: next-session prediction where
+    a log marks no sessions; "contrastive" draws two augmentations of a sequence together (CL4SRec, Xie et al. 2022,
+    eq. 2). ``temperature`` of the two contrasts; ``share`` of events hidden, cropped or re-ordered.
+    """
+
+    objectives: tuple[str, ...] = ("masked",)
+    epochs: int = 2
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    temperature: float = 0.2
+    share: float = 0.3
+
+    def __post_init__(self) -> None:
+        unknown = [o for o in self.objectives if o not in OBJECTIVES]
+        if unknown or not self.objectives:
+            raise ValueError(f"pretraining objectives: expected some of {OBJECTIVES}, got {list(self.objectives)}")
+
+
+def augment(window_BT: Tensor, share: float) -> Tensor:
+    """One of crop, hide or re-order for each row of ids int64 [B, T] padded on the left (CL4SRec): a random run of
+    1 - ``share`` of the events; ``share`` of the events removed; a random run of ``share`` shuffled."""
+    out = torch.zeros_like(window_BT)
+    for row, ids in enumerate(window_BT):
+        own = ids[ids != PADDING_ID]
+        n, kind = len(own), int(torch.randint(3, ()))
+        run = max(1, round(n * share))
+        if n > 2 and kind == 0:
+            start = int(torch.randint(run + 1, ()))
+            own = own[start : start + max(1, n - run)]
+        elif n > 2 and kind == 1:
+            own = own[torch.rand(n).argsort()[run:].sort().values]
+        elif n > 2:
+            start = int(torch.randint(n - run + 1, ()))
+            order = torch.arange(n)
+            order[start : start + run] = start + torch.randperm(run)
+            own = own[order]
+        out[row, out.shape[1] - len(own) :] = own
+    return out
+
+
+def in_batch_contrast(a_BD: Tensor, b_BD: Tensor, temperature: float) -> Tensor:
+    """InfoNCE both ways: row i of ``a`` belongs to row i of ``b``, every other row of the batch does not."""
+    logits = F.normalize(a_BD, dim=1) @ F.normalize(b_BD, dim=1).t() / temperature
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+
+
+def halves(window_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second half of each row, both padded on the left; rows of one event give an empty second half."""
+    first, second = torch.zeros_like(window_BT), torch.zeros_like(window_BT)
+    for row, ids in enumerate(window_BT):
+        own = ids[ids != PADDING_ID]
+        cut = (len(own) + 1) // 2
+        for out, part in ((first, own[:cut]), (second, own[cut:])):
+            out[row, out.shape[1] - len(part) :] = part
+    return first, second
+
+
+def objective(model: RetrievalModel, config: Pretraining) -> Callable[[Tensor], Tensor]:
+    """Sum of the losses of a window int64 [B, T + 1]."""
+
+    def masked(window: Tensor, table: Tensor) -> Tensor:
+        hidden = hide(window, config.share)
+        if model.masked:
+            encoded = model.encode_masked(window, hidden, table)[hidden]
+        else:  # a causal encoder guesses a hidden item from the state before it, with the hidden ones left blank
+            blank = torch.where(hidden, torch.full_like(window, FIRST_ID - 1), window)
+            encoded = model.encode(blank[:, :-1], table)[hidden[:, 1:]]
+            hidden = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, 1:]], 1)
+        return full_softmax(encoded, table, model.bias, window[hidden], FIRST_ID)
+
+    def state(window: Tensor, table: Tensor) -> Tensor:
+        return model.encode(window[:, -model.config.history :], table)[:, -1]
+
+    def contrastive(window: Tensor, table: Tensor) -> Tensor:
+        one, two = (state(augment(window, config.share).to(window.device), table) for _ in range(2))
+        return in_batch_contrast(one, two, config.temperature)
+
+    def segment(window: Tensor, table: Tensor) -> Tensor:
+        a, b = halves(window)
+        both = (b != PADDING_ID).any(1)
+        return in_batch_contrast(state(a[both], table), state(b[both], table), config.temperature)
+
+    parts = {"masked": masked, "contrastive": contrastive, "segment": segment}
+
+    def loss(window: Tensor) -> Tensor:
+        window, table = window.to(model.bias.device), model.table()
+        return torch.stack([parts[name](window, table) for name in config.objectives]).sum()
+
+    return loss
+
+
+def pretrain(
+    features: Features,
+    preset: Preset,
+    config: Pretraining,
+    root: Path,
+    seed: int,
+    say: Progress,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Trains (or resumes, or finds) ``artifacts/<name>/pretrained``; returns its manifest."""
+    prepared = read_manifest(features.folder, "vivace prepare")
+    settings = {"encoder": asdict(preset.encoder), "pretraining": asdict(config), "start": preset.retrieval.start}
+    step = Step(root / FOLDER, "pretrain", settings, seed, {"features": prepared["key"]})
+    if step.done():
+        say("the pretrained encoder is there: nothing to do")
+        assert step.manifest is not None
+        return step.manifest
+    keep_only_own_checkpoint(step)
+    torch.manual_seed(seed)
+    items, history = features.item_count(), preset.encoder.history
+    counts = popularity(features.files("train"), items)
+    attributes = item_attributes(features, preset.encoder)
+    model = RetrievalModel(preset.encoder, items, torch.tensor(counts), attributes).to(device())
+    if preset.retrieval.start == "cooccurrence":
+        start_from_counts(model, features.files("train"), counts)
+    files, probes = hold_back(features.files("train"), step.folder / "parts", preset.retrieval.probe_users, seed)
+    steps = sum(1 for _ in data.training_batches(files, history, config.batch_size, seed, 0))
+    of_window = objective(model, config)
+
+    def metric() -> dict[str, float]:
+        """The objective on the users held back, always with the same hidden places."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            parts = [probes[i : i + config.batch_size] for i in range(0, len(probes), config.batch_size)]
+            losses = [float(of_window(data.pad_left(p, history + 1))) for p in parts if len(p) > 1]
+        return {"log_loss": sum(losses) / max(len(losses), 1)}
+
+    loop = Loop(
+        model,
+        LoopConfig(config.epochs, steps, config.learning_rate, 0.0, 100, 1.0, 0, 30.0, seed),
+        step.folder,
+        "pretraining",
+        lambda epoch: data.training_batches(files, history, config.batch_size, seed, epoch),
+        of_window,
+        metric,
+        quiet,
+    )
+    if loop.resume():
+        say(f"pretraining: resumed at epoch {loop.epoch + 1}, step {loop.step}")
+    return finish_training(step, model, loop.run(), parameters=sum(p.numel() for p in model.parameters()))
+
+
+def take_up(model: RetrievalModel, folder: Path, features_key: str) -> dict[str, Any]:
+    """Loads what fits of ``folder`` (a pretrained or trained retriever) into ``model``.
+
+    Item embeddings and biases only where both stand on the same features, as ids mean nothing elsewhere; of a longer
+    or shorter position table the newest places. Returns the names taken and left.
+    """
+    manifest = read_manifest(folder, "vivace pretrain")
+    same_items = manifest["inputs"].get("features") == features_key
+    given = torch.load(folder / WEIGHTS, weights_only=True, map_location="cpu")
+    own, taken, left = model.state_dict(), [], []
+    for name, value in own.items():
+        other = given.get(name)
+        of_items = name.startswith("items.") or name in ("bias", "popularity")
+        if other is None or (of_items and not same_items):
+            left.append(name)
+        elif other.shape == value.shape:
+            value.copy_(other)
+            taken.append(name)
+        elif name == "position.weight" and other.shape[1] == value.shape[1]:
+            n = min(len(other), len(value))
+            value[-n:] = other[-n:]
+            taken.append(name)
+        else:
+            left.append(name)
+    if not any(name.startswith("encoder.") for name in taken):
+        raise ValueError(
+            f"--from {folder}: no encoder weight fits; it is a {manifest['config'].get('encoder')}; "
+            f"this preset's encoder is {model.config}"
+        )
+    return {"from": str(folder), "key": manifest["key"], "taken": taken, "left": left}
