@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from preprocessing.contract import FIRST_ID, ITEM, PADDING_ID, TARGET, label_column
+from training.distributed import World
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from merlin.dataloader.torch import Loader
     from merlin.io import Dataset
 
+ALONE = World()
 PUT_WAIT_S = 0.1  # the loader's thread retries a full queue each microsecond by default: a third of two cores' time
 POOL_BATCHES = 16  # batches that are cut, sorted by length and shuffled together
 
@@ -48,7 +50,9 @@ def windows(sequence: np.ndarray, length: int, offset: int = 0) -> list[np.ndarr
     return pieces
 
 
-def _loader(files: list[Path], columns: list[str], rows: int, shuffle: bool, seed: int) -> Iterator[dict[str, Tensor]]:
+def _loader(
+    files: list[Path], columns: list[str], rows: int, shuffle: bool, seed: int, world: World = ALONE
+) -> Iterator[dict[str, Tensor]]:
     """Batches of ``columns`` (a list column as two: values, offsets), on the CPU, in an order set by ``seed`` alone."""
     if not files:
         raise ValueError("training data: no parquet file; run 'vivace prepare' first")
@@ -57,7 +61,9 @@ def _loader(files: list[Path], columns: list[str], rows: int, shuffle: bool, see
         lazy = Dataset([str(f) for f in files], engine="parquet", part_size="4GB", cpu=True)
         data = Dataset(lazy.to_ddf()[columns], cpu=True)
         np.random.seed(seed)  # what Merlin's loader shuffles by
-        loader = Loader(data, batch_size=rows, shuffle=shuffle, drop_last=False)
+        loader = Loader(
+            data, batch_size=rows, shuffle=shuffle, drop_last=False, global_size=world.size, global_rank=world.rank
+        )
         loader._buff.put_wait = PUT_WAIT_S
         with loader:
             for inputs, _ in loader:
@@ -70,20 +76,33 @@ def _split(batch: dict[str, Tensor], column: str) -> list[np.ndarray]:
 
 
 def training_batches(
-    files: list[Path], history: int, batch_size: int, seed: int, epoch: int, random_offset: bool = False
+    files: list[Path],
+    history: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    random_offset: bool = False,
+    world: World = ALONE,
+    shard_reading: bool = False,
 ) -> Iterator[Tensor]:
     """One epoch of windows, int64 [B, <= history + 1]; batches of like length, in an order set by seed and epoch.
-    ``random_offset``: sequences longer than a window are cut at places that change from epoch to epoch."""
+    ``random_offset``: sequences longer than a window are cut at places that change from epoch to epoch. ``world``: of
+    several processes each gets its rows of every batch or, with ``shard_reading``, batches of its own rows."""
+    reader = world if shard_reading else ALONE
+    batch_size = batch_size // reader.size
     rng = np.random.default_rng([seed, epoch])
     pool_seed = int(rng.integers(2**31))
-    for rows in _loader(files, [ITEM], batch_size * POOL_BATCHES, shuffle=True, seed=pool_seed):
+    for rows in _loader(files, [ITEM], batch_size * POOL_BATCHES, shuffle=True, seed=pool_seed, world=reader):
         offset = int(rng.integers(history // 2, history)) if random_offset and epoch else 0
         pool = [w for s in _split(rows, ITEM) for w in windows(s, history, offset if len(s) > history + 1 else 0)]
         order = sorted(range(len(pool)), key=lambda i: len(pool[i]))
         starts = rng.permutation(np.arange(0, len(order), batch_size))
         for start in starts:
             chosen = [pool[i] for i in order[start : start + batch_size]]
-            yield pad_left(chosen, max(len(w) for w in chosen))
+            batch = pad_left(chosen, max(len(w) for w in chosen))
+            own = batch if shard_reading else world.share(batch)
+            if shard_reading or len(batch) >= world.size:  # else some process had no row to take a step with
+                yield own
 
 
 @dataclass(frozen=True)

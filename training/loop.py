@@ -18,6 +18,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from training.data import ALONE
+from training.distributed import Parallel, World
+
 Batch = Any
 
 
@@ -56,7 +59,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class Loop:
-    """Trains ``model`` on ``batches(epoch)`` with ``loss(batch)``.
+    """Trains ``model`` on ``batches(epoch)`` with ``loss(batch)``: a mean, or a mean and the number of its terms.
 
     ``metric()`` after each epoch gives named figures of held-back users; its "log_loss" (smaller is better, and far
     less noisy than a ranking metric of some hundred users) decides on early stopping and on the best weights.
@@ -69,12 +72,14 @@ class Loop:
         folder: Path,
         name: str,
         batches: Callable[[int], Iterator[Batch]],
-        loss: Callable[[Batch], Tensor],
+        loss: Callable[[Batch], Any],
         metric: Callable[[], dict[str, float]],
         quiet: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.model, self.config, self.folder, self.name = model, config, folder, name
-        self.batches, self.loss, self.metric, self.quiet = batches, loss, metric, quiet
+        self.batches, self.metric, self.quiet, self.world = batches, metric, quiet or not world.first, world
+        self.loss = Parallel(model, loss, world)
         self.average = {k: p.detach().clone() for k, p in self._trained()} if config.ema else {}
         self.taken = 0
         self.optimizer = torch.optim.AdamW(
@@ -104,6 +109,9 @@ class Loop:
         return self.folder / "checkpoint.pt"
 
     def save(self) -> None:
+        """The first process writes; the others' random numbers start anew after a restart."""
+        if not self.world.first:
+            return
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -127,8 +135,11 @@ class Loop:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["rng"])
         self.epoch, self.step, self._sum, self._count = state["position"]
+        if self.world.first:
+            torch.set_rng_state(state["rng"])
+        else:
+            torch.manual_seed(abs(hash((self.config.seed, self.world.rank, self.epoch, self.step))))
         self.best, self.best_state, self.bad_epochs = state["best"]
         self.history, self.seconds = state["history"], state["seconds"]
         self.average, self.taken = state["average"]
@@ -174,7 +185,7 @@ class Loop:
         return self.report()
 
     def _take(self, batch: Batch) -> float:
-        loss = self.loss(batch)
+        loss, value = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.config.clip_norm)
@@ -186,7 +197,6 @@ class Loop:
                 decay = min(self.config.ema, (1 + self.taken) / (10 + self.taken))  # short memory while young
                 for k, p in self._trained():
                     self.average[k].lerp_(p, 1 - decay)
-        value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"{self.name}: the loss is {value} at epoch {self.epoch + 1}, step {self.step}; lower the learning rate"

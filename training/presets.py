@@ -20,7 +20,8 @@ class RetrievalTraining:
     ``calibration``. ``label_smoothing`` is for the full softmax. ``ema``: decay of the average of the weights.
     ``random_offset``: windows are cut at another place each epoch. ``mask_share``: items hidden in a window, for the
     bert4rec family. ``start``: item embeddings from the training data's co-occurrence and item biases from its
-    popularity ("cooccurrence"), or from chance ("random").
+    popularity ("cooccurrence"), or from chance ("random"). ``shard_reading``:
+    under torchrun each process reads its own rows instead of its share of every batch.
 
     ``probe_users``: users whose last training event is held back to watch NDCG@10 for early stopping (``patience``
     epochs without a gain; 0 never stops early). The validation event is not touched.
@@ -39,6 +40,7 @@ class RetrievalTraining:
     ema: float = 0.0
     random_offset: bool = False
     start: str = "cooccurrence"
+    shard_reading: bool = False
     mask_share: float = 0.3
     clip_norm: float = 1.0
     patience: int = 3

@@ -5,6 +5,7 @@ Axis legend: B requests, T history events, N candidates.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from preprocessing.prepare import Features
 from training import data
 from training.adapt import Adaptation, freeze_for, merge
 from training.counters import cooccurrence_embeddings, item_tables, popularity
+from training.distributed import World
 from training.evaluation import list_auc, mean_ndcg, ranks, ranks_after
 from training.item_table import item_attributes
 from training.loop import Loop, LoopConfig
@@ -87,20 +89,21 @@ def item_loss(
     return loss
 
 
-def _retrieval_loss(model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor) -> Callable[..., Tensor]:
+def _retrieval_loss(model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor) -> Callable[..., Any]:
     of_items = item_loss(model, config, log_expected_V)
 
-    def next_item(window: Tensor) -> Tensor:
+    def next_item(window: Tensor) -> tuple[Tensor, Tensor]:
         window, table = window.to(model.bias.device), model.table()
         inputs, targets = window[:, :-1], window[:, 1:]
         encoded = model.encode(inputs, table)
         keep = (inputs != PADDING_ID) & (targets >= FIRST_ID)
-        return of_items(encoded[keep], targets[keep], table)
+        return of_items(encoded[keep].float(), targets[keep], table), keep.sum()
 
-    def masked_item(window: Tensor) -> Tensor:
+    def masked_item(window: Tensor) -> tuple[Tensor, Tensor]:
         window, table = window.to(model.bias.device), model.table()
         hidden = hide(window, config.mask_share)
-        return of_items(model.encode_masked(window, hidden, table)[hidden], window[hidden], table)
+        encoded = model.encode_masked(window, hidden, table)[hidden]
+        return of_items(encoded.float(), window[hidden], table), hidden.sum()
 
     return masked_item if model.masked else next_item
 
@@ -162,6 +165,7 @@ def train_retrieval(
     quiet: bool = False,
     start_from: Path | None = None,
     adaptation: Adaptation | None = None,
+    world: World = data.ALONE,
 ) -> dict[str, Any]:
     """Trains (or resumes, or finds) ``artifacts/<name>/retrieval``; returns its manifest.
 
@@ -183,7 +187,8 @@ def train_retrieval(
         say("retriever is there: nothing to do")
         assert step.manifest is not None
         return step.manifest
-    keep_only_own_checkpoint(step)
+    if world.local_rank == 0:
+        keep_only_own_checkpoint(step)
     torch.manual_seed(seed)
     items, c = features.item_count(), preset.retrieval
     counts = popularity(features.files("train"), items)
@@ -196,9 +201,18 @@ def train_retrieval(
         taken = take_up(model, start_from, prepared["key"])
         say(f"took up {len(taken['taken'])} tensors of {start_from}, left {len(taken['left'])}")
     sizes = freeze_for(model, adaptation)
-    files, probes = hold_back(features.files("train"), step.folder / "parts", c.probe_users, seed)
-    history = preset.encoder.history
-    steps = sum(1 for _ in data.training_batches(files, history, c.batch_size, seed, 0))
+    parts = step.folder / "parts"
+    files, probes = hold_back(features.files("train"), parts / str(world.local_rank), c.probe_users, seed)
+    world.barrier()  # nobody takes up a checkpoint that another one is about to remove
+
+    def batches(epoch: int) -> Iterator[Tensor]:
+        shared = data.training_batches(
+            files, preset.encoder.history, c.batch_size, seed, epoch, c.random_offset, world, c.shard_reading
+        )
+        return itertools.islice(shared, steps) if steps else shared
+
+    steps = 0
+    steps = world.smallest(sum(1 for _ in batches(0)))
     p = torch.tensor((counts + 1) ** c.negative_power)
     p[:FIRST_ID] = 1e-12
     log_expected = (c.negatives * p / p.sum()).log().float().to(device())
@@ -210,16 +224,20 @@ def train_retrieval(
         ),
         step.folder,
         "retrieval",
-        lambda epoch: data.training_batches(files, history, c.batch_size, seed, epoch, c.random_offset),
+        batches,
         _retrieval_loss(model, c, log_expected),
         _probe_metric(model, probes, features.schema.exclude_seen),
         quiet,
+        world,
     )  # fmt: skip
+    torch.manual_seed(seed + world.rank)  # other dropout and negatives in each process
     if loop.resume():
         say(f"retriever: resumed at epoch {loop.epoch + 1}, step {loop.step}")
     report = loop.run()
     merge(model)
-    return finish_training(step, model, report, **sizes, start=taken)
+    if not world.first:
+        return report
+    return finish_training(step, model, report, **sizes, start=taken, processes=world.size)
 
 
 def start_from_counts(model: RetrievalModel, files: list[Path], counts: np.ndarray) -> None:

@@ -123,8 +123,9 @@ def train(
     rank: Annotated[int, typer.Option(help="with --adapt lora: rank of the updates")] = 8,
 ) -> None:
     """Train the retriever, then the ranker; resumes from the last checkpoint."""
-    from training.adapt import Adaptation
     from preprocessing.prepare import Features
+    from training import distributed
+    from training.adapt import Adaptation
     from training.train import train_ranker, train_retrieval
     from vivace.artifacts import exclusive
 
@@ -132,10 +133,13 @@ def train(
         root = artifacts / name
         chosen = with_overrides(_preset(preset, root), epochs, loss)
         features = Features(root / "features")
-        with exclusive(root):
+        with distributed.group() as world, exclusive(root) if world.first else contextlib.nullcontext():
             first = train_retrieval(
-                features, chosen, root, seed, say, start_from=start_from, adaptation=Adaptation(adapt, rank)
-            )
+                features, chosen, root, seed, say if world.first else lambda _: None,
+                start_from=start_from, adaptation=Adaptation(adapt, rank), world=world,
+            )  # fmt: skip
+            if not world.first:  # the ranker is small: the first process trains it alone
+                return
             sizes = first["results"]
             say(
                 f"retriever: {sizes['parameters']:,} parameters, {sizes['trained_parameters']:,} trained, "

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from training import data
+from training.distributed import Parallel
 from training.loop import Loop, LoopConfig
 from training.presets import tiny
 from training.retrieval_model import RetrievalModel
@@ -67,6 +68,6 @@ def test_early_stopping_returns_to_the_best(features, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_named(features, tmp_path):
     loop = _loop(features, tmp_path)
-    loop.loss = lambda batch: (loop.model.bias * float("nan")).sum()
+    loop.loss = Parallel(loop.model, lambda batch: (loop.model.bias * float("nan")).sum(), data.ALONE)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         loop.run()

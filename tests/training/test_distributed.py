@@ -1,0 +1,99 @@
+"""Two gloo processes take the steps of one at the same global batch; one that is killed comes back and finishes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from training import data
+from training.presets import tiny
+from training.train import train_retrieval
+
+WORKER = """
+import json, sys, time
+from dataclasses import replace
+from pathlib import Path
+from preprocessing.prepare import Features
+from training import distributed
+from training.presets import tiny
+from training.train import train_retrieval
+preset = tiny()
+preset = replace(preset, encoder=replace(preset.encoder, dropout=0.0),
+                 retrieval=replace(preset.retrieval, **json.loads(sys.argv[3])))
+with distributed.group() as world:
+    train_retrieval(Features(Path(sys.argv[1])), preset, Path(sys.argv[2]), 3, lambda _: None, True, world=world)
+"""
+
+
+def _start(features, root: Path, training: dict, *flags: str) -> subprocess.Popen:
+    script = root / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *flags, str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    arguments = [str(features.folder), str(root), json.dumps(training)]
+    return subprocess.Popen(command + arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finish(process: subprocess.Popen, root: Path) -> list[dict]:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-3000:]
+    return json.loads((root / "retrieval" / "manifest.json").read_text())["results"]["epochs"]
+
+
+def _alone(features, root: Path, training: dict) -> list[dict]:
+    preset = tiny()
+    encoder = replace(preset.encoder, dropout=0.0)
+    preset = replace(preset, encoder=encoder, retrieval=replace(preset.retrieval, **training))
+    return train_retrieval(features, preset, root, 3, lambda _: None, quiet=True)["results"]["epochs"]
+
+
+def test_two_processes_take_the_steps_of_one(features, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    two = _finish(_start(features, tmp_path / "two", {}), tmp_path / "two")
+    one = _alone(features, tmp_path / "one", {})
+    for mine, reference in zip(two, one, strict=True):
+        assert mine["loss"] == pytest.approx(reference["loss"], rel=2e-4)
+        assert mine["log_loss"] == pytest.approx(reference["log_loss"], rel=2e-4)
+    weights = [torch.load(tmp_path / n / "retrieval" / "weights.pt")["items.id.weight"] for n in ("one", "two")]
+    torch.testing.assert_close(*weights, atol=2e-3, rtol=0)
+
+
+def test_a_killed_process_comes_back_and_the_run_ends_as_well(features, tmp_path):
+    training = {"epochs": 6, "checkpoint_s": 0.1}
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "killed").mkdir()
+    process = _start(features, tmp_path / "killed", training, "--max-restarts=2")
+    checkpoint = tmp_path / "killed" / "retrieval" / "checkpoint.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    victim = psutil.Process(process.pid).children()[-1]
+    os.kill(victim.pid, signal.SIGKILL)
+    epochs = _finish(process, tmp_path / "killed")
+    reference = _alone(features, tmp_path / "alone", training)
+    assert len(epochs) == 6
+    assert epochs[-1]["log_loss"] == pytest.approx(reference[-1]["log_loss"], rel=0.02)
+
+
+def test_sharded_reading_covers_every_row_once(features):
+    from training.distributed import World
+
+    files = features.files("train")
+    seen = []
+    for rank in range(2):
+        for batch in data.training_batches(files, 1000, 16, 1, 0, world=World(rank, 2), shard_reading=True):
+            seen += [tuple(row[row > 0].tolist()) for row in batch]
+    whole = [tuple(r[r > 0].tolist()) for b in data.training_batches(files, 1000, 16, 1, 0) for r in b]
+    assert sorted(seen) == sorted(whole)

@@ -1,0 +1,108 @@
+"""Data-parallel training under ``torchrun``: gloo on CPUs, NCCL on GPUs, on one machine or several.
+
+    torchrun --nproc-per-node 2 --max-restarts 3 -m vivace.cli train --name shop
+
+Each global batch is cut among the processes by rows, so the steps are those of one process at the same batch size; with
+``shard_reading`` each process reads its own share of the rows through Merlin's loader instead, which a log that is too
+large to be read by every process needs. A process that dies ends its group; torchrun starts the group anew and it goes
+on from the last checkpoint, which the first process writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. ``local_rank`` counts within the machine and names its GPU."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch_BT: Tensor) -> Tensor:
+        """This process's rows of a global batch; empty where there are fewer rows than processes."""
+        return batch_BT[self.rank :: self.size]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def smallest(self, value: int) -> int:
+        """The smallest ``value`` of all processes."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value, device=device(self))
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
+
+
+def device(world: World) -> torch.device:
+    return torch.device(f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def group() -> Iterator[World]:
+    """The process group that torchrun's environment describes; a world of one without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device(world))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+class Objective(nn.Module):
+    """A loss as a module, which is what DistributedDataParallel wraps. ``loss`` gives the mean of a batch and the
+    number of terms in it; on a GPU its forward pass runs in bfloat16."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        cuda = torch.cuda.is_available()
+        with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
+            found = self.loss(batch)
+        value, count = found if isinstance(found, tuple) else (found, torch.ones(()))
+        return value, count.to(value.device)
+
+
+class Parallel:
+    """Calls an objective so that the averaged gradients of all processes are those of the global mean."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], Any], world: World) -> None:
+        self.world = world
+        self.objective: nn.Module = Objective(model, loss)
+        if world.size > 1:
+            ids = [world.local_rank] if torch.cuda.is_available() else None
+            self.objective = DistributedDataParallel(self.objective, device_ids=ids, broadcast_buffers=False)
+
+    def __call__(self, batch: Any) -> tuple[Tensor, float]:
+        """(loss to run backward from, mean loss of the global batch)."""
+        value, count = self.objective(batch)
+        if self.world.size == 1:
+            return value, float(value.detach())
+        totals = torch.stack([value.detach() * count, count.to(value.dtype)])
+        dist.all_reduce(totals)
+        return value * count * self.world.size / totals[1], float(totals[0] / totals[1])
