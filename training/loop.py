@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from training.data import ALONE
 from training.distributed import Parallel, World
@@ -76,9 +77,12 @@ class Loop:
         metric: Callable[[], dict[str, float]],
         quiet: bool = False,
         world: World = ALONE,
+        on_epoch: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         self.model, self.config, self.folder, self.name = model, config, folder, name
         self.batches, self.metric, self.quiet, self.world = batches, metric, quiet or not world.first, world
+        self.on_epoch = on_epoch
+        self._board: SummaryWriter | None = None
         self.loss = Parallel(model, loss, world)
         self.average = {k: p.detach().clone() for k, p in self._trained()} if config.ema else {}
         self.taken = 0
@@ -210,6 +214,7 @@ class Loop:
         figures = self.metric()
         entry = {"epoch": self.epoch + 1, "loss": self._sum / max(self._count, 1), **figures}
         self.history.append(entry)
+        self._log(entry)
         if not self.quiet:
             held_back = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
             progress.console.print(
@@ -224,6 +229,19 @@ class Loop:
             self.bad_epochs += 1
         self._swap()
         self.epoch, self.step, self._sum, self._count = self.epoch + 1, 0, 0.0, 0
+        if self.on_epoch is not None:
+            self.on_epoch(entry)
+
+    def _log(self, entry: dict[str, float]) -> None:
+        """TensorBoard's event file beside the checkpoint."""
+        if not self.world.first:
+            return
+        if self._board is None:
+            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        for key, value in entry.items():
+            if key != "epoch":
+                self._board.add_scalar(f"{self.name}/{key}", value, int(entry["epoch"]))
+        self._board.flush()
 
     def _stopped(self) -> bool:
         return bool(self.config.patience) and self.bad_epochs >= self.config.patience

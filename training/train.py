@@ -134,7 +134,7 @@ def _probe_metric(
                     torch.tensor([int(p[-1]) for p in part]),
                     {},
                 )
-                rank, scores, _ = _scored(model, request, exclude_seen)
+                rank, scores, _ = scored(model, request, exclude_seen)
                 found.append(rank)
                 losses.append(F.cross_entropy(scores, request.target_B.to(scores.device), reduction="none"))
         if not found:
@@ -146,7 +146,7 @@ def _probe_metric(
     return metric
 
 
-def _scored(model: RetrievalModel, request: data.Requests, exclude_seen: bool) -> tuple[Tensor, Tensor, Tensor]:
+def scored(model: RetrievalModel, request: data.Requests, exclude_seen: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(rank of the target [B], scores [B, V], encoded history [B, T, D])."""
     where = model.bias.device
     history = request.history_BT.to(where)
@@ -166,11 +166,12 @@ def train_retrieval(
     start_from: Path | None = None,
     adaptation: Adaptation | None = None,
     world: World = data.ALONE,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Trains (or resumes, or finds) ``artifacts/<name>/retrieval``; returns its manifest.
 
     ``start_from``: folder of a pretrained or trained retriever whose weights are taken up first; ``adaptation``: which
-    of them are then trained.
+    of them are then trained; ``on_epoch`` is told the figures of each epoch and may raise.
     """
     from training.pretrain import take_up
 
@@ -229,6 +230,7 @@ def train_retrieval(
         _probe_metric(model, probes, features.schema.exclude_seen),
         quiet,
         world,
+        on_epoch,
     )  # fmt: skip
     torch.manual_seed(seed + world.rank)  # other dropout and negatives in each process
     if loop.resume():
@@ -281,7 +283,7 @@ def candidates(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(rank of the target [B], ids [B, N], scores [B, N], encoded [B, T, D]) of the retriever, without gradients."""
     with torch.no_grad():
-        rank, scores, encoded = _scored(retriever, request, exclude_seen)
+        rank, scores, encoded = scored(retriever, request, exclude_seen)
         top, ids = torch.topk(scores, count, dim=1)
         ids = torch.where(top > EXCLUDED / 2, ids, torch.zeros_like(ids))
     return rank, ids, top, encoded

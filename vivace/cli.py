@@ -183,6 +183,35 @@ def pretrain(
 
 
 @app.command()
+def search(
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    preset: PresetName = "",
+    seed: Seed = 7,
+    trials: Annotated[int, typer.Option(help="trials to add to the study")] = 10,
+    epochs: Annotated[int, typer.Option(help="epochs of a trial (0: the preset's)")] = 0,
+    space: Annotated[
+        Path | None, typer.Option(help='JSON, such as {"encoder.dropout": [0.0, 0.5]}; the default if none')
+    ] = None,
+) -> None:
+    """Search the retriever's hyper-parameters on the validation requests; goes on with an earlier study."""
+    import json
+
+    from preprocessing.prepare import Features
+    from training.search import search as run
+    from vivace.artifacts import exclusive
+
+    with reported():
+        root = artifacts / name
+        wanted = json.loads(space.read_text()) if space else None
+        chosen = with_overrides(_preset(preset, root), epochs)
+        with exclusive(root):
+            study = run(Features(root / "features"), chosen, root, seed, trials, say, wanted)
+        say(f"{len(study.trials)} trials; best {study.best_value:.4f} with {study.best_params}")
+        say(f"study {root / 'search' / 'study.log'}, plot {root / 'search' / 'study.png'}")
+
+
+@app.command()
 def evaluate(
     name: Name = "shop",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
