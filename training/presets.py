@@ -20,8 +20,9 @@ class RetrievalTraining:
     ``calibration``. ``label_smoothing`` is for the full softmax. ``ema``: decay of the average of the weights.
     ``random_offset``: windows are cut at another place each epoch. ``mask_share``: items hidden in a window, for the
     bert4rec family. ``start``: item embeddings from the training data's co-occurrence and item biases from its
-    popularity ("cooccurrence"), or from chance ("random"). ``shard_reading``:
-    under torchrun each process reads its own rows instead of its share of every batch.
+    popularity ("cooccurrence"), or from chance ("random"). ``shard_reading``: under torchrun each process reads its own
+    rows instead of its share of every batch. ``adversarial``: how far, in mean lengths of an item embedding, FGM moves
+    the embeddings for a second loss of ``adversarial_weight`` (0: none).
 
     ``probe_users``: users whose last training event is held back to watch NDCG@10 for early stopping (``patience``
     epochs without a gain; 0 never stops early). The validation event is not touched.
@@ -41,6 +42,8 @@ class RetrievalTraining:
     random_offset: bool = False
     start: str = "cooccurrence"
     shard_reading: bool = False
+    adversarial: float = 0.0
+    adversarial_weight: float = 1.0
     mask_share: float = 0.3
     clip_norm: float = 1.0
     patience: int = 3

@@ -23,6 +23,7 @@ from preprocessing.contract import FIRST_ID, ITEM, PADDING_ID
 from preprocessing.prepare import Features
 from training import data
 from training.adapt import Adaptation, freeze_for, merge
+from training.attack import adversarial
 from training.counters import cooccurrence_embeddings, item_tables, popularity
 from training.distributed import World
 from training.evaluation import list_auc, mean_ndcg, ranks, ranks_after
@@ -95,9 +96,14 @@ def _retrieval_loss(model: RetrievalModel, config: RetrievalTraining, log_expect
     def next_item(window: Tensor) -> tuple[Tensor, Tensor]:
         window, table = window.to(model.bias.device), model.table()
         inputs, targets = window[:, :-1], window[:, 1:]
-        encoded = model.encode(inputs, table)
         keep = (inputs != PADDING_ID) & (targets >= FIRST_ID)
-        return of_items(encoded[keep].float(), targets[keep], table), keep.sum()
+
+        def at(moved: Tensor) -> Tensor:
+            return of_items(model.encode(inputs, moved)[keep].float(), targets[keep], moved)
+
+        if not config.adversarial:
+            return at(table), keep.sum()
+        return adversarial(at, table, config.adversarial, config.adversarial_weight), keep.sum()
 
     def masked_item(window: Tensor) -> tuple[Tensor, Tensor]:
         window, table = window.to(model.bias.device), model.table()
