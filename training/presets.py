@@ -103,6 +103,14 @@ def shop() -> Preset:
     )
 
 
+def beauty() -> Preset:
+    """For sparse logs of short histories with text, such as Amazon's."""
+    return Preset(
+        encoder=EncoderConfig(history=50, dropout=0.4, ffn_factor=2, text_tokens=24),
+        retrieval=RetrievalTraining(epochs=12, batch_size=256, learning_rate=3e-3, ema=0.99),
+    )
+
+
 def tiny() -> Preset:
     """Seconds: for tests of the path, not of the quality."""
     return Preset(
@@ -113,7 +121,7 @@ def tiny() -> Preset:
     )
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"cpu": cpu, "shop": shop, "tiny": tiny}
+PRESETS: dict[str, Callable[[], Preset]] = {"cpu": cpu, "beauty": beauty, "shop": shop, "tiny": tiny}
 
 
 def preset(name: str) -> Preset:
