@@ -28,7 +28,7 @@ class RetrievalTraining:
     epochs without a gain; 0 never stops early). The validation event is not touched.
     """
 
-    epochs: int = 9
+    epochs: int = 16
     batch_size: int = 64
     learning_rate: float = 4e-3
     weight_decay: float = 0.0
@@ -38,8 +38,8 @@ class RetrievalTraining:
     negative_power: float = 0.75
     calibration: float = 0.75
     label_smoothing: float = 0.0
-    ema: float = 0.0
-    random_offset: bool = False
+    ema: float = 0.999
+    random_offset: bool = True
     start: str = "cooccurrence"
     shard_reading: bool = False
     adversarial: float = 0.0
@@ -98,7 +98,7 @@ def shop() -> Preset:
     return replace(
         base,
         encoder=replace(base.encoder, history=50),
-        retrieval=replace(base.retrieval, epochs=6, batch_size=128),
+        retrieval=replace(base.retrieval, epochs=6, batch_size=128, ema=0.99),
         ranking=replace(base.ranking, epochs=2, batch_size=128),
     )
 
@@ -115,7 +115,7 @@ def tiny() -> Preset:
     """Seconds: for tests of the path, not of the quality."""
     return Preset(
         EncoderConfig(width=16, layers=1, heads=2, history=20, dropout=0.1),
-        RetrievalTraining(epochs=2, batch_size=32, warmup_steps=5, probe_users=32),
+        RetrievalTraining(epochs=2, batch_size=32, warmup_steps=5, probe_users=32, ema=0.9),
         RankerConfig(candidates=100, heads=2, experts=2, expert_width=16, lags=4, followers=8),
         RankerTraining(epochs=1, batch_size=32),
     )
