@@ -21,7 +21,8 @@ class TaskWeights(nn.Module):
     "static": 1 for the head that orders, 0.5 for the others. "uncertainty": exp(-s) L + s with a learned s each
     (Kendall et al. 2018, eq. 7, up to factors). "gradnorm": weights that draw the norms of the weighted gradients at
     the layer all tasks share to (mean norm) x (relative training rate) ** ``alpha`` (Chen et al. 2018, eq. 1 and 2),
-    by a multiplicative step instead of the paper's gradient step; they sum to H.
+    by a multiplicative step instead of the paper's gradient step; they sum to H. "only-1": head 1 alone, the
+    single-task model to compare with.
     """
 
     weight_H: Tensor
@@ -29,13 +30,18 @@ class TaskWeights(nn.Module):
 
     def __init__(self, tasks: int, weighting: str = "static", alpha: float = 0.5, rate: float = 0.025) -> None:
         super().__init__()
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting: expected one of {WEIGHTINGS}, got {weighting!r}")
+        alone = [f"only-{i}" for i in range(tasks)]
+        if weighting not in (*WEIGHTINGS, *alone):
+            raise ValueError(f"weighting: expected one of {[*WEIGHTINGS, *alone]}, got {weighting!r}")
         self.weighting, self.alpha, self.rate = weighting, alpha, rate
         self.log_variance = nn.Parameter(torch.zeros(tasks), requires_grad=weighting == "uncertainty")
         first = torch.full((tasks,), 0.5)
         first[0] = 1.0
-        self.register_buffer("weight_H", first if weighting == "static" else torch.ones(tasks))
+        if weighting in alone:
+            first = torch.eye(tasks)[alone.index(weighting)]
+        elif weighting != "static":
+            first = torch.ones(tasks)
+        self.register_buffer("weight_H", first)
         self.register_buffer("start_H", torch.zeros(tasks))
 
     def forward(self, losses: list[Tensor], shared: Tensor) -> Tensor:

@@ -106,8 +106,9 @@ def shop() -> Preset:
 def beauty() -> Preset:
     """For sparse logs of short histories with text, such as Amazon's."""
     return Preset(
-        encoder=EncoderConfig(history=50, dropout=0.4, ffn_factor=2, text_tokens=24),
-        retrieval=RetrievalTraining(epochs=12, batch_size=256, learning_rate=3e-3, ema=0.99),
+        encoder=EncoderConfig(history=50, dropout=0.5, ffn_factor=1, text_tokens=24),
+        retrieval=RetrievalTraining(epochs=4, batch_size=256, learning_rate=3e-3, ema=0.99, label_smoothing=0.1),
+        ranking=RankerTraining(epochs=3, batch_size=128),
     )
 
 

@@ -9,6 +9,7 @@ again. Prints a Markdown table; the last line of stdout is one JSON object.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,11 +22,12 @@ import typer
 from preprocessing.prepare import Features
 from training import data
 from training.adapt import Adaptation
+from training.evaluate import RANKED, RETRIEVAL, evaluate
 from training.evaluation import bootstrap, metrics, ndcg_of
 from training.presets import Preset, preset
 from training.pretrain import FOLDER, Pretraining, pretrain
 from training.search import with_values
-from training.train import SCORED, load_retrieval, scored, train_retrieval
+from training.train import SCORED, Progress, load_retrieval, scored, train_ranker, train_retrieval
 from vivace.artifacts import commit, write_text
 
 
@@ -81,7 +83,49 @@ SUITES: dict[str, dict[str, Run]] = {
 }
 
 
-def test_ranks(features: Features, chosen: Preset, root: Path) -> np.ndarray:
+MULTITASK: dict[str, dict[str, Any]] = {
+    "MMoE, static weights": {},
+    "PLE": {"ranker.mixture": "ple"},
+    "shared bottom": {"ranker.mixture": "shared"},
+    "MMoE, uncertainty weights": {"ranking.weighting": "uncertainty"},
+    "MMoE, GradNorm": {"ranking.weighting": "gradnorm"},
+}
+
+
+def multitask(base: Preset, features: Features, root: Path, seed: int, say: Progress) -> list[dict[str, Any]]:
+    """Rankers that differ in how the heads share and weigh, and one single-task ranker a head, on one retriever."""
+    first = root / "results" / "multitask" / f"retriever-{seed}"
+    train_retrieval(features, base, first, seed, say, quiet=True)
+    single = {f"{h.name} alone": {"ranking.weighting": f"only-{i}"} for i, h in enumerate(features.schema.heads)}
+    rows = []
+    for number, (name, values) in enumerate({**MULTITASK, **single}.items()):
+        folder, chosen = root / "results" / "multitask" / f"{number}-{seed}", with_values(base, values)
+        shutil.copytree(first / "retrieval", folder / "retrieval", dirs_exist_ok=True)
+        ranker = train_ranker(features, chosen, folder, seed, say, quiet=True)
+        found = evaluate(features, chosen, folder, seed, say)["results"]
+        rows.append(
+            {
+                "row": name,
+                "retrieval": found["table"][RETRIEVAL]["NDCG@10"],
+                "ndcg@10": found["table"][RANKED]["NDCG@10"],
+                "gauc": {h: v["GAUC"] for h, v in found["gauc"].items()},
+                "ece": found["ece"],
+                "seconds": ranker["seconds"],
+            }
+        )
+    return rows
+
+
+def print_multitask(rows: list[dict[str, Any]]) -> None:
+    heads = list(rows[0]["gauc"])
+    titles = ["row", "NDCG@10", *(f"GAUC {h}" for h in heads), *(f"ECE {h}" for h in heads), "seconds"]
+    print(f"\nretrieval NDCG@10 {rows[0]['retrieval']:.4f}\n\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+    for r in rows:
+        cells = [f"{r['gauc'][h]:.4f}" for h in heads] + [f"{r['ece'][h]:.5f}" for h in heads]
+        print(f"| {r['row']} | {r['ndcg@10']:.4f} | {' | '.join(cells)} | {r['seconds']:.0f} |")
+
+
+def ranks_of_test(features: Features, chosen: Preset, root: Path) -> np.ndarray:
     """Rank of the target of every test request among all items, int64."""
     model = load_retrieval(features, chosen, root)
     heads = [h.name for h in features.schema.heads]
@@ -108,7 +152,7 @@ def execute(run: Run, base: Preset, features: Features, folder: Path, seed: int)
         features, chosen, folder, seed, lambda _: None, quiet=True, start_from=start_from, adaptation=run.adaptation
     )
     minutes = (time.process_time() - started) / 60
-    rank = test_ranks(features, chosen, folder)
+    rank = ranks_of_test(features, chosen, folder)
     np.save(folder / "ndcg.npy", ndcg_of(rank))
     record = {
         "row": wanted,
@@ -121,23 +165,31 @@ def execute(run: Run, base: Preset, features: Features, folder: Path, seed: int)
 
 
 def main(
-    suite: Annotated[str, typer.Argument(help=", ".join(SUITES))],
+    suite: Annotated[str, typer.Argument(help=", ".join([*SUITES, "multitask"]))],
     data_name: Annotated[str, typer.Option("--data")] = "shop",
     path: Path | None = None,
     artifacts: Path = Path("artifacts"),
     preset_name: Annotated[str, typer.Option("--preset")] = "",
     seeds: Annotated[str, typer.Option(help="by commas")] = "7",
+    split: Annotated[str, typer.Option(help="leave-one-out or time")] = "leave-one-out",
     only: Annotated[str, typer.Option(help="rows, by semicolons; the first row is always run")] = "",
 ) -> None:
     from vivace import cli
 
-    if suite not in SUITES:
-        raise typer.BadParameter(f"expected one of {sorted(SUITES)}, got {suite!r}")
+    if suite not in (*SUITES, "multitask"):
+        raise typer.BadParameter(f"expected multitask or one of {sorted(SUITES)}, got {suite!r}")
     root = artifacts / data_name
-    cli.prepare(data=data_name, path=path, artifacts=artifacts)
+    cli.prepare(data=data_name, path=path, artifacts=artifacts, split=split)
     features = Features(root / "features")
     base = preset(preset_name) if preset_name else cli._preset("", root)
     wanted = [int(s) for s in seeds.split(",")]
+    if suite == "multitask":
+        found_rows = multitask(base, features, root, wanted[0], cli.say)
+        print_multitask(found_rows)
+        print(
+            json.dumps({"suite": suite, "data": data_name, "seed": wanted[0], "rows": found_rows, "commit": commit()})
+        )
+        return
     keep = {w.strip() for w in only.split(";") if w.strip()}
     rows, first = [], None
     for number, (name, run) in enumerate(SUITES[suite].items()):

@@ -27,7 +27,7 @@ from preprocessing.contract import ITEM, TARGET, USER
 from preprocessing.prepare import Features
 from training import data
 from training.evaluation import metrics
-from training.results import test_ranks
+from training.results import ranks_of_test
 from training.train import train_retrieval
 from vivace.artifacts import commit
 from vivace.doctor import cpu
@@ -82,7 +82,7 @@ def main(
         started = time.process_time()
         manifest = train_retrieval(features, chosen, folder / "ours", seed, lambda _: None, quiet=True)
         minutes = (time.process_time() - started) / 60
-        found = metrics(test_ranks(features, chosen, folder / "ours"))
+        found = metrics(ranks_of_test(features, chosen, folder / "ours"))
         ours = {
             "positions_per_second": positions * len(manifest["results"]["epochs"]) / manifest["seconds"],
             "seconds": manifest["seconds"],

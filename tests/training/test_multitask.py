@@ -16,6 +16,7 @@ def test_static_and_uncertainty_weights_by_hand():
     with torch.no_grad():
         learned.log_variance.copy_(torch.tensor([0.0, 1.0]))
     assert float(learned(losses, shared).detach()) == pytest.approx(2 + 4 * np.exp(-1.0) + 1)
+    assert float(TaskWeights(2, "only-1")(losses, shared)) == 4
     with pytest.raises(ValueError, match="weighting"):
         TaskWeights(2, "sum")
 

@@ -10,8 +10,8 @@ import torch
 
 from preprocessing.contract import PADDING_ID
 from training.adapt import Adaptation, freeze_for, merge
-from training.pretrain import OBJECTIVES, Pretraining, augment, halves, pretrain, take_up
 from training.presets import tiny
+from training.pretrain import OBJECTIVES, Pretraining, augment, halves, pretrain, take_up
 from training.retrieval_model import EncoderConfig, RetrievalModel
 from training.train import load_retrieval, train_retrieval
 
