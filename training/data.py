@@ -131,19 +131,22 @@ def requests(
     history: int,
     batch_size: int,
     shuffle_seed: int | None = None,
-    from_train: bool = False,
+    back: int = 0,
 ) -> Iterator[Requests]:
-    """Requests of "valid" or "test" files. ``from_train``: the files are training sequences and the last event of
-    each is the one to predict (the control without an extra label)."""
-    columns = [ITEM, *(label_column(h) for h in heads)] + ([] if from_train else [TARGET])
+    """Requests of "valid" or "test" files. ``back``: the files are training sequences, and the ``back``-th event from
+    the end of each (1: the last) is the one to predict from those before it."""
+    columns = [ITEM, *(label_column(h) for h in heads)] + ([] if back else [TARGET])
     shuffle = shuffle_seed is not None
     for batch in _loader(files, columns, batch_size, shuffle, shuffle_seed or 0):
         sequences = _split(batch, ITEM)
-        if from_train:
-            keep = [i for i, s in enumerate(sequences) if len(s) > 1]
-            labels = {h: torch.tensor([float(v[-1]) for v in _split(batch, label_column(h))])[keep] for h in heads}
-            target = torch.tensor([int(sequences[i][-1]) for i in keep])
-            sequences = [sequences[i][:-1] for i in keep]
+        if back:
+            keep = [i for i, s in enumerate(sequences) if len(s) > back]
+            labels = {}
+            for h in heads:
+                own = _split(batch, label_column(h))
+                labels[h] = torch.tensor([float(own[i][-back]) for i in keep])
+            target = torch.tensor([int(sequences[i][-back]) for i in keep])
+            sequences = [sequences[i][:-back] for i in keep]
         else:
             labels = {h: batch[label_column(h)].float().reshape(-1) for h in heads}
             target = batch[TARGET].reshape(-1)

@@ -67,7 +67,9 @@ class RetrievalTraining:
 @dataclass(frozen=True)
 class RankerTraining:
     """How the ranker learns, on the validation events of all users but ``held_out`` of them (early stopping and
-    calibration use those). ``weighting`` of the task losses: "static", "uncertainty" or "gradnorm"."""
+    calibration use those). ``weighting`` of the task losses: "static", "uncertainty" or "gradnorm". ``past_events``:
+    the last training events of each user that are predicted as well, before the validation events in each epoch. The
+    retriever and the counters have seen those, so on a sparse log they teach the ranker to trust them too much."""
 
     epochs: int = 4
     batch_size: int = 64
@@ -77,6 +79,7 @@ class RankerTraining:
     held_out: float = 0.1
     patience: int = 2
     weighting: str = "static"
+    past_events: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,28 @@ def beauty() -> Preset:
     )
 
 
+def base() -> Preset:
+    """One GPU, an hour: about 1 million parameters and the items. Written for a GPU, not run on one yet."""
+    own = cpu()
+    return replace(
+        own,
+        encoder=replace(own.encoder, width=128, layers=3, heads=4, dropout=0.3, position_bias="relative"),
+        retrieval=replace(own.retrieval, epochs=60, batch_size=128, learning_rate=2e-3, patience=8),
+        ranker=replace(own.ranker, candidates=200, experts=4, expert_width=128),
+    )
+
+
+def large() -> Preset:
+    """One GPU of 80 GiB and more: 25 million parameters and the items. Written for a GPU, not run on one yet."""
+    own = base()
+    return replace(
+        own,
+        encoder=replace(own.encoder, width=512, layers=8, heads=8, dropout=0.4),
+        retrieval=replace(own.retrieval, epochs=40, learning_rate=5e-4, weight_decay=0.01, warmup_steps=1000),
+        ranker=replace(own.ranker, expert_width=256),
+    )
+
+
 def tiny() -> Preset:
     """Seconds: for tests of the path, not of the quality."""
     return Preset(
@@ -122,7 +147,14 @@ def tiny() -> Preset:
     )
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"cpu": cpu, "beauty": beauty, "shop": shop, "tiny": tiny}
+PRESETS: dict[str, Callable[[], Preset]] = {
+    "cpu": cpu,
+    "base": base,
+    "large": large,
+    "beauty": beauty,
+    "shop": shop,
+    "tiny": tiny,
+}
 
 
 def preset(name: str) -> Preset:

@@ -296,18 +296,35 @@ def candidates(
 
 
 class RankerData:
-    """Ranker batches: requests of the validation events (or, as a control, of the last training events)."""
+    """Ranker batches: requests of the last training events and then of the validation events, whose labels the
+    retriever has not seen; as a control of training events alone."""
 
     def __init__(self, features: Features, retriever: RetrievalModel, preset: Preset, seed: int, control: bool) -> None:
         self.features, self.retriever, self.preset, self.seed, self.control = features, retriever, preset, seed, control
         self.schema = features.schema
         self.heads = [h.name for h in self.schema.heads]
-        self.files = features.files("train" if control else "valid")
         self.count = min(preset.ranker.candidates, features.item_count() - FIRST_ID)
 
-    def _requests(self, shuffle_seed: int | None, batch_size: int) -> Iterator[data.Requests]:
+    def sources(self, held_out: bool) -> list[tuple[list[Path], int]]:
+        """(files, how far back the event to predict lies; 0: the validation event). Of the held-out users only the
+        newest event of each kind of run."""
+        train, valid = self.features.files("train"), self.features.files("valid")
+        past = self.preset.ranking.past_events
+        if held_out:
+            return [(train, 1)] if self.control else [(valid, 0)]
+        if self.control:
+            return [(train, back) for back in range(past + 1, 0, -1)]
+        return [*((train, back) for back in range(past, 0, -1)), (valid, 0)]
+
+    def steps(self, batch_size: int) -> int:
+        """Batches of an epoch, about: what the schedule is made for."""
+        rows = sum(pq.read_metadata(f).num_rows for files, _ in self.sources(False) for f in files)
+        return -(-rows // batch_size)
+
+    def _requests(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[data.Requests]:
         history = self.preset.encoder.history
-        return data.requests(self.files, self.heads, history, batch_size, shuffle_seed, from_train=self.control)
+        for files, back in self.sources(held_out):
+            yield from data.requests(files, self.heads, history, batch_size, shuffle_seed, back)
 
     def held_out_mask(self, request: data.Requests) -> np.ndarray:
         """The same requests always: by a hash of the history, which stays with the user."""
@@ -317,7 +334,7 @@ class RankerData:
     def batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[tuple[Any, ...]]:
         """(history [B, T], ids, scores, encoded, hit bool [B, N], labels [B, heads]) of requests whose target is among
         the candidates (training), or of all of them (held out); the retriever's rank and the target come last."""
-        for request in self._requests(shuffle_seed, batch_size):
+        for request in self._requests(held_out, shuffle_seed, batch_size):
             rank, ids, scores, encoded = candidates(self.retriever, request, self.count, self.schema.exclude_seen)
             target = request.target_B.to(ids.device)
             hit = ids == target[:, None]
@@ -400,7 +417,6 @@ def train_ranker(
     model = build_ranker(features, preset, retriever).to(device())
     retriever.to(device())
     source, c = RankerData(features, retriever, preset, seed, control), preset.ranking
-    rows = sum(pq.read_metadata(f).num_rows for f in source.files)
 
     def metric() -> dict[str, float]:
         found, losses = [], []
@@ -417,7 +433,15 @@ def train_ranker(
     loop = Loop(
         model,
         LoopConfig(
-            c.epochs, -(-rows // c.batch_size), c.learning_rate, c.weight_decay, 50, c.clip_norm, c.patience, 30.0, seed
+            c.epochs,
+            source.steps(c.batch_size),
+            c.learning_rate,
+            c.weight_decay,
+            50,
+            c.clip_norm,
+            c.patience,
+            30.0,
+            seed,
         ),
         step.folder,
         name,
