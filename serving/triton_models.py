@@ -6,6 +6,7 @@ Python stub only (it imports ``triton_python_backend_utils``).
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 import time
@@ -65,6 +66,8 @@ class _Stage:
         self.inputs = [t["name"] for t in config["input"]]
         self.outputs = [t["name"] for t in config["output"]]
         self.setup()
+        gc.collect()
+        gc.freeze()  # what is loaded stays: later collections need not walk it
 
     def setup(self) -> None: ...
 

@@ -10,6 +10,7 @@ This file is copied into the backend folder as it is, so it imports nothing of t
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -121,6 +122,8 @@ class TritonPythonModel:
         self.inputs = [t["name"] for t in config["input"]]
         self.outputs = [t["name"] for t in config["output"]]
         self.batched = int(config.get("max_batch_size", 0)) > 0
+        gc.collect()
+        gc.freeze()  # what is loaded stays: later collections need not walk it
 
     def execute(self, requests: list) -> list:
         if not self.batched:
