@@ -67,6 +67,8 @@ def cooccurrence_embeddings(files: list[Path], items: int, width: int, scale: fl
     margin = np.asarray(both.sum(1)).ravel()
     pmi = np.log(both.data * margin.sum() / (margin[both.row] * margin[both.col]))
     keep = pmi > 0
+    if not keep.any():
+        return np.zeros((items, width), np.float32)
     matrix = sp.csr_matrix((pmi[keep], (both.row[keep], both.col[keep])), shape=both.shape)
     k = min(width, items - 1)
     left, values, _ = svds(matrix, k=k, v0=np.ones(items), which="LM")

@@ -11,7 +11,7 @@ import torch
 from preprocessing import contract as c
 from training import data
 from training.compare import compare, plot
-from training.counters import follower_matrix, popularity, top_followers
+from training.counters import cooccurrence_embeddings, follower_matrix, popularity, top_followers
 from training.evaluate import NEIGHBOUR, POPULARITY, RANKED, RETRIEVAL
 from training.presets import tiny
 from training.train import load_ranker
@@ -81,6 +81,22 @@ def test_followers_by_hand(tmp_path):
     assert matrix[3, 5] == pytest.approx((1 / 2) / (2 + 5))
     ids, weights = top_followers(follower_matrix([file], 6), 2)
     assert ids[3].tolist() == [4, 5] and weights[3, 0] > weights[3, 1] and ids[5].tolist() == [0, 0]
+
+
+def test_starting_embeddings_put_items_together_that_occur_together(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "part.parquet"
+    lists = [[3, 4, 5], [4, 5, 3], [5, 3, 4], [6, 7, 8], [7, 8, 6], [8, 6, 7]] * 3
+    pq.write_table(pa.table({c.ITEM: pa.array(lists, pa.list_(pa.int64()))}), file)
+    found = cooccurrence_embeddings([file], 10, 4, 0.1)
+    assert (found[:3] == 0).all() and (found[9] == 0).all()  # special ids, and an item without events
+    assert np.sqrt((found[3:9] ** 2).mean(1)) == pytest.approx(np.full(6, 0.1))
+    near, far = found[3] @ found[4], found[3] @ found[6]
+    assert near > 0.9 * found[3] @ found[3] > far + 0.01
+    pq.write_table(pa.table({c.ITEM: pa.array([[3], [4]], pa.list_(pa.int64()))}), file)
+    assert not cooccurrence_embeddings([file], 10, 4, 0.1).any()
 
 
 def test_heads_are_calibrated(features, root):
