@@ -38,6 +38,7 @@ from vivace.artifacts import Step, read_manifest
 Progress = Callable[[str], None]
 LAST_ONLY = 0.2  # share of the masked encoder's windows that hide only the newest item
 START_SCALE = 0.1  # root mean square of a starting item embedding
+RARE_SHARE = 0.25  # the least frequent quarter of the items counts as rare
 WEIGHTS = "weights.pt"
 SCORED = 256  # requests scored at once in evaluation
 
@@ -243,6 +244,7 @@ def train_retrieval(
         say(f"retriever: resumed at epoch {loop.epoch + 1}, step {loop.step}")
     report = loop.run()
     merge(model)
+    free_unseen(model, counts)
     if not world.first:
         return report
     return finish_training(step, model, report, **sizes, start=taken, processes=world.size)
@@ -256,6 +258,19 @@ def start_from_counts(model: RetrievalModel, files: list[Path], counts: np.ndarr
         seen = (vectors != 0).any(1)[:, None]
         weight.copy_(torch.where(seen, vectors, weight.cpu()))
         model.bias.copy_(torch.tensor(np.log((counts + 1) / (counts + 1).mean()), dtype=model.bias.dtype))
+
+
+def free_unseen(model: RetrievalModel, counts: np.ndarray) -> None:
+    """Items without a training event were only ever negatives, which pushed them out of every answer: their id
+    embedding becomes zero, so that their attributes and text speak alone, and their bias that of a rare item."""
+    unseen = torch.from_numpy(counts == 0)
+    unseen[:FIRST_ID] = False
+    if not unseen.any():
+        return
+    rare = torch.from_numpy((counts > 0) & (counts <= np.quantile(counts[counts > 0], RARE_SHARE)))
+    with torch.no_grad():
+        model.items.id.weight[unseen] = 0.0
+        model.bias[unseen] = model.bias[rare.to(model.bias.device)].median()
 
 
 def keep_only_own_checkpoint(step: Step) -> None:

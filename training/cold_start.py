@@ -1,0 +1,96 @@
+"""New items: how often is an item found that no training event touched, with and without its text?
+
+    python -m training.cold_start --name beauty --preset beauty
+
+Of the items a share is drawn; all their events leave the training sequences; the retriever is trained on the rest, by
+ids alone and with the words of the items' text; then the test requests whose target is one of them are ranked among
+all items. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import typer
+
+from preprocessing.contract import FIRST_ID, ITEM
+from preprocessing.prepare import Features
+from training import data
+from training.evaluation import bootstrap
+from training.search import with_values
+from training.train import SCORED, load_retrieval, scored, train_retrieval
+from vivace.artifacts import commit
+
+CUTS = (10, 100)
+ROWS = {"ids": 0, "ids and text": 24}
+
+
+class WithoutItems(Features):
+    """Prepared features whose training sequences lack ``items``; sequences that become empty are dropped."""
+
+    def __init__(self, whole: Features, items: np.ndarray, folder: Path) -> None:
+        super().__init__(whole.folder)
+        self._train: list[Path] = []
+        for file in whole.files("train"):
+            column = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks()
+            flat, lengths = column.flatten().to_numpy(), np.diff(column.offsets.to_numpy())
+            keep = ~np.isin(flat, items)
+            left = np.bincount(np.repeat(np.arange(len(lengths)), lengths), keep, minlength=len(lengths)).astype(int)
+            offsets = np.concatenate([[0], np.cumsum(left[left > 0])])
+            lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat[keep]))
+            pq.write_table(pa.table({ITEM: lists}), folder / file.name, row_group_size=max(len(lists), 1))
+            self._train.append(folder / file.name)
+
+    def files(self, part: str) -> list[Path]:
+        return self._train if part == "train" else super().files(part)
+
+
+def found_at(features: Features, items: np.ndarray, preset_values: dict, base, root: Path, seed: int) -> np.ndarray:  # noqa: ANN001
+    """Rank of every test request's target that is among ``items``, after training without them."""
+    chosen = with_values(base, preset_values)
+    train_retrieval(features, chosen, root, seed, lambda _: None, quiet=True)
+    model, heads = load_retrieval(features, chosen, root), [h.name for h in features.schema.heads]
+    out = []
+    with torch.no_grad():
+        for request in data.requests(features.files("test"), heads, chosen.encoder.history, SCORED):
+            rank = scored(model, request, features.schema.exclude_seen)[0].cpu().numpy()
+            out.append(rank[np.isin(request.target_B.numpy(), items)])
+    return np.concatenate(out)
+
+
+def main(
+    name: str = "beauty",
+    artifacts: Path = Path("artifacts"),
+    preset: str = "",
+    share: Annotated[float, typer.Option(help="of the items that are held out")] = 0.05,
+    seed: int = 7,
+) -> None:
+    from vivace.cli import _preset
+
+    root = artifacts / name
+    whole = Features(root / "features")
+    count = whole.item_count() - FIRST_ID
+    items = FIRST_ID + np.random.default_rng(seed).choice(count, round(share * count), replace=False)
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        features = WithoutItems(whole, items, Path(folder))
+        for row, words in ROWS.items():
+            values = {"encoder.text_tokens": words}
+            ranks = found_at(features, items, values, _preset(preset, root), Path(folder) / row, seed)
+            rows[row] = {f"recall@{k}": round(float((ranks < k).mean()), 4) for k in CUTS}
+            rows[row]["interval@100"] = [round(x, 4) for x in bootstrap((ranks < 100).astype(float))]
+            rows[row]["requests"] = len(ranks)
+            print(row, rows[row], flush=True)
+    print(json.dumps({"benchmark": "items without training events", "data": name, "held_out_items": len(items),
+                      "seed": seed, "rows": rows, "commit": commit()}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
