@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +78,7 @@ def main(
     whole = Features(root / "features")
     count = whole.item_count() - FIRST_ID
     items = FIRST_ID + np.random.default_rng(seed).choice(count, round(share * count), replace=False)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         features = WithoutItems(whole, items, Path(folder))
         for row, words in ROWS.items():
