@@ -60,9 +60,11 @@ class TaskWeights(nn.Module):
             if not bool(self.start_H.any()):
                 self.start_H.copy_(now_H.clamp_min(1e-8))
             norm_H = self.weight_H * torch.stack(norms)
+            if not bool((norm_H > 1e-12).all()):  # a head that starts at zero tells the layers below nothing yet
+                return
             rate_H = now_H / self.start_H
             target_H = norm_H.mean() * (rate_H / rate_H.mean()) ** self.alpha
-            self.weight_H.mul_((target_H / norm_H.clamp_min(1e-8)) ** self.rate)
+            self.weight_H.mul_((target_H / norm_H) ** self.rate)
             self.weight_H.mul_(len(losses) / self.weight_H.sum())
 
 

@@ -24,6 +24,9 @@ def test_static_and_uncertainty_weights_by_hand():
 def test_gradnorm_takes_weight_from_the_task_with_the_larger_gradient():
     w = torch.nn.Parameter(torch.ones(3))
     weights = TaskWeights(2, "gradnorm", alpha=0.0).train()
+    weights([(10 * w).sum(), (0 * w).sum()], w)  # a head that has not begun to learn changes nothing
+    assert weights.weight_H.tolist() == [1.0, 1.0]
+    weights.start_H.zero_()
     for _ in range(200):
         weights([(10 * w).sum(), w.sum()], w)
     assert float(weights.weight_H.sum()) == pytest.approx(2.0, rel=1e-5)
