@@ -29,7 +29,9 @@ class EncoderConfig:
     ``position_bias`` "relative" adds a learned bias by log-bucketed distance to the attention of sasrec and bert4rec
     (hstu always has it). ``text_tokens``: words of an item's text that its embedding sums (0: ids alone);
     ``attributes``: whether its categorical and continuous attributes join the embedding. ``adapter``: width of the
-    bottleneck after each attention block (0: none), for fine-tuning a frozen encoder.
+    bottleneck after each attention block (0: none), for fine-tuning a frozen encoder. ``id_dropout``: share of the
+    items that a training step knows by attributes and text alone, so that those learn to speak for new items
+    (DropoutNet, Volkovs et al. 2017).
     """
 
     width: int = 64
@@ -43,6 +45,7 @@ class EncoderConfig:
     attributes: bool = False
     text_tokens: int = 0
     adapter: int = 0
+    id_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -55,6 +58,8 @@ class EncoderConfig:
             raise ValueError(f"EncoderConfig: width {self.width} is not a multiple of heads {self.heads}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"EncoderConfig.dropout: expected 0 <= p < 1, got {self.dropout}")
+        if not 0.0 <= self.id_dropout < 1.0:
+            raise ValueError(f"EncoderConfig.id_dropout: expected 0 <= p < 1, got {self.id_dropout}")
         if self.text_tokens < 0:
             raise ValueError(f"EncoderConfig.text_tokens: expected a count >= 0, got {self.text_tokens}")
 

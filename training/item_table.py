@@ -84,8 +84,9 @@ class ItemTable(nn.Module):
     numbers: Tensor
     words: Tensor
 
-    def __init__(self, items: int, width: int, attributes: ItemAttributes | None) -> None:
+    def __init__(self, items: int, width: int, attributes: ItemAttributes | None, id_dropout: float = 0.0) -> None:
         super().__init__()
+        self.id_dropout = id_dropout
         self.id = nn.Embedding(items, width, padding_idx=PADDING_ID)
         self.known = attributes is not None
         if attributes is None:
@@ -103,6 +104,9 @@ class ItemTable(nn.Module):
         table = self.id.weight
         if not self.known:
             return table
+        if self.training and self.id_dropout:
+            keep = torch.rand(len(table), 1, device=table.device) >= self.id_dropout
+            table = table * keep.to(table.dtype)
         described = torch.zeros_like(table)
         for i, embedding in enumerate(self.category):
             described = described + embedding(self.categories[:, i])

@@ -41,7 +41,7 @@ class RetrievalModel(nn.Module):
         self.config = config
         self.masked = config.family == "bert4rec"
         length = config.history + self.masked  # the place that asks for the next item comes last
-        self.items = ItemTable(items, config.width, attributes)
+        self.items = ItemTable(items, config.width, attributes, config.id_dropout)
         recurrent = config.family in ("gru", "lstm")
         self.position = None if recurrent else nn.Embedding(length, config.width)  # the last row is the newest event's
         self.encoder = build_encoder(config, length)
