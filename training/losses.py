@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEFT_OUT = -1e8
 CHUNK = 1024  # positions scored at once: bounds memory at CHUNK x V and stays in cache (2 to 3x faster on 2 cores)
 
 
@@ -19,17 +20,18 @@ class _FullSoftmax(torch.autograd.Function):
         w, w_t, b = w_VD[first:], w_VD[first:].t().contiguous(), b_V[first:]
         n = max(len(target_P), 1)
         tiny = torch.finfo(h_PD.dtype).tiny
+        spread_V = (b > LEFT_OUT).to(b.dtype)
+        spread_V *= smoothing / spread_V.sum()
         for h, t, g in zip(h_PD.split(CHUNK), target_P.split(CHUNK), grad_h.split(CHUNK), strict=True):
             logits = torch.addmm(b, h, w_t)
             rows, own = torch.arange(len(t), device=t.device), t - first
             if smoothing:
-                mean, one = logits.mean(1), logits[rows, own]
+                total += (smoothing * logits[rows, own] - logits @ spread_V).sum()
             p = torch.softmax(logits, 1)
             log_p = p[rows, own].clamp_min(tiny).log()
             total -= log_p.sum()
             if smoothing:
-                total += smoothing * (one - mean).sum()
-                p -= smoothing / p.shape[1]
+                p -= spread_V
             p[rows, own] -= 1 - smoothing
             torch.mm(p, w, out=g)
             grad_w[first:].addmm_(p.t(), h)
@@ -48,7 +50,8 @@ def full_softmax(
 ) -> Tensor:
     """Mean cross-entropy of ``target_P`` (ids >= first_id) over all ids from ``first_id`` on; memory O(CHUNK x V).
 
-    ``smoothing``: share of the target's probability that is spread over all ids (Szegedy et al. 2016)."""
+    ``smoothing``: share of the target's probability that is spread over all ids (Szegedy et al. 2016). Ids with a bias
+    below LEFT_OUT take no part."""
     return _FullSoftmax.apply(h_PD, weight_VD, bias_V, target_P, first_id, smoothing)
 
 

@@ -32,7 +32,7 @@ from training.loop import Loop, LoopConfig
 from training.losses import full_softmax, gbce, sampled_softmax
 from training.presets import Preset, RetrievalTraining
 from training.ranking_model import RankingModel
-from training.retrieval_model import EXCLUDED, RetrievalModel
+from training.retrieval_model import EXCLUDED, MASKED, RetrievalModel
 from vivace.artifacts import Step, read_manifest
 
 Progress = Callable[[str], None]
@@ -76,17 +76,21 @@ def hold_back(files: list[Path], folder: Path, users: int, seed: int) -> tuple[l
 def item_loss(
     model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Loss of predicting items ``t`` int64 [P] from encodings ``h`` [P, D] with the item table [V, D]."""
+    """Loss of predicting items ``t`` int64 [P] from encodings ``h`` [P, D] with the item table [V, D]. An item without
+    a training event is no negative: it would be pushed down, and its words with it."""
     sampling_V, items = log_expected_V.exp(), len(log_expected_V)
+    unseen_V = torch.where(model.popularity > 0, 0.0, MASKED).to(log_expected_V.device)
+    unseen_V[:FIRST_ID] = 0.0
 
     def loss(h: Tensor, t: Tensor, table: Tensor) -> Tensor:
+        bias = model.bias + unseen_V
         if config.loss == "full":
-            return full_softmax(h, table, model.bias, t, FIRST_ID, config.label_smoothing)
+            return full_softmax(h, table, bias, t, FIRST_ID, config.label_smoothing)
         if config.loss == "gbce":
             negatives = torch.randint(FIRST_ID, items, (config.negatives,), device=t.device)
-            return gbce(h, table, model.bias, t, negatives, items - FIRST_ID, config.calibration)
+            return gbce(h, table, bias, t, negatives, items - FIRST_ID, config.calibration)
         sample = torch.multinomial(sampling_V, config.negatives, replacement=True)
-        return sampled_softmax(h, table, model.bias, t, sample, log_expected_V)
+        return sampled_softmax(h, table, bias, t, sample, log_expected_V)
 
     return loss
 
@@ -261,8 +265,8 @@ def start_from_counts(model: RetrievalModel, files: list[Path], counts: np.ndarr
 
 
 def free_unseen(model: RetrievalModel, counts: np.ndarray) -> None:
-    """Items without a training event were only ever negatives, which pushed them out of every answer: their id
-    embedding becomes zero, so that their attributes and text speak alone, and their bias that of a rare item."""
+    """Items without a training event: their id embedding becomes zero, so that their attributes and text speak alone,
+    and their bias that of a rare item."""
     unseen = torch.from_numpy(counts == 0)
     unseen[:FIRST_ID] = False
     if not unseen.any():

@@ -224,6 +224,22 @@ def test_full_softmax_equals_cross_entropy_with_its_gradients(smoothing):
         torch.testing.assert_close(mine, reference)
 
 
+def test_full_softmax_leaves_out_what_is_masked():
+    """An id with a masked bias gets no gradient, not even from label smoothing; the others as if it were not there."""
+    torch.manual_seed(0)
+    h, w, b = (torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((50, 6), (10, 6), (10,)))
+    penalty = torch.zeros(10, dtype=torch.double)
+    penalty[9] = -1e9
+    target = torch.randint(FIRST_ID, 9, (50,))
+    ours = full_softmax(h, w, b + penalty, target, FIRST_ID, 0.1)
+    plain = full_softmax(h, w[:9], b[:9], target, FIRST_ID, 0.1)
+    torch.testing.assert_close(ours, plain)
+    grads = [torch.autograd.grad(x, (h, w, b)) for x in (ours, plain)]
+    for mine, reference in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, reference)
+    assert (grads[0][1][9] == 0).all()
+
+
 def test_sampled_softmax_equals_cross_entropy_with_its_gradients():
     torch.manual_seed(0)
     h, w, b = (torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((2500, 6), (30, 6), (30,)))
