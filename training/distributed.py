@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +57,36 @@ def device(world: World) -> torch.device:
     return torch.device(f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu")
 
 
+def fresh_store(store: dist.Store, world: World, patience_s: float = 600) -> dist.Store:
+    """A part of ``store`` that no earlier start of this run has written to.
+
+    torchrun (2.13) hands every restart the same store, in which gloo then finds the addresses of dead processes, and
+    waits for them. Counting the starts is no way out: machines count their own failures only. So the processes that
+    live find each other by names drawn at random: each says hello, the first answers with the name of this start.
+    """
+    if not world.first:
+        greeting = uuid.uuid4().hex
+        store.set(f"hello/{world.rank}", greeting)
+        start = store.get(f"welcome/{greeting}").decode()
+        store.set(f"{start}/here/{world.rank}", "")
+        return dist.PrefixStore(start, store)
+    start, missing, deadline = uuid.uuid4().hex, set(range(1, world.size)), time.monotonic() + patience_s
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"{start}/here/{rank}"]):
+                missing.discard(rank)
+            elif store.check([f"hello/{rank}"]):  # it may be of a dead process: asked again until the live one is here
+                store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", start)
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"training: {world.size} processes were expected to meet within {patience_s:.0f} s, but ranks "
+                f"{sorted(missing)} did not come; look for their errors above, and see that all machines reach "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            )
+        time.sleep(0.01)
+    return dist.PrefixStore(start, store)
+
+
 @contextlib.contextmanager
 def group() -> Iterator[World]:
     """The process group that torchrun's environment describes; a world of one without it."""
@@ -65,7 +97,9 @@ def group() -> Iterator[World]:
     world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
     if torch.cuda.is_available():
         torch.cuda.set_device(device(world))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store = fresh_store(next(iter(dist.rendezvous("env://")))[0], world)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
     try:
         yield world
     finally:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from training import data
+from training import data, distributed
 from training.presets import tiny
 from training.train import train_retrieval
 
@@ -87,13 +88,29 @@ def test_a_killed_process_comes_back_and_the_run_ends_as_well(features, tmp_path
     assert epochs[-1]["log_loss"] == pytest.approx(reference[-1]["log_loss"], rel=0.02)
 
 
-def test_sharded_reading_covers_every_row_once(features):
-    from training.distributed import World
+def test_processes_meet_in_a_store_that_the_dead_have_written_to():
+    store = torch.distributed.HashStore()
+    world = [distributed.World(rank, 2) for rank in range(2)]
+    found = []
+    for _ in range(3):  # starts of one run, all in the same store; the greeting of the last one is always there
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(distributed.fresh_store, store, world[0], 20)
+            time.sleep(0.1)
+            second = pool.submit(distributed.fresh_store, store, world[1], 20)
+            stores = [first.result(), second.result()]
+        stores[0].set("address", f"start {len(found)}")
+        assert stores[1].get("address") == f"start {len(found)}".encode()
+        found.append(stores[0])
+    store.set("hello/1", "of one that died before it was welcomed")
+    with pytest.raises(TimeoutError, match=r"ranks \[1\] did not come"):
+        distributed.fresh_store(store, world[0], 0.2)
 
+
+def test_sharded_reading_covers_every_row_once(features):
     files = features.files("train")
     seen = []
     for rank in range(2):
-        for batch in data.training_batches(files, 1000, 16, 1, 0, world=World(rank, 2), shard_reading=True):
+        for batch in data.training_batches(files, 1000, 16, 1, 0, world=distributed.World(rank, 2), shard_reading=True):
             seen += [tuple(row[row > 0].tolist()) for row in batch]
     whole = [tuple(r[r > 0].tolist()) for b in data.training_batches(files, 1000, 16, 1, 0) for r in b]
     assert sorted(seen) == sorted(whole)
