@@ -62,9 +62,9 @@ class InProcess:
         self.ranking = session(repository / c.RANKING / version / "model.onnx", threads)
 
     def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        history, exclude, _ = self.transform(rows)
-        ids, scores, encoded = self._run(self.retrieval, c.retrieval_inputs(self.shapes), history, exclude)
-        return self._run(self.ranking, c.ranking_inputs(self.shapes), history, ids, scores, encoded)
+        inputs, _ = self.transform(rows)
+        ids, scores, encoded = self._run(self.retrieval, c.retrieval_inputs(self.shapes), *inputs)
+        return self._run(self.ranking, c.ranking_inputs(self.shapes), inputs[0], ids, scores, encoded)
 
     @staticmethod
     def _run(graph: ort.InferenceSession, inputs: tuple[c.WireTensor, ...], *values: np.ndarray) -> list[np.ndarray]:

@@ -113,16 +113,19 @@ def head_tensor(head: str, dims: tuple[int, ...] = (-1,)) -> WireTensor:
 class StageTensors:
     """Shapes between the stages, fixed by the trained models.
 
-    ``history`` T, ``candidates`` N, ``items`` V (ids 0..V-1, special ids included), ``width`` D.
+    ``history`` T, ``candidates`` N, ``items`` V (ids 0..V-1, special ids included), ``width`` D; ``timed``: whether the
+    retrieval model reads the times of the history.
     """
 
     history: int
     candidates: int
     items: int
     width: int
+    timed: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
+        for name in ("history", "candidates", "items", "width"):
+            value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"StageTensors.{name}: expected at least 1, got {value}")
         if self.candidates > self.items - FIRST_ID:
@@ -135,6 +138,11 @@ class StageTensors:
     def history_ids(self) -> WireTensor:
         """Item ids, oldest first, padded on the left with PADDING_ID."""
         return WireTensor("HISTORY_IDS", "INT64", (self.history,))
+
+    @property
+    def history_times(self) -> WireTensor:
+        """Unix time of the same events in ms; 0 where padded or not known."""
+        return WireTensor("HISTORY_TIMES", "INT64", (self.history,))
 
     @property
     def exclude(self) -> WireTensor:
@@ -237,11 +245,11 @@ class DataSchema:
 
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (s.history_ids, s.exclude, STATUS)
+    return (s.history_ids, s.exclude, *([s.history_times] if s.timed else []), STATUS)
 
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (s.history_ids, s.exclude)
+    return (s.history_ids, s.exclude, *([s.history_times] if s.timed else []))
 
 
 def retrieval_outputs(s: StageTensors) -> tuple[WireTensor, ...]:

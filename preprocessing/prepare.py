@@ -37,6 +37,7 @@ from serving.feature_store import LmdbStore
 from vivace.artifacts import Step
 
 SCHEMA_FILE = "schema.json"
+LAYOUT = 2  # of the files: features of another layout are prepared again
 Progress = Callable[[str], None]
 
 
@@ -180,6 +181,7 @@ def write_requests(encoded: Path, folder: Path, schema: c.DataSchema) -> dict[st
     """One encoded partition to its rows of train, valid and test.
 
     train: whole training sequences. valid and test: the history before the held-out event, its item and its labels.
+    Each with the times of its events, in ms.
     """
     table = pq.read_table(encoded)
     split = _list(table, f"{c.SPLIT}-list")
@@ -187,7 +189,7 @@ def write_requests(encoded: Path, folder: Path, schema: c.DataSchema) -> dict[st
     flags = split.values.to_numpy(zero_copy_only=False)
     counts = np.stack([np.bincount(owner, flags == s, minlength=len(split)) for s in (c.TRAIN, c.VALID, c.TEST)])
     n_train, n_valid, n_test = counts.astype(np.int64)
-    sequence_columns = [c.ITEM, *schema.event_categoricals, *schema.event_continuous]
+    sequence_columns = [c.ITEM, c.TIME, *schema.event_categoricals, *schema.event_continuous]
     lists = {name: _list(table, f"{name}-list") for name in sequence_columns}
     labels = {h.name: _list(table, f"{c.label_column(h.name)}-list") for h in schema.heads}
     users = table[c.USER].combine_chunks()
@@ -269,7 +271,8 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
     """Runs the step unless its artifact is there; returns its manifest."""
     schema = source.schema
     inputs = {"data": source.fingerprint()}
-    step = Step(root / "features", "prepare", {"schema": schema.to_json(), **asdict(config)}, seed, inputs)
+    settings = {"schema": schema.to_json(), "layout": LAYOUT, **asdict(config)}
+    step = Step(root / "features", "prepare", settings, seed, inputs)
     if step.done() and (root / "feature_store" / "data.mdb").exists():
         say("features are there: nothing to do")
         assert step.manifest is not None

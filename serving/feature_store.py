@@ -36,6 +36,9 @@ class FeatureStore(Protocol):
     def histories(self, user_ids: Sequence[str]) -> list[list[str] | None]:
         """Item ids of each user, oldest first; None for a user who is not known."""
 
+    def timed_histories(self, user_ids: Sequence[str]) -> list[tuple[list[str], list[int]] | None]:
+        """The same with the times in ms."""
+
     def append(self, events: Iterable[Event]) -> dict[str, int]:
         """Adds events at the end of their users' histories; returns each user's new length. Durable on return."""
 
@@ -70,9 +73,13 @@ class LmdbStore:
         self._items = self._env.open_db(b"items", create=not readonly)
 
     def histories(self, user_ids: Sequence[str]) -> list[list[str] | None]:
+        return [None if found is None else found[0] for found in self.timed_histories(user_ids)]
+
+    def timed_histories(self, user_ids: Sequence[str]) -> list[tuple[list[str], list[int]] | None]:
         with self._env.begin(db=self._users, buffers=True) as transaction:
             raw = [transaction.get(_key(u)) for u in user_ids]
-            return [None if r is None else msgpack.unpackb(r)[0] for r in raw]
+            rows = [None if r is None else msgpack.unpackb(r) for r in raw]
+        return [None if row is None else (row[0], row[2]) for row in rows]
 
     def events(self, user_id: str) -> list[Event]:
         """A user's events with types and times, oldest first; empty for an unknown user."""

@@ -109,12 +109,16 @@ class FeatureTransform:
         ids: np.ndarray = self._session.run(None, {ITEM: np.array(items, object)})[0]
         return ids
 
-    def __call__(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """(history ids int64 [B, T], exclude bool [B, V], status of each row)."""
+    def __call__(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[str]]:
+        """(inputs of ``retrieval`` in the contract's order, status of each row): history ids int64 [B, T], exclude bool
+        [B, V] and, for timed shapes, times int64 [B, T]. Only histories of the feature store have times."""
         t, v = self._shapes.history, self._shapes.items
         asked = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
-        stored = dict(zip(asked, self._store.histories([rows[i].user_id for i in asked]), strict=True)) if asked else {}
-        histories = [row.history if row.history is not None else stored.get(i) or [] for i, row in enumerate(rows)]
+        found = self._store.timed_histories([rows[i].user_id for i in asked]) if asked else []
+        stored = dict(zip(asked, found, strict=True))
+        histories = [
+            row.history if row.history is not None else (stored.get(i) or [[]])[0] for i, row in enumerate(rows)
+        ]
         ids = self.item_ids([item for history in histories for item in history])
         history_BT = np.full((len(rows), t), PADDING_ID, np.int64)
         exclude_BV = np.zeros((len(rows), v), bool)
@@ -128,7 +132,14 @@ class FeatureTransform:
             if self._exclude_seen:
                 exclude_BV[i, own] = True
             status.append(self._status(rows[i], own, known_user=stored.get(i) is not None))
-        return history_BT, exclude_BV, status
+        if not self._shapes.timed:
+            return [history_BT, exclude_BV], status
+        time_BT = np.zeros((len(rows), t), np.int64)
+        for i, timed in stored.items():
+            if timed is not None and timed[1]:
+                newest = timed[1][-t:]
+                time_BT[i, t - len(newest) :] = newest
+        return [history_BT, exclude_BV, time_BT], status
 
     def _status(self, row: Row, ids: np.ndarray, known_user: bool) -> str:
         unknown = int((ids <= OOV_ID).sum())

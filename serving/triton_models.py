@@ -77,7 +77,7 @@ class _Stage:
 
 
 class FeatureTransformModel(_Stage):
-    """USER_ID, QUERY, HISTORY, TOP_K to HISTORY_IDS, EXCLUDE, STATUS, in one pass over all requests at hand.
+    """USER_ID, QUERY, HISTORY, TOP_K to the inputs of ``retrieval`` and STATUS, in one pass over all requests at hand.
 
     A bad request of one row gets its own error. In a request of several rows a bad row is answered with its error in
     STATUS and no items, so its neighbours are not lost.
@@ -92,7 +92,7 @@ class FeatureTransformModel(_Stage):
         parsed = [self._parse(request) for request in requests]
         rows = [row for rows, _ in parsed for row in rows]
         try:
-            history, exclude, status = self.transform(rows)
+            inputs, status = self.transform(rows)
         except Exception as error:
             return [_error(f"{c.FEATURE_TRANSFORM}: {error}") for _ in requests]
         responses, start = [], 0
@@ -102,7 +102,7 @@ class FeatureTransformModel(_Stage):
                 responses.append(_error(errors[0]))
             else:
                 text = [f"{c.STATUS_ERROR}{e}" if e else s for e, s in zip(errors, status[start:stop], strict=True)]
-                values = (history[start:stop], exclude[start:stop], _strings(text))
+                values = (*(v[start:stop] for v in inputs), _strings(text))
                 tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, values, strict=True)]
                 responses.append(pb_utils.InferenceResponse(tensors))
             start = stop

@@ -57,7 +57,7 @@ def under_attack(
         moved = plain.clone().requires_grad_()
         known = request.target_B.to(where) >= FIRST_ID
         history = request.history_BT.to(where)[known]
-        encoded = model.encode(history, moved)[:, -1]
+        encoded = model.encode(history, moved, request.time_BT.to(where)[known])[:, -1]
         loss = F.cross_entropy(model.logits(encoded, moved), request.target_B.to(where)[known], reduction="sum")
         gradient += torch.autograd.grad(loss, moved)[0]
 
@@ -67,7 +67,7 @@ def under_attack(
             for request in requests:
                 history = request.history_BT.to(where)
                 exclude = request.exclude(len(table), features.schema.exclude_seen).to(where)
-                scores = model.scores(history, model.encode(history, table), exclude, table)
+                scores = model.scores(history, model.encode(history, table, request.time_BT.to(where)), exclude, table)
                 found.append(ranks(scores, request.target_B.to(where)).cpu().numpy())
         return metrics(np.concatenate(found))["NDCG@10"]
 

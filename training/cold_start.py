@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 import typer
 
-from preprocessing.contract import FIRST_ID, ITEM
+from preprocessing.contract import FIRST_ID, ITEM, TIME
 from preprocessing.prepare import Features
 from training import data
 from training.evaluation import bootstrap
@@ -30,9 +30,15 @@ from vivace.artifacts import commit
 
 CUTS = (10, 100)
 ROWS: dict[str, dict[str, Any]] = {
-    "ids": {"encoder.text_tokens": 0},
-    "ids and text": {"encoder.text_tokens": 24},
-    "ids left out in a fifth, and text": {"encoder.text_tokens": 24, "encoder.id_dropout": 0.2},
+    "ids": {"encoder.text_tokens": 0, "retrieval.new_items": "described"},
+    "ids and text": {"encoder.text_tokens": 24, "retrieval.new_items": "described"},
+    "ids, nearest by text": {"encoder.text_tokens": 0},
+    "ids and text, nearest by text": {"encoder.text_tokens": 24},
+    "ids left out in a fifth, and text": {
+        "encoder.text_tokens": 24,
+        "encoder.id_dropout": 0.2,
+        "retrieval.new_items": "described",
+    },
 }
 
 
@@ -43,13 +49,15 @@ class WithoutItems(Features):
         super().__init__(whole.folder)
         self._train: list[Path] = []
         for file in whole.files("train"):
-            column = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks()
-            flat, lengths = column.flatten().to_numpy(), np.diff(column.offsets.to_numpy())
+            table = pq.read_table(file, columns=[ITEM, TIME])
+            column = table[ITEM].combine_chunks()
+            flat, times = column.flatten().to_numpy(), table[TIME].combine_chunks().flatten().to_numpy()
+            lengths = np.diff(column.offsets.to_numpy())
             keep = ~np.isin(flat, items)
             left = np.bincount(np.repeat(np.arange(len(lengths)), lengths), keep, minlength=len(lengths)).astype(int)
-            offsets = np.concatenate([[0], np.cumsum(left[left > 0])])
-            lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat[keep]))
-            pq.write_table(pa.table({ITEM: lists}), folder / file.name, row_group_size=max(len(lists), 1))
+            offsets = pa.array(np.concatenate([[0], np.cumsum(left[left > 0])]), pa.int32())
+            lists = {n: pa.ListArray.from_arrays(offsets, pa.array(v[keep])) for n, v in ((ITEM, flat), (TIME, times))}
+            pq.write_table(pa.table(lists), folder / file.name, row_group_size=max(len(offsets) - 1, 1))
             self._train.append(folder / file.name)
 
     def files(self, part: str) -> list[Path]:

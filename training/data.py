@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preprocessing.contract import FIRST_ID, ITEM, PADDING_ID, TARGET, label_column
+from preprocessing.contract import FIRST_ID, ITEM, PADDING_ID, TARGET, TIME, label_column
 from training.distributed import World
 
 with warnings.catch_warnings():
@@ -29,12 +29,18 @@ POOL_BATCHES = 16  # batches that are cut, sorted by length and shuffled togethe
 
 
 def pad_left(sequences: list[np.ndarray], length: int) -> Tensor:
-    """The newest ``length`` ids of each sequence, int64 [B, length], padded on the left."""
-    out = np.full((len(sequences), length), PADDING_ID, np.int64)
+    """The newest ``length`` ids of each sequence, int64 [B, length], padded on the left; of sequences [n, 2] (ids and
+    times in ms) int64 [B, length, 2], time 0 where padded."""
+    out = np.full((len(sequences), length, *sequences[0].shape[1:]), PADDING_ID, np.int64)
     for row, sequence in enumerate(sequences):
         last = sequence[-length:]
         out[row, length - len(last) :] = last
     return torch.from_numpy(out)
+
+
+def ids_and_times(window: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(ids, times or None) of a batch [B, T] or [B, T, 2]."""
+    return (window[..., 0], window[..., 1]) if window.dim() == 3 else (window, None)
 
 
 def windows(sequence: np.ndarray, length: int, offset: int = 0) -> list[np.ndarray]:
@@ -75,6 +81,12 @@ def _split(batch: dict[str, Tensor], column: str) -> list[np.ndarray]:
     return np.split(values, offsets[1:-1])
 
 
+def _timed(batch: dict[str, Tensor]) -> list[np.ndarray]:
+    """Ids and times of each sequence, int64 [n, 2]."""
+    values = np.stack([batch[f"{c}__values"].numpy().ravel() for c in (ITEM, TIME)], 1)
+    return np.split(values, batch[f"{ITEM}__offsets"].numpy()[1:-1])
+
+
 def training_batches(
     files: list[Path],
     history: int,
@@ -84,17 +96,21 @@ def training_batches(
     random_offset: bool = False,
     world: World = ALONE,
     shard_reading: bool = False,
+    timed: bool = False,
 ) -> Iterator[Tensor]:
     """One epoch of windows, int64 [B, <= history + 1]; batches of like length, in an order set by seed and epoch.
-    ``random_offset``: sequences longer than a window are cut at places that change from epoch to epoch. ``world``: of
-    several processes each gets its rows of every batch or, with ``shard_reading``, batches of its own rows."""
+    ``timed``: with times, [B, <= history + 1, 2] (see ``pad_left``). ``random_offset``: sequences longer than a window
+    are cut at places that change from epoch to epoch. ``world``: of several processes each gets its rows of every batch
+    or, with ``shard_reading``, batches of its own rows."""
     reader = world if shard_reading else ALONE
     batch_size = batch_size // reader.size
     rng = np.random.default_rng([seed, epoch])
     pool_seed = int(rng.integers(2**31))
-    for rows in _loader(files, [ITEM], batch_size * POOL_BATCHES, shuffle=True, seed=pool_seed, world=reader):
+    columns = [ITEM, TIME] if timed else [ITEM]
+    for rows in _loader(files, columns, batch_size * POOL_BATCHES, shuffle=True, seed=pool_seed, world=reader):
         offset = int(rng.integers(history // 2, history)) if random_offset and epoch else 0
-        pool = [w for s in _split(rows, ITEM) for w in windows(s, history, offset if len(s) > history + 1 else 0)]
+        sequences = _timed(rows) if timed else _split(rows, ITEM)
+        pool = [w for s in sequences for w in windows(s, history, offset if len(s) > history + 1 else 0)]
         order = sorted(range(len(pool)), key=lambda i: len(pool[i]))
         starts = rng.permutation(np.arange(0, len(order), batch_size))
         for start in starts:
@@ -108,10 +124,11 @@ def training_batches(
 @dataclass(frozen=True)
 class Requests:
     """Held-out requests: ``histories`` whole (for the seen filter), ``history_BT`` as the encoder reads them,
-    ``target_B`` item ids, ``labels`` float [B] by head."""
+    ``time_BT`` ms of its events (0 where padded), ``target_B`` item ids, ``labels`` float [B] by head."""
 
     histories: list[np.ndarray]
     history_BT: Tensor
+    time_BT: Tensor
     target_B: Tensor
     labels: dict[str, Tensor]
 
@@ -125,6 +142,12 @@ class Requests:
         return out_BV
 
 
+def of_sequences(sequences: list[np.ndarray], history: int, target_B: Tensor, labels: dict[str, Tensor]) -> Requests:
+    """Requests after ``sequences`` of ids and times, int64 [n, 2] each."""
+    padded = pad_left(sequences, history)
+    return Requests([s[:, 0] for s in sequences], padded[..., 0], padded[..., 1], target_B, labels)
+
+
 def requests(
     files: list[Path],
     heads: list[str],
@@ -135,20 +158,20 @@ def requests(
 ) -> Iterator[Requests]:
     """Requests of "valid" or "test" files. ``back``: the files are training sequences, and the ``back``-th event from
     the end of each (1: the last) is the one to predict from those before it."""
-    columns = [ITEM, *(label_column(h) for h in heads)] + ([] if back else [TARGET])
+    columns = [ITEM, TIME, *(label_column(h) for h in heads)] + ([] if back else [TARGET])
     shuffle = shuffle_seed is not None
     for batch in _loader(files, columns, batch_size, shuffle, shuffle_seed or 0):
-        sequences = _split(batch, ITEM)
+        sequences = _timed(batch)
         if back:
             keep = [i for i, s in enumerate(sequences) if len(s) > back]
             labels = {}
             for h in heads:
                 own = _split(batch, label_column(h))
                 labels[h] = torch.tensor([float(own[i][-back]) for i in keep])
-            target = torch.tensor([int(sequences[i][-back]) for i in keep])
+            target = torch.tensor([int(sequences[i][-back, 0]) for i in keep])
             sequences = [sequences[i][:-back] for i in keep]
         else:
             labels = {h: batch[label_column(h)].float().reshape(-1) for h in heads}
             target = batch[TARGET].reshape(-1)
         if sequences:
-            yield Requests(sequences, pad_left(sequences, history), target, labels)
+            yield of_sequences(sequences, history, target, labels)

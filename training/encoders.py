@@ -27,7 +27,9 @@ class EncoderConfig:
     ``family``: "sasrec" causal attention (Kang & McAuley 2018), "hstu" pointwise gated attention (Zhai et al. 2024),
     "bert4rec" bidirectional, trained on masked items (Sun et al. 2019), "gru" or "lstm" (Hidasi et al. 2016).
     ``position_bias`` "relative" adds a learned bias by log-bucketed distance to the attention of sasrec and bert4rec
-    (hstu always has it). ``text_tokens``: words of an item's text that its embedding sums (0: ids alone);
+    (hstu always has it); ``time_bias`` adds one by log-bucketed seconds between two events (Zhai et al. 2024) to any of
+    the three. ``text_tokens``: words of an item's text that its embedding sums (0: ids alone);
+    ``text_encoder``: whether the vector that the pretrained text encoder made of it joins (``training.text_encoder``);
     ``attributes``: whether its categorical and continuous attributes join the embedding. ``adapter``: width of the
     bottleneck after each attention block (0: none), for fine-tuning a frozen encoder. ``id_dropout``: share of the
     items that a training step knows by attributes and text alone, so that those learn to speak for new items
@@ -42,8 +44,10 @@ class EncoderConfig:
     ffn_factor: int = 4
     family: str = "sasrec"
     position_bias: str = "none"
+    time_bias: bool = False
     attributes: bool = False
     text_tokens: int = 0
+    text_encoder: bool = False
     adapter: int = 0
     id_dropout: float = 0.0
 
@@ -54,6 +58,8 @@ class EncoderConfig:
             raise ValueError(
                 f"EncoderConfig.position_bias: expected one of {POSITION_BIAS}, got {self.position_bias!r}"
             )
+        if self.time_bias and self.family in ("gru", "lstm"):
+            raise ValueError(f"EncoderConfig.time_bias is for attention, got the {self.family!r} family")
         if self.width % self.heads:
             raise ValueError(f"EncoderConfig: width {self.width} is not a multiple of heads {self.heads}")
         if not 0.0 <= self.dropout < 1.0:
@@ -99,6 +105,27 @@ class RelativeBias(nn.Module):
         return self.bias_RA[self.buckets_TT[:t, :t]].permute(2, 0, 1)
 
 
+def time_buckets(times_BT: Tensor) -> Tensor:
+    """Bucket of the whole seconds between two events, int64 [B, T, T], from times in ms: powers of two from 1 on, the
+    last bucket from 34 years; 0 where either time is unknown (0)."""
+    seconds = torch.div((times_BT[:, :, None] - times_BT[:, None, :]).abs(), 1000, rounding_mode="floor")
+    # the half keeps whole seconds off the borders, where rounding could decide
+    power = (torch.log(seconds.to(torch.float32) + 1.5) / math.log(2)).floor().long()
+    known = times_BT > 0
+    return torch.where(known[:, :, None] & known[:, None, :], (power + 1).clamp(1, BUCKETS - 1), 0)
+
+
+class TimeBias(nn.Module):
+    """Learned bias of each head by bucketed time between events, float32 [B, A, T, T]; zero before training."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.bias_RA = nn.Parameter(torch.zeros(BUCKETS, heads))
+
+    def forward(self, buckets_BTT: Tensor) -> Tensor:
+        return F.embedding(buckets_BTT, self.bias_RA).permute(0, 3, 1, 2)
+
+
 class Adapter(nn.Module):
     """Residual bottleneck (Houlsby et al. 2019), the identity before training."""
 
@@ -126,14 +153,18 @@ class AttentionBlock(nn.Module):
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.up, self.down = nn.Linear(d, config.ffn_factor * d), nn.Linear(config.ffn_factor * d, d)
         self.relative = RelativeBias(config.heads, length) if config.position_bias == "relative" else None
+        self.time = TimeBias(config.heads) if config.time_bias else None
         self.adapter = Adapter(d, config.adapter) if config.adapter else None
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None) -> Tensor:
         b, t, d = x_BTD.shape
         q, k, v = self.qkv(self.norm_attention(x_BTD)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         if self.relative is not None:
             assert mask is not None
             mask = mask + self.relative(t)[None]
+        if self.time is not None:
+            assert mask is not None
+            mask = mask + self.time(buckets_BTT)
         # no dropout inside attention: slow on CPU
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         a = self.out(a.transpose(1, 2).reshape(b, t, d))
@@ -150,12 +181,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: EncoderConfig, length: int, causal: bool) -> None:
         super().__init__()
-        self.causal, self.biased = causal, config.position_bias != "none"
+        self.causal, self.biased = causal, config.position_bias != "none" or config.time_bias
         self.blocks = nn.ModuleList(AttentionBlock(config, length) for _ in range(config.layers))
         mask = torch.full((length, length), MASKED).triu(1) if causal else torch.zeros(length, length)
         self.register_buffer("allowed_TT", mask, persistent=False)
 
-    def forward(self, x_BTD: Tensor, known_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None) -> Tensor:
         t = int(x_BTD.shape[1])  # a constant of the exported graph: only the batch axis is free
         mask: Tensor | None = None
         whole = self.training and bool(known_BT.all())  # nothing padded: one mask for all rows
@@ -163,8 +194,9 @@ class Attention(nn.Module):
             mask = self.allowed_TT[:t, :t][None, None]
             if not whole:
                 mask = mask + (~known_BT)[:, None, None, :].to(x_BTD.dtype) * MASKED
+        buckets = None if times_BT is None else time_buckets(times_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD, mask)
+            x_BTD = block(x_BTD, mask, buckets)
         return x_BTD
 
 
@@ -178,12 +210,16 @@ class GatedBlock(nn.Module):
         self.norm, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         self.uvqk, self.out = nn.Linear(d, 4 * d), nn.Linear(d, d)
         self.relative = RelativeBias(config.heads, length)
+        self.time = TimeBias(config.heads) if config.time_bias else None
 
-    def forward(self, x_BTD: Tensor, seen_B1TT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, seen_B1TT: Tensor, buckets_BTT: Tensor | None) -> Tensor:
         b, t, d = x_BTD.shape
         u, v, q, k = F.silu(self.uvqk(self.norm(x_BTD))).chunk(4, dim=2)
         v, q, k = (z.view(b, t, self.heads, d // self.heads).transpose(1, 2) for z in (v, q, k))
-        weight = F.silu(q @ k.transpose(2, 3) + self.relative(t)[None]) * seen_B1TT / self.length
+        bias = self.relative(t)[None]
+        if self.time is not None:
+            bias = bias + self.time(buckets_BTT)
+        weight = F.silu(q @ k.transpose(2, 3) + bias) * seen_B1TT / self.length
         found = (weight @ v).transpose(1, 2).reshape(b, t, d)
         y = self.out(dropout(self.norm_out(found) * u, self.p, self.training))
         return x_BTD + y
@@ -197,11 +233,12 @@ class Gated(nn.Module):
         self.blocks = nn.ModuleList(GatedBlock(config, length) for _ in range(config.layers))
         self.register_buffer("causal_TT", torch.ones(length, length).tril(), persistent=False)
 
-    def forward(self, x_BTD: Tensor, known_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None) -> Tensor:
         t = int(x_BTD.shape[1])
         seen = self.causal_TT[:t, :t][None, None] * known_BT[:, None, None, :].to(x_BTD.dtype)
+        buckets = None if times_BT is None else time_buckets(times_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD, seen)
+            x_BTD = block(x_BTD, seen, buckets)
         return x_BTD
 
 
@@ -217,7 +254,7 @@ class Recurrent(nn.Module):
         )
         self.p = config.dropout
 
-    def forward(self, x_BTD: Tensor, known_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None) -> Tensor:
         known = known_BT[:, :, None].to(x_BTD.dtype)
         for layer in self.layers:
             y, _ = layer(x_BTD * known)

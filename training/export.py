@@ -36,7 +36,7 @@ RECORDED_REQUESTS = 5000
 def shapes(preset: Preset, items: int) -> c.StageTensors:
     """The tensors between the stages for a preset and a vocabulary."""
     count = min(preset.ranker.candidates, items - c.FIRST_ID)
-    return c.StageTensors(preset.encoder.history, count, items, preset.encoder.width)
+    return c.StageTensors(preset.encoder.history, count, items, preset.encoder.width, preset.encoder.time_bias)
 
 
 def export(
@@ -67,13 +67,15 @@ def session(path: Path, threads: int = 1) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def example_requests(features: Features, preset: Preset, count: int = PARITY_REQUESTS) -> tuple[Tensor, Tensor]:
-    """(history ids [B, T], exclude [B, V]) of held-out requests, the last one with an empty history."""
+def example_requests(features: Features, preset: Preset, count: int = PARITY_REQUESTS) -> tuple[Tensor, ...]:
+    """(history ids [B, T], exclude [B, V]), and times [B, T] if the encoder reads them, of held-out requests, the last
+    one with an empty history: inputs of the retrieval graph."""
     heads = [h.name for h in features.schema.heads]
     request = next(iter(data.requests(features.files("test"), heads, preset.encoder.history, count)))
-    history = request.history_BT.clone()
-    history[-1] = c.PADDING_ID
-    return history, request.exclude(features.item_count(), features.schema.exclude_seen)
+    history, times = request.history_BT.clone(), request.time_BT.clone()
+    history[-1] = times[-1] = c.PADDING_ID
+    exclude = request.exclude(features.item_count(), features.schema.exclude_seen)
+    return (history, exclude, times) if preset.encoder.time_bias else (history, exclude)
 
 
 def _names(tensors: Sequence[c.WireTensor]) -> list[str]:

@@ -10,17 +10,17 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from training.data import ALONE
 from training.distributed import Parallel, World
+from training.tracking import Tracker
 
 Batch = Any
 
@@ -82,7 +82,7 @@ class Loop:
         self.model, self.config, self.folder, self.name = model, config, folder, name
         self.batches, self.metric, self.quiet, self.world = batches, metric, quiet or not world.first, world
         self.on_epoch = on_epoch
-        self._board: SummaryWriter | None = None
+        self._tracker: Tracker | None = None
         self.loss = Parallel(model, loss, world)
         self.average = {k: p.detach().clone() for k, p in self._trained()} if config.ema else {}
         self.taken = 0
@@ -152,6 +152,14 @@ class Loop:
     # -- run -------------------------------------------------------------------------------------------
     def run(self, stop_after_steps: int | None = None) -> dict[str, Any]:
         """Trains to the end (or for some steps, saving there); returns losses and metrics by epoch."""
+        try:
+            return self._run(stop_after_steps)
+        finally:
+            if self._tracker is not None:
+                self._tracker.close()
+                self._tracker = None
+
+    def _run(self, stop_after_steps: int | None) -> dict[str, Any]:
         started, last_save, taken = time.monotonic(), time.monotonic(), 0
         before = self.seconds
         c = self.config
@@ -233,15 +241,11 @@ class Loop:
             self.on_epoch(entry)
 
     def _log(self, entry: dict[str, float]) -> None:
-        """TensorBoard's event file beside the checkpoint."""
         if not self.world.first:
             return
-        if self._board is None:
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
-        for key, value in entry.items():
-            if key != "epoch":
-                self._board.add_scalar(f"{self.name}/{key}", value, int(entry["epoch"]))
-        self._board.flush()
+        if self._tracker is None:
+            self._tracker = Tracker(self.folder, self.name, asdict(self.config))
+        self._tracker.log(entry)
 
     def _stopped(self) -> bool:
         return bool(self.config.patience) and self.bad_epochs >= self.config.patience

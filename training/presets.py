@@ -21,7 +21,9 @@ class RetrievalTraining:
     ``random_offset``: windows are cut at another place each epoch. ``mask_share``: items hidden in a window, for the
     bert4rec family. ``start``: item embeddings from the training data's co-occurrence and item biases from its
     popularity ("cooccurrence"), or from chance ("random"). ``shard_reading``: under torchrun each process reads its own
-    rows instead of its share of every batch. ``adversarial``: how far, in mean lengths of an item embedding, FGM moves
+    rows instead of its share of every batch. ``new_items``: items of the vocabulary without a training event get the
+    mean of the "neighbours" that the catalogue's text and attributes give them, or stay what those say ("described").
+    ``adversarial``: how far, in mean lengths of an item embedding, FGM moves
     the embeddings for a second loss of ``adversarial_weight`` (0: none).
 
     ``probe_users``: users whose last training event is held back to watch NDCG@10 for early stopping (``patience``
@@ -42,6 +44,7 @@ class RetrievalTraining:
     random_offset: bool = True
     start: str = "cooccurrence"
     shard_reading: bool = False
+    new_items: str = "neighbours"
     adversarial: float = 0.0
     adversarial_weight: float = 1.0
     mask_share: float = 0.3
@@ -58,6 +61,10 @@ class RetrievalTraining:
         for name in ("label_smoothing", "ema", "mask_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"RetrievalTraining.{name}: expected 0 <= x < 1, got {getattr(self, name)}")
+        if self.new_items not in ("neighbours", "described"):
+            raise ValueError(
+                f"RetrievalTraining.new_items: expected 'neighbours' or 'described', got {self.new_items!r}"
+            )
         if self.start not in ("cooccurrence", "random"):
             raise ValueError(f"RetrievalTraining.start: expected 'cooccurrence' or 'random', got {self.start!r}")
         if self.epochs < 1 or self.batch_size < 1:
@@ -115,6 +122,17 @@ def beauty() -> Preset:
     )
 
 
+def news() -> Preset:
+    """Many users of short histories and tens of thousands of items: Globo's clicks."""
+    return Preset(
+        encoder=EncoderConfig(history=30),
+        retrieval=RetrievalTraining(
+            epochs=3, batch_size=512, learning_rate=2e-3, ema=0.99, loss="sampled", negatives=1024, random_offset=False
+        ),
+        ranking=RankerTraining(epochs=1, batch_size=256),
+    )
+
+
 def base() -> Preset:
     """One GPU, an hour: about 1 million parameters and the items. Written for a GPU, not run on one yet."""
     own = cpu()
@@ -152,6 +170,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "base": base,
     "large": large,
     "beauty": beauty,
+    "news": news,
     "shop": shop,
     "tiny": tiny,
 }

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,15 +36,16 @@ from training.train import (
 )
 from vivace.artifacts import Step, read_manifest
 
-OBJECTIVES = ("masked", "segment", "contrastive")
+OBJECTIVES = ("masked", "segment", "session", "contrastive")
 FOLDER = "pretrained"
 
 
 @dataclass(frozen=True)
 class Pretraining:
     """``objectives``, summed: "masked" guesses hidden items (Sun et al. 2019; causal families see the past only);
-    "segment" tells which half of a sequence followed which first half, among the batch: next-session prediction where
-    a log marks no sessions; "contrastive" draws two augmentations of a sequence together (CL4SRec, Xie et al. 2022,
+    "session" tells which session followed which past, among the batch: next-session prediction, cut at a random pause
+    of at least ``session_gap_s``; "segment" the same with sequences cut in the middle, for logs whose times tell no
+    sessions; "contrastive" draws two augmentations of a sequence together (CL4SRec, Xie et al. 2022,
     eq. 2). ``temperature`` of the two contrasts; ``share`` of events hidden, cropped or re-ordered.
     """
 
@@ -53,6 +55,7 @@ class Pretraining:
     learning_rate: float = 4e-3
     temperature: float = 0.2
     share: float = 0.3
+    session_gap_s: int = 1800
 
     def __post_init__(self) -> None:
         unknown = [o for o in self.objectives if o not in OBJECTIVES]
@@ -100,36 +103,62 @@ def halves(window_BT: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def objective(model: RetrievalModel, config: Pretraining) -> Callable[[Tensor], Tensor]:
-    """Sum of the losses of a window int64 [B, T + 1]."""
+def sessions(window_BT: Tensor, time_BT: Tensor, gap_s: int) -> tuple[Tensor, Tensor]:
+    """(events before a random pause of at least ``gap_s``, the session after it) of the rows that have such a pause,
+    each int64 [B', T] padded on the left. A session ends at the next such pause."""
+    first, second = [], []
+    for ids, times in zip(window_BT.tolist(), time_BT.tolist(), strict=True):
+        own = [(i, t) for i, t in zip(ids, times, strict=True) if i != PADDING_ID]
+        pauses = [n for n in range(1, len(own)) if own[n][1] - own[n - 1][1] >= gap_s * 1000]
+        if pauses:
+            chosen = int(torch.randint(len(pauses), ()))
+            end = pauses[chosen + 1] if chosen + 1 < len(pauses) else len(own)
+            first.append(np.array([i for i, _ in own[: pauses[chosen]]]))
+            second.append(np.array([i for i, _ in own[pauses[chosen] : end]]))
+    if not first:
+        return window_BT[:0], window_BT[:0]
+    return tuple(data.pad_left(part, window_BT.shape[1]).to(window_BT.device) for part in (first, second))  # type: ignore
 
-    def masked(window: Tensor, table: Tensor) -> Tensor:
+
+def objective(model: RetrievalModel, config: Pretraining) -> Callable[[Tensor], Tensor]:
+    """Sum of the losses of windows and their times, int64 [B, T + 1, 2]."""
+
+    def masked(window: Tensor, times: Tensor, table: Tensor) -> Tensor:
         hidden = hide(window, config.share)
         if model.masked:
-            encoded = model.encode_masked(window, hidden, table)[hidden]
+            encoded = model.encode_masked(window, hidden, table, times)[hidden]
         else:  # a causal encoder guesses a hidden item from the state before it, with the hidden ones left blank
             blank = torch.where(hidden, torch.full_like(window, FIRST_ID - 1), window)
-            encoded = model.encode(blank[:, :-1], table)[hidden[:, 1:]]
+            encoded = model.encode(blank[:, :-1], table, times[:, :-1])[hidden[:, 1:]]
             hidden = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, 1:]], 1)
         return full_softmax(encoded, table, model.bias, window[hidden], FIRST_ID)
 
     def state(window: Tensor, table: Tensor) -> Tensor:
         return model.encode(window[:, -model.config.history :], table)[:, -1]
 
-    def contrastive(window: Tensor, table: Tensor) -> Tensor:
+    def contrastive(window: Tensor, times: Tensor, table: Tensor) -> Tensor:
         one, two = (state(augment(window, config.share).to(window.device), table) for _ in range(2))
         return in_batch_contrast(one, two, config.temperature)
 
-    def segment(window: Tensor, table: Tensor) -> Tensor:
+    def follows(a: Tensor, b: Tensor, table: Tensor) -> Tensor:
+        if len(a) < 2:  # nothing to tell apart
+            return table.sum() * 0.0
+        return in_batch_contrast(state(a, table), state(b, table), config.temperature)
+
+    def segment(window: Tensor, times: Tensor, table: Tensor) -> Tensor:
         a, b = halves(window)
         both = (b != PADDING_ID).any(1)
-        return in_batch_contrast(state(a[both], table), state(b[both], table), config.temperature)
+        return follows(a[both], b[both], table)
 
-    parts = {"masked": masked, "contrastive": contrastive, "segment": segment}
+    def session(window: Tensor, times: Tensor, table: Tensor) -> Tensor:
+        return follows(*sessions(window, times, config.session_gap_s), table)
 
-    def loss(window: Tensor) -> Tensor:
-        window, table = window.to(model.bias.device), model.table()
-        return torch.stack([parts[name](window, table) for name in config.objectives]).sum()
+    parts = {"masked": masked, "contrastive": contrastive, "segment": segment, "session": session}
+
+    def loss(batch: Tensor) -> Tensor:
+        batch, table = batch.to(model.bias.device), model.table()
+        window, times = batch[..., 0], batch[..., 1]
+        return torch.stack([parts[name](window, times, table) for name in config.objectives]).sum()
 
     return loss
 
@@ -160,7 +189,7 @@ def pretrain(
     if preset.retrieval.start == "cooccurrence":
         start_from_counts(model, features.files("train"), counts)
     files, probes = hold_back(features.files("train"), step.folder / "parts", preset.retrieval.probe_users, seed)
-    steps = sum(1 for _ in data.training_batches(files, history, config.batch_size, seed, 0))
+    steps = sum(1 for _ in data.training_batches(files, history, config.batch_size, seed, 0, timed=True))
     of_window = objective(model, config)
 
     def metric() -> dict[str, float]:
@@ -176,7 +205,7 @@ def pretrain(
         LoopConfig(config.epochs, steps, config.learning_rate, 0.0, 100, 1.0, 0, 30.0, seed),
         step.folder,
         "pretraining",
-        lambda epoch: data.training_batches(files, history, config.batch_size, seed, epoch),
+        lambda epoch: data.training_batches(files, history, config.batch_size, seed, epoch, timed=True),
         of_window,
         metric,
         quiet,

@@ -27,6 +27,7 @@ from training.evaluation import bootstrap, metrics, ndcg_of
 from training.presets import Preset, preset
 from training.pretrain import FOLDER, Pretraining, pretrain
 from training.search import with_values
+from training.text_encoder import TextConfig, pretrain_text
 from training.train import SCORED, Progress, load_retrieval, scored, train_ranker, train_retrieval
 from vivace.artifacts import commit, write_text
 
@@ -67,11 +68,22 @@ SUITES: dict[str, dict[str, Run]] = {
         "ids": Run({"encoder.text_tokens": 0, "encoder.attributes": False}),
         "ids and text": Run({"encoder.text_tokens": 24, "encoder.attributes": False}),
         "ids, text, attributes": Run({"encoder.text_tokens": 24, "encoder.attributes": True}),
+        "ids and text encoder": Run({"encoder.text_tokens": 0, "encoder.text_encoder": True}),
+        "ids, text and text encoder": Run({"encoder.text_tokens": 24, "encoder.text_encoder": True}),
+    },
+    "time": {
+        "positions alone": Run(),
+        "relative positions": Run({"encoder.position_bias": "relative"}),
+        "time between events": Run({"encoder.time_bias": True}),
+        "relative positions and time": Run({"encoder.position_bias": "relative", "encoder.time_bias": True}),
+        "hstu": Run({"encoder.family": "hstu"}),
+        "hstu with time": Run({"encoder.family": "hstu", "encoder.time_bias": True}),
     },
     "pretraining": {
         "none": Run(RANDOM),
         "masked items": Run(RANDOM, ("masked",)),
         "next segment": Run(RANDOM, ("segment",)),
+        "next session": Run(RANDOM, ("session",)),
         "contrastive": Run(RANDOM, ("contrastive",)),
     },
     "adapters": {
@@ -190,6 +202,8 @@ def main(
             json.dumps({"suite": suite, "data": data_name, "seed": wanted[0], "rows": found_rows, "commit": commit()})
         )
         return
+    if any(run.values.get("encoder.text_encoder") for run in SUITES[suite].values()):
+        pretrain_text(features, TextConfig(), root, wanted[0], cli.say)
     keep = {w.strip() for w in only.split(";") if w.strip()}
     rows, first = [], None
     for number, (name, run) in enumerate(SUITES[suite].items()):

@@ -63,34 +63,43 @@ class RetrievalModel(nn.Module):
         table: Tensor = self.items()
         return table
 
-    def _run(self, x_BTD: Tensor, known_BT: Tensor) -> Tensor:
+    def _run(self, x_BTD: Tensor, known_BT: Tensor, times: Tensor | None) -> Tensor:
         if self.position is not None:
             x_BTD = x_BTD + self.position.weight[self.position.num_embeddings - x_BTD.shape[1] :]
         x_BTD = dropout(x_BTD, self.config.dropout, self.training)
-        return self.norm(self.encoder(x_BTD, known_BT)) * known_BT[:, :, None].to(x_BTD.dtype)
+        if not self.config.time_bias:
+            times = None
+        elif times is None:
+            times = torch.zeros_like(known_BT, dtype=torch.long)
+        return self.norm(self.encoder(x_BTD, known_BT, times)) * known_BT[:, :, None].to(x_BTD.dtype)
 
     def _embedded(self, history_BT: Tensor, table_VD: Tensor) -> Tensor:
         return F.embedding(history_BT, table_VD) * self.config.width**0.5
 
-    def encode(self, history_BT: Tensor, table_VD: Tensor | None = None) -> Tensor:
-        """Encoded history float32 [B, T, D] of ids int64 [B, T], padded on the left; T <= config.history.
+    def encode(self, history_BT: Tensor, table_VD: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+        """Encoded history float32 [B, T, D] of ids int64 [B, T], padded on the left; T <= config.history. ``times`` in
+        ms, int64 [B, T], 0 where unknown: read by a configuration with ``time_bias``.
 
         The newest row is the user's state, which is scored against the items; rows of padding are zero."""
         table_VD = self.table() if table_VD is None else table_VD
         known_BT = history_BT != PADDING_ID
         x_BTD = self._embedded(history_BT, table_VD)
         if self.mask_token is None:
-            return self._run(x_BTD, known_BT)
+            return self._run(x_BTD, known_BT, times)
         asked = self.mask_token + torch.zeros_like(x_BTD[:, :1])
-        h = self._run(torch.cat([x_BTD, asked], 1), torch.cat([known_BT, torch.ones_like(known_BT[:, :1])], 1))
+        if times is not None:  # the place that asks stands beside the newest event
+            times = torch.cat([times, times[:, -1:]], 1)
+        h = self._run(torch.cat([x_BTD, asked], 1), torch.cat([known_BT, torch.ones_like(known_BT[:, :1])], 1), times)
         return torch.cat([h[:, : history_BT.shape[1] - 1], h[:, -1:]], 1)
 
-    def encode_masked(self, window_BT: Tensor, hidden_BT: Tensor, table_VD: Tensor) -> Tensor:
+    def encode_masked(
+        self, window_BT: Tensor, hidden_BT: Tensor, table_VD: Tensor, times: Tensor | None = None
+    ) -> Tensor:
         """Encodings [B, T, D] of a window whose ``hidden_BT`` items are replaced by the mask (Sun et al. 2019)."""
         if self.mask_token is None:
             raise ValueError("encode_masked: only the bert4rec family has a mask token")
         x_BTD = torch.where(hidden_BT[:, :, None], self.mask_token, self._embedded(window_BT, table_VD))
-        return self._run(x_BTD, window_BT != PADDING_ID)
+        return self._run(x_BTD, window_BT != PADDING_ID, times)
 
     def logits(self, encoded: Tensor, table_VD: Tensor | None = None) -> Tensor:
         """Score of every item, float32 [..., V], of encodings [..., D]."""
@@ -109,7 +118,8 @@ class RetrievalModel(nn.Module):
 
 
 class RetrievalGraph(nn.Module):
-    """What is exported as ``retrieval.onnx``: ids and exclusions in, top-N candidates and the encoded history out."""
+    """What is exported as ``retrieval.onnx``: ids and exclusions (and times, if the encoder reads them) in, top-N
+    candidates and the encoded history out."""
 
     table_VD: Tensor
 
@@ -119,8 +129,10 @@ class RetrievalGraph(nn.Module):
         with torch.no_grad():
             self.register_buffer("table_VD", model.table().detach().clone())
 
-    def forward(self, history_ids: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        encoded = self.model.encode(history_ids, self.table_VD)
+    def forward(
+        self, history_ids: Tensor, exclude: Tensor, history_times: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        encoded = self.model.encode(history_ids, self.table_VD, history_times)
         scores = self.model.scores(history_ids, encoded, exclude, self.table_VD)
         top, ids = torch.topk(scores, self.candidates, dim=1)
         ids = torch.where(top > EXCLUDED / 2, ids, torch.full_like(ids, PADDING_ID))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from preprocessing.contract import FIRST_ID, ITEM, PADDING_ID
+from preprocessing.contract import FIRST_ID, ITEM, PADDING_ID, TIME
 from preprocessing.prepare import Features
 from training import data
 from training.adapt import Adaptation, freeze_for, merge
@@ -27,7 +27,7 @@ from training.attack import adversarial
 from training.counters import cooccurrence_embeddings, item_tables, popularity
 from training.distributed import World
 from training.evaluation import list_auc, mean_ndcg, ranks, ranks_after
-from training.item_table import item_attributes
+from training.item_table import item_attributes, nearest_seen
 from training.loop import Loop, LoopConfig
 from training.losses import full_softmax, gbce, sampled_softmax
 from training.presets import Preset, RetrievalTraining
@@ -50,23 +50,25 @@ def device() -> torch.device:
 # -- retrieval ---------------------------------------------------------------------------------------
 def hold_back(files: list[Path], folder: Path, users: int, seed: int) -> tuple[list[Path], list[np.ndarray]]:
     """Copies of the training files in which ``users`` random users miss their last event, and those users' whole
-    training sequences: what early stopping watches, at the cost of one training event each."""
+    training sequences, ids and times int64 [n, 2]: what early stopping watches, for one training event each."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     rows = [pq.read_metadata(f).num_rows for f in files]
     chosen = np.random.default_rng(seed).permutation(sum(rows))[: min(users, sum(rows) // 4)]
     probes, out, start = [], [], 0
     for file, count in zip(files, rows, strict=True):
-        column = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks()
-        flat = column.flatten().to_numpy()
+        table = pq.read_table(file, columns=[ITEM, TIME])
+        columns = [table[name].combine_chunks() for name in (ITEM, TIME)]
+        flat = np.stack([column.flatten().to_numpy() for column in columns], 1)
         own = set((chosen[(chosen >= start) & (chosen < start + count)] - start).tolist())
-        lists = np.split(flat, column.offsets.to_numpy()[1:-1])
+        lists = np.split(flat, columns[0].offsets.to_numpy()[1:-1])
         for i in own:
-            if len(lists[i]) >= 3 and lists[i][-1] >= FIRST_ID:
+            if len(lists[i]) >= 3 and lists[i][-1, 0] >= FIRST_ID:
                 probes.append(lists[i])
                 lists[i] = lists[i][:-1]
         lengths = np.cumsum([0, *(len(x) for x in lists)])
-        table = pa.table({ITEM: pa.ListArray.from_arrays(pa.array(lengths, pa.int32()), np.concatenate(lists))})
+        offsets, left = pa.array(lengths, pa.int32()), np.concatenate(lists)
+        table = pa.table({n: pa.ListArray.from_arrays(offsets, left[:, i].copy()) for i, n in enumerate((ITEM, TIME))})
         pq.write_table(table, folder / file.name, row_group_size=max(count, 1))
         out.append(folder / file.name)
         start += count
@@ -98,22 +100,22 @@ def item_loss(
 def _retrieval_loss(model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor) -> Callable[..., Any]:
     of_items = item_loss(model, config, log_expected_V)
 
-    def next_item(window: Tensor) -> tuple[Tensor, Tensor]:
-        window, table = window.to(model.bias.device), model.table()
-        inputs, targets = window[:, :-1], window[:, 1:]
+    def next_item(batch: Tensor) -> tuple[Tensor, Tensor]:
+        (window, times), table = data.ids_and_times(batch.to(model.bias.device)), model.table()
+        inputs, targets, seen = window[:, :-1], window[:, 1:], None if times is None else times[:, :-1]
         keep = (inputs != PADDING_ID) & (targets >= FIRST_ID)
 
         def at(moved: Tensor) -> Tensor:
-            return of_items(model.encode(inputs, moved)[keep].float(), targets[keep], moved)
+            return of_items(model.encode(inputs, moved, seen)[keep].float(), targets[keep], moved)
 
         if not config.adversarial:
             return at(table), keep.sum()
         return adversarial(at, table, config.adversarial, config.adversarial_weight), keep.sum()
 
-    def masked_item(window: Tensor) -> tuple[Tensor, Tensor]:
-        window, table = window.to(model.bias.device), model.table()
+    def masked_item(batch: Tensor) -> tuple[Tensor, Tensor]:
+        (window, times), table = data.ids_and_times(batch.to(model.bias.device)), model.table()
         hidden = hide(window, config.mask_share)
-        encoded = model.encode_masked(window, hidden, table)[hidden]
+        encoded = model.encode_masked(window, hidden, table, times)[hidden]
         return of_items(encoded.float(), window[hidden], table), hidden.sum()
 
     return masked_item if model.masked else next_item
@@ -139,12 +141,8 @@ def _probe_metric(
         with torch.no_grad():
             for start in range(0, len(probes), SCORED):
                 part = probes[start : start + SCORED]
-                request = data.Requests(
-                    [p[:-1] for p in part],
-                    data.pad_left([p[:-1] for p in part], model.config.history),
-                    torch.tensor([int(p[-1]) for p in part]),
-                    {},
-                )
+                targets = torch.tensor([int(p[-1, 0]) for p in part])
+                request = data.of_sequences([p[:-1] for p in part], model.config.history, targets, {})
                 rank, scores, _ = scored(model, request, exclude_seen)
                 found.append(rank)
                 losses.append(F.cross_entropy(scores, request.target_B.to(scores.device), reduction="none"))
@@ -162,7 +160,7 @@ def scored(model: RetrievalModel, request: data.Requests, exclude_seen: bool) ->
     where = model.bias.device
     history = request.history_BT.to(where)
     exclude = request.exclude(len(model.bias), exclude_seen).to(where)
-    encoded = model.encode(history)
+    encoded = model.encode(history, times=request.time_BT.to(where))
     scores = model.scores(history, encoded, exclude)
     return ranks(scores, request.target_B.to(where)), scores, encoded
 
@@ -194,6 +192,8 @@ def train_retrieval(
     inputs = {"features": prepared["key"]}
     if start_from is not None:
         inputs["from"] = read_manifest(start_from, "vivace pretrain")["key"]
+    if preset.encoder.text_encoder:
+        inputs["text"] = read_manifest(features.folder.parent / "text", "vivace pretrain --objective text")["key"]
     step = Step(root / "retrieval", "train retrieval", config, seed, inputs)
     if step.done():
         say("retriever is there: nothing to do")
@@ -219,8 +219,9 @@ def train_retrieval(
 
     def batches(epoch: int) -> Iterator[Tensor]:
         shared = data.training_batches(
-            files, preset.encoder.history, c.batch_size, seed, epoch, c.random_offset, world, c.shard_reading
-        )
+            files, preset.encoder.history, c.batch_size, seed, epoch, c.random_offset, world, c.shard_reading,
+            preset.encoder.time_bias,
+        )  # fmt: skip
         return itertools.islice(shared, steps) if steps else shared
 
     steps = 0
@@ -248,7 +249,7 @@ def train_retrieval(
         say(f"retriever: resumed at epoch {loop.epoch + 1}, step {loop.step}")
     report = loop.run()
     merge(model)
-    free_unseen(model, counts)
+    free_unseen(model, counts, features, c.new_items == "neighbours")
     if not world.first:
         return report
     return finish_training(step, model, report, **sizes, start=taken, processes=world.size)
@@ -264,17 +265,29 @@ def start_from_counts(model: RetrievalModel, files: list[Path], counts: np.ndarr
         model.bias.copy_(torch.tensor(np.log((counts + 1) / (counts + 1).mean()), dtype=model.bias.dtype))
 
 
-def free_unseen(model: RetrievalModel, counts: np.ndarray) -> None:
-    """Items without a training event: their id embedding becomes zero, so that their attributes and text speak alone,
-    and their bias that of a rare item."""
+def free_unseen(model: RetrievalModel, counts: np.ndarray, features: Features, by_neighbours: bool) -> None:
+    """Items without a training event get the weighted mean of their nearest seen items by text and attributes, with
+    the length and the bias that those have on average. Where nothing is near (or without ``by_neighbours``) the id
+    embedding is zero, so that attributes and words speak alone, and the bias that of a rare item."""
     unseen = torch.from_numpy(counts == 0)
     unseen[:FIRST_ID] = False
     if not unseen.any():
         return
     rare = torch.from_numpy((counts > 0) & (counts <= np.quantile(counts[counts > 0], RARE_SHARE)))
+    training = model.training
+    model.eval()
     with torch.no_grad():
-        model.items.id.weight[unseen] = 0.0
-        model.bias[unseen] = model.bias[rare.to(model.bias.device)].median()
+        weight, bias = model.items.id.weight, model.bias
+        weight[unseen] = 0.0
+        bias[unseen] = bias[rare.to(bias.device)].median()
+        if by_neighbours:
+            own, near, shares = (torch.from_numpy(x).to(bias.device) for x in nearest_seen(features, counts > 0))
+            table = model.table()  # what attributes and words say of an unseen item, as its id says nothing
+            mean = (table[near] * shares[:, :, None]).sum(1)
+            length = (table[near].norm(dim=2) * shares).sum(1, keepdim=True)
+            weight[own] = mean / mean.norm(dim=1, keepdim=True).clamp_min(1e-9) * length - table[own]
+            bias[own] = (bias[near] * shares).sum(1)
+    model.train(training)
 
 
 def keep_only_own_checkpoint(step: Step) -> None:

@@ -27,6 +27,9 @@ Artifacts = Annotated[Path, typer.Option("--artifacts", help="where artifacts go
 PresetName = Annotated[str, typer.Option("--preset", help="model and training sizes; chosen by the data set if empty")]
 Seed = Annotated[int, typer.Option("--seed")]
 Profile = Annotated[str, typer.Option("--profile", help='configs/<profile>.pbtxt; "" is config.pbtxt')]
+Wandb = Annotated[
+    bool, typer.Option("--wandb", help="log to Weights & Biases too (offline without a key; WANDB_MODE decides)")
+]
 Host = Annotated[str, typer.Option("--host", help="address to bind or to call")]
 DEFAULT_ARTIFACTS = Path("artifacts")
 
@@ -121,8 +124,10 @@ def train(
     ] = None,
     adapt: Annotated[str, typer.Option(help="with --from: full, lora or adapter")] = "full",
     rank: Annotated[int, typer.Option(help="with --adapt lora: rank of the updates")] = 8,
+    wandb: Wandb = False,
 ) -> None:
     """Train the retriever, then the ranker; resumes from the last checkpoint."""
+    track(wandb)
     from preprocessing.prepare import Features
     from training import distributed
     from training.adapt import Adaptation
@@ -151,6 +156,13 @@ def train(
                 train_ranker(features, chosen, root, seed, say, control=True)
 
 
+def track(wandb: bool) -> None:
+    from training.tracking import WANDB
+
+    if wandb:
+        os.environ[WANDB] = "1"
+
+
 def with_overrides(chosen: Any, epochs: int = 0, loss: str = "") -> Any:
     if epochs:
         chosen = replace(chosen, retrieval=replace(chosen.retrieval, epochs=epochs))
@@ -165,10 +177,14 @@ def pretrain(
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     preset: PresetName = "",
     seed: Seed = 7,
-    objective: Annotated[str, typer.Option(help="by commas: masked, segment, contrastive")] = "masked",
-    epochs: int = 2,
+    objective: Annotated[
+        str, typer.Option(help="by commas: masked, session, segment, contrastive; or text, for the text encoder")
+    ] = "masked",
+    epochs: Annotated[int, typer.Option(help="0: 2, and 10 for text")] = 0,
+    wandb: Wandb = False,
 ) -> None:
     """Train the encoder without next-item labels; then: vivace train --from artifacts/<name>/pretrained."""
+    track(wandb)
     from preprocessing.prepare import Features
     from training.pretrain import Pretraining
     from training.pretrain import pretrain as run
@@ -176,9 +192,16 @@ def pretrain(
 
     with reported():
         root = artifacts / name
-        config = Pretraining(tuple(o for o in objective.split(",") if o), epochs)
+        features = Features(root / "features")
         with exclusive(root):
-            manifest = run(Features(root / "features"), _preset(preset, root), config, root, seed, say)
+            if objective == "text":
+                from training.text_encoder import TextConfig, pretrain_text
+
+                text = TextConfig(epochs=epochs) if epochs else TextConfig()
+                manifest = pretrain_text(features, text, root, seed, say)
+            else:
+                config = Pretraining(tuple(o for o in objective.split(",") if o), epochs or 2)
+                manifest = run(features, _preset(preset, root), config, root, seed, say)
         say(f"pretrained: {manifest['results']['parameters']:,} parameters, {manifest['seconds']:.0f} s")
 
 

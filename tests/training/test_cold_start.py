@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
+import pytest
 import torch
 
+from preprocessing import contract as c
 from preprocessing.contract import FIRST_ID
+from preprocessing.prepare import Features
 from training.cold_start import WithoutItems
 from training.counters import popularity
+from training.item_table import nearest_seen
 from training.retrieval_model import EncoderConfig, RetrievalModel
 from training.train import free_unseen
 
@@ -22,11 +29,55 @@ def test_events_of_held_out_items_leave_the_training_sequences(features, tmp_pat
     assert (after[rest] == before[rest]).all() and less.files("test") == features.files("test")
 
 
-def test_unseen_items_are_left_to_their_description():
+class _Catalogue(Features):
+    """Five items: a seen red dress and red shoes, a seen lamp, an unseen red dress, an unseen thing of its own."""
+
+    def __init__(self, category: bool) -> None:
+        super().__init__(Path())
+        texts = ["red dress", "red shoes", "lamp", "red dress", "zzz"]
+        self.table = pd.DataFrame({c.TEXT: texts, "colour": [3, 3, 4, 3, 5]})
+        self.category = category
+
+    @property
+    def schema(self) -> c.DataSchema:
+        return c.DataSchema("catalogue", item_categoricals=("colour",) if self.category else ())
+
+    def items(self) -> pd.DataFrame:
+        return self.table
+
+
+COUNTS = np.array([0, 0, 0, 9, 1, 8, 0, 0])
+
+
+def _model() -> RetrievalModel:
+    torch.manual_seed(0)
     model = RetrievalModel(EncoderConfig(width=8, history=5), 8, torch.ones(8))
     with torch.no_grad():
-        model.bias.copy_(torch.tensor([0.0, 0, 0, 5.0, -9.0, 1.0, 2.0, 3.0]))
+        model.bias.copy_(torch.tensor([0.0, 0, 0, 5.0, 1.0, 2.0, -9.0, -9.0]))
+    return model
+
+
+def test_unseen_items_are_left_to_their_description():
+    model = _model()
     seen = model.items.id.weight[5].clone()
-    free_unseen(model, np.array([0, 0, 0, 9, 0, 1, 8, 9]))
-    assert (model.items.id.weight[4] == 0).all() and float(model.bias[4].detach()) == 1.0  # the rarest item's
+    free_unseen(model, COUNTS, _Catalogue(False), by_neighbours=False)
+    assert (model.items.id.weight[6:] == 0).all() and model.bias[6:].tolist() == [1.0, 1.0]  # the rarest item's
     assert torch.equal(model.items.id.weight[5], seen) and float(model.bias[3].detach()) == 5.0
+
+
+@pytest.mark.parametrize("category", [False, True])
+def test_an_unseen_item_stands_between_its_neighbours(category):
+    catalogue = _Catalogue(category)
+    own, near, share = nearest_seen(catalogue, COUNTS > 0, keep=2)
+    assert own.tolist() == [6] and sorted(near[0].tolist()) == [3, 4] and share[0].sum() == pytest.approx(1)
+    weight = dict(zip(near[0].tolist(), share[0].tolist(), strict=True))
+    assert weight[3] > weight[4] > 0  # the other red dress is nearer than the red shoes
+    model = _model()
+    free_unseen(model, COUNTS, catalogue, by_neighbours=True)
+    table = model.table().detach()
+    mean = weight[3] * table[3] + weight[4] * table[4]
+    assert float(torch.nn.functional.cosine_similarity(table[6], mean, dim=0)) == pytest.approx(1, abs=1e-5)
+    length = weight[3] * float(table[3].norm()) + weight[4] * float(table[4].norm())
+    assert float(table[6].norm()) == pytest.approx(length, rel=1e-5)
+    assert float(model.bias[6].detach()) == pytest.approx(weight[3] * 5.0 + weight[4] * 1.0, rel=1e-5)
+    assert (table[7] == 0).all() and float(model.bias[7].detach()) == 1.0  # nothing is near

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from training.distributed import Parallel
 from training.loop import Loop, LoopConfig
 from training.presets import tiny
 from training.retrieval_model import RetrievalModel
+from training.tracking import WANDB
 from training.train import _retrieval_loss
 
 
@@ -71,3 +73,32 @@ def test_a_loss_that_is_not_finite_is_named(features, tmp_path):
     loop.loss = Parallel(loop.model, lambda batch: (loop.model.bias * float("nan")).sum(), data.ALONE)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         loop.run()
+
+
+def _offline_losses(file: Path) -> list[float]:
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, found = DataStore(), []
+    store.open_for_scan(str(file))
+    while (raw := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record.FromString(raw)
+        items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
+        found += [float(items["test/loss"])] if "test/loss" in items else []
+    return found
+
+
+def test_epochs_are_tracked(features, tmp_path, monkeypatch):
+    """TensorBoard's files, and Weights & Biases offline, hold the losses of the report."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv(WANDB, "1")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    losses = [e["loss"] for e in _loop(features, tmp_path).run()["epochs"]]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("test/loss")] == pytest.approx(losses)
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60  # another process writes it
+    while len(found := _offline_losses(file)) < len(losses) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert found == pytest.approx(losses)

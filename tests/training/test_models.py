@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from preprocessing.contract import FIRST_ID, PADDING_ID
-from training.encoders import dropout
+from training.encoders import BUCKETS, dropout, time_buckets
 from training.export import export, session
 from training.item_table import ItemAttributes, words_of
 from training.losses import full_softmax, gbce, sampled_softmax
@@ -27,6 +27,9 @@ ENCODERS = {
     ),
     "hstu": EncoderConfig(family="hstu"),
     "bert4rec": EncoderConfig(family="bert4rec"),
+    "sasrec, time bias": EncoderConfig(time_bias=True),
+    "hstu, time bias": EncoderConfig(family="hstu", time_bias=True),
+    "bert4rec, time bias": EncoderConfig(family="bert4rec", position_bias="relative", time_bias=True),
     "gru": EncoderConfig(family="gru"),
     "lstm": EncoderConfig(family="lstm"),
 }
@@ -36,7 +39,8 @@ def _attributes() -> ItemAttributes:
     g = torch.Generator().manual_seed(3)
     categories = torch.randint(0, 5, (ITEMS, 2), generator=g)
     words = torch.randint(0, 9, (ITEMS, 3), generator=g)
-    return ItemAttributes(categories, (5, 5), torch.randn(ITEMS, 1, generator=g), words, 9)
+    vectors = torch.randn(ITEMS, 4, generator=g)
+    return ItemAttributes(categories, (5, 5), torch.randn(ITEMS, 1, generator=g), words, 9, vectors)
 
 
 def _retriever(config: EncoderConfig) -> RetrievalModel:
@@ -84,9 +88,18 @@ def _history(*ids: int, length: int = 12) -> torch.Tensor:
     return torch.tensor([[PADDING_ID] * (length - len(ids)) + list(ids)])
 
 
+def _times(history: torch.Tensor) -> torch.Tensor:
+    """Times in ms: from a second to a month apart, the same for the same place from the right; one unknown."""
+    gaps = torch.logspace(3, 9.4, history.shape[1]).flip(0).long()
+    times = (1_700_000_000_000 + gaps.cumsum(0)).expand(len(history), -1) * (history != PADDING_ID)
+    times[:, -2] = 0
+    return times
+
+
 def test_padding_changes_nothing(retriever):
-    short = retriever.encode(torch.tensor([[7, 9, 11]]))
-    padded = retriever.encode(_history(7, 9, 11))
+    history, times = _history(7, 9, 11), _times(_history(7, 9, 11))
+    short = retriever.encode(history[:, -3:], times=times[:, -3:])
+    padded = retriever.encode(history, times=times)
     torch.testing.assert_close(short, padded[:, -3:], atol=1e-5, rtol=1e-5)
     assert (padded[:, :-3] == 0).all()
 
@@ -97,6 +110,31 @@ def test_the_future_is_not_seen(retriever):
     one, two = retriever.encode(_history(7, 9, 11, 13)), retriever.encode(_history(7, 9, 11, 50))
     torch.testing.assert_close(one[:, :-1], two[:, :-1])
     assert not torch.allclose(one[:, -1], two[:, -1])
+
+
+@pytest.mark.parametrize("family", ["sasrec", "hstu", "bert4rec"])
+def test_time_between_events_is_seen(family):
+    """Moving all times together changes nothing; moving the newest event does, but only where it may be seen."""
+    retriever = _retriever(EncoderConfig(family=family, time_bias=True))
+    history = _history(7, 9, 11, 13)
+    times = _times(history)
+    plain = retriever.encode(history, times=times)
+    torch.testing.assert_close(retriever.encode(history, times=torch.where(times > 0, times + 86_400_000, 0)), plain)
+    later = times.clone()
+    later[:, -1] += 86_400_000
+    moved = retriever.encode(history, times=later)
+    assert not torch.allclose(moved[:, -1], plain[:, -1])
+    if family != "bert4rec":
+        torch.testing.assert_close(moved[:, :-1], plain[:, :-1])
+
+
+def test_time_buckets_by_hand():
+    times = torch.tensor([[0, 1_000, 1_900, 2_000, 5_000, 10**12]])
+    found = time_buckets(times)[0]
+    assert found[0].tolist() == [0] * 6 and found[:, 0].tolist() == [0] * 6  # unknown
+    # 0 s: log2(1.5), 1 s: log2(2.5), 4 s: log2(5.5); 1.9 s minus 1 s is no whole second
+    assert found[1, 1:].tolist() == [1, 1, 2, 3, 30] and found[4, 1] == 3 and found[2, 1] == 1
+    assert time_buckets(torch.tensor([[1, 4 * 10**15]])).max() == BUCKETS - 1
 
 
 def test_batch_equals_single(retriever, ranker):
@@ -170,11 +208,14 @@ def test_every_family_exports_to_onnx(retriever, tmp_path):
     graph = RetrievalGraph(retriever, 10)
     history = torch.cat([_history(7, 9, 11), _history(*range(10, 22)), _history(), _history(5)])
     exclude = torch.zeros(4, ITEMS, dtype=torch.bool)
-    names = (["HISTORY_IDS", "EXCLUDE"], ["IDS", "SCORES", "ENCODED"])
-    export(graph, (history[:2], exclude[:2]), *names, tmp_path / "model.onnx")
-    got = session(tmp_path / "model.onnx").run(None, {"HISTORY_IDS": history.numpy(), "EXCLUDE": exclude.numpy()})
+    inputs = {"HISTORY_IDS": history, "EXCLUDE": exclude}
+    if retriever.config.time_bias:
+        inputs["HISTORY_TIMES"] = _times(history)
+    rows = tuple(inputs.values())
+    export(graph, tuple(x[:2] for x in rows), list(inputs), ["IDS", "SCORES", "ENCODED"], tmp_path / "model.onnx")
+    got = session(tmp_path / "model.onnx").run(None, {n: x.numpy() for n, x in inputs.items()})
     with torch.no_grad():
-        expected = graph(history, exclude)
+        expected = graph(*rows)
     assert (got[0] == expected[0].numpy()).all()
     for mine, reference in zip(got[1:], expected[1:], strict=True):
         np.testing.assert_allclose(mine, reference.numpy(), atol=2e-5)
@@ -187,9 +228,9 @@ def test_an_item_without_events_is_described_by_its_attributes():
         table = model.table()
         assert (table[:FIRST_ID] == 0).all() and (table[FIRST_ID:].abs().sum(1) > 0).all()
         twin = _attributes()
-        for values in (twin.categories, twin.numbers, twin.words):
-            values[9] = values[7]
-        model.items.categories, model.items.numbers, model.items.words = twin.categories, twin.numbers, twin.words
+        for name in ("categories", "numbers", "words", "vectors"):
+            getattr(twin, name)[9] = getattr(twin, name)[7]
+            setattr(model.items, name, getattr(twin, name))
         torch.testing.assert_close(model.table()[9], model.table()[7])
 
 

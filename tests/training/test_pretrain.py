@@ -11,7 +11,7 @@ import torch
 from preprocessing.contract import PADDING_ID
 from training.adapt import Adaptation, freeze_for, merge
 from training.presets import tiny
-from training.pretrain import OBJECTIVES, Pretraining, augment, halves, pretrain, take_up
+from training.pretrain import OBJECTIVES, Pretraining, augment, halves, pretrain, sessions, take_up
 from training.retrieval_model import EncoderConfig, RetrievalModel
 from training.train import load_retrieval, train_retrieval
 
@@ -27,6 +27,19 @@ def pretrained(features, tmp_path_factory):
     losses = [e["loss"] for e in manifest["results"]["epochs"]]
     assert losses[1] < losses[0]
     return root / "pretrained"
+
+
+def test_sessions_are_cut_at_pauses():
+    torch.manual_seed(0)
+    minute = 60_000
+    window = torch.tensor([[0, 0, 11, 12, 13, 14, 15], [0, 0, 0, 21, 22, 23, 24]])
+    times = torch.tensor([[0, 0, 1, 2, 40, 41, 90], [0, 0, 0, 1, 2, 3, 4]]) * minute
+    found = {tuple(map(tuple, torch.cat(sessions(window, times, 1800)).tolist())) for _ in range(30)}
+    assert found == {  # the second row is one session: nothing follows it
+        ((0, 0, 0, 0, 0, 11, 12), (0, 0, 0, 0, 0, 13, 14)),
+        ((0, 0, 0, 11, 12, 13, 14), (0, 0, 0, 0, 0, 0, 15)),
+    }
+    assert len(sessions(window[1:], times[1:], 1800)[0]) == 0
 
 
 def test_augmentations_keep_events_and_order():

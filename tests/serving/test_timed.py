@@ -1,0 +1,70 @@
+"""A retriever that reads times: the live ensemble takes them from the feature store."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from preprocessing.contract import FIRST_ID
+from serving.client import VivaceClient
+from serving.feature_store import LmdbStore
+from serving.launcher import ServerOptions
+from serving.service import service
+from training import data
+from training.export import compile_models, shapes
+from training.presets import tiny
+from training.ranking_model import RankingGraph
+from training.retrieval_model import RetrievalGraph
+from training.train import load_ranker, load_retrieval, train_ranker, train_retrieval
+
+
+def test_stored_times_reach_the_retriever(features, root, tmp_path):
+    preset = replace(tiny(), encoder=replace(tiny().encoder, time_bias=True))
+    own = tmp_path / "timed"
+    for folder in ("features", "feature_store"):
+        shutil.copytree(root / folder, own / folder)
+    train_retrieval(features, preset, own, 3, lambda _: None, quiet=True)
+    weights = torch.load(own / "retrieval" / "weights.pt")
+    with torch.no_grad():  # two epochs teach it little: make times matter
+        weights["encoder.blocks.0.time.bias_RA"].copy_(torch.linspace(-15, 15, 64).reshape(32, 2))
+    torch.save(weights, own / "retrieval" / "weights.pt")
+    train_ranker(features, preset, own, 3, lambda _: None, quiet=True)
+    compile_models(features, preset, own, 3, lambda _: None)
+
+    names = features.items()["item_id"].tolist()
+    ids = {name: i for i, name in enumerate(names, FIRST_ID)}
+    store = LmdbStore(own / "feature_store", readonly=True)
+    users = [u for u, _ in zip(store.users(), range(20), strict=False)]
+    stored = [[(ids.get(e.item_id, 2), e.timestamp_ms) for e in store.events(u)] for u in users]
+    store.close()
+    request = data.of_sequences([np.array(s) for s in stored], 20, torch.zeros(len(users)), {})
+    graph = RetrievalGraph(load_retrieval(features, preset, own), shapes(preset, features.item_count()).candidates)
+    ranking = RankingGraph(load_ranker(features, preset, own))
+    exclude = request.exclude(features.item_count(), True)
+
+    def answer(times: torch.Tensor) -> tuple[list[list[str]], np.ndarray]:
+        with torch.no_grad():
+            found = graph(request.history_BT, exclude, times)
+            ranked, values = ranking(request.history_BT, *found)
+        return [[names[i - FIRST_ID] for i in row[:10]] for row in ranked.tolist()], values[:, 0, :10].numpy()
+
+    items, scores = answer(request.time_BT)
+    blind, blind_scores = answer(torch.zeros_like(request.time_BT))
+    options = ServerOptions(own / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=own / "triton.log")
+    with (
+        service(options, lambda _: None) as (server, _),
+        VivaceClient(f"{server.host}:{server.grpc_port}") as client,
+    ):
+        for row, user in enumerate(users):
+            got = client.recommend(user, top_k=10)
+            assert got.status == "ok"
+            assert got.scores == pytest.approx(scores[row].tolist(), abs=1e-4)
+        same = sum(list(client.recommend(u, top_k=10).items) == items[row] for row, u in enumerate(users))
+        given = client.recommend("", [names[i - FIRST_ID] for i, _ in stored[0] if i >= FIRST_ID], 10)
+    assert same >= 18  # items of equal score may change places
+    assert list(given.items) == blind[0]  # a history in the request carries no times
+    assert (np.abs(scores - blind_scores).max(1) > 1e-2).sum() > 10  # and they matter here
