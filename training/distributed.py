@@ -14,13 +14,15 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -122,15 +124,58 @@ class Objective(nn.Module):
         return value, count.to(value.device)
 
 
-class Parallel:
-    """Calls an objective so that the averaged gradients of all processes are those of the global mean."""
+def whole(state: Any) -> Any:
+    """``state`` (a nest of dicts) with every sharded tensor put together, on the CPU. All processes must call it."""
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    return {k: whole(v) for k, v in state.items()} if isinstance(state, dict) else state
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any], Any], world: World) -> None:
-        self.world = world
+
+def sharded_like(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse: whole tensors sharded as those of the same name in ``like`` are."""
+    return {
+        k: distribute_tensor(v.to(like[k].device), like[k].device_mesh, like[k].placements)  # type: ignore[attr-defined]
+        if isinstance(like.get(k), DTensor)
+        else v
+        for k, v in state.items()
+    }
+
+
+class Parallel:
+    """Calls an objective so that the averaged gradients of all processes are those of the global mean. ``shard``: each
+    process keeps its part of the parameters, gradients and optimizer state (FSDP), and the encoder's blocks are put
+    together one at a time."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], Any], world: World, shard: bool = False) -> None:
+        self.world, self.sharded = world, shard and world.size > 1
         self.objective: nn.Module = Objective(model, loss)
-        if world.size > 1:
+        if self.sharded:
+            for block in getattr(getattr(model, "encoder", None), "blocks", []):
+                fully_shard(block)
+            fully_shard(self.objective)
+        elif world.size > 1:
             ids = [world.local_rank] if torch.cuda.is_available() else None
             self.objective = DistributedDataParallel(self.objective, device_ids=ids, broadcast_buffers=False)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """The model with whole parameters, for use outside the objective; all processes must enter."""
+        parts = [m for m in self.objective.modules() if isinstance(m, FSDPModule)] if self.sharded else []
+        for part in parts:
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
+
+    def agreed(self, wish: bool) -> bool:
+        """What the first process wishes: clocks differ, and sharded processes must save together."""
+        if not self.sharded:
+            return wish
+        found = torch.tensor(int(wish), device=device(self.world))
+        dist.broadcast(found, 0)
+        return bool(found)
 
     def __call__(self, batch: Any) -> tuple[Tensor, float]:
         """(loss to run backward from, mean loss of the global batch)."""

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from training.data import ALONE
-from training.distributed import Parallel, World
+from training.distributed import Parallel, World, sharded_like, whole
 from training.tracking import Tracker
 
 Batch = Any
@@ -78,12 +78,13 @@ class Loop:
         quiet: bool = False,
         world: World = ALONE,
         on_epoch: Callable[[dict[str, float]], None] | None = None,
+        shard: bool = False,
     ) -> None:
         self.model, self.config, self.folder, self.name = model, config, folder, name
         self.batches, self.metric, self.quiet, self.world = batches, metric, quiet or not world.first, world
         self.on_epoch = on_epoch
         self._tracker: Tracker | None = None
-        self.loss = Parallel(model, loss, world)
+        self.loss = Parallel(model, loss, world, shard)
         self.average = {k: p.detach().clone() for k, p in self._trained()} if config.ema else {}
         self.taken = 0
         self.optimizer = torch.optim.AdamW(
@@ -104,7 +105,11 @@ class Loop:
         """Exchanges weights and their average."""
         with torch.no_grad():
             for k, p in self._trained():
-                if k in self.average:
+                if k in self.average and self.loss.sharded:
+                    trained = p.detach().clone()
+                    p.copy_(self.average[k])
+                    self.average[k].copy_(trained)
+                elif k in self.average:
                     self.average[k], p.data = p.data, self.average[k]
 
     # -- checkpoint ----------------------------------------------------------------------------------
@@ -113,20 +118,23 @@ class Loop:
         return self.folder / "checkpoint.pt"
 
     def save(self) -> None:
-        """The first process writes; the others' random numbers start anew after a restart."""
-        if not self.world.first:
+        """The first process writes; the others' random numbers start anew after a restart. Sharded processes hand their
+        parts to it, so all must call, and the file is the same with or without sharding."""
+        if not self.world.first and not self.loss.sharded:
             return
         state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "rng": torch.get_rng_state(),
             "position": (self.epoch, self.step, self._sum, self._count),
-            "best": (self.best, self.best_state, self.bad_epochs),
+            "best": (self.best, whole(self.best_state), self.bad_epochs),
             "history": self.history,
             "seconds": self.seconds,
-            "average": (self.average, self.taken),
+            "average": (whole(self.average), self.taken),
         }
+        if not self.world.first:
+            return
         partial = self._path.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self._path)
@@ -136,7 +144,12 @@ class Loop:
         if not self._path.exists():
             return False
         state = torch.load(self._path, weights_only=False)
-        self.model.load_state_dict(state["model"])
+        own = self.model.state_dict()
+        self.model.load_state_dict(sharded_like(state["model"], own))
+        for index, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            moments = state["optimizer"]["state"].get(index, {})
+            of_shape = {k: p for k, v in moments.items() if v.shape == p.shape}
+            state["optimizer"]["state"][index] = sharded_like(moments, of_shape)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.step, self._sum, self._count = state["position"]
@@ -144,9 +157,11 @@ class Loop:
             torch.set_rng_state(state["rng"])
         else:
             torch.manual_seed(abs(hash((self.config.seed, self.world.rank, self.epoch, self.step))))
-        self.best, self.best_state, self.bad_epochs = state["best"]
+        self.best, best_state, self.bad_epochs = state["best"]
+        self.best_state = None if best_state is None else sharded_like(best_state, own)
         self.history, self.seconds = state["history"], state["seconds"]
-        self.average, self.taken = state["average"]
+        average, self.taken = state["average"]
+        self.average = sharded_like(average, own)
         return True
 
     # -- run -------------------------------------------------------------------------------------------
@@ -185,7 +200,7 @@ class Loop:
                     if stop_after_steps is not None and taken >= stop_after_steps:
                         self.save()
                         return self.report()
-                    if time.monotonic() - last_save > c.checkpoint_s:
+                    if self.loss.agreed(time.monotonic() - last_save > c.checkpoint_s):
                         self.save()
                         last_save = time.monotonic()
                 self._end_epoch(progress)
@@ -219,7 +234,8 @@ class Loop:
     def _end_epoch(self, progress: Progress) -> None:
         self.model.eval()
         self._swap()
-        figures = self.metric()
+        with self.loss.gathered():
+            figures = self.metric()
         entry = {"epoch": self.epoch + 1, "loss": self._sum / max(self._count, 1), **figures}
         self.history.append(entry)
         self._log(entry)

@@ -20,11 +20,12 @@ class RetrievalTraining:
     ``calibration``. ``label_smoothing`` is for the full softmax. ``ema``: decay of the average of the weights.
     ``random_offset``: windows are cut at another place each epoch. ``mask_share``: items hidden in a window, for the
     bert4rec family. ``start``: item embeddings from the training data's co-occurrence and item biases from its
-    popularity ("cooccurrence"), or from chance ("random"). ``shard_reading``: under torchrun each process reads its own
-    rows instead of its share of every batch. ``new_items``: items of the vocabulary without a training event get the
-    mean of the "neighbours" that the catalogue's text and attributes give them, or stay what those say ("described").
-    ``adversarial``: how far, in mean lengths of an item embedding, FGM moves
-    the embeddings for a second loss of ``adversarial_weight`` (0: none).
+    popularity ("cooccurrence"), or from chance ("random"). ``shard_reading``: under torchrun each
+    process reads its own rows instead of its share of every batch. ``shard_model``: under torchrun each process keeps a
+    part of the model and of the optimizer's state (FSDP). ``new_items``: items of the vocabulary without a training
+    event get the mean of the "neighbours" that the catalogue's text and attributes give them, or stay what those say
+    ("described"). ``adversarial``: how far, in mean lengths of an item embedding, FGM moves the embeddings for a second
+    loss of ``adversarial_weight`` (0: none).
 
     ``probe_users``: users whose last training event is held back to watch NDCG@10 for early stopping (``patience``
     epochs without a gain; 0 never stops early). The validation event is not touched.
@@ -44,6 +45,7 @@ class RetrievalTraining:
     random_offset: bool = True
     start: str = "cooccurrence"
     shard_reading: bool = False
+    shard_model: bool = False
     new_items: str = "neighbours"
     adversarial: float = 0.0
     adversarial_weight: float = 1.0
@@ -155,6 +157,20 @@ def large() -> Preset:
     )
 
 
+def huge() -> Preset:
+    """Several nodes of eight GPUs: 300 million parameters and the items, sharded. On paper: sizes by
+    ``python -m training.estimate``, never trained."""
+    own = large()
+    return replace(
+        own,
+        encoder=replace(own.encoder, width=1024, layers=24, heads=16, history=512, time_bias=True),
+        retrieval=replace(
+            own.retrieval, epochs=2, batch_size=2048, learning_rate=3e-4, loss="sampled", negatives=16384, ema=0.0,
+            start="random", shard_reading=True, shard_model=True,
+        ),
+    )  # fmt: skip
+
+
 def tiny() -> Preset:
     """Seconds: for tests of the path, not of the quality."""
     return Preset(
@@ -169,6 +185,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "cpu": cpu,
     "base": base,
     "large": large,
+    "huge": huge,
     "beauty": beauty,
     "news": news,
     "shop": shop,

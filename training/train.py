@@ -25,7 +25,7 @@ from training import data
 from training.adapt import Adaptation, freeze_for, merge
 from training.attack import adversarial
 from training.counters import cooccurrence_embeddings, item_tables, popularity
-from training.distributed import World
+from training.distributed import World, whole
 from training.evaluation import list_auc, mean_ndcg, ranks, ranks_after
 from training.item_table import item_attributes, nearest_seen
 from training.loop import Loop, LoopConfig
@@ -188,6 +188,8 @@ def train_retrieval(
     adaptation = adaptation or Adaptation()
     if adaptation.method != "full" and start_from is None:
         raise ValueError(f"--adapt {adaptation.method} fine-tunes a trained encoder: name its folder with --from")
+    if adaptation.method != "full" and preset.retrieval.shard_model:
+        raise ValueError(f"--adapt {adaptation.method} trains few parameters: set shard_model to false")
     config = {"encoder": asdict(preset.encoder), "training": asdict(preset.retrieval), "adapt": asdict(adaptation)}
     inputs = {"features": prepared["key"]}
     if start_from is not None:
@@ -243,11 +245,16 @@ def train_retrieval(
         quiet,
         world,
         on_epoch,
+        c.shard_model,
     )  # fmt: skip
     torch.manual_seed(seed + world.rank)  # other dropout and negatives in each process
     if loop.resume():
         say(f"retriever: resumed at epoch {loop.epoch + 1}, step {loop.step}")
     report = loop.run()
+    if loop.loss.sharded:
+        state = whole(model.state_dict())
+        model = RetrievalModel(preset.encoder, items, torch.tensor(counts), attributes)
+        model.load_state_dict(state)
     merge(model)
     free_unseen(model, counts, features, c.new_items == "neighbours")
     if not world.first:

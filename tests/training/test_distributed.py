@@ -58,10 +58,11 @@ def _alone(features, root: Path, training: dict) -> list[dict]:
     return train_retrieval(features, preset, root, 3, lambda _: None, quiet=True)["results"]["epochs"]
 
 
-def test_two_processes_take_the_steps_of_one(features, tmp_path):
+@pytest.mark.parametrize("shard_model", [False, True], ids=["DDP", "FSDP"])
+def test_two_processes_take_the_steps_of_one(features, tmp_path, shard_model):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    two = _finish(_start(features, tmp_path / "two", {}), tmp_path / "two")
+    two = _finish(_start(features, tmp_path / "two", {"shard_model": shard_model}), tmp_path / "two")
     one = _alone(features, tmp_path / "one", {})
     for mine, reference in zip(two, one, strict=True):
         assert mine["loss"] == pytest.approx(reference["loss"], rel=2e-4)
@@ -70,8 +71,9 @@ def test_two_processes_take_the_steps_of_one(features, tmp_path):
     torch.testing.assert_close(*weights, atol=2e-3, rtol=0)
 
 
-def test_a_killed_process_comes_back_and_the_run_ends_as_well(features, tmp_path):
-    training = {"epochs": 6, "checkpoint_s": 0.1}
+@pytest.mark.parametrize("shard_model", [False, True], ids=["DDP", "FSDP"])
+def test_a_killed_process_comes_back_and_the_run_ends_as_well(features, tmp_path, shard_model):
+    training = {"epochs": 6, "checkpoint_s": 0.1, "shard_model": shard_model}
     (tmp_path / "alone").mkdir()
     (tmp_path / "killed").mkdir()
     process = _start(features, tmp_path / "killed", training, "--max-restarts=2")
