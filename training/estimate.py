@@ -5,8 +5,9 @@
 Parameters are those of the model itself, built without memory. FLOPs of a position count the matrix products forward
 and twice that backward (a test compares them with PyTorch's counter). Memory: weights, gradients, AdamW's two moments
 and the weights' average in float32, sharded where the preset shards; with them the whole item table and the largest
-block, which FSDP puts together, and their gradients before they are shared out; activations by Korthikanti et al. 2022, eq. 2 without the attention scores, which are
-never kept. Hours assume ``--peak`` and ``--utilisation``, and no waiting for data.
+block, which FSDP puts together, and their gradients before they are shared out; activations by Korthikanti et al. 2022,
+eq. 2 without the attention scores, which are never kept. Hours assume ``--peak`` and ``--utilisation``, and no waiting
+for data.
 """
 
 from __future__ import annotations
