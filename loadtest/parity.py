@@ -55,7 +55,8 @@ def offline_answers(features: Features, preset: Preset, root: Path, users: int) 
     heads = [h.name for h in features.schema.heads]
     request = next(iter(data.requests(features.files("test"), heads, preset.encoder.history, users)))
     exclude = request.exclude(features.item_count(), features.schema.exclude_seen)
-    graph = RetrievalGraph(retriever, shapes(preset, features.item_count()).candidates)
+    s = shapes(preset, features.item_count())
+    graph = RetrievalGraph(retriever, s.candidates, s.memory)
     with torch.no_grad():
         ids, scores, encoded = graph(request.history_BT, exclude)
         ranked, values = RankingGraph(ranker)(request.history_BT, ids, scores, encoded)

@@ -114,7 +114,7 @@ class StageTensors:
     """Shapes between the stages, fixed by the trained models.
 
     ``history`` T, ``candidates`` N, ``items`` V (ids 0..V-1, special ids included), ``width`` D; ``timed``: whether the
-    retrieval model reads the times of the history.
+    retrieval model reads the times of the history; ``memory``: newest encoded events handed to the ranker (0: all T).
     """
 
     history: int
@@ -122,8 +122,11 @@ class StageTensors:
     items: int
     width: int
     timed: bool = False
+    memory: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.memory <= self.history:
+            raise ValueError(f"StageTensors.memory: expected 0..{self.history}, got {self.memory}")
         for name in ("history", "candidates", "items", "width"):
             value = getattr(self, name)
             if value < 1:
@@ -159,7 +162,7 @@ class StageTensors:
 
     @property
     def encoded_history(self) -> WireTensor:
-        return WireTensor(ENCODED_HISTORY, "FP32", (self.history, self.width))
+        return WireTensor(ENCODED_HISTORY, "FP32", (self.memory or self.history, self.width))
 
     @property
     def ranked_ids(self) -> WireTensor:

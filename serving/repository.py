@@ -121,10 +121,19 @@ def render(config: pb.ModelConfig) -> str:
     return header + text_format.MessageToString(config)
 
 
-def write_configs(folder: Path, s: c.StageTensors, heads: tuple[c.TaskHead, ...], exclude_seen: bool = True) -> None:
-    """``config.pbtxt`` and ``configs/<profile>.pbtxt`` of every model under ``folder``."""
+def write_configs(
+    folder: Path,
+    s: c.StageTensors,
+    heads: tuple[c.TaskHead, ...],
+    exclude_seen: bool = True,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """``config.pbtxt`` and ``configs/<profile>.pbtxt`` of every model under ``folder``. ``metadata``: parameters of the
+    ensemble that say what is served; any client reads them with the model's configuration."""
     for profile_name, profile in PROFILES.items():
         for name, config in model_configs(s, heads, profile, exclude_seen).items():
+            for key, value in (metadata or {}).items() if name == c.ENSEMBLE else ():
+                config.parameters[key].string_value = value
             path = folder / name / (f"configs/{profile_name}.pbtxt" if profile_name else "config.pbtxt")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(render(config))
@@ -142,13 +151,14 @@ def assemble(
     heads: tuple[c.TaskHead, ...],
     files: dict[str, dict[str, Path]],
     exclude_seen: bool = True,
+    metadata: dict[str, str] | None = None,
 ) -> int:
     """Puts compiled files into ``repository`` as a new version of every stage and drops older ones but the last.
 
     ``files[model][name]`` is copied to ``<repository>/<model>/<version>/<name>``. Returns the version.
     """
     version = next_version(repository)
-    write_configs(repository, s, heads, exclude_seen)
+    write_configs(repository, s, heads, exclude_seen, metadata)
     for model in ALL_MODELS:
         target = repository / model / str(version)
         partial = target.with_name(f".{version}.partial")

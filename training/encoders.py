@@ -1,7 +1,8 @@
 """Encoders of a user's events behind one interface, chosen by ``EncoderConfig.family``.
 
 Every encoder maps embedded events [B, T, D] and ``known`` [B, T] (False where padded, on the left) to encodings
-[B, T, D]; what stands at a padded position is undefined, and padding changes nothing elsewhere.
+[B, T, D]; what stands at a padded position is undefined, and padding changes nothing elsewhere. With ``newest`` the
+last layer works only that many of the newest events out, and the result is [B, newest, D] (0: all).
 Axis legend: B requests, T history events, D width, A attention heads, R buckets of distance.
 """
 
@@ -33,7 +34,8 @@ class EncoderConfig:
     ``attributes``: whether its categorical and continuous attributes join the embedding. ``adapter``: width of the
     bottleneck after each attention block (0: none), for fine-tuning a frozen encoder. ``id_dropout``: share of the
     items that a training step knows by attributes and text alone, so that those learn to speak for new items
-    (DropoutNet, Volkovs et al. 2017).
+    (DropoutNet, Volkovs et al. 2017). ``head_width`` and ``ffn_width`` are set by pruning (0: width / heads and
+    ffn_factor x width).
     """
 
     width: int = 64
@@ -50,6 +52,18 @@ class EncoderConfig:
     text_encoder: bool = False
     adapter: int = 0
     id_dropout: float = 0.0
+    head_width: int = 0
+    ffn_width: int = 0
+
+    @property
+    def of_head(self) -> int:
+        """Width of one attention head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def of_ffn(self) -> int:
+        """Channels of the feed-forward layer."""
+        return self.ffn_width or self.ffn_factor * self.width
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -60,7 +74,7 @@ class EncoderConfig:
             )
         if self.time_bias and self.family in ("gru", "lstm"):
             raise ValueError(f"EncoderConfig.time_bias is for attention, got the {self.family!r} family")
-        if self.width % self.heads:
+        if not self.head_width and self.width % self.heads:
             raise ValueError(f"EncoderConfig: width {self.width} is not a multiple of heads {self.heads}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"EncoderConfig.dropout: expected 0 <= p < 1, got {self.dropout}")
@@ -150,24 +164,28 @@ class AttentionBlock(nn.Module):
         d = config.width
         self.heads, self.p = config.heads, config.dropout
         self.norm_attention, self.norm_ffn = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.up, self.down = nn.Linear(d, config.ffn_factor * d), nn.Linear(config.ffn_factor * d, d)
+        inner = config.heads * config.of_head
+        self.qkv, self.out = nn.Linear(d, 3 * inner), nn.Linear(inner, d)
+        self.up, self.down = nn.Linear(d, config.of_ffn), nn.Linear(config.of_ffn, d)
         self.relative = RelativeBias(config.heads, length) if config.position_bias == "relative" else None
         self.time = TimeBias(config.heads) if config.time_bias else None
         self.adapter = Adapter(d, config.adapter) if config.adapter else None
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None) -> Tensor:
-        b, t, d = x_BTD.shape
-        q, k, v = self.qkv(self.norm_attention(x_BTD)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None, newest: int = 0) -> Tensor:
+        b, t, _ = x_BTD.shape
+        q, k, v = self.qkv(self.norm_attention(x_BTD)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if self.relative is not None:
             assert mask is not None
             mask = mask + self.relative(t)[None]
         if self.time is not None:
             assert mask is not None
             mask = mask + self.time(buckets_BTT)
+        if newest:
+            assert mask is not None
+            x_BTD, q, mask = x_BTD[:, -newest:], q[:, :, -newest:], mask[:, :, -newest:]
         # no dropout inside attention: slow on CPU
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        a = self.out(a.transpose(1, 2).reshape(b, t, d))
+        a = self.out(a.transpose(1, 2).flatten(2))
         x_BTD = x_BTD + dropout(a, self.p, self.training)
         h = self.down(F.gelu(self.up(self.norm_ffn(x_BTD))))
         x_BTD = x_BTD + dropout(h, self.p, self.training)
@@ -186,7 +204,7 @@ class Attention(nn.Module):
         mask = torch.full((length, length), MASKED).triu(1) if causal else torch.zeros(length, length)
         self.register_buffer("allowed_TT", mask, persistent=False)
 
-    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
         t = int(x_BTD.shape[1])  # a constant of the exported graph: only the batch axis is free
         mask: Tensor | None = None
         whole = self.training and bool(known_BT.all())  # nothing padded: one mask for all rows
@@ -195,8 +213,8 @@ class Attention(nn.Module):
             if not whole:
                 mask = mask + (~known_BT)[:, None, None, :].to(x_BTD.dtype) * MASKED
         buckets = None if times_BT is None else time_buckets(times_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, mask, buckets)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, mask, buckets, newest if i == len(self.blocks) - 1 else 0)
         return x_BTD
 
 
@@ -212,15 +230,18 @@ class GatedBlock(nn.Module):
         self.relative = RelativeBias(config.heads, length)
         self.time = TimeBias(config.heads) if config.time_bias else None
 
-    def forward(self, x_BTD: Tensor, seen_B1TT: Tensor, buckets_BTT: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, seen_B1TT: Tensor, buckets_BTT: Tensor | None, newest: int = 0) -> Tensor:
         b, t, d = x_BTD.shape
         u, v, q, k = F.silu(self.uvqk(self.norm(x_BTD))).chunk(4, dim=2)
         v, q, k = (z.view(b, t, self.heads, d // self.heads).transpose(1, 2) for z in (v, q, k))
         bias = self.relative(t)[None]
         if self.time is not None:
             bias = bias + self.time(buckets_BTT)
+        if newest:
+            x_BTD, u, q = x_BTD[:, -newest:], u[:, -newest:], q[:, :, -newest:]
+            bias, seen_B1TT = bias[:, :, -newest:], seen_B1TT[:, :, -newest:]
         weight = F.silu(q @ k.transpose(2, 3) + bias) * seen_B1TT / self.length
-        found = (weight @ v).transpose(1, 2).reshape(b, t, d)
+        found = (weight @ v).transpose(1, 2).flatten(2)
         y = self.out(dropout(self.norm_out(found) * u, self.p, self.training))
         return x_BTD + y
 
@@ -233,12 +254,12 @@ class Gated(nn.Module):
         self.blocks = nn.ModuleList(GatedBlock(config, length) for _ in range(config.layers))
         self.register_buffer("causal_TT", torch.ones(length, length).tril(), persistent=False)
 
-    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
         t = int(x_BTD.shape[1])
         seen = self.causal_TT[:t, :t][None, None] * known_BT[:, None, None, :].to(x_BTD.dtype)
         buckets = None if times_BT is None else time_buckets(times_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, seen, buckets)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, seen, buckets, newest if i == len(self.blocks) - 1 else 0)
         return x_BTD
 
 
@@ -254,12 +275,12 @@ class Recurrent(nn.Module):
         )
         self.p = config.dropout
 
-    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
         known = known_BT[:, :, None].to(x_BTD.dtype)
         for layer in self.layers:
             y, _ = layer(x_BTD * known)
             x_BTD = x_BTD + dropout(y, self.p, self.training)
-        return x_BTD
+        return x_BTD[:, -newest:]
 
 
 def build_encoder(config: EncoderConfig, length: int) -> nn.Module:

@@ -75,7 +75,9 @@ def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Pro
     for request in data.requests(features.files("test"), heads, preset.encoder.history, 256):
         for name, scores in _baselines(features, request, counts, followers).items():
             found.add_ranks(name, ranks(scores, request.target_B))
-        rank, ids, scores, encoded = candidates(retriever, request, count, features.schema.exclude_seen)
+        rank, ids, scores, encoded = candidates(
+            retriever, request, count, features.schema.exclude_seen, preset.ranker.memory
+        )
         found.add_ranks(RETRIEVAL, rank)
         target = request.target_B.to(ids.device)
         hit = ids == target[:, None]

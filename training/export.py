@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from preprocessing import contract as c
 from preprocessing.prepare import Features
 from serving import repository
 from training import data
+from training.gate import BOUND, graph_ranks, judge, reference_ranks
 from training.presets import Preset
+from training.quantize import quantize
 from training.ranking_model import RankingGraph
 from training.retrieval_model import RetrievalGraph
 from training.train import Progress, load_ranker, load_retrieval
 from vivace.artifacts import Step, read_manifest, write_text
 
 OPSET = 18
+PRECISIONS = ("fp32", "int8")
 TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
 EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
@@ -36,7 +40,8 @@ RECORDED_REQUESTS = 5000
 def shapes(preset: Preset, items: int) -> c.StageTensors:
     """The tensors between the stages for a preset and a vocabulary."""
     count = min(preset.ranker.candidates, items - c.FIRST_ID)
-    return c.StageTensors(preset.encoder.history, count, items, preset.encoder.width, preset.encoder.time_bias)
+    e = preset.encoder
+    return c.StageTensors(e.history, count, items, e.width, e.time_bias, preset.ranker.memory)
 
 
 def export(
@@ -135,14 +140,60 @@ def export_checked(
     return found
 
 
-def compile_models(features: Features, preset: Preset, root: Path, seed: int, say: Progress) -> dict[str, Any]:
-    """Writes ``artifacts/<name>/compiled`` and publishes a new version in ``artifacts/<name>/model_repository``."""
+@dataclass(frozen=True)
+class CompileConfig:
+    """``precision`` "fp32" or "int8" (dynamic, ONNX Runtime on CPUs; ``keep``: nodes that stay in float32). The quality
+    gate compares the engine with the evaluated run in ``reference``: always for int8 (then this run itself by default),
+    for float32 only where ``reference`` is given. ``bound``: the relative fall of NDCG@10 it lets through; ``force``
+    publishes all the same and says so in the model card and the server's metadata."""
+
+    precision: str = "fp32"
+    keep: tuple[str, ...] = ()
+    reference: Path | None = None
+    bound: float = BOUND
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"--precision: expected one of {PRECISIONS}, got {self.precision!r}")
+
+
+def overlap(expected: np.ndarray, got: np.ndarray, k: int = 10) -> float:
+    """Mean share of the first ``k`` ids of each row that two answers have in common."""
+    rows = [len(set(a[:k]) & set(b[:k])) / k for a, b in zip(expected, got, strict=True)]
+    return float(np.mean(rows))
+
+
+class Engine:
+    """Two compiled graphs as one function of the retrieval graph's inputs."""
+
+    def __init__(self, folder: Path, s: c.StageTensors, threads: int = 1) -> None:
+        self.retrieval, self.ranking = (session(folder / f"{n}.onnx", threads) for n in (c.RETRIEVAL, c.RANKING))
+        self.names = [_names(c.retrieval_inputs(s)), _names(c.ranking_inputs(s))]
+
+    def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs of the ranking graph: ids best first, values."""
+        found = self.retrieval.run(None, dict(zip(self.names[0], inputs, strict=True)))
+        ranked: list[np.ndarray] = self.ranking.run(None, dict(zip(self.names[1], (inputs[0], *found), strict=True)))
+        return ranked
+
+
+def compile_models(
+    features: Features, preset: Preset, root: Path, seed: int, say: Progress, config: CompileConfig | None = None
+) -> dict[str, Any]:
+    """Writes ``artifacts/<name>/compiled`` and publishes a new version in ``artifacts/<name>/model_repository``. Raises
+    ValueError where ONNX and PyTorch differ, GateError where the engine lost more quality than the bound."""
+    config = config or CompileConfig()
     inputs = {n: read_manifest(root / n, "vivace train")["key"] for n in ("retrieval", "ranking")}
     inputs["features"] = read_manifest(features.folder, "vivace prepare")["key"]
     schema, items = features.schema, features.item_count()
     s = shapes(preset, items)
     profiles = {name: repr(p) for name, p in repository.PROFILES.items()}
-    step = Step(root / "compiled", "compile", {"opset": OPSET, "shapes": s, "profiles": profiles}, seed, inputs)
+    settings = {"opset": OPSET, "shapes": s, "profiles": profiles, **asdict(config)}
+    reference = config.reference or (root / "evaluation" if config.precision != "fp32" else None)
+    if reference is not None:
+        inputs["reference"] = read_manifest(reference, "vivace evaluate")["key"]
+    step = Step(root / "compiled", "compile", settings, seed, inputs)
     target = root / "model_repository"
     if step.done() and target.is_dir():
         say("compiled models are there: nothing to do")
@@ -154,21 +205,37 @@ def compile_models(features: Features, preset: Preset, root: Path, seed: int, sa
     ranker = load_ranker(features, preset, root).cpu()
     example = example_requests(features, preset)
     say("exporting retrieval")
-    graph = RetrievalGraph(retriever, s.candidates)
-    file = step.folder / "retrieval.onnx"
+    graph = RetrievalGraph(retriever, s.candidates, s.memory)
+    exact = step.folder if config.precision == "fp32" else step.folder / "fp32"
+    exact.mkdir(exist_ok=True)
+    file = exact / "retrieval.onnx"
     found = export_checked(c.RETRIEVAL, graph, c.retrieval_inputs(s), c.retrieval_outputs(s), example, file)
     parity = {c.RETRIEVAL: found}
     with torch.no_grad():
         ids, scores, encoded = graph(*example)
     say("exporting ranking")
-    rows, file = (example[0], ids, scores, encoded), step.folder / "ranking.onnx"
+    rows, file = (example[0], ids, scores, encoded), exact / "ranking.onnx"
     outputs = c.ranking_outputs(s, schema.heads)
     parity[c.RANKING] = export_checked(c.RANKING, RankingGraph(ranker), c.ranking_inputs(s), outputs, rows, file)
+    verdict = None
+    if config.precision == "int8":
+        say("quantizing")
+        for name in (c.RETRIEVAL, c.RANKING):
+            quantize(exact / f"{name}.onnx", step.folder / f"{name}.onnx", config.keep)
+        feed = [x.numpy() for x in example]
+        parity["int8"] = {"top-10 overlap": overlap(Engine(exact, s)(feed)[0], Engine(step.folder, s)(feed)[0])}
+    if reference is not None:
+        say("ranking the test requests by the compiled graphs")
+        engine = Engine(step.folder, s)
+        found_ranks = graph_ranks(features, s.history, lambda x: engine(x)[0], items, s.timed)
+        verdict = judge(reference_ranks(reference), found_ranks, config.bound, config.force)
+        say(verdict.sentence())
     record(features, step.folder / FILE, RECORDED_REQUESTS, seed)
     items_file = step.folder / "items.json"
     write_text(items_file, json.dumps(features.items()[c.ITEM].tolist(), ensure_ascii=False))
     write_text(step.folder / "schema.json", json.dumps(schema.to_json()))
     card = _model_card(features, root, s, seed, parity)
+    card |= {"precision": config.precision, "gate": verdict.record() if verdict else "not asked: float32, by parity"}
     write_text(step.folder / "model_card.json", json.dumps(card, indent=2))
     version = repository.assemble(
         target,
@@ -182,9 +249,12 @@ def compile_models(features: Features, preset: Preset, root: Path, seed: int, sa
             c.ENSEMBLE: {"model_card.json": step.folder / "model_card.json"},
         },
         exclude_seen=schema.exclude_seen,
+        metadata={"precision": config.precision, "gate": json.dumps(card["gate"])},
     )
     say(f"published version {version} in {target}")
-    return step.finish(time.monotonic() - started, parity=parity, version=version, repository=str(target.name))
+    return step.finish(
+        time.monotonic() - started, parity=parity, version=version, repository=str(target.name), gate=card["gate"]
+    )
 
 
 def _model_card(features: Features, root: Path, s: c.StageTensors, seed: int, parity: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from training.ranking_model import RankerConfig
 from training.retrieval_model import EncoderConfig
@@ -191,6 +192,16 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "shop": shop,
     "tiny": tiny,
 }
+
+
+def from_json(record: dict[str, Any]) -> Preset:
+    """The preset whose ``dataclasses.asdict`` is ``record``."""
+    return Preset(
+        EncoderConfig(**record["encoder"]),
+        RetrievalTraining(**record["retrieval"]),
+        RankerConfig(**record["ranker"]),
+        RankerTraining(**record["ranking"]),
+    )
 
 
 def preset(name: str) -> Preset:

@@ -31,13 +31,15 @@ MIXTURES = ("mmoe", "ple", "shared")
 
 @dataclass(frozen=True)
 class RankerConfig:
-    """Shape of the ranker. ``candidates`` N; ``lags`` L; ``followers`` K of the co-occurrence table.
+    """Shape of the ranker. ``candidates`` N; ``lags`` L; ``followers`` K of the co-occurrence table; ``memory``: newest
+    encoded events that the candidates attend to (0: all).
 
     ``mixture``: how the heads share: "mmoe" a gate each over common experts (Ma et al. 2018), "ple" experts of their
     own beside common ones in two layers (Tang et al. 2020), "shared" one common layer.
     """
 
     candidates: int = 100
+    memory: int = 0
     heads: int = 4
     experts: int = 3
     expert_width: int = 64
@@ -161,8 +163,9 @@ class RankingModel(nn.Module):
         return torch.cat([*parts, self.numbers[ids]], dim=-1)
 
     def attend(self, own_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
-        """What each candidate finds in the history, float32 [B, N, D]."""
+        """What each candidate finds in the encoded part of the history, float32 [B, N, D]."""
         b, n, d = own_BND.shape
+        history_BT = history_BT[:, -int(encoded_BTD.shape[1]) :]
         t, h = history_BT.shape[1], self.config.heads
         memory = torch.cat([encoded_BTD, self.item(history_BT)], dim=2)
         q = self.query(own_BND).view(b, n, h, d // h).transpose(1, 2)

@@ -63,7 +63,7 @@ class RetrievalModel(nn.Module):
         table: Tensor = self.items()
         return table
 
-    def _run(self, x_BTD: Tensor, known_BT: Tensor, times: Tensor | None) -> Tensor:
+    def _run(self, x_BTD: Tensor, known_BT: Tensor, times: Tensor | None, newest: int = 0) -> Tensor:
         if self.position is not None:
             x_BTD = x_BTD + self.position.weight[self.position.num_embeddings - x_BTD.shape[1] :]
         x_BTD = dropout(x_BTD, self.config.dropout, self.training)
@@ -71,26 +71,30 @@ class RetrievalModel(nn.Module):
             times = None
         elif times is None:
             times = torch.zeros_like(known_BT, dtype=torch.long)
-        return self.norm(self.encoder(x_BTD, known_BT, times)) * known_BT[:, :, None].to(x_BTD.dtype)
+        h = self.norm(self.encoder(x_BTD, known_BT, times, newest))
+        return h * known_BT[:, -newest:, None].to(x_BTD.dtype)
 
     def _embedded(self, history_BT: Tensor, table_VD: Tensor) -> Tensor:
         return F.embedding(history_BT, table_VD) * self.config.width**0.5
 
-    def encode(self, history_BT: Tensor, table_VD: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+    def encode(
+        self, history_BT: Tensor, table_VD: Tensor | None = None, times: Tensor | None = None, newest: int = 0
+    ) -> Tensor:
         """Encoded history float32 [B, T, D] of ids int64 [B, T], padded on the left; T <= config.history. ``times`` in
-        ms, int64 [B, T], 0 where unknown: read by a configuration with ``time_bias``.
+        ms, int64 [B, T], 0 where unknown: read by a configuration with ``time_bias``. ``newest``: only the last so many
+        rows are worked out, [B, newest, D] (0: all).
 
         The newest row is the user's state, which is scored against the items; rows of padding are zero."""
         table_VD = self.table() if table_VD is None else table_VD
         known_BT = history_BT != PADDING_ID
         x_BTD = self._embedded(history_BT, table_VD)
         if self.mask_token is None:
-            return self._run(x_BTD, known_BT, times)
+            return self._run(x_BTD, known_BT, times, newest)
         asked = self.mask_token + torch.zeros_like(x_BTD[:, :1])
         if times is not None:  # the place that asks stands beside the newest event
             times = torch.cat([times, times[:, -1:]], 1)
         h = self._run(torch.cat([x_BTD, asked], 1), torch.cat([known_BT, torch.ones_like(known_BT[:, :1])], 1), times)
-        return torch.cat([h[:, : history_BT.shape[1] - 1], h[:, -1:]], 1)
+        return torch.cat([h[:, : history_BT.shape[1] - 1], h[:, -1:]], 1)[:, -newest:]
 
     def encode_masked(
         self, window_BT: Tensor, hidden_BT: Tensor, table_VD: Tensor, times: Tensor | None = None
@@ -123,16 +127,17 @@ class RetrievalGraph(nn.Module):
 
     table_VD: Tensor
 
-    def __init__(self, model: RetrievalModel, candidates: int) -> None:
+    def __init__(self, model: RetrievalModel, candidates: int, memory: int = 0) -> None:
+        """``memory``: newest encoded events that are handed to the ranker (0: all)."""
         super().__init__()
-        self.model, self.candidates = model, candidates
+        self.model, self.candidates, self.memory = model, candidates, memory
         with torch.no_grad():
             self.register_buffer("table_VD", model.table().detach().clone())
 
     def forward(
         self, history_ids: Tensor, exclude: Tensor, history_times: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        encoded = self.model.encode(history_ids, self.table_VD, history_times)
+        encoded = self.model.encode(history_ids, self.table_VD, history_times, self.memory)
         scores = self.model.scores(history_ids, encoded, exclude, self.table_VD)
         top, ids = torch.topk(scores, self.candidates, dim=1)
         ids = torch.where(top > EXCLUDED / 2, ids, torch.full_like(ids, PADDING_ID))

@@ -25,6 +25,7 @@ from training import data
 from training.adapt import Adaptation, freeze_for, merge
 from training.attack import adversarial
 from training.counters import cooccurrence_embeddings, item_tables, popularity
+from training.distill import Teacher
 from training.distributed import World, whole
 from training.evaluation import list_auc, mean_ndcg, ranks, ranks_after
 from training.item_table import item_attributes, nearest_seen
@@ -97,7 +98,9 @@ def item_loss(
     return loss
 
 
-def _retrieval_loss(model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor) -> Callable[..., Any]:
+def _retrieval_loss(
+    model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor, teacher: Teacher | None = None
+) -> Callable[..., Any]:
     of_items = item_loss(model, config, log_expected_V)
 
     def next_item(batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +109,9 @@ def _retrieval_loss(model: RetrievalModel, config: RetrievalTraining, log_expect
         keep = (inputs != PADDING_ID) & (targets >= FIRST_ID)
 
         def at(moved: Tensor) -> Tensor:
-            return of_items(model.encode(inputs, moved, seen)[keep].float(), targets[keep], moved)
+            states = model.encode(inputs, moved, seen)[keep].float()
+            loss = of_items(states, targets[keep], moved)
+            return loss if teacher is None else loss + teacher.loss(states, moved, model.bias, inputs, keep)
 
         if not config.adversarial:
             return at(table), keep.sum()
@@ -176,11 +181,13 @@ def train_retrieval(
     adaptation: Adaptation | None = None,
     world: World = data.ALONE,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """Trains (or resumes, or finds) ``artifacts/<name>/retrieval``; returns its manifest.
 
     ``start_from``: folder of a pretrained or trained retriever whose weights are taken up first; ``adaptation``: which
-    of them are then trained; ``on_epoch`` is told the figures of each epoch and may raise.
+    of them are then trained; ``on_epoch`` is told the figures of each epoch and may raise; ``teacher``: what it learns
+    from beside the data.
     """
     from training.pretrain import take_up
 
@@ -192,6 +199,11 @@ def train_retrieval(
         raise ValueError(f"--adapt {adaptation.method} trains few parameters: set shard_model to false")
     config = {"encoder": asdict(preset.encoder), "training": asdict(preset.retrieval), "adapt": asdict(adaptation)}
     inputs = {"features": prepared["key"]}
+    if teacher is not None:
+        if preset.encoder.family == "bert4rec" or preset.encoder.time_bias:
+            raise ValueError("distillation is for encoders that predict the next item without times")
+        config["distillation"] = asdict(teacher.config)
+        inputs["teacher"] = teacher.key
     if start_from is not None:
         inputs["from"] = read_manifest(start_from, "vivace pretrain")["key"]
     if preset.encoder.text_encoder:
@@ -240,7 +252,7 @@ def train_retrieval(
         step.folder,
         "retrieval",
         batches,
-        _retrieval_loss(model, c, log_expected),
+        _retrieval_loss(model, c, log_expected, teacher),
         _probe_metric(model, probes, features.schema.exclude_seen),
         quiet,
         world,
@@ -324,14 +336,15 @@ def load_retrieval(features: Features, preset: Preset, root: Path) -> RetrievalM
 
 # -- ranking -------------------------------------------------------------------------------------------
 def candidates(
-    retriever: RetrievalModel, request: data.Requests, count: int, exclude_seen: bool
+    retriever: RetrievalModel, request: data.Requests, count: int, exclude_seen: bool, memory: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(rank of the target [B], ids [B, N], scores [B, N], encoded [B, T, D]) of the retriever, without gradients."""
+    """(rank of the target [B], ids [B, N], scores [B, N], encoded [B, memory, D]) of the retriever, without gradients;
+    ``memory`` 0: all T events."""
     with torch.no_grad():
         rank, scores, encoded = scored(retriever, request, exclude_seen)
         top, ids = torch.topk(scores, count, dim=1)
         ids = torch.where(top > EXCLUDED / 2, ids, torch.zeros_like(ids))
-    return rank, ids, top, encoded
+    return rank, ids, top, encoded[:, -memory:]
 
 
 class RankerData:
@@ -374,7 +387,9 @@ class RankerData:
         """(history [B, T], ids, scores, encoded, hit bool [B, N], labels [B, heads]) of requests whose target is among
         the candidates (training), or of all of them (held out); the retriever's rank and the target come last."""
         for request in self._requests(held_out, shuffle_seed, batch_size):
-            rank, ids, scores, encoded = candidates(self.retriever, request, self.count, self.schema.exclude_seen)
+            rank, ids, scores, encoded = candidates(
+                self.retriever, request, self.count, self.schema.exclude_seen, self.preset.ranker.memory
+            )
             target = request.target_B.to(ids.device)
             hit = ids == target[:, None]
             keep = torch.from_numpy(self.held_out_mask(request) == held_out).to(ids.device)

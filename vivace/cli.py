@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -27,6 +28,9 @@ Artifacts = Annotated[Path, typer.Option("--artifacts", help="where artifacts go
 PresetName = Annotated[str, typer.Option("--preset", help="model and training sizes; chosen by the data set if empty")]
 Seed = Annotated[int, typer.Option("--seed")]
 Profile = Annotated[str, typer.Option("--profile", help='configs/<profile>.pbtxt; "" is config.pbtxt')]
+Precision = Annotated[str, typer.Option("--precision", help="fp32, or int8 for ONNX Runtime on CPUs")]
+Bound = Annotated[float, typer.Option("--bound", help="relative fall of NDCG@10 that the quality gate lets through")]
+Force = Annotated[bool, typer.Option("--force", help="publish what the quality gate refuses; it is recorded")]
 Wandb = Annotated[
     bool, typer.Option("--wandb", help="log to Weights & Biases too (offline without a key; WANDB_MODE decides)")
 ]
@@ -61,8 +65,11 @@ def _root(artifacts: Path, name: str, data: str) -> Path:
 
 def _preset(name: str, root: Path) -> Any:
     from preprocessing.contract import DataSchema
-    from training.presets import preset
+    from training.presets import from_json, preset
 
+    own = root / "preset.json"  # of a compressed variant
+    if not name and own.exists():
+        return from_json(json.loads(own.read_text()))
     schema = root / "features" / "schema.json"
     known = DataSchema.load(schema).name if schema.exists() else ""
     return preset(name or ("shop" if known == "shop" else "cpu"))
@@ -218,7 +225,6 @@ def search(
     ] = None,
 ) -> None:
     """Search the retriever's hyper-parameters on the validation requests; goes on with an earlier study."""
-    import json
 
     from preprocessing.prepare import Features
     from training.search import search as run
@@ -272,19 +278,60 @@ def compare_runs(runs: list[Path], plot_file: Path) -> None:
         say(f"plot {plot_file}, figures {plot_file.with_suffix('.json')}")
 
 
-@app.command("compile")
-def compile_(
-    name: Name = "shop", artifacts: Artifacts = DEFAULT_ARTIFACTS, preset: PresetName = "", seed: Seed = 7
+@app.command()
+def compress(
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    preset: PresetName = "",
+    seed: Seed = 7,
+    variant: Annotated[str, typer.Option(help="folder under artifacts/<name>/compressed")] = "small",
+    layers: Annotated[int, typer.Option(help="layers left of the retriever (0: all)")] = 0,
+    heads: Annotated[int, typer.Option(help="attention heads left in each layer (0: all)")] = 0,
+    ffn: Annotated[int, typer.Option(help="feed-forward channels left (0: all)")] = 0,
+    width: Annotated[int, typer.Option(help="embedding dimensions left (0: all)")] = 0,
+    memory: Annotated[int, typer.Option(help="newest encoded events the ranker reads (0: all)")] = 0,
+    epochs: Annotated[int, typer.Option(help="of recovery training under the whole model's eye")] = 4,
+    precision: Precision = "fp32",
+    bound: Bound = 0.01,
+    force: Force = False,
 ) -> None:
-    """Export to ONNX, check against PyTorch, publish a new version of the model repository."""
+    """Prune an evaluated run, let the whole model teach it, compile it, refuse it if it lost too much."""
     from preprocessing.prepare import Features
-    from training.export import compile_models
+    from training.compress import FOLDER, Compression
+    from training.compress import compress as run
+    from training.prune import Target
     from vivace.artifacts import exclusive
 
     with reported():
         root = artifacts / name
+        config = Compression(
+            Target(layers, heads, ffn, width), memory, epochs, precision=precision, bound=bound, force=force
+        )
         with exclusive(root):
-            manifest = compile_models(Features(root / "features"), _preset(preset, root), root, seed, say)
+            run(Features(root / "features"), _preset(preset, root), root, variant, config, seed, say)
+        say(f"vivace serve --name {name}/{FOLDER}/{variant}; python -m loadtest.graphs compares the speeds")
+
+
+@app.command("compile")
+def compile_(
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    preset: PresetName = "",
+    seed: Seed = 7,
+    precision: Precision = "fp32",
+    bound: Bound = 0.01,
+    force: Force = False,
+) -> None:
+    """Export to ONNX, check against PyTorch (int8: by the quality gate), publish a new version of the repository."""
+    from preprocessing.prepare import Features
+    from training.export import CompileConfig, compile_models
+    from vivace.artifacts import exclusive
+
+    with reported():
+        root = artifacts / name
+        config = CompileConfig(precision, bound=bound, force=force)
+        with exclusive(root):
+            manifest = compile_models(Features(root / "features"), _preset(preset, root), root, seed, say, config)
         for stage, values in manifest["results"]["parity"].items():
             say(f"{stage}: PyTorch against ONNX " + ", ".join(f"{k} {v:.2g}" for k, v in values.items()))
 

@@ -104,6 +104,14 @@ def test_padding_changes_nothing(retriever):
     assert (padded[:, :-3] == 0).all()
 
 
+def test_the_newest_rows_are_those_of_the_whole(retriever):
+    history = torch.cat([_history(7, 9, 11), _history(*range(10, 22)), _history()])
+    whole = retriever.encode(history, times=_times(history))
+    for newest in (1, 5, 12):
+        part = retriever.encode(history, times=_times(history), newest=newest)
+        torch.testing.assert_close(part, whole[:, -newest:], atol=1e-5, rtol=1e-5)
+
+
 def test_the_future_is_not_seen(retriever):
     if retriever.masked:
         pytest.skip("bert4rec sees both sides: it is trained on hidden items")
@@ -137,10 +145,11 @@ def test_time_buckets_by_hand():
     assert time_buckets(torch.tensor([[1, 4 * 10**15]])).max() == BUCKETS - 1
 
 
-def test_batch_equals_single(retriever, ranker):
+@pytest.mark.parametrize("memory", [0, 5])
+def test_batch_equals_single(retriever, ranker, memory):
     history = torch.cat([_history(7, 9, 11), _history(*range(10, 22)), _history()])
     exclude = torch.zeros(3, ITEMS, dtype=torch.bool)
-    graph, rank = RetrievalGraph(retriever, 10), RankingGraph(ranker)
+    graph, rank = RetrievalGraph(retriever, 10, memory), RankingGraph(ranker)
     ids, scores, encoded = graph(history, exclude)
     together = rank(history, ids, scores, encoded)
     for i in range(3):
@@ -205,7 +214,7 @@ def test_an_untrained_ranker_keeps_the_retrievers_order(retriever):
 
 
 def test_every_family_exports_to_onnx(retriever, tmp_path):
-    graph = RetrievalGraph(retriever, 10)
+    graph = RetrievalGraph(retriever, 10, memory=4)
     history = torch.cat([_history(7, 9, 11), _history(*range(10, 22)), _history(), _history(5)])
     exclude = torch.zeros(4, ITEMS, dtype=torch.bool)
     inputs = {"HISTORY_IDS": history, "EXCLUDE": exclude}

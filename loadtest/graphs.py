@@ -1,0 +1,103 @@
+"""How fast the retrieval and ranking graphs of several runs are, in one run, taking turns.
+
+    python -m loadtest.graphs artifacts/ml-1m artifacts/ml-1m/compressed/pruned --batch 1 --batch 16
+
+Each folder is a compiled run (``vivace compile`` or ``vivace compress``). Every round measures each of them once, in an
+order that changes; the figure is the median over the rounds, the ratio is to the first folder. The requests are those
+that the first run recorded. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from loadtest.requests import recorded
+from preprocessing import contract as c
+from serving.feature_store import LmdbStore
+from serving.stages import FeatureTransform, Row
+from training.export import session
+from vivace.artifacts import commit, read_manifest
+from vivace.doctor import cpu
+
+
+class Graphs:
+    """The two graphs of a compiled run. ``graphs(inputs)`` answers a batch of ready tensors."""
+
+    def __init__(self, root: Path, threads: int) -> None:
+        read_manifest(root / "compiled", "vivace compile")
+        card = json.loads((root / "compiled" / "model_card.json").read_text())
+        self.shapes = c.StageTensors(**card["shapes"])
+        self.retrieval = session(root / "compiled" / "retrieval.onnx", threads)
+        self.ranking = session(root / "compiled" / "ranking.onnx", threads)
+        self.bytes = sum((root / "compiled" / f"{n}.onnx").stat().st_size for n in (c.RETRIEVAL, c.RANKING))
+
+    def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        names = [t.name for t in c.retrieval_inputs(self.shapes)]
+        found = self.retrieval.run(None, dict(zip(names, inputs, strict=True)))
+        names = [t.name for t in c.ranking_inputs(self.shapes)]
+        ranked: list[np.ndarray] = self.ranking.run(None, dict(zip(names, (inputs[0], *found), strict=True)))
+        return ranked
+
+
+def batches_of(root: Path, shapes: c.StageTensors, batch: int, count: int) -> list[list[np.ndarray]]:
+    """Inputs of the retrieval graph for recorded requests."""
+    store = LmdbStore(root / "feature_store", readonly=True)
+    seen = c.DataSchema.load(root / "compiled" / "schema.json").exclude_seen
+    transform = FeatureTransform(root / "features" / "transform_request.onnx", store, shapes, seen)
+    histories = recorded(root)[c.ITEM].tolist()
+    rows = [Row("", list(h) or None, 10) for h in histories]
+    picked = [[rows[(i * batch + j) % len(rows)] for j in range(batch)] for i in range(count)]
+    out = [transform(chosen)[0] for chosen in picked]
+    store.close()
+    return out
+
+
+def milliseconds(graphs: Graphs, inputs: list[list[np.ndarray]], seconds: float) -> float:
+    """Mean time of a batch."""
+    graphs(inputs[0])
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        graphs(inputs[done % len(inputs)])
+        done += 1
+    return (time.perf_counter() - started) / done * 1000
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="compiled runs; the first is the reference")],
+    batch: Annotated[list[int], typer.Option(help="sizes of a batch")] = [1, 16],  # noqa: B006 - typer reads the default
+    rounds: int = 7,
+    seconds: Annotated[float, typer.Option(help="of one measurement")] = 1.0,
+    threads: Annotated[int, typer.Option(help="of ONNX Runtime")] = 1,
+) -> None:
+    graphs = {str(r): Graphs(r, threads) for r in runs}
+    first = runs[0]
+    rng, rows = random.Random(0), []
+    times: dict[tuple[str, int], list[float]] = {}
+    inputs = {
+        (name, size): batches_of(first if (first / "feature_store").exists() else first.parents[1], g.shapes, size, 64)
+        for name, g in graphs.items()
+        for size in batch
+    }
+    for _ in range(rounds):
+        order = list(inputs)
+        rng.shuffle(order)
+        for name, size in order:
+            times.setdefault((name, size), []).append(milliseconds(graphs[name], inputs[name, size], seconds))
+    for name, g in graphs.items():
+        for size in batch:
+            ms = float(np.median(times[name, size]))
+            ratio = float(np.median(np.array(times[str(first), size]) / np.array(times[name, size])))
+            rows.append({"run": name, "batch": size, "ms": round(ms, 3), "ratio": round(ratio, 2), "bytes": g.bytes})
+            print(f"{name:60} batch {size:3}  {ms:8.2f} ms  {ratio:5.2f} times the first  {g.bytes / 2**20:7.1f} MiB")
+    print(json.dumps({"benchmark": "graphs", "threads": threads, "rows": rows, "cpu": cpu()[0], "commit": commit()}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,170 @@
+"""Compression: what does nothing is what goes; losses by hand; a damaged engine is refused; a variant is served."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import tritonclient.grpc as grpcclient
+from onnx import numpy_helper
+
+from preprocessing import contract as c
+from serving.launcher import ServerOptions
+from serving.service import service
+from training.compress import Compression, compress
+from training.distill import Distillation, divergence, list_mle, relations
+from training.evaluation import MISS
+from training.export import CompileConfig, Engine, compile_models, shapes
+from training.gate import GateError, graph_ranks, judge, reference_ranks
+from training.presets import from_json, tiny
+from training.prune import Target, measure, prune
+from training.retrieval_model import EncoderConfig, RetrievalModel
+
+ITEMS = 40
+SHAPE = EncoderConfig(width=16, layers=3, heads=4, history=12, dropout=0.0, position_bias="relative")
+
+
+def _model() -> RetrievalModel:
+    torch.manual_seed(0)
+    model = RetrievalModel(SHAPE, ITEMS, torch.ones(ITEMS))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        first, dead, last = model.encoder.blocks
+        for layer in (dead.out, dead.down):  # a layer that adds nothing
+            layer.weight.zero_()
+            layer.bias.zero_()
+        for block in (first, last):
+            block.out.weight[:, 4:8] = 0  # head 1
+            block.qkv.weight[[*range(4, 8), *range(20, 24), *range(36, 40)]] = 0
+            block.qkv.bias[[*range(4, 8), *range(20, 24), *range(36, 40)]] = 0
+            block.down.weight[:, 10:40] = 0  # 30 of 64 channels
+    return model.eval()
+
+
+def _loss(model: RetrievalModel, batch: torch.Tensor) -> torch.Tensor:
+    logits = model.logits(model.encode(batch[:, :-1]))
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def test_what_does_nothing_goes_and_the_answers_stay():
+    model = _model()
+    batches = [torch.randint(3, ITEMS, (8, 13)) for _ in range(3)]
+    found = measure(model, batches, _loss)
+    assert int(found.layers.abs().argmin()) == 1 and float(found.layers[1]) == pytest.approx(0, abs=1e-5)
+    assert all(float(found.heads[i, 1]) == 0 for i in (0, 2)) and (found.ffn[0, 10:40] == 0).all()
+    kept = replace(found, layers=torch.tensor([1.0, 0.0, 1.0]))
+    small = prune(model, kept, Target(layers=2, heads=3, ffn=34)).eval()
+    assert small.config.of_head == 4 and small.encoder.blocks[0].qkv.weight.shape == (36, 16)
+    history = torch.cat([batches[0][:, :12], torch.zeros(1, 12, dtype=torch.long)])
+    history[0, :5] = 0
+    torch.testing.assert_close(small.encode(history), model.encode(history), atol=1e-5, rtol=1e-5)
+    assert sum(p.numel() for p in small.parameters()) < 0.75 * sum(p.numel() for p in model.parameters())
+
+
+def test_dimensions_that_carry_least_go():
+    model = _model()
+    found = measure(model, [torch.randint(3, ITEMS, (8, 13))], _loss)
+    small = prune(model, found, Target(width=12))
+    kept = found.width.topk(12).indices.sort().values
+    torch.testing.assert_close(small.items.id.weight, model.items.id.weight[:, kept])
+    assert small.encode(torch.tensor([[5, 6]])).shape == (1, 2, 12)
+    with pytest.raises(ValueError, match="heads: expected 1 to 4"):
+        prune(model, found, Target(heads=9))
+
+
+def test_distillation_losses_by_hand():
+    scores = torch.tensor([[2.0, 1.0, 0.0]])
+    e = math.e
+    first, second = -math.log(e**2 / (e**2 + e + 1)), -math.log(e / (e + 1))
+    assert float(list_mle(scores)) == pytest.approx((first + second) / 3, rel=1e-6)
+    assert float(divergence(scores, scores + 5, 2.0)) == pytest.approx(0, abs=1e-6)
+    p, q = torch.softmax(torch.tensor([0.5, 0.0]), 0), torch.tensor([0.5, 0.5])
+    by_hand = 4 * float((p * (p / q).log()).sum())
+    assert float(divergence(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), 2.0)) == pytest.approx(by_hand, rel=1e-5)
+    states = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    assert float(relations(states, torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.0, 1.0]]))) == 0
+    assert float(relations(states, torch.tensor([[1.0], [2.0]]))) == pytest.approx(2 / 4)  # two of four pairs differ
+
+
+def test_the_gate_by_hand():
+    before = np.array([0, 1, 5, MISS] * 50)
+    same = judge(before, before.copy())
+    assert same.change == 0 and same.passed
+    worse = before.copy()
+    worse[0] = 1  # one of fifty first places becomes a second
+    lost = (1 - 1 / math.log2(3)) / (50 * (1 + 1 / math.log2(3) + 1 / math.log2(7)))
+    verdict = judge(before, worse)
+    assert verdict.change == pytest.approx(-lost) and verdict.passed and verdict.interval[0] < -lost
+    worse[:40] = MISS
+    with pytest.raises(GateError, match=r"not published: NDCG@10 .* at most 1.0% may be lost"):
+        judge(before, worse)
+    forced = judge(before, worse, forced=True)
+    assert not forced.passed and forced.record()["forced"]
+
+
+@pytest.fixture(scope="module")
+def variant(features, root):
+    """The small shop's run, pruned to a third of its channels and taught for one epoch, in int8."""
+    config = Compression(
+        Target(ffn=24), memory=10, epochs=1, distillation=Distillation(1.0, 0.1, 0.1, positions=64), precision="int8",
+        bound=0.5,
+    )  # fmt: skip
+    manifest = compress(features, tiny(), root, "small", config, 3, lambda _: None, quiet=True)
+    return root / "compressed" / "small", manifest
+
+
+def test_the_variant_is_smaller_and_judged(root, variant):
+    folder, manifest = variant
+    preset = from_json(json.loads((folder / "preset.json").read_text()))
+    assert preset.encoder.of_ffn == 24 and preset.ranker.memory == 10
+    gate = manifest["results"]["gate"]
+    assert gate["passed"] and gate["requests"] == len(reference_ranks(root / "evaluation"))
+    kinds = {t.data_type for t in onnx.load(folder / "compiled" / "retrieval.onnx").graph.initializer}
+    assert onnx.TensorProto.INT8 in kinds
+    assert manifest["results"]["parity"]["int8"]["top-10 overlap"] > 0.8
+
+
+def test_graph_ranks_are_the_evaluated_ones(features, root):
+    """The gate's own ranking of the uncompressed graphs agrees with PyTorch's evaluation."""
+    s = shapes(tiny(), features.item_count())
+    engine = Engine(root / "compiled", s)
+    found = graph_ranks(features, s.history, lambda x: engine(x)[0], s.items)
+    expected = reference_ranks(root / "evaluation")
+    among = expected < s.candidates
+    assert (found[among] == expected[among]).mean() > 0.99 and (found[~among] == MISS).mean() > 0.99
+
+
+def test_a_damaged_engine_is_refused_and_a_forced_one_says_so(features, root, variant, monkeypatch):
+    folder, _ = variant
+    preset = from_json(json.loads((folder / "preset.json").read_text()))
+    before = sorted(p.name for p in (folder / "model_repository" / c.RETRIEVAL).iterdir())
+
+    def damage(source, target, keep=()):
+        graph = onnx.load(source)
+        for tensor in graph.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
+                values = numpy_helper.to_array(tensor)
+                tensor.CopyFrom(numpy_helper.from_array(np.roll(values, 1, axis=0).copy(), tensor.name))
+        onnx.save(graph, target)
+
+    monkeypatch.setattr("training.export.quantize", damage)
+    how = CompileConfig("int8", reference=root / "evaluation")
+    with pytest.raises(GateError, match="not published"):
+        compile_models(features, preset, folder, 3, lambda _: None, how)
+    assert sorted(p.name for p in (folder / "model_repository" / c.RETRIEVAL).iterdir()) == before
+    compile_models(features, preset, folder, 3, lambda _: None, replace(how, force=True))
+    card = json.loads((folder / "compiled" / "model_card.json").read_text())
+    assert card["gate"]["forced"] and not card["gate"]["passed"]
+    options = ServerOptions(folder / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=folder / "log")
+    with (
+        service(options, lambda _: None) as (server, _),
+        grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client,
+    ):
+        served = client.get_model_config(c.ENSEMBLE, as_json=True)["config"]["parameters"]
+    assert json.loads(served["gate"]["string_value"])["forced"] and served["precision"]["string_value"] == "int8"
