@@ -29,12 +29,13 @@ from preprocessing.workflow import (
     dask_cluster,
     dataset,
     event_workflow,
+    extend_vocabulary,
     item_workflow,
     nvt,
     training_rows,
 )
 from serving.feature_store import LmdbStore
-from vivace.artifacts import Step
+from vivace.artifacts import Step, read_manifest
 
 SCHEMA_FILE = "schema.json"
 LAYOUT = 2  # of the files: features of another layout are prepared again
@@ -69,7 +70,13 @@ class Features:
         return c.DataSchema.load(self.folder / SCHEMA_FILE)
 
     def files(self, part: str) -> list[Path]:
-        """Parquet files of "train", "valid" or "test"."""
+        """Parquet files of "train", "valid" or "test". Raises ValueError if an earlier version wrote them."""
+        layout = read_manifest(self.folder, "vivace prepare")["config"].get("layout")
+        if layout != LAYOUT:
+            raise ValueError(
+                f"features: {self.folder} was written by another version of vivace (layout {layout}, expected "
+                f"{LAYOUT}); run 'vivace prepare' again"
+            )
         return sorted((self.folder / part).glob("*.parquet"))
 
     def items(self) -> pd.DataFrame:
@@ -298,6 +305,9 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
             workflow = event_workflow(schema, config.vocabulary, scratch / "categories")
             workflow.fit(dataset(training_rows(events, scratch / "fit")))
             workflow.save(str(folder / "workflow"))
+            if known is not None and config.vocabulary.with_catalogue:
+                added = extend_vocabulary(folder / "workflow", c.ITEM, catalogue[c.ITEM])
+                say(f"{added:,} items of the catalogue have no training event")
             workflow = nvt.Workflow.load(str(folder / "workflow"))
             say(f"fitted {where}; encoding")
             workflow.transform(dataset(events)).to_parquet(str(scratch / "encoded"))

@@ -9,13 +9,26 @@ from __future__ import annotations
 import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from preprocessing.contract import ITEM, NULL_ID, OOV_ID, SOURCE_ROW, SPLIT, TIME, TRAIN, USER, DataSchema, label_column
+from preprocessing.contract import (
+    FIRST_ID,
+    ITEM,
+    NULL_ID,
+    OOV_ID,
+    SOURCE_ROW,
+    SPLIT,
+    TIME,
+    TRAIN,
+    USER,
+    DataSchema,
+    label_column,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -57,10 +70,16 @@ class Categorify(ops.Categorify):
 class VocabularyConfig:
     """Categorify limits of the item vocabulary: items with fewer events than ``freq_threshold`` are out of vocabulary
     (0: keep all), or only the most frequent stay, ``max_size`` ids in all with the special ids (0: no limit).
-    NVTabular 23.8 takes one or the other."""
+    NVTabular 23.8 takes one or the other. ``new_items``: items of the catalogue without a training event are in the
+    vocabulary too, after the others, unless one of the limits is set."""
+
+    @property
+    def with_catalogue(self) -> bool:
+        return self.new_items and not self.freq_threshold and not self.max_size
 
     freq_threshold: int = 0
     max_size: int = 0
+    new_items: bool = True
 
     def __post_init__(self) -> None:
         if self.freq_threshold < 0 or self.max_size < 0:
@@ -100,6 +119,21 @@ def event_workflow(schema: DataSchema, vocabulary: VocabularyConfig, scratch: Pa
         groupby_cols=[USER], sort_cols=[TIME, SOURCE_ROW], aggs={c: ["list"] for c in lists}, name_sep="-"
     )
     return nvt.Workflow(sequences)
+
+
+def extend_vocabulary(saved: Path, column: str, values: Iterable[str]) -> int:
+    """Appends to the vocabulary of a workflow saved in ``saved`` what it lacks of ``values``, in their order, with no
+    event counted; returns how many. Fitted statistics stay those of the training rows."""
+    file = saved / "categories" / f"unique.{column}.parquet"
+    known = pd.read_parquet(file)
+    there = set(known[column])
+    extra = [v for v in dict.fromkeys(values) if v not in there]
+    if extra:
+        more = pd.DataFrame({column: np.array(extra, object), f"{column}_size": np.zeros(len(extra), np.int64)})
+        whole = pd.concat([known, more], ignore_index=True)
+        whole.index = pd.RangeIndex(FIRST_ID, FIRST_ID + len(whole))
+        whole.to_parquet(file)
+    return len(extra)
 
 
 def item_workflow(schema: DataSchema, scratch: Path) -> nvt.Workflow | None:

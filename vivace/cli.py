@@ -85,6 +85,9 @@ def prepare(
     split: Annotated[str, typer.Option(help="leave-one-out or time")] = "leave-one-out",
     freq_threshold: Annotated[int, typer.Option(help="items with fewer events are out of vocabulary (0: none)")] = 0,
     max_items: Annotated[int, typer.Option(help="keep only the most frequent items (0: all)")] = 0,
+    new_items: Annotated[
+        bool, typer.Option(help="items of the catalogue without a training event are known too")
+    ] = True,
     partitions: Annotated[int, typer.Option(help="files by user; one must fit in memory")] = 4,
     workers: Annotated[int, typer.Option(help="Dask worker processes (0: this process; CUDA workers with cuDF)")] = 0,
     users: Annotated[int, typer.Option(help="shop only: number of users")] = 20_000,
@@ -102,7 +105,7 @@ def prepare(
 
     with reported():
         root = _root(artifacts, name, data)
-        vocabulary = VocabularyConfig(freq_threshold, max_items + FIRST_ID if max_items else 0)
+        vocabulary = VocabularyConfig(freq_threshold, max_items + FIRST_ID if max_items else 0, new_items)
         config = PrepareConfig(SplitConfig(split), vocabulary, partitions, workers)
         size = {"users": users, "items": items, "events": events, "seed": seed}
         with exclusive(root):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -10,6 +12,7 @@ from preprocessing.prepare import Features, PrepareConfig, prepare
 from preprocessing.readers.shop import Shop, ShopConfig
 from preprocessing.splits import SplitConfig
 from preprocessing.workflow import VocabularyConfig
+from training.counters import popularity
 from vivace.artifacts import BusyError, exclusive
 
 SOURCE = Shop(ShopConfig(users=150, items=80, events=3000, seed=9))
@@ -64,3 +67,23 @@ def test_resume_and_lock(tmp_path):
         pass
     with exclusive(tmp_path):  # the lock went with its holder
         pass
+
+
+def test_features_of_another_version_are_named(tmp_path):
+    manifest = prepare(SOURCE, PrepareConfig(partitions=1), tmp_path, 0, lambda _: None)
+    del manifest["config"]["layout"]
+    (tmp_path / "features" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="run 'vivace prepare' again"):
+        Features(tmp_path / "features").files("train")
+
+
+def test_items_without_a_training_event_are_in_the_vocabulary(tmp_path):
+    counts, found = {}, {}
+    for new_items in (True, False):
+        config = PrepareConfig(vocabulary=VocabularyConfig(new_items=new_items), partitions=2)
+        prepare(SOURCE, config, tmp_path / str(new_items), 0, lambda _: None)
+        features = Features(tmp_path / str(new_items) / "features")
+        found[new_items] = features.items()[c.ITEM].tolist()
+        counts[new_items] = popularity(features.files("train"), features.item_count())[c.FIRST_ID :]
+    assert len(found[True]) == 80 > len(found[False]) and (counts[False] > 0).all()
+    assert found[True][: len(found[False])] == found[False] and (counts[True][len(found[False]) :] == 0).all()

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from preprocessing import contract as c
 from preprocessing.transform_onnx import compile_workflow, encoded_name, graph_feed
-from preprocessing.workflow import VocabularyConfig, dataset, event_workflow, nvt, training_rows
+from preprocessing.workflow import VocabularyConfig, dataset, event_workflow, extend_vocabulary, nvt, training_rows
 
 SCHEMA = c.DataSchema("skew", event_categoricals=(c.EVENT, "device"), event_continuous=(c.WEIGHT,))
 COLUMNS = [c.ITEM, c.EVENT, "device", c.WEIGHT]
 TEXT = {c.ITEM, c.EVENT, "device"}
-WORDS = ["sku-1", "sku-2", "sku-3", "ø-été", "日本語", "🎻", "rare", " ", "0", "nan", "None"]
+WORDS = ["sku-1", "sku-2", "sku-3", "ø-été", "日本語", "🎻", "rare", " ", "0", "nan", "None", "new", "nouveauté"]
 
 
 def _frame(items, events, devices, weights) -> pd.DataFrame:
@@ -38,7 +38,7 @@ def _frame(items, events, devices, weights) -> pd.DataFrame:
     )
 
 
-@pytest.fixture(scope="module", params=[VocabularyConfig(freq_threshold=2), VocabularyConfig(max_size=8)])
+@pytest.fixture(scope="module", params=[VocabularyConfig(freq_threshold=2), VocabularyConfig(max_size=8), None])
 def fitted(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("skew")
     rng = np.random.default_rng(0)
@@ -54,9 +54,11 @@ def fitted(request, tmp_path_factory):
     frame.to_parquet(file, row_group_size=n)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        workflow = event_workflow(SCHEMA, request.param, folder / "scratch")
+        workflow = event_workflow(SCHEMA, request.param or VocabularyConfig(), folder / "scratch")
         workflow.fit(dataset(training_rows([file], folder / "fit")))
         workflow.save(str(folder / "workflow"))
+        if request.param is None:  # the vocabulary with items of the catalogue that have no event
+            assert extend_vocabulary(folder / "workflow", c.ITEM, ["sku-1", "new", "nouveauté", "new"]) == 2
         workflow = nvt.Workflow.load(str(folder / "workflow"))
     model = compile_workflow(workflow, COLUMNS)
     return workflow, ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
