@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import warnings
@@ -23,14 +24,15 @@ from serving import repository
 from training import data
 from training.gate import BOUND, graph_ranks, judge, reference_ranks
 from training.presets import Preset
-from training.quantize import quantize
+from training.quantize import OVERLAP, PRECISIONS, Feed, convert, overlap, prepare, sensitivities
 from training.ranking_model import RankingGraph
 from training.retrieval_model import RetrievalGraph
 from training.train import Progress, load_ranker, load_retrieval
 from vivace.artifacts import Step, read_manifest, write_text
 
 OPSET = 18
-PRECISIONS = ("fp32", "int8")
+CALIBRATION_BATCHES = 8
+SENSITIVITY_BATCHES = 2
 TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
 EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
@@ -142,13 +144,12 @@ def export_checked(
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """``precision`` "fp32" or "int8" (dynamic, ONNX Runtime on CPUs; ``keep``: nodes that stay in float32). The quality
-    gate compares the engine with the evaluated run in ``reference``: always for int8 (then this run itself by default),
-    for float32 only where ``reference`` is given. ``bound``: the relative fall of NDCG@10 it lets through; ``force``
-    publishes all the same and says so in the model card and the server's metadata."""
+    """``precision``: see ``quantize``; products that it hurts are found by measurement and stay in float32. The quality
+    gate compares the engine with the evaluated run in ``reference``: always for another precision (then this run itself
+    by default), for float32 only where ``reference`` is given. ``bound``: the relative fall of NDCG@10 it lets through;
+    ``force`` publishes all the same and says so in the model card and the server's metadata."""
 
     precision: str = "fp32"
-    keep: tuple[str, ...] = ()
     reference: Path | None = None
     bound: float = BOUND
     force: bool = False
@@ -158,10 +159,34 @@ class CompileConfig:
             raise ValueError(f"--precision: expected one of {PRECISIONS}, got {self.precision!r}")
 
 
-def overlap(expected: np.ndarray, got: np.ndarray, k: int = 10) -> float:
-    """Mean share of the first ``k`` ids of each row that two answers have in common."""
-    rows = [len(set(a[:k]) & set(b[:k])) / k for a, b in zip(expected, got, strict=True)]
-    return float(np.mean(rows))
+def reduce_precision(
+    features: Features, s: c.StageTensors, exact: Path, target: Path, precision: str
+) -> dict[str, list[str]]:
+    """Writes both graphs in ``precision``, calibrated on validation requests; returns the names of the products that
+    stayed in float32 because they alone cost too much of the top 10, by stage."""
+    heads = [h.name for h in features.schema.heads]
+    engine, feeds = Engine(exact, s), {c.RETRIEVAL: list[Feed](), c.RANKING: list[Feed]()}
+    for request in itertools.islice(
+        data.requests(features.files("valid"), heads, s.history, PARITY_REQUESTS), CALIBRATION_BATCHES
+    ):
+        inputs = [request.history_BT.numpy(), request.exclude(s.items, features.schema.exclude_seen).numpy()]
+        if s.timed:
+            inputs.append(request.time_BT.numpy())
+        feed = dict(zip(engine.names[0], inputs, strict=True))
+        feeds[c.RETRIEVAL].append(feed)
+        feeds[c.RANKING].append(dict(zip(engine.names[1], (inputs[0], *engine.retrieval.run(None, feed)), strict=True)))
+    kept: dict[str, list[str]] = {}
+    for name, own in feeds.items():
+        ready, scratch = target / f"{name}.ready.onnx", target / f"{name}.scratch.onnx"
+        prepare(exact / f"{name}.onnx", ready)
+        few = own[:SENSITIVITY_BATCHES]
+        alone = {}
+        if precision != "fp16":
+            alone = sensitivities(ready, precision, few, lambda path, f: session(path).run(None, dict(f))[0], scratch)
+        kept[name] = [node for node, share in alone.items() if share < OVERLAP]
+        convert(ready, target / f"{name}.onnx", precision, own, kept[name])
+        ready.unlink()
+    return kept
 
 
 class Engine:
@@ -218,12 +243,12 @@ def compile_models(
     outputs = c.ranking_outputs(s, schema.heads)
     parity[c.RANKING] = export_checked(c.RANKING, RankingGraph(ranker), c.ranking_inputs(s), outputs, rows, file)
     verdict = None
-    if config.precision == "int8":
-        say("quantizing")
-        for name in (c.RETRIEVAL, c.RANKING):
-            quantize(exact / f"{name}.onnx", step.folder / f"{name}.onnx", config.keep)
+    if config.precision != "fp32":
+        say(f"converting to {config.precision}")
+        kept = reduce_precision(features, s, exact, step.folder, config.precision)
         feed = [x.numpy() for x in example]
-        parity["int8"] = {"top-10 overlap": overlap(Engine(exact, s)(feed)[0], Engine(step.folder, s)(feed)[0])}
+        same = overlap(Engine(exact, s)(feed)[0], Engine(step.folder, s)(feed)[0])
+        parity[config.precision] = {"top-10 overlap": same, **{f"{n} in float32": len(k) for n, k in kept.items()}}
     if reference is not None:
         say("ranking the test requests by the compiled graphs")
         engine = Engine(step.folder, s)

@@ -28,7 +28,7 @@ Artifacts = Annotated[Path, typer.Option("--artifacts", help="where artifacts go
 PresetName = Annotated[str, typer.Option("--preset", help="model and training sizes; chosen by the data set if empty")]
 Seed = Annotated[int, typer.Option("--seed")]
 Profile = Annotated[str, typer.Option("--profile", help='configs/<profile>.pbtxt; "" is config.pbtxt')]
-Precision = Annotated[str, typer.Option("--precision", help="fp32, or int8 for ONNX Runtime on CPUs")]
+Precision = Annotated[str, typer.Option("--precision", help="fp32, fp16, int8, int8-qdq or fp8: docs/compress.md")]
 Bound = Annotated[float, typer.Option("--bound", help="relative fall of NDCG@10 that the quality gate lets through")]
 Force = Annotated[bool, typer.Option("--force", help="publish what the quality gate refuses; it is recorded")]
 Wandb = Annotated[

@@ -145,7 +145,7 @@ def test_a_damaged_engine_is_refused_and_a_forced_one_says_so(features, root, va
     preset = from_json(json.loads((folder / "preset.json").read_text()))
     before = sorted(p.name for p in (folder / "model_repository" / c.RETRIEVAL).iterdir())
 
-    def damage(source, target, keep=()):
+    def damage(source, target, precision, feeds, keep=(), only=None):
         graph = onnx.load(source)
         for tensor in graph.graph.initializer:
             if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
@@ -153,7 +153,7 @@ def test_a_damaged_engine_is_refused_and_a_forced_one_says_so(features, root, va
                 tensor.CopyFrom(numpy_helper.from_array(np.roll(values, 1, axis=0).copy(), tensor.name))
         onnx.save(graph, target)
 
-    monkeypatch.setattr("training.export.quantize", damage)
+    monkeypatch.setattr("training.export.convert", damage)
     how = CompileConfig("int8", reference=root / "evaluation")
     with pytest.raises(GateError, match="not published"):
         compile_models(features, preset, folder, 3, lambda _: None, how)

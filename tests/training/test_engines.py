@@ -1,0 +1,80 @@
+"""Other number formats: what they answer, which products stay in float32, and that TensorRT takes every graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from preprocessing import contract as c
+from training.export import Engine, example_requests, reduce_precision, session, shapes
+from training.presets import tiny
+from training.quantize import PRECISIONS, convert, overlap, prepare, products, sensitivities
+from training.tensorrt_engine import build, library
+
+
+@pytest.fixture(scope="module")
+def s(features):
+    return shapes(tiny(), features.item_count())
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def engine(request, features, root, s, tmp_path_factory):
+    """(precision, folder of both graphs)."""
+    if request.param == "fp32":
+        return request.param, root / "compiled"
+    folder = tmp_path_factory.mktemp(request.param)
+    reduce_precision(features, s, root / "compiled", folder, request.param)
+    return request.param, folder
+
+
+def test_the_answers_stay(engine, features, root, s):
+    precision, folder = engine
+    feed = [x.numpy() for x in example_requests(features, tiny())]
+    exact, other = Engine(root / "compiled", s)(feed), Engine(folder, s)(feed)
+    assert overlap(exact[0], other[0]) > 0.9
+    if precision != "fp32":
+        assert not np.array_equal(exact[1], other[1])
+        kinds = {"fp16": onnx.TensorProto.FLOAT16, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
+        graph = onnx.load(folder / "ranking.onnx").graph
+        assert kinds.get(precision, onnx.TensorProto.INT8) in {t.data_type for t in graph.initializer}
+
+
+def test_tensorrt_builds_every_graph_without_a_gpu(engine, tmp_path):
+    precision, folder = engine
+    if precision == "int8":
+        pytest.skip("dynamic int8 is for ONNX Runtime on CPUs; TensorRT takes int8-qdq")
+    for stage in (c.RETRIEVAL, c.RANKING):
+        assert build(folder / f"{stage}.onnx", tmp_path / "model.plan", name="tensorrt_rtx") > 10_000
+
+
+def test_what_tensorrt_does_not_take_is_said(tmp_path):
+    node = onnx.helper.make_node("StringConcat", ["A", "A"], ["B"])
+    value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.STRING, ["batch", 4]) for n in "AB"]
+    graph = onnx.helper.make_graph([node], "strings", value[:1], value[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), tmp_path / "s.onnx")
+    with pytest.raises(ValueError, match=r"TensorRT does not take s\.onnx"):
+        build(tmp_path / "s.onnx", tmp_path / "s.plan", name="tensorrt_rtx")
+    with pytest.raises(ValueError, match="found none; pip install"):
+        library("tensorrt_of_another_planet")
+
+
+def test_the_product_that_hurts_is_found(root, features, s, tmp_path):
+    """One product whose weights are all nearly equal but for huge ones: eight bits swallow what tells items apart."""
+    ready = tmp_path / "ready.onnx"
+    prepare(root / "compiled" / "retrieval.onnx", ready)
+    names, model = products(ready), onnx.load(ready)
+    victim = next(n for n in model.graph.node if n.name in names and n.op_type == "Gemm")  # states against items
+    constants = {t.name: t for t in model.graph.initializer}
+    (table,) = [constants[i] for i in victim.input if i in constants and len(constants[i].dims) == 2]
+    values = onnx.numpy_helper.to_array(table).copy()
+    values[:3] = 3000 * np.abs(values).max()  # the special ids, which are never answered
+    table.CopyFrom(onnx.numpy_helper.from_array(values, table.name))
+    onnx.save(model, ready)
+    feed = dict(
+        zip(Engine(root / "compiled", s).names[0], (x.numpy() for x in example_requests(features, tiny())), strict=True)
+    )
+    alone = sensitivities(ready, "int8-qdq", [feed], lambda p, f: session(p).run(None, dict(f))[0], tmp_path / "x.onnx")
+    assert set(alone) == set(names) and min(alone, key=alone.__getitem__) == victim.name and alone[victim.name] < 0.9
+    convert(ready, tmp_path / "kept.onnx", "int8-qdq", [feed], keep=[victim.name])
+    assert overlap(*(session(p).run(None, feed)[0] for p in (ready, tmp_path / "kept.onnx"))) > 0.9
