@@ -144,12 +144,14 @@ def export_checked(
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """``precision``: see ``quantize``; products that it hurts are found by measurement and stay in float32. The quality
-    gate compares the engine with the evaluated run in ``reference``: always for another precision (then this run itself
-    by default), for float32 only where ``reference`` is given. ``bound``: the relative fall of NDCG@10 it lets through;
-    ``force`` publishes all the same and says so in the model card and the server's metadata."""
+    """``precision``: see ``quantize``; products that it hurts are found by measurement and stay in float32. ``tables``:
+    of items, "fp32" or "int8" (see ``int8_table``). The quality gate compares the engine with the evaluated run in
+    ``reference``: always where it is not all float32 (by default this run itself), else only where ``reference`` is
+    given. ``bound``: the relative fall of NDCG@10 it lets through; ``force`` publishes all the same and says so in the
+    model card and the server's metadata."""
 
     precision: str = "fp32"
+    tables: str = "fp32"
     reference: Path | None = None
     bound: float = BOUND
     force: bool = False
@@ -157,6 +159,15 @@ class CompileConfig:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"--precision: expected one of {PRECISIONS}, got {self.precision!r}")
+        if self.tables not in ("fp32", "int8"):
+            raise ValueError(f"--tables: expected fp32 or int8, got {self.tables!r}")
+        if self.tables == "int8" and self.precision != "fp32":
+            raise ValueError(f"--tables int8 goes with --precision fp32, got {self.precision!r}")
+
+    @property
+    def exact(self) -> bool:
+        """Whether ONNX must equal PyTorch but for rounding."""
+        return self.precision == self.tables == "fp32"
 
 
 def reduce_precision(
@@ -215,7 +226,7 @@ def compile_models(
     s = shapes(preset, items)
     profiles = {name: repr(p) for name, p in repository.PROFILES.items()}
     settings = {"opset": OPSET, "shapes": s, "profiles": profiles, **asdict(config)}
-    reference = config.reference or (root / "evaluation" if config.precision != "fp32" else None)
+    reference = config.reference or (None if config.exact else root / "evaluation")
     if reference is not None:
         inputs["reference"] = read_manifest(reference, "vivace evaluate")["key"]
     step = Step(root / "compiled", "compile", settings, seed, inputs)
@@ -231,7 +242,7 @@ def compile_models(
     example = example_requests(features, preset)
     say("exporting retrieval")
     graph = RetrievalGraph(retriever, s.candidates, s.memory)
-    exact = step.folder if config.precision == "fp32" else step.folder / "fp32"
+    exact = step.folder if config.exact else step.folder / "fp32"
     exact.mkdir(exist_ok=True)
     file = exact / "retrieval.onnx"
     found = export_checked(c.RETRIEVAL, graph, c.retrieval_inputs(s), c.retrieval_outputs(s), example, file)
@@ -243,12 +254,20 @@ def compile_models(
     outputs = c.ranking_outputs(s, schema.heads)
     parity[c.RANKING] = export_checked(c.RANKING, RankingGraph(ranker), c.ranking_inputs(s), outputs, rows, file)
     verdict = None
-    if config.precision != "fp32":
-        say(f"converting to {config.precision}")
-        kept = reduce_precision(features, s, exact, step.folder, config.precision)
-        feed = [x.numpy() for x in example]
+    if not config.exact:
+        kind = "int8 tables" if config.tables == "int8" else config.precision
+        say(f"converting to {kind}")
+        feed, kept = [x.numpy() for x in example], {}
+        if config.tables == "int8":
+            smaller = RetrievalGraph(retriever, s.candidates, s.memory, int8_table=True)
+            names = _names(c.retrieval_inputs(s)), _names(c.retrieval_outputs(s))
+            export(smaller, example, *names, step.folder / "retrieval.onnx")
+            names = _names(c.ranking_inputs(s)), _names(outputs)
+            export(RankingGraph(ranker, int8_table=True), rows, *names, step.folder / "ranking.onnx")
+        else:
+            kept = reduce_precision(features, s, exact, step.folder, config.precision)
         same = overlap(Engine(exact, s)(feed)[0], Engine(step.folder, s)(feed)[0])
-        parity[config.precision] = {"top-10 overlap": same, **{f"{n} in float32": len(k) for n, k in kept.items()}}
+        parity[kind] = {"top-10 overlap": same, **{f"{n} in float32": len(k) for n, k in kept.items()}}
     if reference is not None:
         say("ranking the test requests by the compiled graphs")
         engine = Engine(step.folder, s)
@@ -260,7 +279,8 @@ def compile_models(
     write_text(items_file, json.dumps(features.items()[c.ITEM].tolist(), ensure_ascii=False))
     write_text(step.folder / "schema.json", json.dumps(schema.to_json()))
     card = _model_card(features, root, s, seed, parity)
-    card |= {"precision": config.precision, "gate": verdict.record() if verdict else "not asked: float32, by parity"}
+    judged = verdict.record() if verdict else "not asked: float32, by parity"
+    card |= {"precision": config.precision, "tables": config.tables, "gate": judged}
     write_text(step.folder / "model_card.json", json.dumps(card, indent=2))
     version = repository.assemble(
         target,
@@ -274,7 +294,7 @@ def compile_models(
             c.ENSEMBLE: {"model_card.json": step.folder / "model_card.json"},
         },
         exclude_seen=schema.exclude_seen,
-        metadata={"precision": config.precision, "gate": json.dumps(card["gate"])},
+        metadata={"precision": config.precision, "tables": config.tables, "gate": json.dumps(card["gate"])},
     )
     say(f"published version {version} in {target}")
     return step.finish(

@@ -9,6 +9,7 @@ F features, P = B x N.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from preprocessing.contract import FIRST_ID, PADDING_ID
 from training.encoders import dropout
+from training.int8_table import Int8Table
 from training.multitask import TaskWeights
 from training.retrieval_model import EXCLUDED, MASKED, RetrievalModel
 
@@ -89,7 +91,7 @@ class RankingModel(nn.Module):
         super().__init__()
         d = retriever.config.width
         self.config, self.head_names, self.width = config, head_names, d
-        self.item = nn.Embedding.from_pretrained(retriever.table().detach().clone(), freeze=True)
+        self.item: nn.Module = nn.Embedding.from_pretrained(retriever.table().detach().clone(), freeze=True)
         self.popularity: Tensor
         self.follower_ids: Tensor
         self.follower_weights: Tensor
@@ -212,9 +214,13 @@ class RankingGraph(nn.Module):
     For a history without a known item the retriever's order (popularity) stays.
     """
 
-    def __init__(self, model: RankingModel) -> None:
+    def __init__(self, model: RankingModel, int8_table: bool = False) -> None:
         super().__init__()
         self.model = model
+        if int8_table:
+            assert isinstance(model.item, nn.Embedding)
+            self.model = copy.deepcopy(model)
+            self.model.item = Int8Table(model.item.weight.detach())
 
     def forward(
         self, history_ids: Tensor, candidate_ids: Tensor, candidate_scores: Tensor, encoded_history: Tensor

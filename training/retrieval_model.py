@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from preprocessing.contract import FIRST_ID, PADDING_ID
 from training.encoders import MASKED, Adapter, EncoderConfig, build_encoder, dropout
+from training.int8_table import Int8Table
 from training.item_table import ItemAttributes, ItemTable
 
 __all__ = ["EXCLUDED", "MASKED", "EncoderConfig", "RetrievalGraph", "RetrievalModel"]
@@ -74,11 +75,16 @@ class RetrievalModel(nn.Module):
         h = self.norm(self.encoder(x_BTD, known_BT, times, newest))
         return h * known_BT[:, -newest:, None].to(x_BTD.dtype)
 
-    def _embedded(self, history_BT: Tensor, table_VD: Tensor) -> Tensor:
-        return F.embedding(history_BT, table_VD) * self.config.width**0.5
+    def _embedded(self, history_BT: Tensor, table: Tensor | Int8Table) -> Tensor:
+        rows = table(history_BT) if isinstance(table, Int8Table) else F.embedding(history_BT, table)
+        return rows * self.config.width**0.5
 
     def encode(
-        self, history_BT: Tensor, table_VD: Tensor | None = None, times: Tensor | None = None, newest: int = 0
+        self,
+        history_BT: Tensor,
+        table_VD: Tensor | Int8Table | None = None,
+        times: Tensor | None = None,
+        newest: int = 0,
     ) -> Tensor:
         """Encoded history float32 [B, T, D] of ids int64 [B, T], padded on the left; T <= config.history. ``times`` in
         ms, int64 [B, T], 0 where unknown: read by a configuration with ``time_bias``. ``newest``: only the last so many
@@ -105,12 +111,18 @@ class RetrievalModel(nn.Module):
         x_BTD = torch.where(hidden_BT[:, :, None], self.mask_token, self._embedded(window_BT, table_VD))
         return self._run(x_BTD, window_BT != PADDING_ID, times)
 
-    def logits(self, encoded: Tensor, table_VD: Tensor | None = None) -> Tensor:
+    def logits(self, encoded: Tensor, table_VD: Tensor | Int8Table | None = None) -> Tensor:
         """Score of every item, float32 [..., V], of encodings [..., D]."""
+        if isinstance(table_VD, Int8Table):
+            return table_VD.scores(encoded) + self.bias
         return F.linear(encoded, self.table() if table_VD is None else table_VD, self.bias)
 
     def scores(
-        self, history_BT: Tensor, encoded_BTD: Tensor, exclude_BV: Tensor, table_VD: Tensor | None = None
+        self,
+        history_BT: Tensor,
+        encoded_BTD: Tensor,
+        exclude_BV: Tensor,
+        table_VD: Tensor | Int8Table | None = None,
     ) -> Tensor:
         """Retrieval score float32 [B, V]: the newest encoding against every item; where the history holds no
         known item, log popularity. Excluded items and the special ids get EXCLUDED."""
@@ -125,14 +137,18 @@ class RetrievalGraph(nn.Module):
     """What is exported as ``retrieval.onnx``: ids and exclusions (and times, if the encoder reads them) in, top-N
     candidates and the encoded history out."""
 
-    table_VD: Tensor
+    table_VD: Tensor | Int8Table
 
-    def __init__(self, model: RetrievalModel, candidates: int, memory: int = 0) -> None:
+    def __init__(self, model: RetrievalModel, candidates: int, memory: int = 0, int8_table: bool = False) -> None:
         """``memory``: newest encoded events that are handed to the ranker (0: all)."""
         super().__init__()
         self.model, self.candidates, self.memory = model, candidates, memory
         with torch.no_grad():
-            self.register_buffer("table_VD", model.table().detach().clone())
+            table = model.table().detach().clone()
+        if int8_table:
+            self.table_VD = Int8Table(table)
+        else:
+            self.register_buffer("table_VD", table)
 
     def forward(
         self, history_ids: Tensor, exclude: Tensor, history_times: Tensor | None = None

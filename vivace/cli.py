@@ -29,6 +29,7 @@ PresetName = Annotated[str, typer.Option("--preset", help="model and training si
 Seed = Annotated[int, typer.Option("--seed")]
 Profile = Annotated[str, typer.Option("--profile", help='configs/<profile>.pbtxt; "" is config.pbtxt')]
 Precision = Annotated[str, typer.Option("--precision", help="fp32, fp16, int8, int8-qdq or fp8: docs/compress.md")]
+Tables = Annotated[str, typer.Option("--tables", help="of items: fp32, or int8 for a quarter of the memory")]
 Bound = Annotated[float, typer.Option("--bound", help="relative fall of NDCG@10 that the quality gate lets through")]
 Force = Annotated[bool, typer.Option("--force", help="publish what the quality gate refuses; it is recorded")]
 Wandb = Annotated[
@@ -322,6 +323,7 @@ def compile_(
     preset: PresetName = "",
     seed: Seed = 7,
     precision: Precision = "fp32",
+    tables: Tables = "fp32",
     bound: Bound = 0.01,
     force: Force = False,
 ) -> None:
@@ -332,7 +334,7 @@ def compile_(
 
     with reported():
         root = artifacts / name
-        config = CompileConfig(precision, bound=bound, force=force)
+        config = CompileConfig(precision, tables, bound=bound, force=force)
         with exclusive(root):
             manifest = compile_models(Features(root / "features"), _preset(preset, root), root, seed, say, config)
         for stage, values in manifest["results"]["parity"].items():

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import onnx
 import pytest
+import torch
 
+from loadtest.tables import Scoring
 from preprocessing import contract as c
-from training.export import Engine, example_requests, reduce_precision, session, shapes
+from preprocessing.prepare import Features
+from training.export import (
+    CompileConfig,
+    Engine,
+    compile_models,
+    example_requests,
+    export,
+    reduce_precision,
+    session,
+    shapes,
+)
+from training.int8_table import Int8Table, quantize_rows
 from training.presets import tiny
 from training.quantize import PRECISIONS, convert, overlap, prepare, products, sensitivities
 from training.tensorrt_engine import build, library
@@ -78,3 +93,43 @@ def test_the_product_that_hurts_is_found(root, features, s, tmp_path):
     assert set(alone) == set(names) and min(alone, key=alone.__getitem__) == victim.name and alone[victim.name] < 0.9
     convert(ready, tmp_path / "kept.onnx", "int8-qdq", [feed], keep=[victim.name])
     assert overlap(*(session(p).run(None, feed)[0] for p in (ready, tmp_path / "kept.onnx"))) > 0.9
+
+
+def test_an_int8_table_by_hand():
+    table = torch.tensor([[127.0, -64.0], [0.0, 0.0], [0.5, 0.25]])
+    rows, scale = quantize_rows(table)
+    assert rows.tolist() == [[127, -64], [0, 0], [127, 64]]  # half of 127 is rounded to even
+    assert scale.tolist() == pytest.approx([1.0, 0.0, 0.5 / 127], abs=1e-9)
+    small = Int8Table(table)
+    torch.testing.assert_close(small(torch.tensor([[2, 0]])), torch.tensor([[[0.5, 32 / 127], [127.0, -64.0]]]))
+    states = torch.tensor([[63.0, 1.0], [0.0, 0.0]])  # whole numbers of the state's own scale: exact
+    torch.testing.assert_close(small.scores(states)[:, 0], torch.tensor([63 * 127.0 - 64, 0.0]))
+
+
+def test_int8_products_in_onnx_are_those_of_torch(tmp_path):
+    """Extreme rows and states: sums of pairs must not overflow on a CPU without VNNI, and no row of a batch matters to
+    another."""
+    torch.manual_seed(0)
+    table = torch.where(torch.rand(50, 64) < 0.5, 1.0, -1.0) * torch.rand(50, 1)
+    scoring = Scoring(torch.cat([table, torch.randn(150, 64)]), int8=True)
+    states = torch.cat([torch.where(torch.rand(3, 64) < 0.5, 5.0, -5.0), table[:1], torch.randn(4, 64) * 1e-3])
+    export(scoring, (states,), ["STATES"], ["IDS", "SCORES"], tmp_path / "x.onnx")
+    graph = session(tmp_path / "x.onnx")
+    _, scores = graph.run(None, {"STATES": states.numpy()})
+    expected = scoring(states)
+    np.testing.assert_allclose(scores, expected[1].numpy(), rtol=1e-5, atol=1e-6)
+    for i in range(len(states)):
+        np.testing.assert_array_equal(graph.run(None, {"STATES": states[i : i + 1].numpy()})[1][0], scores[i])
+
+
+def test_int8_tables_are_compiled_judged_and_smaller(features, root, tmp_path):
+    own = tmp_path / "shop"
+    shutil.copytree(root, own, ignore=shutil.ignore_patterns("compiled", "model_repository", "compressed", "*.log"))
+    mine = Features(own / "features")
+    found = compile_models(mine, tiny(), own, 3, lambda _: None, CompileConfig(tables="int8"))
+    assert found["results"]["gate"]["passed"] and found["results"]["parity"]["int8 tables"]["top-10 overlap"] > 0.95
+    kinds = {}
+    for tensor in onnx.load(own / "compiled" / "retrieval.onnx").graph.initializer:
+        kinds[tensor.data_type] = max(kinds.get(tensor.data_type, 0), int(np.prod(tensor.dims)))
+    v, d = mine.item_count(), tiny().encoder.width
+    assert kinds[onnx.TensorProto.INT8] == v * d and kinds[onnx.TensorProto.FLOAT] < v * d  # no second copy
