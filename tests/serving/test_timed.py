@@ -67,4 +67,4 @@ def test_stored_times_reach_the_retriever(features, root, tmp_path):
         given = client.recommend("", [names[i - FIRST_ID] for i, _ in stored[0] if i >= FIRST_ID], 10)
     assert same >= 18  # items of equal score may change places
     assert list(given.items) == blind[0]  # a history in the request carries no times
-    assert (np.abs(scores - blind_scores).max(1) > 1e-2).sum() > 10  # and they matter here
+    assert (np.abs(scores - blind_scores).max(1) > 1e-3).sum() > 15  # and they matter: ten times the tolerance above
