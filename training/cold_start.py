@@ -24,7 +24,7 @@ from preprocessing.contract import FIRST_ID, ITEM, TIME
 from preprocessing.prepare import Features
 from training import data
 from training.evaluation import bootstrap
-from training.search import with_values
+from training.presets import with_values
 from training.train import SCORED, load_retrieval, scored, train_retrieval
 from vivace.artifacts import commit
 

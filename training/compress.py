@@ -23,8 +23,9 @@ from training.distill import Distillation, Teacher
 from training.evaluate import evaluate
 from training.export import CompileConfig, compile_models
 from training.gate import BOUND
-from training.presets import Preset
+from training.presets import PRESET, Preset
 from training.prune import Target, measure, prune
+from training.ranking_model import RankerConfig
 from training.train import (
     WEIGHTS,
     Progress,
@@ -36,18 +37,31 @@ from training.train import (
 from vivace.artifacts import Step, read_manifest, write_text
 
 FOLDER = "compressed"
-PRESET = "preset.json"  # of a variant: no name stands for it
 MEASURED_BATCHES = 20
 
 
 @dataclass(frozen=True)
+class SmallerRanker:
+    """Sizes of the ranker (see RankerConfig), which is trained anew on the smaller retriever; 0 or "": as before."""
+
+    memory: int = 0
+    heads: int = 0
+    followers: int = 0
+    mixture: str = ""
+
+    def of(self, config: RankerConfig) -> RankerConfig:
+        return replace(config, **{name: value for name, value in asdict(self).items() if value})
+
+
+@dataclass(frozen=True)
 class Compression:
-    """What becomes of a run. ``target`` sizes of the retriever; ``memory`` newest encoded events the ranker reads
-    (0: as before); ``epochs`` of recovery under ``distillation``, at ``learning_rate``; ``precision`` of the engine;
-    ``bound`` of the quality gate."""
+    """What becomes of a run. ``target`` sizes of the retriever and ``ranker`` sizes of the ranker; ``fresh``: the small
+    retriever starts as a new one does and not from the slices of the large one; ``epochs`` of recovery under
+    ``distillation``, at ``learning_rate``; ``precision`` of the engine; ``bound`` of the quality gate."""
 
     target: Target = field(default_factory=Target)
-    memory: int = 0
+    ranker: SmallerRanker = field(default_factory=SmallerRanker)
+    fresh: bool = False
     epochs: int = 4
     learning_rate: float = 1e-3
     distillation: Distillation = field(default_factory=Distillation)
@@ -109,17 +123,20 @@ def compress(
         if not link.exists():
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(root / shared, out))
-    prune_retriever(features, preset, root, out, config.target, seed, say)
+    start_from = None
+    if not config.fresh:
+        prune_retriever(features, preset, root, out, config.target, seed, say)
+        start_from = out / "pruned"
     small = replace(
         preset,
         encoder=config.target.of(preset.encoder),
         retrieval=replace(preset.retrieval, epochs=config.epochs, learning_rate=config.learning_rate),
-        ranker=replace(preset.ranker, memory=config.memory or preset.ranker.memory),
+        ranker=config.ranker.of(preset.ranker),
     )
     write_text(out / PRESET, json.dumps(asdict(small), indent=2))
     key = read_manifest(root / "retrieval", "vivace train")["key"]
     teacher = Teacher(load_retrieval(features, preset, root), config.distillation, key)
-    train_retrieval(features, small, out, seed, say, quiet, start_from=out / "pruned", teacher=teacher)
+    train_retrieval(features, small, out, seed, say, quiet, start_from=start_from, teacher=teacher)
     train_ranker(features, small, out, seed, say, quiet=quiet)
     evaluate(features, small, out, seed, say)
     how = CompileConfig(config.precision, reference=root / "evaluation", bound=config.bound, force=config.force)

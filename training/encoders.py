@@ -162,7 +162,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, config: EncoderConfig, length: int) -> None:
         super().__init__()
         d = config.width
-        self.heads, self.p = config.heads, config.dropout
+        self.heads, self.of_head, self.p = config.heads, config.of_head, config.dropout
         self.norm_attention, self.norm_ffn = nn.LayerNorm(d), nn.LayerNorm(d)
         inner = config.heads * config.of_head
         self.qkv, self.out = nn.Linear(d, 3 * inner), nn.Linear(inner, d)
@@ -172,8 +172,9 @@ class AttentionBlock(nn.Module):
         self.adapter = Adapter(d, config.adapter) if config.adapter else None
 
     def forward(self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None, newest: int = 0) -> Tensor:
-        b, t, _ = x_BTD.shape
-        q, k, v = self.qkv(self.norm_attention(x_BTD)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        t = int(x_BTD.shape[1])
+        qkv = self.qkv(self.norm_attention(x_BTD)).view(-1, t, 3, self.heads, self.of_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.relative is not None:
             assert mask is not None
             mask = mask + self.relative(t)[None]
@@ -184,7 +185,8 @@ class AttentionBlock(nn.Module):
             assert mask is not None
             x_BTD, q, mask = x_BTD[:, -newest:], q[:, :, -newest:], mask[:, :, -newest:]
         # no dropout inside attention: slow on CPU
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        scale = self.of_head**-0.5  # a constant of the exported graph
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
         a = self.out(a.transpose(1, 2).flatten(2))
         x_BTD = x_BTD + dropout(a, self.p, self.training)
         h = self.down(F.gelu(self.up(self.norm_ffn(x_BTD))))
@@ -231,9 +233,9 @@ class GatedBlock(nn.Module):
         self.time = TimeBias(config.heads) if config.time_bias else None
 
     def forward(self, x_BTD: Tensor, seen_B1TT: Tensor, buckets_BTT: Tensor | None, newest: int = 0) -> Tensor:
-        b, t, d = x_BTD.shape
+        t, d = int(x_BTD.shape[1]), int(x_BTD.shape[2])
         u, v, q, k = F.silu(self.uvqk(self.norm(x_BTD))).chunk(4, dim=2)
-        v, q, k = (z.view(b, t, self.heads, d // self.heads).transpose(1, 2) for z in (v, q, k))
+        v, q, k = (z.view(-1, t, self.heads, d // self.heads).transpose(1, 2) for z in (v, q, k))
         bias = self.relative(t)[None]
         if self.time is not None:
             bias = bias + self.time(buckets_BTT)

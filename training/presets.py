@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from training.ranking_model import RankerConfig
 from training.retrieval_model import EncoderConfig
 
 LOSSES = ("full", "sampled", "gbce")
+PRESET = "preset.json"  # of a trained run: the sizes that later steps take up
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,23 @@ def from_json(record: dict[str, Any]) -> Preset:
     )
 
 
+def with_values(preset: Preset, values: dict[str, Any]) -> Preset:
+    """``preset`` with values by dotted name, such as "encoder.dropout". Raises ValueError for a name it lacks."""
+    for name, value in values.items():
+        part, _, key = name.partition(".")
+        known = part in {f.name for f in fields(preset)} and key in {f.name for f in fields(getattr(preset, part))}
+        if not known:
+            raise ValueError(f"{name}: no such field of a preset; expected for example 'encoder.dropout'")
+        preset = replace(preset, **{part: replace(getattr(preset, part), **{key: value})})
+    return preset
+
+
 def preset(name: str) -> Preset:
+    """A preset by name, or by the path of a JSON file: {"preset": "cpu", "encoder.width": 128, ...}. Raises ValueError
+    for an unknown name, of the preset or of a field."""
+    if name.endswith(".json"):
+        values = json.loads(Path(name).read_text())
+        return with_values(preset(values.pop("preset", "cpu")), values)
     if name not in PRESETS:
-        raise ValueError(f"--preset: expected one of {sorted(PRESETS)}, got {name!r}")
+        raise ValueError(f"--preset: expected one of {sorted(PRESETS)} or a JSON file, got {name!r}")
     return PRESETS[name]()

@@ -101,7 +101,7 @@ class RankingModel(nn.Module):
         pop = torch.log1p(tables.popularity.float())
         known = pop[FIRST_ID:]
         self.register_buffer("popularity", (pop - known.mean()) / known.std().clamp_min(1e-6))
-        self.register_buffer("follower_ids", tables.follower_ids[:, : config.followers].contiguous())
+        self.register_buffer("follower_ids", tables.follower_ids[:, : config.followers].to(torch.int32).contiguous())
         self.register_buffer("follower_weights", tables.follower_weights[:, : config.followers].float().contiguous())
         self.register_buffer("categories", tables.categories)
         self.register_buffer("numbers", tables.numbers.float())
@@ -135,14 +135,16 @@ class RankingModel(nn.Module):
         top_B1 = scores_BN.amax(1, keepdim=True)
         gap_BN = torch.where(live_BN, scores_BN - top_B1, torch.full_like(scores_BN, -20.0)).clamp(-20.0, 0.0)
         share_BN = torch.softmax(gap_BN, dim=1)
-        rank_BN = torch.log1p((scores_BN[:, None, :] > scores_BN[:, :, None]).sum(2).to(scores_BN.dtype))
+        # summed as floats: ONNX Runtime takes ten times as long over integers
+        rank_BN = torch.log1p((scores_BN[:, None, :] > scores_BN[:, :, None]).to(scores_BN.dtype).sum(2))
         recent_BL = history_BT[:, -c.lags :]
         if int(recent_BL.shape[1]) < c.lags:
             recent_BL = F.pad(recent_BL, (c.lags - int(recent_BL.shape[1]), 0), value=PADDING_ID)
         followers_BLK = self.follower_ids[recent_BL]
         weights_BLK = self.follower_weights[recent_BL]
-        hit_BNLK = followers_BLK[:, None] == candidates_BN[:, :, None, None]
-        follow_BNL = (hit_BNLK.to(weights_BLK.dtype) * weights_BLK[:, None]).sum(3)
+        hit_BLNK = followers_BLK[:, :, None] == candidates_BN.to(followers_BLK.dtype)[:, None, :, None]
+        follow_BLN = (hit_BLNK.to(weights_BLK.dtype) @ weights_BLK[:, :, :, None]).squeeze(3)
+        follow_BNL = follow_BLN.transpose(1, 2)
         same_BNL = self._same_category(recent_BL, candidates_BN)
         parts = [gap_BN, share_BN.log().clamp_min(-20.0), rank_BN, self.popularity[candidates_BN]]
         total_BN = follow_BNL.sum(2)
@@ -166,16 +168,15 @@ class RankingModel(nn.Module):
 
     def attend(self, own_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
         """What each candidate finds in the encoded part of the history, float32 [B, N, D]."""
-        b, n, d = own_BND.shape
-        history_BT = history_BT[:, -int(encoded_BTD.shape[1]) :]
-        t, h = history_BT.shape[1], self.config.heads
+        n, d, t, h = int(own_BND.shape[1]), self.width, int(encoded_BTD.shape[1]), self.config.heads
+        history_BT = history_BT[:, -t:]
         memory = torch.cat([encoded_BTD, self.item(history_BT)], dim=2)
-        q = self.query(own_BND).view(b, n, h, d // h).transpose(1, 2)
-        k = self.key(memory).view(b, t, h, d // h).transpose(1, 2)
-        v = self.value(memory).view(b, t, h, d // h).transpose(1, 2)
+        q = self.query(own_BND).view(-1, n, h, d // h).transpose(1, 2)
+        k = self.key(memory).view(-1, t, h, d // h).transpose(1, 2)
+        v = self.value(memory).view(-1, t, h, d // h).transpose(1, 2)
         mask = (history_BT == PADDING_ID)[:, None, None, :].to(q.dtype) * MASKED
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.norm_out(own_BND + self.out(found.transpose(1, 2).reshape(b, n, d)))
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
+        return self.norm_out(own_BND + self.out(found.transpose(1, 2).reshape(-1, n, d)))
 
     def _mixture(self, towers: mm.ParallelBlock) -> nn.Module:
         c = self.config
@@ -192,14 +193,15 @@ class RankingModel(nn.Module):
 
     def forward(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor) -> Tensor:
         """Logits float32 [B, N, heads]."""
-        b, n = candidates_BN.shape
+        n, f = int(candidates_BN.shape[1]), len(self.head_names)  # constants of the exported graph: only B is free
         own = self.norm_own(self.own(self.describe(candidates_BN)))
         own = dropout(own, self.config.dropout, self.training)
         found = self.attend(own, history_BT, encoded_BTD)
         features = self.counter(self.counters(history_BT, candidates_BN, scores_BN))
         user = encoded_BTD[:, -1:, :] * self.item(candidates_BN)
-        x = torch.cat([found, own, user, features], dim=2).reshape(b * n, -1)
-        logits = torch.cat([self._heads(x)[h] for h in self.head_names], dim=1).view(b, n, -1)
+        x = torch.cat([found, own, user, features], dim=2).flatten(0, 1)
+        heads = self._heads(x)
+        logits = torch.cat([heads[h] for h in self.head_names], dim=1).view(-1, n, f)
         residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)
         return torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], dim=2)
 

@@ -24,9 +24,8 @@ from training import data
 from training.adapt import Adaptation
 from training.evaluate import RANKED, RETRIEVAL, evaluate
 from training.evaluation import bootstrap, metrics, ndcg_of
-from training.presets import Preset, preset
+from training.presets import Preset, preset, with_values
 from training.pretrain import FOLDER, Pretraining, pretrain
-from training.search import with_values
 from training.text_encoder import TextConfig, pretrain_text
 from training.train import SCORED, Progress, load_retrieval, scored, train_ranker, train_retrieval
 from vivace.artifacts import commit, write_text

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from preprocessing.prepare import Features
 from training import data
 from training.evaluation import metrics
-from training.presets import Preset
+from training.presets import Preset, with_values
 from training.train import SCORED, Progress, load_retrieval, scored, train_retrieval
 from vivace.artifacts import read_manifest, write_text
 
@@ -48,17 +47,6 @@ def suggest(trial: optuna.Trial, space: dict[str, list]) -> dict[str, Any]:
         else:
             raise ValueError(f"search space: {name}: expected 'log', 'int' or 'choice' at the end, got {kind!r}")
     return found
-
-
-def with_values(preset: Preset, values: dict[str, Any]) -> Preset:
-    """``preset`` with values by dotted name, such as "encoder.dropout". Raises ValueError for a name it lacks."""
-    for name, value in values.items():
-        part, _, key = name.partition(".")
-        known = part in {f.name for f in fields(preset)} and key in {f.name for f in fields(getattr(preset, part))}
-        if not known:
-            raise ValueError(f"{name}: no such field of a preset; expected for example 'encoder.dropout'")
-        preset = replace(preset, **{part: replace(getattr(preset, part), **{key: value})})
-    return preset
 
 
 def validation_ndcg(features: Features, preset: Preset, root: Path) -> float:

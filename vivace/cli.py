@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,9 @@ Data = Annotated[
 DataPath = Annotated[Path | None, typer.Option("--path", help="folder of the data set; for tables the TOML mapping")]
 Name = Annotated[str, typer.Option("--name", help="folder under --artifacts; the data set's name if empty")]
 Artifacts = Annotated[Path, typer.Option("--artifacts", help="where artifacts go")]
-PresetName = Annotated[str, typer.Option("--preset", help="model and training sizes; chosen by the data set if empty")]
+PresetName = Annotated[
+    str, typer.Option("--preset", help="sizes by name or JSON file; by the data set, or as trained, if empty")
+]
 Seed = Annotated[int, typer.Option("--seed")]
 Profile = Annotated[str, typer.Option("--profile", help='configs/<profile>.pbtxt; "" is config.pbtxt')]
 Precision = Annotated[str, typer.Option("--precision", help="fp32, fp16, int8, int8-qdq or fp8: docs/compress.md")]
@@ -64,12 +66,12 @@ def _root(artifacts: Path, name: str, data: str) -> Path:
     return artifacts / (name or data)
 
 
-def _preset(name: str, root: Path) -> Any:
+def _preset(name: str, root: Path, recorded: bool = True) -> Any:
     from preprocessing.contract import DataSchema
-    from training.presets import from_json, preset
+    from training.presets import PRESET, from_json, preset
 
-    own = root / "preset.json"  # of a compressed variant
-    if not name and own.exists():
+    own = root / PRESET
+    if recorded and not name and own.exists():
         return from_json(json.loads(own.read_text()))
     schema = root / "features" / "schema.json"
     known = DataSchema.load(schema).name if schema.exists() else ""
@@ -142,14 +144,17 @@ def train(
     from preprocessing.prepare import Features
     from training import distributed
     from training.adapt import Adaptation
+    from training.presets import PRESET
     from training.train import train_ranker, train_retrieval
-    from vivace.artifacts import exclusive
+    from vivace.artifacts import exclusive, write_text
 
     with reported():
         root = artifacts / name
-        chosen = with_overrides(_preset(preset, root), epochs, loss)
+        chosen = with_overrides(_preset(preset, root, recorded=False), epochs, loss)
         features = Features(root / "features")
         with distributed.group() as world, exclusive(root) if world.first else contextlib.nullcontext():
+            if world.first:
+                write_text(root / PRESET, json.dumps(asdict(chosen), indent=2))
             first = train_retrieval(
                 features, chosen, root, seed, say if world.first else lambda _: None,
                 start_from=start_from, adaptation=Adaptation(adapt, rank), world=world,
@@ -212,7 +217,7 @@ def pretrain(
                 manifest = pretrain_text(features, text, root, seed, say)
             else:
                 config = Pretraining(tuple(o for o in objective.split(",") if o), epochs or 2)
-                manifest = run(features, _preset(preset, root), config, root, seed, say)
+                manifest = run(features, _preset(preset, root, recorded=False), config, root, seed, say)
         say(f"pretrained: {manifest['results']['parameters']:,} parameters, {manifest['seconds']:.0f} s")
 
 
@@ -237,7 +242,7 @@ def search(
     with reported():
         root = artifacts / name
         wanted = json.loads(space.read_text()) if space else None
-        chosen = with_overrides(_preset(preset, root), epochs)
+        chosen = with_overrides(_preset(preset, root, recorded=False), epochs)
         with exclusive(root):
             study = run(Features(root / "features"), chosen, root, seed, trials, say, wanted)
         say(f"{len(study.trials)} trials; best {study.best_value:.4f} with {study.best_params}")
@@ -294,6 +299,11 @@ def compress(
     ffn: Annotated[int, typer.Option(help="feed-forward channels left (0: all)")] = 0,
     width: Annotated[int, typer.Option(help="embedding dimensions left (0: all)")] = 0,
     memory: Annotated[int, typer.Option(help="newest encoded events the ranker reads (0: all)")] = 0,
+    ranker_heads: Annotated[int, typer.Option(help="attention heads of the ranker (0: as before)")] = 0,
+    followers: Annotated[int, typer.Option(help="followers kept of an item for the ranker (0: as before)")] = 0,
+    mixture: Annotated[str, typer.Option(help='of the ranker\'s heads: "mmoe", "ple", "shared" ("": as before)')] = "",
+    learning_rate: Annotated[float, typer.Option(help="of the recovery")] = 1e-3,
+    fresh: Annotated[bool, typer.Option(help="a new small model instead of the pruned one, taught likewise")] = False,
     epochs: Annotated[int, typer.Option(help="of recovery training under the whole model's eye")] = 4,
     precision: Precision = "fp32",
     bound: Bound = 0.01,
@@ -301,15 +311,16 @@ def compress(
 ) -> None:
     """Prune an evaluated run, let the whole model teach it, compile it, refuse it if it lost too much."""
     from preprocessing.prepare import Features
-    from training.compress import FOLDER, Compression
+    from training.compress import FOLDER, Compression, SmallerRanker
     from training.compress import compress as run
     from training.prune import Target
     from vivace.artifacts import exclusive
 
     with reported():
         root = artifacts / name
+        target, smaller = Target(layers, heads, ffn, width), SmallerRanker(memory, ranker_heads, followers, mixture)
         config = Compression(
-            Target(layers, heads, ffn, width), memory, epochs, precision=precision, bound=bound, force=force
+            target, smaller, fresh, epochs, learning_rate, precision=precision, bound=bound, force=force
         )
         with exclusive(root):
             run(Features(root / "features"), _preset(preset, root), root, variant, config, seed, say)

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from preprocessing import contract as c
 from serving.launcher import ServerOptions
 from serving.service import service
-from training.compress import Compression, compress
+from training.compress import Compression, SmallerRanker, compress
 from training.distill import Distillation, divergence, list_mle, relations
 from training.evaluation import MISS
 from training.export import CompileConfig, Engine, compile_models, shapes
@@ -112,7 +112,8 @@ def test_the_gate_by_hand():
 def variant(features, root):
     """The small shop's run, pruned to a third of its channels and taught for one epoch, in int8."""
     config = Compression(
-        Target(ffn=24), memory=10, epochs=1, distillation=Distillation(1.0, 0.1, 0.1, positions=64), precision="int8",
+        Target(ffn=24), SmallerRanker(10, 1, 4, "shared"), epochs=1, precision="int8",
+        distillation=Distillation(1.0, 0.1, 0.1, positions=64),
         bound=0.5,
     )  # fmt: skip
     manifest = compress(features, tiny(), root, "small", config, 3, lambda _: None, quiet=True)
@@ -122,7 +123,7 @@ def variant(features, root):
 def test_the_variant_is_smaller_and_judged(root, variant):
     folder, manifest = variant
     preset = from_json(json.loads((folder / "preset.json").read_text()))
-    assert preset.encoder.of_ffn == 24 and preset.ranker.memory == 10
+    assert preset.encoder.of_ffn == 24 and preset.ranker.memory == 10 and preset.ranker.mixture == "shared"
     gate = manifest["results"]["gate"]
     assert gate["passed"] and gate["requests"] == len(reference_ranks(root / "evaluation"))
     kinds = {t.data_type for t in onnx.load(folder / "compiled" / "retrieval.onnx").graph.initializer}

@@ -7,8 +7,8 @@ import json
 import optuna
 import pytest
 
-from training.presets import tiny
-from training.search import search, with_values
+from training.presets import tiny, with_values
+from training.search import search
 
 
 def quiet(_: str) -> None:
