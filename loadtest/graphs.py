@@ -3,8 +3,8 @@
     python -m loadtest.graphs artifacts/ml-1m artifacts/ml-1m/compressed/pruned --batch 1 --batch 16
 
 Each folder is a compiled run (``vivace compile`` or ``vivace compress``). Every round measures each of them once, in an
-order that changes; the figure is the median over the rounds, the ratio is to the first folder. The requests are those
-that the first run recorded. The last line of stdout is one JSON object.
+order that changes; the figure is the median over the rounds, the ratio is to the first folder. ``--eager`` adds PyTorch
+on the first run's models. The requests are those that the first run recorded. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
 
 from loadtest.requests import recorded
 from preprocessing import contract as c
 from serving.feature_store import LmdbStore
 from serving.stages import FeatureTransform, Row
+from preprocessing.prepare import Features
 from training.export import session
+from training.presets import PRESET, from_json
+from training.ranking_model import RankingGraph
+from training.retrieval_model import RetrievalGraph
+from training.train import WEIGHTS, load_ranker, load_retrieval
 from vivace.artifacts import commit, read_manifest
 from vivace.doctor import cpu
 
@@ -46,6 +52,24 @@ class Graphs:
         return ranked
 
 
+class Eager:
+    """The same two graphs of a run by PyTorch, as it runs them without compilation."""
+
+    def __init__(self, root: Path, threads: int, like: Graphs) -> None:
+        preset, features = from_json(json.loads((root / PRESET).read_text())), Features(root / "features")
+        torch.set_num_threads(threads)
+        s = self.shapes = like.shapes
+        self.retrieval = RetrievalGraph(load_retrieval(features, preset, root).cpu(), s.candidates, s.memory).eval()
+        self.ranking = RankingGraph(load_ranker(features, preset, root).cpu()).eval()
+        self.bytes = sum((root / n / WEIGHTS).stat().st_size for n in (c.RETRIEVAL, c.RANKING))
+
+    def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        tensors = [torch.from_numpy(x) for x in inputs]
+        with torch.inference_mode():
+            ranked = self.ranking(tensors[0], *self.retrieval(*tensors))
+        return [x.numpy() for x in ranked]
+
+
 def batches_of(root: Path, shapes: c.StageTensors, batch: int, count: int) -> list[list[np.ndarray]]:
     """Inputs of the retrieval graph for recorded requests."""
     store = LmdbStore(root / "feature_store", readonly=True)
@@ -59,7 +83,7 @@ def batches_of(root: Path, shapes: c.StageTensors, batch: int, count: int) -> li
     return out
 
 
-def milliseconds(graphs: Graphs, inputs: list[list[np.ndarray]], seconds: float) -> float:
+def milliseconds(graphs: Graphs | Eager, inputs: list[list[np.ndarray]], seconds: float) -> float:
     """Mean time of a batch."""
     graphs(inputs[0])
     started, done = time.perf_counter(), 0
@@ -74,9 +98,13 @@ def main(
     batch: Annotated[list[int], typer.Option(help="sizes of a batch")] = [1, 16],  # noqa: B006 - typer reads the default
     rounds: int = 7,
     seconds: Annotated[float, typer.Option(help="of one measurement")] = 1.0,
-    threads: Annotated[int, typer.Option(help="of ONNX Runtime")] = 1,
+    threads: Annotated[int, typer.Option(help="of ONNX Runtime and PyTorch")] = 1,
+    eager: Annotated[bool, typer.Option(help="PyTorch on the first run's models too")] = False,
 ) -> None:
-    graphs = {str(r): Graphs(r, threads) for r in runs}
+    compiled = {str(r): Graphs(r, threads) for r in runs}
+    graphs: dict[str, Graphs | Eager] = dict(compiled)
+    if eager:
+        graphs["PyTorch " + str(runs[0])] = Eager(runs[0], threads, compiled[str(runs[0])])
     first = runs[0]
     rng, rows = random.Random(0), []
     times: dict[tuple[str, int], list[float]] = {}

@@ -33,6 +33,7 @@ from vivace.artifacts import Step, read_manifest, write_text
 OPSET = 18
 CALIBRATION_BATCHES = 8
 SENSITIVITY_BATCHES = 2
+FOLD_ITEMS = 100_000  # items up to which the ranker's table of five numbers for one of the embedding is worth it
 TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
 EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
@@ -130,12 +131,14 @@ def export_checked(
     outputs: tuple[c.WireTensor, ...],
     example: tuple[Tensor, ...],
     path: Path,
+    reference: nn.Module | None = None,
 ) -> dict[str, float]:
-    """Exports a stage and compares it with PyTorch on ``example``; the differences. Raises ValueError beyond them."""
+    """Exports a stage and compares it with PyTorch (``reference``; the graph itself if none) on ``example``; the
+    differences. Raises ValueError beyond them."""
     names_in, names_out = _names(inputs), _names(outputs)
     export(graph, example, names_in, names_out, path)
     with torch.no_grad():
-        expected = graph.eval()(*example)
+        expected = (reference or graph).eval()(*example)
     got = session(path).run(names_out, {n: x.numpy() for n, x in zip(names_in, example, strict=True)})
     found = difference(expected, got, names_out)
     _check(stage, found)
@@ -145,13 +148,16 @@ def export_checked(
 @dataclass(frozen=True)
 class CompileConfig:
     """``precision``: see ``quantize``; products that it hurts are found by measurement and stay in float32. ``tables``:
-    of items, "fp32" or "int8" (see ``int8_table``). The quality gate compares the engine with the evaluated run in
-    ``reference``: always where it is not all float32 (by default this run itself), else only where ``reference`` is
-    given. ``bound``: the relative fall of NDCG@10 it lets through; ``force`` publishes all the same and says so in the
-    model card and the server's metadata."""
+    of items, "fp32" or "int8" (see ``int8_table``). ``fold``: parts of the ranker that depend on an item alone become a
+    table (see FoldedRanking), up to FOLD_ITEMS items and with float32 tables.
+
+    The quality gate compares the engine with the evaluated run in ``reference``: always where it is not all float32
+    (by default this run itself), else only where ``reference`` is given. ``bound``: the relative fall of NDCG@10 it
+    lets through; ``force`` publishes all the same and says so in the model card and the server's metadata."""
 
     precision: str = "fp32"
     tables: str = "fp32"
+    fold: bool = True
     reference: Path | None = None
     bound: float = BOUND
     force: bool = False
@@ -252,7 +258,10 @@ def compile_models(
     say("exporting ranking")
     rows, file = (example[0], ids, scores, encoded), exact / "ranking.onnx"
     outputs = c.ranking_outputs(s, schema.heads)
-    parity[c.RANKING] = export_checked(c.RANKING, RankingGraph(ranker), c.ranking_inputs(s), outputs, rows, file)
+    plain = RankingGraph(ranker)
+    fold = config.fold and config.tables == "fp32" and items <= FOLD_ITEMS
+    ranking = RankingGraph(ranker, fold=fold)
+    parity[c.RANKING] = export_checked(c.RANKING, ranking, c.ranking_inputs(s), outputs, rows, file, plain)
     verdict = None
     if not config.exact:
         kind = "int8 tables" if config.tables == "int8" else config.precision

@@ -128,8 +128,11 @@ class RankingModel(nn.Module):
             self._heads(torch.zeros(2, 3 * d + 32))
 
     # -- parts ---------------------------------------------------------------------------------------
-    def counters(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor) -> Tensor:
-        """Counter features float32 [B, N, 5 + 2L]: score, rank, popularity, co-occurrence by lag and summed."""
+    def counters(
+        self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, popularity_BN: Tensor, category_BN: Tensor
+    ) -> Tensor:
+        """Counter features float32 [B, N, 5 + 2L]: score, rank, popularity, co-occurrence by lag and summed. The last
+        two arguments are the candidates'."""
         c = self.config
         live_BN = scores_BN > EXCLUDED / 2
         top_B1 = scores_BN.amax(1, keepdim=True)
@@ -145,20 +148,23 @@ class RankingModel(nn.Module):
         hit_BLNK = followers_BLK[:, :, None] == candidates_BN.to(followers_BLK.dtype)[:, None, :, None]
         follow_BLN = (hit_BLNK.to(weights_BLK.dtype) @ weights_BLK[:, :, :, None]).squeeze(3)
         follow_BNL = follow_BLN.transpose(1, 2)
-        same_BNL = self._same_category(recent_BL, candidates_BN)
-        parts = [gap_BN, share_BN.log().clamp_min(-20.0), rank_BN, self.popularity[candidates_BN]]
+        same_BNL = self._same_category(recent_BL, category_BN)
+        parts = [gap_BN, share_BN.log().clamp_min(-20.0), rank_BN, popularity_BN]
         total_BN = follow_BNL.sum(2)
         log_follow_BNL = torch.log1p(follow_BNL * 1000.0)
         return torch.cat([torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL], dim=2)
 
-    def _same_category(self, recent_BL: Tensor, candidates_BN: Tensor) -> Tensor:
+    def _category(self, ids: Tensor) -> Tensor:
+        """First categorical attribute of items, int64; 0 where the catalogue has none."""
+        return self.categories[:, 0][ids] if len(self.attribute) else torch.zeros_like(ids)
+
+    def _same_category(self, recent_BL: Tensor, category_BN: Tensor) -> Tensor:
         """1 where candidate and recent event share their first categorical attribute, float32 [B, N, L]."""
         if not len(self.attribute):
             return torch.zeros(
-                *candidates_BN.shape, recent_BL.shape[1], dtype=self.numbers.dtype, device=candidates_BN.device
+                *category_BN.shape, recent_BL.shape[1], device=category_BN.device, dtype=self.numbers.dtype
             )
-        category_V = self.categories[:, 0]
-        same = category_V[candidates_BN][:, :, None] == category_V[recent_BL][:, None, :]
+        same = category_BN[:, :, None] == self._category(recent_BL)[:, None, :]
         return (same & (recent_BL >= FIRST_ID)[:, None, :]).to(self.numbers.dtype)
 
     def describe(self, ids: Tensor) -> Tensor:
@@ -166,14 +172,26 @@ class RankingModel(nn.Module):
         parts = [self.item(ids), *(e(self.categories[ids][..., i]) for i, e in enumerate(self.attribute))]
         return torch.cat([*parts, self.numbers[ids]], dim=-1)
 
-    def attend(self, own_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
+    def keys_and_values(self, encoded_BTD: Tensor, history_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """What the attention reads of each event, float32 [B, T, D] twice, of its encoding and its item."""
+        memory = torch.cat([encoded_BTD, self.item(history_BT)], dim=2)
+        return self.key(memory), self.value(memory)
+
+    def candidate_parts(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All that depends on a candidate alone: its own vector, its query and its embedding float32 [..., D], its
+        popularity float32 [...] and its category int64 [...]."""
+        own = self.norm_own(self.own(self.describe(ids)))
+        own = dropout(own, self.config.dropout, self.training)
+        return own, self.query(own), self.item(ids), self.popularity[ids], self._category(ids)
+
+    def attend(self, own_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
         """What each candidate finds in the encoded part of the history, float32 [B, N, D]."""
         n, d, t, h = int(own_BND.shape[1]), self.width, int(encoded_BTD.shape[1]), self.config.heads
         history_BT = history_BT[:, -t:]
-        memory = torch.cat([encoded_BTD, self.item(history_BT)], dim=2)
-        q = self.query(own_BND).view(-1, n, h, d // h).transpose(1, 2)
-        k = self.key(memory).view(-1, t, h, d // h).transpose(1, 2)
-        v = self.value(memory).view(-1, t, h, d // h).transpose(1, 2)
+        key, value = self.keys_and_values(encoded_BTD, history_BT)
+        q = query_BND.view(-1, n, h, d // h).transpose(1, 2)
+        k = key.view(-1, t, h, d // h).transpose(1, 2)
+        v = value.view(-1, t, h, d // h).transpose(1, 2)
         mask = (history_BT == PADDING_ID)[:, None, None, :].to(q.dtype) * MASKED
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
         return self.norm_out(own_BND + self.out(found.transpose(1, 2).reshape(-1, n, d)))
@@ -194,11 +212,10 @@ class RankingModel(nn.Module):
     def forward(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor) -> Tensor:
         """Logits float32 [B, N, heads]."""
         n, f = int(candidates_BN.shape[1]), len(self.head_names)  # constants of the exported graph: only B is free
-        own = self.norm_own(self.own(self.describe(candidates_BN)))
-        own = dropout(own, self.config.dropout, self.training)
-        found = self.attend(own, history_BT, encoded_BTD)
-        features = self.counter(self.counters(history_BT, candidates_BN, scores_BN))
-        user = encoded_BTD[:, -1:, :] * self.item(candidates_BN)
+        own, query, item, popularity, category = self.candidate_parts(candidates_BN)
+        found = self.attend(own, query, history_BT, encoded_BTD)
+        features = self.counter(self.counters(history_BT, candidates_BN, scores_BN, popularity, category))
+        user = encoded_BTD[:, -1:, :] * item
         x = torch.cat([found, own, user, features], dim=2).flatten(0, 1)
         heads = self._heads(x)
         logits = torch.cat([heads[h] for h in self.head_names], dim=1).view(-1, n, f)
@@ -210,15 +227,47 @@ class RankingModel(nn.Module):
         return torch.sigmoid(logits * self.calibration[:, 0] + self.calibration[:, 1])
 
 
+class FoldedRanking(RankingModel):
+    """A trained ranker whose parts that depend on an item alone are worked out for the whole catalogue: they become one
+    row to read instead of layers to run. The answers are the same but for rounding; the table has five numbers where
+    the item embedding has one."""
+
+    candidate_VF: Tensor
+    history_VE: Tensor
+    key_value_ED: Tensor
+
+    def __init__(self, model: RankingModel) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update({k: v for k, v in copy.deepcopy(model).__dict__.items()})
+        d, all_ids = self.width, torch.arange(len(model.popularity), device=model.popularity.device)
+        with torch.no_grad():
+            *vectors, popularity, _ = model.eval().candidate_parts(all_ids)
+            layers = (model.key, model.value)
+            of_item = [F.linear(model.item(all_ids), layer.weight[:, d:], layer.bias) for layer in layers]
+            self.register_buffer("candidate_VF", torch.cat([*vectors, popularity[:, None]], 1))
+            self.register_buffer("history_VE", torch.cat(of_item, 1))
+            self.register_buffer("key_value_ED", torch.cat([layer.weight[:, :d] for layer in layers]).clone())
+
+    def candidate_parts(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        d = self.width
+        own, query, item, popularity = F.embedding(ids, self.candidate_VF).split([d, d, d, 1], -1)
+        return own, query, item, popularity.squeeze(-1), self._category(ids)
+
+    def keys_and_values(self, encoded_BTD: Tensor, history_BT: Tensor) -> tuple[Tensor, Tensor]:
+        both = F.linear(encoded_BTD, self.key_value_ED) + F.embedding(history_BT, self.history_VE)
+        key, value = both.split(self.width, -1)
+        return key, value
+
+
 class RankingGraph(nn.Module):
     """What is exported as ``ranking.onnx``: candidates sorted by the first head, with calibrated probabilities.
 
-    For a history without a known item the retriever's order (popularity) stays.
+    For a history without a known item the retriever's order (popularity) stays. ``fold``: see FoldedRanking.
     """
 
-    def __init__(self, model: RankingModel, int8_table: bool = False) -> None:
+    def __init__(self, model: RankingModel, int8_table: bool = False, fold: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model = FoldedRanking(model) if fold else model
         if int8_table:
             assert isinstance(model.item, nn.Embedding)
             self.model = copy.deepcopy(model)

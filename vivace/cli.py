@@ -335,6 +335,7 @@ def compile_(
     seed: Seed = 7,
     precision: Precision = "fp32",
     tables: Tables = "fp32",
+    fold: Annotated[bool, typer.Option(help="what depends on an item alone becomes a table of the catalogue")] = True,
     bound: Bound = 0.01,
     force: Force = False,
 ) -> None:
@@ -345,7 +346,7 @@ def compile_(
 
     with reported():
         root = artifacts / name
-        config = CompileConfig(precision, tables, bound=bound, force=force)
+        config = CompileConfig(precision, tables, fold, bound=bound, force=force)
         with exclusive(root):
             manifest = compile_models(Features(root / "features"), _preset(preset, root), root, seed, say, config)
         for stage, values in manifest["results"]["parity"].items():
