@@ -4,7 +4,8 @@
 
 Each folder is a compiled run (``vivace compile`` or ``vivace compress``). Every round measures each of them once, in an
 order that changes; the figure is the median over the rounds, the ratio is to the first folder. ``--eager`` adds PyTorch
-on the first run's models. The requests are those that the first run recorded. The last line of stdout is one JSON object.
+on the first run's models. The requests are those that the first run recorded. The last line of stdout is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import typer
 
 from loadtest.requests import recorded
 from preprocessing import contract as c
+from preprocessing.prepare import Features
 from serving.feature_store import LmdbStore
 from serving.stages import FeatureTransform, Row
-from preprocessing.prepare import Features
 from training.export import session
 from training.presets import PRESET, from_json
 from training.ranking_model import RankingGraph

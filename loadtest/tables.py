@@ -30,20 +30,36 @@ TOP = 100
 
 
 class Scoring(nn.Module):
-    """States float32 [B, D] to the TOP best items, by either table."""
+    """States float32 [B, D] to the ``top`` best items, by either table."""
 
     table_VD: Tensor
 
-    def __init__(self, table_VD: Tensor, int8: bool) -> None:
+    def __init__(self, table_VD: Tensor, int8: bool, top: int = TOP) -> None:
         super().__init__()
+        self.top = top
         self.int8 = Int8Table(table_VD) if int8 else None
         if not int8:
             self.register_buffer("table_VD", table_VD)
 
     def forward(self, states_BD: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.int8.scores(states_BD) if self.int8 is not None else states_BD @ self.table_VD.t()
-        top, ids = torch.topk(scores, TOP, dim=1)
+        top, ids = torch.topk(scores, self.top, dim=1)
         return ids, top
+
+
+def catalogue(
+    items: int, width: int, centres: int = 5000, noise: float = 1.2, requests: int = 2000, seed: int = 7
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(item embeddings [V, D], states of requests [R, D], the item that each asks for [R])."""
+    g = torch.Generator().manual_seed(seed)
+    own = torch.randn(items, width, generator=g)
+    middle = torch.randn(centres, width, generator=g)
+    table = middle[torch.randint(centres, (items,), generator=g)] + 0.6 * own
+    table *= torch.rand(items, 1, generator=g) + 0.5  # lengths differ, as popularity makes them
+    target = torch.randint(items, (requests,), generator=g)
+    unit = torch.nn.functional.normalize(table, dim=1)
+    states = unit[target] * width**0.5 + noise * 0.6 * torch.randn(requests, width, generator=g)
+    return table, states, target
 
 
 def main(
@@ -55,14 +71,7 @@ def main(
     batch: int = 8,
     seed: int = 7,
 ) -> None:
-    g = torch.Generator().manual_seed(seed)
-    own = torch.randn(items, width, generator=g)
-    middle = torch.randn(centres, width, generator=g)
-    table = middle[torch.randint(centres, (items,), generator=g)] + 0.6 * own
-    table *= torch.rand(items, 1, generator=g) + 0.5  # lengths differ, as popularity makes them
-    target = torch.randint(items, (requests,), generator=g)
-    unit = torch.nn.functional.normalize(table, dim=1)
-    states = unit[target] * width**0.5 + noise * 0.6 * torch.randn(requests, width, generator=g)
+    table, states, target = catalogue(items, width, centres, noise, requests, seed)
     sizes: dict[str, int] = {}
     ranks: dict[str, list[np.ndarray]] = {}
     spent: dict[str, list[float]] = {}
