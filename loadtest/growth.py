@@ -4,8 +4,8 @@
 
 Retrieval is the scoring of one state against all items of a synthetic catalogue (``loadtest.tables``) and the choice of
 the best; FAISS searches with the least effort that finds 98 % of the exact candidates. History and candidates:
-untrained models of preset ``cpu``, whose weights change no time. One thread, one request at a time, median of the runs. An
-exponent is the slope of the line through log(time) over log(size). The last line of stdout is one JSON object.
+untrained models of preset ``cpu``, whose weights change no time. One thread, one request at a time, median of the runs.
+An exponent is the slope of the line through log(time) over log(size). The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations

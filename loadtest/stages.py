@@ -72,3 +72,9 @@ def quantiles(host: str, metrics_port: int) -> dict[str, dict[str, float]]:
             name = f"p{float(labels['quantile']) * 100:.0f}"
             found.setdefault(labels["model"], {})[name] = value_us / 1000
     return found
+
+
+def cache_counts(client: grpcclient.InferenceServerClient, model: str = c.RETRIEVAL) -> tuple[int, int]:
+    """(hits, misses) of Triton's response cache for a model since it was loaded."""
+    stats = client.get_inference_statistics(model, as_json=True)["model_stats"][-1].get("inference_stats", {})
+    return tuple(int(stats.get(f"cache_{kind}", {}).get("count", 0)) for kind in ("hit", "miss"))  # type: ignore[return-value]

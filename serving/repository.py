@@ -101,6 +101,8 @@ def model_configs(
     retrieval = _base(
         c.RETRIEVAL, "onnxruntime", p, c.retrieval_inputs(s), c.retrieval_outputs(s), p.retrieval_instances
     )
+    # its inputs are the user's whole state: a user without a new event hits, one with a new event misses
+    retrieval.response_cache.enable = True
     ranking = _base(c.RANKING, "onnxruntime", p, c.ranking_inputs(s), c.ranking_outputs(s, heads), p.ranking_instances)
     response = _base(c.RESPONSE, "python", p, c.response_inputs(s, heads), c.response_outputs(heads))
     append = _base(c.APPEND_EVENT, "python", p, c.APPEND, (c.HISTORY_LENGTH,))

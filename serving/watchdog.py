@@ -50,9 +50,11 @@ class Metrics:
         self.swept = Counter("vivace_shm_segments_removed", "Shared memory segments of dead workers", registry=r)
 
 
-def question(config: pb.ModelConfig) -> list[grpcclient.InferInput]:
-    """The smallest valid request of a model, from its configuration: one row, free axes of length 1, zeros and ""."""
+def question(config: pb.ModelConfig, fresh: np.random.Generator | None = None) -> list[grpcclient.InferInput]:
+    """The smallest valid request of a model, from its configuration: one row, free axes of length 1, zeros and "".
+    ``fresh``: with a history that nobody asked before, so that no cache can answer in a dead worker's place."""
     inputs = []
+    items = {t.name: t.dims[-1] for t in config.input}.get("EXCLUDE", c.FIRST_ID + 1)
     for tensor in config.input:
         shape = [1] * bool(config.max_batch_size) + [d if d > 0 else 1 for d in tensor.dims]
         datatype = pb.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
@@ -63,6 +65,8 @@ def question(config: pb.ModelConfig) -> list[grpcclient.InferInput]:
             value = np.ones(shape, np.int32)
         else:
             value = np.zeros(shape, triton_to_np_dtype(datatype))
+            if fresh is not None and tensor.name == "HISTORY_IDS":
+                value[..., -4:] = fresh.integers(c.FIRST_ID, items, value[..., -4:].shape)
         item.set_data_from_numpy(value)
         inputs.append(item)
     return inputs
@@ -102,6 +106,8 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._questions: dict[str, list[grpcclient.InferInput]] = {}
+        self._cached: dict[str, tuple[pb.ModelConfig, float]] = {}  # models with a cache: asked anew now and then
+        self._rng = np.random.default_rng()
         self._workers: dict[int, str] = {}
         self._retired: dict[int, float] = {}  # workers of unloaded instances, and since when
 
@@ -111,6 +117,8 @@ class Watchdog:
                 config = self._client.get_model_config(name).config
                 if config.platform != "ensemble":
                     self._questions[name] = question(config)
+                    if config.response_cache.enable and self.server.options.cache_bytes:
+                        self._cached[name] = (config, 0.0)
                     self.metrics.healthy.labels(name).set(1)
                     self.metrics.restarts.labels(name)
         self._workers = self.workers()
@@ -140,8 +148,13 @@ class Watchdog:
 
     def alive(self, model: str) -> bool:
         """Whether ``model`` answers its question."""
+        asked = self._questions[model]
+        config, last = self._cached.get(model, (None, 0.0))
+        if config is not None and time.monotonic() - last > self.ask_timeout_s:  # seldom: each answer takes up cache
+            self._cached[model] = (config, time.monotonic())
+            asked = question(config, self._rng)
         try:
-            self._client.infer(model, self._questions[model], client_timeout=self.ask_timeout_s)
+            self._client.infer(model, asked, client_timeout=self.ask_timeout_s)
         except InferenceServerException as error:
             if died(error):
                 return False

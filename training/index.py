@@ -1,7 +1,7 @@
 """FAISS index of item embeddings, for catalogues too large to score every item for every request.
 
 A graph of near neighbours (HNSW, Malkov & Yashunin 2018) under the inner product; inverted lists (IVF) were measured
-too and find far less for the same time (docs/log.md). The item bias is one more dimension, which the state meets with a 1.
+too and find far less for the same time (docs/log.md). The item bias is one more dimension; a state meets it with a 1.
 Axis legend: B states, V item ids, D width, N candidates.
 """
 

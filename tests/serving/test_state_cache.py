@@ -1,0 +1,48 @@
+"""The cache of encoded user states: a user who did nothing new pays no encoder, a new event misses, answers stay."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import tritonclient.grpc as grpcclient
+
+from loadtest.stages import cache_counts
+from serving.client import VivaceClient
+from serving.feature_store import LmdbStore
+from serving.launcher import ServerOptions, TritonServer
+
+
+def test_only_a_new_event_pays_the_encoder(root, tmp_path, served):
+    for folder in ("model_repository", "feature_store"):
+        shutil.copytree(root / folder, tmp_path / folder)
+    store = LmdbStore(tmp_path / "feature_store", readonly=True)
+    users = [u for u, _ in zip(store.users(), range(20), strict=False)]
+    store.close()
+    plain, _ = served
+    with VivaceClient(f"{plain.host}:{plain.grpc_port}") as client:
+        expected = [client.recommend(u, top_k=10) for u in users]
+    options = ServerOptions(
+        tmp_path / "model_repository", http_port=0, grpc_port=0, metrics_port=0, cache_bytes=64 << 20,
+        log=tmp_path / "triton.log",
+    )  # fmt: skip
+    with (
+        TritonServer(options) as server,  # no watchdog: its questions would count
+        VivaceClient(f"{server.host}:{server.grpc_port}") as client,
+        grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as inner,
+    ):
+
+        def counts() -> tuple[int, int]:
+            return cache_counts(inner)
+
+        first = [client.recommend(u, top_k=10) for u in users]
+        assert counts() == (0, len(users))
+        again = [client.recommend(u, top_k=5) for u in users]  # another TOP_K is the same state
+        assert counts() == (len(users), len(users))
+        client.append(users[0], expected[0].items[0])
+        moved = client.recommend(users[0], top_k=10)
+        assert counts() == (len(users), len(users) + 1)
+        assert expected[0].items[0] not in moved.items  # seen now
+    for a, b, d in zip(expected, first, again, strict=True):
+        assert list(a.items) == list(b.items) and list(d.items) == list(a.items)[:5]
+        assert b.scores == pytest.approx(a.scores, abs=1e-5)
