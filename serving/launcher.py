@@ -85,7 +85,7 @@ def port_in_use(host: str, port: int) -> bool:
 
 
 def backend_folder(root: Path) -> Path:
-    """``root/backends``: Triton's Python backend with the stub of this Python, and our ``onnxruntime``."""
+    """``root/backends``: Triton's Python backend with the stub of this Python, and ours by name."""
     wheel = wheel_folder() / "tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
@@ -98,9 +98,10 @@ def backend_folder(root: Path) -> Path:
         shutil.copy(wheel / "backends" / "python" / name, python / name)
     shutil.copy(stub, python / stub.name)
     (python / stub.name).chmod(0o755)
-    onnx = root / "backends" / "onnxruntime"
-    onnx.mkdir()
-    shutil.copy(Path(__file__).parent / "backends" / "onnxruntime" / "model.py", onnx / "model.py")
+    for own in sorted((Path(__file__).parent / "backends").glob("*/model.py")):
+        folder = root / "backends" / own.parent.name
+        folder.mkdir()
+        shutil.copy(own, folder / "model.py")
     return root / "backends"
 
 

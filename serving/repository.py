@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -32,13 +32,17 @@ class ServingProfile:
     queue_delay_us: int = 0
     retrieval_instances: int = 2  # the longest stage: with one, the other cores wait for it
     ranking_instances: int = 1
-    onnx_threads: int = 1
+    threads: int = 1
+    backend: str = "onnxruntime"  # of retrieval and ranking
     gpu: bool = False
 
 
+_GPU = ServingProfile(max_batch_size=256, queue_delay_us=200, retrieval_instances=1, gpu=True)
 PROFILES = {
     "": ServingProfile(),
-    "gpu": ServingProfile(max_batch_size=256, queue_delay_us=200, retrieval_instances=1, gpu=True),
+    "openvino": ServingProfile(backend="openvino"),
+    "gpu": _GPU,
+    "tensorrt": replace(_GPU, backend="tensorrt"),
 }
 
 
@@ -57,16 +61,23 @@ def _base(name: str, backend: str, profile: ServingProfile, inputs, outputs, ins
     config = pb.ModelConfig(name=name, backend=backend, max_batch_size=profile.max_batch_size)
     _io(config.input, inputs, ragged=(c.HISTORY.name,))
     _io(config.output, outputs)
-    on_gpu = profile.gpu and backend == "onnxruntime"
+    on_gpu = profile.gpu and backend != "python"
     kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
     config.instance_group.add(count=instances, kind=kind)
     config.dynamic_batching.max_queue_delay_microseconds = profile.queue_delay_us
     return config
 
 
-def _onnx(config: pb.ModelConfig, profile: ServingProfile) -> pb.ModelConfig:
-    for key in ("intra_op_thread_count", "inter_op_thread_count"):
-        config.parameters[key].string_value = str(profile.onnx_threads)
+def _graph(config: pb.ModelConfig, profile: ServingProfile) -> pb.ModelConfig:
+    """Settings of the backend that runs a graph, by the names that Triton's own backends read."""
+    if profile.backend == "onnxruntime":
+        for key in ("intra_op_thread_count", "inter_op_thread_count"):
+            config.parameters[key].string_value = str(profile.threads)
+    if profile.backend == "openvino":
+        config.default_model_filename = "model.onnx"
+        settings = {"INFERENCE_NUM_THREADS": str(profile.threads), "NUM_STREAMS": "1"}
+        for key, value in settings.items():
+            config.parameters[key].string_value = value
     return config
 
 
@@ -98,19 +109,17 @@ def model_configs(
     transform.parameters["shapes"].string_value = json.dumps(asdict(s))
     transform.parameters["feature_store"].string_value = FEATURE_STORE
     transform.parameters["exclude_seen"].string_value = str(exclude_seen).lower()
-    retrieval = _base(
-        c.RETRIEVAL, "onnxruntime", p, c.retrieval_inputs(s), c.retrieval_outputs(s), p.retrieval_instances
-    )
+    retrieval = _base(c.RETRIEVAL, p.backend, p, c.retrieval_inputs(s), c.retrieval_outputs(s), p.retrieval_instances)
     # its inputs are the user's whole state: a user without a new event hits, one with a new event misses
     retrieval.response_cache.enable = True
-    ranking = _base(c.RANKING, "onnxruntime", p, c.ranking_inputs(s), c.ranking_outputs(s, heads), p.ranking_instances)
+    ranking = _base(c.RANKING, p.backend, p, c.ranking_inputs(s), c.ranking_outputs(s, heads), p.ranking_instances)
     response = _base(c.RESPONSE, "python", p, c.response_inputs(s, heads), c.response_outputs(heads))
     append = _base(c.APPEND_EVENT, "python", p, c.APPEND, (c.HISTORY_LENGTH,))
     append.parameters["feature_store"].string_value = FEATURE_STORE
     return {
         c.FEATURE_TRANSFORM: transform,
-        c.RETRIEVAL: _onnx(retrieval, p),
-        c.RANKING: _onnx(ranking, p),
+        c.RETRIEVAL: _graph(retrieval, p),
+        c.RANKING: _graph(ranking, p),
         c.RESPONSE: response,
         c.APPEND_EVENT: append,
         c.ENSEMBLE: _ensemble(s, heads, p),

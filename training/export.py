@@ -23,10 +23,13 @@ from preprocessing.prepare import Features
 from serving import repository
 from training import data
 from training.gate import BOUND, graph_ranks, judge, reference_ranks
+from training.parity import difference
 from training.presets import Preset
 from training.quantize import OVERLAP, PRECISIONS, Feed, convert, overlap, prepare, sensitivities
 from training.ranking_model import RankingGraph
 from training.retrieval_model import RetrievalGraph
+from training.targets import TARGETS, make
+from training.targets import files as plans
 from training.train import Progress, load_ranker, load_retrieval
 from vivace.artifacts import Step, read_manifest, write_text
 
@@ -90,27 +93,6 @@ def _names(tensors: Sequence[c.WireTensor]) -> list[str]:
     return [t.name for t in tensors]
 
 
-def difference(expected: Sequence[Tensor], got: Sequence[np.ndarray], names: Sequence[str]) -> dict[str, float]:
-    """Share of equal ids of the first tensor, position by position; largest absolute difference of the others.
-
-    Values that belong to items are compared item by item: two items of equal score may change places.
-    """
-    reference, answer = [e.numpy() for e in expected], list(got)
-    found = {names[0]: float((reference[0] == answer[0]).mean())}
-    orders = [np.argsort(ids, axis=1, kind="stable") for ids in (reference[0], answer[0])]
-    same = np.take_along_axis(reference[0], orders[0], 1) == np.take_along_axis(answer[0], orders[1], 1)
-    same &= np.take_along_axis(reference[0], orders[0], 1) != c.PADDING_ID
-    for name, e, g in zip(names[1:], reference[1:], answer[1:], strict=True):
-        if name != c.ENCODED_HISTORY:
-            (b, n), rows = reference[0].shape, 1 if e.ndim == 2 else e.shape[1]
-            e, g = (
-                np.take_along_axis(x.reshape(b, rows, n), o[:, None], 2).swapaxes(1, 2)[same]
-                for x, o in zip((e, g), orders, strict=True)
-            )
-        found[name] = float(np.abs(e - g).max(initial=0.0))
-    return found
-
-
 def _check(stage: str, found: dict[str, float]) -> None:
     ids, *values = found.items()
     if ids[1] < EQUAL_IDS:
@@ -140,7 +122,7 @@ def export_checked(
     with torch.no_grad():
         expected = (reference or graph).eval()(*example)
     got = session(path).run(names_out, {n: x.numpy() for n, x in zip(names_in, example, strict=True)})
-    found = difference(expected, got, names_out)
+    found = difference([e.numpy() for e in expected], got, names_out)
     _check(stage, found)
     return found
 
@@ -149,7 +131,7 @@ def export_checked(
 class CompileConfig:
     """``precision``: see ``quantize``; products that it hurts are found by measurement and stay in float32. ``tables``:
     of items, "fp32" or "int8" (see ``int8_table``). ``fold``: parts of the ranker that depend on an item alone become a
-    table (see FoldedRanking), up to FOLD_ITEMS items and with float32 tables.
+    table (see FoldedRanking), up to FOLD_ITEMS items and with float32 tables. ``targets``: see ``targets``.
 
     The quality gate compares the engine with the evaluated run in ``reference``: always where it is not all float32
     (by default this run itself), else only where ``reference`` is given. ``bound``: the relative fall of NDCG@10 it
@@ -158,6 +140,7 @@ class CompileConfig:
     precision: str = "fp32"
     tables: str = "fp32"
     fold: bool = True
+    targets: tuple[str, ...] = ()
     reference: Path | None = None
     bound: float = BOUND
     force: bool = False
@@ -165,6 +148,9 @@ class CompileConfig:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"--precision: expected one of {PRECISIONS}, got {self.precision!r}")
+        for target in self.targets:
+            if target not in TARGETS:
+                raise ValueError(f"--target: expected one of {TARGETS}, got {target!r}")
         if self.tables not in ("fp32", "int8"):
             raise ValueError(f"--tables: expected fp32 or int8, got {self.tables!r}")
         if self.tables == "int8" and self.precision != "fp32":
@@ -283,6 +269,14 @@ def compile_models(
         found_ranks = graph_ranks(features, s.history, lambda x: engine(x)[0], items, s.timed)
         verdict = judge(reference_ranks(reference), found_ranks, config.bound, config.force)
         say(verdict.sentence())
+    made = {}
+    for kind in config.targets:
+        say(f"target {kind}")
+        feeds = {
+            c.RETRIEVAL: dict(zip(_names(c.retrieval_inputs(s)), (x.numpy() for x in example), strict=True)),
+            c.RANKING: dict(zip(_names(c.ranking_inputs(s)), (x.numpy() for x in rows), strict=True)),
+        }
+        made[kind] = make(kind, step.folder, feeds, (1, 16, repository.PROFILES["gpu"].max_batch_size))
     record(features, step.folder / FILE, RECORDED_REQUESTS, seed)
     items_file = step.folder / "items.json"
     write_text(items_file, json.dumps(features.items()[c.ITEM].tolist(), ensure_ascii=False))
@@ -297,8 +291,8 @@ def compile_models(
         schema.heads,
         {
             c.FEATURE_TRANSFORM: {"transform.onnx": features.folder / "transform_request.onnx"},
-            c.RETRIEVAL: {"model.onnx": step.folder / "retrieval.onnx"},
-            c.RANKING: {"model.onnx": step.folder / "ranking.onnx"},
+            c.RETRIEVAL: {"model.onnx": step.folder / "retrieval.onnx", **plans(step.folder).get(c.RETRIEVAL, {})},
+            c.RANKING: {"model.onnx": step.folder / "ranking.onnx", **plans(step.folder).get(c.RANKING, {})},
             c.RESPONSE: {"items.json": items_file},
             c.ENSEMBLE: {"model_card.json": step.folder / "model_card.json"},
         },
@@ -307,7 +301,12 @@ def compile_models(
     )
     say(f"published version {version} in {target}")
     return step.finish(
-        time.monotonic() - started, parity=parity, version=version, repository=str(target.name), gate=card["gate"]
+        time.monotonic() - started,
+        parity=parity,
+        version=version,
+        repository=str(target.name),
+        gate=card["gate"],
+        targets=made,
     )
 
 

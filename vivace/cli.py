@@ -336,6 +336,9 @@ def compile_(
     precision: Precision = "fp32",
     tables: Tables = "fp32",
     fold: Annotated[bool, typer.Option(help="what depends on an item alone becomes a table of the catalogue")] = True,
+    target: Annotated[
+        list[str] | None, typer.Option(help="beside the CPU: openvino, cuda, tensorrt, tensorrt-rtx; may be repeated")
+    ] = None,
     bound: Bound = 0.01,
     force: Force = False,
 ) -> None:
@@ -346,11 +349,13 @@ def compile_(
 
     with reported():
         root = artifacts / name
-        config = CompileConfig(precision, tables, fold, bound=bound, force=force)
+        config = CompileConfig(precision, tables, fold, tuple(target or ()), bound=bound, force=force)
         with exclusive(root):
             manifest = compile_models(Features(root / "features"), _preset(preset, root), root, seed, say, config)
         for stage, values in manifest["results"]["parity"].items():
             say(f"{stage}: PyTorch against ONNX " + ", ".join(f"{k} {v:.2g}" for k, v in values.items()))
+        for kind, values in manifest["results"].get("targets", {}).items():
+            say(f"target {kind}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
 
 @app.command()

@@ -1,0 +1,81 @@
+"""One repository, other runtimes by profile: OpenVINO live, TensorRT where there is a GPU and a clear no elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from loadtest.requests import recorded
+from preprocessing import contract as c
+from serving.client import Recommendation, VivaceClient
+from serving.launcher import ServerError, ServerOptions, TritonServer
+from training.export import CompileConfig, compile_models
+from training.presets import tiny
+
+
+@pytest.fixture(scope="module")
+def targets(features, root, tmp_path_factory):
+    """The small shop's run, compiled for OpenVINO and for TensorRT: on the GPU at hand, else ahead of time."""
+    own = tmp_path_factory.mktemp("targets") / "shop"
+    shutil.copytree(root, own, ignore=shutil.ignore_patterns("compiled", "model_repository", "compressed", "*.log"))
+    kinds = ("openvino", "cuda", "tensorrt") if torch.cuda.is_available() else ("openvino", "tensorrt-rtx")
+    return own, compile_models(features, tiny(), own, 3, lambda _: None, CompileConfig(targets=kinds))
+
+
+def options(root: Path, profile: str) -> ServerOptions:
+    return ServerOptions(
+        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile,
+        log=root / f"{profile}.log", start_timeout_s=60,
+    )  # fmt: skip
+
+
+def answers(host: str, root: Path) -> list[Recommendation]:
+    histories = recorded(root)[c.ITEM].tolist()[:30]
+    with VivaceClient(host) as client:
+        return [client.recommend("", list(h), 10) for h in histories]
+
+
+def same(a: list[Recommendation], b: list[Recommendation], tolerance: float) -> None:
+    assert sum(list(x.items) == list(y.items) for x, y in zip(a, b, strict=True)) >= len(a) - 2  # ties may swap
+    for x, y in zip(a, b, strict=True):
+        assert x.scores == pytest.approx(y.scores, abs=tolerance)
+
+
+def test_targets_are_checked_and_plans_published(targets):
+    own, manifest = targets
+    made = manifest["results"]["targets"]
+    assert made["openvino"]["ranking, RANKED_IDS"] > 0.95  # popular items of equal count change places
+    assert made["openvino"]["ranking, RANKED_VALUES"] < 1e-4 > made["openvino"]["retrieval, CANDIDATE_SCORES"]
+    version = str(manifest["results"]["version"])
+    for stage in (c.RETRIEVAL, c.RANKING):
+        assert (own / "model_repository" / stage / version / "model.plan").stat().st_size > 1000
+
+
+def test_openvino_serves_the_same_repository(targets, root, served):
+    own, _ = targets
+    server, _ = served
+    expected = answers(f"{server.host}:{server.grpc_port}", root)
+    with TritonServer(options(own, "openvino")) as other:
+        same(answers(f"{other.host}:{other.grpc_port}", own), expected, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("profile", ["gpu", "tensorrt"])
+def test_a_gpu_profile_serves_the_same_repository(targets, root, served, profile):
+    own, _ = targets
+    server, _ = served
+    expected = answers(f"{server.host}:{server.grpc_port}", root)
+    with TritonServer(options(own, profile)) as other:
+        same(answers(f"{other.host}:{other.grpc_port}", own), expected, 1e-2)  # TF32 products
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_tensorrt_says_so(targets):
+    own, _ = targets
+    server = TritonServer(options(own, "tensorrt"))
+    with pytest.raises(ServerError, match="GPU"):
+        server.start()
+    server.stop()

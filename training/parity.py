@@ -1,0 +1,30 @@
+"""How far two answers to the same requests are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from preprocessing import contract as c
+
+
+def difference(expected: Sequence[np.ndarray], got: Sequence[np.ndarray], names: Sequence[str]) -> dict[str, float]:
+    """Share of equal ids of the first tensor, position by position; largest absolute difference of the others.
+
+    Values that belong to items are compared item by item: two items of equal score may change places.
+    """
+    reference, answer = list(expected), list(got)
+    found = {names[0]: float((reference[0] == answer[0]).mean())}
+    orders = [np.argsort(ids, axis=1, kind="stable") for ids in (reference[0], answer[0])]
+    same = np.take_along_axis(reference[0], orders[0], 1) == np.take_along_axis(answer[0], orders[1], 1)
+    same &= np.take_along_axis(reference[0], orders[0], 1) != c.PADDING_ID
+    for name, e, g in zip(names[1:], reference[1:], answer[1:], strict=True):
+        if name != c.ENCODED_HISTORY:
+            (b, n), rows = reference[0].shape, 1 if e.ndim == 2 else e.shape[1]
+            e, g = (
+                np.take_along_axis(x.reshape(b, rows, n), o[:, None], 2).swapaxes(1, 2)[same]
+                for x, o in zip((e, g), orders, strict=True)
+            )
+        found[name] = float(np.abs(e - g).max(initial=0.0))
+    return found
