@@ -18,6 +18,7 @@ import torch
 
 from preprocessing.prepare import Features
 from training import data
+from training.constraints import Constraint
 from training.counters import popularity
 from training.distill import Distillation, Teacher
 from training.evaluate import evaluate
@@ -56,14 +57,17 @@ class SmallerRanker:
 @dataclass(frozen=True)
 class Compression:
     """What becomes of a run. ``target`` sizes of the retriever and ``ranker`` sizes of the ranker; ``fresh``: the small
-    retriever starts as a new one does and not from the slices of the large one; ``epochs`` of recovery under
-    ``distillation``, at ``learning_rate``; ``precision`` of the engine; ``bound`` of the quality gate."""
+    retriever starts as a new one does and not from the slices of the large one; ``constraint`` on its matrices;
+    ``epochs`` of recovery under ``distillation``, with ``learning_rate`` and ``dropout`` (a pruned model has less to
+    spare); ``precision`` of the engine; ``bound`` of the quality gate."""
 
     target: Target = field(default_factory=Target)
     ranker: SmallerRanker = field(default_factory=SmallerRanker)
     fresh: bool = False
+    constraint: Constraint = field(default_factory=Constraint)
     epochs: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
+    dropout: float = 0.1
     distillation: Distillation = field(default_factory=Distillation)
     precision: str = "fp32"
     bound: float = BOUND
@@ -129,14 +133,16 @@ def compress(
         start_from = out / "pruned"
     small = replace(
         preset,
-        encoder=config.target.of(preset.encoder),
+        encoder=replace(config.target.of(preset.encoder), dropout=config.dropout),
         retrieval=replace(preset.retrieval, epochs=config.epochs, learning_rate=config.learning_rate),
         ranker=config.ranker.of(preset.ranker),
     )
     write_text(out / PRESET, json.dumps(asdict(small), indent=2))
     key = read_manifest(root / "retrieval", "vivace train")["key"]
     teacher = Teacher(load_retrieval(features, preset, root), config.distillation, key)
-    train_retrieval(features, small, out, seed, say, quiet, start_from=start_from, teacher=teacher)
+    train_retrieval(
+        features, small, out, seed, say, quiet, start_from=start_from, teacher=teacher, constraint=config.constraint
+    )
     train_ranker(features, small, out, seed, say, quiet=quiet)
     evaluate(features, small, out, seed, say)
     how = CompileConfig(config.precision, reference=root / "evaluation", bound=config.bound, force=config.force)

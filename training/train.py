@@ -24,6 +24,7 @@ from preprocessing.prepare import Features
 from training import data
 from training.adapt import Adaptation, freeze_for, merge
 from training.attack import adversarial
+from training.constraints import Constraint, constrain, release
 from training.counters import cooccurrence_embeddings, item_tables, popularity
 from training.distill import Teacher
 from training.distributed import World, whole
@@ -182,12 +183,13 @@ def train_retrieval(
     world: World = data.ALONE,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     teacher: Teacher | None = None,
+    constraint: Constraint | None = None,
 ) -> dict[str, Any]:
     """Trains (or resumes, or finds) ``artifacts/<name>/retrieval``; returns its manifest.
 
     ``start_from``: folder of a pretrained or trained retriever whose weights are taken up first; ``adaptation``: which
     of them are then trained; ``on_epoch`` is told the figures of each epoch and may raise; ``teacher``: what it learns
-    from beside the data.
+    from beside the data; ``constraint``: what its matrices must be.
     """
     from training.pretrain import take_up
 
@@ -204,6 +206,10 @@ def train_retrieval(
             raise ValueError("distillation is for encoders that predict the next item without times")
         config["distillation"] = asdict(teacher.config)
         inputs["teacher"] = teacher.key
+    if constraint:
+        if preset.retrieval.shard_model or preset.encoder.family in ("gru", "lstm"):
+            raise ValueError("--sparsity and --qat are for attention encoders of one process: set shard_model to false")
+        config["constraint"] = asdict(constraint)
     if start_from is not None:
         inputs["from"] = read_manifest(start_from, "vivace pretrain")["key"]
     if preset.encoder.text_encoder:
@@ -226,6 +232,8 @@ def train_retrieval(
     if start_from is not None:
         taken = take_up(model, start_from, prepared["key"])
         say(f"took up {len(taken['taken'])} tensors of {start_from}, left {len(taken['left'])}")
+    if constraint:
+        constrain(model, constraint)
     sizes = freeze_for(model, adaptation)
     parts = step.folder / "parts"
     files, probes = hold_back(features.files("train"), parts / str(world.local_rank), c.probe_users, seed)
@@ -268,6 +276,7 @@ def train_retrieval(
         model = RetrievalModel(preset.encoder, items, torch.tensor(counts), attributes)
         model.load_state_dict(state)
     merge(model)
+    release(model)
     free_unseen(model, counts, features, c.new_items == "neighbours")
     if not world.first:
         return report

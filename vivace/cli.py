@@ -302,7 +302,10 @@ def compress(
     ranker_heads: Annotated[int, typer.Option(help="attention heads of the ranker (0: as before)")] = 0,
     followers: Annotated[int, typer.Option(help="followers kept of an item for the ranker (0: as before)")] = 0,
     mixture: Annotated[str, typer.Option(help='of the ranker\'s heads: "mmoe", "ple", "shared" ("": as before)')] = "",
-    learning_rate: Annotated[float, typer.Option(help="of the recovery")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="of the recovery")] = 3e-3,
+    dropout: Annotated[float, typer.Option(help="of the recovery")] = 0.1,
+    sparsity: Annotated[str, typer.Option(help='of the encoder: "2:4", or a share of zeros such as 0.8')] = "",
+    qat: Annotated[bool, typer.Option(help="recover with weights and activations rounded to eight bits")] = False,
     fresh: Annotated[bool, typer.Option(help="a new small model instead of the pruned one, taught likewise")] = False,
     epochs: Annotated[int, typer.Option(help="of recovery training under the whole model's eye")] = 4,
     precision: Precision = "fp32",
@@ -313,6 +316,7 @@ def compress(
     from preprocessing.prepare import Features
     from training.compress import FOLDER, Compression, SmallerRanker
     from training.compress import compress as run
+    from training.constraints import Constraint
     from training.prune import Target
     from vivace.artifacts import exclusive
 
@@ -320,7 +324,16 @@ def compress(
         root = artifacts / name
         target, smaller = Target(layers, heads, ffn, width), SmallerRanker(memory, ranker_heads, followers, mixture)
         config = Compression(
-            target, smaller, fresh, epochs, learning_rate, precision=precision, bound=bound, force=force
+            target,
+            smaller,
+            fresh,
+            Constraint(sparsity, qat),
+            epochs,
+            learning_rate,
+            dropout,
+            precision=precision,
+            bound=bound,
+            force=force,
         )
         with exclusive(root):
             run(Features(root / "features"), _preset(preset, root), root, variant, config, seed, say)

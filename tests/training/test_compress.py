@@ -16,7 +16,8 @@ from onnx import numpy_helper
 from preprocessing import contract as c
 from serving.launcher import ServerOptions
 from serving.service import service
-from training.compress import Compression, SmallerRanker, compress
+from training.compress import Compression, SmallerRanker, compress, prune_retriever
+from training.constraints import Constraint, largest
 from training.distill import Distillation, divergence, list_mle, relations
 from training.evaluation import MISS
 from training.export import CompileConfig, Engine, compile_models, shapes
@@ -24,6 +25,7 @@ from training.gate import GateError, graph_ranks, judge, reference_ranks
 from training.presets import from_json, tiny
 from training.prune import Target, measure, prune
 from training.retrieval_model import EncoderConfig, RetrievalModel
+from training.train import load_retrieval, train_retrieval
 
 ITEMS = 40
 SHAPE = EncoderConfig(width=16, layers=3, heads=4, history=12, dropout=0.0, position_bias="relative")
@@ -169,3 +171,36 @@ def test_a_damaged_engine_is_refused_and_a_forced_one_says_so(features, root, va
     ):
         served = client.get_model_config(c.ENSEMBLE, as_json=True)["config"]["parameters"]
     assert json.loads(served["gate"]["string_value"])["forced"] and served["precision"]["string_value"] == "int8"
+
+
+def test_two_of_four_stay_by_hand():
+    weight = torch.tensor([[1.0, -3.0, 2.0, 0.5, 0.0, 1.0, 1.5, -9.0]])
+    assert largest(weight, "2:4").tolist() == [[False, True, True, False, False, False, True, True]]
+    assert largest(weight, "0.75").tolist() == [[False, True, False, False, False, False, False, True]]
+    with pytest.raises(ValueError, match="multiple of 4"):
+        largest(torch.ones(2, 6), "2:4")
+    with pytest.raises(ValueError, match="2:4"):
+        Constraint("half")
+
+
+@pytest.mark.parametrize("constraint", [Constraint("2:4"), Constraint("0.8"), Constraint(int8=True)])
+def test_weights_keep_the_constraint_they_trained_under(features, root, tmp_path, constraint):
+    start = tmp_path / "start"
+    prune_retriever(features, tiny(), root, start, Target(), 3, lambda _: None)
+    train_retrieval(
+        features, tiny(), tmp_path, 3, lambda _: None, True, start_from=start / "pruned", constraint=constraint
+    )
+    before = {n: m.weight for n, m in load_retrieval(features, tiny(), root).encoder.named_modules() if "up" in n}
+    for name, layer in load_retrieval(features, tiny(), tmp_path).encoder.named_modules():
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        weight = layer.weight.detach()
+        if constraint.sparsity == "2:4":
+            assert ((weight.view(len(weight), -1, 4) != 0).sum(2) <= 2).all()
+        elif constraint.sparsity:
+            assert (weight == 0).float().mean() >= 0.79
+        else:  # every row lies on the grid that the quantizer takes
+            steps = weight / (weight.abs().amax(1, keepdim=True) / 127)
+            assert (steps - steps.round()).abs().max() < 1e-3
+        if name in before:
+            assert not torch.equal(weight, before[name])
