@@ -1,9 +1,9 @@
 """What the weights of an encoder must be while it trains: sparse, or ready to be rounded to eight bits.
 
-``sparsity`` "2:4" keeps the two largest of every four weights of a row, the pattern that tensor cores skip (Mishra et al.
-2021); a share such as "0.8" zeroes that share of the smallest weights of each matrix, anywhere. ``int8`` trains with
-weights rounded by row and activations by tensor, gradients passing as if nothing were rounded (Jacob et al. 2018), for
-engines whose quantization after training loses too much. All of it holds for the matrices of the encoder's layers.
+``sparsity`` "2:4" keeps the two largest of every four weights of a row, the pattern that tensor cores skip (Mishra
+et al. 2021); a share such as "0.8" zeroes that share of the smallest weights of each matrix, anywhere. ``int8`` trains
+with weights rounded by row and activations by tensor, gradients passing as if nothing were rounded (Jacob et al. 2018),
+for engines whose quantization after training loses too much. All of it holds for the matrices of the encoder's layers.
 """
 
 from __future__ import annotations

@@ -164,9 +164,9 @@ class CompileConfig:
 
 def reduce_precision(
     features: Features, s: c.StageTensors, exact: Path, target: Path, precision: str
-) -> dict[str, list[str]]:
-    """Writes both graphs in ``precision``, calibrated on validation requests; returns the names of the products that
-    stayed in float32 because they alone cost too much of the top 10, by stage."""
+) -> dict[str, dict[str, float]]:
+    """Writes both graphs in ``precision``, calibrated on validation requests; returns for each stage and product the
+    share of the top 10 that stays if it alone is quantized. Products below OVERLAP stayed in float32."""
     heads = [h.name for h in features.schema.heads]
     engine, feeds = Engine(exact, s), {c.RETRIEVAL: list[Feed](), c.RANKING: list[Feed]()}
     for request in itertools.islice(
@@ -178,18 +178,18 @@ def reduce_precision(
         feed = dict(zip(engine.names[0], inputs, strict=True))
         feeds[c.RETRIEVAL].append(feed)
         feeds[c.RANKING].append(dict(zip(engine.names[1], (inputs[0], *engine.retrieval.run(None, feed)), strict=True)))
-    kept: dict[str, list[str]] = {}
+    found: dict[str, dict[str, float]] = {}
     for name, own in feeds.items():
         ready, scratch = target / f"{name}.ready.onnx", target / f"{name}.scratch.onnx"
         prepare(exact / f"{name}.onnx", ready)
         few = own[:SENSITIVITY_BATCHES]
-        alone = {}
+        alone: dict[str, float] = {}
         if precision != "fp16":
             alone = sensitivities(ready, precision, few, lambda path, f: session(path).run(None, dict(f))[0], scratch)
-        kept[name] = [node for node, share in alone.items() if share < OVERLAP]
-        convert(ready, target / f"{name}.onnx", precision, own, kept[name])
+        found[name] = alone
+        convert(ready, target / f"{name}.onnx", precision, own, [n for n, share in alone.items() if share < OVERLAP])
         ready.unlink()
-    return kept
+    return found
 
 
 class Engine:
@@ -248,11 +248,11 @@ def compile_models(
     fold = config.fold and config.tables == "fp32" and items <= FOLD_ITEMS
     ranking = RankingGraph(ranker, fold=fold)
     parity[c.RANKING] = export_checked(c.RANKING, ranking, c.ranking_inputs(s), outputs, rows, file, plain)
-    verdict = None
+    verdict, sensitive = None, dict[str, dict[str, float]]()
     if not config.exact:
         kind = "int8 tables" if config.tables == "int8" else config.precision
         say(f"converting to {kind}")
-        feed, kept = [x.numpy() for x in example], {}
+        feed = [x.numpy() for x in example]
         if config.tables == "int8":
             smaller = RetrievalGraph(retriever, s.candidates, s.memory, int8_table=True)
             names = _names(c.retrieval_inputs(s)), _names(c.retrieval_outputs(s))
@@ -260,9 +260,10 @@ def compile_models(
             names = _names(c.ranking_inputs(s)), _names(outputs)
             export(RankingGraph(ranker, int8_table=True), rows, *names, step.folder / "ranking.onnx")
         else:
-            kept = reduce_precision(features, s, exact, step.folder, config.precision)
+            sensitive = reduce_precision(features, s, exact, step.folder, config.precision)
         same = overlap(Engine(exact, s)(feed)[0], Engine(step.folder, s)(feed)[0])
-        parity[kind] = {"top-10 overlap": same, **{f"{n} in float32": len(k) for n, k in kept.items()}}
+        left = {n: sum(share < OVERLAP for share in alone.values()) for n, alone in sensitive.items()}
+        parity[kind] = {"top-10 overlap": same, **{f"{n} in float32": count for n, count in left.items()}}
     if reference is not None:
         say("ranking the test requests by the compiled graphs")
         engine = Engine(step.folder, s)
@@ -307,6 +308,7 @@ def compile_models(
         repository=str(target.name),
         gate=card["gate"],
         targets=made,
+        sensitivities=sensitive,
     )
 
 
