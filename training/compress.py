@@ -7,7 +7,6 @@ which shares the features and the feature store of the run it came from.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,7 @@ from training.distill import Distillation, Teacher
 from training.evaluate import evaluate
 from training.export import CompileConfig, compile_models
 from training.gate import BOUND
-from training.presets import PRESET, Preset
+from training.presets import Preset
 from training.prune import Target, measure, prune
 from training.ranking_model import RankerConfig
 from training.train import (
@@ -35,7 +34,7 @@ from training.train import (
     train_ranker,
     train_retrieval,
 )
-from vivace.artifacts import Step, read_manifest, write_text
+from vivace.artifacts import Step, read_manifest
 
 FOLDER = "compressed"
 MEASURED_BATCHES = 20
@@ -137,7 +136,6 @@ def compress(
         retrieval=replace(preset.retrieval, epochs=config.epochs, learning_rate=config.learning_rate),
         ranker=config.ranker.of(preset.ranker),
     )
-    write_text(out / PRESET, json.dumps(asdict(small), indent=2))
     key = read_manifest(root / "retrieval", "vivace train")["key"]
     teacher = Teacher(load_retrieval(features, preset, root), config.distillation, key)
     train_retrieval(

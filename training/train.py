@@ -6,6 +6,7 @@ Axis legend: B requests, T history events, N candidates.
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -32,10 +33,10 @@ from training.evaluation import list_auc, mean_ndcg, ranks, ranks_after
 from training.item_table import item_attributes, nearest_seen
 from training.loop import Loop, LoopConfig
 from training.losses import full_softmax, gbce, sampled_softmax
-from training.presets import Preset, RetrievalTraining
+from training.presets import PRESET, Preset, RetrievalTraining
 from training.ranking_model import RankingModel
 from training.retrieval_model import EXCLUDED, MASKED, RetrievalModel
-from vivace.artifacts import Step, read_manifest
+from vivace.artifacts import Step, read_manifest, write_text
 
 Progress = Callable[[str], None]
 LAST_ONLY = 0.2  # share of the masked encoder's windows that hide only the newest item
@@ -215,6 +216,8 @@ def train_retrieval(
     if preset.encoder.text_encoder:
         inputs["text"] = read_manifest(features.folder.parent / "text", "vivace pretrain --objective text")["key"]
     step = Step(root / "retrieval", "train retrieval", config, seed, inputs)
+    if world.first:
+        write_text(root / PRESET, json.dumps(asdict(preset), indent=2))
     if step.done():
         say("retriever is there: nothing to do")
         assert step.manifest is not None

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+reports = typer.Typer(no_args_is_help=True)
+app.add_typer(reports, name="report", help="Pages that show what was measured.")
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 Data = Annotated[
@@ -144,17 +146,14 @@ def train(
     from preprocessing.prepare import Features
     from training import distributed
     from training.adapt import Adaptation
-    from training.presets import PRESET
     from training.train import train_ranker, train_retrieval
-    from vivace.artifacts import exclusive, write_text
+    from vivace.artifacts import exclusive
 
     with reported():
         root = artifacts / name
         chosen = with_overrides(_preset(preset, root, recorded=False), epochs, loss)
         features = Features(root / "features")
         with distributed.group() as world, exclusive(root) if world.first else contextlib.nullcontext():
-            if world.first:
-                write_text(root / PRESET, json.dumps(asdict(chosen), indent=2))
             first = train_retrieval(
                 features, chosen, root, seed, say if world.first else lambda _: None,
                 start_from=start_from, adaptation=Adaptation(adapt, rank), world=world,
@@ -476,6 +475,25 @@ def load(
 
     with reported():
         raise typer.Exit(run_locust(artifacts / name, host, http_port, grpc_port, protocol, users, seconds, web))
+
+
+@reports.command("compress")
+def report_compress(
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    out: Annotated[Path | None, typer.Option(help="folder to write to; artifacts/<name>/report if empty")] = None,
+    seconds: Annotated[float, typer.Option(help="of each of five measurements of an engine")] = 1.0,
+    openvino: Annotated[bool, typer.Option(help="measure OpenVINO too")] = True,
+) -> None:
+    """Quality against latency of a run and its compressed variants: compress.html and compress.png."""
+    from loadtest.compress_report import report as run
+
+    with reported():
+        root = artifacts / name
+        target = out or root / "report"
+        with console.status("measuring"):
+            run(root, target, seconds, openvino)
+        say(f"wrote {target}/compress.html and compress.png")
 
 
 @app.command()

@@ -13,6 +13,7 @@ import torch
 import tritonclient.grpc as grpcclient
 from onnx import numpy_helper
 
+from loadtest.compress_report import report
 from preprocessing import contract as c
 from serving.launcher import ServerOptions
 from serving.service import service
@@ -204,3 +205,12 @@ def test_weights_keep_the_constraint_they_trained_under(features, root, tmp_path
             assert (steps - steps.round()).abs().max() < 1e-3
         if name in before:
             assert not torch.equal(weight, before[name])
+
+
+def test_the_report_shows_every_variant(root, variant, tmp_path):
+    speeds = report(root, tmp_path, seconds=0.05)
+    page = (tmp_path / "compress.html").read_text()
+    gate = json.loads((variant[0] / "compiled" / "model_card.json").read_text())["gate"]
+    assert "whole model" in page and "small" in page and f"{gate['engine']:.4f}" in page and "Sensitivity" in page
+    assert {s.run.split(" ")[0] for s in speeds if " " in s.run} >= {"PyTorch", "OpenVINO"}
+    assert (tmp_path / "compress.png").stat().st_size > 10_000
