@@ -26,8 +26,9 @@ import typer
 
 from loadtest.tables import Scoring, catalogue
 from preprocessing.contract import FIRST_ID, TaskHead
+from serving.item_index import ItemIndex
 from training.export import export, session
-from training.index import ItemIndex, tune
+from training.index import tune
 from training.presets import cpu as cpu_preset
 from training.ranking_model import ItemTables, RankingGraph, RankingModel
 from training.retrieval_model import RetrievalGraph, RetrievalModel

@@ -48,6 +48,7 @@ MAX_TOP_K = 100
 MAX_ID_BYTES = 1024  # longer user or item ids are refused or, inside a history, unknown
 MAX_HISTORY_EVENTS = 100_000
 MAX_QUERY_BYTES = 4096
+MAX_SEEN = 1024  # newest distinct items that an index does not answer; the exact search excludes them all
 
 DTYPES = ("BYTES", "INT64", "INT32", "FP32", "BOOL")
 
@@ -114,7 +115,8 @@ class StageTensors:
     """Shapes between the stages, fixed by the trained models.
 
     ``history`` T, ``candidates`` N, ``items`` V (ids 0..V-1, special ids included), ``width`` D; ``timed``: whether the
-    retrieval model reads the times of the history; ``memory``: newest encoded events handed to the ranker (0: all T).
+    retrieval model reads the times of the history; ``memory``: newest encoded events handed to the ranker (0: all T);
+    ``indexed``: candidates come from an approximate index, which is told the seen items by id.
     """
 
     history: int
@@ -123,6 +125,7 @@ class StageTensors:
     width: int
     timed: bool = False
     memory: int = 0
+    indexed: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -151,6 +154,11 @@ class StageTensors:
     def exclude(self) -> WireTensor:
         """True where an item must not be answered (seen items, special ids)."""
         return WireTensor("EXCLUDE", "BOOL", (self.items,))
+
+    @property
+    def seen_ids(self) -> WireTensor:
+        """Items that must not be answered, newest last, padded on the left with PADDING_ID."""
+        return WireTensor("SEEN_IDS", "INT64", (MAX_SEEN,))
 
     @property
     def candidate_ids(self) -> WireTensor:
@@ -248,11 +256,11 @@ class DataSchema:
 
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (s.history_ids, s.exclude, *([s.history_times] if s.timed else []), STATUS)
+    return (*retrieval_inputs(s), STATUS)
 
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (s.history_ids, s.exclude, *([s.history_times] if s.timed else []))
+    return (s.history_ids, s.seen_ids if s.indexed else s.exclude, *([s.history_times] if s.timed else []))
 
 
 def retrieval_outputs(s: StageTensors) -> tuple[WireTensor, ...]:

@@ -18,6 +18,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from preprocessing import contract as c
 
 CHECKOUT_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
+INDEX_ADAPTER = Path(__file__).resolve().parent / "indexed_retrieval.py"
 FEATURE_STORE = "../feature_store"  # seen from the repository's folder
 PYTHON_STAGES = (c.FEATURE_TRANSFORM, c.RESPONSE, c.APPEND_EVENT)
 ONNX_STAGES = (c.RETRIEVAL, c.RANKING)
@@ -109,7 +110,10 @@ def model_configs(
     transform.parameters["shapes"].string_value = json.dumps(asdict(s))
     transform.parameters["feature_store"].string_value = FEATURE_STORE
     transform.parameters["exclude_seen"].string_value = str(exclude_seen).lower()
-    retrieval = _base(c.RETRIEVAL, p.backend, p, c.retrieval_inputs(s), c.retrieval_outputs(s), p.retrieval_instances)
+    backend = "python" if s.indexed else p.backend
+    retrieval = _base(c.RETRIEVAL, backend, p, c.retrieval_inputs(s), c.retrieval_outputs(s), p.retrieval_instances)
+    if s.indexed:
+        retrieval.parameters["shapes"].string_value = json.dumps(asdict(s))
     # its inputs are the user's whole state: a user without a new event hits, one with a new event misses
     retrieval.response_cache.enable = True
     ranking = _base(c.RANKING, p.backend, p, c.ranking_inputs(s), c.ranking_outputs(s, heads), p.ranking_instances)
@@ -118,7 +122,7 @@ def model_configs(
     append.parameters["feature_store"].string_value = FEATURE_STORE
     return {
         c.FEATURE_TRANSFORM: transform,
-        c.RETRIEVAL: _graph(retrieval, p),
+        c.RETRIEVAL: retrieval if s.indexed else _graph(retrieval, p),
         c.RANKING: _graph(ranking, p),
         c.RESPONSE: response,
         c.APPEND_EVENT: append,
@@ -176,6 +180,8 @@ def assemble(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         adapter = CHECKOUT_REPOSITORY / model / "1" / "model.py"
+        if model == c.RETRIEVAL and s.indexed:
+            adapter = INDEX_ADAPTER
         if adapter.exists():
             shutil.copy(adapter, partial / "model.py")
         for name, path in files.get(model, {}).items():

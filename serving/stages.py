@@ -22,6 +22,7 @@ from preprocessing.contract import (
     MAX_HISTORY_EVENTS,
     MAX_ID_BYTES,
     MAX_QUERY_BYTES,
+    MAX_SEEN,
     MAX_TOP_K,
     OOV_ID,
     PADDING_ID,
@@ -84,6 +85,24 @@ def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> 
     return Row(user, items or None, int(top_k))
 
 
+def excluded(histories: Sequence[np.ndarray], items: int) -> np.ndarray:
+    """bool [B, V], True at the special ids and at each row's own."""
+    out_BV = np.zeros((len(histories), items), bool)
+    out_BV[:, :FIRST_ID] = True
+    for row, own in zip(out_BV, histories, strict=True):
+        row[own] = True
+    return out_BV
+
+
+def seen_ids(histories: Sequence[np.ndarray]) -> np.ndarray:
+    """int64 [B, MAX_SEEN]: the newest distinct items of each row, newest last, padded on the left."""
+    out_BS = np.full((len(histories), MAX_SEEN), PADDING_ID, np.int64)
+    for row, own in zip(out_BS, histories, strict=True):
+        distinct = list(dict.fromkeys(own[::-1].tolist()))[:MAX_SEEN][::-1]
+        row[MAX_SEEN - len(distinct) :] = distinct
+    return out_BS
+
+
 class FeatureTransform:
     """Rows to the tensors of ``retrieval``.
 
@@ -111,8 +130,9 @@ class FeatureTransform:
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[str]]:
         """(inputs of ``retrieval`` in the contract's order, status of each row): history ids int64 [B, T], exclude bool
-        [B, V] and, for timed shapes, times int64 [B, T]. Only histories of the feature store have times."""
-        t, v = self._shapes.history, self._shapes.items
+        [B, V] (for an index seen ids int64 [B, S]) and, for timed shapes, times int64 [B, T]. Only histories of the
+        feature store have times."""
+        t = self._shapes.history
         asked = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
         found = self._store.timed_histories([rows[i].user_id for i in asked]) if asked else []
         stored = dict(zip(asked, found, strict=True))
@@ -121,25 +141,23 @@ class FeatureTransform:
         ]
         ids = self.item_ids([item for history in histories for item in history])
         history_BT = np.full((len(rows), t), PADDING_ID, np.int64)
-        exclude_BV = np.zeros((len(rows), v), bool)
-        exclude_BV[:, :FIRST_ID] = True
-        status, start = [], 0
+        own_ids, status, start = [], [], 0
         for i, history in enumerate(histories):
             own = ids[start : start + len(history)]
             start += len(history)
             last = own[-t:]
             history_BT[i, t - len(last) :] = last
-            if self._exclude_seen:
-                exclude_BV[i, own] = True
+            own_ids.append(own if self._exclude_seen else own[:0])
             status.append(self._status(rows[i], own, known_user=stored.get(i) is not None))
+        seen = seen_ids(own_ids) if self._shapes.indexed else excluded(own_ids, self._shapes.items)
         if not self._shapes.timed:
-            return [history_BT, exclude_BV], status
+            return [history_BT, seen], status
         time_BT = np.zeros((len(rows), t), np.int64)
         for i, timed in stored.items():
             if timed is not None and timed[1]:
                 newest = timed[1][-t:]
                 time_BT[i, t - len(newest) :] = newest
-        return [history_BT, exclude_BV, time_BT], status
+        return [history_BT, seen, time_BT], status
 
     def _status(self, row: Row, ids: np.ndarray, known_user: bool) -> str:
         unknown = int((ids <= OOV_ID).sum())
@@ -169,7 +187,7 @@ class ResponseStage:
         return cls(np.array([b""] * FIRST_ID + [i.encode() for i in items], object))
 
     def __call__(
-        self, ranked_BN: np.ndarray, values_BCN: np.ndarray, top_k_B: np.ndarray, status_B: Sequence[bytes]
+        self, ranked_BN: np.ndarray, values_BCN: np.ndarray, top_k_B: np.ndarray, status_B: Sequence[bytes] | np.ndarray
     ) -> list[np.ndarray]:
         """ITEM_ID (object [B, K]) and each row c of ``values_BCN`` as float32 [B, K]; K is the largest TOP_K, short
         rows end in b"", 0.

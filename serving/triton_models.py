@@ -122,6 +122,32 @@ class FeatureTransformModel(_Stage):
         return rows, errors
 
 
+class IndexedRetrievalModel(_Stage):
+    """The retrieval stage through a FAISS index; takes the place of the exact graph where the run was compiled so."""
+
+    def setup(self) -> None:
+        from serving.item_index import IndexedRetrieval  # FAISS, which the other stages do without
+
+        self.retrieve = IndexedRetrieval(self.folder, c.StageTensors(**json.loads(self.parameters["shapes"])))
+
+    def execute(self, requests: list) -> list:
+        columns = [[_input(r, name) for r in requests] for name in self.inputs]
+        try:
+            found = self.retrieve([np.concatenate(parts) for parts in columns])
+        except Exception as error:
+            if len(requests) > 1:  # find the request that is at fault: the others get their answers
+                return [self.execute([request])[0] for request in requests]
+            return [_error(f"{c.RETRIEVAL}: {error}")]
+        responses, start = [], 0
+        for rows in columns[0]:
+            stop = start + len(rows)
+            own = [np.ascontiguousarray(v[start:stop]) for v in found]
+            tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, own, strict=True)]
+            responses.append(pb_utils.InferenceResponse(tensors))
+            start = stop
+        return responses
+
+
 class ResponseModel(_Stage):
     """Ranked ids, their scores and head probabilities to the public answer."""
 

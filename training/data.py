@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preprocessing.contract import FIRST_ID, ITEM, PADDING_ID, TARGET, TIME, label_column
+from preprocessing.contract import ITEM, PADDING_ID, TARGET, TIME, StageTensors, label_column
+from serving.stages import excluded, seen_ids
 from training.distributed import World
 
 with warnings.catch_warnings():
@@ -134,12 +135,13 @@ class Requests:
 
     def exclude(self, items: int, exclude_seen: bool) -> Tensor:
         """bool [B, V], True where an item must not be answered."""
-        out_BV = torch.zeros(len(self.histories), items, dtype=torch.bool)
-        out_BV[:, :FIRST_ID] = True
-        if exclude_seen:
-            for row, history in enumerate(self.histories):
-                out_BV[row, torch.tensor(history)] = True
-        return out_BV
+        return torch.from_numpy(excluded(self.histories if exclude_seen else [h[:0] for h in self.histories], items))
+
+    def inputs(self, s: StageTensors, exclude_seen: bool) -> list[np.ndarray]:
+        """Inputs of the retrieval stage, in the contract's order."""
+        own = self.histories if exclude_seen else [h[:0] for h in self.histories]
+        seen = seen_ids(own) if s.indexed else excluded(own, s.items)
+        return [self.history_BT.numpy(), seen, *([self.time_BT.numpy()] if s.timed else [])]
 
 
 def of_sequences(sequences: list[np.ndarray], history: int, target_B: Tensor, labels: dict[str, Tensor]) -> Requests:

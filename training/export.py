@@ -7,7 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from loadtest.requests import FILE, record
 from preprocessing import contract as c
 from preprocessing.prepare import Features
 from serving import repository
+from serving.item_index import ENCODER, INDEX, POPULAR, IndexedRetrieval
 from training import data
 from training.gate import BOUND, graph_ranks, judge, reference_ranks
+from training.index import EncoderGraph, build_index
 from training.parity import difference
 from training.presets import Preset
 from training.quantize import OVERLAP, PRECISIONS, Feed, convert, overlap, prepare, sensitivities
 from training.ranking_model import RankingGraph
-from training.retrieval_model import RetrievalGraph
+from training.retrieval_model import RetrievalGraph, RetrievalModel
 from training.targets import TARGETS, make
 from training.targets import files as plans
 from training.train import Progress, load_ranker, load_retrieval
@@ -131,7 +133,8 @@ def export_checked(
 class CompileConfig:
     """``precision``: see ``quantize``; products that it hurts are found by measurement and stay in float32. ``tables``:
     of items, "fp32" or "int8" (see ``int8_table``). ``fold``: parts of the ranker that depend on an item alone become a
-    table (see FoldedRanking), up to FOLD_ITEMS items and with float32 tables. ``targets``: see ``targets``.
+    table (see FoldedRanking), up to FOLD_ITEMS items and with float32 tables. ``targets``: see ``targets``. ``index``:
+    candidates come from a FAISS index ("HNSW32" or "HNSW32_SQ8"; see ``index``) and not from scoring every item.
 
     The quality gate compares the engine with the evaluated run in ``reference``: always where it is not all float32
     (by default this run itself), else only where ``reference`` is given. ``bound``: the relative fall of NDCG@10 it
@@ -141,6 +144,7 @@ class CompileConfig:
     tables: str = "fp32"
     fold: bool = True
     targets: tuple[str, ...] = ()
+    index: str = ""
     reference: Path | None = None
     bound: float = BOUND
     force: bool = False
@@ -153,6 +157,8 @@ class CompileConfig:
                 raise ValueError(f"--target: expected one of {TARGETS}, got {target!r}")
         if self.tables not in ("fp32", "int8"):
             raise ValueError(f"--tables: expected fp32 or int8, got {self.tables!r}")
+        if self.index and not (self.precision == self.tables == "fp32" and not self.targets):
+            raise ValueError("--index goes with --precision fp32, --tables fp32 and no --target")
         if self.tables == "int8" and self.precision != "fp32":
             raise ValueError(f"--tables int8 goes with --precision fp32, got {self.precision!r}")
 
@@ -172,12 +178,9 @@ def reduce_precision(
     for request in itertools.islice(
         data.requests(features.files("valid"), heads, s.history, PARITY_REQUESTS), CALIBRATION_BATCHES
     ):
-        inputs = [request.history_BT.numpy(), request.exclude(s.items, features.schema.exclude_seen).numpy()]
-        if s.timed:
-            inputs.append(request.time_BT.numpy())
-        feed = dict(zip(engine.names[0], inputs, strict=True))
-        feeds[c.RETRIEVAL].append(feed)
-        feeds[c.RANKING].append(dict(zip(engine.names[1], (inputs[0], *engine.retrieval.run(None, feed)), strict=True)))
+        inputs = request.inputs(s, features.schema.exclude_seen)
+        feeds[c.RETRIEVAL].append(dict(zip(engine.names[0], inputs, strict=True)))
+        feeds[c.RANKING].append(dict(zip(engine.names[1], (inputs[0], *engine.retrieve(inputs)), strict=True)))
     found: dict[str, dict[str, float]] = {}
     for name, own in feeds.items():
         ready, scratch = target / f"{name}.ready.onnx", target / f"{name}.scratch.onnx"
@@ -192,16 +195,37 @@ def reduce_precision(
     return found
 
 
+def _states(features: Features, preset: Preset, model: RetrievalModel, count: int = 1000) -> Tensor:
+    """Encoded states float32 [count, D] of validation requests."""
+    heads, found = [h.name for h in features.schema.heads], []
+    with torch.no_grad():
+        for request in data.requests(features.files("valid"), heads, preset.encoder.history, PARITY_REQUESTS):
+            found.append(model.encode(request.history_BT, times=request.time_BT)[:, -1])
+            if sum(map(len, found)) >= count:
+                break
+    return torch.cat(found)[:count]
+
+
 class Engine:
     """Two compiled graphs as one function of the retrieval graph's inputs."""
 
     def __init__(self, folder: Path, s: c.StageTensors, threads: int = 1) -> None:
-        self.retrieval, self.ranking = (session(folder / f"{n}.onnx", threads) for n in (c.RETRIEVAL, c.RANKING))
+        self.index = IndexedRetrieval(folder, s, threads) if s.indexed else None
+        self.retrieval = None if s.indexed else session(folder / f"{c.RETRIEVAL}.onnx", threads)
+        self.ranking = session(folder / f"{c.RANKING}.onnx", threads)
         self.names = [_names(c.retrieval_inputs(s)), _names(c.ranking_inputs(s))]
+
+    def retrieve(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs of the retrieval stage: candidate ids and scores, the encoded history."""
+        if self.index is not None:
+            return self.index(inputs)
+        assert self.retrieval is not None
+        found: list[np.ndarray] = self.retrieval.run(None, dict(zip(self.names[0], inputs, strict=True)))
+        return found
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Outputs of the ranking graph: ids best first, values."""
-        found = self.retrieval.run(None, dict(zip(self.names[0], inputs, strict=True)))
+        found = self.retrieve(inputs)
         ranked: list[np.ndarray] = self.ranking.run(None, dict(zip(self.names[1], (inputs[0], *found), strict=True)))
         return ranked
 
@@ -218,7 +242,8 @@ def compile_models(
     s = shapes(preset, items)
     profiles = {name: repr(p) for name, p in repository.PROFILES.items()}
     settings = {"opset": OPSET, "shapes": s, "profiles": profiles, **asdict(config)}
-    reference = config.reference or (None if config.exact else root / "evaluation")
+    judged_always = not config.exact or bool(config.index)
+    reference = config.reference or (root / "evaluation" if judged_always else None)
     if reference is not None:
         inputs["reference"] = read_manifest(reference, "vivace evaluate")["key"]
     step = Step(root / "compiled", "compile", settings, seed, inputs)
@@ -264,10 +289,20 @@ def compile_models(
         same = overlap(Engine(exact, s)(feed)[0], Engine(step.folder, s)(feed)[0])
         left = {n: sum(share < OVERLAP for share in alone.values()) for n, alone in sensitive.items()}
         parity[kind] = {"top-10 overlap": same, **{f"{n} in float32": count for n, count in left.items()}}
+    tuned = None
+    if config.index:
+        say(f"building the index {config.index}")
+        given = [n.name for n in c.retrieval_inputs(s) if n != s.exclude]
+        encoder = EncoderGraph(retriever, s.memory)
+        export(encoder, (example[0], *example[2:]), given, [c.ENCODED_HISTORY], step.folder / ENCODER)
+        states = _states(features, preset, retriever)
+        tuned = build_index(retriever, states, s.candidates, config.index, step.folder)
+        say(f"index: effort {tuned.effort} finds {tuned.recall:.4f} of the exact candidates")
+        s = replace(s, indexed=True)
     if reference is not None:
         say("ranking the test requests by the compiled graphs")
         engine = Engine(step.folder, s)
-        found_ranks = graph_ranks(features, s.history, lambda x: engine(x)[0], items, s.timed)
+        found_ranks = graph_ranks(features, s, lambda x: engine(x)[0])
         verdict = judge(reference_ranks(reference), found_ranks, config.bound, config.force)
         say(verdict.sentence())
     made = {}
@@ -292,7 +327,9 @@ def compile_models(
         schema.heads,
         {
             c.FEATURE_TRANSFORM: {"transform.onnx": features.folder / "transform_request.onnx"},
-            c.RETRIEVAL: {"model.onnx": step.folder / "retrieval.onnx", **plans(step.folder).get(c.RETRIEVAL, {})},
+            c.RETRIEVAL: {n: step.folder / n for n in (ENCODER, INDEX, POPULAR)}
+            if s.indexed
+            else {"model.onnx": step.folder / "retrieval.onnx", **plans(step.folder).get(c.RETRIEVAL, {})},
             c.RANKING: {"model.onnx": step.folder / "ranking.onnx", **plans(step.folder).get(c.RANKING, {})},
             c.RESPONSE: {"items.json": items_file},
             c.ENSEMBLE: {"model_card.json": step.folder / "model_card.json"},
@@ -309,6 +346,7 @@ def compile_models(
         gate=card["gate"],
         targets=made,
         sensitivities=sensitive,
+        index=asdict(tuned) if tuned else {},
     )
 
 

@@ -77,17 +77,13 @@ def judge(reference_ranks: np.ndarray, engine_ranks: np.ndarray, bound: float = 
     return verdict
 
 
-def graph_ranks(
-    features: Features, history: int, answer: Callable[[list[np.ndarray]], np.ndarray], items: int, timed: bool = False
-) -> np.ndarray:
+def graph_ranks(features: Features, s: c.StageTensors, answer: Callable[[list[np.ndarray]], np.ndarray]) -> np.ndarray:
     """Rank of every test request's target among the ids int64 [B, N] that ``answer(inputs of retrieval)`` ranks best
     first; MISS where it is not among them."""
     heads = [h.name for h in features.schema.heads]
     out = []
-    for request in data.requests(features.files("test"), heads, history, BATCH):
-        inputs = [request.history_BT.numpy(), request.exclude(items, features.schema.exclude_seen).numpy()]
-        if timed:
-            inputs.append(request.time_BT.numpy())
+    for request in data.requests(features.files("test"), heads, s.history, BATCH):
+        inputs = request.inputs(s, features.schema.exclude_seen)
         hit_BN = answer(inputs) == request.target_B.numpy()[:, None]
         hit_BN &= (request.target_B.numpy() >= c.FIRST_ID)[:, None]
         out.append(np.where(hit_BN.any(1), hit_BN.argmax(1), MISS))

@@ -1,76 +1,37 @@
-"""FAISS index of item embeddings, for catalogues too large to score every item for every request.
+"""Builds the FAISS index of a trained retriever, finds the effort it needs, and refuses it if it finds too little.
 
-A graph of near neighbours (HNSW, Malkov & Yashunin 2018) under the inner product; inverted lists (IVF) were measured
-too and find far less for the same time (docs/log.md). The item bias is one more dimension; a state meets it with a 1.
-Axis legend: B states, V item ids, D width, N candidates.
+See ``serving.item_index``. Axis legend: B states, V item ids, D width, N candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import faiss
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from preprocessing.contract import FIRST_ID, PADDING_ID
+from preprocessing.contract import FIRST_ID, MAX_SEEN, PADDING_ID
+from serving.item_index import INDEX, POPULAR, ItemIndex
 from training.gate import GateError
+from training.retrieval_model import RetrievalModel
 
-EXCLUDED = -1e30  # as ``retrieval_model``: the score of a place that no item takes
-FACTORY = "HNSW32"  # "HNSW32_SQ8": a quarter of the memory, about one in a hundred candidates less
 RECALL = 0.98  # of the exact top N that an index must find to be published
 
 
-class ItemIndex:
-    """``search(states, count, seen)`` answers the ``count`` best items that are not ``seen``. ``effort``: how many
-    items a search keeps in view (efSearch); at least the number it is asked for."""
+class EncoderGraph(nn.Module):
+    """What is exported as ``encoder.onnx``: history ids (and times, where they are read) to the encoded history."""
 
-    def __init__(self, index: Any, effort: int) -> None:
-        self.index, self.effort = index, effort
+    def __init__(self, model: RetrievalModel, memory: int = 0) -> None:
+        super().__init__()
+        self.model, self.memory = model, memory
+        with torch.no_grad():
+            self.register_buffer("table_VD", model.table().detach().clone())
 
-    @classmethod
-    def build(cls, table_VD: np.ndarray, bias_V: np.ndarray, factory: str = FACTORY, threads: int = 1) -> ItemIndex:
-        """``table_VD`` float32 [V, D] and ``bias_V`` [V] of all ids, the special ones included (they are left out)."""
-        rows = np.concatenate([table_VD, bias_V[:, None]], 1)[FIRST_ID:]
-        rows = np.ascontiguousarray(rows, np.float32)
-        faiss.omp_set_num_threads(threads)
-        index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-        index.train(rows)
-        index.add(rows)
-        return cls(index, 1)
-
-    def save(self, path: Path) -> None:
-        self.index.hnsw.efSearch = self.effort
-        faiss.write_index(self.index, str(path))
-
-    @classmethod
-    def load(cls, path: Path, threads: int = 1) -> ItemIndex:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: expected a FAISS index; run vivace compile --index")
-        faiss.omp_set_num_threads(threads)
-        index: Any = faiss.read_index(str(path))
-        return cls(index, index.hnsw.efSearch)
-
-    def search(
-        self, states_BD: np.ndarray, count: int, seen: Sequence[np.ndarray] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int64 [B, count], scores float32 [B, count]), best first; PADDING_ID and EXCLUDED where fewer were
-        found. ``seen``: ids that each row may not be answered."""
-        more = max((len(s) for s in seen), default=0) if seen is not None else 0
-        queries = np.concatenate([states_BD, np.ones((len(states_BD), 1), np.float32)], 1).astype(np.float32)
-        parameters = faiss.SearchParametersHNSW(efSearch=max(self.effort, count + more))  # type: ignore[attr-defined]
-        found, rows = self.index.search(queries, count + more, params=parameters)
-        ids = np.where(rows < 0, PADDING_ID, rows + FIRST_ID)
-        out, scores = np.full((len(ids), count), PADDING_ID, np.int64), np.full((len(ids), count), EXCLUDED, np.float32)
-        for i, row in enumerate(ids):
-            live = row != PADDING_ID
-            if seen is not None and len(seen[i]):
-                live &= ~np.isin(row, seen[i])
-            keep = np.flatnonzero(live)[:count]
-            out[i, : len(keep)], scores[i, : len(keep)] = row[keep], found[i, keep]
-        return out, scores
+    def forward(self, history_ids: Tensor, history_times: Tensor | None = None) -> Tensor:
+        encoded: Tensor = self.model.encode(history_ids, self.table_VD, history_times, self.memory)  # type: ignore[arg-type]
+        return encoded
 
 
 def recall(expected: np.ndarray, got: np.ndarray) -> float:
@@ -108,3 +69,26 @@ def tune(index: ItemIndex, states_BD: np.ndarray, exact_BN: np.ndarray, wanted: 
                 "search"
             )
         effort *= 2
+
+
+def build_index(
+    model: RetrievalModel, states_BD: Tensor, count: int, factory: str, folder: Path, wanted: float = RECALL
+) -> Tuned:
+    """Writes INDEX and POPULAR into ``folder``: the index of ``model``'s items with the least effort that finds
+    ``wanted`` of the exact ``count`` best for half of ``states_BD``; ``recall`` is that of the other half. Raises
+    GateError."""
+    with torch.no_grad():
+        table, bias = model.table().detach().cpu(), model.bias.detach().cpu()
+        scores = states_BD @ table.t() + bias
+        scores[:, :FIRST_ID] = -torch.inf
+        exact = scores.topk(count, dim=1).indices.numpy()
+    index, states = ItemIndex.build(table.numpy(), bias.numpy(), factory), states_BD.numpy()
+    half = len(states) // 2
+    tuned = tune(index, states[:half], exact[:half], wanted)
+    index.save(folder / INDEX)
+    popularity = torch.log1p(model.popularity.cpu()).numpy()
+    popularity[:FIRST_ID] = -np.inf
+    best = np.argsort(-popularity, kind="stable")[: min(count + MAX_SEEN, len(popularity) - FIRST_ID)]
+    np.savez(folder / POPULAR, ids=best.astype(np.int64), scores=popularity[best].astype(np.float32))
+    held_out = recall(exact[half:], index.search(states[half:], count)[0])
+    return Tuned(tuned.effort, held_out, tuned.tried)

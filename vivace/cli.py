@@ -351,6 +351,7 @@ def compile_(
     target: Annotated[
         list[str] | None, typer.Option(help="beside the CPU: openvino, cuda, tensorrt, tensorrt-rtx; may be repeated")
     ] = None,
+    index: Annotated[str, typer.Option(help="candidates from a FAISS index: HNSW32 or HNSW32_SQ8 (else exact)")] = "",
     bound: Bound = 0.01,
     force: Force = False,
 ) -> None:
@@ -361,7 +362,7 @@ def compile_(
 
     with reported():
         root = artifacts / name
-        config = CompileConfig(precision, tables, fold, tuple(target or ()), bound=bound, force=force)
+        config = CompileConfig(precision, tables, fold, tuple(target or ()), index, bound=bound, force=force)
         with exclusive(root):
             manifest = compile_models(Features(root / "features"), _preset(preset, root), root, seed, say, config)
         for stage, values in manifest["results"]["parity"].items():

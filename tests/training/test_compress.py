@@ -138,7 +138,7 @@ def test_graph_ranks_are_the_evaluated_ones(features, root):
     """The gate's own ranking of the uncompressed graphs agrees with PyTorch's evaluation."""
     s = shapes(tiny(), features.item_count())
     engine = Engine(root / "compiled", s)
-    found = graph_ranks(features, s.history, lambda x: engine(x)[0], s.items)
+    found = graph_ranks(features, s, lambda x: engine(x)[0])
     expected = reference_ranks(root / "evaluation")
     among = expected < s.candidates
     assert (found[among] == expected[among]).mean() > 0.99 and (found[~among] == MISS).mean() > 0.99
