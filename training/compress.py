@@ -130,9 +130,12 @@ def compress(
     if not config.fresh:
         prune_retriever(features, preset, root, out, config.target, seed, say)
         start_from = out / "pruned"
+    encoder = replace(config.target.of(preset.encoder), dropout=config.dropout)
+    if config.fresh and encoder.width % encoder.heads == 0:
+        encoder = replace(encoder, head_width=0)  # the heads of a large model are too wide for a small one
     small = replace(
         preset,
-        encoder=replace(config.target.of(preset.encoder), dropout=config.dropout),
+        encoder=encoder,
         retrieval=replace(preset.retrieval, epochs=config.epochs, learning_rate=config.learning_rate),
         ranker=config.ranker.of(preset.ranker),
     )
