@@ -138,7 +138,7 @@ class RankingModel(nn.Module):
         top_B1 = scores_BN.amax(1, keepdim=True)
         gap_BN = torch.where(live_BN, scores_BN - top_B1, torch.full_like(scores_BN, -20.0)).clamp(-20.0, 0.0)
         share_BN = torch.softmax(gap_BN, dim=1)
-        # summed as floats: ONNX Runtime takes ten times as long over integers
+        # summed as floats: in ONNX Runtime a sum of integers took a tenth of the graph's time
         rank_BN = torch.log1p((scores_BN[:, None, :] > scores_BN[:, :, None]).to(scores_BN.dtype).sum(2))
         recent_BL = history_BT[:, -c.lags :]
         if int(recent_BL.shape[1]) < c.lags:
