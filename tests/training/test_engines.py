@@ -61,6 +61,9 @@ def test_tensorrt_builds_every_graph_without_a_gpu(engine, tmp_path):
         pytest.skip("dynamic int8 is for ONNX Runtime on CPUs; TensorRT takes int8-qdq")
     for stage in (c.RETRIEVAL, c.RANKING):
         assert build(folder / f"{stage}.onnx", tmp_path / "model.plan", name="tensorrt_rtx") > 10_000
+    if precision == "fp32":
+        path, timings = tmp_path / "sparse.plan", tmp_path / "timings"
+        assert build(folder / "ranking.onnx", path, name="tensorrt_rtx", sparse=True, timings=timings) > 10_000
 
 
 def test_what_tensorrt_does_not_take_is_said(tmp_path):
