@@ -17,7 +17,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,47 +31,23 @@ from rich.table import Table
 
 from loadtest import perf_analyzer
 from loadtest.requests import recorded
-from loadtest.stages import MODELS, between, statistics
+from loadtest.stages import between, statistics
 from preprocessing import contract as c
-from serving.feature_store import FeatureStore, LmdbStore
+from serving.feature_store import LmdbStore
 from serving.launcher import ServerOptions, TritonServer
+from serving.pipeline import Pipeline
 from serving.service import service
-from serving.stages import FeatureTransform, Row
-from training.export import session
-from vivace.artifacts import commit, read_manifest
+from serving.stages import Row
+from vivace.artifacts import commit
 from vivace.doctor import cpu
 
 console = Console(width=120)
 TOP_K = 10
 HIGH = 16
+GRAPHS = (c.RETRIEVAL, c.RANKING, c.ENSEMBLE)  # those that run graphs; an ensemble forms no batches itself
 
 
-class InProcess:
-    """The served graphs without a server."""
-
-    def __init__(self, root: Path, store: FeatureStore, threads: int = 1) -> None:
-        version = str(read_manifest(root / "compiled", "vivace compile")["results"]["version"])
-        repository = root / "model_repository"
-        card = json.loads((repository / c.ENSEMBLE / version / "model_card.json").read_text())
-        self.shapes = c.StageTensors(**card["shapes"])
-        seen = c.DataSchema.load(root / "compiled" / "schema.json").exclude_seen
-        graph = repository / c.FEATURE_TRANSFORM / version / "transform.onnx"
-        self.transform = FeatureTransform(graph, store, self.shapes, seen)
-        self.retrieval = session(repository / c.RETRIEVAL / version / "model.onnx", threads)
-        self.ranking = session(repository / c.RANKING / version / "model.onnx", threads)
-
-    def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        inputs, _ = self.transform(rows)
-        ids, scores, encoded = self._run(self.retrieval, c.retrieval_inputs(self.shapes), *inputs)
-        return self._run(self.ranking, c.ranking_inputs(self.shapes), inputs[0], ids, scores, encoded)
-
-    @staticmethod
-    def _run(graph: ort.InferenceSession, inputs: tuple[c.WireTensor, ...], *values: np.ndarray) -> list[np.ndarray]:
-        found: list[np.ndarray] = graph.run(None, {t.name: v for t, v in zip(inputs, values, strict=True)})
-        return found
-
-
-def bound_latency(models: InProcess, rows: list[Row], count: int) -> dict[str, float]:
+def bound_latency(models: Pipeline, rows: list[Row], count: int) -> dict[str, float]:
     """Latency in ms of one request at a time."""
     for row in rows[:20]:
         models([row])
@@ -84,7 +59,7 @@ def bound_latency(models: InProcess, rows: list[Row], count: int) -> dict[str, f
     return {f"p{q}_ms": float(np.percentile(times, q)) for q in (50, 95, 99)}
 
 
-def bound_throughput(models: list[InProcess], rows: list[Row], batch: int, seconds: float) -> float:
+def bound_throughput(models: list[Pipeline], rows: list[Row], batch: int, seconds: float) -> float:
     """Requests a second of one thread a model set, each on batches of ``batch``."""
     counts = [0] * len(models)
     stop = time.perf_counter() + seconds
@@ -128,7 +103,7 @@ def main(
         root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "triton.log"
     )
     store = LmdbStore(root / "feature_store", readonly=True)
-    models = [InProcess(root, store) for _ in range(cores)]
+    models = [Pipeline.published(root, store) for _ in range(cores)]
     served: dict[int, list[dict[str, float]]] = {1: [], HIGH: []}
     latencies: list[dict[str, float]] = []
     throughputs: list[float] = []
@@ -142,7 +117,7 @@ def main(
                     before = statistics(client)
                     found.append(perf_analyzer.measure(url, inputs, concurrency, seconds, root))
                     stages[concurrency] = between(before, statistics(client))
-                batch = max(1, *(round(stages[HIGH][m]["batch"]) for m in (c.RETRIEVAL, c.RANKING)))
+                batch = max(1, *(round(s["batch"]) for m, s in stages[HIGH].items() if m in GRAPHS))
                 latencies.append(bound_latency(models[0], rows, 300))
                 throughputs.append(bound_throughput(models, rows, batch, seconds))
         memory = memory_mib(server)
@@ -155,6 +130,7 @@ def main(
         batch,
         memory,
         name,
+        profile,
         cores,
     )
 
@@ -171,6 +147,7 @@ def report(
     batch: int,
     memory: float,
     name: str,
+    profile: str,
     cores: int,
 ) -> None:
     table = Table(title=f"{name}: one run on {cores} cores of {cpu()[0]}", title_justify="left")
@@ -186,7 +163,7 @@ def report(
     for column in ("stage", "concurrency", "mean batch", "queue ms", "compute ms", "total ms"):
         detail.add_column(column, justify="left" if column == "stage" else "right")
     for concurrency, found in stages.items():
-        for model in MODELS:
+        for model in found:
             s = found[model]
             detail.add_row(
                 model, str(concurrency), f"{s['batch']:.1f}" if s["batch"] else "",
@@ -194,13 +171,14 @@ def report(
             )  # fmt: skip
     console.print(detail)
     summary = {
+        "profile": profile,
         "benchmark": "ensemble against the in-process bound, closed loop, perf_analyzer over gRPC",
         "data": name,
         "throughput_ratio": round(served[HIGH]["qps"] / throughput, 3),
         "p50_over_bound_ms": round(served[1]["p50_ms"] - latency["p50_ms"], 3),
         "bound": {"qps": round(throughput, 1), "batch": batch, **{k: round(v, 3) for k, v in latency.items()}},
         "served": {str(n): {k: round(v, 3) for k, v in r.items()} for n, r in served.items()},
-        "mean_batch": {m: round(stages[HIGH][m]["batch"], 2) for m in c.STAGES},
+        "mean_batch": {m: round(s["batch"], 2) for m, s in stages[HIGH].items()},
         "memory_mib": round(memory),
         "commit": commit(),
         "cpu": cpu()[0],

@@ -16,10 +16,11 @@ _LINE = re.compile(r"^nv_inference_(\w+)_summary_us\{(?P<labels>[^}]*)\} (?P<val
 
 
 def statistics(client: grpcclient.InferenceServerClient) -> dict[str, dict[str, float]]:
-    """Counters of every model since it was loaded: requests, executions, and nanoseconds by phase."""
+    """Counters of every model that is loaded, since it was: requests, executions, and nanoseconds by phase."""
     found = {}
-    for model in MODELS:
-        stats = client.get_inference_statistics(model, as_json=True)["model_stats"][-1]
+    loaded = {m["name"]: m for m in client.get_inference_statistics(as_json=True)["model_stats"]}
+    for model in (m for m in MODELS if m in loaded):
+        stats = loaded[model]
         inference = stats.get("inference_stats", {})
         phase = lambda name, inference=inference: float(inference.get(name, {}).get("ns", 0))  # noqa: E731
         found[model] = {
@@ -44,7 +45,7 @@ def largest_batches(client: grpcclient.InferenceServerClient) -> dict[str, int]:
 def between(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """What happened between two readings, per stage: requests, mean batch, mean milliseconds by phase."""
     out = {}
-    for model in MODELS:
+    for model in after:
         d = {k: after[model][k] - before[model][k] for k in after[model]}
         n = max(d["success"], 1.0)
         out[model] = {

@@ -85,6 +85,9 @@ STATUS_OK = "ok"
 STATUS_DEGRADED = "degraded: "
 STATUS_ERROR = "error: "  # only inside a request of several rows: that row has no answer
 
+# a parameter of the request, not a tensor: when the client stops waiting, Unix time in ms
+DEADLINE = "deadline_ms"
+
 # -- the append call: model ``append_event`` --------------------------------------------------------
 APPEND_ITEM_ID = WireTensor("ITEM_ID", "BYTES", (1,))
 EVENT_TYPE = WireTensor("EVENT_TYPE", "BYTES", (1,))

@@ -7,6 +7,7 @@ with VivaceClient("127.0.0.1:8001") as client:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -79,6 +80,15 @@ def request_tensors(
     ]
 
 
+def limits(within_ms: float) -> dict[str, Any]:
+    """Arguments of Triton's client for a request that is worth nothing after ``within_ms``: how long it may wait in a
+    queue (``timeout``, microseconds) and when it ends (parameter DEADLINE, Unix ms: client and server need the same
+    time)."""
+    if not within_ms:
+        return {}
+    return {"timeout": int(within_ms * 1000), "parameters": {c.DEADLINE: int(time.time() * 1000 + within_ms)}}
+
+
 def append_tensors(
     user_id: str, item_id: str, event_type: str, timestamp_ms: int
 ) -> list[tuple[c.WireTensor, np.ndarray]]:
@@ -117,17 +127,24 @@ class VivaceClient:
         self._client = self._module.InferenceServerClient(url, **http)
         self._options = {"client_timeout": timeout_s} if protocol == "grpc" else {}
 
-    def _infer(self, model: str, tensors: list[tuple[c.WireTensor, np.ndarray]]) -> Any:
+    def _infer(self, model: str, tensors: list[tuple[c.WireTensor, np.ndarray]], **limits: Any) -> Any:
         try:
-            return self._client.infer(model, _inputs(self._module, tensors), **self._options)
+            return self._client.infer(model, _inputs(self._module, tensors), **self._options, **limits)
         except Exception as error:
             raise _failed(error) from error
 
     def recommend(
-        self, user_id: str = "", history: Sequence[str | bytes] = (), top_k: int = 10, query: str = ""
+        self,
+        user_id: str = "",
+        history: Sequence[str | bytes] = (),
+        top_k: int = 10,
+        query: str = "",
+        within_ms: float = 0.0,
     ) -> Recommendation:
-        """Items for a user; an empty ``history`` asks the feature store for the user's own. Raises VivaceError."""
-        return read_answer(self._infer(c.ENSEMBLE, request_tensors(user_id, history, top_k, query)))
+        """Items for a user; an empty ``history`` asks the feature store for the user's own. ``within_ms``: the server
+        may give up afterwards (0: never), see ``limits``. Raises VivaceError."""
+        tensors = request_tensors(user_id, history, top_k, query)
+        return read_answer(self._infer(c.ENSEMBLE, tensors, **limits(within_ms)))
 
     def append(self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0) -> int:
         """Adds an event to the user's stored history (time 0: now); returns its new length. Raises VivaceError."""
@@ -153,17 +170,23 @@ class AsyncVivaceClient:
         self._client = self._module.InferenceServerClient(url, **http)
         self._options = {"client_timeout": timeout_s} if protocol == "grpc" else {}
 
-    async def _infer(self, model: str, tensors: list[tuple[c.WireTensor, np.ndarray]]) -> Any:
+    async def _infer(self, model: str, tensors: list[tuple[c.WireTensor, np.ndarray]], **limits: Any) -> Any:
         try:
-            return await self._client.infer(model, _inputs(self._module, tensors), **self._options)
+            return await self._client.infer(model, _inputs(self._module, tensors), **self._options, **limits)
         except Exception as error:
             raise _failed(error) from error
 
     async def recommend(
-        self, user_id: str = "", history: Sequence[str | bytes] = (), top_k: int = 10, query: str = ""
+        self,
+        user_id: str = "",
+        history: Sequence[str | bytes] = (),
+        top_k: int = 10,
+        query: str = "",
+        within_ms: float = 0.0,
     ) -> Recommendation:
         """See ``VivaceClient.recommend``."""
-        return read_answer(await self._infer(c.ENSEMBLE, request_tensors(user_id, history, top_k, query)))
+        tensors = request_tensors(user_id, history, top_k, query)
+        return read_answer(await self._infer(c.ENSEMBLE, tensors, **limits(within_ms)))
 
     async def append(self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0) -> int:
         """See ``VivaceClient.append``."""

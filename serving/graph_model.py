@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
+from preprocessing import contract as c
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,25 @@ def decode(array: np.ndarray) -> np.ndarray:
     return np.array([b.decode() if isinstance(b, bytes) else b for b in array.ravel()], object).reshape(array.shape)
 
 
+def deadline(request: Any) -> float:
+    """When the client stops waiting, in Unix ms; infinity if it did not say."""
+    given = request.parameters()
+    if c.DEADLINE not in given:
+        return float("inf")
+    return float(json.loads(given)[c.DEADLINE])
+
+
+def overdue(request: Any) -> float:
+    """Milliseconds since a request's deadline passed; 0 if it did not."""
+    return max(0.0, time.time() * 1000 - deadline(request))
+
+
+def refusal(ms: float, stage: str) -> Any:
+    """The answer to a request whose deadline passed ``ms`` ago, before ``stage``."""
+    said = f"{c.DEADLINE}: passed {ms:.0f} ms ago, before {stage}; ask with more time or fewer requests at once"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(said, pb_utils.TritonError.UNAVAILABLE))
+
+
 class GraphModel:
     """One model instance; a batch of requests is one run of the graph. A backend says how to open a file and run it."""
 
@@ -83,6 +105,7 @@ class GraphModel:
 
     def initialize(self, args: dict[str, Any]) -> None:
         config = json.loads(args["model_config"])
+        self.name = config["name"]
         file = config.get("default_model_filename") or self.default_file
         path = Path(args["model_repository"]) / args["model_version"] / file
         if not path.exists():
@@ -98,7 +121,11 @@ class GraphModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         if not self.batched:
             return [self._answer([request])[0] for request in requests]
-        return self._answer(requests)
+        late = [overdue(request) for request in requests]
+        if not any(late):
+            return self._answer(requests)
+        answers = iter(self._answer([r for r, ms in zip(requests, late, strict=True) if not ms]))
+        return [refusal(ms, self.name) if ms else next(answers) for ms in late]
 
     def _answer(self, requests: list[Any]) -> list[Any]:
         try:

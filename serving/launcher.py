@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from serving.repository import ALL_MODELS
+from serving.repository import models
 
 SHM = Path("/dev/shm")
 
@@ -150,7 +150,7 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--backend-config=onnxruntime,shm-region-prefix-name={self.shm_prefix}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in ALL_MODELS if (o.repository / name).is_dir()),
+            *(f"--load-model={name}" for name in models(o.repository, o.profile)),
             *(f"--{s}-address={self.host}" for s in ("http", "grpc", "metrics")),
             f"--http-port={self.http_port}",
             f"--grpc-port={self.grpc_port}",

@@ -36,11 +36,18 @@ class ServingProfile:
     threads: int = 1
     backend: str = "onnxruntime"  # of retrieval and ranking
     gpu: bool = False
+    state_cache: bool = False  # of encoded users; Triton then leaves retrieval out of its latency summaries
+    fused: bool = False  # one model in the ensemble's place, of ``recommend_instances``
+    recommend_instances: int = 2
+    max_queue: int = 512  # requests that wait for a stage; more are refused at once
+    queue_timeout_us: int = 1_000_000  # a request that waited so long for a stage is refused
 
 
 _GPU = ServingProfile(max_batch_size=256, queue_delay_us=200, retrieval_instances=1, gpu=True)
 PROFILES = {
     "": ServingProfile(),
+    "cached": ServingProfile(state_cache=True),
+    "fused": ServingProfile(fused=True, max_batch_size=16, max_queue=64),
     "openvino": ServingProfile(backend="openvino"),
     "gpu": _GPU,
     "tensorrt": replace(_GPU, backend="tensorrt"),
@@ -66,6 +73,11 @@ def _base(name: str, backend: str, profile: ServingProfile, inputs, outputs, ins
     kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
     config.instance_group.add(count=instances, kind=kind)
     config.dynamic_batching.max_queue_delay_microseconds = profile.queue_delay_us
+    policy = config.dynamic_batching.default_queue_policy
+    policy.timeout_action = pb.ModelQueuePolicy.REJECT
+    policy.default_timeout_microseconds = profile.queue_timeout_us
+    policy.allow_timeout_override = True
+    policy.max_queue_size = profile.max_queue
     return config
 
 
@@ -101,21 +113,37 @@ def _ensemble(s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: Serving
     return config
 
 
+def _transforms(config: pb.ModelConfig, s: c.StageTensors, exclude_seen: bool) -> None:
+    """What a model reads that turns raw requests into tensors."""
+    config.parameters["shapes"].string_value = json.dumps(asdict(s))
+    config.parameters["feature_store"].string_value = FEATURE_STORE
+    config.parameters["exclude_seen"].string_value = str(exclude_seen).lower()
+
+
+def _fused(
+    s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile, exclude_seen: bool
+) -> pb.ModelConfig:
+    """All stages as one Python model; it reads the graphs of the other stages' folders."""
+    outputs = c.answer_outputs(heads)
+    config = _base(c.ENSEMBLE, "python", profile, c.REQUEST, outputs, profile.recommend_instances)
+    _transforms(config, s, exclude_seen)
+    config.parameters["intra_op_thread_count"].string_value = str(profile.threads)
+    return config
+
+
 def model_configs(
     s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile, exclude_seen: bool = True
 ) -> dict[str, pb.ModelConfig]:
     """Every model's Triton configuration, by model name."""
     p = profile
     transform = _base(c.FEATURE_TRANSFORM, "python", p, c.REQUEST, c.feature_transform_outputs(s))
-    transform.parameters["shapes"].string_value = json.dumps(asdict(s))
-    transform.parameters["feature_store"].string_value = FEATURE_STORE
-    transform.parameters["exclude_seen"].string_value = str(exclude_seen).lower()
+    _transforms(transform, s, exclude_seen)
     backend = "python" if s.indexed else p.backend
     retrieval = _base(c.RETRIEVAL, backend, p, c.retrieval_inputs(s), c.retrieval_outputs(s), p.retrieval_instances)
     if s.indexed:
         retrieval.parameters["shapes"].string_value = json.dumps(asdict(s))
-    # its inputs are the user's whole state: a user without a new event hits, one with a new event misses
-    retrieval.response_cache.enable = True
+    if p.state_cache:  # its inputs are the user's whole state: without a new event it hits, with one it misses
+        retrieval.response_cache.enable = True
     ranking = _base(c.RANKING, p.backend, p, c.ranking_inputs(s), c.ranking_outputs(s, heads), p.ranking_instances)
     response = _base(c.RESPONSE, "python", p, c.response_inputs(s, heads), c.response_outputs(heads))
     append = _base(c.APPEND_EVENT, "python", p, c.APPEND, (c.HISTORY_LENGTH,))
@@ -126,8 +154,26 @@ def model_configs(
         c.RANKING: _graph(ranking, p),
         c.RESPONSE: response,
         c.APPEND_EVENT: append,
-        c.ENSEMBLE: _ensemble(s, heads, p),
+        c.ENSEMBLE: _fused(s, heads, p, exclude_seen) if p.fused else _ensemble(s, heads, p),
     }
+
+
+def config_file(repository: Path, model: str, profile: str) -> Path:
+    """The configuration that Triton takes for a model under a profile: the profile's own if there is one."""
+    own = repository / model / "configs" / f"{profile}.pbtxt"
+    return own if profile and own.exists() else repository / model / "config.pbtxt"
+
+
+def read_config(repository: Path, model: str, profile: str) -> pb.ModelConfig:
+    return text_format.Parse(config_file(repository, model, profile).read_text(), pb.ModelConfig())
+
+
+def models(repository: Path, profile: str) -> list[str]:
+    """What a server loads under a profile: without an ensemble the stages stay where they are."""
+    wanted: tuple[str, ...] = ALL_MODELS
+    if read_config(repository, c.ENSEMBLE, profile).platform != "ensemble":
+        wanted = (c.APPEND_EVENT, c.ENSEMBLE)
+    return [name for name in wanted if (repository / name).is_dir()]
 
 
 def render(config: pb.ModelConfig) -> str:

@@ -11,12 +11,15 @@ import json
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from preprocessing import contract as c
 from serving.feature_store import Event, LmdbStore
+from serving.graph_model import deadline, refusal
+from serving.pipeline import Level, Overload, Pipeline, joined
 from serving.stages import FeatureTransform, ResponseStage, Row, parse_row
 
 _LENGTH, _PACK = struct.Struct("<I").unpack_from, struct.Struct("<I").pack
@@ -61,6 +64,7 @@ class _Stage:
 
     def initialize(self, args: dict) -> None:
         config = json.loads(args["model_config"])
+        self.max_batch_size = int(config["max_batch_size"])
         self.parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         self.folder = Path(args["model_repository"]) / args["model_version"]
         self.inputs = [t["name"] for t in config["input"]]
@@ -76,6 +80,56 @@ class _Stage:
         return LmdbStore(path if path.is_absolute() else self.folder.parent.parent / path, readonly=readonly)
 
 
+class _Counts:
+    """Rows answered, by how, for Triton's metrics page; handed on a few times a second, as each hand-over is a call to
+    another process."""
+
+    EVERY_S = 0.25
+
+    def __init__(self) -> None:
+        self._family = pb_utils.MetricFamily(
+            name="vivace_answers_total", description="Rows answered, by how", kind=pb_utils.MetricFamily.COUNTER
+        )
+        self._metrics: dict[str, Any] = {}
+        self._waiting: dict[str, int] = {}
+        self._last = 0.0
+
+    def __call__(self, how: str, rows: int = 1) -> None:
+        self._waiting[how] = self._waiting.get(how, 0) + rows
+
+    def hand_over(self) -> None:
+        now = time.monotonic()
+        if now - self._last < self.EVERY_S:
+            return
+        for how, rows in self._waiting.items():
+            if how not in self._metrics:
+                self._metrics[how] = self._family.Metric(labels={"how": how})
+            self._metrics[how].increment(rows)
+        self._waiting, self._last = {}, now
+
+
+class _Ask:
+    """One request as it goes through the stages: its ``place`` among those at hand, its rows, what is wrong with each
+    ("" if nothing), its deadline."""
+
+    def __init__(self, place: int, request) -> None:  # noqa: ANN001
+        self.place, self.deadline = place, deadline(request)
+        self.rows, self.errors = _parse(request)
+
+
+def _parse(request) -> tuple[list[Row], list[str]]:  # noqa: ANN001
+    columns = (_input(request, t) for t in (c.USER_ID, c.QUERY, c.HISTORY, c.TOP_K))
+    rows, errors = [], []
+    for user, query, history, top_k in zip(*columns, strict=True):
+        try:
+            rows.append(parse_row(user[0], query[0], history, int(top_k[0])))
+            errors.append("")
+        except ValueError as error:
+            rows.append(Row("", None, 1))
+            errors.append(str(error))
+    return rows, errors
+
+
 class FeatureTransformModel(_Stage):
     """USER_ID, QUERY, HISTORY, TOP_K to the inputs of ``retrieval`` and STATUS, in one pass over all requests at hand.
 
@@ -89,16 +143,18 @@ class FeatureTransformModel(_Stage):
         self.transform = FeatureTransform(self.folder / "transform.onnx", self.store(readonly=True), shapes, seen)
 
     def execute(self, requests: list) -> list:
-        parsed = [self._parse(request) for request in requests]
-        rows = [row for rows, _ in parsed for row in rows]
+        parsed = [_Ask(i, request) for i, request in enumerate(requests)]
         try:
-            inputs, status = self.transform(rows)
+            inputs, status = self.transform([row for ask in parsed for row in ask.rows])
         except Exception as error:
             return [_error(f"{c.FEATURE_TRANSFORM}: {error}") for _ in requests]
-        responses, start = [], 0
-        for own, errors in parsed:
-            stop = start + len(own)
-            if len(own) == 1 and errors[0]:
+        now_ms, responses, start = time.time() * 1000, [], 0
+        for ask in parsed:
+            errors = ask.errors
+            stop = start + len(errors)
+            if ask.deadline < now_ms:
+                responses.append(refusal(now_ms - ask.deadline, c.RETRIEVAL))
+            elif len(errors) == 1 and errors[0]:
                 responses.append(_error(errors[0]))
             else:
                 text = [f"{c.STATUS_ERROR}{e}" if e else s for e, s in zip(errors, status[start:stop], strict=True)]
@@ -107,19 +163,6 @@ class FeatureTransformModel(_Stage):
                 responses.append(pb_utils.InferenceResponse(tensors))
             start = stop
         return responses
-
-    @staticmethod
-    def _parse(request) -> tuple[list[Row], list[str]]:  # noqa: ANN001
-        columns = (_input(request, t) for t in (c.USER_ID, c.QUERY, c.HISTORY, c.TOP_K))
-        rows, errors = [], []
-        for user, query, history, top_k in zip(*columns, strict=True):
-            try:
-                rows.append(parse_row(user[0], query[0], history, int(top_k[0])))
-                errors.append("")
-            except ValueError as error:
-                rows.append(Row("", None, 1))
-                errors.append(str(error))
-        return rows, errors
 
 
 class IndexedRetrievalModel(_Stage):
@@ -164,6 +207,100 @@ class ResponseModel(_Stage):
             tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, answer, strict=True)]
             responses.append(pb_utils.InferenceResponse(tensors))
         return responses
+
+
+class RecommendModel(_Stage):
+    """The whole call in one process: takes the ensemble's place under the profile ``fused``.
+
+    Before each stage requests whose deadline has passed are answered so and left out. Under load (see ``Overload``)
+    stages are skipped, and STATUS says which.
+    """
+
+    def setup(self) -> None:
+        shapes = c.StageTensors(**json.loads(self.parameters["shapes"]))
+        seen, threads = self.parameters["exclude_seen"] == "true", int(self.parameters["intra_op_thread_count"])
+        repository = self.folder.parent.parent
+        self.pipeline = Pipeline(repository, self.folder.name, shapes, self.store(readonly=True), seen, threads)
+        self.overload, self.counts = Overload(self.max_batch_size), _Counts()
+
+    def execute(self, requests: list) -> list:
+        asks = [_Ask(i, request) for i, request in enumerate(requests)]
+        level = self.overload(sum(len(a.rows) for a in asks), time.monotonic())
+        responses: list = [None] * len(requests)
+        self._answer(requests, asks, level, responses)
+        self.counts.hand_over()
+        return responses
+
+    def _answer(self, requests: list, asks: list[_Ask], level: Level, responses: list) -> None:
+        try:
+            self._stages(requests, asks, level, responses)
+        except Exception as error:
+            if len(asks) > 1:  # find the request that is at fault: the others get their answers
+                for ask in asks:
+                    if responses[ask.place] is None:
+                        self._answer(requests, [ask], level, responses)
+                return
+            responses[asks[0].place] = _error(f"{c.ENSEMBLE}: {error}")
+
+    def _alive(self, asks: list[_Ask], arrays: list[np.ndarray], stage: str, responses: list) -> tuple[list, list]:
+        """Those whose deadline has not passed, with their rows of ``arrays``."""
+        now_ms = time.time() * 1000
+        alive = [a.deadline >= now_ms for a in asks]
+        if all(alive):
+            return asks, arrays
+        for ask in asks:
+            if ask.deadline < now_ms:
+                responses[ask.place] = refusal(now_ms - ask.deadline, stage)
+                self.counts("deadline passed", len(ask.rows))
+        rows = np.repeat(alive, [len(a.rows) for a in asks])
+        return [a for a, own in zip(asks, alive, strict=True) if own], [v[rows] for v in arrays]
+
+    def _stages(self, requests: list, asks: list[_Ask], level: Level, responses: list) -> None:
+        pipeline = self.pipeline
+        for ask in asks:
+            if len(ask.rows) == 1 and ask.errors[0]:
+                responses[ask.place] = _error(ask.errors[0])
+        asks = [a for a in asks if responses[a.place] is None]
+        asks, _ = self._alive(asks, [], c.FEATURE_TRANSFORM, responses)
+        if not asks:
+            return
+        inputs, status = pipeline.transform([row for a in asks for row in a.rows])
+        said = np.array(status, object)
+        few, candidates = 0, pipeline.shapes.candidates
+        if level == Level.POPULAR:
+            ranked, values = pipeline.popular(inputs)
+        else:
+            asks, (said, *inputs) = self._alive(asks, [said, *inputs], c.RETRIEVAL, responses)
+            if not asks:
+                return
+            found = pipeline.retrieve(inputs)
+            if level == Level.RETRIEVED:
+                ranked, values = pipeline.unranked(*found[:2])
+            else:
+                asks, (said, history, *found) = self._alive(asks, [said, inputs[0], *found], c.RANKING, responses)
+                if not asks:
+                    return
+                few = pipeline.few(max(r.top_k for a in asks for r in a.rows)) if level == Level.FEWER else 0
+                ranked, values = pipeline.rank(history, found, few)
+        self._respond(requests, asks, ranked, values, said, level.status(few, candidates), responses)
+        self.counts(level.name.lower(), len(said))
+
+    def _respond(self, requests, asks, ranked, values, said, reason, responses) -> None:  # noqa: ANN001
+        start = 0
+        for ask in asks:
+            stop = start + len(ask.rows)
+            errors = zip(ask.errors, said[start:stop], strict=True)
+            status = _strings([f"{c.STATUS_ERROR}{e}" if e else joined(s, reason) for e, s in errors])
+            top_k = np.array([r.top_k for r in ask.rows])
+            answer = self.pipeline.respond(ranked[start:stop], values[start:stop], top_k, status[:, 0])
+            wanted = requests[ask.place].requested_output_names()
+            tensors = [
+                pb_utils.Tensor(name, np.ascontiguousarray(value))
+                for name, value in zip(self.outputs, (*answer, status), strict=True)
+                if name in wanted
+            ]
+            responses[ask.place] = pb_utils.InferenceResponse(tensors)
+            start = stop
 
 
 class AppendEventModel(_Stage):

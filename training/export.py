@@ -6,7 +6,7 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,24 @@ def shapes(preset: Preset, items: int) -> c.StageTensors:
     return c.StageTensors(e.history, count, items, e.width, e.time_bias, preset.ranker.memory)
 
 
+# under load fewer candidates are ranked: the axis that is free beside the batch
+RANKING_AXES = {"CANDIDATE_IDS": 1, "CANDIDATE_SCORES": 1, "RANKED_IDS": 1, "RANKED_VALUES": 2}
+
+
 def export(
-    graph: nn.Module, example: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str], path: Path
+    graph: nn.Module,
+    example: tuple[Tensor, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    path: Path,
+    free: Mapping[str, int] | None = None,
 ) -> None:
-    """One ONNX file with a free batch axis on every tensor; raises if the checker finds fault."""
+    """One ONNX file with a free batch axis on every tensor; raises if the checker finds fault. ``free``: of tensors by
+    name one more axis, the same in all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    batch = {name: {0: "batch"} for name in (*inputs, *outputs)}
+    axes = {name: {0: "batch"} for name in (*inputs, *outputs)}
+    for name, axis in (free or {}).items():
+        axes[name][axis] = "candidates"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         # the TorchScript exporter is the one Merlin's expert blocks were known to export with; the newer was not tried
@@ -67,7 +79,7 @@ def export(
             str(path),
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_axes=batch,
+            dynamic_axes=axes,
             opset_version=OPSET,
             dynamo=False,
         )
@@ -120,7 +132,7 @@ def export_checked(
     """Exports a stage and compares it with PyTorch (``reference``; the graph itself if none) on ``example``; the
     differences. Raises ValueError beyond them."""
     names_in, names_out = _names(inputs), _names(outputs)
-    export(graph, example, names_in, names_out, path)
+    export(graph, example, names_in, names_out, path, RANKING_AXES if stage == c.RANKING else None)
     with torch.no_grad():
         expected = (reference or graph).eval()(*example)
     got = session(path).run(names_out, {n: x.numpy() for n, x in zip(names_in, example, strict=True)})
@@ -283,7 +295,7 @@ def compile_models(
             names = _names(c.retrieval_inputs(s)), _names(c.retrieval_outputs(s))
             export(smaller, example, *names, step.folder / "retrieval.onnx")
             names = _names(c.ranking_inputs(s)), _names(outputs)
-            export(RankingGraph(ranker, int8_table=True), rows, *names, step.folder / "ranking.onnx")
+            export(RankingGraph(ranker, int8_table=True), rows, *names, step.folder / "ranking.onnx", RANKING_AXES)
         else:
             sensitive = reduce_precision(features, s, exact, step.folder, config.precision)
         same = overlap(Engine(exact, s)(feed)[0], Engine(step.folder, s)(feed)[0])

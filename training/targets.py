@@ -72,9 +72,11 @@ def make(
                 "--target tensorrt: a plan is built on the GPU it is for, and there is none; --target tensorrt-rtx "
                 "builds ahead of time on any machine"
             )
-        library = target.replace("-", "_")
+        library, count = target.replace("-", "_"), feeds[c.RANKING]["CANDIDATE_IDS"].shape[1]
+        spread = (1, count, count)
         return {
-            f"{name} bytes": build(folder / f"{name}.onnx", folder / f"{name}.plan", batches, library) for name in feeds
+            f"{n} bytes": build(folder / f"{n}.onnx", folder / f"{n}.plan", batches, library, candidates=spread)
+            for n in feeds
         }
     found: dict[str, float] = {}
     for name, feed in feeds.items():

@@ -217,6 +217,7 @@ def train_retrieval(
         inputs["text"] = read_manifest(features.folder.parent / "text", "vivace pretrain --objective text")["key"]
     step = Step(root / "retrieval", "train retrieval", config, seed, inputs)
     if world.first:
+        root.mkdir(parents=True, exist_ok=True)
         write_text(root / PRESET, json.dumps(asdict(preset), indent=2))
     if step.done():
         say("retriever is there: nothing to do")

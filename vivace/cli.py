@@ -381,7 +381,7 @@ def serve(
     metrics_port: int = 8002,
     status_port: Annotated[int, typer.Option(help="Prometheus metrics of the watchdog (0: none)")] = 8003,
     profile: Profile = "",
-    cache_mb: Annotated[int, typer.Option(help="Triton's response cache (0: none)")] = 0,
+    cache_mb: Annotated[int, typer.Option(help="cache of encoded users (0: none); takes the profile cached")] = 0,
     log_file: Annotated[Path | None, typer.Option(help="Triton's log; default artifacts/<name>/triton.log")] = None,
     verbose: int = 0,
 ) -> None:
@@ -397,7 +397,7 @@ def serve(
             http_port=http_port,
             grpc_port=grpc_port,
             metrics_port=metrics_port,
-            profile=profile,
+            profile=profile or ("cached" if cache_mb else ""),
             cache_bytes=cache_mb << 20,
             log=log_file or root / "triton.log",
             verbose=verbose,

@@ -37,7 +37,7 @@ def test_what_counts_by_hand():
 def test_the_knee_is_found_between_the_rates_tried():
     def measure(rate: float) -> Run:
         share = 1.0 if rate <= 730 else 0.5
-        return Run(rate, 1, 1, 1, {}, 1, 1, 1, 1, 0, 20, share, rate * share)
+        return Run(rate, 1, 1, 1, {}, 1, 1, 1, 1, 0, 20, share, rate * share, 0, share)
 
     runs = knee(measure, 100, steps=6)
     met = best(runs)

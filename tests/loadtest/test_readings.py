@@ -7,12 +7,12 @@ import time
 
 import tritonclient.grpc as grpcclient
 
-from loadtest.bench import InProcess
 from loadtest.requests import recorded, replay
 from loadtest.stages import MODELS, between, quantiles, statistics
 from preprocessing import contract as c
 from serving.client import VivaceClient
 from serving.feature_store import LmdbStore
+from serving.pipeline import Pipeline
 from serving.stages import Row
 
 
@@ -41,9 +41,9 @@ def test_the_bound_runs_the_served_graphs(served, root):
     frame = recorded(root)
     names = [""] * c.FIRST_ID + json.loads((root / "compiled" / "items.json").read_text())
     store = LmdbStore(root / "feature_store", readonly=True)
-    bound = InProcess(root, store)
+    bound = Pipeline.published(root, store)
     with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
         for user, history in list(zip(frame[c.USER], frame[c.ITEM], strict=True))[:5]:
-            ids = bound([Row(user, list(history), 10)])[0][0]
+            ids = bound([Row(user, list(history), 10)])[0][0][0]
             assert [names[i] for i in ids[:10]] == client.recommend(user, list(history), 10).items
     store.close()

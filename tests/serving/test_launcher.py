@@ -21,7 +21,7 @@ from serving.launcher import SHM, ServerError, ServerOptions, TritonServer
 from serving.service import service
 
 RECOVERY_S = 5.0
-CLEAR = ("not healthy", "not ready", "no available versions")
+CLEAR = ("Request timeout expired", "not healthy", "not ready", "no available versions")
 
 
 def _options(root: Path, **more) -> ServerOptions:

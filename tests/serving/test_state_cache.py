@@ -21,13 +21,14 @@ def test_only_a_new_event_pays_the_encoder(root, tmp_path, served):
     for folder in ("model_repository", "feature_store"):
         shutil.copytree(root / folder, tmp_path / folder)
     store = LmdbStore(tmp_path / "feature_store", readonly=True)
-    users = [u for u, _ in zip(store.users(), range(20), strict=False)]
+    known = [u for u, _ in zip(store.users(), range(40), strict=False)]
+    users = list({tuple(h or ()): u for u, h in zip(known, store.histories(known), strict=True)}.values())[:20]
     store.close()
     plain, _ = served
     with VivaceClient(f"{plain.host}:{plain.grpc_port}") as client:
         expected = [client.recommend(u, top_k=10) for u in users]
     options = ServerOptions(
-        tmp_path / "model_repository", http_port=0, grpc_port=0, metrics_port=0, cache_bytes=64 << 20,
+        tmp_path / "model_repository", http_port=0, grpc_port=0, metrics_port=0, cache_bytes=64 << 20, profile="cached",
         log=tmp_path / "triton.log",
     )  # fmt: skip
     with (
@@ -54,7 +55,7 @@ def test_only_a_new_event_pays_the_encoder(root, tmp_path, served):
 
 def test_a_cached_model_is_asked_what_nobody_asked():
     s = c.StageTensors(history=20, candidates=10, items=50, width=8)
-    config = model_configs(s, (c.TaskHead("click", 0.0),), PROFILES[""])[c.RETRIEVAL]
+    config = model_configs(s, (c.TaskHead("click", 0.0),), PROFILES["cached"])[c.RETRIEVAL]
     assert config.response_cache.enable
     rng = np.random.default_rng(0)
     asked = [question(config, rng)[0]._raw_content for _ in range(2)]

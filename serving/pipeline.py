@@ -1,0 +1,183 @@
+"""The stages of the ensemble as functions of arrays in one process, and what they leave out when the load is too high.
+
+The profile ``fused`` serves them as one model: no tensor passes from process to process, and a stage can be skipped.
+Without Triton it is what load tests and the tuner compare the server with. Axis legend: B rows, T history events,
+V item ids, N candidates, M encoded events, D width, C values of a candidate (its score, then a probability a head).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from preprocessing import contract as c
+from serving.feature_store import FeatureStore
+from serving.stages import FeatureTransform, ResponseStage, Row
+
+FEWER = 4  # under load, one in so many of the candidates is ranked
+
+
+class Level(IntEnum):
+    """Steps of degradation, each cheaper than the one before."""
+
+    FULL = 0
+    FEWER = 1
+    RETRIEVED = 2
+    POPULAR = 3
+
+    def status(self, ranked: int, candidates: int) -> str:
+        """What STATUS says of it; "" for FULL."""
+        said = {
+            Level.FEWER: f"load: {ranked} of {candidates} candidates ranked",
+            Level.RETRIEVED: "load: retrieval order, not ranked",
+            Level.POPULAR: "load: popular items",
+        }
+        return said.get(self, "")
+
+
+def joined(status: str, reason: str) -> str:
+    """``status`` of a row with one more reason to be degraded; an error stays as it is."""
+    if not reason or status.startswith(c.STATUS_ERROR):
+        return status
+    return f"{c.STATUS_DEGRADED}{reason}" if status == c.STATUS_OK else f"{status}; {reason}"
+
+
+class Overload:
+    """Which level to serve at, from how full the batches are that an instance is handed: behind a full one others wait.
+
+    ``patience_s`` of nothing but full batches is one step down, ``calm_s`` without a full one a step up. A step up that
+    does not last doubles the calm that the next one needs, up to ``longest_s``.
+    """
+
+    def __init__(
+        self, largest: int, patience_s: float = 0.05, calm_s: float = 0.5, longest_s: float = 8.0, full: float = 0.9
+    ) -> None:
+        self.rows = max(2, round(full * largest))
+        self.patience_s, self.first_calm_s, self.longest_s = patience_s, calm_s, longest_s
+        self.level, self.calm_s = Level.FULL, calm_s
+        self._full_since: float | None = None
+        self._calm_since: float | None = None
+        self._raised_at = float("-inf")
+
+    def __call__(self, rows: int, now: float) -> Level:
+        """The level for a batch of ``rows`` that came at ``now`` (seconds of a clock that does not go back)."""
+        if rows >= self.rows:
+            self._calm_since = None
+            if self._full_since is None:
+                self._full_since = now
+            if now - self._full_since >= self.patience_s and self.level < Level.POPULAR:
+                lasted = now - self._raised_at
+                self.calm_s = min(2 * self.calm_s, self.longest_s) if lasted < self.calm_s else self.first_calm_s
+                self.level, self._full_since = Level(self.level + 1), now
+            return self.level
+        self._full_since = None
+        if self._calm_since is None:
+            self._calm_since = now
+        if now - self._calm_since >= self.calm_s and self.level > Level.FULL:
+            self.level, self._calm_since, self._raised_at = Level(self.level - 1), now, now
+        return self.level
+
+
+class Pipeline:
+    """Transform, retrieval, ranking and response of a version of a compiled repository.
+
+    Args:
+        repository: folder of the models.
+        version: folder name of the version, the same in every stage.
+        store: where histories live when the request carries none.
+        threads: of each graph.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        version: str,
+        shapes: c.StageTensors,
+        store: FeatureStore,
+        exclude_seen: bool = True,
+        threads: int = 1,
+    ) -> None:
+        at = lambda stage: repository / stage / version  # noqa: E731
+        self.shapes = shapes
+        self.transform = FeatureTransform(at(c.FEATURE_TRANSFORM) / "transform.onnx", store, shapes, exclude_seen)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+        provider = ["CPUExecutionProvider"]
+        self._index = None
+        if shapes.indexed:
+            from serving.item_index import IndexedRetrieval  # FAISS, which an exact search does without
+
+            self._index = IndexedRetrieval(at(c.RETRIEVAL), shapes, threads)
+        else:
+            self._retrieval = ort.InferenceSession(str(at(c.RETRIEVAL) / "model.onnx"), options, providers=provider)
+        self._ranking = ort.InferenceSession(str(at(c.RANKING) / "model.onnx"), options, providers=provider)
+        self.respond = ResponseStage.from_file(at(c.RESPONSE) / "items.json")
+        self.heads = int(self._ranking.get_outputs()[1].shape[1]) - 1
+        self._retrieval_names = [t.name for t in c.retrieval_inputs(shapes)]
+        self._ranking_names = [t.name for t in c.ranking_inputs(shapes)]
+        inputs, _ = self.transform([Row("", None, 1)])
+        self._popular_N, self._popularity_N = (found[0] for found in self.retrieve(inputs)[:2])
+
+    @classmethod
+    def published(cls, root: Path, store: FeatureStore, threads: int = 1) -> Pipeline:
+        """That of the version that ``artifacts/<name>`` published last."""
+        version = str(json.loads((root / "compiled" / "manifest.json").read_text())["results"]["version"])
+        repository = root / "model_repository"
+        card = json.loads((repository / c.ENSEMBLE / version / "model_card.json").read_text())
+        seen = c.DataSchema.load(root / "compiled" / "schema.json").exclude_seen
+        return cls(repository, version, c.StageTensors(**card["shapes"]), store, seen, threads)
+
+    def retrieve(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Candidate ids int64 [B, N] and scores float32 [B, N], encoded history float32 [B, M, D]."""
+        if self._index is not None:
+            return self._index(inputs)
+        found: list[np.ndarray] = self._retrieval.run(None, dict(zip(self._retrieval_names, inputs, strict=True)))
+        return found
+
+    def rank(self, history_BT: np.ndarray, found: Sequence[np.ndarray], few: int = 0) -> list[np.ndarray]:
+        """Ids int64 [B, N], best first, and their values float32 [B, C, N]. ``few``: only the first so many candidates
+        of the retriever are ranked and answered (0: all)."""
+        ids, scores, encoded = found
+        if few and few < ids.shape[1]:
+            ids, scores = np.ascontiguousarray(ids[:, :few]), np.ascontiguousarray(scores[:, :few])
+        feed = dict(zip(self._ranking_names, (history_BT, ids, scores, encoded), strict=True))
+        ranked: list[np.ndarray] = self._ranking.run(None, feed)
+        return ranked
+
+    def unranked(self, ids_BN: np.ndarray, scores_BN: np.ndarray) -> list[np.ndarray]:
+        """The same for candidates in the order they have: their scores, and no probabilities (0)."""
+        values = np.zeros((len(ids_BN), 1 + self.heads, ids_BN.shape[1]), np.float32)
+        values[:, 0] = scores_BN
+        return [ids_BN, values]
+
+    def popular(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Popular items that the rows may be answered, as ``rank`` gives them; by no model."""
+        if self.shapes.indexed:
+            taken_BN = (inputs[1][:, :, None] == self._popular_N).any(1)
+        else:
+            taken_BN = inputs[1][:, self._popular_N]
+        order_BN = np.argsort(taken_BN, axis=1, kind="stable")  # free ones first, in their order
+        ids = np.where(np.take_along_axis(taken_BN, order_BN, 1), c.PADDING_ID, self._popular_N[order_BN])
+        return self.unranked(ids, self._popularity_N[order_BN])
+
+    def few(self, top_k: int) -> int:
+        """How many candidates are ranked at Level.FEWER when ``top_k`` are asked for."""
+        return min(self.shapes.candidates, max(self.shapes.candidates // FEWER, top_k))
+
+    def __call__(
+        self, rows: Sequence[Row], level: Level = Level.FULL
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[str]]:
+        """(ids [B, N] and values [B, C, N]; inputs of retrieval; status of each row) without deadlines."""
+        inputs, status = self.transform(rows)
+        if level == Level.POPULAR:
+            return self.popular(inputs), list(inputs), status
+        found = self.retrieve(inputs)
+        if level == Level.RETRIEVED:
+            return self.unranked(*found[:2]), list(inputs), status
+        few = self.few(max(r.top_k for r in rows)) if level == Level.FEWER else 0
+        return self.rank(inputs[0], found, few), list(inputs), status

@@ -1,0 +1,131 @@
+"""All stages in one process: the same answers, deadlines, and what is left out under load, on the real Triton."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpcclient
+
+from loadtest.open_loop import messages, run
+from loadtest.requests import recorded
+from preprocessing import contract as c
+from serving.client import VivaceClient, VivaceError, request_tensors
+from serving.feature_store import LmdbStore
+from serving.launcher import ServerOptions
+from serving.pipeline import Level, Overload, Pipeline
+from serving.service import service
+from serving.stages import Row
+from training.export import shapes
+from training.presets import tiny
+
+
+@pytest.fixture(scope="module")
+def fused(root):
+    options = ServerOptions(
+        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile="fused", log=root / "fused.log"
+    )
+    with service(options, lambda _: None) as (server, watchdog):
+        yield server, watchdog
+
+
+@pytest.fixture(scope="module")
+def pipeline(root, features):
+    store = LmdbStore(root / "feature_store", readonly=True)
+    version = max(p.name for p in (root / "model_repository" / c.RANKING).iterdir() if p.name.isdigit())
+    yield Pipeline(root / "model_repository", version, shapes(tiny(), features.item_count()), store)
+    store.close()
+
+
+def test_one_process_answers_as_the_ensemble_does(fused, served, root):
+    frame = recorded(root).head(30)
+    cases = [("", list(h)) for h in frame[c.ITEM]] + [(u, []) for u in frame[c.USER]] + [("", []), ("nobody", ["x"])]
+    with (
+        VivaceClient(f"{served[0].host}:{served[0].grpc_port}") as ensemble,
+        VivaceClient(f"{fused[0].host}:{fused[0].grpc_port}") as one,
+    ):
+        for user, history in cases:
+            a, b = ensemble.recommend(user, history, 7), one.recommend(user, history, 7)
+            assert (a.items, a.status) == (b.items, b.status)
+            assert b.scores == pytest.approx(a.scores, abs=1e-4) and set(a.heads) == set(b.heads)
+        with pytest.raises(VivaceError, match=r"TOP_K: expected 1..100, got 0"):
+            one.recommend("", [], 0)
+
+
+def test_a_bad_row_leaves_its_neighbours_alone(fused):
+    server, _ = fused
+    rows = [request_tensors("", [], k) for k in (3, 0, 2)]
+    with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
+        inputs = []
+        for columns in zip(*rows, strict=True):
+            value = np.concatenate([v for _, v in columns])
+            inputs.append(grpcclient.InferInput(columns[0][0].name, list(value.shape), columns[0][0].datatype))
+            inputs[-1].set_data_from_numpy(value)
+        answer = client.infer(c.ENSEMBLE, inputs)
+    items, status = answer.as_numpy("ITEM_ID"), answer.as_numpy("STATUS")[:, 0]
+    assert [int((row != b"").sum()) for row in items] == [3, 0, 2]
+    assert status[1].startswith(b"error: TOP_K") and not status[0].startswith(b"error")
+
+
+@pytest.mark.parametrize("which", ["fused", "served"])
+def test_what_is_too_late_is_refused_by_name(which, request):
+    server, _ = request.getfixturevalue(which)
+    with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
+        assert client.recommend("", [], 3, within_ms=5_000).items
+        late = {"parameters": {c.DEADLINE: int(time.time() * 1000) - 40}}
+        with pytest.raises(VivaceError, match=r"deadline_ms: passed \d+ ms ago, before "):
+            client._infer(c.ENSEMBLE, request_tensors("", [], 3), **late)
+
+
+def test_levels_leave_out_what_they_say(pipeline, root):
+    rows = [Row("", list(h), 5) for h in recorded(root)[c.ITEM].head(6)] + [Row("", None, 5)]
+    (full, values), inputs, _ = pipeline(rows)
+    seen = inputs[1]
+    for level in (Level.FEWER, Level.RETRIEVED, Level.POPULAR):
+        (ids, scores), _, _ = pipeline(rows, level)
+        assert scores.shape[:2] == values.shape[:2] and ids.shape[1] <= full.shape[1]
+        for row, own in zip(ids, seen, strict=True):
+            live = row[row != c.PADDING_ID]
+            assert len(live) >= 5 and len(set(live)) == len(live) and not own[live].any()
+    found = pipeline.retrieve(inputs)
+    few = pipeline.few(5)
+    assert few < full.shape[1]
+    ranked = pipeline.rank(inputs[0], found, few)[0]
+    assert [set(a) for a in ranked] == [set(a[:few]) for a in found[0]]  # the retriever's first, in another order
+    assert (pipeline(rows, Level.RETRIEVED)[0][0] == found[0]).all()
+    anonymous = pipeline.popular([v[-1:] for v in inputs])[0]
+    assert (anonymous == full[-1:]).all()  # without a history the full answer is the popular items
+
+
+def test_full_batches_step_down_and_calm_steps_up():
+    overload = Overload(10, patience_s=0.1, calm_s=1.0, longest_s=4.0)
+    assert [overload(10, t) for t in (0.0, 0.05)] == [0, 0]
+    assert overload(3, 0.08) == 0  # not all of them were full
+    assert [overload(9, t) for t in (0.10, 0.15, 0.21, 0.25, 0.32, 0.43, 0.9)] == [0, 0, 1, 1, 2, 3, 3]
+    assert [overload(2, t) for t in (1.0, 1.9, 2.1)] == [3, 3, 2]
+    assert [overload(9, t) for t in (2.2, 2.31)] == [2, 3]  # it did not last: the next step up takes twice the calm
+    assert [overload(2, t) for t in (2.4, 3.6, 4.5)] == [3, 3, 2]
+
+
+def test_under_a_flood_every_request_is_answered_or_refused(fused, root):
+    """Far more at once than may wait: what is refused is UNAVAILABLE, what is degraded says so and is counted."""
+    server, _ = fused
+    url = f"{server.host}:{server.grpc_port}"
+    sent = messages(root)[:500] * 24
+    found = run(url, sent, np.sort(np.random.default_rng(0).uniform(0, 1, len(sent))), 1.0, 20.0)
+    assert found.answered + sum(found.refused.values()) == found.due == len(sent)
+    assert set(found.refused) <= {"UNAVAILABLE"} and found.refused and found.degraded
+    with VivaceClient(url) as client:
+        deadline, calm = time.monotonic() + 30, False
+        while not calm and time.monotonic() < deadline:
+            time.sleep(0.01)
+            calm = client.recommend("", [], 3).status == "degraded: popular items: anonymous user without HISTORY"
+        assert calm  # back to whole answers
+        time.sleep(0.3)
+        client.recommend("", [], 3)  # counters are handed over with a batch
+    with urllib.request.urlopen(f"http://{server.host}:{server.metrics_port}/metrics") as page:
+        counts = dict(re.findall(r'vivace_answers_total\{how="(\w+)"[^}]*\} (\d+)', page.read().decode()))
+    assert int(counts["full"]) > 0 and sum(int(counts.get(h, 0)) for h in ("fewer", "retrieved", "popular")) > 0
