@@ -143,6 +143,12 @@ class StageTensors:
                 f"got {self.candidates}; lower the preset's candidates"
             )
 
+    def reading(self, history: int) -> StageTensors:
+        """The shapes if only the newest ``history`` events are read (0: all of them)."""
+        if not history or history >= self.history:
+            return self
+        return dataclasses.replace(self, history=history, memory=min(self.memory, history))
+
     @property
     def history_ids(self) -> WireTensor:
         """Item ids, oldest first, padded on the left with PADDING_ID."""

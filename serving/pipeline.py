@@ -91,6 +91,7 @@ class Pipeline:
         version: folder name of the version, the same in every stage.
         store: where histories live when the request carries none.
         threads: of each graph.
+        ranked: candidates that are ranked, the retriever's first (0: all of them); the rest are not answered.
     """
 
     def __init__(
@@ -101,9 +102,11 @@ class Pipeline:
         store: FeatureStore,
         exclude_seen: bool = True,
         threads: int = 1,
+        ranked: int = 0,
     ) -> None:
         at = lambda stage: repository / stage / version  # noqa: E731
         self.shapes = shapes
+        self.ranked = min(ranked or shapes.candidates, shapes.candidates)
         self.transform = FeatureTransform(at(c.FEATURE_TRANSFORM) / "transform.onnx", store, shapes, exclude_seen)
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = threads
@@ -124,13 +127,17 @@ class Pipeline:
         self._popular_N, self._popularity_N = (found[0] for found in self.retrieve(inputs)[:2])
 
     @classmethod
-    def published(cls, root: Path, store: FeatureStore, threads: int = 1) -> Pipeline:
-        """That of the version that ``artifacts/<name>`` published last."""
+    def published(
+        cls, root: Path, store: FeatureStore, threads: int = 1, history: int = 0, ranked: int = 0
+    ) -> Pipeline:
+        """That of the version that ``artifacts/<name>`` published last. ``history``: newest events that are read (0:
+        as many as were trained)."""
         version = str(json.loads((root / "compiled" / "manifest.json").read_text())["results"]["version"])
         repository = root / "model_repository"
         card = json.loads((repository / c.ENSEMBLE / version / "model_card.json").read_text())
         seen = c.DataSchema.load(root / "compiled" / "schema.json").exclude_seen
-        return cls(repository, version, c.StageTensors(**card["shapes"]), store, seen, threads)
+        shapes = c.StageTensors(**card["shapes"]).reading(history)
+        return cls(repository, version, shapes, store, seen, threads, ranked)
 
     def retrieve(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Candidate ids int64 [B, N] and scores float32 [B, N], encoded history float32 [B, M, D]."""
@@ -141,9 +148,10 @@ class Pipeline:
 
     def rank(self, history_BT: np.ndarray, found: Sequence[np.ndarray], few: int = 0) -> list[np.ndarray]:
         """Ids int64 [B, N], best first, and their values float32 [B, C, N]. ``few``: only the first so many candidates
-        of the retriever are ranked and answered (0: all)."""
+        of the retriever are ranked and answered (0: as many as ever)."""
         ids, scores, encoded = found
-        if few and few < ids.shape[1]:
+        few = few or self.ranked
+        if few < ids.shape[1]:
             ids, scores = np.ascontiguousarray(ids[:, :few]), np.ascontiguousarray(scores[:, :few])
         feed = dict(zip(self._ranking_names, (history_BT, ids, scores, encoded), strict=True))
         ranked: list[np.ndarray] = self._ranking.run(None, feed)
@@ -167,7 +175,7 @@ class Pipeline:
 
     def few(self, top_k: int) -> int:
         """How many candidates are ranked at Level.FEWER when ``top_k`` are asked for."""
-        return min(self.shapes.candidates, max(self.shapes.candidates // FEWER, top_k))
+        return min(self.ranked, max(self.ranked // FEWER, top_k))
 
     def __call__(
         self, rows: Sequence[Row], level: Level = Level.FULL

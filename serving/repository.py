@@ -39,6 +39,8 @@ class ServingProfile:
     state_cache: bool = False  # of encoded users; Triton then leaves retrieval out of its latency summaries
     fused: bool = False  # one model in the ensemble's place, of ``recommend_instances``
     recommend_instances: int = 2
+    history: int = 0  # newest events that are read (0: as many as were trained)
+    ranked: int = 0  # candidates that are ranked where stages are fused (0: all)
     max_queue: int = 512  # requests that wait for a stage; more are refused at once
     queue_timeout_us: int = 1_000_000  # a request that waited so long for a stage is refused
 
@@ -128,6 +130,7 @@ def _fused(
     config = _base(c.ENSEMBLE, "python", profile, c.REQUEST, outputs, profile.recommend_instances)
     _transforms(config, s, exclude_seen)
     config.parameters["intra_op_thread_count"].string_value = str(profile.threads)
+    config.parameters["ranked"].string_value = str(profile.ranked)
     return config
 
 
@@ -135,7 +138,7 @@ def model_configs(
     s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile, exclude_seen: bool = True
 ) -> dict[str, pb.ModelConfig]:
     """Every model's Triton configuration, by model name."""
-    p = profile
+    p, s = profile, s.reading(profile.history)
     transform = _base(c.FEATURE_TRANSFORM, "python", p, c.REQUEST, c.feature_transform_outputs(s))
     _transforms(transform, s, exclude_seen)
     backend = "python" if s.indexed else p.backend

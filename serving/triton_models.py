@@ -219,8 +219,8 @@ class RecommendModel(_Stage):
     def setup(self) -> None:
         shapes = c.StageTensors(**json.loads(self.parameters["shapes"]))
         seen, threads = self.parameters["exclude_seen"] == "true", int(self.parameters["intra_op_thread_count"])
-        repository = self.folder.parent.parent
-        self.pipeline = Pipeline(repository, self.folder.name, shapes, self.store(readonly=True), seen, threads)
+        repository, ranked = self.folder.parent.parent, int(self.parameters["ranked"])
+        self.pipeline = Pipeline(repository, self.folder.name, shapes, self.store(readonly=True), seen, threads, ranked)
         self.overload, self.counts = Overload(self.max_batch_size), _Counts()
 
     def execute(self, requests: list) -> list:
@@ -266,7 +266,7 @@ class RecommendModel(_Stage):
             return
         inputs, status = pipeline.transform([row for a in asks for row in a.rows])
         said = np.array(status, object)
-        few, candidates = 0, pipeline.shapes.candidates
+        few, candidates = 0, pipeline.ranked
         if level == Level.POPULAR:
             ranked, values = pipeline.popular(inputs)
         else:

@@ -172,7 +172,7 @@ class AttentionBlock(nn.Module):
         self.adapter = Adapter(d, config.adapter) if config.adapter else None
 
     def forward(self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None, newest: int = 0) -> Tensor:
-        t = int(x_BTD.shape[1])
+        t = x_BTD.shape[1]
         qkv = self.qkv(self.norm_attention(x_BTD)).view(-1, t, 3, self.heads, self.of_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.relative is not None:
@@ -207,7 +207,7 @@ class Attention(nn.Module):
         self.register_buffer("allowed_TT", mask, persistent=False)
 
     def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
-        t = int(x_BTD.shape[1])  # a constant of the exported graph: only the batch axis is free
+        t = x_BTD.shape[1]  # without int(): a free axis of the exported graph
         mask: Tensor | None = None
         whole = self.training and bool(known_BT.all())  # nothing padded: one mask for all rows
         if not (whole and self.causal and not self.biased):  # else the faster causal form
@@ -233,7 +233,7 @@ class GatedBlock(nn.Module):
         self.time = TimeBias(config.heads) if config.time_bias else None
 
     def forward(self, x_BTD: Tensor, seen_B1TT: Tensor, buckets_BTT: Tensor | None, newest: int = 0) -> Tensor:
-        t, d = int(x_BTD.shape[1]), int(x_BTD.shape[2])
+        t, d = x_BTD.shape[1], int(x_BTD.shape[2])
         u, v, q, k = F.silu(self.uvqk(self.norm(x_BTD))).chunk(4, dim=2)
         v, q, k = (z.view(-1, t, self.heads, d // self.heads).transpose(1, 2) for z in (v, q, k))
         bias = self.relative(t)[None]
@@ -257,7 +257,7 @@ class Gated(nn.Module):
         self.register_buffer("causal_TT", torch.ones(length, length).tril(), persistent=False)
 
     def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
-        t = int(x_BTD.shape[1])
+        t = x_BTD.shape[1]
         seen = self.causal_TT[:t, :t][None, None] * known_BT[:, None, None, :].to(x_BTD.dtype)
         buckets = None if times_BT is None else time_buckets(times_BT)
         for i, block in enumerate(self.blocks):

@@ -52,8 +52,13 @@ def shapes(preset: Preset, items: int) -> c.StageTensors:
     return c.StageTensors(e.history, count, items, e.width, e.time_bias, preset.ranker.memory)
 
 
-# under load fewer candidates are ranked: the axis that is free beside the batch
-RANKING_AXES = {"CANDIDATE_IDS": 1, "CANDIDATE_SCORES": 1, "RANKED_IDS": 1, "RANKED_VALUES": 2}
+# axes that are free beside the batch, by tensor: a server may read less of the history and rank fewer candidates
+HISTORY_AXES = {t: (1, "history") for t in ("HISTORY_IDS", "HISTORY_TIMES")} | {c.ENCODED_HISTORY: (1, "encoded")}
+RETRIEVAL_AXES = HISTORY_AXES
+RANKING_AXES = HISTORY_AXES | {
+    **{t: (1, "candidates") for t in ("CANDIDATE_IDS", "CANDIDATE_SCORES", "RANKED_IDS")},
+    "RANKED_VALUES": (2, "candidates"),
+}
 
 
 def export(
@@ -62,14 +67,15 @@ def export(
     inputs: Sequence[str],
     outputs: Sequence[str],
     path: Path,
-    free: Mapping[str, int] | None = None,
+    free: Mapping[str, tuple[int, str]] | None = None,
 ) -> None:
-    """One ONNX file with a free batch axis on every tensor; raises if the checker finds fault. ``free``: of tensors by
-    name one more axis, the same in all."""
+    """One ONNX file with a free batch axis on every tensor; raises if the checker finds fault. ``free``: one more axis
+    of tensors by name, and what it is called."""
     path.parent.mkdir(parents=True, exist_ok=True)
     axes = {name: {0: "batch"} for name in (*inputs, *outputs)}
-    for name, axis in (free or {}).items():
-        axes[name][axis] = "candidates"
+    for name, (axis, called) in (free or {}).items():
+        if name in axes:
+            axes[name][axis] = called
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         # the TorchScript exporter is the one Merlin's expert blocks were known to export with; the newer was not tried
@@ -132,7 +138,7 @@ def export_checked(
     """Exports a stage and compares it with PyTorch (``reference``; the graph itself if none) on ``example``; the
     differences. Raises ValueError beyond them."""
     names_in, names_out = _names(inputs), _names(outputs)
-    export(graph, example, names_in, names_out, path, RANKING_AXES if stage == c.RANKING else None)
+    export(graph, example, names_in, names_out, path, RANKING_AXES if stage == c.RANKING else RETRIEVAL_AXES)
     with torch.no_grad():
         expected = (reference or graph).eval()(*example)
     got = session(path).run(names_out, {n: x.numpy() for n, x in zip(names_in, example, strict=True)})
@@ -293,7 +299,7 @@ def compile_models(
         if config.tables == "int8":
             smaller = RetrievalGraph(retriever, s.candidates, s.memory, int8_table=True)
             names = _names(c.retrieval_inputs(s)), _names(c.retrieval_outputs(s))
-            export(smaller, example, *names, step.folder / "retrieval.onnx")
+            export(smaller, example, *names, step.folder / "retrieval.onnx", RETRIEVAL_AXES)
             names = _names(c.ranking_inputs(s)), _names(outputs)
             export(RankingGraph(ranker, int8_table=True), rows, *names, step.folder / "ranking.onnx", RANKING_AXES)
         else:
@@ -306,7 +312,9 @@ def compile_models(
         say(f"building the index {config.index}")
         given = [n.name for n in c.retrieval_inputs(s) if n != s.exclude]
         encoder = EncoderGraph(retriever, s.memory)
-        export(encoder, (example[0], *example[2:]), given, [c.ENCODED_HISTORY], step.folder / ENCODER)
+        export(
+            encoder, (example[0], *example[2:]), given, [c.ENCODED_HISTORY], step.folder / ENCODER, RETRIEVAL_AXES
+        )  # fmt: skip
         states = _states(features, preset, retriever)
         tuned = build_index(retriever, states, s.candidates, config.index, step.folder)
         say(f"index: effort {tuned.effort} finds {tuned.recall:.4f} of the exact candidates")

@@ -186,7 +186,7 @@ class RankingModel(nn.Module):
 
     def attend(self, own_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
         """What each candidate finds in the encoded part of the history, float32 [B, N, D]."""
-        n, d, t, h = own_BND.shape[1], self.width, int(encoded_BTD.shape[1]), self.config.heads
+        n, d, t, h = own_BND.shape[1], self.width, encoded_BTD.shape[1], self.config.heads
         history_BT = history_BT[:, -t:]
         key, value = self.keys_and_values(encoded_BTD, history_BT)
         q = query_BND.view(-1, n, h, d // h).transpose(1, 2)
@@ -211,7 +211,7 @@ class RankingModel(nn.Module):
 
     def forward(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor) -> Tensor:
         """Logits float32 [B, N, heads]."""
-        n, f = candidates_BN.shape[1], len(self.head_names)  # B and N are free axes of the exported graph
+        n, f = candidates_BN.shape[1], len(self.head_names)  # without int(): free axes of the exported graph
         own, query, item, popularity, category = self.candidate_parts(candidates_BN)
         found = self.attend(own, query, history_BT, encoded_BTD)
         features = self.counter(self.counters(history_BT, candidates_BN, scores_BN, popularity, category))

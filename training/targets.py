@@ -72,10 +72,10 @@ def make(
                 "--target tensorrt: a plan is built on the GPU it is for, and there is none; --target tensorrt-rtx "
                 "builds ahead of time on any machine"
             )
-        library, count = target.replace("-", "_"), feeds[c.RANKING]["CANDIDATE_IDS"].shape[1]
-        spread = (1, count, count)
+        library = target.replace("-", "_")
+        spread = {n: {name: (1, v.shape[1], v.shape[1]) for name, v in feed.items()} for n, feed in feeds.items()}
         return {
-            f"{n} bytes": build(folder / f"{n}.onnx", folder / f"{n}.plan", batches, library, candidates=spread)
+            f"{n} bytes": build(folder / f"{n}.onnx", folder / f"{n}.plan", batches, library, axes=spread[n])
             for n in feeds
         }
     found: dict[str, float] = {}

@@ -36,13 +36,12 @@ def build(
     name: str = "",
     sparse: bool = False,
     timings: Path | None = None,
-    candidates: tuple[int, int, int] = (1, 100, 100),
+    axes: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> int:
     """Writes the engine of an ONNX graph with a free batch axis; returns its size in bytes. ``batches``: smallest,
-    usual and largest; ``candidates``: the same of the ranking graph's other free axis (the history is a constant of our
-    graphs). ``sparse``: take 2:4 weights for what they
-    are; ``timings``: file of TensorRT's timing cache, read and written. Plans run on later versions too where the
-    library can write such. Raises ValueError with TensorRT's own words if the graph does not parse or build."""
+    usual and largest; ``axes``: the same of an input's other free axis, by its name. ``sparse``: take 2:4 weights
+    for what they are; ``timings``: file of TensorRT's timing cache, read and written. Plans run on later versions too
+    where the library can write such. Raises ValueError with TensorRT's own words if the graph does not parse or build."""
     trt = library(name)
     said: list[str] = []
 
@@ -66,8 +65,11 @@ def build(
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
-        given = zip(batches, candidates, strict=True)
-        profile.set_shape(tensor.name, *([b, *(n if d < 0 else d for d in list(tensor.shape)[1:])] for b, n in given))
+        fixed = list(tensor.shape)[1:]
+        if -1 in fixed and tensor.name not in (axes or {}):
+            raise ValueError(f"{source.name}: {tensor.name} has a free axis: expected its sizes in axes, got none")
+        given = zip(batches, (axes or {}).get(tensor.name, batches), strict=True)
+        profile.set_shape(tensor.name, *([b, *(n if d < 0 else d for d in fixed)] for b, n in given))
     config.add_optimization_profile(profile)
     # tensorrt-rtx has the flag but not the library that it needs
     for flag in ["SPARSE_WEIGHTS"] * sparse + ["VERSION_COMPATIBLE"] * (trt.__name__ == "tensorrt"):

@@ -55,15 +55,19 @@ def test_the_answers_stay(engine, features, root, s):
         assert kinds.get(precision, onnx.TensorProto.INT8) in {t.data_type for t in graph.initializer}
 
 
-def test_tensorrt_builds_every_graph_without_a_gpu(engine, tmp_path):
+def test_tensorrt_builds_every_graph_without_a_gpu(engine, s, tmp_path):
     precision, folder = engine
     if precision == "int8":
         pytest.skip("dynamic int8 is for ONNX Runtime on CPUs; TensorRT takes int8-qdq")
+    t, n = (1, s.history, s.history), (1, s.candidates, s.candidates)
+    axes = {"HISTORY_IDS": t, "ENCODED_HISTORY": t, "CANDIDATE_IDS": n, "CANDIDATE_SCORES": n}
     for stage in (c.RETRIEVAL, c.RANKING):
-        assert build(folder / f"{stage}.onnx", tmp_path / "model.plan", name="tensorrt_rtx") > 10_000
+        assert build(folder / f"{stage}.onnx", tmp_path / "model.plan", name="tensorrt_rtx", axes=axes) > 10_000
     if precision == "fp32":
         path, timings = tmp_path / "sparse.plan", tmp_path / "timings"
-        assert build(folder / "ranking.onnx", path, name="tensorrt_rtx", sparse=True, timings=timings) > 10_000
+        assert (
+            build(folder / "ranking.onnx", path, name="tensorrt_rtx", sparse=True, timings=timings, axes=axes) > 10_000
+        )
 
 
 def test_what_tensorrt_does_not_take_is_said(tmp_path):
