@@ -6,18 +6,14 @@ that of the evaluated models). Speed is measured on the spot, all engines taking
 
 from __future__ import annotations
 
-import base64
 import json
 from dataclasses import dataclass
-from datetime import date
-from html import escape
 from pathlib import Path
-from typing import Any
 
 from loadtest.graphs import Speed, measure
+from loadtest.html import image, page, table
 from training.evaluate import RANKED
-from vivace.artifacts import commit, read_manifest
-from vivace.doctor import cpu
+from vivace.artifacts import read_manifest
 
 BATCHES = (1, 16)
 
@@ -89,19 +85,13 @@ def picture(found: list[Variant], speeds: list[Speed], path: Path) -> None:
     plt.close(figure)
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    cells = "".join(f"<th>{escape(h)}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"
-
-
 def report(root: Path, target: Path, seconds: float = 1.0, openvino: bool = True) -> list[Speed]:
     """Writes ``target``/compress.html and compress.png of ``artifacts/<name>``; returns the speeds measured."""
     found = variants(root)
     speeds = measure([v.root for v in found], BATCHES, 5, seconds, eager=True, openvino=openvino)
     target.mkdir(parents=True, exist_ok=True)
-    image = target / "compress.png"
-    picture(found, speeds, image)
+    png = target / "compress.png"
+    picture(found, speeds, png)
     quality = [
         [
             v.name, v.precision, f"{v.parameters:,}", f"{v.ndcg:.4f}",
@@ -126,20 +116,16 @@ def report(root: Path, target: Path, seconds: float = 1.0, openvino: bool = True
     ]
     targets = [[v.name, t, k, f"{x:.4g}"] for v in found for t, own in v.targets.items() for k, x in own.items()]
     header = ["variant", "engine", "retriever's parameters", "NDCG@10", "change", "gate", "MiB"]
-    encoded = base64.b64encode(image.read_bytes()).decode()
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Compression of {escape(root.name)}</title>
-<style>body{{font:15px sans-serif;margin:2em;max-width:75em}}table{{border-collapse:collapse;margin:1em 0}}
-td,th{{border:1px solid #bbb;padding:.3em .7em;text-align:left}}img{{max-width:100%}}</style>
-<h1>Compression of {escape(root.name)}</h1>
-<p>{date.today()}, commit {escape(commit())}, {escape(cpu()[0])}, one thread.</p>
-<img alt="quality over latency" src="data:image/png;base64,{encoded}">
-<h2>Quality and size</h2>{table(header, quality)}
-<h2>Times by target, both graphs</h2>{table(["engine", "batch", "ms", "times the whole model"], times)}
-"""
+    parts = [
+        image(png.read_bytes(), "quality over latency"),
+        "<h2>Quality and size</h2>" + table(header, quality),
+        "<h2>Times by target, both graphs, one thread</h2>",
+        table(["engine", "batch", "ms", "times the whole model"], times),
+    ]
     if products:
-        page += "<h2>Sensitivity</h2><p>Share of the top 10 that stays if a product alone is quantized.</p>"
-        page += table(["variant", "stage", "product", "stays"], products)
+        parts.append("<h2>Sensitivity</h2><p>Share of the top 10 that stays if a product alone is quantized.</p>")
+        parts.append(table(["variant", "stage", "product", "stays"], products))
     if targets:
-        page += "<h2>Other targets</h2>" + table(["variant", "target", "what", "value"], targets)
-    (target / "compress.html").write_text(page + "</html>\n", encoding="utf-8")
+        parts.append("<h2>Other targets</h2>" + table(["variant", "target", "what", "value"], targets))
+    (target / "compress.html").write_text(page(f"Compression of {root.name}", parts), encoding="utf-8")
     return speeds

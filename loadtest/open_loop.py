@@ -14,15 +14,12 @@ writes an HTML page.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +31,7 @@ from rich.table import Table
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
+from loadtest.html import drawn, image, page, table
 from loadtest.requests import recorded
 from preprocessing import contract as c
 from serving.client import request_tensors
@@ -210,31 +208,26 @@ def best(runs: Sequence[Run]) -> Run | None:
 
 
 def picture(runs: Sequence[Run], slo_ms: float) -> bytes:
-    import matplotlib
+    def draw(plt: Any) -> Any:
+        rates = [r.qps for r in runs]
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
+        left.plot(rates, [r.attainment for r in runs], "o-", label="all answers")
+        left.plot(rates, [r.full for r in runs], "o-", label="at full quality")
+        left.legend()
+        left.axhline(WANTED, color="grey", linestyle="--")
+        left.set_ylabel(f"share answered within {slo_ms:g} ms")
+        for name in ("p50", "p95", "p99"):
+            right.plot(rates, [getattr(r, name) for r in runs], "o-", label=name)
+        right.axhline(slo_ms, color="grey", linestyle="--")
+        right.set_yscale("log")
+        right.set_ylabel("ms from the moment due")
+        right.legend()
+        for axis in (left, right):
+            axis.set_xlabel("offered requests a second")
+            axis.grid(True, which="both", alpha=0.3)
+        return figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rates = [r.qps for r in runs]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
-    left.plot(rates, [r.attainment for r in runs], "o-", label="all answers")
-    left.plot(rates, [r.full for r in runs], "o-", label="at full quality")
-    left.legend()
-    left.axhline(WANTED, color="grey", linestyle="--")
-    left.set_ylabel(f"share answered within {slo_ms:g} ms")
-    for name in ("p50", "p95", "p99"):
-        right.plot(rates, [getattr(r, name) for r in runs], "o-", label=name)
-    right.axhline(slo_ms, color="grey", linestyle="--")
-    right.set_yscale("log")
-    right.set_ylabel("ms from the moment due")
-    right.legend()
-    for axis in (left, right):
-        axis.set_xlabel("offered requests a second")
-        axis.grid(True, which="both", alpha=0.3)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
+    return drawn(draw)
 
 
 HEADER = (
@@ -250,20 +243,15 @@ def row(r: Run) -> list[str]:
     ]  # fmt: skip
 
 
-def page(runs: Sequence[Run], slo_ms: float, title: str) -> str:
+def report_page(runs: Sequence[Run], slo_ms: float, title: str) -> str:
     """A self-contained HTML report."""
-    met, image = best(runs), base64.b64encode(picture(runs, slo_ms)).decode()
-    head = "".join(f"<th>{h}</th>" for h in HEADER)
-    body = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row(r)) + "</tr>" for r in runs)
+    met = best(runs)
     said = f"{met.qps:.0f} requests a second" if met else "no rate that was tried"
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>
-<style>body{{font:15px sans-serif;margin:2em;max-width:75em}}table{{border-collapse:collapse}}
-td,th{{border:1px solid #bbb;padding:.3em .7em;text-align:right}}img{{max-width:100%}}</style>
-<h1>{escape(title)}</h1><p>{WANTED:.0%} answered within {slo_ms:g} ms: up to {said}. Latency counts from the moment due.
-{escape(cpu()[0])}, commit {escape(commit())}.</p>
-<img alt="attainment and latency over offered load" src="data:image/png;base64,{image}">
-<table><tr>{head}</tr>{body}</table></html>
-"""
+    return page(title, [
+        f"<p>{WANTED:.0%} answered within {slo_ms:g} ms: up to {said}. Latency counts from the moment due.</p>",
+        image(picture(runs, slo_ms), "attainment and latency over offered load"),
+        table(HEADER, [row(r) for r in runs]),
+    ])  # fmt: skip
 
 
 def main(
@@ -303,7 +291,7 @@ def main(
     console.print(table)
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(page(runs, slo, f"{root.name}: open-loop load, {arrivals}"), encoding="utf-8")
+        report.write_text(report_page(runs, slo, f"{root.name}: open-loop load, {arrivals}"), encoding="utf-8")
     print(json.dumps({
         "benchmark": "open loop", "data": root.name, "arrivals": arrivals, "slo_ms": slo, "seed": seed,
         "repeat": repeat, "knee_qps": met.qps if met else None, "runs": [asdict(r) for r in runs],

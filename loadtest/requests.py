@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocessing import contract as c
-from preprocessing.prepare import Features
+
+if TYPE_CHECKING:  # NVTabular, which a load test does without
+    from preprocessing.prepare import Features
 
 FILE = "requests.parquet"
 OUT_OF_VOCABULARY = "(out of vocabulary)"

@@ -8,6 +8,7 @@ V item ids, N candidates, M encoded events, D width, C values of a candidate (it
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -48,16 +49,15 @@ def joined(status: str, reason: str) -> str:
 
 
 class Overload:
-    """Which level to serve at, from how full the batches are that an instance is handed: behind a full one others wait.
+    """Which level to serve at, from the size of the batches that an instance is handed: they are what came while the
+    one before was worked on.
 
-    ``patience_s`` of nothing but full batches is one step down, ``calm_s`` without a full one a step up. A step up that
-    does not last doubles the calm that the next one needs, up to ``longest_s``.
+    ``patience_s`` of nothing but batches of ``rows`` and more is one step down, ``calm_s`` without any a step up. A
+    step up that does not last doubles the calm that the next one needs, up to ``longest_s``. ``rows`` 0: always whole.
     """
 
-    def __init__(
-        self, largest: int, patience_s: float = 0.05, calm_s: float = 0.5, longest_s: float = 8.0, full: float = 0.9
-    ) -> None:
-        self.rows = max(2, round(full * largest))
+    def __init__(self, rows: int, patience_s: float = 0.05, calm_s: float = 0.5, longest_s: float = 8.0) -> None:
+        self.rows = rows or sys.maxsize
         self.patience_s, self.first_calm_s, self.longest_s = patience_s, calm_s, longest_s
         self.level, self.calm_s = Level.FULL, calm_s
         self._full_since: float | None = None
@@ -91,7 +91,7 @@ class Pipeline:
         version: folder name of the version, the same in every stage.
         store: where histories live when the request carries none.
         threads: of each graph.
-        ranked: candidates that are ranked, the retriever's first (0: all of them); the rest are not answered.
+        ranked: candidates that are ranked and answered, the retriever's first, or as many as are asked for (0: all).
     """
 
     def __init__(
@@ -146,11 +146,9 @@ class Pipeline:
         found: list[np.ndarray] = self._retrieval.run(None, dict(zip(self._retrieval_names, inputs, strict=True)))
         return found
 
-    def rank(self, history_BT: np.ndarray, found: Sequence[np.ndarray], few: int = 0) -> list[np.ndarray]:
-        """Ids int64 [B, N], best first, and their values float32 [B, C, N]. ``few``: only the first so many candidates
-        of the retriever are ranked and answered (0: as many as ever)."""
+    def rank(self, history_BT: np.ndarray, found: Sequence[np.ndarray], few: int) -> list[np.ndarray]:
+        """Ids int64 [B, N], best first, and their values float32 [B, C, N]: of the retriever's first ``few``."""
         ids, scores, encoded = found
-        few = few or self.ranked
         if few < ids.shape[1]:
             ids, scores = np.ascontiguousarray(ids[:, :few]), np.ascontiguousarray(scores[:, :few])
         feed = dict(zip(self._ranking_names, (history_BT, ids, scores, encoded), strict=True))
@@ -173,9 +171,10 @@ class Pipeline:
         ids = np.where(np.take_along_axis(taken_BN, order_BN, 1), c.PADDING_ID, self._popular_N[order_BN])
         return self.unranked(ids, self._popularity_N[order_BN])
 
-    def few(self, top_k: int) -> int:
-        """How many candidates are ranked at Level.FEWER when ``top_k`` are asked for."""
-        return min(self.ranked, max(self.ranked // FEWER, top_k))
+    def few(self, top_k: int, level: Level = Level.FULL) -> int:
+        """How many candidates are ranked when up to ``top_k`` are asked for."""
+        share = self.ranked // FEWER if level == Level.FEWER else self.ranked
+        return min(self.shapes.candidates, max(share, top_k))
 
     def __call__(
         self, rows: Sequence[Row], level: Level = Level.FULL
@@ -187,5 +186,4 @@ class Pipeline:
         found = self.retrieve(inputs)
         if level == Level.RETRIEVED:
             return self.unranked(*found[:2]), list(inputs), status
-        few = self.few(max(r.top_k for r in rows)) if level == Level.FEWER else 0
-        return self.rank(inputs[0], found, few), list(inputs), status
+        return self.rank(inputs[0], found, self.few(max(r.top_k for r in rows), level)), list(inputs), status

@@ -20,6 +20,7 @@ from preprocessing import contract as c
 CHECKOUT_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 INDEX_ADAPTER = Path(__file__).resolve().parent / "indexed_retrieval.py"
 FEATURE_STORE = "../feature_store"  # seen from the repository's folder
+TUNED = "tuning"  # folder of a run with the records of tuned profiles
 PYTHON_STAGES = (c.FEATURE_TRANSFORM, c.RESPONSE, c.APPEND_EVENT)
 ONNX_STAGES = (c.RETRIEVAL, c.RANKING)
 ALL_MODELS = (*c.STAGES, c.APPEND_EVENT, c.ENSEMBLE)
@@ -30,6 +31,7 @@ class ServingProfile:
     """What does not change the answer. Batches in requests, delay in microseconds, threads per session."""
 
     max_batch_size: int = 64
+    preferred_batch: int = 0  # batches of this and its doubles are sent without delay (0: only the largest)
     queue_delay_us: int = 0
     retrieval_instances: int = 2  # the longest stage: with one, the other cores wait for it
     ranking_instances: int = 1
@@ -41,6 +43,7 @@ class ServingProfile:
     recommend_instances: int = 2
     history: int = 0  # newest events that are read (0: as many as were trained)
     ranked: int = 0  # candidates that are ranked where stages are fused (0: all)
+    overload_rows: int = 0  # where stages are fused, batches of so many rows are a sign of overload (0: none are)
     max_queue: int = 512  # requests that wait for a stage; more are refused at once
     queue_timeout_us: int = 1_000_000  # a request that waited so long for a stage is refused
 
@@ -49,7 +52,7 @@ _GPU = ServingProfile(max_batch_size=256, queue_delay_us=200, retrieval_instance
 PROFILES = {
     "": ServingProfile(),
     "cached": ServingProfile(state_cache=True),
-    "fused": ServingProfile(fused=True, max_batch_size=16, max_queue=64),
+    "fused": ServingProfile(fused=True, overload_rows=32, max_queue=128),
     "openvino": ServingProfile(backend="openvino"),
     "gpu": _GPU,
     "tensorrt": replace(_GPU, backend="tensorrt"),
@@ -75,6 +78,10 @@ def _base(name: str, backend: str, profile: ServingProfile, inputs, outputs, ins
     kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
     config.instance_group.add(count=instances, kind=kind)
     config.dynamic_batching.max_queue_delay_microseconds = profile.queue_delay_us
+    size = profile.preferred_batch
+    while 0 < size <= profile.max_batch_size:
+        config.dynamic_batching.preferred_batch_size.append(size)
+        size *= 2
     policy = config.dynamic_batching.default_queue_policy
     policy.timeout_action = pb.ModelQueuePolicy.REJECT
     policy.default_timeout_microseconds = profile.queue_timeout_us
@@ -131,6 +138,7 @@ def _fused(
     _transforms(config, s, exclude_seen)
     config.parameters["intra_op_thread_count"].string_value = str(profile.threads)
     config.parameters["ranked"].string_value = str(profile.ranked)
+    config.parameters["overload_rows"].string_value = str(profile.overload_rows)
     return config
 
 
@@ -179,10 +187,36 @@ def models(repository: Path, profile: str) -> list[str]:
     return [name for name in wanted if (repository / name).is_dir()]
 
 
+def served_from(root: Path, profile: str) -> Path:
+    """Folder of the run that a tuned profile serves; ``root`` itself for a profile that was not tuned."""
+    path = root / TUNED / f"{profile}.json"
+    if not profile or not path.exists():
+        return root
+    return root / str(json.loads(path.read_text())["chosen"]["trial"]["engine"])
+
+
 def render(config: pb.ModelConfig) -> str:
     """Text of one ``config.pbtxt``."""
     header = "# Rendered from preprocessing/contract.py by serving/repository.py; do not edit by hand.\n"
     return header + text_format.MessageToString(config)
+
+
+def write_profile(
+    folder: Path,
+    s: c.StageTensors,
+    heads: tuple[c.TaskHead, ...],
+    profile_name: str,
+    profile: ServingProfile,
+    exclude_seen: bool = True,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """One profile's configuration of every model under ``folder``; see ``write_configs``."""
+    for name, config in model_configs(s, heads, profile, exclude_seen).items():
+        for key, value in (metadata or {}).items() if name == c.ENSEMBLE else ():
+            config.parameters[key].string_value = value
+        path = folder / name / (f"configs/{profile_name}.pbtxt" if profile_name else "config.pbtxt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(render(config))
 
 
 def write_configs(
@@ -194,13 +228,10 @@ def write_configs(
 ) -> None:
     """``config.pbtxt`` and ``configs/<profile>.pbtxt`` of every model under ``folder``. ``metadata``: parameters of the
     ensemble that say what is served; any client reads them with the model's configuration."""
-    for profile_name, profile in PROFILES.items():
-        for name, config in model_configs(s, heads, profile, exclude_seen).items():
-            for key, value in (metadata or {}).items() if name == c.ENSEMBLE else ():
-                config.parameters[key].string_value = value
-            path = folder / name / (f"configs/{profile_name}.pbtxt" if profile_name else "config.pbtxt")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(render(config))
+    for old in folder.glob("*/configs/*.pbtxt"):  # tuned ones are for the graphs that were there
+        old.unlink()
+    for name, profile in PROFILES.items():
+        write_profile(folder, s, heads, name, profile, exclude_seen, metadata)
 
 
 def next_version(repository: Path) -> int:

@@ -10,6 +10,7 @@ import gc
 import json
 import struct
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,6 @@ class _Stage:
 
     def initialize(self, args: dict) -> None:
         config = json.loads(args["model_config"])
-        self.max_batch_size = int(config["max_batch_size"])
         self.parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         self.folder = Path(args["model_repository"]) / args["model_version"]
         self.inputs = [t["name"] for t in config["input"]]
@@ -78,6 +78,9 @@ class _Stage:
     def store(self, readonly: bool) -> LmdbStore:
         path = Path(self.parameters["feature_store"])
         return LmdbStore(path if path.is_absolute() else self.folder.parent.parent / path, readonly=readonly)
+
+
+COLD = f"{c.STATUS_DEGRADED}popular items"
 
 
 class _Counts:
@@ -96,6 +99,12 @@ class _Counts:
 
     def __call__(self, how: str, rows: int = 1) -> None:
         self._waiting[how] = self._waiting.get(how, 0) + rows
+
+    def answered(self, statuses: Iterable[str], how: str) -> None:
+        """Rows by the status that the feature transform gave them: ``how`` they were answered, "cold" where there was
+        no history to go by."""
+        for status in statuses:
+            self("cold" if status.startswith(COLD) else how)
 
     def hand_over(self) -> None:
         now = time.monotonic()
@@ -141,6 +150,7 @@ class FeatureTransformModel(_Stage):
         shapes = c.StageTensors(**json.loads(self.parameters["shapes"]))
         seen = self.parameters["exclude_seen"] == "true"
         self.transform = FeatureTransform(self.folder / "transform.onnx", self.store(readonly=True), shapes, seen)
+        self.counts = _Counts()
 
     def execute(self, requests: list) -> list:
         parsed = [_Ask(i, request) for i, request in enumerate(requests)]
@@ -154,6 +164,7 @@ class FeatureTransformModel(_Stage):
             stop = start + len(errors)
             if ask.deadline < now_ms:
                 responses.append(refusal(now_ms - ask.deadline, c.RETRIEVAL))
+                self.counts("deadline passed", len(errors))
             elif len(errors) == 1 and errors[0]:
                 responses.append(_error(errors[0]))
             else:
@@ -161,7 +172,9 @@ class FeatureTransformModel(_Stage):
                 values = (*(v[start:stop] for v in inputs), _strings(text))
                 tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, values, strict=True)]
                 responses.append(pb_utils.InferenceResponse(tensors))
+                self.counts.answered(status[start:stop], "full")
             start = stop
+        self.counts.hand_over()
         return responses
 
 
@@ -221,7 +234,7 @@ class RecommendModel(_Stage):
         seen, threads = self.parameters["exclude_seen"] == "true", int(self.parameters["intra_op_thread_count"])
         repository, ranked = self.folder.parent.parent, int(self.parameters["ranked"])
         self.pipeline = Pipeline(repository, self.folder.name, shapes, self.store(readonly=True), seen, threads, ranked)
-        self.overload, self.counts = Overload(self.max_batch_size), _Counts()
+        self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), _Counts()
 
     def execute(self, requests: list) -> list:
         asks = [_Ask(i, request) for i, request in enumerate(requests)]
@@ -280,10 +293,10 @@ class RecommendModel(_Stage):
                 asks, (said, history, *found) = self._alive(asks, [said, inputs[0], *found], c.RANKING, responses)
                 if not asks:
                     return
-                few = pipeline.few(max(r.top_k for a in asks for r in a.rows)) if level == Level.FEWER else 0
+                few = pipeline.few(max(r.top_k for a in asks for r in a.rows), level)
                 ranked, values = pipeline.rank(history, found, few)
         self._respond(requests, asks, ranked, values, said, level.status(few, candidates), responses)
-        self.counts(level.name.lower(), len(said))
+        self.counts.answered(said, level.name.lower())
 
     def _respond(self, requests, asks, ranked, values, said, reason, responses) -> None:  # noqa: ANN001
         start = 0

@@ -41,7 +41,7 @@ def build(
     """Writes the engine of an ONNX graph with a free batch axis; returns its size in bytes. ``batches``: smallest,
     usual and largest; ``axes``: the same of an input's other free axis, by its name. ``sparse``: take 2:4 weights
     for what they are; ``timings``: file of TensorRT's timing cache, read and written. Plans run on later versions too
-    where the library can write such. Raises ValueError with TensorRT's own words if the graph does not parse or build."""
+    where the library can write such. Raises ValueError with TensorRT's own words if a graph does not parse or build."""
     trt = library(name)
     said: list[str] = []
 

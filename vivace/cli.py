@@ -387,12 +387,16 @@ def serve(
 ) -> None:
     """Start the real Triton with the ensemble, watch its workers, stop cleanly on Ctrl-C."""
     from serving.launcher import ServerOptions
+    from serving.repository import served_from
     from serving.service import run_until_signal
 
     with reported():
         root = artifacts / name
+        served = served_from(root, profile)
+        if served != root:
+            say(f"profile {profile} serves {served}")
         options = ServerOptions(
-            repository=root / "model_repository",
+            repository=served / "model_repository",
             host=host,
             http_port=http_port,
             grpc_port=grpc_port,
@@ -404,6 +408,35 @@ def serve(
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         run_until_signal(options, status_port, say)
+
+
+@app.command()
+def tune(
+    name: Name = "shop",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    slo: Annotated[str, typer.Option(help="percentile of the latencies and its bound")] = "p99=20ms",
+    quality: Annotated[float, typer.Option(help="NDCG@10 as a share of the uncompressed run's")] = 0.99,
+    budget: Annotated[float, typer.Option(help="minutes; a search that was cut short goes on where it was")] = 10.0,
+    save_as: Annotated[str, typer.Option(help="name of the profile: configs/<name>.pbtxt")] = "tuned",
+    space: Annotated[Path | None, typer.Option(help='JSON of values by knob, such as {"batch": [8, 16]}')] = None,
+    seconds: Annotated[float, typer.Option(help="of one run under load")] = 4.0,
+    restart: Annotated[bool, typer.Option(help="forget what an earlier search measured")] = False,
+) -> None:
+    """Find the configuration that answers the most requests within an objective; then: vivace serve --profile."""
+    from loadtest.tune import FOLDER, Objective
+    from loadtest.tune import tune as run
+    from vivace.artifacts import exclusive
+
+    with reported():
+        root, objective = artifacts / name, Objective.parse(slo, quality)
+        wanted = json.loads(space.read_text()) if space else None
+        with exclusive(root), console.status(str(objective)) as status:
+            show = lambda text: status.update(text)  # noqa: E731
+            found = run(root, objective, save_as, budget * 60, say, show, wanted, seconds, restart)
+        chosen = found["chosen"]
+        gain = f", {chosen['qps'] / found['untuned']:.2f} times the untuned" if found["untuned"] else ""
+        say(f"{objective}: {chosen['qps']:.0f} requests a second{gain}: {chosen['trial']}")
+        say(f"vivace serve --name {name} --profile {save_as}; report {root / FOLDER / save_as}.html")
 
 
 @app.command()
