@@ -51,7 +51,7 @@ class ReplayUser(User):
     def recommend(self) -> None:
         user, history = next(self.requests)
         problem: Exception | None = None
-        started, size = time.perf_counter(), 0
+        started, size = self.started(), 0
         try:
             answer = self.client.recommend(user, history, self.top_k)
             size = len(answer.items)
@@ -67,6 +67,10 @@ class ReplayUser(User):
             exception=problem,
             context={},
         )
+
+    def started(self) -> float:
+        """The moment from which the present request's latency counts."""
+        return time.perf_counter()
 
     def on_stop(self) -> None:
         self.client.close()

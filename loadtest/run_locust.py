@@ -11,33 +11,41 @@ from pathlib import Path
 from loadtest.requests import recorded
 
 FILE = Path(__file__).with_name("locustfile.py")
+OPEN = Path(__file__).with_name("locust_open.py")
 USERS = {"grpc": ["GrpcUser"], "http": ["HttpUser"], "both": ["GrpcUser", "HttpUser"]}
+SHAPES = ("constant", "ramp", "burst", "diurnal")
 
 
 def command(
-    root: Path, host: str, http_port: int, grpc_port: int, protocol: str, users: int, seconds: int, web: bool
-) -> list[str]:
+    root: Path, host: str, http_port: int, grpc_port: int, protocol: str, users: int, seconds: int, web: bool,
+    shape: str = "", qps: float = 100.0,
+) -> list[str]:  # fmt: skip
     if protocol not in USERS:
         raise ValueError(f"--protocol: expected one of {sorted(USERS)}, got {protocol!r}")
+    if shape and shape not in SHAPES:
+        raise ValueError(f"--shape: expected one of {SHAPES}, got {shape!r}")
     base = [
-        sys.executable, "-m", "locust", "-f", str(FILE), "--artifacts", str(root),
+        sys.executable, "-m", "locust", "-f", str(OPEN if shape else FILE), "--artifacts", str(root),
         "--grpc-url", f"{host}:{grpc_port}", "--http-url", f"{host}:{http_port}",
-        "-u", str(users), "-r", str(users),
     ]  # fmt: skip
-    if web:
-        base += ["--web-host", "127.0.0.1", "--autostart", "-t", f"{seconds}s"]
+    if shape:
+        base += ["--shape", shape, "--qps", str(qps), "--shape-seconds", str(seconds)]
     else:
-        base += ["--headless", "-t", f"{seconds}s", "--stop-timeout", "5", "--csv", str(root / "locust")]
-    return [*base, *USERS[protocol]]
+        base += ["-u", str(users), "-r", str(users), "-t", f"{seconds}s"]
+    if web:
+        base += ["--web-host", "127.0.0.1", "--autostart"]
+    else:
+        base += ["--headless", "--stop-timeout", "5", "--csv", str(root / "locust")]
+    return [*base, *(name.replace("User", "OpenUser" if shape else "User") for name in USERS[protocol])]
 
 
 def run_locust(
     root: Path, host: str, http_port: int, grpc_port: int, protocol: str, users: int, seconds: int, web: bool = False,
-    quiet: bool = False,
+    quiet: bool = False, shape: str = "", qps: float = 100.0,
 ) -> int:  # fmt: skip
     """Runs locust to its end; returns its exit code (1: some requests failed)."""
     recorded(root)
-    line = command(root, host, http_port, grpc_port, protocol, users, seconds, web)
+    line = command(root, host, http_port, grpc_port, protocol, users, seconds, web, shape, qps)
     if quiet:
         line += ["--only-summary", "--loglevel", "WARNING"]
     checkout = str(FILE.parent.parent)

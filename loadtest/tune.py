@@ -89,9 +89,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration. ``layout``: "fused" or "ensemble"; ``instances`` of the fused model, or of retrieval; ``batch``
-    the largest; ``preferred``: the batch, and its doubles, that is sent at once while a smaller one waits ``delay_us``
-    (0: only the largest)."""
+    """One configuration. ``layout``: "fused" or "ensemble"; ``instances`` of the fused model, or of retrieval;
+    ``batch`` the largest; ``preferred``: the batch, and its doubles, that is sent at once while a smaller one waits
+    ``delay_us`` (0: only the largest)."""
 
     engine: str
     history: int
@@ -126,7 +126,8 @@ class Trial:
     def __str__(self) -> str:
         return (
             f"{self.engine or 'whole model'}, history {self.history}, {self.ranked} ranked, {self.layout}, "
-            f"{self.instances} instances x {self.threads} threads, batch {self.batch}, preferred {self.preferred}, delay {self.delay_us} us"
+            f"{self.instances} instances x {self.threads} threads, batch {self.batch}, "
+            f"preferred {self.preferred}, delay {self.delay_us} us"
         )
 
 

@@ -503,12 +503,19 @@ def load(
     users: Annotated[int, typer.Option(help="concurrent users")] = 8,
     seconds: int = 20,
     web: Annotated[bool, typer.Option(help="locust's own page on 127.0.0.1:8089 instead of a headless run")] = False,
+    shape: Annotated[
+        str, typer.Option(help="open loop, latency from the moment due: constant, ramp, burst or diurnal")
+    ] = "",
+    qps: Annotated[float, typer.Option(help="with --shape: mean rate offered")] = 100.0,
 ) -> None:
     """Replay held-out requests with locust."""
     from loadtest.run_locust import run_locust
 
     with reported():
-        raise typer.Exit(run_locust(artifacts / name, host, http_port, grpc_port, protocol, users, seconds, web))
+        code = run_locust(
+            artifacts / name, host, http_port, grpc_port, protocol, users, seconds, web, shape=shape, qps=qps
+        )
+        raise typer.Exit(code)
 
 
 @reports.command("compress")

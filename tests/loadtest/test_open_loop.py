@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from loadtest.open_loop import Run, best, due_times, knee, messages, page, picks, run, summarize
+from loadtest.open_loop import Run, best, due_times, knee, messages, picks, report_page, run, summarize
 
 
 @pytest.mark.parametrize("kind", ["poisson", "constant", "burst", "diurnal"])
@@ -41,7 +41,7 @@ def test_the_knee_is_found_between_the_rates_tried():
 
     runs = knee(measure, 100, steps=6)
     met = best(runs)
-    assert met is not None and 715 <= met.qps <= 730 and f"{met.qps:.0f} requests a second" in page(runs, 20, "t")
+    assert met is not None and 715 <= met.qps <= 730 and f"{met.qps:.0f} requests a second" in report_page(runs, 20, "t")
     assert best(knee(lambda rate: measure(10_000), 100, steps=2)) is None
 
 
