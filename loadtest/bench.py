@@ -6,8 +6,8 @@ The bound runs transform.onnx, retrieval.onnx and ranking.onnx of the served ver
 thread settings and batch size, no server, no client: latency of one request alone, and throughput with as many threads
 as there are cores, each taking batches of the mean size that the server formed (that of the ONNX stage with the larger
 batches). perf_analyzer drives the live ensemble over gRPC at concurrency 1 and 16. Bound and ensemble are measured in
-turn, ``rounds`` times, and the ratios are of the medians: a machine that drifts moves both. The last line of stdout is
-one JSON object.
+turn, ``rounds`` times, and the ratios are of the medians: a machine that drifts moves both. ``--profile``: the bound
+reads as much history and ranks as many candidates as the profile does. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from preprocessing import contract as c
 from serving.feature_store import LmdbStore
 from serving.launcher import ServerOptions, TritonServer
 from serving.pipeline import Pipeline
+from serving.repository import read_config, served_from
 from serving.service import service
 from serving.stages import Row
 from vivace.artifacts import commit
@@ -99,11 +100,16 @@ def main(
     perf_analyzer.binary()
     inputs = root / "perf_input.json"
     perf_analyzer.write_input(pairs, TOP_K, inputs)
+    folder = served_from(root, profile)
     options = ServerOptions(
-        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "triton.log"
+        folder / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "triton.log"
     )
     store = LmdbStore(root / "feature_store", readonly=True)
-    models = [Pipeline.published(root, store) for _ in range(cores)]
+    parameters, history, ranked = read_config(folder / "model_repository", c.ENSEMBLE, profile).parameters, 0, 0
+    if "ranked" in parameters:
+        history = int(json.loads(parameters["shapes"].string_value)["history"])
+        ranked = int(parameters["ranked"].string_value)
+    models = [Pipeline.published(folder, store, history=history, ranked=ranked) for _ in range(cores)]
     served: dict[int, list[dict[str, float]]] = {1: [], HIGH: []}
     latencies: list[dict[str, float]] = []
     throughputs: list[float] = []

@@ -10,7 +10,6 @@ diurnal (a day in ``--shape-seconds``).
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from typing import Any
@@ -20,9 +19,9 @@ from locust import LoadTestShape, events
 from locust.env import Environment
 
 from loadtest import locustfile as closed
+from loadtest.run_locust import SHAPES, level
 
 RATE = 5.0  # requests a second of one user
-SHAPES = ("constant", "ramp", "burst", "diurnal")
 
 
 @events.init_command_line_parser.add_listener
@@ -30,17 +29,6 @@ def _arguments(parser: Any) -> None:
     parser.add_argument("--qps", type=float, default=100.0, help="mean rate offered (ramp: the last step's)")
     parser.add_argument("--shape", choices=SHAPES, default="constant")
     parser.add_argument("--shape-seconds", type=float, default=30.0, help="length of the run")
-
-
-def level(shape: str, seconds: float, length: float) -> float:
-    """The rate at a moment as a multiple of the mean (ramp: of the last step's)."""
-    if shape == "ramp":
-        return min(5, 1 + math.floor(5 * seconds / length)) / 5
-    if shape == "burst":
-        return 2.5 if seconds % 10 < 2 else 0.625
-    if shape == "diurnal":
-        return 1 - 0.8 * math.cos(2 * math.pi * seconds / length)
-    return 1.0
 
 
 class Shape(LoadTestShape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import csv
 import os
 import subprocess
@@ -14,6 +15,17 @@ FILE = Path(__file__).with_name("locustfile.py")
 OPEN = Path(__file__).with_name("locust_open.py")
 USERS = {"grpc": ["GrpcUser"], "http": ["HttpUser"], "both": ["GrpcUser", "HttpUser"]}
 SHAPES = ("constant", "ramp", "burst", "diurnal")
+
+
+def level(shape: str, seconds: float, length: float) -> float:
+    """The rate at a moment as a multiple of the mean (ramp: of the last step's)."""
+    if shape == "ramp":
+        return min(5, 1 + math.floor(5 * seconds / length)) / 5
+    if shape == "burst":
+        return 2.5 if seconds % 10 < 2 else 0.625
+    if shape == "diurnal":
+        return 1 - 0.8 * math.cos(2 * math.pi * seconds / length)
+    return 1.0
 
 
 def command(

@@ -631,7 +631,14 @@ def tune(
     try:
         decision = tuner.search()
         if decision["chosen"] is None:
-            raise ValueError(f"{objective}: not reachable here. Nearest: " + "; ".join(tuner.reachable()))
+            try:
+                nearest = "; ".join(tuner.reachable())
+            except BudgetError:
+                raise ValueError(
+                    f"{objective}: nothing that meets it was found in {budget_s / 60:g} minutes; what was measured is "
+                    "kept: run the same command again, or give a larger --budget"
+                ) from None
+            raise ValueError(f"{objective}: not reachable here. Nearest: {nearest}")
         best = tuner.knees[Trial(**decision["chosen"]["trial"])]
         decision["worth"] = tuner.worth(best)
         times = tuner.service(best.trial.answer, best.trial.layout)
