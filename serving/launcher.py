@@ -33,7 +33,8 @@ SHM = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How to start. Port 0 takes a free one. ``cache_bytes`` sizes Triton's local response cache (0: none)."""
+    """How to start. Port 0 takes a free one. ``cache_bytes`` sizes Triton's local response cache (0: none).
+    ``trace_url``: an OpenTelemetry collector (OTLP over HTTP) that gets one of ``trace_rate`` requests."""
 
     repository: Path
     host: str = "127.0.0.1"
@@ -42,6 +43,8 @@ class ServerOptions:
     metrics_port: int = 8002
     profile: str = ""
     cache_bytes: int = 0
+    trace_url: str = ""
+    trace_rate: int = 100
     log: Path | None = None
     verbose: int = 0
     start_timeout_s: float = 120.0
@@ -165,6 +168,12 @@ class TritonServer:
         if o.cache_bytes:
             command.append(f"--cache-config=local,size={o.cache_bytes}")
             command.append(f"--cache-directory={wheel_folder() / 'tritonserver' / 'caches'}")
+        if o.trace_url:
+            settings = (
+                "mode=opentelemetry", f"rate={o.trace_rate}", "level=TIMESTAMPS", f"opentelemetry,url={o.trace_url}",
+                "opentelemetry,resource=service.name=vivace", "opentelemetry,bsp_schedule_delay=1000",
+            )  # fmt: skip
+            command += [f"--trace-config={s}" for s in settings]
         if o.verbose:
             command.append(f"--log-verbose={o.verbose}")
         return [*command, *o.extra]

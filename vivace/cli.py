@@ -382,6 +382,10 @@ def serve(
     status_port: Annotated[int, typer.Option(help="Prometheus metrics of the watchdog (0: none)")] = 8003,
     profile: Profile = "",
     cache_mb: Annotated[int, typer.Option(help="cache of encoded users (0: none); takes the profile cached")] = 0,
+    trace_url: Annotated[
+        str, typer.Option(help="OpenTelemetry collector, such as http://127.0.0.1:4318/v1/traces")
+    ] = "",
+    trace_rate: Annotated[int, typer.Option(help="one of so many requests is traced")] = 100,
     log_file: Annotated[Path | None, typer.Option(help="Triton's log; default artifacts/<name>/triton.log")] = None,
     verbose: int = 0,
 ) -> None:
@@ -403,6 +407,8 @@ def serve(
             metrics_port=metrics_port,
             profile=profile or ("cached" if cache_mb else ""),
             cache_bytes=cache_mb << 20,
+            trace_url=trace_url,
+            trace_rate=trace_rate,
             log=log_file or root / "triton.log",
             verbose=verbose,
         )
