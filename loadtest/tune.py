@@ -6,8 +6,9 @@ recorded requests, paired with the whole model; half of the requests choose, the
 queueing model of measured service times (``queueing``), corrected by every run, says what to try next; a trial that
 does not beat the best so far ends after its first run. The two best are run in turns before one is chosen.
 
-Everything measured is appended to ``artifacts/<name>/tuning/<profile>.jsonl`` and never measured twice: an interrupted
-search goes on where it was, and the decision can be made again from the log alone.
+Everything measured is appended to ``artifacts/<name>/tuning/<profile>.jsonl``, quality to ``quality.jsonl`` there for
+all profiles, and never measured twice: an interrupted search goes on where it was, and the decision can be made again
+from the logs alone.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from vivace.artifacts import commit, read_manifest, write_text
 from vivace.doctor import cpu
 
 FOLDER = repository.TUNED
+QUALITY = "quality.jsonl"
 TOP_K = 10
 BATCHES = (1, 2, 4, 8, 16, 32)
 REPEAT = 0.7  # exponent of the users' power law
@@ -287,6 +289,7 @@ class Tuner:
         self.engines, self.cores = engines(root), len(os.sched_getaffinity(0))
         self.space = dict(space) if space is not None else default_space(root)
         self.journal = Journal(root / FOLDER / f"{name}.jsonl", budget_s)
+        self.judged = Journal(root / FOLDER / QUALITY, budget_s)
         self.pool = messages(root, TOP_K)
         self.store = LmdbStore(root / "feature_store", readonly=True)
         self.knees: dict[Trial, Knee] = {}
@@ -306,7 +309,7 @@ class Tuner:
         """NDCG@10 of each recorded request."""
         self.show(f"quality of {answer.engine or 'whole model'}, history {answer.history}, {answer.ranked} ranked")
         key = ["quality", asdict(answer), self._version(answer)]
-        return np.array(self.journal(key, lambda: gains(self._pipeline(answer), self.root)))
+        return np.array(self.judged(key, lambda: gains(self._pipeline(answer), self.root)))
 
     def share(self, answer: Answer, half: int) -> tuple[float, tuple[float, float]]:
         """NDCG@10 as a share of the uncompressed run's on one half of the requests, with its 95 % interval."""
@@ -528,8 +531,11 @@ class Tuner:
                     k = self.measure(back, best.met * 0.8)
             except BudgetError:
                 break
-            self.say(f"with {knob} {getattr(start, knob) or 'whole model'}: {k.met:.0f} requests a second")
-            found[knob] = {"value": getattr(best.trial, knob), "untuned": getattr(start, knob), "qps": k.met}
+            untuned_value = getattr(start, knob)
+            self.say(
+                f"with {knob} {'whole model' if untuned_value == '' else untuned_value}: {k.met:.0f} requests a second"
+            )
+            found[knob] = {"value": getattr(best.trial, knob), "untuned": untuned_value, "qps": k.met}
         return found
 
     # -- decision ------------------------------------------------------------------------------------
@@ -623,7 +629,7 @@ def tune(
     objective cannot be met, naming what can."""
     from loadtest.tune_report import write
 
-    if name in repository.PROFILES:
+    if name in repository.PROFILES or f"{name}.jsonl" == QUALITY:
         raise ValueError(f"--save-as: expected a name of its own, got {name!r}, which every repository has")
     if restart:
         (root / FOLDER / f"{name}.jsonl").unlink(missing_ok=True)

@@ -20,6 +20,10 @@ def pareto(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+def shown(value: Any) -> Any:
+    return "whole model" if value == "" else value
+
+
 def picture(decision: dict[str, Any]) -> bytes:
     rows, worth = [r for r in decision["trials"] if r["qps"]], decision.get("worth", {})
     ms = decision["objective"]["ms"]
@@ -39,7 +43,7 @@ def picture(decision: dict[str, Any]) -> bytes:
         left.legend()
         left.grid(True, alpha=0.3)
         figure.colorbar(dots, ax=left, label="p99 ms at that rate")
-        names = [f"{k}: {v['value'] or 'whole model'} (was {v['untuned'] or 'whole model'})" for k, v in worth.items()]
+        names = [f"{k}: {shown(v['value'])} (was {shown(v['untuned'])})" for k, v in worth.items()]
         right.barh(names, [best["qps"] - v["qps"] for v in worth.values()])
         right.set_xlabel("requests a second lost with the knob as it was untuned")
         right.grid(True, alpha=0.3)
@@ -66,21 +70,20 @@ def reasons(decision: dict[str, Any]) -> list[str]:
     ][:1]
     worth = sorted(decision.get("worth", {}).items(), key=lambda kv: kv[1]["qps"])
     for knob, value in worth[:3]:
-        name = lambda v: v if v != "" else "the whole model"  # noqa: E731
         if value["qps"]:
             said.append(
-                f"{knob}: {name(value['value'])} for {name(value['untuned'])} is worth "
+                f"{knob}: {shown(value['value'])} for {shown(value['untuned'])} is worth "
                 f"{chosen['qps'] / value['qps']:.2f} times the requests."
             )
         else:
-            said.append(f"{knob}: with {name(value['untuned'])} the objective is not met at any rate tried.")
+            said.append(f"{knob}: with {shown(value['untuned'])} the objective is not met at any rate tried.")
     return said
 
 
 def write(decision: dict[str, Any], path: Path, data: str) -> None:
     chosen, start, o = decision["chosen"], decision["untuned"], decision["objective"]
     rows = [
-        [*(r["trial"][k] or "whole model" if k == "engine" else r["trial"][k] for k in SHOWN), f"{r['qps']:.0f}",
+        [*(shown(r["trial"][k]) for k in SHOWN), f"{r['qps']:.0f}",
          f"{r['p50']:.1f}" if r["p50"] else "", f"{r['p99']:.1f}" if r["p99"] else "",
          f"{r['quality']:.1%} ({r['interval'][0]:.1%} to {r['interval'][1]:.1%})", r["runs"]]
         for r in decision["trials"]

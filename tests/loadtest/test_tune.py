@@ -97,7 +97,7 @@ def test_a_search_on_the_live_server(own):
     with TritonServer(options) as server, VivaceClient(f"{server.host}:{server.grpc_port}") as client:
         answers = [client.recommend("", list(h), 10).items for h in histories[:40]]
     key = json.dumps(["quality", asdict(Trial(**chosen["trial"]).answer)])[:-1]
-    journal = [json.loads(line) for line in (own / "tuning" / "tuned.jsonl").read_text().splitlines()]
+    journal = [json.loads(line) for line in (own / "tuning" / "quality.jsonl").read_text().splitlines()]
     judged = next(e["value"] for e in journal if e["key"].startswith(key))[:40]
     gains = [1 / np.log2(a.index(t) + 2) if t in a else 0.0 for a, t in zip(answers, targets, strict=False)]
     assert gains == pytest.approx(judged, abs=1e-3)
