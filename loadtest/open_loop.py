@@ -16,12 +16,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import selectors
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import grpc
 import numpy as np
@@ -38,6 +39,7 @@ from serving.client import request_tensors
 from vivace.artifacts import commit
 from vivace.doctor import cpu
 
+T = TypeVar("T")
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 ARRIVALS = ("poisson", "constant", "burst", "diurnal")
 WANTED = 0.99  # attainment at the knee
@@ -118,6 +120,13 @@ class Run:
     full: float
 
 
+def complete(work: Coroutine[Any, Any, T]) -> T:
+    """Runs ``work`` in a loop that wakes up when it should: epoll, asyncio's own choice, counts in milliseconds and
+    made requests up to two of them late; select counts in microseconds (and takes fewer than 1,024 connections)."""
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
+        return runner.run(work)
+
+
 async def offer(call: Callable[[bytes], Awaitable[Any]], due_s: np.ndarray, sent: Sequence[bytes]) -> list[Any]:
     """Sends ``sent[i]`` at ``due_s[i]``; (due, sent, done in seconds from the start, error code, CODE_DEGRADED or
     "") of each."""
@@ -179,7 +188,7 @@ def run(
             await method(sent[0], timeout=timeout_s, wait_for_ready=True)
             return await offer(lambda m: method(m, timeout=timeout_s), due_s, sent)
 
-    return summarize(asyncio.run(go()), len(due_s) / seconds, seconds, slo_ms)
+    return summarize(complete(go()), len(due_s) / seconds, seconds, slo_ms)
 
 
 def knee(measure: Callable[[float], Run], first: float, steps: int = 5, most: float = 100_000.0) -> list[Run]:

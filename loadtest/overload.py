@@ -9,7 +9,6 @@ The last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import time
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.html import drawn, image, page
-from loadtest.open_loop import CODE_DEGRADED, METHOD, due_times, messages, offer, picks
+from loadtest.open_loop import CODE_DEGRADED, METHOD, complete, due_times, messages, offer, picks
 from serving.launcher import ServerOptions, TritonServer
 from serving.repository import served_from
 from vivace.artifacts import commit
@@ -134,9 +133,9 @@ def main(
     with TritonServer(options) as server:
         url = f"{server.host}:{server.grpc_port}"
         calm = slice(0, int((due < CALM_S).sum()))
-        asyncio.run(go(url, calm))  # what is set up late
+        complete(go(url, calm))  # what is set up late
         before = memory(server.pid)
-        records = asyncio.run(go(url, slice(None)))
+        records = complete(go(url, slice(None)))
         after = memory(server.pid)
 
     each = by_second(records, slo)

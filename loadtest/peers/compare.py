@@ -10,7 +10,6 @@ last line of stdout is one JSON object; ``--out`` keeps it.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -33,7 +32,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.open_loop import METHOD, Run, best, due_times, knee, messages, offer, picks, summarize
+from loadtest.open_loop import METHOD, Run, best, complete, due_times, knee, messages, offer, picks, summarize
 from loadtest.requests import recorded
 from preprocessing import contract as c
 from serving.client import VivaceClient
@@ -234,7 +233,7 @@ def measure(system: str, served: Served, slo: float, seconds: float, first: floa
                 await call(served.sent[0])
                 return await offer(call, due, [served.sent[i] for i in which])
 
-        return summarize(asyncio.run(inside()), len(due) / length, length, slo)
+        return summarize(complete(inside()), len(due) / length, length, slo)
 
     async def alone() -> list[float]:
         times = []
@@ -245,7 +244,7 @@ def measure(system: str, served: Served, slo: float, seconds: float, first: floa
                 times.append((time.perf_counter() - t) * 1000)
         return times[20:]
 
-    times = asyncio.run(alone())
+    times = complete(alone())
     used: dict[float, float] = {}
 
     def at(rate: float) -> Run:
