@@ -48,6 +48,7 @@ class ServerOptions:
     log: Path | None = None
     verbose: int = 0
     start_timeout_s: float = 120.0
+    python: Path = Path(sys.executable)  # that of the Python workers
     extra: tuple[str, ...] = field(default=())
 
 
@@ -182,7 +183,7 @@ class TritonServer:
         """Triton's Python workers ignore PYTHONPATH (they start Python isolated): they find this environment, with
         the project installed in it, because its ``python3`` is the first on PATH."""
         env = dict(os.environ)
-        binaries = os.path.dirname(sys.executable)
+        binaries = str(self.options.python.parent)
         libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
         env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*libraries, env.get("LD_LIBRARY_PATH")]))

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from collections.abc import Awaitable, Callable, Iterator
@@ -31,8 +32,9 @@ import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
+from tritonclient.grpc import service_pb2
 
-from loadtest.open_loop import METHOD, Run, best, complete, due_times, knee, messages, offer, picks, summarize
+from loadtest.open_loop import METHOD, Run, best, complete, due_times, knee, message, messages, offer, picks, summarize
 from loadtest.requests import recorded
 from preprocessing import contract as c
 from serving.client import VivaceClient
@@ -147,6 +149,59 @@ def vivace(root: Path, profile: str) -> Iterator[Served]:
                 return client.recommend("", history, TOP_K).items
 
         yield Served(server.pid, messages(root, TOP_K), lambda: Grpc(url), items)
+
+
+def strings(values: list[str]) -> np.ndarray:
+    return np.array([v.encode() for v in values], object)
+
+
+def ragged(history: list[str]) -> bytes:
+    """A history as Merlin's ensemble takes a list column: its values, and where each row begins and ends."""
+    values = c.WireTensor(f"{c.ITEM}__values", "BYTES", (-1,))
+    return message(c.ENSEMBLE, [
+        (values, strings(history)),
+        (c.WireTensor(f"{c.ITEM}__offsets", "INT32", (-1,)), np.array([0, len(history)], np.int32)),
+    ])  # fmt: skip
+
+
+def batched(history: list[str]) -> bytes:
+    return message(c.ENSEMBLE, [(c.WireTensor(c.ITEM, "BYTES", (-1,)), strings(history).reshape(1, -1))])
+
+
+@contextmanager
+def merlin(root: Path, kind: str) -> Iterator[Served]:
+    """Merlin Systems 23.8 on the same tritonserver: "stock" as its code exports it, "best" as made by hand."""
+    python, names = environment("merlin"), item_names(root)
+    with tempfile.TemporaryDirectory(prefix="vivace-merlin-") as folder:
+        command = [str(python), "-m", "loadtest.peers.merlin_export", str(root.resolve()), folder, kind]
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"Merlin, {kind}: not exported:\n{done.stderr[-2000:]}")
+        options = ServerOptions(
+            Path(folder), http_port=0, grpc_port=0, metrics_port=0, log=root / f"peer-merlin-{kind}.log", python=python
+        )
+        encode = {"stock": ragged, "best": batched}[kind]
+        with TritonServer(options) as server:
+            url = f"{server.host}:{server.grpc_port}"
+
+            def items(_: str, history: list[str]) -> list[str]:
+                async def ask() -> Any:
+                    async with Grpc(url) as call:
+                        return await call(encode(history))
+
+                answer = service_pb2.ModelInferResponse.FromString(complete(ask()))
+                place = [t.name for t in answer.outputs].index("ids")
+                ids = np.frombuffer(answer.raw_output_contents[place], np.int64)
+                return [names[i] for i in ids if i >= c.FIRST_ID]
+
+            yield Served(server.pid, [encode(list(h)) for h in recorded(root)[c.ITEM]], lambda: Grpc(url), items)
+
+
+def item_names(root: Path) -> list[str]:
+    """Raw item ids by number, for systems that answer numbers."""
+    version = json.loads((root / "compiled" / "manifest.json").read_text())["results"]["version"]
+    path = root / "model_repository" / c.RESPONSE / str(version) / "items.json"
+    return [""] * c.FIRST_ID + json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -285,6 +340,8 @@ def main(
         "FastAPI, PyTorch, its threads": lambda: http_peer(root, "fastapi", fastapi),
         "FastAPI, PyTorch, one thread": lambda: http_peer(root, "fastapi", fastapi, VIVACE_TORCH_THREADS="1"),
         "LitServe, PyTorch, batches": lambda: http_peer(root, "litserve", litserve(root)),
+        "Merlin Systems, as exported": lambda: merlin(root, "stock"),
+        "Merlin, by hand": lambda: merlin(root, "best"),
     }
     expected: list[list[str]] = []
     rows: list[Row] = []
