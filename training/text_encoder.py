@@ -6,7 +6,7 @@ the retriever reads where its configuration says ``text_encoder``. Axis legend: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,12 @@ class TextConfig:
     share: float = 0.15
 
 
-def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
-    """Byte-pair encoding of lower-cased text in Unicode's compatibility form."""
+def train_tokenizer(texts: list[str], vocabulary: int, more: Sequence[str] = ()) -> Tokenizer:
+    """Byte-pair encoding of lower-cased text in Unicode's compatibility form; ``more`` special tokens."""
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL[UNKNOWN]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[*SPECIAL, *more], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

@@ -1,0 +1,80 @@
+"""The tuner against a full grid: how much of the best rate it finds, in how many of the grid's runs.
+
+    python -m loadtest.tune_grid artifacts/ml-1m --space grid.json
+
+Every configuration of the space is run until its knee is known; then the search has its turn on the same space, with a
+log of its own. What counts is the rate that the grid measured for the configuration that the search chose. Both go on
+where they were interrupted. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from loadtest.tune import FOLDER, Journal, Objective, Trial, Tuner, trials
+from vivace.artifacts import commit
+from vivace.doctor import cpu
+
+console = Console(width=120)
+GRID, SEARCH = "grid", "grid-search"
+ANY_BUDGET_S = 1e6
+
+
+def live_runs(journal: Journal) -> int:
+    """How many times a server was put under load."""
+    return sum(json.loads(key)[0] in ("run", "turn") for key in journal.found)
+
+
+def tuner(root: Path, objective: Objective, name: str, space: dict[str, list[Any]], seconds: float) -> Tuner:
+    say = lambda text: console.print(text, highlight=False)  # noqa: E731
+    return Tuner(root, objective, name, space, ANY_BUDGET_S, seconds, say, lambda _: None)
+
+
+def main(
+    root: Annotated[Path, typer.Argument(help="the run, artifacts/<name>")],
+    space: Annotated[Path, typer.Option(help="JSON of values by knob")],
+    slo: str = "p99=20ms",
+    quality: float = 0.99,
+    seconds: Annotated[float, typer.Option(help="of one run under load")] = 4.0,
+    restart: Annotated[bool, typer.Option(help="forget what was measured")] = False,
+) -> None:
+    objective, wanted = Objective.parse(slo, quality), json.loads(space.read_text())
+    for name in (GRID, SEARCH):
+        if restart:
+            (root / FOLDER / f"{name}.jsonl").unlink(missing_ok=True)
+    everything = trials(wanted, root)
+    grid = tuner(root, objective, GRID, wanted, seconds)
+    fit = [t for t in everything if grid.share(t.answer, 0)[0] >= quality]
+    met = {}
+    for i, trial in enumerate(fit):
+        met[trial] = grid.measure(trial, grid.predict(trial)).met
+        console.print(f"{i + 1} of {len(fit)}: {met[trial]:.0f} requests a second: {trial}", highlight=False)
+    grid.close()
+    search = tuner(root, objective, SEARCH, wanted, seconds)
+    found = search.search()
+    search.close()
+    chosen = Trial(**found["chosen"]["trial"])
+    best = max(met, key=lambda t: met[t])
+    runs = live_runs(search.journal), live_runs(grid.journal)
+    share = met.get(chosen, 0.0) / met[best]
+    console.print(f"the grid's best, {met[best]:.0f}: {best}", highlight=False)
+    console.print(
+        f"the search's choice has {share:.1%} of it, in {runs[0]} runs against {runs[1]}: {chosen}", highlight=False
+    )
+    print(json.dumps({
+        "benchmark": "tuner against a full grid", "data": root.name, "objective": str(objective), "space": wanted,
+        "configurations": len(everything), "fit": len(fit),
+        "grid_best_qps": met[best], "chosen_qps_in_grid": met.get(chosen),
+        "share": round(share, 4), "search_runs": runs[0], "grid_runs": runs[1],
+        "runs_share": round(runs[0] / runs[1], 4), "chosen": str(chosen), "best": str(best), "cpu": cpu()[0],
+        "commit": commit(),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)

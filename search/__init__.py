@@ -1,0 +1,1 @@
+"""Search beside recommendation: what a query means, which items match it, in which order."""

@@ -1,0 +1,187 @@
+"""Candidates from words, meaning, behaviour and popularity: each branch on its own, then fused; filters, facets,
+diversity. Axis legend: V items, N candidates, E width of the vectors, F text fields.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from search.data import Catalogue
+from search.lexical import Lexical
+from search.understanding import Understood
+
+LEXICAL, DENSE, BEHAVIOUR, POPULAR = "lexical", "dense", "behaviour", "popular"
+RRF = 60.0  # Cormack et al. 2009
+NOWHERE = np.float32(-np.inf)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What an answer must be: one of the ``values`` of each attribute, within the ``ranges`` of each number (ends
+    included; None for open), not among the rows ``without``."""
+
+    values: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    without: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """``rows`` of the catalogue, best first by ``fused``; ``rank``: of each branch, int64 [N], -1 where it did not
+    find the item."""
+
+    rows: np.ndarray
+    fused: np.ndarray
+    rank: dict[str, np.ndarray]
+
+    def found_by(self, place: int) -> list[str]:
+        """Branches that found the candidate at ``place``."""
+        return [b for b, r in self.rank.items() if r[place] >= 0]
+
+
+def top(scores_V: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the ``count`` best finite scores, best first, equal ones by row."""
+    count = min(count, int(np.isfinite(scores_V).sum()))
+    if count == 0:
+        return np.empty(0, np.int64)
+    if count < len(scores_V):
+        least = np.partition(scores_V, len(scores_V) - count)[len(scores_V) - count]
+        near = np.flatnonzero(scores_V >= least)
+    else:
+        near = np.arange(len(scores_V))
+    found: np.ndarray = near[np.argsort(-scores_V[near], kind="stable")][:count]
+    return found
+
+
+def fuse(
+    branches: Mapping[str, np.ndarray], count: int, weights: Mapping[str, float] | None = None
+) -> Candidates:  # fmt: skip
+    """Reciprocal rank fusion of rows, best first, of each branch; an item that several found is there once."""
+    fused: dict[int, float] = {}
+    place: dict[str, dict[int, int]] = {}
+    for name, rows in branches.items():
+        w = (weights or {}).get(name, 1.0)
+        place[name] = {int(r): i for i, r in enumerate(rows)}
+        for r, i in place[name].items():
+            fused[r] = fused.get(r, 0.0) + w / (RRF + i + 1)
+    order = sorted(fused, key=lambda r: (-fused[r], r))[:count]
+    rank = {b: np.array([p.get(r, -1) for r in order], np.int64) for b, p in place.items()}
+    return Candidates(np.array(order, np.int64), np.array([fused[r] for r in order], np.float32), rank)
+
+
+class HybridIndex:
+    """What retrieval needs of a catalogue: term weights, vectors, attributes.
+
+    Args:
+        vectors: unit vectors of the items float32 [V, E].
+        weights: of each branch in the fusion (1).
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, lexical: Lexical, vectors_VE: np.ndarray, weights: Mapping[str, float] | None = None
+    ) -> None:  # fmt: skip
+        if not len(catalogue.items) == lexical.items == len(vectors_VE):
+            raise ValueError(
+                f"HybridIndex: expected as many vectors and lexical rows as items, got {len(vectors_VE)} and "
+                f"{lexical.items} for {len(catalogue.items)}"
+            )
+        self.catalogue, self.lexical, self.vectors = catalogue, lexical, np.ascontiguousarray(vectors_VE, np.float32)
+        self.weights = dict(weights or {})
+        self.row = {item: i for i, item in enumerate(catalogue.items)}
+        self.values: dict[str, list[str]] = {}
+        self.codes: dict[str, np.ndarray] = {}
+        for name, column in catalogue.attributes.items():
+            self.values[name], codes = np.unique(np.array(column, object).astype(str), return_inverse=True)
+            self.codes[name] = codes.astype(np.int32)
+        p = catalogue.popularity
+        self.popularity = np.zeros(len(catalogue.items), np.float32) if p is None else np.asarray(p, np.float32)
+
+    def allowed(self, filters: Filters) -> np.ndarray:
+        """bool [V]. Raises ValueError for an attribute or number that the catalogue does not have."""
+        out_V = np.ones(len(self.catalogue.items), bool)
+        for name, wanted in filters.values.items():
+            if name not in self.codes:
+                raise ValueError(f"filter: expected an attribute of {sorted(self.codes)}, got {name!r}")
+            known = np.isin(self.values[name], list(wanted))
+            out_V &= known[self.codes[name]]
+        for name, (low, high) in filters.ranges.items():
+            if name not in self.catalogue.numbers:
+                raise ValueError(f"filter: expected a number of {sorted(self.catalogue.numbers)}, got {name!r}")
+            value = self.catalogue.numbers[name]
+            if low is not None:
+                out_V &= value >= low  # NaN is in no range
+            if high is not None:
+                out_V &= value <= high
+        if len(filters.without):
+            out_V[np.asarray(filters.without, np.int64)] = False
+        return out_V
+
+    def candidates(
+        self,
+        understood: Understood | None,
+        vector_E: np.ndarray | None,
+        count: int = 200,
+        allowed_V: np.ndarray | None = None,
+        behaviour: np.ndarray | None = None,
+        popular: bool = False,
+    ) -> Candidates:
+        """Up to ``count`` items. ``behaviour``: rows that the user's history suggests, best first. Popular items fill
+        what is missing, so that a narrow filter still fills an answer."""
+        shut = None if allowed_V is None else ~allowed_V
+        branches: dict[str, np.ndarray] = {}
+        if understood is not None and understood.terms:
+            scores_V = self.lexical(understood.terms, understood.weights)
+            scores_V[scores_V <= 0] = NOWHERE
+            branches[LEXICAL] = top(self._shut(scores_V, shut), count)
+        if vector_E is not None:
+            branches[DENSE] = top(self._shut(self.vectors @ vector_E, shut), count)
+        if behaviour is not None:
+            branches[BEHAVIOUR] = behaviour if allowed_V is None else behaviour[allowed_V[behaviour]]
+        if popular or sum(map(len, branches.values())) < count:
+            branches[POPULAR] = top(self._shut(self.popularity.copy(), shut), count)
+        weights = {POPULAR: 0.1, BEHAVIOUR: 0.5, **self.weights}
+        return fuse(branches, count, weights)
+
+    @staticmethod
+    def _shut(scores_V: np.ndarray, shut_V: np.ndarray | None) -> np.ndarray:
+        if shut_V is not None:
+            scores_V[shut_V] = NOWHERE
+        return scores_V
+
+    def facets(self, rows: np.ndarray, most: int = 10) -> dict[str, list[tuple[str, int]]]:
+        """Of each attribute, its most frequent values among ``rows`` with their counts."""
+        out = {}
+        for name, codes in self.codes.items():
+            counts = Counter(codes[rows].tolist())
+            named = [(str(self.values[name][c]), n) for c, n in counts.most_common() if self.values[name][c]]
+            out[name] = sorted(named, key=lambda vn: (-vn[1], vn[0]))[:most]
+        return out
+
+    def matches(self, understood: Understood, allowed_V: np.ndarray | None = None) -> np.ndarray:
+        """Rows that have a term of the query and are allowed: what facets count."""
+        hit_V = self.lexical(understood.terms, understood.weights) > 0
+        return np.flatnonzero(hit_V if allowed_V is None else hit_V & allowed_V)
+
+
+def diversify(scores_N: np.ndarray, vectors_NE: np.ndarray, count: int, diversity: float) -> np.ndarray:
+    """Places of ``count`` candidates by maximal marginal relevance (Carbonell and Goldstein 1998): each next one has
+    the most of (1 - diversity) * score - diversity * similarity to the nearest chosen; scores are first put between
+    0 and 1. ``diversity`` 0: by score."""
+    if not 0 <= diversity <= 1:
+        raise ValueError(f"diversity: expected 0..1, got {diversity}")
+    count = min(count, len(scores_N))
+    spread = float(np.ptp(scores_N)) if len(scores_N) else 0.0
+    relevance_N = (scores_N - scores_N.min()) / spread if spread else np.zeros(len(scores_N))
+    nearest_N, free_N = np.zeros(len(scores_N)), np.ones(len(scores_N), bool)
+    out = []
+    for _ in range(count):
+        value_N = np.where(free_N, (1 - diversity) * relevance_N - diversity * nearest_N, -np.inf)
+        best = int(value_N.argmax())
+        out.append(best)
+        free_N[best] = False
+        nearest_N = np.maximum(nearest_N, vectors_NE @ vectors_NE[best])
+    return np.array(out, np.int64)

@@ -1,0 +1,171 @@
+"""The search ranker: what query and item have in common, as features, and a small network over them.
+
+Learned by the list (softmax over the candidates, Cao et al. 2007) from judgments or, where there are only clicks, from
+clicks weighted by the inverse of the chance that their position was looked at (Joachims et al. 2017); those chances are
+estimated from the log by the position-based model's EM (Wang et al. 2018). Axis legend: Q queries, N candidates,
+X features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from search.hybrid import BEHAVIOUR, DENSE, LEXICAL, POPULAR, Candidates, HybridIndex
+from search.understanding import Understood
+
+BRANCHES = (LEXICAL, DENSE, BEHAVIOUR, POPULAR)
+NEAR = 10.0  # a branch's rank r counts NEAR / (NEAR + r)
+
+
+def feature_names(index: HybridIndex) -> list[str]:
+    fields = [f"bm25 {f.name}" for f in index.lexical.fields]
+    intents = [f"{kind} {a}" for a in index.codes for kind in ("named", "likely")]
+    ranks = [f"rank {b}" for b in BRANCHES]
+    return [*fields, "bm25", "bm25 of the best", "dense", "in title", "in text", *intents, *ranks, "fused", "popular",
+            "terms", "affinity"]  # fmt: skip
+
+
+def features(
+    index: HybridIndex, understood: Understood, vector_E: np.ndarray, found: Candidates,
+    affinity_N: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
+    """float32 [N, X] in the order of ``feature_names``. ``affinity``: what the user's history says of each candidate,
+    a logit (0 without history)."""
+    rows, n = found.rows, len(found.rows)
+    fields_FN = index.lexical.by_field(understood.terms, understood.weights)[:, rows]
+    whole_N = index.lexical.boosted(fields_FN)
+    best = max(float(whole_N.max(initial=0.0)), 1e-6)
+    columns = [*fields_FN, whole_N, whole_N / best, index.vectors[rows] @ vector_E]
+    columns += list(index.lexical.coverage(understood.terms, understood.weights)[:, rows])
+    for a, codes in index.codes.items():
+        for named in (True, False):
+            chance = np.zeros(len(index.values[a]), np.float32)
+            for i in understood.intents:
+                if i.attribute == a and i.named == named:
+                    chance[np.asarray(index.values[a]) == i.value] = i.probability
+            columns.append(chance[codes[rows]])
+    for b in BRANCHES:
+        r = found.rank.get(b, np.full(n, -1))
+        columns.append(np.where(r >= 0, NEAR / (NEAR + r), 0.0))
+    columns += [found.fused * 60, index.popularity[rows], np.full(n, len(understood.words))]
+    columns.append(np.zeros(n) if affinity_N is None else affinity_N)
+    return np.stack([np.asarray(x, np.float32) for x in columns], 1)
+
+
+class SearchRanker(nn.Module):
+    """Features float32 [B, N, X] to scores float32 [B, N]; each candidate by itself, so their order is irrelevant."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, inputs: int, hidden: int = 32, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+        self.line = nn.Linear(inputs, 1)
+        self.net = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Dropout(dropout), nn.Linear(hidden, 1),
+        )  # fmt: skip
+
+    def forward(self, features_BNX: Tensor) -> Tensor:
+        x = ((features_BNX - self.mean) * self.scale).clamp(-5, 5)
+        scores_BN: Tensor = (self.line(x) + self.net(x)).squeeze(-1)
+        return scores_BN
+
+    def score(self, features_NX: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            found: np.ndarray = self.eval()(torch.from_numpy(features_NX)[None])[0].numpy()
+        return found
+
+
+@dataclass(frozen=True)
+class RankerConfig:
+    epochs: int = 60
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.02
+    batch_size: int = 16
+    hidden: int = 32
+    dropout: float = 0.2
+    members: int = 3  # networks from other seeds, their scores averaged
+
+
+class Ensemble(nn.Module):
+    def __init__(self, members: Sequence[SearchRanker]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, features_BNX: Tensor) -> Tensor:
+        return torch.stack([m(features_BNX) for m in self.members]).mean(0)
+
+    score = SearchRanker.score
+
+
+def train_search_ranker(
+    lists: Sequence[np.ndarray], gains: Sequence[np.ndarray], config: RankerConfig, seed: int
+) -> Ensemble:
+    """``lists``: features [N_q, X] of each query's candidates; ``gains`` [N_q] of the same, or clicks weighted by
+    ``inverse_propensity``. Queries without any gain teach nothing."""
+    taught = [i for i, g in enumerate(gains) if g.sum() > 0]
+    if not taught:
+        raise ValueError("search ranker: expected at least one query with a candidate that gains, got none")
+    inputs, longest = lists[0].shape[1], max(len(lists[i]) for i in taught)
+    x = torch.zeros(len(taught), longest, inputs)
+    y, real = torch.zeros(len(taught), longest), torch.zeros(len(taught), longest, dtype=torch.bool)
+    for row, i in enumerate(taught):
+        n = len(lists[i])
+        x[row, :n], y[row, :n], real[row, :n] = torch.from_numpy(lists[i]), torch.from_numpy(gains[i]).float(), True
+    members = []
+    for member in range(config.members):
+        torch.manual_seed(seed * 100 + member)
+        model = SearchRanker(inputs, config.hidden, config.dropout)
+        model.mean.copy_(x[real].mean(0))
+        model.scale.copy_(1 / x[real].std(0).clamp_min(1e-3))
+        optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+        steps = config.epochs * -(-len(taught) // config.batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps)
+        model.train()
+        for _ in range(config.epochs):
+            for own in torch.randperm(len(taught)).split(config.batch_size):
+                scores = model(x[own]).masked_fill(~real[own], -1e4)
+                wanted = y[own] / y[own].sum(1, keepdim=True)
+                loss = -(wanted * F.log_softmax(scores, 1)).sum(1).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        members.append(model.eval())
+    return Ensemble(members)
+
+
+def propensities(
+    pair: np.ndarray, position: np.ndarray, clicked: np.ndarray, rounds: int = 100
+) -> np.ndarray:  # fmt: skip
+    """Chance that each position is looked at, relative to the first, float64 [positions], from a log.
+
+    ``pair``: number of the (query, item) shown int64 [R]; ``position`` from 0; ``clicked`` bool. The same pairs must
+    have been shown at several positions. P(click) = seen[position] * relevant[pair].
+    """
+    seen = np.full(int(position.max()) + 1, 0.5)
+    relevant = np.full(int(pair.max()) + 1, 0.5)
+    shown_at, shown = np.bincount(position), np.bincount(pair)
+    for _ in range(rounds):
+        s, r = seen[position], relevant[pair]
+        rest = 1 - s * r
+        looked = np.where(clicked, 1.0, s * (1 - r) / rest)  # P(seen | click or none)
+        good = np.where(clicked, 1.0, (1 - s) * r / rest)
+        seen = np.clip(np.bincount(position, looked) / np.maximum(shown_at, 1), 1e-4, 1 - 1e-4)
+        relevant = np.clip(np.bincount(pair, good) / np.maximum(shown, 1), 1e-4, 1 - 1e-4)
+    return seen / seen[0]
+
+
+def inverse_propensity(clicked: np.ndarray, position: np.ndarray, seen: np.ndarray, most: float = 20.0) -> np.ndarray:
+    """Weight of each shown item: 1 / chance where it was clicked (at most ``most``), 0 elsewhere."""
+    weight: np.ndarray = np.where(clicked, np.minimum(1 / np.maximum(seen[position], 1e-9), most), 0.0)
+    return weight
