@@ -79,11 +79,6 @@ class SearchRanker(nn.Module):
         scores_BN: Tensor = (self.line(x) + self.net(x)).squeeze(-1)
         return scores_BN
 
-    def score(self, features_NX: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            found: np.ndarray = self.eval()(torch.from_numpy(features_NX)[None])[0].numpy()
-        return found
-
 
 @dataclass(frozen=True)
 class RankerConfig:
@@ -97,6 +92,8 @@ class RankerConfig:
 
 
 class Ensemble(nn.Module):
+    """Mean of the members' scores."""
+
     def __init__(self, members: Sequence[SearchRanker]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
@@ -104,7 +101,11 @@ class Ensemble(nn.Module):
     def forward(self, features_BNX: Tensor) -> Tensor:
         return torch.stack([m(features_BNX) for m in self.members]).mean(0)
 
-    score = SearchRanker.score
+    def score(self, features_NX: np.ndarray) -> np.ndarray:
+        """float32 [N] of one query's candidates."""
+        with torch.inference_mode():
+            found: np.ndarray = self.eval()(torch.from_numpy(features_NX)[None])[0].numpy()
+        return found
 
 
 def train_search_ranker(

@@ -1,0 +1,163 @@
+"""Fusion, filters, facets, diversity by hand; the ranker, clicks with a known bias; metrics by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from search.data import Catalogue, Judgments, read_esci
+from search.evaluate import judge, ndcg
+from search.hybrid import DENSE, LEXICAL, POPULAR, Filters, HybridIndex, diversify, fuse, top
+from search.lexical import Field, Lexical
+from search.ranker import (
+    RankerConfig,
+    feature_names,
+    features,
+    inverse_propensity,
+    propensities,
+    train_search_ranker,
+)
+from search.understanding import QueryUnderstanding
+
+TITLES = ["red shoe", "blue shoe", "red hat", "green scarf", "blue hat", "red scarf"]
+COLOURS = ["red", "blue", "red", "green", "blue", "red"]
+
+
+@pytest.fixture(scope="module")
+def catalogue():
+    return Catalogue(
+        [f"sku{i}" for i in range(6)],
+        {"title": TITLES},
+        {"colour": COLOURS},
+        {"price": np.array([10, 20, 30, 40, np.nan, 60], np.float32)},
+        np.arange(6, dtype=np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def index(catalogue):
+    vectors = np.eye(6, dtype=np.float32)
+    return HybridIndex(catalogue, Lexical.build(catalogue.texts, [Field("title")]), vectors)
+
+
+@pytest.fixture(scope="module")
+def understanding(catalogue):
+    return QueryUnderstanding.learn([TITLES], catalogue.attributes)
+
+
+def test_reciprocal_ranks_by_hand():
+    found = fuse({"a": np.array([7, 3]), "b": np.array([3, 9])}, 3)
+    assert found.rows.tolist() == [3, 7, 9]
+    assert found.fused == pytest.approx([1 / 62 + 1 / 61, 1 / 61, 1 / 62])
+    assert found.rank["a"].tolist() == [1, 0, -1] and found.found_by(0) == ["a", "b"] and found.found_by(2) == ["b"]
+    assert fuse({"a": np.array([7, 3]), "b": np.array([3, 9])}, 3, {"b": 0.0}).rows[0] == 7
+
+
+def test_the_best_rows_ties_by_row():
+    scores = np.array([1, 3, 3, -np.inf, 2], np.float32)
+    assert top(scores, 3).tolist() == [1, 2, 4] and top(scores, 9).tolist() == [1, 2, 4, 0]
+    assert top(np.full(3, -np.inf, np.float32), 2).tolist() == []
+
+
+def test_branches_find_and_say_so(index, understanding):
+    found = index.candidates(understanding("red shoe"), index.vectors[3], 6)
+    assert found.rows[0] in (0, 3) and set(found.rows) == set(range(6))
+    place = found.rows.tolist().index(0)
+    assert LEXICAL in found.found_by(place) and DENSE in found.found_by(place)
+    nothing = index.candidates(understanding("😀"), None, 3)
+    assert nothing.rows.tolist() == [5, 4, 3] and nothing.found_by(0) == [POPULAR]
+
+
+def test_a_narrow_filter_still_fills_the_answer(index, understanding):
+    allowed = index.allowed(Filters({"colour": ["blue", "green"]}, {"price": (15, None)}, [3]))
+    assert np.flatnonzero(allowed).tolist() == [1]  # 4 has no price, 3 was seen
+    wide = index.allowed(Filters({"colour": ["red"]}))
+    found = index.candidates(understanding("scarf"), index.vectors[3], 3, wide)
+    assert len(found.rows) == 3 and set(found.rows) == {0, 2, 5}
+    for bad, said in ((Filters({"size": ["1"]}), "an attribute"), (Filters({}, {"weight": (0, 1)}), "a number")):
+        with pytest.raises(ValueError, match=said):
+            index.allowed(bad)
+
+
+def test_facets_count_what_matches(index, understanding):
+    rows = index.matches(understanding("red"))
+    assert rows.tolist() == [0, 2, 5] and index.facets(rows) == {"colour": [("red", 3)]}
+    assert index.facets(index.matches(understanding("shoe hat")))["colour"] == [("blue", 2), ("red", 2)]
+
+
+def test_marginal_relevance_by_hand():
+    vectors = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
+    scores = np.array([1.0, 0.9, 0.0])
+    assert diversify(scores, vectors, 3, 0.0).tolist() == [0, 1, 2]
+    assert diversify(scores, vectors, 2, 0.5).tolist() == [0, 2]  # 1: .45 - .5; 2: 0 - 0
+    assert diversify(np.zeros(0), np.zeros((0, 2)), 3, 0.5).tolist() == []
+    with pytest.raises(ValueError, match="expected 0"):
+        diversify(scores, vectors, 2, 1.5)
+
+
+def test_features_are_named_and_the_order_of_candidates_is_irrelevant(index, understanding):
+    u = understanding("red shoes")
+    found = index.candidates(u, index.vectors[0], 6)
+    x = features(index, u, index.vectors[0], found)
+    names = feature_names(index)
+    assert x.shape == (6, len(names))
+    best = x[found.rows.tolist().index(0)]
+    assert best[names.index("in title")] == 1 and best[names.index("named colour")] == 1
+    assert best[names.index("dense")] == 1 and best[names.index("bm25 of the best")] == 1
+    rng = np.random.default_rng(3)
+    lists = [rng.normal(size=(6, x.shape[1])).astype(np.float32) for _ in range(20)]
+    gains = [(rows[:, 0] == rows[:, 0].max()).astype(float) for rows in lists]
+    model = train_search_ranker(lists, gains, RankerConfig(epochs=30, members=2), 3)
+    scores, mixed = model.score(lists[0]), rng.permutation(6)
+    assert model.score(lists[0][mixed]) == pytest.approx(scores[mixed], abs=1e-5)
+    assert np.mean([model.score(rows).argmax() == g.argmax() for rows, g in zip(lists, gains, strict=True)]) > 0.8
+    with pytest.raises(ValueError, match="at least one query"):
+        train_search_ranker(lists[:1], [np.zeros(6)], RankerConfig(), 3)
+
+
+def test_position_bias_is_found_and_taken_out_of_clicks():
+    """Simulated: the chance to be looked at falls as 1, 1/2, 1/3 ..; clicks on what is relevant. Each query's items
+    are mostly shown in an order that hides the good ones, as an old ranker would."""
+    rng = np.random.default_rng(3)
+    queries, items, seen = 300, 5, 1 / np.arange(1, 6)
+    relevant = rng.uniform(0.05, 0.9, (queries, items))
+    pair, position, clicked = [], [], []
+    for _ in range(150):
+        places = np.argsort(np.argsort(relevant + rng.normal(0, 0.3, relevant.shape), axis=1), axis=1)  # worst first
+        pair.append(np.arange(queries * items))
+        position.append(places.ravel())
+        clicked.append((rng.random(relevant.shape) < relevant * seen[places]).ravel())
+    pair, position, clicked = (np.concatenate(v) for v in (pair, position, clicked))
+    found = propensities(pair, position, clicked)
+    assert found == pytest.approx(seen, abs=0.05)
+    weight = inverse_propensity(clicked, position, found)
+
+    def right(value: np.ndarray) -> float:
+        """Share of queries whose best item has the most."""
+        total = np.bincount(pair, value).reshape(queries, items)
+        return float((total.argmax(1) == relevant.argmax(1)).mean())
+
+    assert right(weight) > right(clicked.astype(float)) + 0.25
+
+
+def test_metrics_by_hand():
+    assert ndcg([1, 0, 0.1], [1, 0.1, 0.01]) == pytest.approx((1 + 0.1 / 2) / (1 + 0.1 / np.log2(3) + 0.01 / 2))
+    assert ndcg([0, 0], [0, 0]) == 0
+    found = judge(["x", "b", "a"], {"a": 1.0, "b": 0.1, "c": 1.0})
+    assert found["MRR"] == pytest.approx(1 / 3) and found["recall@100"] == 0.5
+
+
+def test_each_query_is_tested_once_and_never_learned_from():
+    j = Judgments([str(i) for i in range(11)], [{}] * 11)
+    folds = list(j.folds(5, 3))
+    assert sorted(q for _, test in folds for q in test) == list(range(11))
+    assert all(not set(train) & set(test) and len(train) + len(test) == 11 for train, test in folds)
+
+
+def test_a_wrong_catalogue_is_refused(catalogue, index, tmp_path):
+    with pytest.raises(ValueError, match="expected 2 values, one an item, got 1"):
+        Catalogue(["a", "b"], {"title": ["x"]})
+    with pytest.raises(ValueError, match="expected as many vectors"):
+        HybridIndex(catalogue, index.lexical, np.zeros((5, 2), np.float32))
+    with pytest.raises(FileNotFoundError, match="--path names the folder"):
+        read_esci(tmp_path)
