@@ -19,18 +19,22 @@ from rich.table import Table
 
 from search.data import Catalogue, Judgments
 from search.encoder import EncoderTraining, SearchEncoderConfig, TextSearchEncoder, item_texts
-from search.hybrid import HybridIndex
+from search.hybrid import HybridIndex, top
 from search.lexical import Field, Lexical
-from search.ranker import RankerConfig, features, train_search_ranker
+from search.ranker import Ensemble, RankerConfig, features, train_search_ranker
 from search.text import normalise
 from search.understanding import QueryUnderstanding, Understood, with_typos
 from training.evaluation import bootstrap
+from training.text_encoder import TOKENIZER
+from vivace.artifacts import Step, digest, write_text
 
 CANDIDATES, K, DEEP = 200, 10, 100
 WORDS, MEANING, HYBRID, RANKED, TYPOS = "BM25", "dense", "hybrid", "hybrid + ranker", "hybrid + ranker, typos"
 BM25_TYPOS = "BM25, typos"
 TYPO_SHARE = 0.2
-FULL = 1.0  # gain of an item that answers the query
+FULL, SUBSTITUTE = 1.0, 0.1  # gain of an item that answers the query, of one that might do
+HARD = 30  # items that the words find and nobody judged: hard negatives
+FILE = Path("search", "evaluation.json")
 
 
 def ndcg(gains: Sequence[float], ideal: Sequence[float], k: int = K) -> float:
@@ -102,53 +106,79 @@ class Asked:
         return np.array([judged.get(i, 0.0) for i in self.items(self.hybrid[place].rows)])
 
 
+class Study:
+    """One catalogue with judged queries; what does not see judgments (word index, understanding, the encoder before
+    fine-tuning) is made once."""
+
+    def __init__(
+        self, catalogue: Catalogue, judgments: Judgments, config: SearchConfig, folder: Path, seed: int,
+        say: Callable[[str], None], quiet: bool = False,
+    ) -> None:  # fmt: skip
+        self.catalogue, self.judgments, self.config, self.folder, self.seed = catalogue, judgments, config, folder, seed
+        self.quiet, self.say = quiet, say
+        self.lexical = Lexical.build(catalogue.texts, config.fields)
+        self.understanding = QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes)
+        say(
+            f"{len(catalogue.items):,} items, {len(judgments.queries)} queries; "
+            f"lexical index {self.lexical.bytes / 2**20:.1f} MiB"
+        )
+        self.base = EncoderTraining(catalogue, config.encoder, folder / "encoder", seed, quiet)
+        self.base.language()
+        self.base.questions()
+        self.start = {k: v.clone() for k, v in self.base.model.state_dict().items()}
+        self.texts = item_texts(catalogue)
+        self.at = {item: i for i, item in enumerate(catalogue.items)}
+
+    def queries(self, places: Sequence[int]) -> list[str]:
+        return [self.judgments.queries[q] for q in places]
+
+    def fine_tuned(self, places: Sequence[int], name: str) -> TextSearchEncoder:
+        """The encoder after the judgments of the queries at ``places``."""
+        own = EncoderTraining(self.catalogue, self.config.encoder, self.folder / name, self.seed, self.quiet)
+        own.tokenizer, own.tokens = self.base.tokenizer, self.base.tokens
+        own.tokenizer.save(str(own.folder / TOKENIZER))
+        own.model.load_state_dict(self.start)
+        judged = [self.judgments.gains[q] for q in places]
+        positives = [[self.at[i] for i, g in gains.items() if g >= FULL] for gains in judged]
+        hard = []
+        for query, gains in zip(self.queries(places), judged, strict=True):
+            near = top(self.lexical(self.understanding(query).terms), HARD)
+            poor = {self.at[i] for i, g in gains.items() if g < SUBSTITUTE}
+            hard.append(sorted(poor | {int(r) for r in near if not gains.get(self.catalogue.items[r])}))
+        own.judged(self.queries(places), positives, hard)
+        return own.finish()
+
+    def asked(self, encoder: TextSearchEncoder, queries: Sequence[str]) -> Asked:
+        index = HybridIndex(self.catalogue, self.lexical, encoder.items(self.texts))
+        return Asked(index, self.understanding, encoder, queries)
+
+    def ranker(self, train: Sequence[int], name: str) -> Ensemble:
+        """Learned from features by encoders that have not seen the query they are for: two halves of ``train``, each
+        judged by the encoder of the other. Else the ranker would trust the encoder as it is on what it was taught."""
+        lists, gains = [], []
+        for half in (0, 1):
+            own, other = train[half::2], train[1 - half :: 2]
+            asked = self.asked(self.fine_tuned(other, f"{name}-half{half}"), self.queries(own))
+            lists += asked.features
+            gains += [asked.gains(i, self.judgments.gains[q]) for i, q in enumerate(own)]
+        return train_search_ranker(lists, gains, self.config.ranker, self.seed)
+
+
 def evaluate_folds(
-    catalogue: Catalogue,
-    judgments: Judgments,
-    config: SearchConfig,
-    folder: Path,
-    seed: int,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Trains and judges; returns the table, per-query figures in ``queries``. What was trained stays in ``folder``."""
+    catalogue: Catalogue, judgments: Judgments, config: SearchConfig, folder: Path, seed: int,
+    say: Callable[[str], None], quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains and judges; returns the table. What was trained stays in ``folder``."""
     started = time.monotonic()
-    lexical = Lexical.build(catalogue.texts, config.fields)
-    understanding = QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes)
-    say(
-        f"{len(catalogue.items):,} items, {len(judgments.queries)} queries; "
-        f"lexical index {lexical.bytes / 2**20:.1f} MiB"
-    )
-    base = folder / "encoder"
-    training = EncoderTraining(catalogue, config.encoder, base, seed)
-    training.language()
-    training.questions()
-    start = {k: v.clone() for k, v in training.model.state_dict().items()}
-    texts = item_texts(catalogue)
+    study = Study(catalogue, judgments, config, folder, seed, say, quiet)
     rows: dict[str, list[dict[str, float]]] = {}
     order: list[int] = []
-    at = {item: i for i, item in enumerate(catalogue.items)}
     for fold, (train, test) in enumerate(judgments.folds(config.folds, seed)):
-        own = EncoderTraining(catalogue, config.encoder, folder / f"fold{fold}", seed)
-        own.tokenizer, own.tokens = training.tokenizer, training.tokens
-        own.model.load_state_dict(start)
-        by_words = [lexical(understanding(judgments.queries[q]).terms) for q in train]
-        positives = [[at[i] for i, g in judgments.gains[q].items() if g >= FULL] for q in train]
-        hard = [
-            [at[i] for i, g in judgments.gains[q].items() if g < 0.1]
-            + [int(i) for i in np.argsort(-s)[:30] if judgments.gains[q].get(catalogue.items[i], 0.0) == 0]
-            for q, s in zip(train, by_words, strict=True)
-        ]
-        own.judged([judgments.queries[q] for q in train], positives, hard)
-        encoder = own.finish()
-        index = HybridIndex(catalogue, lexical, encoder.items(texts))
-        asked = Asked(index, understanding, encoder, [judgments.queries[q] for q in train])
-        gains = [asked.gains(i, judgments.gains[q]) for i, q in enumerate(train)]
-        ranker = train_search_ranker(asked.features, gains, config.ranker, seed)
-        for typos, names in ((False, (WORDS, MEANING, HYBRID, RANKED)), (True, (BM25_TYPOS, None, None, TYPOS))):
-            queries = [judgments.queries[q] for q in test]
-            if typos:
-                queries = [with_typos(q, TYPO_SHARE, seed * 1000 + i) for q, i in zip(queries, test, strict=True)]
-            asked = Asked(index, understanding, encoder, queries)
+        encoder, ranker = study.fine_tuned(train, f"fold{fold}"), study.ranker(train, f"fold{fold}")
+        clean = study.queries(test)
+        wrong = [with_typos(q, TYPO_SHARE, seed * 1000 + i) for q, i in zip(clean, test, strict=True)]
+        for queries, names in ((clean, (WORDS, MEANING, HYBRID, RANKED)), (wrong, (BM25_TYPOS, None, None, TYPOS))):
+            asked = study.asked(encoder, queries)
             for i, q in enumerate(test):
                 ranked = asked.hybrid[i].rows[np.argsort(-ranker.score(asked.features[i]), kind="stable")]
                 found = (asked.words[i].rows, asked.meaning[i].rows, asked.hybrid[i].rows, ranked)
@@ -158,7 +188,24 @@ def evaluate_folds(
         order += test
         said = ", ".join(f"{n} {np.mean([r['NDCG@10'] for r in v[-len(test) :]]):.4f}" for n, v in rows.items())
         say(f"fold {fold + 1} of {config.folds}: NDCG@10 {said}")
-    return summary(rows, [judgments.queries[q] for q in order], time.monotonic() - started)
+    return summary(rows, study.queries(order), time.monotonic() - started)
+
+
+def evaluate_step(
+    catalogue: Catalogue, judgments: Judgments, config: SearchConfig, root: Path, seed: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """``evaluate_folds`` unless its figures are there; writes them to ``root / FILE``."""
+    data = digest([catalogue.items, catalogue.texts, judgments.queries, judgments.gains])
+    step = Step(root / FILE.parent, "evaluate search", config, seed, {"data": data})
+    if step.done():
+        say("the figures are there: nothing to do")
+        found: dict[str, Any] = json.loads((root / FILE).read_text(encoding="utf-8"))
+        return found
+    step.reset()
+    results = evaluate_folds(catalogue, judgments, config, step.folder, seed, say)
+    write_text(root / FILE, json.dumps(results, indent=2))
+    step.finish(results["seconds"], **{name: row["NDCG@10"]["mean"] for name, row in results["table"].items()})
+    return results
 
 
 def summary(
@@ -192,8 +239,3 @@ def render(results: Mapping[str, Any], title: str) -> Table:
     for name, row in results["table"].items():
         table.add_row(name, *(cell(row[n]) for n in names), *(f"{row['groups'][g]:.4f}" for g in groups))
     return table
-
-
-def write(results: Mapping[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2), encoding="utf-8")

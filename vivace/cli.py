@@ -256,8 +256,15 @@ def evaluate(
     seed: Seed = 7,
     compare: Annotated[str, typer.Option(help="names of evaluated runs, by commas: print them side by side")] = "",
     plot: Annotated[Path, typer.Option(help="picture of --compare")] = Path("compare.png"),
+    task: Annotated[str, typer.Option(help="recommend, or search with --data esci and its --path")] = "recommend",
+    data: Annotated[str, typer.Option("--data", help="of --task search: esci")] = "esci",
+    path: DataPath = None,
 ) -> None:
-    """Rank every item for every test request: baselines, retriever, ranker, control. --compare: several runs."""
+    """Rank every item for every test request: baselines, retriever, ranker, control. --compare: several runs. --task
+    search: BM25, dense, hybrid and ranker on judged queries."""
+    if task == "search":
+        evaluate_search(artifacts / (name if name != "shop" else data), data, path, seed)
+        return
     if compare:
         compare_runs([artifacts / n for n in compare.split(",") if n], plot)
         return
@@ -273,6 +280,20 @@ def evaluate(
             manifest = run(features, _preset(preset, root), root, seed, lambda text: status.update(text))
         for table in render(manifest, name):
             console.print(table)
+
+
+def evaluate_search(root: Path, data: str, path: Path | None, seed: int) -> None:
+    from search.data import read_esci
+    from search.evaluate import FILE, esci_config, evaluate_step, render
+    from vivace.artifacts import exclusive
+
+    with reported():
+        if data != "esci" or path is None:
+            raise ValueError("--task search: expected --data esci and --path, the folder of the data set")
+        with exclusive(root):
+            results = evaluate_step(*read_esci(path), esci_config(), root, seed, say)
+        console.print(render(results, f"{data}: search, {results['queries']} judged queries, all items ranked"))
+        say(f"figures {root / FILE}")
 
 
 def compare_runs(runs: list[Path], plot_file: Path) -> None:

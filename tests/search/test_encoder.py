@@ -91,7 +91,7 @@ def test_folds_are_learned_and_judged(catalogue, config, tmp_path):
         f"sku{i}": 1.0 for i in range(96) if q in title[i]} for q in queries]  # fmt: skip
     small = SearchConfig((Field("title", 2.0), Field("text", 0.5)), config, RankerConfig(epochs=10, members=1), folds=2)
     said: list[str] = []
-    results = evaluate_folds(catalogue, Judgments(queries, gains), small, tmp_path, 3, said.append)
+    results = evaluate_folds(catalogue, Judgments(queries, gains), small, tmp_path, 3, said.append, quiet=True)
     table = results["table"]
     assert results["queries"] == 10 and len(said) == 3
     assert table[WORDS]["NDCG@10"]["mean"] > 0.9 and table[WORDS]["over BM25"]["mean"] == 0
