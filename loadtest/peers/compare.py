@@ -177,9 +177,11 @@ def merlin(root: Path, kind: str) -> Iterator[Served]:
         done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"Merlin, {kind}: not exported:\n{done.stderr[-2000:]}")
+        stages = sorted(d.name for d in Path(folder).iterdir() if d.name != c.ENSEMBLE)  # its first model calls them
         options = ServerOptions(
-            Path(folder), http_port=0, grpc_port=0, metrics_port=0, log=root / f"peer-merlin-{kind}.log", python=python
-        )
+            Path(folder), http_port=0, grpc_port=0, metrics_port=0, log=root / f"peer-merlin-{kind}.log", python=python,
+            extra=tuple(f"--load-model={s}" for s in stages),
+        )  # fmt: skip
         encode = {"stock": ragged, "best": batched}[kind]
         with TritonServer(options) as server:
             url = f"{server.host}:{server.grpc_port}"
