@@ -46,7 +46,8 @@ def cosine(config: LoopConfig) -> Callable[[int], float]:
     """Linear warm-up, then half a cosine to zero (factor of the learning rate by step)."""
     total = max(config.epochs * config.steps_per_epoch, 1)
     warm = min(config.warmup_steps, max(total // 10, 1))
-    return lambda s: (s + 1) / warm if s < warm else 0.5 * (1 + math.cos(math.pi * min(1, (s - warm) / (total - warm))))
+    left = max(total - warm, 1)  # a run of one step has none
+    return lambda s: (s + 1) / warm if s < warm else 0.5 * (1 + math.cos(math.pi * min(1, (s - warm) / left)))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
