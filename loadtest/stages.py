@@ -11,7 +11,7 @@ import tritonclient.grpc as grpcclient
 
 from preprocessing import contract as c
 
-MODELS = (*c.STAGES, c.ENSEMBLE)
+MODELS = (*c.STAGES, c.QUERY_SEARCH, c.ENSEMBLE)
 _LINE = re.compile(r"^nv_inference_(\w+)_summary_us\{(?P<labels>[^}]*)\} (?P<value>\S+)$")
 
 

@@ -85,8 +85,13 @@ STATUS_OK = "ok"
 STATUS_DEGRADED = "degraded: "
 STATUS_ERROR = "error: "  # only inside a request of several rows: that row has no answer
 
-# a parameter of the request, not a tensor: when the client stops waiting, Unix time in ms
+UNDERSTOOD = WireTensor("UNDERSTOOD", "BYTES", (1,))  # JSON of what QUERY was taken for; only of a run with search
+
+# parameters of the request, not tensors: when the client stops waiting, Unix time in ms; what the answer to a QUERY
+# must be, JSON {"values": {attribute: [..]}, "ranges": {number: [low, high]}}; how unlike its items are, 0..1
 DEADLINE = "deadline_ms"
+FILTERS = "filters"
+DIVERSITY = "diversity"
 
 # -- the append call: model ``append_event`` --------------------------------------------------------
 APPEND_ITEM_ID = WireTensor("ITEM_ID", "BYTES", (1,))
@@ -101,6 +106,7 @@ FEATURE_TRANSFORM = "feature_transform"
 RETRIEVAL = "retrieval"
 RANKING = "ranking"
 RESPONSE = "response"
+QUERY_SEARCH = "query_search"  # beside the other stages, where a run has search
 APPEND_EVENT = "append_event"
 STAGES = (FEATURE_TRANSFORM, RETRIEVAL, RANKING, RESPONSE)
 
@@ -119,7 +125,8 @@ class StageTensors:
 
     ``history`` T, ``candidates`` N, ``items`` V (ids 0..V-1, special ids included), ``width`` D; ``timed``: whether the
     retrieval model reads the times of the history; ``memory``: newest encoded events handed to the ranker (0: all T);
-    ``indexed``: candidates come from an approximate index, which is told the seen items by id.
+    ``indexed``: candidates come from an approximate index, which is told the seen items by id; ``search``: features
+    of an item that a query found, for the search ranker (0: QUERY is not searched for).
     """
 
     history: int
@@ -129,6 +136,7 @@ class StageTensors:
     timed: bool = False
     memory: int = 0
     indexed: bool = False
+    search: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -186,6 +194,16 @@ class StageTensors:
         """Candidates, best first; PADDING_ID where there were fewer than N to choose from."""
         return WireTensor("RANKED_IDS", "INT64", (self.candidates,))
 
+    @property
+    def query_ids(self) -> WireTensor:
+        """Items that the query found, best first; PADDING_ID where there are fewer than N, or without a query."""
+        return WireTensor("QUERY_IDS", "INT64", (self.candidates,))
+
+    @property
+    def query_features(self) -> WireTensor:
+        """What each of them has in common with the query (``search.ranker.feature_names``)."""
+        return WireTensor("QUERY_FEATURES", "FP32", (self.candidates, self.search))
+
     def ranked_values(self, heads: tuple[TaskHead, ...]) -> WireTensor:
         """Row 0: the score that ordered the candidates; row 1 + i: calibrated probability of head i. One tensor, as
         each tensor between two stages costs the server more than its bytes do."""
@@ -202,7 +220,7 @@ class TaskHead:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise ValueError(f"TaskHead: expected a lower-case identifier, got {self.name!r}")
-        if self.name.upper() in {t.name for t in (*REQUEST, ITEM_ID, SCORE, STATUS)}:
+        if self.name.upper() in {t.name for t in (*REQUEST, ITEM_ID, SCORE, STATUS, UNDERSTOOD)}:
             raise ValueError(f"TaskHead: {self.name!r} is the name of another tensor; choose another")
 
 
@@ -284,14 +302,19 @@ def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireT
     return (s.ranked_ids, s.ranked_values(heads))
 
 
+def query_search_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
+    return (s.query_ids, s.query_features, UNDERSTOOD)
+
+
 def response_inputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (*ranking_outputs(s, heads), STATUS, TOP_K)
+    return (*ranking_outputs(s, heads), STATUS, TOP_K, *(query_search_outputs(s)[:2] if s.search else ()))
 
 
 def response_outputs(heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
     return (ITEM_ID, SCORE, *(head_tensor(h.name) for h in heads))
 
 
-def answer_outputs(heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    """What the ensemble answers: the response's tensors, and STATUS as the feature transform wrote it."""
-    return (*response_outputs(heads), STATUS)
+def answer_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
+    """What the ensemble answers: the response's tensors, STATUS as the feature transform wrote it, and with search
+    UNDERSTOOD."""
+    return (*response_outputs(heads), STATUS, *([UNDERSTOOD] if s.search else []))

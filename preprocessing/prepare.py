@@ -38,6 +38,7 @@ from serving.feature_store import LmdbStore
 from vivace.artifacts import Step, read_manifest
 
 SCHEMA_FILE = "schema.json"
+CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of item ids: what search reads
 LAYOUT = 2  # of the files: features of another layout are prepared again
 Progress = Callable[[str], None]
 
@@ -239,6 +240,8 @@ def _items_table(workflow: nvt.Workflow, catalogue: pd.DataFrame, schema: c.Data
     shown = [c.ITEM, c.TITLE, c.TEXT]
     for name in (c.TITLE, c.TEXT):
         frame[name] = frame[name].fillna("")
+    raw = [c.ITEM, c.TITLE, c.TEXT, *schema.item_categoricals, *schema.item_continuous]
+    frame[[n for n in raw if n in frame]].to_parquet(folder / CATALOGUE_FILE, index=False)
     attributes = item_workflow(schema, folder / "scratch" / "item_categories")
     if attributes is None:
         return frame[shown]
@@ -280,7 +283,8 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
     inputs = {"data": source.fingerprint()}
     settings = {"schema": schema.to_json(), "layout": LAYOUT, **asdict(config)}
     step = Step(root / "features", "prepare", settings, seed, inputs)
-    if step.done() and (root / "feature_store" / "data.mdb").exists():
+    there = (root / "feature_store" / "data.mdb").exists() and (step.folder / CATALOGUE_FILE).exists()
+    if step.done() and there:
         say("features are there: nothing to do")
         assert step.manifest is not None
         return step.manifest

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from search.data import Catalogue
 from search.text import STOP, normalise
-from search.understanding import Intent
+from search.understanding import Intent, likely, spans
 from training.loop import Loop, LoopConfig
 from training.text_encoder import FIRST_TOKEN, PAD, TOKENIZER, TextConfig, TextEncoder, tokens_of, train_tokenizer
 
@@ -75,13 +75,6 @@ class SearchEncoder(nn.Module):
         states = (self.text(tokens_BS) * known).sum(1) / count
         vector_BE = F.normalize(self.project(torch.cat([states, words], 1)), dim=1)
         return vector_BE, self.intent(vector_BE * self.config.vector**0.5)
-
-    def spans(self) -> Iterator[tuple[str, list[str], slice]]:
-        """Of each attribute: its values (the logit after the first, "none of them") and where its logits are."""
-        start = 0
-        for name, values in self.attributes.items():
-            yield name, values, slice(start, start + 1 + len(values))
-            start += 1 + len(values)
 
 
 def item_texts(catalogue: Catalogue) -> list[str]:
@@ -147,7 +140,7 @@ class EncoderTraining:
     def _labels(self) -> Tensor:
         """Position of each item's value within its attribute, int64 [V, attributes]: 0 for none or another."""
         columns = []
-        for name, values, _ in self.model.spans():
+        for name, values, _ in spans(self.model.attributes):
             at = {v: i + 1 for i, v in enumerate(values)}
             columns.append([at.get(v, 0) for v in self.catalogue.attributes[name]])
         return torch.tensor(columns, dtype=torch.long).t() if columns else torch.zeros(len(self.texts), 0).long()
@@ -206,7 +199,7 @@ class EncoderTraining:
             scores = scores.masked_fill(same, -1e4)
         target = torch.arange(len(q))
         total = F.cross_entropy(scores, target) + F.cross_entropy(scores[:, : len(q)].t(), target)
-        for i, (_, _, span) in enumerate(self.model.spans()):
+        for i, (_, _, span) in enumerate(spans(self.model.attributes)):
             total = total + 0.2 * F.cross_entropy(logits[:, span], labels[:, i])
         return total
 
@@ -298,15 +291,8 @@ class TextSearchEncoder:
             return np.zeros((0, self.config.vector), np.float32), np.zeros((0, self.model.intent.out_features))
         return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
 
-    def intents(self, logits_K: np.ndarray, least: float = 0.3) -> list[Intent]:
-        """Attribute values of probability at least ``least``, per attribute by softmax, the likeliest first."""
-        out = []
-        for name, values, span in self.model.spans():
-            own = logits_K[span]
-            p = np.exp(own - own.max())
-            p /= p.sum()
-            out += [Intent(name, values[i], float(p[i + 1]), False) for i in np.flatnonzero(p[1:] >= least)]
-        return sorted(out, key=lambda i: -i.probability)
+    def intents(self, logits_K: np.ndarray) -> list[Intent]:
+        return likely(self.model.attributes, logits_K)
 
 
 class HuggingFaceEncoder:
@@ -334,5 +320,5 @@ class HuggingFaceEncoder:
     def queries(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return self.items(texts), np.zeros((len(texts), 0), np.float32)
 
-    def intents(self, logits_K: np.ndarray, least: float = 0.3) -> list[Intent]:
+    def intents(self, logits_K: np.ndarray) -> list[Intent]:
         return []

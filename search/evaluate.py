@@ -19,9 +19,10 @@ from rich.table import Table
 
 from search.data import Catalogue, Judgments
 from search.encoder import EncoderTraining, SearchEncoderConfig, TextSearchEncoder, item_texts
+from search.features import features
 from search.hybrid import HybridIndex, top
 from search.lexical import Field, Lexical
-from search.ranker import Ensemble, RankerConfig, features, train_search_ranker
+from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.text import normalise
 from search.understanding import QueryUnderstanding, Understood, with_typos
 from training.evaluation import bootstrap
@@ -90,7 +91,7 @@ class Asked:
         first = [understanding(q) for q in queries]
         self.vectors, logits = encoder.queries([normalise(u.mended) for u in first])
         self.understood: list[Understood] = [
-            understanding(q, encoder.intents(row)) for q, row in zip(queries, logits, strict=True)
+            u.with_intents(encoder.intents(row)) for u, row in zip(first, logits, strict=True)
         ]
         self.index = index
         pairs = list(zip(self.understood, self.vectors, strict=True))

@@ -16,47 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from search.hybrid import BEHAVIOUR, DENSE, LEXICAL, POPULAR, Candidates, HybridIndex
-from search.understanding import Understood
-
-BRANCHES = (LEXICAL, DENSE, BEHAVIOUR, POPULAR)
-NEAR = 10.0  # a branch's rank r counts NEAR / (NEAR + r)
-
-
-def feature_names(index: HybridIndex) -> list[str]:
-    fields = [f"bm25 {f.name}" for f in index.lexical.fields]
-    intents = [f"{kind} {a}" for a in index.codes for kind in ("named", "likely")]
-    ranks = [f"rank {b}" for b in BRANCHES]
-    return [*fields, "bm25", "bm25 of the best", "dense", "in title", "in text", *intents, *ranks, "fused", "popular",
-            "terms", "affinity"]  # fmt: skip
-
-
-def features(
-    index: HybridIndex, understood: Understood, vector_E: np.ndarray, found: Candidates,
-    affinity_N: np.ndarray | None = None,
-) -> np.ndarray:  # fmt: skip
-    """float32 [N, X] in the order of ``feature_names``. ``affinity``: what the user's history says of each candidate,
-    a logit (0 without history)."""
-    rows, n = found.rows, len(found.rows)
-    fields_FN = index.lexical.by_field(understood.terms, understood.weights)[:, rows]
-    whole_N = index.lexical.boosted(fields_FN)
-    best = max(float(whole_N.max(initial=0.0)), 1e-6)
-    columns = [*fields_FN, whole_N, whole_N / best, index.vectors[rows] @ vector_E]
-    columns += list(index.lexical.coverage(understood.terms, understood.weights)[:, rows])
-    for a, codes in index.codes.items():
-        for named in (True, False):
-            chance = np.zeros(len(index.values[a]), np.float32)
-            for i in understood.intents:
-                if i.attribute == a and i.named == named:
-                    chance[np.asarray(index.values[a]) == i.value] = i.probability
-            columns.append(chance[codes[rows]])
-    for b in BRANCHES:
-        r = found.rank.get(b, np.full(n, -1))
-        columns.append(np.where(r >= 0, NEAR / (NEAR + r), 0.0))
-    columns += [found.fused * 60, index.popularity[rows], np.full(n, len(understood.words))]
-    columns.append(np.zeros(n) if affinity_N is None else affinity_N)
-    return np.stack([np.asarray(x, np.float32) for x in columns], 1)
-
 
 class SearchRanker(nn.Module):
     """Features float32 [B, N, X] to scores float32 [B, N]; each candidate by itself, so their order is irrelevant."""

@@ -12,8 +12,8 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,12 @@ class Understood:
         """The text with its errors mended: what the query encoder reads."""
         return " ".join(self.corrected.get(w, w) for w in self.words)
 
+    def with_intents(self, intents: Sequence[Intent]) -> Understood:
+        """With those that are likely beside those that are named."""
+        named = {(i.attribute, i.value) for i in self.intents}
+        rest = tuple(i for i in intents if (i.attribute, i.value) not in named)
+        return replace(self, intents=(*self.intents, *rest))
+
     def to_json(self) -> str:
         """For a client: compact, in a fixed order."""
         return json.dumps({
@@ -64,6 +70,24 @@ class Understood:
             "intents": [{"attribute": i.attribute, "value": i.value, "probability": round(i.probability, 3),
                          "named": i.named} for i in self.intents],
         }, ensure_ascii=False, separators=(",", ":"))  # fmt: skip
+
+
+def spans(attributes: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, list[str], slice]]:
+    """Of each attribute: its values (the logit before the first is "none of them") and where its logits are."""
+    start = 0
+    for name, values in attributes.items():
+        yield name, list(values), slice(start, start + 1 + len(values))
+        start += 1 + len(values)
+
+
+def likely(attributes: Mapping[str, Sequence[str]], logits_K: np.ndarray, least: float = 0.3) -> list[Intent]:
+    """Attribute values of probability at least ``least``, per attribute by softmax, the likeliest first."""
+    out = []
+    for name, values, span in spans(attributes):
+        p = np.exp(logits_K[span] - logits_K[span].max())
+        p /= p.sum()
+        out += [Intent(name, values[i], float(p[i + 1]), False) for i in np.flatnonzero(p[1:] >= least)]
+    return sorted(out, key=lambda i: -i.probability)
 
 
 def read_synonyms(path: Path) -> dict[str, list[str]]:
@@ -162,8 +186,7 @@ class QueryUnderstanding:
         found = self._spelling.lookup(word, Verbosity.TOP, max_edit_distance=distance)
         return str(found[0].term) if found else word
 
-    def __call__(self, query: str, intents: Sequence[Intent] = ()) -> Understood:
-        """``intents``: what a model says beside what is named."""
+    def __call__(self, query: str) -> Understood:
         text = normalise(query)
         own = words(text)
         corrected = {w: m for w in own if (m := self._mend(w)) != w}
@@ -183,10 +206,8 @@ class QueryUnderstanding:
             for other in others:
                 for w in words(other):
                     ask(w, SYNONYM)
-        named = self.named(mended)
-        seen = {(i.attribute, i.value) for i in named}
-        rest = [i for i in intents if (i.attribute, i.value) not in seen]
-        return Understood(text, tuple(own), tuple(weight), tuple(weight.values()), corrected, synonyms, (*named, *rest))
+        named = tuple(self.named(mended))
+        return Understood(text, tuple(own), tuple(weight), tuple(weight.values()), corrected, synonyms, named)
 
     def named(self, mended: Sequence[str]) -> list[Intent]:
         """Attribute values whose whole name stands in the words, the longest names first; each word once."""

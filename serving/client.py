@@ -7,9 +7,10 @@ with VivaceClient("127.0.0.1:8001") as client:
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,12 +26,15 @@ class VivaceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One answer, best item first; ``heads`` maps a task head to calibrated probabilities."""
+    """One answer, best item first; ``heads`` maps a task head to calibrated probabilities (of an answer to a query: 0
+    where the recommender does not know the item). ``understood``: what a query was taken for, its facets, and which
+    branches found each item; {} without one."""
 
     items: list[str]
     scores: np.ndarray
     heads: dict[str, np.ndarray]
     status: str
+    understood: dict[str, Any] = field(default_factory=dict)
 
     @property
     def degraded(self) -> bool:
@@ -80,13 +84,19 @@ def request_tensors(
     ]
 
 
-def limits(within_ms: float) -> dict[str, Any]:
-    """Arguments of Triton's client for a request that is worth nothing after ``within_ms``: how long it may wait in a
-    queue (``timeout``, microseconds) and when it ends (parameter DEADLINE, Unix ms: client and server need the same
-    time)."""
-    if not within_ms:
-        return {}
-    return {"timeout": int(within_ms * 1000), "parameters": {c.DEADLINE: int(time.time() * 1000 + within_ms)}}
+def limits(within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, diversity: float = 0.0) -> dict[str, Any]:
+    """Arguments of Triton's client beside the tensors. Of a request that is worth nothing after ``within_ms``: how long
+    it may wait in a queue (``timeout``, microseconds) and when it ends (parameter DEADLINE, Unix ms: client and server
+    need the same time). Of an answer to a query: FILTERS and DIVERSITY."""
+    parameters: dict[str, Any] = {}
+    if within_ms:
+        parameters[c.DEADLINE] = int(time.time() * 1000 + within_ms)
+    if filters:
+        parameters[c.FILTERS] = json.dumps(filters)
+    if diversity:
+        parameters[c.DIVERSITY] = str(diversity)
+    timeout = {"timeout": int(within_ms * 1000)} if within_ms else {}
+    return timeout | ({"parameters": parameters} if parameters else {})
 
 
 def append_tensors(
@@ -110,7 +120,9 @@ def read_answer(result: Any) -> Recommendation:
     items = [i.decode() for i in arrays.pop(c.ITEM_ID.name)[0]]
     scores = arrays.pop(c.SCORE.name)[0]
     status = arrays.pop(c.STATUS.name)[0, 0].decode()
-    return Recommendation(items, scores, {n.lower(): a[0] for n, a in arrays.items()}, status)
+    said = arrays.pop(c.UNDERSTOOD.name)[0, 0] if c.UNDERSTOOD.name in arrays else b""
+    understood = json.loads(said) if said else {}
+    return Recommendation(items, scores, {n.lower(): a[0] for n, a in arrays.items()}, status, understood)
 
 
 def _failed(error: Exception) -> VivaceError:
@@ -140,11 +152,14 @@ class VivaceClient:
         top_k: int = 10,
         query: str = "",
         within_ms: float = 0.0,
+        filters: Mapping[str, Any] | None = None,
+        diversity: float = 0.0,
     ) -> Recommendation:
         """Items for a user; an empty ``history`` asks the feature store for the user's own. ``within_ms``: the server
-        may give up afterwards (0: never), see ``limits``. Raises VivaceError."""
+        may give up afterwards (0: never). Of a ``query``: ``filters`` {"values": {attribute: [...]}, "ranges": {number:
+        [low, high]}} and ``diversity`` 0..1 of the answer. Raises VivaceError."""
         tensors = request_tensors(user_id, history, top_k, query)
-        return read_answer(self._infer(c.ENSEMBLE, tensors, **limits(within_ms)))
+        return read_answer(self._infer(c.ENSEMBLE, tensors, **limits(within_ms, filters, diversity)))
 
     def append(self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0) -> int:
         """Adds an event to the user's stored history (time 0: now); returns its new length. Raises VivaceError."""
@@ -183,10 +198,12 @@ class AsyncVivaceClient:
         top_k: int = 10,
         query: str = "",
         within_ms: float = 0.0,
+        filters: Mapping[str, Any] | None = None,
+        diversity: float = 0.0,
     ) -> Recommendation:
         """See ``VivaceClient.recommend``."""
         tensors = request_tensors(user_id, history, top_k, query)
-        return read_answer(await self._infer(c.ENSEMBLE, tensors, **limits(within_ms)))
+        return read_answer(await self._infer(c.ENSEMBLE, tensors, **limits(within_ms, filters, diversity)))
 
     async def append(self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0) -> int:
         """See ``VivaceClient.append``."""

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
@@ -19,6 +20,9 @@ import onnxruntime as ort
 from preprocessing import contract as c
 from serving.feature_store import FeatureStore
 from serving.stages import FeatureTransform, ResponseStage, Row
+
+if TYPE_CHECKING:
+    from search.online import Wish
 
 FEWER = 4  # under load, one in so many of the candidates is ranked
 
@@ -120,6 +124,12 @@ class Pipeline:
             self._index = IndexedRetrieval(at(c.RETRIEVAL), shapes, threads)
         else:
             self._retrieval = ort.InferenceSession(str(at(c.RETRIEVAL) / "model.onnx"), options, providers=provider)
+        self.search, self.search_ranking = None, None
+        if shapes.search:
+            from search.online import QuerySearch, SearchRanking  # its libraries, which a run without does without
+
+            self.search = QuerySearch(at(c.QUERY_SEARCH), shapes.candidates)
+            self.search_ranking = SearchRanking(at(c.RESPONSE))
         self._ranking = ort.InferenceSession(str(at(c.RANKING) / "model.onnx"), options, providers=provider)
         self.respond = ResponseStage.from_file(at(c.RESPONSE) / "items.json")
         self.heads = int(self._ranking.get_outputs()[1].shape[1]) - 1
@@ -177,6 +187,15 @@ class Pipeline:
         """How many candidates are ranked when up to ``top_k`` are asked for."""
         share = self.ranked // FEWER if level == Level.FEWER else self.ranked
         return min(self.shapes.candidates, max(share, top_k))
+
+    def searched(
+        self, queries: Sequence[str], wishes: Sequence[Wish], ranked: Sequence[np.ndarray]
+    ) -> tuple[list[np.ndarray], list[str]]:
+        """What was ``ranked``, with the rows that have a query answered by what it found; UNDERSTOOD of each row."""
+        if self.search is None or self.search_ranking is None:
+            return list(ranked), [""] * len(queries)
+        ids, features, said = self.search(queries, wishes)
+        return list(self.search_ranking.rows(ids, features, *ranked, wishes)), said
 
     def __call__(
         self, rows: Sequence[Row], level: Level = Level.FULL

@@ -19,11 +19,12 @@ from preprocessing import contract as c
 
 CHECKOUT_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 INDEX_ADAPTER = Path(__file__).resolve().parent / "indexed_retrieval.py"
+SEARCH_ADAPTER = Path(__file__).resolve().parent / "query_search.py"
 FEATURE_STORE = "../feature_store"  # seen from the repository's folder
 TUNED = "tuning"  # folder of a run with the records of tuned profiles
 PYTHON_STAGES = (c.FEATURE_TRANSFORM, c.RESPONSE, c.APPEND_EVENT)
 ONNX_STAGES = (c.RETRIEVAL, c.RANKING)
-ALL_MODELS = (*c.STAGES, c.APPEND_EVENT, c.ENSEMBLE)
+ALL_MODELS = (*c.STAGES, c.QUERY_SEARCH, c.APPEND_EVENT, c.ENSEMBLE)
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,13 @@ def _graph(config: pb.ModelConfig, profile: ServingProfile) -> pb.ModelConfig:
 def _ensemble(s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile) -> pb.ModelConfig:
     config = pb.ModelConfig(name=c.ENSEMBLE, platform="ensemble", max_batch_size=profile.max_batch_size)
     _io(config.input, c.REQUEST)
-    _io(config.output, c.answer_outputs(heads))
+    _io(config.output, c.answer_outputs(s, heads))
     steps = (
         (c.FEATURE_TRANSFORM, c.REQUEST, c.feature_transform_outputs(s)),
         (c.RETRIEVAL, c.retrieval_inputs(s), c.retrieval_outputs(s)),
         (c.RANKING, c.ranking_inputs(s), c.ranking_outputs(s, heads)),
         (c.RESPONSE, c.response_inputs(s, heads), c.response_outputs(heads)),
+        *([(c.QUERY_SEARCH, (c.QUERY,), c.query_search_outputs(s))] if s.search else []),  # beside the first three
     )
     for model, inputs, outputs in steps:
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
@@ -133,7 +135,7 @@ def _fused(
     s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile, exclude_seen: bool
 ) -> pb.ModelConfig:
     """All stages as one Python model; it reads the graphs of the other stages' folders."""
-    outputs = c.answer_outputs(heads)
+    outputs = c.answer_outputs(s, heads)
     config = _base(c.ENSEMBLE, "python", profile, c.REQUEST, outputs, profile.recommend_instances)
     _transforms(config, s, exclude_seen)
     config.parameters["intra_op_thread_count"].string_value = str(profile.threads)
@@ -159,7 +161,11 @@ def model_configs(
     response = _base(c.RESPONSE, "python", p, c.response_inputs(s, heads), c.response_outputs(heads))
     append = _base(c.APPEND_EVENT, "python", p, c.APPEND, (c.HISTORY_LENGTH,))
     append.parameters["feature_store"].string_value = FEATURE_STORE
-    return {
+    search = {}
+    if s.search:
+        search[c.QUERY_SEARCH] = _base(c.QUERY_SEARCH, "python", p, (c.QUERY,), c.query_search_outputs(s))
+        search[c.QUERY_SEARCH].parameters["shapes"].string_value = json.dumps(asdict(s))
+    return search | {
         c.FEATURE_TRANSFORM: transform,
         c.RETRIEVAL: retrieval if s.indexed else _graph(retrieval, p),
         c.RANKING: _graph(ranking, p),
@@ -255,6 +261,9 @@ def assemble(
     version = next_version(repository)
     write_configs(repository, s, heads, exclude_seen, metadata)
     for model in ALL_MODELS:
+        if model == c.QUERY_SEARCH and not s.search:
+            shutil.rmtree(repository / model, ignore_errors=True)
+            continue
         target = repository / model / str(version)
         partial = target.with_name(f".{version}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -262,6 +271,8 @@ def assemble(
         adapter = CHECKOUT_REPOSITORY / model / "1" / "model.py"
         if model == c.RETRIEVAL and s.indexed:
             adapter = INDEX_ADAPTER
+        if model == c.QUERY_SEARCH:
+            adapter = SEARCH_ADAPTER
         if adapter.exists():
             shutil.copy(adapter, partial / "model.py")
         for name, path in files.get(model, {}).items():

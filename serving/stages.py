@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ class Row:
     user_id: str
     history: list[str] | None
     top_k: int
+    query: str = ""
 
 
 def _text(raw: bytes, what: str, limit_bytes: int) -> str:
@@ -69,7 +70,7 @@ def _history_item(raw: bytes, index: int) -> str:
 def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> Row:
     """One row of the public call; raises ValueError naming the input, what was expected, what came."""
     user = _text(user_id, USER_ID.name, MAX_ID_BYTES)
-    _text(query, QUERY.name, MAX_QUERY_BYTES)
+    text = _text(query, QUERY.name, MAX_QUERY_BYTES)
     if not 1 <= top_k <= MAX_TOP_K:
         raise ValueError(f"{TOP_K.name}: expected 1..{MAX_TOP_K}, got {top_k}")
     if len(history) > MAX_HISTORY_EVENTS:
@@ -82,7 +83,7 @@ def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> 
             raise ValueError
     except ValueError:  # name the event at fault, or let over-long ids pass as unknown items
         items = [_history_item(raw, i) for i, raw in enumerate(history) if raw]
-    return Row(user, items or None, int(top_k))
+    return Row(user, items or None, int(top_k), text)
 
 
 def excluded(histories: Sequence[np.ndarray], items: int) -> np.ndarray:
@@ -160,6 +161,14 @@ class FeatureTransform:
         return [history_BT, seen, time_BT], status
 
     def _status(self, row: Row, ids: np.ndarray, known_user: bool) -> str:
+        if row.query and self._shapes.search:
+            from search.online import asked  # its libraries, which a run without search does without
+
+            if asked(row.query):
+                return STATUS_OK
+            status = self._status(replace(row, query=""), ids, known_user)
+            reason = "QUERY has no word to search for"
+            return f"{STATUS_DEGRADED}{reason}" if status == STATUS_OK else f"{status}; {reason}"
         unknown = int((ids <= OOV_ID).sum())
         recent_known = bool((ids[-self._shapes.history :] >= FIRST_ID).any())
         if recent_known:

@@ -124,6 +124,7 @@ class _Ask:
     def __init__(self, place: int, request) -> None:  # noqa: ANN001
         self.place, self.deadline = place, deadline(request)
         self.rows, self.errors = _parse(request)
+        self.understood = [""] * len(self.rows)
 
 
 def _parse(request) -> tuple[list[Row], list[str]]:  # noqa: ANN001
@@ -204,18 +205,77 @@ class IndexedRetrievalModel(_Stage):
         return responses
 
 
+def _wish(request):  # noqa: ANN001, ANN202
+    """What the request's parameters ask of an answer to a query. Raises ValueError."""
+    from search.online import Wish
+
+    return Wish.parse(json.loads(request.parameters() or "{}"))
+
+
+class QuerySearchModel(_Stage):
+    """QUERY to the items that it finds, their features and UNDERSTOOD; beside the stages that read the history."""
+
+    def setup(self) -> None:
+        from search.online import QuerySearch
+
+        shapes = c.StageTensors(**json.loads(self.parameters["shapes"]))
+        self.search = QuerySearch(self.folder, shapes.candidates)
+
+    def execute(self, requests: list) -> list:
+        responses: list = [None] * len(requests)
+        queries, wishes, places = [], [], []
+        for place, request in enumerate(requests):
+            # what is no UTF-8 or too long is refused by the stage beside this one
+            own = [q.decode(errors="ignore")[: c.MAX_QUERY_BYTES] for q in _input(request, c.QUERY)[:, 0]]
+            try:
+                wish = _wish(request) if any(own) else None
+                if wish is not None:
+                    self.search.index.allowed(wish.filters)
+            except ValueError as error:
+                responses[place] = _error(str(error))
+                continue
+            queries += own
+            wishes += [wish] * len(own)
+            places.append((place, len(own)))
+        try:
+            found = self.search(queries, wishes)
+        except Exception as error:
+            if len(requests) > 1:  # find the request that is at fault: the others get their answers
+                return [self.execute([request])[0] for request in requests]
+            return [_error(f"{c.QUERY_SEARCH}: {error}")]
+        start = 0
+        for place, rows in places:
+            stop = start + rows
+            own = (found[0][start:stop], found[1][start:stop], _strings(found[2][start:stop]))
+            tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, own, strict=True)]
+            responses[place] = pb_utils.InferenceResponse(tensors)
+            start = stop
+        return responses
+
+
 class ResponseModel(_Stage):
-    """Ranked ids, their scores and head probabilities to the public answer."""
+    """Ranked ids, their scores and head probabilities to the public answer; of a run with search, what the query found
+    in the order of the search ranker."""
 
     def setup(self) -> None:
         self.respond = ResponseStage.from_file(self.folder / "items.json")
-        self.ids, self.values, *_ = self.inputs  # the contract's order: response_inputs
+        self.ids, self.values, _, _, *found = self.inputs  # the contract's order: response_inputs
+        self.found, self.search_ranking = found, None
+        if found:
+            from search.online import SearchRanking
+
+            self.search_ranking = SearchRanking(self.folder)
 
     def execute(self, requests: list) -> list:
         responses = []
         for request in requests:
             ranked, values = _input(request, self.ids), _input(request, self.values)
             status, top_k = _input(request, c.STATUS), _input(request, c.TOP_K)
+            if self.search_ranking is not None:
+                query_ids, features = (_input(request, name) for name in self.found)
+                if query_ids.any():
+                    wishes = [_wish(request)] * len(query_ids)
+                    ranked, values = self.search_ranking.rows(query_ids, features, ranked, values, wishes)
             answer = self.respond(ranked, values, top_k[:, 0], status[:, 0])
             tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, answer, strict=True)]
             responses.append(pb_utils.InferenceResponse(tensors))
@@ -238,6 +298,7 @@ class RecommendModel(_Stage):
 
     def execute(self, requests: list) -> list:
         asks = [_Ask(i, request) for i, request in enumerate(requests)]
+        self.requests, self.wishes = requests, {}
         level = self.overload(sum(len(a.rows) for a in asks), time.monotonic())
         responses: list = [None] * len(requests)
         self._answer(requests, asks, level, responses)
@@ -277,6 +338,9 @@ class RecommendModel(_Stage):
         asks, _ = self._alive(asks, [], c.FEATURE_TRANSFORM, responses)
         if not asks:
             return
+        asks = self._wished(asks, responses)
+        if not asks:
+            return
         inputs, status = pipeline.transform([row for a in asks for row in a.rows])
         said = np.array(status, object)
         few, candidates = 0, pipeline.ranked
@@ -295,8 +359,29 @@ class RecommendModel(_Stage):
                     return
                 few = pipeline.few(max(r.top_k for a in asks for r in a.rows), level)
                 ranked, values = pipeline.rank(history, found, few)
+        if pipeline.search is not None:
+            rows = [row for a in asks for row in a.rows]
+            wishes = [self.wishes.get(a.place) for a in asks for _ in a.rows]
+            (ranked, values), understood = pipeline.searched([r.query for r in rows], wishes, (ranked, values))
+            for ask in asks:
+                ask.understood = [understood.pop(0) for _ in ask.rows]
         self._respond(requests, asks, ranked, values, said, level.status(few, candidates), responses)
         self.counts.answered(said, level.name.lower())
+
+    def _wished(self, asks: list[_Ask], responses: list) -> list[_Ask]:
+        """Those whose filters, if they have a query, can be met; the others get their errors."""
+        if self.pipeline.search is None:
+            return asks
+        alive = []
+        for ask in asks:
+            try:
+                if any(r.query for r in ask.rows):
+                    self.wishes[ask.place] = _wish(self.requests[ask.place])
+                    self.pipeline.search.index.allowed(self.wishes[ask.place].filters)
+                alive.append(ask)
+            except ValueError as error:
+                responses[ask.place] = _error(str(error))
+        return alive
 
     def _respond(self, requests, asks, ranked, values, said, reason, responses) -> None:  # noqa: ANN001
         start = 0
@@ -306,10 +391,11 @@ class RecommendModel(_Stage):
             status = _strings([f"{c.STATUS_ERROR}{e}" if e else joined(s, reason) for e, s in errors])
             top_k = np.array([r.top_k for r in ask.rows])
             answer = self.pipeline.respond(ranked[start:stop], values[start:stop], top_k, status[:, 0])
+            more = [_strings(ask.understood)] if self.pipeline.search is not None else []
             wanted = requests[ask.place].requested_output_names()
             tensors = [
                 pb_utils.Tensor(name, np.ascontiguousarray(value))
-                for name, value in zip(self.outputs, (*answer, status), strict=True)
+                for name, value in zip(self.outputs, (*answer, status, *more), strict=True)
                 if name in wanted
             ]
             responses[ask.place] = pb_utils.InferenceResponse(tensors)

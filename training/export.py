@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loadtest.requests import FILE, record
 from preprocessing import contract as c
 from preprocessing.prepare import Features
+from search import published as search
 from serving import repository
 from serving.item_index import ENCODER, INDEX, POPULAR, IndexedRetrieval
 from training import data
@@ -256,6 +257,8 @@ def compile_models(
     config = config or CompileConfig()
     inputs = {n: read_manifest(root / n, "vivace train")["key"] for n in ("retrieval", "ranking")}
     inputs["features"] = read_manifest(features.folder, "vivace prepare")["key"]
+    if search.features_of(root):
+        inputs["search"] = read_manifest(root / search.FOLDER, "vivace train --task search")["key"]
     schema, items = features.schema, features.item_count()
     s = shapes(preset, items)
     profiles = {name: repr(p) for name, p in repository.PROFILES.items()}
@@ -334,6 +337,7 @@ def compile_models(
         }
         made[kind] = make(kind, step.folder, feeds, (1, 16, repository.PROFILES["gpu"].max_batch_size))
     record(features, step.folder / FILE, RECORDED_REQUESTS, seed)
+    s = replace(s, search=search.features_of(root))
     items_file = step.folder / "items.json"
     write_text(items_file, json.dumps(features.items()[c.ITEM].tolist(), ensure_ascii=False))
     write_text(step.folder / "schema.json", json.dumps(schema.to_json()))
@@ -341,6 +345,7 @@ def compile_models(
     judged = verdict.record() if verdict else "not asked: float32, by parity"
     card |= {"precision": config.precision, "tables": config.tables, "gate": judged}
     write_text(step.folder / "model_card.json", json.dumps(card, indent=2))
+    more = search.files_of(root)
     version = repository.assemble(
         target,
         s,
@@ -351,7 +356,8 @@ def compile_models(
             if s.indexed
             else {"model.onnx": step.folder / "retrieval.onnx", **plans(step.folder).get(c.RETRIEVAL, {})},
             c.RANKING: {"model.onnx": step.folder / "ranking.onnx", **plans(step.folder).get(c.RANKING, {})},
-            c.RESPONSE: {"items.json": items_file},
+            c.RESPONSE: {"items.json": items_file, **more.pop(c.RESPONSE, {})},
+            **more,
             c.ENSEMBLE: {"model_card.json": step.folder / "model_card.json"},
         },
         exclude_seen=schema.exclude_seen,

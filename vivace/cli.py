@@ -140,8 +140,15 @@ def train(
     adapt: Annotated[str, typer.Option(help="with --from: full, lora or adapter")] = "full",
     rank: Annotated[int, typer.Option(help="with --adapt lora: rank of the updates")] = 8,
     wandb: Wandb = False,
+    task: Annotated[str, typer.Option(help="recommend, or search: what makes a trained run's catalogue searchable")] = (
+        "recommend"
+    ),
 ) -> None:
-    """Train the retriever, then the ranker; resumes from the last checkpoint."""
+    """Train the retriever, then the ranker; resumes from the last checkpoint. --task search: then the text encoder, the
+    word index and the search ranker."""
+    if task == "search":
+        learn_search(artifacts / name, preset, seed)
+        return
     track(wandb)
     from preprocessing.prepare import Features
     from training import distributed
@@ -169,6 +176,23 @@ def train(
             say(f"ranker: {second['results']['parameters']:,} parameters, {second['seconds']:.0f} s")
             if control:
                 train_ranker(features, chosen, root, seed, say, control=True)
+
+
+def learn_search(root: Path, preset: str, seed: int) -> None:
+    from preprocessing.prepare import Features
+    from search.train import SearchTraining, train_search
+    from vivace.artifacts import exclusive
+
+    with reported():
+        features = Features(root / "features")
+        with exclusive(root):
+            found = train_search(features, _preset(preset, root), root, SearchTraining(), seed, say)["results"]
+        say(
+            f"made queries for {found['requests']:,} test requests, NDCG@10: fused {found['fused']:.4f}, ranked "
+            f"{found['ranked']:.4f}, with the user's history {found['ranked_with_history']:.4f}; "
+            f"{found['found']:.1%} found"
+        )
+        say(f"vivace compile --name {root.name}, and QUERY is served")
 
 
 def track(wandb: bool) -> None:
@@ -476,15 +500,22 @@ def query(
     url: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8001",
     protocol: Annotated[str, typer.Option(help="grpc or http")] = "grpc",
     append: Annotated[str, typer.Option(help="first add this item to the user's history")] = "",
+    text: Annotated[str, typer.Option(help="search for this; needs a run with search")] = "",
+    filters: Annotated[
+        str, typer.Option(help='of --text: {"values": {"brand": ["Alto"]}, "ranges": {"price": [5, null]}}')
+    ] = "",
+    diversity: Annotated[float, typer.Option(help="of --text: 0 by score, 1 as unlike each other as can be")] = 0.0,
 ) -> None:
-    """Ask the running server and print titles."""
+    """Ask the running server and print titles; with --text what it understood and which branches found each item."""
     from serving.client import VivaceClient
 
     with reported(), VivaceClient(url, protocol) as client:
         if append:
             say(f"{user}: history now has {client.append(user, append)} events")
         items = [i for i in history.split(",") if i]
-        print_answer(artifacts / name, user, items, client.recommend(user, items, top_k))
+        wanted = json.loads(filters) if filters else None
+        answer = client.recommend(user, items, top_k, text, filters=wanted, diversity=diversity)
+        print_answer(artifacts / name, user, items, answer)
 
 
 def titles(root: Path, items: list[str]) -> list[str]:
@@ -508,6 +539,11 @@ def print_answer(root: Path, user: str, history: list[str], answer: Any) -> None
     table.add_column("score", justify="right")
     for head in answer.heads:
         table.add_column(f"P({head})", justify="right")
+    if answer.understood:
+        shown = {k: answer.understood[k] for k in ("text", "corrected", "synonyms", "intents", "facets")}
+        console.print(json.dumps(shown, ensure_ascii=False), highlight=False)
+        table.add_column("found by")
+    found_by = answer.understood.get("found_by", {})
     for i in range(max(len(past), len(found))):
         got = i < len(found)
         table.add_row(
@@ -515,6 +551,7 @@ def print_answer(root: Path, user: str, history: list[str], answer: Any) -> None
             found[i] if got else "",
             f"{answer.scores[i]:.2f}" if got else "",
             *(f"{p[i]:.3f}" if got else "" for p in answer.heads.values()),
+            *([", ".join(found_by.get(answer.items[i], [])) if got else ""] if answer.understood else []),
         )
     console.print(table)
 
@@ -572,12 +609,13 @@ def demo(
     seed: Seed = 7,
     preset: PresetName = "",
     load_seconds: Annotated[int, typer.Option(help="length of the locust run")] = 15,
+    search: Annotated[bool, typer.Option(help="make the catalogue searchable too: some minutes more")] = False,
 ) -> None:
     """The whole path: prepare, train, evaluate, compile, serve, a few answers, a short load test."""
     from vivace.demo import run_demo
 
     with reported():
-        run_demo(data, path, artifacts, seed, preset, load_seconds)
+        run_demo(data, path, artifacts, seed, preset, load_seconds, search)
 
 
 @app.command()

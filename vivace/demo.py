@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import tritonclient.grpc as grpcclient
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from loadtest.requests import recorded
 from loadtest.run_locust import results, run_locust
-from loadtest.stages import MODELS, between, quantiles, statistics
+from loadtest.stages import between, quantiles, statistics
 from preprocessing import contract as c
 from serving.client import VivaceClient
 from serving.launcher import ServerOptions, TritonServer
@@ -21,8 +22,9 @@ from vivace import cli
 LOAD_USERS = 8
 
 
-def _answers(root: Path, server: TritonServer) -> None:
-    """A few readable answers: held-out users, a user after a new click, an anonymous one."""
+def _answers(root: Path, server: TritonServer, search: bool) -> None:
+    """A few readable answers: held-out users, an anonymous one; with ``search`` a query with a typing error, with and
+    without a history."""
     sample = recorded(root)
     with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
         for user, history, target in sample.head(2)[[c.USER, c.ITEM, c.TARGET]].itertuples(index=False):
@@ -31,6 +33,13 @@ def _answers(root: Path, server: TritonServer) -> None:
             (title,) = cli.titles(root, [target])
             cli.say(f"held-out next item: {title}" + (" (among the answers)" if target in answer.items else ""))
         cli.print_answer(root, "", [], client.recommend(top_k=5))
+        if search:
+            user, history = sample[c.USER][0], list(sample[c.ITEM][0])
+            words = cli.titles(root, history[-1:])[0].split()[:3]
+            query = " ".join([*words[:2], words[-1][:-2] + words[-1][-1]])
+            for who, own in ((user, history), ("", [])):
+                cli.say(f"QUERY {query!r}")
+                cli.print_answer(root, who, own, client.recommend(who, own, 5, query))
 
 
 def _load(root: Path, server: TritonServer, seconds: int, console: Console) -> None:
@@ -47,7 +56,7 @@ def _load(root: Path, server: TritonServer, seconds: int, console: Console) -> N
     for row in results(root):
         cells = [f"{row[k]:.1f}" for k in ("p50", "p95", "p99", "qps")]
         table.add_row(f"client, {row['protocol']}", *cells, "", str(row["failures"]))
-    for model in MODELS:
+    for model in stages:
         p = spread.get(model, {})
         cells = [f"{p[k]:.1f}" if k in p else "-" for k in ("p50", "p95", "p99")]
         batch = f"{stages[model]['batch']:.1f}" if model in c.STAGES else ""
@@ -59,7 +68,9 @@ def _load(root: Path, server: TritonServer, seconds: int, console: Console) -> N
         )
 
 
-def run_demo(data: str, path: Path | None, artifacts: Path, seed: int, preset: str, load_seconds: int) -> None:
+def run_demo(
+    data: str, path: Path | None, artifacts: Path, seed: int, preset: str, load_seconds: int, search: bool = False
+) -> None:
     """Runs every step; each one that is already there is not done again."""
     interrupt_on_signals()
     console, root, started = cli.console, artifacts / data, time.monotonic()
@@ -72,7 +83,9 @@ def run_demo(data: str, path: Path | None, artifacts: Path, seed: int, preset: s
     t = time.monotonic()
     cli.prepare(data=data, path=path, artifacts=artifacts, seed=seed)
     timed("prepare", t)
-    for name, step in (("train", cli.train), ("evaluate", cli.evaluate), ("compile", cli.compile_)):
+    learn_search = partial(cli.train, task="search")
+    steps = [("train", cli.train), ("evaluate", cli.evaluate), *([("search", learn_search)] if search else [])]
+    for name, step in (*steps, ("compile", cli.compile_)):
         t = time.monotonic()
         step(name=data, artifacts=artifacts, preset=preset, seed=seed)
         timed(name, t)
@@ -82,7 +95,7 @@ def run_demo(data: str, path: Path | None, artifacts: Path, seed: int, preset: s
     )
     with service(options, cli.say) as (server, _):
         timed("serve", t)
-        _answers(root, server)
+        _answers(root, server, search)
         t = time.monotonic()
         _load(root, server, load_seconds, console)
         timed("load", t)

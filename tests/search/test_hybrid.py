@@ -7,16 +7,10 @@ import pytest
 
 from search.data import Catalogue, Judgments, read_esci
 from search.evaluate import judge, ndcg
+from search.features import feature_names, features, personal
 from search.hybrid import DENSE, LEXICAL, POPULAR, Filters, HybridIndex, diversify, fuse, top
 from search.lexical import Field, Lexical
-from search.ranker import (
-    RankerConfig,
-    feature_names,
-    features,
-    inverse_propensity,
-    propensities,
-    train_search_ranker,
-)
+from search.ranker import RankerConfig, inverse_propensity, propensities, train_search_ranker
 from search.understanding import QueryUnderstanding
 
 TITLES = ["red shoe", "blue shoe", "red hat", "green scarf", "blue hat", "red scarf"]
@@ -113,6 +107,13 @@ def test_features_are_named_and_the_order_of_candidates_is_irrelevant(index, und
     assert np.mean([model.score(rows).argmax() == g.argmax() for rows, g in zip(lists, gains, strict=True)]) > 0.8
     with pytest.raises(ValueError, match="at least one query"):
         train_search_ranker(lists[:1], [np.zeros(6)], RankerConfig(), 3)
+
+
+def test_where_query_and_history_meet_by_hand():
+    x = np.zeros((3, 4), np.float32)
+    filled, at = personal(x, np.array([8, 5, 9]), np.array([5, 7, 8, 0]), np.array([3.0, 2.0, 1.0, -9.0]))
+    assert at.tolist() == [2, 0, -1] and not x.any()
+    assert filled[:, 2] == pytest.approx([10 / 12, 1, 0]) and filled[:, 3] == pytest.approx([0, 1, 0])
 
 
 def test_position_bias_is_found_and_taken_out_of_clicks():

@@ -92,7 +92,7 @@ def test_errors_are_mended_and_both_spellings_asked(understanding):
 
 
 def test_what_the_client_is_shown(understanding):
-    shown = json.loads(understanding("SONY sofa", [Intent("colour", "black", 0.61, False)]).to_json())
+    shown = json.loads(understanding("SONY sofa").with_intents([Intent("colour", "black", 0.61, False)]).to_json())
     assert shown["text"] == "sony sofa" and shown["synonyms"] == {"sofa": ["couch"]}
     assert shown["intents"] == [
         {"attribute": "brand", "value": "Sony", "probability": 1.0, "named": True},

@@ -1,0 +1,127 @@
+"""Search beside recommendation on one live server: does the query's branch run beside the other, and what does it cost?
+
+    python -m loadtest.search artifacts/shop --profile fused
+
+Closed loop over gRPC at concurrency 1 and 16, the two kinds of requests taking turns in one run; queries are titles'
+first words. From Triton's statistics: time of each stage, and of the ensemble beside the sum of its stages and its
+longest path. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import numpy as np
+import pandas as pd
+import tritonclient.grpc as grpcclient
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loadtest.open_loop import METHOD, complete, message
+from loadtest.peers.compare import memory_mib
+from loadtest.requests import recorded
+from loadtest.stages import between, statistics
+from preprocessing import contract as c
+from preprocessing.prepare import CATALOGUE_FILE
+from serving.client import request_tensors
+from serving.launcher import ServerOptions, TritonServer
+from vivace.artifacts import commit
+from vivace.doctor import cpu
+
+console = Console(width=120)
+TOP_K = 10
+
+
+def kinds(root: Path, count: int) -> dict[str, list[bytes]]:
+    """The same users' requests without and with a query."""
+    frame = recorded(root).head(count)
+    titles = pd.read_parquet(root / "features" / CATALOGUE_FILE).set_index(c.ITEM)[c.TITLE]
+    out: dict[str, list[bytes]] = {"recommend": [], "search": []}
+    for user, history, target in zip(frame[c.USER], frame[c.ITEM], frame[c.TARGET], strict=True):
+        query = " ".join(str(titles.get(target, "lamp")).split()[:3])
+        for kind, q in (("recommend", ""), ("search", query)):
+            out[kind].append(message(c.ENSEMBLE, request_tensors(user, list(history), TOP_K, q)))
+    return out
+
+
+def closed(url: str, sent: list[bytes], concurrency: int, seconds: float) -> dict[str, float]:
+    """QPS, p50 and p99 in ms."""
+
+    async def go() -> list[float]:
+        times: list[float] = []
+        async with grpc.aio.insecure_channel(url) as channel:
+            method = channel.unary_unary(METHOD)
+            await method(sent[0], wait_for_ready=True)
+            stop = time.perf_counter() + seconds
+
+            async def one(start: int) -> None:
+                i = start
+                while time.perf_counter() < stop:
+                    t = time.perf_counter()
+                    await method(sent[i % len(sent)])
+                    times.append((time.perf_counter() - t) * 1000)
+                    i += concurrency
+
+            await asyncio.gather(*(one(k) for k in range(concurrency)))
+        return times
+
+    times = complete(go())
+    p50, p99 = np.percentile(times, [50, 99])
+    return {"qps": len(times) / seconds, "p50_ms": float(p50), "p99_ms": float(p99)}
+
+
+def main(
+    root: Annotated[Path, typer.Argument(help="the run, artifacts/<name>, compiled with search")],
+    profile: str = "",
+    seconds: Annotated[float, typer.Option(help="of each measurement")] = 5.0,
+    rounds: int = 3,
+) -> None:
+    options = ServerOptions(
+        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "triton.log"
+    )
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    stages: dict[str, Any] = {}
+    sent = kinds(root, 500)
+    with TritonServer(options) as server:
+        url = f"{server.host}:{server.grpc_port}"
+        closed(url, sent["search"], 4, 2.0)
+        with grpcclient.InferenceServerClient(url) as client:
+            for _ in range(rounds):
+                for concurrency in (1, 16):
+                    for kind, own in sent.items():
+                        before = statistics(client)
+                        found.setdefault((kind, concurrency), []).append(closed(url, own, concurrency, seconds))
+                        if concurrency == 1:
+                            stages[kind] = between(before, statistics(client))
+        memory = memory_mib(server.pid)
+    middle = {k: {m: float(np.median([r[m] for r in runs])) for m in runs[0]} for k, runs in found.items()}
+    table = Table(title=f"{root.name}, profile {profile or 'default'}, {cpu()[0]}", title_justify="left")
+    for name in ("", "concurrency", "QPS", "p50 ms", "p99 ms"):
+        table.add_column(name, justify="right" if name else "left")
+    for (kind, concurrency), r in middle.items():
+        table.add_row(kind, str(concurrency), f"{r['qps']:.0f}", f"{r['p50_ms']:.2f}", f"{r['p99_ms']:.2f}")
+    console.print(table)
+    own = {m: s["total_ms"] for m, s in stages["search"].items() if s["total_ms"]}
+    history = sum(own.get(m, 0.0) for m in (c.FEATURE_TRANSFORM, c.RETRIEVAL, c.RANKING))
+    query, last = own.get(c.QUERY_SEARCH, 0.0), own.get(c.RESPONSE, 0.0)
+    if query:
+        console.print(
+            f"a search takes {own[c.ENSEMBLE]:.2f} ms in the server; its branches {history:.2f} (history) and "
+            f"{query:.2f} (query), then {last:.2f}: longest path {max(history, query) + last:.2f}, "
+            f"sum {history + query + last:.2f}"
+        )
+    print(json.dumps({
+        "benchmark": "search beside recommendation", "data": root.name, "profile": profile,
+        "runs": {f"{k} {n}": r for (k, n), r in middle.items()}, "stages_ms": own, "memory_mib": round(memory),
+        "cpu": cpu()[0], "commit": commit(),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)

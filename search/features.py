@@ -1,0 +1,65 @@
+"""What a query and an item have in common, as numbers for the search ranker; the same code when it is trained and when
+it serves. Axis legend: N candidates of the query, M of the recommendation, X features.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from preprocessing.contract import PADDING_ID
+from search.hybrid import DENSE, LEXICAL, POPULAR, Candidates, HybridIndex
+from search.understanding import Understood
+
+BRANCHES = (LEXICAL, DENSE, POPULAR)
+PERSONAL = ("rank by history", "affinity")
+NEAR = 10.0  # a branch's rank r counts NEAR / (NEAR + r)
+
+
+def feature_names(index: HybridIndex) -> list[str]:
+    fields = [f"bm25 {f.name}" for f in index.lexical.fields]
+    intents = [f"{kind} {a}" for a in index.codes for kind in ("named", "likely")]
+    ranks = [f"rank {b}" for b in BRANCHES]
+    return [*fields, "bm25", "bm25 of the best", "dense", "in title", "in text", *intents, *ranks, "fused", "popular",
+            "terms", *PERSONAL]  # fmt: skip
+
+
+def features(index: HybridIndex, understood: Understood, vector_E: np.ndarray, found: Candidates) -> np.ndarray:
+    """float32 [N, X] in the order of ``feature_names``; the last ones, PERSONAL, are 0 until ``personal`` fills them
+    in: they are known where query and history meet."""
+    rows, n = found.rows, len(found.rows)
+    fields_FN = index.lexical.by_field(understood.terms, understood.weights)[:, rows]
+    whole_N = index.lexical.boosted(fields_FN)
+    best = max(float(whole_N.max(initial=0.0)), 1e-6)
+    columns = [*fields_FN, whole_N, whole_N / best, index.vectors[rows] @ vector_E]
+    columns += list(index.lexical.coverage(understood.terms, understood.weights)[:, rows])
+    for a, codes in index.codes.items():
+        for named in (True, False):
+            chance = np.zeros(len(index.values[a]), np.float32)
+            for i in understood.intents:
+                if i.attribute == a and i.named == named:
+                    chance[np.asarray(index.values[a]) == i.value] = i.probability
+            columns.append(chance[codes[rows]])
+    for b in BRANCHES:
+        r = found.rank.get(b, np.full(n, -1))
+        columns.append(np.where(r >= 0, NEAR / (NEAR + r), 0.0))
+    columns += [found.fused * 60, index.popularity[rows], np.full(n, len(understood.words))]
+    columns += [np.zeros(n)] * len(PERSONAL)
+    return np.stack([np.asarray(x, np.float32) for x in columns], 1)
+
+
+def personal(
+    features_NX: np.ndarray, ids_N: np.ndarray, ranked_M: np.ndarray, scores_M: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(features with PERSONAL filled in, place of each candidate in the recommendation int64 [N], -1 for none).
+
+    ``ids_N``: what the query found; ``ranked_M``, ``scores_M``: what the history recommends, best first. PERSONAL: how
+    far up a candidate stands there, and its score between the recommendation's worst (0) and best (1)."""
+    place = {int(i): m for m, i in enumerate(ranked_M) if i != PADDING_ID}
+    at_N = np.array([place.get(int(i), -1) for i in ids_N], np.int64)
+    live = max(len(place), 1)
+    low, high = float(scores_M[:live].min()), float(scores_M[:live].max())
+    out = features_NX.copy()
+    known = at_N >= 0
+    out[known, -2] = NEAR / (NEAR + at_N[known])
+    out[known, -1] = (scores_M[at_N[known]] - low) / max(high - low, 1e-6)
+    return out, at_N

@@ -1,0 +1,205 @@
+"""The query's branch of a request: understood, encoded, its items found by words and meaning at once, with features.
+
+Runs in the stage ``query_search`` and in the fused pipeline; needs neither torch nor NVTabular. Axis legend: B rows,
+N candidates, X features, S tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+from preprocessing import contract as c
+from search.data import Catalogue
+from search.features import features, personal
+from search.hybrid import Filters, HybridIndex, diversify
+from search.lexical import FILE as LEXICAL_FILE
+from search.lexical import Lexical
+from search.text import normalise, words
+from search.understanding import FILE as UNDERSTANDING_FILE
+from search.understanding import QueryUnderstanding, Understood, likely
+
+ENCODER, TOKENIZER, VECTORS, CATALOGUE, RANKER = (
+    "query_encoder.onnx", "tokenizer.json", "vectors.npy", "catalogue.json", "search_ranking.onnx",
+)  # fmt: skip
+INDEX_FILES = (ENCODER, TOKENIZER, VECTORS, CATALOGUE, LEXICAL_FILE, "lexical.json", UNDERSTANDING_FILE)
+RANKER_FILES = (RANKER, VECTORS)
+
+
+EXAMPLE = '{"values": {"brand": ["Alto"]}, "ranges": {"price": [5, null]}}'
+
+
+def asked(query: str) -> bool:
+    """Whether a QUERY has anything to search for."""
+    return bool(query) and bool(words(normalise(query)))
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request asks of the answer beside its query."""
+
+    filters: Filters = field(default_factory=Filters)
+    diversity: float = 0.0
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any]) -> Wish:
+        """Of a request's parameters. Raises ValueError naming the parameter."""
+        try:
+            record = json.loads(parameters.get(c.FILTERS) or "{}")
+            values, ranges = record.pop("values", {}), record.pop("ranges", {})
+            if record or not all(isinstance(v, list) for v in (*values.values(), *ranges.values())):
+                raise ValueError
+            found = Filters(
+                {str(a): [str(v) for v in own] for a, own in values.items()},
+                {str(n): (_number(low), _number(high)) for n, (low, high) in ranges.items()},
+            )
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError(
+                f"{c.FILTERS}: expected JSON such as {EXAMPLE}, got {str(parameters.get(c.FILTERS))[:200]!r}"
+            ) from None
+        try:
+            diversity = float(parameters.get(c.DIVERSITY) or 0)
+        except ValueError:
+            diversity = -1.0
+        if not 0 <= diversity <= 1:
+            raise ValueError(f"{c.DIVERSITY}: expected 0..1, got {parameters.get(c.DIVERSITY)!r}")
+        return cls(found, diversity)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def write_catalogue(catalogue: Catalogue, folder: Path) -> None:
+    """What is needed of a catalogue at request time: ids, attributes, numbers, popularity."""
+    record = {
+        "items": catalogue.items,
+        "attributes": catalogue.attributes,
+        "numbers": {n: [None if np.isnan(x) else float(x) for x in v] for n, v in catalogue.numbers.items()},
+        "popularity": [] if catalogue.popularity is None else [float(x) for x in catalogue.popularity],
+    }
+    (folder / CATALOGUE).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+
+
+def read_catalogue(folder: Path) -> Catalogue:
+    record = json.loads((folder / CATALOGUE).read_text(encoding="utf-8"))
+    numbers = {n: np.array([np.nan if x is None else x for x in v], np.float32) for n, v in record["numbers"].items()}
+    popularity = np.array(record["popularity"], np.float32) if record["popularity"] else None
+    return Catalogue(record["items"], {}, record["attributes"], numbers, popularity)
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class QuerySearch:
+    """Queries to items with features. ``candidates`` N."""
+
+    def __init__(self, folder: Path, candidates: int) -> None:
+        self.candidates = candidates
+        self.index = HybridIndex(read_catalogue(folder), Lexical.load(folder), np.load(folder / VECTORS))
+        self.understanding = QueryUnderstanding.load(folder)
+        self._encoder = _session(folder / ENCODER)
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        metadata = self._encoder.get_modelmeta().custom_metadata_map
+        self._attributes, self._length = json.loads(metadata["attributes"]), int(metadata["tokens"])
+        self.width = int(metadata["features"])
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors float32 [B, E] and intent logits float32 [B, K] of normalised texts."""
+        tokens_BS = np.zeros((len(texts), self._length), np.int64)
+        for row, found in zip(tokens_BS, self._tokenizer.encode_batch(list(texts)), strict=True):
+            ids = found.ids[: self._length]
+            row[: len(ids)] = ids
+        vectors, logits = self._encoder.run(None, {"TOKENS": tokens_BS})
+        return vectors, logits
+
+    def understand(self, queries: Sequence[str]) -> tuple[list[Understood], np.ndarray]:
+        """What each query means, and its vector float32 [B, E]."""
+        plain = [self.understanding(q) for q in queries]
+        vectors, logits = self.encode([normalise(u.mended) for u in plain])
+        full = [u.with_intents(likely(self._attributes, row)) for u, row in zip(plain, logits, strict=True)]
+        return full, vectors
+
+    def __call__(
+        self, queries: Sequence[str], wishes: Sequence[Wish]
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:  # fmt: skip
+        """(ids int64 [B, N], PADDING_ID where there are fewer; features float32 [B, N, X]; UNDERSTOOD of each).
+
+        A row without a query has neither. Raises ValueError for a filter that the catalogue does not have.
+        """
+        ids_BN = np.full((len(queries), self.candidates), c.PADDING_ID, np.int64)
+        features_BNX = np.zeros((len(queries), self.candidates, self.width), np.float32)
+        said = [""] * len(queries)
+        rows = [i for i, q in enumerate(queries) if asked(q)]
+        if not rows:
+            return ids_BN, features_BNX, said
+        understood, vectors = self.understand([queries[i] for i in rows])
+        for i, u, v in zip(rows, understood, vectors, strict=True):
+            f = wishes[i].filters
+            allowed = self.index.allowed(f) if f.values or f.ranges else None
+            found = self.index.candidates(u, v, self.candidates, allowed)
+            n = len(found.rows)
+            ids_BN[i, :n] = found.rows + c.FIRST_ID
+            features_BNX[i, :n] = features(self.index, u, v, found)
+            facets = self.index.facets(self.index.matches(u, allowed))
+            branches = [found.found_by(k) for k in range(min(n, c.MAX_TOP_K))]
+            by = {self.index.catalogue.items[r]: b for r, b in zip(found.rows, branches, strict=False)}
+            said[i] = json.dumps(
+                {**json.loads(u.to_json()), "facets": facets, "found_by": by}, ensure_ascii=False, separators=(",", ":")
+            )
+        return ids_BN, features_BNX, said
+
+
+class SearchRanking:
+    """Where query and history meet: orders what the query found."""
+
+    def __init__(self, folder: Path) -> None:
+        self._session = _session(folder / RANKER)
+        self._vectors = np.load(folder / VECTORS, mmap_mode="r")
+
+    def __call__(
+        self, query_N: np.ndarray, features_NX: np.ndarray, ranked_M: np.ndarray, values_CM: np.ndarray, wish: Wish
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [N], best first, and values float32 [C, N] of one row: the score, and each head's probability
+        where the recommendation knows the item (0 elsewhere)."""
+        n = int((query_N != c.PADDING_ID).sum())
+        x, at_N = personal(features_NX[:n], query_N[:n], ranked_M, values_CM[0])
+        scores = self._session.run(None, {"FEATURES": x[None]})[0][0]
+        order = np.argsort(-scores, kind="stable")
+        if wish.diversity:
+            vectors = np.asarray(self._vectors[query_N[:n] - c.FIRST_ID])
+            order = diversify(scores, vectors, n, wish.diversity)
+        ids = np.full(len(query_N), c.PADDING_ID, np.int64)
+        values = np.zeros((len(values_CM), len(query_N)), np.float32)
+        ids[:n], values[0, :n] = query_N[order], scores[order]
+        known = at_N[order] >= 0
+        values[1:, :n][:, known] = values_CM[1:, at_N[order][known]]
+        return ids, values
+
+    def rows(
+        self, query_BN: np.ndarray, features_BNX: np.ndarray, ranked_BM: np.ndarray, values_BCM: np.ndarray,
+        wishes: Sequence[Wish],
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """The same for a batch; rows without a query stay as they were recommended."""
+        searched = np.flatnonzero((query_BN != c.PADDING_ID).any(1))
+        if not len(searched):
+            return ranked_BM, values_BCM
+        wide = max(query_BN.shape[1], ranked_BM.shape[1])
+        ids = np.full((len(ranked_BM), wide), c.PADDING_ID, np.int64)
+        values = np.zeros((len(ranked_BM), values_BCM.shape[1], wide), np.float32)
+        ids[:, : ranked_BM.shape[1]], values[:, :, : ranked_BM.shape[1]] = ranked_BM, values_BCM
+        for i in searched:
+            own = self(query_BN[i], features_BNX[i], ranked_BM[i], values_BCM[i], wishes[i])
+            ids[i], values[i] = c.PADDING_ID, 0
+            ids[i, : len(own[0])], values[i, :, : len(own[0])] = own
+        return ids, values

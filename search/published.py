@@ -1,0 +1,32 @@
+"""What a run's search adds to its model repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from preprocessing import contract as c
+from search.online import INDEX_FILES, RANKER_FILES
+from vivace.artifacts import MANIFEST, read_manifest
+
+FOLDER = "search"
+
+
+def files_of(root: Path) -> dict[str, dict[str, Path]]:
+    """What a run's search adds to the model repository, by stage; {} without search."""
+    folder = root / FOLDER
+    if not (folder / MANIFEST).exists():
+        return {}
+    return {
+        c.QUERY_SEARCH: {n: folder / n for n in INDEX_FILES},
+        c.RESPONSE: {n: folder / n for n in RANKER_FILES},
+    }
+
+
+def features_of(root: Path) -> int:
+    """X of a run's search ranker; 0 without search."""
+    folder = root / FOLDER
+    return (
+        int(read_manifest(folder, "vivace train --task search")["results"]["features"])
+        if (folder / MANIFEST).exists()
+        else 0
+    )

@@ -1,0 +1,166 @@
+"""QUERY through the real Triton: two branches of one ensemble, and all in one process; answers, filters, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from loadtest.requests import recorded
+from preprocessing import contract as c
+from search.encoder import SearchEncoderConfig
+from search.online import QuerySearch, SearchRanking, Wish, asked
+from search.ranker import RankerConfig
+from search.train import SearchTraining, train_search
+from serving.client import VivaceClient, VivaceError
+from serving.launcher import ServerOptions, TritonServer
+from training.export import compile_models
+from training.presets import tiny
+from training.text_encoder import TextConfig
+
+SEED = 3
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def searchable(root, features, tmp_path_factory):
+    """The small shop with search, compiled anew."""
+    folder = tmp_path_factory.mktemp("search") / "shop"
+    shutil.copytree(root, folder, ignore=shutil.ignore_patterns("*.log", "tuning"))
+    own = type(features)(folder / "features")
+    encoder = SearchEncoderConfig(
+        TextConfig(width=32, layers=1, heads=2, tokens=16, vocabulary=500), query_tokens=12, vector=32,
+        language_epochs=1, question_epochs=8, batch_size=32, learning_rate=3e-3,
+    )  # fmt: skip
+    train_search(
+        own, tiny(), folder, SearchTraining(encoder, RankerConfig(epochs=8, members=1), 300), SEED, quiet, True
+    )
+    compile_models(own, tiny(), folder, SEED, quiet)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["", "fused"])
+def server(request, searchable):
+    options = ServerOptions(
+        searchable / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=request.param,
+        log=searchable / "triton.log",
+    )  # fmt: skip
+    with TritonServer(options) as running:
+        yield running
+
+
+@pytest.fixture(params=["grpc", "http"])
+def client(request, server):
+    port = server.grpc_port if request.param == "grpc" else server.http_port
+    with VivaceClient(f"{server.host}:{port}", request.param) as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def titles(features):
+    frame = features.items()
+    return dict(zip(frame[c.ITEM], frame[c.TITLE], strict=True))
+
+
+def some_user(searchable) -> tuple[str, list[str]]:
+    row = recorded(searchable).iloc[0]
+    return row[c.USER], list(row[c.ITEM])
+
+
+def test_a_query_finds_what_it_names(client, searchable, titles):
+    user, history = some_user(searchable)
+    answer = client.recommend(user, history, 5, "kettel Alto")  # a typing error, a brand
+    assert answer.status == "ok" and answer.understood["corrected"] == {"kettel": "kettle"}
+    assert {"attribute": "brand", "value": "Alto", "probability": 1.0, "named": True} in answer.understood["intents"]
+    assert any("kettle" in titles[i] for i in answer.items) and len(answer.items) == 5
+    assert all(answer.understood["found_by"][i] for i in answer.items)
+    assert np.all(np.diff(answer.scores) <= 1e-6) and "category" in answer.understood["facets"]
+    anonymous = client.recommend("", [], 5, "kettle")
+    assert anonymous.status == "ok" and "kettle" in titles[anonymous.items[0]]
+
+
+def test_without_a_query_nothing_changes(client, searchable, root, served):
+    other, _ = served
+    user, history = some_user(searchable)
+    with VivaceClient(f"{other.host}:{other.grpc_port}") as plain:
+        for h in (history, []):
+            a, b = client.recommend(user, h, 10), plain.recommend(user, h, 10)
+            assert a.items == b.items and a.scores == pytest.approx(b.scores, abs=1e-4) and a.status == b.status
+            assert a.understood == {}
+
+
+def test_the_answer_is_that_of_the_functions(client, searchable):
+    """Served equals the same code in process; history counts."""
+    user, history = some_user(searchable)
+    shapes = c.StageTensors(**json.loads((searchable / "compiled" / "model_card.json").read_text())["shapes"])
+    search, ranking = QuerySearch(searchable / "search", shapes.candidates), SearchRanking(searchable / "search")
+    plain = client.recommend(user, history, c.MAX_TOP_K)
+    ids, x, said = search(["oak lamp"], [Wish()])
+    names = ["", "", "", *search.index.catalogue.items]
+    place = {n: i for i, n in enumerate(names)}
+    ranked = np.array([place[i] for i in plain.items])
+    values = np.stack([plain.scores, *plain.heads.values()])
+    if len(ranked) == shapes.candidates:  # the whole recommendation was answered
+        expected, _ = ranking(ids[0], x[0], ranked, values, Wish())
+        answer = client.recommend(user, history, 10, "oak lamp")
+        assert answer.items == [names[i] for i in expected[:10]]
+        assert answer.understood == json.loads(said[0])
+    alone = client.recommend("", [], 10, "oak lamp")
+    assert sorted(alone.items) != [] and not np.allclose(
+        alone.scores, client.recommend(user, history, 10, "oak lamp").scores
+    )
+
+
+def test_filters_and_diversity(client, titles):
+    narrow = client.recommend("", [], 10, "lamp", filters={"values": {"brand": ["Alto", "Brio"]}})
+    assert len(narrow.items) == 10  # filled, though few lamps are of these brands
+    assert all(titles[i].split()[0] in ("Alto", "Brio") for i in narrow.items)
+    spread = client.recommend("", [], 10, "lamp", diversity=0.9)
+    assert spread.items != client.recommend("", [], 10, "lamp").items
+    for filters, diversity, said in (
+        ({"values": {"size": ["1"]}}, 0, "expected an attribute of"), ({"what": 1}, 0, "filters: expected JSON"),
+        ({}, 3, "diversity: expected 0..1"),
+    ):  # fmt: skip
+        with pytest.raises(VivaceError, match=said):
+            client.recommend("", [], 10, "lamp", filters=filters, diversity=diversity)
+    assert len(client.recommend("", [], 3, "lamp").items) == 3
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("😀😀", "QUERY has no word"), ("   ", "QUERY has no word"), ("‮مرحبا بالعالم‬", "ok"), ("lamp\x00\x07", "ok"),
+        ("'; DROP TABLE items; --", "ok"), ("(a+)+$ [x", "ok"), ("lamp " * 800, "ok"), ("红色 连衣裙", "ok"),
+    ],
+)  # fmt: skip
+def test_any_query_is_answered(client, query, status):
+    answer = client.recommend("", [], 5, query)
+    assert status in answer.status and len(answer.items) == 5
+    assert bool(answer.understood) == asked(query)
+
+
+def test_what_is_no_query_is_refused(client):
+    for query, said in ((b"\xff\xfe", "QUERY: expected UTF-8"), ("x" * 10_000, "QUERY: expected at most 4096 bytes")):
+        with pytest.raises(VivaceError, match=said):
+            client.recommend("", [], 5, query)
+
+
+def test_neighbours_in_a_batch_change_nothing(server):
+    queries = ["oak lamp", "", "linen towel", "😀", "alto kettle", "", "copper mug", "novel"] * 4
+    with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
+        alone = [client.recommend("", [], 5, q) for q in queries]
+
+        def ask(q: str):
+            with VivaceClient(f"{server.host}:{server.grpc_port}") as own:
+                return own.recommend("", [], 5, q)
+
+        with ThreadPoolExecutor(16) as pool:
+            together = list(pool.map(ask, queries))
+    for a, b in zip(alone, together, strict=True):
+        assert a.items == b.items and a.understood == b.understood and a.scores == pytest.approx(b.scores, abs=1e-4)
