@@ -107,18 +107,18 @@ def main(
     for (kind, concurrency), r in middle.items():
         table.add_row(kind, str(concurrency), f"{r['qps']:.0f}", f"{r['p50_ms']:.2f}", f"{r['p99_ms']:.2f}")
     console.print(table)
-    own = {m: s["total_ms"] for m, s in stages["search"].items() if s["total_ms"]}
-    history = sum(own.get(m, 0.0) for m in (c.FEATURE_TRANSFORM, c.RETRIEVAL, c.RANKING))
-    query, last = own.get(c.QUERY_SEARCH, 0.0), own.get(c.RESPONSE, 0.0)
+    took = {m: s["total_ms"] for m, s in stages["search"].items() if s["total_ms"]}
+    history = sum(took.get(m, 0.0) for m in (c.FEATURE_TRANSFORM, c.RETRIEVAL, c.RANKING))
+    query, last = took.get(c.QUERY_SEARCH, 0.0), took.get(c.RESPONSE, 0.0)
     if query:
         console.print(
-            f"a search takes {own[c.ENSEMBLE]:.2f} ms in the server; its branches {history:.2f} (history) and "
+            f"a search takes {took[c.ENSEMBLE]:.2f} ms in the server; its branches {history:.2f} (history) and "
             f"{query:.2f} (query), then {last:.2f}: longest path {max(history, query) + last:.2f}, "
             f"sum {history + query + last:.2f}"
         )
     print(json.dumps({
         "benchmark": "search beside recommendation", "data": root.name, "profile": profile,
-        "runs": {f"{k} {n}": r for (k, n), r in middle.items()}, "stages_ms": own, "memory_mib": round(memory),
+        "runs": {f"{k} {n}": r for (k, n), r in middle.items()}, "stages_ms": took, "memory_mib": round(memory),
         "cpu": cpu()[0], "commit": commit(),
     }))  # fmt: skip
 

@@ -38,7 +38,7 @@ HARD = 30  # items that the words find and nobody judged: hard negatives
 FILE = Path("search", "evaluation.json")
 
 
-def ndcg(gains: Sequence[float], ideal: Sequence[float], k: int = K) -> float:
+def ndcg(gains: Sequence[float] | np.ndarray, ideal: Sequence[float], k: int = K) -> float:
     """Of the ranked items' ``gains``; ``ideal``: those of all judged items. 0 where nothing gains."""
     discount = 1 / np.log2(np.arange(2, k + 2))
     best = np.sort(np.asarray(ideal, float))[::-1][:k]

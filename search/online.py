@@ -131,11 +131,12 @@ class QuerySearch:
         return full, vectors
 
     def __call__(
-        self, queries: Sequence[str], wishes: Sequence[Wish]
+        self, queries: Sequence[str], wishes: Sequence[Wish | None]
     ) -> tuple[np.ndarray, np.ndarray, list[str]]:  # fmt: skip
         """(ids int64 [B, N], PADDING_ID where there are fewer; features float32 [B, N, X]; UNDERSTOOD of each).
 
-        A row without a query has neither. Raises ValueError for a filter that the catalogue does not have.
+        A row without a query has neither, and needs no wish. Raises ValueError for a filter that the catalogue does not
+        have.
         """
         ids_BN = np.full((len(queries), self.candidates), c.PADDING_ID, np.int64)
         features_BNX = np.zeros((len(queries), self.candidates, self.width), np.float32)
@@ -145,7 +146,7 @@ class QuerySearch:
             return ids_BN, features_BNX, said
         understood, vectors = self.understand([queries[i] for i in rows])
         for i, u, v in zip(rows, understood, vectors, strict=True):
-            f = wishes[i].filters
+            f = (wishes[i] or Wish()).filters
             allowed = self.index.allowed(f) if f.values or f.ranges else None
             found = self.index.candidates(u, v, self.candidates, allowed)
             n = len(found.rows)
@@ -188,7 +189,7 @@ class SearchRanking:
 
     def rows(
         self, query_BN: np.ndarray, features_BNX: np.ndarray, ranked_BM: np.ndarray, values_BCM: np.ndarray,
-        wishes: Sequence[Wish],
+        wishes: Sequence[Wish | None],
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """The same for a batch; rows without a query stay as they were recommended."""
         searched = np.flatnonzero((query_BN != c.PADDING_ID).any(1))
@@ -199,7 +200,7 @@ class SearchRanking:
         values = np.zeros((len(ranked_BM), values_BCM.shape[1], wide), np.float32)
         ids[:, : ranked_BM.shape[1]], values[:, :, : ranked_BM.shape[1]] = ranked_BM, values_BCM
         for i in searched:
-            own = self(query_BN[i], features_BNX[i], ranked_BM[i], values_BCM[i], wishes[i])
+            own = self(query_BN[i], features_BNX[i], ranked_BM[i], values_BCM[i], wishes[i] or Wish())
             ids[i], values[i] = c.PADDING_ID, 0
             ids[i, : len(own[0])], values[i, :, : len(own[0])] = own
         return ids, values

@@ -189,7 +189,7 @@ class Pipeline:
         return min(self.shapes.candidates, max(share, top_k))
 
     def searched(
-        self, queries: Sequence[str], wishes: Sequence[Wish], ranked: Sequence[np.ndarray]
+        self, queries: Sequence[str], wishes: Sequence[Wish | None], ranked: tuple[np.ndarray, np.ndarray]
     ) -> tuple[list[np.ndarray], list[str]]:
         """What was ``ranked``, with the rows that have a query answered by what it found; UNDERSTOOD of each row."""
         if self.search is None or self.search_ranking is None:

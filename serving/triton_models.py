@@ -246,8 +246,8 @@ class QuerySearchModel(_Stage):
         start = 0
         for place, rows in places:
             stop = start + rows
-            own = (found[0][start:stop], found[1][start:stop], _strings(found[2][start:stop]))
-            tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, own, strict=True)]
+            values = (found[0][start:stop], found[1][start:stop], _strings(found[2][start:stop]))
+            tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, values, strict=True)]
             responses[place] = pb_utils.InferenceResponse(tensors)
             start = stop
         return responses
@@ -298,7 +298,8 @@ class RecommendModel(_Stage):
 
     def execute(self, requests: list) -> list:
         asks = [_Ask(i, request) for i, request in enumerate(requests)]
-        self.requests, self.wishes = requests, {}
+        self.requests = requests
+        self.wishes: dict[int, Any] = {}  # of the requests with a query, by place
         level = self.overload(sum(len(a.rows) for a in asks), time.monotonic())
         responses: list = [None] * len(requests)
         self._answer(requests, asks, level, responses)

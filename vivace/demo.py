@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def run_demo(
     cli.prepare(data=data, path=path, artifacts=artifacts, seed=seed)
     timed("prepare", t)
     learn_search = partial(cli.train, task="search")
+    steps: list[tuple[str, Callable[..., None]]]
     steps = [("train", cli.train), ("evaluate", cli.evaluate), *([("search", learn_search)] if search else [])]
     for name, step in (*steps, ("compile", cli.compile_)):
         t = time.monotonic()

@@ -43,10 +43,7 @@ def test_terms_by_script():
     assert terms("Wireless Headphones") == ["wireless", "headphon"]
     assert terms("The Café's chairs") == ["cafe", "chair"]
     assert terms("红色连衣裙") == ["红色", "色连", "连衣", "衣裙"] and terms("茶") == ["茶"]
-    assert terms("iPhone13 手机壳") == ["iphone", "13", "手机", "机壳"] or terms("iPhone13 手机壳")[-2:] == [
-        "手机",
-        "机壳",
-    ]
+    assert terms("iPhone13 手机壳") == ["iphone13", "手机", "机壳"]
     assert terms("") == terms("😀🎉") == terms("'; -- ^$.*") == []
 
 
