@@ -22,7 +22,7 @@ app.add_typer(reports, name="report", help="Pages that show what was measured.")
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 Data = Annotated[
-    str, typer.Option("--data", help="shop, ml-1m, ml-1m-benchmark, beauty, globo, retailrocket or tables")
+    str, typer.Option("--data", help="shop, ml-1m, ml-1m-benchmark, beauty, globo, hm, retailrocket or tables")
 ]
 DataPath = Annotated[Path | None, typer.Option("--path", help="folder of the data set; for tables the TOML mapping")]
 Name = Annotated[str, typer.Option("--name", help="folder under --artifacts; the data set's name if empty")]

@@ -9,13 +9,14 @@ from preprocessing.readers.base import Source
 
 
 def open_source(data: str, path: Path | None, size: dict[str, int] | None = None) -> Source:
-    """The reader of data set ``data``: shop, ml-1m, ml-1m-benchmark, beauty, globo, retailrocket, or tables, whose
+    """The reader of data set ``data``: shop, ml-1m, ml-1m-benchmark, beauty, globo, hm, retailrocket, or tables, whose
     ``path`` is a TOML mapping.
 
     ``size`` overrides sizes of the synthetic shop. Raises ValueError or FileNotFoundError with what to do.
     """
     from preprocessing.readers.amazon import Beauty
     from preprocessing.readers.globo import Globo
+    from preprocessing.readers.hm import HM
     from preprocessing.readers.movielens import MovieLens, MovieLensBenchmark
     from preprocessing.readers.retailrocket import Retailrocket
     from preprocessing.readers.shop import Shop, ShopConfig
@@ -28,6 +29,7 @@ def open_source(data: str, path: Path | None, size: dict[str, int] | None = None
         "ml-1m-benchmark": MovieLensBenchmark,
         "beauty": Beauty,
         "globo": Globo,
+        "hm": HM,
         "retailrocket": Retailrocket,
         "tables": Tables,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import os
 from pathlib import Path
 
@@ -223,3 +224,19 @@ def test_real_movielens_benchmark_file():
     rows = pd.concat(x.rows for x in source.interactions())
     assert (len(rows), rows[c.USER].nunique(), rows[c.ITEM].nunique()) == (999_611, 6_040, 3_416)
     assert rows[c.WEIGHT].notna().all()
+
+
+def test_hm_layout(tmp_path):
+    """Purchases lack the leading zero of the catalogue's ids; what is not known of an article is empty."""
+    names = ["product_type_name", "colour_group_name", "graphical_appearance_name", "department_name", "section_name"]
+    row = {"article_id": "0108775015", "prod_name": "Strap top", "detail_desc": "Jersey top"}
+    row |= {"garment_group_name": "Unknown"}
+    pd.DataFrame([{**row, **dict.fromkeys(names, "Solid")}]).to_parquet(tmp_path / "articles.parquet")
+    bought = [{"t_dat": datetime.date(2020, 9, 16), "customer_id": "a", "article_id": "108775015"}]
+    pd.DataFrame(bought).to_parquet(tmp_path / "valid_split.parquet")
+    source = open_source("hm", tmp_path)
+    (item,) = source.items().to_dict("records")
+    (event,) = next(iter(source.interactions())).rows.to_dict("records")
+    assert item[c.ITEM] == event[c.ITEM] == "0108775015" and item["garment"] == "" and item["section"] == "Solid"
+    assert item[c.TEXT] == "Strap top. Solid Solid Solid Solid. Jersey top"
+    assert event[c.TIME] == 1_600_214_400_000.0
