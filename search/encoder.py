@@ -41,7 +41,8 @@ _WORD = re.compile(r"\w+(?:[.'-]\w+)*")
 @dataclass(frozen=True)
 class SearchEncoderConfig:
     """Sizes and training. ``query_tokens`` S of a query; ``values`` most frequent values of each attribute that are
-    told apart; ``epochs`` of language modelling, of made questions, of judgments."""
+    told apart; ``epochs`` of language modelling, of made questions, of judgments; ``epoch_items``: of a larger
+    catalogue an epoch draws so many items anew."""
 
     text: TextConfig = field(default_factory=lambda: TextConfig(vocabulary=12_000))
     query_tokens: int = 24
@@ -51,6 +52,7 @@ class SearchEncoderConfig:
     language_epochs: int = 2
     question_epochs: int = 6
     judged_epochs: int = 4
+    epoch_items: int = 16_384
     batch_size: int = 128
     learning_rate: float = 1e-3
     judged_learning_rate: float = 2e-4
@@ -117,6 +119,14 @@ class Questions:
             own.insert(int(rng.integers(0, len(own) + 1)), str(rng.choice(self.values[item])))
         return " ".join(own)
 
+    def by_attributes(self, item: int, rng: np.random.Generator) -> str:
+        """Two or three of the item's attribute values, in any order: what kind of thing it is, not which one."""
+        values = self.values[item] if self.values else []
+        if len(values) < 2:
+            return self(item, rng)
+        count = min(len(values), int(rng.integers(2, 4)))
+        return " ".join(str(v) for v in rng.permutation(values)[:count])
+
 
 class EncoderTraining:
     """Trains one encoder on one catalogue; each stage is a loop of its own that resumes."""
@@ -154,7 +164,7 @@ class EncoderTraining:
 
     def _chosen(self, epoch: int, items: np.ndarray) -> Iterator[tuple[np.ndarray, np.random.Generator]]:
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(items)
+        order = rng.permutation(items)[: self.config.epoch_items]
         for start in range(0, max(len(order) - self.config.batch_size // 2, 1), self.config.batch_size):
             yield order[start : start + self.config.batch_size], rng
 

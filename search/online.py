@@ -60,7 +60,7 @@ class Wish:
                 {str(a): [str(v) for v in own] for a, own in values.items()},
                 {str(n): (_number(low), _number(high)) for n, (low, high) in ranges.items()},
             )
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError(
                 f"{c.FILTERS}: expected JSON such as {EXAMPLE}, got {str(parameters.get(c.FILTERS))[:200]!r}"
             ) from None

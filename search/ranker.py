@@ -42,12 +42,13 @@ class SearchRanker(nn.Module):
 @dataclass(frozen=True)
 class RankerConfig:
     epochs: int = 60
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.02
     batch_size: int = 16
     hidden: int = 32
     dropout: float = 0.2
-    members: int = 3  # networks from other seeds, their scores averaged
+    members: int = 5  # their scores averaged; each stops by its own part of the queries, which it does not learn from
+    patience: int = 8
 
 
 class Ensemble(nn.Module):
@@ -67,6 +68,37 @@ class Ensemble(nn.Module):
         return found
 
 
+def _loss(model: SearchRanker, x_QNX: Tensor, y_QN: Tensor, real_QN: Tensor) -> Tensor:
+    scores = model(x_QNX).masked_fill(~real_QN, -1e4)
+    wanted = y_QN / y_QN.sum(1, keepdim=True)
+    return -(wanted * F.log_softmax(scores, 1)).sum(1).mean()
+
+
+def _fit(
+    model: SearchRanker, config: RankerConfig, x: Tensor, y: Tensor, real: Tensor, own: Tensor, held: Tensor
+) -> SearchRanker:  # fmt: skip
+    """Learns from queries ``own`` until ``held`` have not been answered better for ``patience`` epochs."""
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    best, state, since = float("inf"), model.state_dict(), 0
+    for _ in range(config.epochs):
+        model.train()
+        for rows in own[torch.randperm(len(own))].split(config.batch_size):
+            optimizer.zero_grad()
+            _loss(model, x[rows], y[rows], real[rows]).backward()
+            optimizer.step()
+        if not len(held):
+            continue
+        with torch.inference_mode():
+            found, since = float(_loss(model.eval(), x[held], y[held], real[held])), since + 1
+        if found < best:
+            best, state, since = found, {k: v.clone() for k, v in model.state_dict().items()}, 0
+        if since >= config.patience:
+            break
+    if len(held):
+        model.load_state_dict(state)
+    return model.eval()
+
+
 def train_search_ranker(
     lists: Sequence[np.ndarray], gains: Sequence[np.ndarray], config: RankerConfig, seed: int
 ) -> Ensemble:
@@ -81,26 +113,16 @@ def train_search_ranker(
     for row, i in enumerate(taught):
         n = len(lists[i])
         x[row, :n], y[row, :n], real[row, :n] = torch.from_numpy(lists[i]), torch.from_numpy(gains[i]).float(), True
+    parts = np.random.default_rng(seed).permutation(len(taught))
     members = []
     for member in range(config.members):
         torch.manual_seed(seed * 100 + member)
+        held = parts[member :: config.members] if len(taught) >= 2 * config.members > 2 else parts[:0]
+        own = torch.from_numpy(np.setdiff1d(parts, held))
         model = SearchRanker(inputs, config.hidden, config.dropout)
-        model.mean.copy_(x[real].mean(0))
-        model.scale.copy_(1 / x[real].std(0).clamp_min(1e-3))
-        optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        steps = config.epochs * -(-len(taught) // config.batch_size)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps)
-        model.train()
-        for _ in range(config.epochs):
-            for own in torch.randperm(len(taught)).split(config.batch_size):
-                scores = model(x[own]).masked_fill(~real[own], -1e4)
-                wanted = y[own] / y[own].sum(1, keepdim=True)
-                loss = -(wanted * F.log_softmax(scores, 1)).sum(1).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-        members.append(model.eval())
+        model.mean.copy_(x[own][real[own]].mean(0))
+        model.scale.copy_(1 / x[own][real[own]].std(0).clamp_min(1e-3))
+        members.append(_fit(model, config, x, y, real, own, torch.from_numpy(held)))
     return Ensemble(members)
 
 

@@ -1,9 +1,10 @@
 """``vivace train --task search``: everything that makes a run's catalogue searchable, into ``artifacts/<name>/search``.
 
 The text encoder learns from the catalogue; the ranker from held-out requests. Where a log has no queries, they are
-made: some words and attributes of the item that the user went to (``search.encoder.Questions``), with typing errors in
-a tenth of the words. So the ranker sees what history and query say together, on events that the recommender's models
-were not trained on: it learns from validation requests and is judged on test requests, with and without the history.
+made of the item that the user went to: half of them some of its words, half two or three of its attributes
+(``search.encoder.Questions``), with typing errors in a tenth of the words. So the ranker sees what history and query
+say together, on events that the recommender's models were not trained on: it learns from validation requests and is
+judged on test requests, with and without the history.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from search.data import Catalogue
 from search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
 from search.evaluate import ndcg
 from search.features import feature_names, personal
-from search.hybrid import HybridIndex
+from search.hybrid import HybridIndex, diversify
 from search.lexical import Field, Lexical
 from search.online import ENCODER, RANKER, VECTORS, QuerySearch, Wish, write_catalogue
 from search.published import FOLDER
@@ -42,6 +43,7 @@ from vivace.artifacts import Step, read_manifest, write_text
 
 OPSET = 17
 BATCH = 64
+DIVERSITIES = (0.0, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def export_ranker(ranker: Ensemble, inputs: int, path: Path) -> None:
 class Requests:
     """Held-out requests with a made query: what the history recommends and what the query found."""
 
+    by_attributes: np.ndarray  # bool: how the query was made
     targets: np.ndarray
     ids: np.ndarray
     features: np.ndarray
@@ -122,6 +125,14 @@ class Requests:
 
     def with_history(self, i: int) -> np.ndarray:
         return personal(self.features[i], self.ids[i], self.ranked[i], self.scores[i])[0]
+
+    @property
+    def places(self) -> range:
+        return range(len(self.targets))
+
+    def found(self, i: int) -> int:
+        """How many items the query found."""
+        return int((self.ids[i] != c.PADDING_ID).sum())
 
     def gains(self, i: int) -> np.ndarray:
         return (self.ids[i] == self.targets[i]).astype(float)
@@ -147,28 +158,66 @@ def collect(
             exclude = request.exclude(items, schema.exclude_seen)
             ranked, values = ranking(request.history_BT, *retrieval(request.history_BT, exclude, *times))
         targets = request.target_B.numpy()[real]
-        queries = [make(int(t) - c.FIRST_ID, rng) for t in targets]
+        kinds = rng.random(len(targets)) < 0.5
+        made = [make.by_attributes if k else make for k in kinds]
+        queries = [own(int(t) - c.FIRST_ID, rng) for own, t in zip(made, targets, strict=True)]
         queries = [with_typos(q, config.typos, int(rng.integers(1 << 31))) for q in queries]
         ids, x, _ = search(queries, [Wish()] * len(queries))
-        parts.append((targets, ids, x, ranked.numpy()[real], values.numpy()[real, 0]))
+        parts.append((kinds, targets, ids, x, ranked.numpy()[real], values.numpy()[real, 0]))
         total += len(targets)
         if total >= config.requests:
             break
     if not parts:
         raise ValueError(f"search: no {part} request whose item is in the vocabulary")
-    targets, ids, x, ranked_all, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
-    return Requests(targets, ids, x, list(ranked_all), list(scores))
+    kinds, targets, ids, x, ranked_all, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
+    return Requests(kinds, targets, ids, x, list(ranked_all), list(scores))
 
 
 def judge(requests: Requests, ranker: Ensemble, history: bool) -> np.ndarray:
     """NDCG@10 of each request."""
-    out = []
-    for i in range(len(requests.targets)):
-        n = int((requests.ids[i] != c.PADDING_ID).sum())
-        x = requests.with_history(i)[:n] if history else requests.features[i][:n]
-        order = np.argsort(-ranker.score(x), kind="stable") if n else np.empty(0, int)
-        out.append(ndcg(requests.gains(i)[order], [1.0]))
-    return np.array(out)
+    return np.array([ndcg(requests.gains(i)[_order(requests, ranker, i, history)], [1.0]) for i in requests.places])
+
+
+def _order(requests: Requests, ranker: Ensemble, i: int, history: bool) -> np.ndarray:
+    n = requests.found(i)
+    x = requests.with_history(i)[:n] if history else requests.features[i][:n]
+    return np.argsort(-ranker.score(x), kind="stable") if n else np.empty(0, int)
+
+
+def diversity_costs(requests: Requests, ranker: Ensemble, vectors_VE: np.ndarray) -> dict[str, dict[str, float]]:
+    """By DIVERSITY: NDCG@10 with the history, and how alike the ten items are (mean cosine of their text's vectors)."""
+    out = {}
+    for diversity in DIVERSITIES:
+        gained, alike = [], []
+        for i in requests.places:
+            n = requests.found(i)
+            if n < 2:
+                continue
+            vectors = vectors_VE[requests.ids[i][:n] - c.FIRST_ID]
+            best = diversify(ranker.score(requests.with_history(i)[:n]), vectors, min(n, 10), diversity)
+            gained.append(ndcg(requests.gains(i)[best], [1.0]))
+            near = vectors[best] @ vectors[best].T
+            alike.append((near.sum() - np.trace(near)) / (len(best) * (len(best) - 1)))
+        out[f"{diversity:g}"] = {"NDCG@10": float(np.mean(gained)), "alike": float(np.mean(alike))}
+    return out
+
+
+def kinds_of(requests: Requests, ranker: Ensemble) -> dict[str, Any]:
+    """By how the query was made: NDCG@10 of the fused order, of the ranker, of the ranker with the history and what
+    that adds, with its interval."""
+    fused = np.array([ndcg(requests.gains(i), [1.0]) for i in requests.places])
+    without, with_history = judge(requests, ranker, False), judge(requests, ranker, True)
+    found = np.array([requests.gains(i).any() for i in requests.places])
+    out = {}
+    for name, own in (("words", ~requests.by_attributes), ("attributes", requests.by_attributes)):
+        if own.any():
+            gain = (with_history - without)[own]
+            out[name] = {
+                "requests": int(own.sum()), "found": float(found[own].mean()), "fused": float(fused[own].mean()),
+                "ranked": float(without[own].mean()), "with_history": float(with_history[own].mean()),
+                "gain": float(gain.mean()), "gain_interval": bootstrap(gain),
+            }  # fmt: skip
+    return out
 
 
 def train_search(
@@ -208,13 +257,8 @@ def train_search(
     ranker = train_search_ranker(lists, [learned.gains(i) for i in range(len(blind))], config.ranker, seed)
     export_ranker(ranker, width, folder / RANKER)
     tested = collect(features, preset, root, search, catalogue, "test", config, seed)
-    with_history, without = judge(tested, ranker, True), judge(tested, ranker, False)
-    found = float(np.mean([tested.gains(i).any() for i in range(len(tested.targets))]))
-    words = np.array([ndcg(tested.gains(i), [1.0]) for i in range(len(tested.targets))])
-    gain = with_history - without
     results = {
-        "requests": len(words), "found": found, "fused": float(words.mean()), "ranked": float(without.mean()),
-        "ranked_with_history": float(with_history.mean()), "gain": float(gain.mean()), "gain_interval": bootstrap(gain),
+        "queries": kinds_of(tested, ranker), "diversity": diversity_costs(tested, ranker, vectors),
         "features": width, "index_mib": round((lexical.bytes + vectors.nbytes) / 2**20, 1),
     }  # fmt: skip
     write_text(folder / "evaluation.json", json.dumps(results, indent=2))

@@ -187,11 +187,15 @@ def learn_search(root: Path, preset: str, seed: int) -> None:
         features = Features(root / "features")
         with exclusive(root):
             found = train_search(features, _preset(preset, root), root, SearchTraining(), seed, say)["results"]
-        say(
-            f"made queries for {found['requests']:,} test requests, NDCG@10: fused {found['fused']:.4f}, ranked "
-            f"{found['ranked']:.4f}, with the user's history {found['ranked_with_history']:.4f}; "
-            f"{found['found']:.1%} found"
-        )
+        for kind, r in found["queries"].items():
+            low, high = r["gain_interval"]
+            say(
+                f"queries made of {kind}, {r['requests']:,} test requests, NDCG@10: fused {r['fused']:.4f}, ranked "
+                f"{r['ranked']:.4f}, with the user's history {r['with_history']:.4f} ({r['gain']:+.4f}, {low:+.4f} to "
+                f"{high:+.4f}); {r['found']:.1%} found"
+            )
+        costs = (f"{d}: {r['NDCG@10']:.4f}, alike {r['alike']:.2f}" for d, r in found["diversity"].items())
+        say(f"by diversity: {'; '.join(costs)}")
         say(f"vivace compile --name {root.name}, and QUERY is served")
 
 

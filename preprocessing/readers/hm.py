@@ -28,8 +28,8 @@ ID_DIGITS = 10
 
 class HM:
     """``articles.parquet`` and ``valid_split.parquet`` (t_dat, customer_id, article_id). Purchases name articles
-    without the leading zero that the catalogue has. People buy an article twice, so items of the history may be answered.
-    Prices are not read: only articles that were sold have one, which would tell what will be sold.
+    without the leading zero that the catalogue has. People buy an article twice, so items of the history may be
+    answered. Prices are not read: only articles that were sold have one, which would tell what will be sold.
     """
 
     schema = DataSchema(
