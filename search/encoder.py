@@ -157,7 +157,7 @@ class EncoderTraining:
 
     def _loop(self, name: str, epochs: int, steps: int, rate: float, batches: Any, loss: Any) -> Loop:
         c = LoopConfig(epochs, steps, rate, 0.01, 100, 1.0, 0, 60.0, self.seed)
-        loop = Loop(self.model, c, self.folder / name, name, batches, loss, lambda: {"log_loss": 0.0}, self.quiet)
+        loop = Loop(self.model, c, self.folder / name, name, batches, loss, dict, self.quiet)
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         loop.resume()
         return loop

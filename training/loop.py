@@ -64,7 +64,8 @@ class Loop:
     """Trains ``model`` on ``batches(epoch)`` with ``loss(batch)``: a mean, or a mean and the number of its terms.
 
     ``metric()`` after each epoch gives named figures of held-back users; its "log_loss" (smaller is better, and far
-    less noisy than a ranking metric of some hundred users) decides on early stopping and on the best weights.
+    less noisy than a ranking metric of some hundred users) decides on early stopping and on the best weights. {}: the last
+    weights are kept.
     """
 
     def __init__(
@@ -241,13 +242,13 @@ class Loop:
         self.history.append(entry)
         self._log(entry)
         if not self.quiet:
-            held_back = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
+            held_back = "; held-back users: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
             progress.console.print(
-                f"{self.name}: epoch {entry['epoch']} of {self.config.epochs}, loss {entry['loss']:.4f}; "
-                f"held-back users: {held_back}",
+                f"{self.name}: epoch {entry['epoch']} of {self.config.epochs}, loss {entry['loss']:.4f}"
+                + (held_back if figures else ""),
                 highlight=False,
             )
-        if figures["log_loss"] < self.best:
+        if figures.get("log_loss", math.inf) < self.best:
             self.best, self.bad_epochs = figures["log_loss"], 0
             self.best_state = {k: v.clone() for k, v in self.model.state_dict().items()}
         else:
