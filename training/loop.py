@@ -64,8 +64,8 @@ class Loop:
     """Trains ``model`` on ``batches(epoch)`` with ``loss(batch)``: a mean, or a mean and the number of its terms.
 
     ``metric()`` after each epoch gives named figures of held-back users; its "log_loss" (smaller is better, and far
-    less noisy than a ranking metric of some hundred users) decides on early stopping and on the best weights. {}: the last
-    weights are kept.
+    less noisy than a ranking metric of some hundred users) decides on early stopping and on the best weights. {}: the
+    last weights are kept.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from serving.launcher import ServerOptions, TritonServer
 from training.export import compile_models
 from training.presets import tiny
 from training.text_encoder import TextConfig
+from vivace.artifacts import read_manifest
 
 SEED = 3
 
@@ -66,6 +67,19 @@ def client(request, server):
 def titles(features):
     frame = features.items()
     return dict(zip(frame[c.ITEM], frame[c.TITLE], strict=True))
+
+
+def test_what_training_measured(searchable):
+    """The figures of search: both kinds of queries, and what diversity costs."""
+    found = read_manifest(searchable / "search", "")["results"]
+    kinds, costs = found["queries"], list(found["diversity"].values())
+    assert kinds["words"]["requests"] + kinds["attributes"]["requests"] >= 300
+    for kind in kinds.values():
+        assert kind["gain"] == pytest.approx(kind["with_history"] - kind["ranked"])
+        assert kind["gain_interval"][0] <= kind["gain"] <= kind["gain_interval"][1]
+    whole = sum(k["requests"] * k["with_history"] for k in kinds.values()) / sum(k["requests"] for k in kinds.values())
+    assert costs[0]["NDCG@10"] == pytest.approx(whole, abs=0.01)  # diversity 0 is the ranker's order
+    assert np.all(np.diff([x["alike"] for x in costs]) < 0)  # the more diverse, the less alike
 
 
 def some_user(searchable) -> tuple[str, list[str]]:
