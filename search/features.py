@@ -8,6 +8,8 @@ import numpy as np
 
 from preprocessing.contract import PADDING_ID
 from search.hybrid import DENSE, LEXICAL, POPULAR, Candidates, HybridIndex
+from search.lexical import PLACES
+from search.text import terms
 from search.understanding import Understood
 
 BRANCHES = (LEXICAL, DENSE, POPULAR)
@@ -19,8 +21,8 @@ def feature_names(index: HybridIndex) -> list[str]:
     fields = [f"bm25 {f.name}" for f in index.lexical.fields]
     intents = [f"{kind} {a}" for a in index.codes for kind in ("named", "likely")]
     ranks = [f"rank {b}" for b in BRANCHES]
-    return [*fields, "bm25", "bm25 of the best", "dense", "in title", "in text", *intents, *ranks, "fused", "popular",
-            "terms", *PERSONAL]  # fmt: skip
+    return [*fields, "bm25", "bm25 of the best", "dense", "in title", "in text", *PLACES, *intents, *ranks, "fused",
+            "popular", "terms", *PERSONAL]  # fmt: skip
 
 
 def features(index: HybridIndex, understood: Understood, vector_E: np.ndarray, found: Candidates) -> np.ndarray:
@@ -32,6 +34,7 @@ def features(index: HybridIndex, understood: Understood, vector_E: np.ndarray, f
     best = max(float(whole_N.max(initial=0.0)), 1e-6)
     columns = [*fields_FN, whole_N, whole_N / best, index.vectors[rows] @ vector_E]
     columns += list(index.lexical.coverage(understood.terms, understood.weights)[:, rows])
+    columns += list(index.lexical.places(terms(understood.mended), rows).T)
     for a, codes in index.codes.items():
         for named in (True, False):
             chance = np.zeros(len(index.values[a]), np.float32)

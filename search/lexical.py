@@ -16,6 +16,8 @@ from scipy import sparse
 from search.text import terms
 
 FILE = "lexical.npz"
+TITLE_TERMS, LEAD = 32, 5
+PLACES = ("lead", "phrase", "first", "last word", "last word's place", "share of title", "title length", "density")
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,12 @@ class Lexical:
     """Scores of all items for the terms of a query."""
 
     def __init__(
-        self, fields: Sequence[Field], vocabulary: Sequence[str], weights: Sequence[sparse.csr_matrix]
-    ) -> None:
+        self, fields: Sequence[Field], vocabulary: Sequence[str], weights: Sequence[sparse.csr_matrix],
+        titles_VT: np.ndarray,
+    ) -> None:  # fmt: skip
         self.fields, self.vocabulary = tuple(fields), list(vocabulary)
         self.weights = list(weights)  # of each field: [terms, V]
+        self.titles_VT = titles_VT  # the first field's first terms in their order, -1 behind its end
         self.row = {t: i for i, t in enumerate(self.vocabulary)}
         self.items = int(self.weights[0].shape[1])
 
@@ -59,7 +63,36 @@ class Lexical:
             index.index((own, at), create_empty_token=False, show_progress=False)
             s = index.scores
             weights.append(sparse.csc_matrix((s["data"], s["indices"], s["indptr"]), shape=size[::-1]).T.tocsr())
-        return cls(fields, vocabulary, weights)
+        titles_VT = np.full((len(cut[fields[0].name]), TITLE_TERMS), -1, np.int32)
+        for row, found in zip(titles_VT, cut[fields[0].name], strict=True):
+            row[: len(found)] = [at[t] for t in found[:TITLE_TERMS]]
+        return cls(fields, vocabulary, weights, titles_VT)
+
+    def places(self, query: Sequence[str], rows_N: np.ndarray) -> np.ndarray:
+        """Where the terms of ``query`` stand in the first field of some items, float32 [N, PLACES]: share of them among
+        its first LEAD terms, of neighbours in the query that are neighbours there, 1 / (1 + place of the first),
+        whether the query's last term (in English the thing itself) is there, 1 / (1 + its place), share of the field
+        that they are, its length, their number within the stretch that has them all."""
+        ids = [self.row.get(t, -2) for t in dict.fromkeys(query)]
+        titles_NT, n = self.titles_VT[rows_N], max(len(ids), 1)
+        hit_NT = np.isin(titles_NT, ids)
+        length_N, place_T = np.maximum((titles_NT >= 0).sum(1), 1), np.arange(TITLE_TERMS)
+        distinct = lambda part_NT: sum(((part_NT == i).any(1) for i in ids), np.zeros(len(rows_N)))  # noqa: E731
+        phrases_N = sum(
+            (((titles_NT[:, :-1] == a) & (titles_NT[:, 1:] == b)).any(1) for a, b in zip(ids, ids[1:], strict=False)),
+            np.zeros(len(rows_N)),
+        )
+        any_N, last_NT = hit_NT.any(1), titles_NT == (ids[-1] if ids else -2)
+        first_N = np.where(any_N, hit_NT.argmax(1), TITLE_TERMS)
+        end_N = np.where(hit_NT, place_T, -1).max(1)
+        stretch_N = np.where(any_N, end_N - first_N + 1, TITLE_TERMS)
+        last_N = np.where(last_NT.any(1), last_NT.argmax(1), TITLE_TERMS)
+        all_N = distinct(titles_NT)
+        columns = (
+            distinct(titles_NT[:, :LEAD]) / n, phrases_N / max(len(ids) - 1, 1), 1 / (1 + first_N), last_NT.any(1),
+            1 / (1 + last_N), all_N / length_N, length_N / TITLE_TERMS, all_N / np.maximum(stretch_N, 1),
+        )  # fmt: skip
+        return np.stack(columns, 1).astype(np.float32)
 
     def coverage(self, query: Sequence[str], weight: Sequence[float] | None = None) -> np.ndarray:
         """Share of the query's weight whose terms an item has in the first field, and in any: float32 [2, V]."""
@@ -99,13 +132,15 @@ class Lexical:
 
     @property
     def bytes(self) -> int:
-        return sum(int(m.data.nbytes + m.indices.nbytes + m.indptr.nbytes) for m in self.weights)
+        return sum(int(m.data.nbytes + m.indices.nbytes + m.indptr.nbytes) for m in self.weights) + int(
+            self.titles_VT.nbytes
+        )
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {f"{f.name}.{k}": getattr(m, k) for f, m in zip(self.fields, self.weights, strict=True)
                   for k in ("data", "indices", "indptr")}  # fmt: skip
-        np.savez(folder / FILE, **arrays)
+        np.savez(folder / FILE, titles=self.titles_VT, **arrays)
         record = {"fields": [f.__dict__ for f in self.fields], "vocabulary": self.vocabulary, "items": self.items}
         (folder / "lexical.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
@@ -119,4 +154,5 @@ class Lexical:
                 sparse.csr_matrix(tuple(a[f"{f.name}.{k}"] for k in ("data", "indices", "indptr")), shape=size)
                 for f in fields
             ]
-        return cls(fields, record["vocabulary"], weights)
+            titles_VT = a["titles"]
+        return cls(fields, record["vocabulary"], weights, titles_VT)

@@ -42,7 +42,7 @@ class SearchRanker(nn.Module):
 @dataclass(frozen=True)
 class RankerConfig:
     epochs: int = 60
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.02
     batch_size: int = 16
     hidden: int = 32

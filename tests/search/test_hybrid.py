@@ -99,7 +99,7 @@ def test_features_are_named_and_the_order_of_candidates_is_irrelevant(index, und
     assert best[names.index("in title")] == 1 and best[names.index("named colour")] == 1
     assert best[names.index("dense")] == 1 and best[names.index("bm25 of the best")] == 1
     rng = np.random.default_rng(3)
-    lists = [rng.normal(size=(6, x.shape[1])).astype(np.float32) for _ in range(20)]
+    lists = [rng.normal(size=(6, x.shape[1])).astype(np.float32) for _ in range(60)]
     gains = [(rows[:, 0] == rows[:, 0].max()).astype(float) for rows in lists]
     model = train_search_ranker(lists, gains, RankerConfig(epochs=30, members=2), 3)
     scores, mixed = model.score(lists[0]), rng.permutation(6)

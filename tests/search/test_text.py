@@ -64,6 +64,12 @@ def test_bm25_by_hand():
     assert index(["shoe"]) == pytest.approx(by_hand, rel=1e-5)
     assert index(["shoe", "never"], [0.5, 1]) == pytest.approx(np.array(by_hand) / 2, rel=1e-5)
     assert index.coverage(["shoe", "red"])[1].tolist() == [1.0, 0.5, 0.0]
+    lead, phrase, first, last, last_at, share, length, density = index.places(["red", "shoe", "red"], np.arange(3)).T
+    assert lead.tolist() == [1, 0.5, 0] and phrase.tolist() == [1, 0, 0] and last.tolist() == [1, 1, 0]
+    assert first == pytest.approx([1, 1, 1 / 33]) and last_at == pytest.approx([1 / 2, 1, 1 / 33])
+    assert share == pytest.approx([1, 1 / 3, 0]) and density == pytest.approx([1, 1 / 2, 0])
+    assert (length * 32).tolist() == [2, 3, 2]
+    assert index.places(["never"], np.arange(3))[:, [0, 1, 3, 5, 7]].sum() == index.places([], np.arange(0)).sum() == 0
 
 
 def test_the_index_is_the_same_when_read_back(tmp_path):
