@@ -35,7 +35,7 @@ BM25_TYPOS = "BM25, typos"
 TYPO_SHARE = 0.2
 FULL, SUBSTITUTE = 1.0, 0.1  # gain of an item that answers the query, of one that might do
 HARD = 30  # items that the words find and nobody judged: hard negatives
-FILE = Path("search", "evaluation.json")
+FILE = Path("query_search", "evaluation.json")
 
 
 def ndcg(gains: Sequence[float] | np.ndarray, ideal: Sequence[float], k: int = K) -> float:

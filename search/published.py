@@ -8,7 +8,7 @@ from preprocessing import contract as c
 from search.online import INDEX_FILES, RANKER_FILES
 from vivace.artifacts import MANIFEST, read_manifest
 
-FOLDER = "search"
+FOLDER = "query_search"  # "search" is that of hyper-parameters
 
 
 def files_of(root: Path) -> dict[str, dict[str, Path]]:

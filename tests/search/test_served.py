@@ -13,6 +13,7 @@ from loadtest.requests import recorded
 from preprocessing import contract as c
 from search.encoder import SearchEncoderConfig
 from search.online import QuerySearch, SearchRanking, Wish, asked
+from search.published import FOLDER
 from search.ranker import RankerConfig
 from search.train import SearchTraining, train_search
 from serving.client import VivaceClient, VivaceError
@@ -71,7 +72,7 @@ def titles(features):
 
 def test_what_training_measured(searchable):
     """The figures of search: both kinds of queries, and what diversity costs."""
-    found = read_manifest(searchable / "search", "")["results"]
+    found = read_manifest(searchable / FOLDER, "")["results"]
     kinds, costs = found["queries"], list(found["diversity"].values())
     assert kinds["words"]["requests"] + kinds["attributes"]["requests"] >= 300
     for kind in kinds.values():
@@ -113,7 +114,7 @@ def test_the_answer_is_that_of_the_functions(client, searchable):
     """Served equals the same code in process; history counts."""
     user, history = some_user(searchable)
     shapes = c.StageTensors(**json.loads((searchable / "compiled" / "model_card.json").read_text())["shapes"])
-    search, ranking = QuerySearch(searchable / "search", shapes.candidates), SearchRanking(searchable / "search")
+    search, ranking = QuerySearch(searchable / FOLDER, shapes.candidates), SearchRanking(searchable / FOLDER)
     plain = client.recommend(user, history, c.MAX_TOP_K)
     ids, x, said = search(["oak lamp"], [Wish()])
     names = ["", "", "", *search.index.catalogue.items]
