@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FOLDS = 5
+
 
 class SearchRanker(nn.Module):
     """Features float32 [B, N, X] to scores float32 [B, N]; each candidate by itself, so their order is irrelevant."""
@@ -32,6 +34,9 @@ class SearchRanker(nn.Module):
             nn.Linear(inputs, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.GELU(),
             nn.Dropout(dropout), nn.Linear(hidden, 1),
         )  # fmt: skip
+        for name, p in self.named_parameters():
+            if name in ("line.weight", "net.6.weight"):  # nothing is believed before it was learned
+                nn.init.zeros_(p)
 
     def forward(self, features_BNX: Tensor) -> Tensor:
         x = ((features_BNX - self.mean) * self.scale).clamp(-5, 5)
@@ -47,7 +52,7 @@ class RankerConfig:
     batch_size: int = 16
     hidden: int = 32
     dropout: float = 0.2
-    members: int = 5  # their scores averaged; each stops by its own part of the queries, which it does not learn from
+    members: int = 8  # networks from other seeds, their scores averaged
     patience: int = 8
 
 
@@ -75,35 +80,36 @@ def _loss(model: SearchRanker, x_QNX: Tensor, y_QN: Tensor, real_QN: Tensor) -> 
 
 
 def _fit(
-    model: SearchRanker, config: RankerConfig, x: Tensor, y: Tensor, real: Tensor, own: Tensor, held: Tensor
-) -> SearchRanker:  # fmt: skip
-    """Learns from queries ``own`` until ``held`` have not been answered better for ``patience`` epochs."""
+    model: SearchRanker, config: RankerConfig, epochs: int, x: Tensor, y: Tensor, real: Tensor, own: Tensor,
+    held: Tensor | None = None,
+) -> list[float]:  # fmt: skip
+    """Learns from queries ``own``; after each epoch the loss on ``held``, until it has not fallen for ``patience``."""
+    model.mean.copy_(x[own][real[own]].mean(0))
+    model.scale.copy_(1 / x[own][real[own]].std(0).clamp_min(1e-3))
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    best, state, since = float("inf"), model.state_dict(), 0
-    for _ in range(config.epochs):
+    found: list[float] = []
+    for _ in range(epochs):
         model.train()
         for rows in own[torch.randperm(len(own))].split(config.batch_size):
             optimizer.zero_grad()
             _loss(model, x[rows], y[rows], real[rows]).backward()
             optimizer.step()
-        if not len(held):
-            continue
-        with torch.inference_mode():
-            found, since = float(_loss(model.eval(), x[held], y[held], real[held])), since + 1
-        if found < best:
-            best, state, since = found, {k: v.clone() for k, v in model.state_dict().items()}, 0
-        if since >= config.patience:
-            break
-    if len(held):
-        model.load_state_dict(state)
-    return model.eval()
+        model.eval()
+        if held is not None:
+            with torch.inference_mode():
+                found.append(float(_loss(model, x[held], y[held], real[held])))
+            if int(np.argmin(found)) < len(found) - config.patience:
+                break
+    return found
 
 
 def train_search_ranker(
     lists: Sequence[np.ndarray], gains: Sequence[np.ndarray], config: RankerConfig, seed: int
 ) -> Ensemble:
-    """``lists``: features [N_q, X] of each query's candidates; ``gains`` [N_q] of the same, or clicks weighted by
-    ``inverse_propensity``. Queries without any gain teach nothing."""
+    """Each member learns for as many epochs as served queries best that were held out, by cross-validation
+    (``config.epochs`` at most, and where there are too few queries for it). ``lists``: features [N_q, X] of each
+    query's candidates; ``gains`` [N_q] of the same, or clicks weighted by ``inverse_propensity``. Queries without any
+    gain teach nothing."""
     taught = [i for i, g in enumerate(gains) if g.sum() > 0]
     if not taught:
         raise ValueError("search ranker: expected at least one query with a candidate that gains, got none")
@@ -113,16 +119,20 @@ def train_search_ranker(
     for row, i in enumerate(taught):
         n = len(lists[i])
         x[row, :n], y[row, :n], real[row, :n] = torch.from_numpy(lists[i]), torch.from_numpy(gains[i]).float(), True
-    parts = np.random.default_rng(seed).permutation(len(taught))
+    order, curves = np.random.default_rng(seed).permutation(len(taught)), []
+    if len(taught) >= 2 * FOLDS:
+        for fold in range(FOLDS):
+            torch.manual_seed(seed * 100 + fold)
+            held, own = order[fold::FOLDS], np.setdiff1d(order, order[fold::FOLDS])
+            model = SearchRanker(inputs, config.hidden, config.dropout)
+            curves.append(_fit(model, config, config.epochs, x, y, real, torch.from_numpy(own), torch.from_numpy(held)))
+    shortest = min((len(curve) for curve in curves), default=0)
+    epochs = int(np.mean([c[:shortest] for c in curves], 0).argmin()) + 1 if curves else config.epochs
     members = []
     for member in range(config.members):
-        torch.manual_seed(seed * 100 + member)
-        held = parts[member :: config.members] if len(taught) >= 2 * config.members > 2 else parts[:0]
-        own = torch.from_numpy(np.setdiff1d(parts, held))
-        model = SearchRanker(inputs, config.hidden, config.dropout)
-        model.mean.copy_(x[own][real[own]].mean(0))
-        model.scale.copy_(1 / x[own][real[own]].std(0).clamp_min(1e-3))
-        members.append(_fit(model, config, x, y, real, own, torch.from_numpy(held)))
+        torch.manual_seed(seed * 1000 + member)
+        members.append(SearchRanker(inputs, config.hidden, config.dropout))
+        _fit(members[-1], config, epochs, x, y, real, torch.arange(len(taught)))
     return Ensemble(members)
 
 

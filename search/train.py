@@ -1,4 +1,4 @@
-"""``vivace train --task search``: everything that makes a run's catalogue searchable, into ``artifacts/<name>/query_search``.
+"""``vivace train --task search``: makes a run's catalogue searchable, in ``artifacts/<name>/query_search``.
 
 The text encoder learns from the catalogue; the ranker from held-out requests. Where a log has no queries, they are
 made of the item that the user went to: half of them some of its words, half two or three of its attributes
