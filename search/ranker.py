@@ -52,7 +52,7 @@ class RankerConfig:
     batch_size: int = 16
     hidden: int = 32
     dropout: float = 0.2
-    members: int = 8  # networks from other seeds, their scores averaged
+    members: int = 16  # networks from other seeds, their scores averaged
     patience: int = 8
 
 
