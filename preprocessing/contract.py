@@ -307,7 +307,7 @@ def query_search_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
 
 
 def response_inputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (*ranking_outputs(s, heads), STATUS, TOP_K, *(query_search_outputs(s)[:2] if s.search else ()))
+    return (*ranking_outputs(s, heads), STATUS, TOP_K, *(query_search_outputs(s) if s.search else ()))
 
 
 def response_outputs(heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:

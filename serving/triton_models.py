@@ -212,8 +212,15 @@ def _wish(request):  # noqa: ANN001, ANN202
     return Wish.parse(json.loads(request.parameters() or "{}"))
 
 
+ERROR = b'{"error"'  # how an UNDERSTOOD that is none begins
+
+
 class QuerySearchModel(_Stage):
-    """QUERY to the items that it finds, their features and UNDERSTOOD; beside the stages that read the history."""
+    """QUERY to the items that it finds, their features and UNDERSTOOD; beside the stages that read the history.
+
+    It never fails: Triton 2.51 answers nothing more once two steps of one ensemble request have failed side by side, as
+    they would on a QUERY that is too long with a filter that is wrong. Its error is the UNDERSTOOD, for ``response``.
+    """
 
     def setup(self) -> None:
         from search.online import QuerySearch
@@ -222,33 +229,34 @@ class QuerySearchModel(_Stage):
         self.search = QuerySearch(self.folder, shapes.candidates)
 
     def execute(self, requests: list) -> list:
-        responses: list = [None] * len(requests)
-        queries, wishes, places = [], [], []
-        for place, request in enumerate(requests):
+        queries, wishes, failed = [], [], []
+        for request in requests:
             # what is no UTF-8 or too long is refused by the stage beside this one
             own = [q.decode(errors="ignore")[: c.MAX_QUERY_BYTES] for q in _input(request, c.QUERY)[:, 0]]
             try:
                 wish = _wish(request) if any(own) else None
                 if wish is not None:
                     self.search.index.allowed(wish.filters)
-            except ValueError as error:
-                responses[place] = _error(str(error))
-                continue
+                failed.append((len(own), ""))
+            except Exception as error:
+                failed.append((len(own), str(error)))
+                own, wish = [""] * len(own), None
             queries += own
             wishes += [wish] * len(own)
-            places.append((place, len(own)))
         try:
             found = self.search(queries, wishes)
         except Exception as error:
             if len(requests) > 1:  # find the request that is at fault: the others get their answers
                 return [self.execute([request])[0] for request in requests]
-            return [_error(f"{c.QUERY_SEARCH}: {error}")]
-        start = 0
-        for place, rows in places:
+            found = self.search([""] * len(queries), wishes)
+            failed = [(len(queries), f"{c.QUERY_SEARCH}: {error}")]
+        responses, start = [], 0
+        for rows, wrong in failed:
             stop = start + rows
-            values = (found[0][start:stop], found[1][start:stop], _strings(found[2][start:stop]))
+            said = [json.dumps({"error": wrong})] * rows if wrong else found[2][start:stop]
+            values = (found[0][start:stop], found[1][start:stop], _strings(said))
             tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, values, strict=True)]
-            responses[place] = pb_utils.InferenceResponse(tensors)
+            responses.append(pb_utils.InferenceResponse(tensors))
             start = stop
         return responses
 
@@ -272,7 +280,11 @@ class ResponseModel(_Stage):
             ranked, values = _input(request, self.ids), _input(request, self.values)
             status, top_k = _input(request, c.STATUS), _input(request, c.TOP_K)
             if self.search_ranking is not None:
-                query_ids, features = (_input(request, name) for name in self.found)
+                query_ids, features, said = (_input(request, name) for name in self.found)
+                wrong = [s for s in said[:, 0] if s.startswith(ERROR)]
+                if wrong:
+                    responses.append(_error(json.loads(wrong[0])["error"]))
+                    continue
                 if query_ids.any():
                     wishes = [_wish(request)] * len(query_ids)
                     ranked, values = self.search_ranking.rows(query_ids, features, ranked, values, wishes)

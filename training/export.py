@@ -41,6 +41,7 @@ CALIBRATION_BATCHES = 8
 SENSITIVITY_BATCHES = 2
 FOLD_ITEMS = 100_000  # items up to which the ranker's table of five numbers for one of the embedding is worth it
 TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
+LAYOUT = 2  # of the stages' tensors: a repository of another layout is compiled again
 EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
 RECORDED_REQUESTS = 5000
@@ -261,7 +262,7 @@ def compile_models(
         inputs["search"] = read_manifest(root / search.FOLDER, "vivace train --task search")["key"]
     schema, items = features.schema, features.item_count()
     s = shapes(preset, items)
-    profiles = {name: repr(p) for name, p in repository.PROFILES.items()}
+    profiles = {name: repr(p) for name, p in repository.PROFILES.items()} | {"layout": LAYOUT}
     settings = {"opset": OPSET, "shapes": s, "profiles": profiles, **asdict(config)}
     judged_always = not config.exact or bool(config.index)
     reference = config.reference or (root / "evaluation" if judged_always else None)

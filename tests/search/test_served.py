@@ -166,6 +166,14 @@ def test_what_is_no_query_is_refused(client):
             client.recommend("", [], 5, query)
 
 
+def test_two_things_wrong_at_once(client):
+    """Triton's ensemble answers nothing more once two of its steps have failed side by side: one of them must not."""
+    for _ in range(3):
+        with pytest.raises(VivaceError, match=r"QUERY: expected at most 4096 bytes|diversity: expected"):
+            client.recommend("", [], 5, "x" * 5000, diversity=1e250)
+    assert len(client.recommend("", [], 5, "oak lamp").items) == 5
+
+
 def test_neighbours_in_a_batch_change_nothing(server):
     queries = ["oak lamp", "", "linen towel", "😀", "alto kettle", "", "copper mug", "novel"] * 4
     with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
