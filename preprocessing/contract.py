@@ -302,6 +302,11 @@ def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireT
     return (s.ranked_ids, s.ranked_values(heads))
 
 
+# STATUS is not read: it makes the stage wait until the feature transform has refused what it refuses, as an ensemble
+# request of Triton 2.51 must not fail in one branch while another is at work
+QUERY_SEARCH_INPUTS = (QUERY, STATUS)
+
+
 def query_search_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     return (s.query_ids, s.query_features, UNDERSTOOD)
 

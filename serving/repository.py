@@ -113,7 +113,7 @@ def _ensemble(s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: Serving
         (c.RETRIEVAL, c.retrieval_inputs(s), c.retrieval_outputs(s)),
         (c.RANKING, c.ranking_inputs(s), c.ranking_outputs(s, heads)),
         (c.RESPONSE, c.response_inputs(s, heads), c.response_outputs(heads)),
-        *([(c.QUERY_SEARCH, (c.QUERY,), c.query_search_outputs(s))] if s.search else []),  # beside the first three
+        *([(c.QUERY_SEARCH, c.QUERY_SEARCH_INPUTS, c.query_search_outputs(s))] if s.search else []),
     )
     for model, inputs, outputs in steps:
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
@@ -163,7 +163,7 @@ def model_configs(
     append.parameters["feature_store"].string_value = FEATURE_STORE
     search = {}
     if s.search:
-        search[c.QUERY_SEARCH] = _base(c.QUERY_SEARCH, "python", p, (c.QUERY,), c.query_search_outputs(s))
+        search[c.QUERY_SEARCH] = _base(c.QUERY_SEARCH, "python", p, c.QUERY_SEARCH_INPUTS, c.query_search_outputs(s))
         search[c.QUERY_SEARCH].parameters["shapes"].string_value = json.dumps(asdict(s))
     return search | {
         c.FEATURE_TRANSFORM: transform,

@@ -218,8 +218,9 @@ ERROR = b'{"error"'  # how an UNDERSTOOD that is none begins
 class QuerySearchModel(_Stage):
     """QUERY to the items that it finds, their features and UNDERSTOOD; beside the stages that read the history.
 
-    It never fails: Triton 2.51 answers nothing more once two steps of one ensemble request have failed side by side, as
-    they would on a QUERY that is too long with a filter that is wrong. Its error is the UNDERSTOOD, for ``response``.
+    It never fails: where steps of one ensemble request fail side by side, or one while another is at work, Triton 2.51
+    mixes up later requests or answers nothing more. Its error is the UNDERSTOOD, for ``response``; and it starts when
+    the feature transform has found nothing to refuse (QUERY_SEARCH_INPUTS).
     """
 
     def setup(self) -> None:
