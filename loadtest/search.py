@@ -108,13 +108,13 @@ def main(
         table.add_row(kind, str(concurrency), f"{r['qps']:.0f}", f"{r['p50_ms']:.2f}", f"{r['p99_ms']:.2f}")
     console.print(table)
     took = {m: s["total_ms"] for m, s in stages["search"].items() if s["total_ms"]}
-    history = sum(took.get(m, 0.0) for m in (c.FEATURE_TRANSFORM, c.RETRIEVAL, c.RANKING))
-    query, last = took.get(c.QUERY_SEARCH, 0.0), took.get(c.RESPONSE, 0.0)
+    first, last = took.get(c.FEATURE_TRANSFORM, 0.0), took.get(c.RESPONSE, 0.0)  # the branches lie between them
+    history, query = took.get(c.RETRIEVAL, 0.0) + took.get(c.RANKING, 0.0), took.get(c.QUERY_SEARCH, 0.0)
     if query:
         console.print(
-            f"a search takes {took[c.ENSEMBLE]:.2f} ms in the server; its branches {history:.2f} (history) and "
-            f"{query:.2f} (query), then {last:.2f}: longest path {max(history, query) + last:.2f}, "
-            f"sum {history + query + last:.2f}"
+            f"a search takes {took[c.ENSEMBLE]:.2f} ms in the server: first {first:.2f}, the branches {history:.2f} "
+            f"(history) and {query:.2f} (query), then {last:.2f}: longest path "
+            f"{first + max(history, query) + last:.2f}, sum {first + history + query + last:.2f}"
         )
     print(json.dumps({
         "benchmark": "search beside recommendation", "data": root.name, "profile": profile,

@@ -232,7 +232,7 @@ class QuerySearchModel(_Stage):
     def execute(self, requests: list) -> list:
         queries, wishes, failed = [], [], []
         for request in requests:
-            # what is no UTF-8 or too long is refused by the stage beside this one
+            # rows that are no UTF-8 or too long come only among others: the feature transform has their error
             own = [q.decode(errors="ignore")[: c.MAX_QUERY_BYTES] for q in _input(request, c.QUERY)[:, 0]]
             try:
                 wish = _wish(request) if any(own) else None

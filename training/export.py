@@ -262,8 +262,8 @@ def compile_models(
         inputs["search"] = read_manifest(root / search.FOLDER, "vivace train --task search")["key"]
     schema, items = features.schema, features.item_count()
     s = shapes(preset, items)
-    profiles = {name: repr(p) for name, p in repository.PROFILES.items()} | {"layout": LAYOUT}
-    settings = {"opset": OPSET, "shapes": s, "profiles": profiles, **asdict(config)}
+    profiles = {name: repr(p) for name, p in repository.PROFILES.items()}
+    settings = {"opset": OPSET, "layout": LAYOUT, "shapes": s, "profiles": profiles, **asdict(config)}
     judged_always = not config.exact or bool(config.index)
     reference = config.reference or (root / "evaluation" if judged_always else None)
     if reference is not None:

@@ -172,9 +172,10 @@ def batched(history: list[str]) -> bytes:
 def merlin(root: Path, kind: str) -> Iterator[Served]:
     """Merlin Systems 23.8 on the same tritonserver: "stock" as its code exports it, "best" as made by hand."""
     python, names = environment("merlin"), item_names(root)
-    with tempfile.TemporaryDirectory(prefix="vivace-merlin-") as folder:
+    with tempfile.TemporaryDirectory(prefix="vivace-merlin-") as whole:
+        folder = str(Path(whole) / "repository")  # beside it what Categorify leaves where it runs
         command = [str(python), "-m", "loadtest.peers.merlin_export", str(root.resolve()), folder, kind]
-        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=whole, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"Merlin, {kind}: not exported:\n{done.stderr[-2000:]}")
         stages = sorted(d.name for d in Path(folder).iterdir() if d.name != c.ENSEMBLE)  # its first model calls them
@@ -333,7 +334,6 @@ def main(
     slo: Annotated[float, typer.Option(help="ms")] = 20.0,
     seconds: Annotated[float, typer.Option(help="of one run")] = 5.0,
     rounds: int = 1,
-    only: Annotated[list[str], typer.Option(help="of the peers, those whose name holds this")] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="file for the JSON")] = None,
 ) -> None:
     cases = [list(h) for h in recorded(root)[c.ITEM].head(CHECKED)]
@@ -346,8 +346,6 @@ def main(
         "Merlin Systems, as exported": lambda: merlin(root, "stock"),
         "Merlin, by hand": lambda: merlin(root, "best"),
     }
-    if only:
-        systems = {s: f for s, f in systems.items() if s.startswith("Vivace") or any(o in s for o in only)}
     expected: list[list[str]] = []
     rows: list[Row] = []
     failed: dict[str, str] = {}  # a peer that does not run costs its own row alone
