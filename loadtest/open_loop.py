@@ -127,9 +127,19 @@ def complete(work: Coroutine[Any, Any, T]) -> T:
         return runner.run(work)
 
 
-async def offer(call: Callable[[bytes], Awaitable[Any]], due_s: np.ndarray, sent: Sequence[bytes]) -> list[Any]:
+def with_deadline(sent: bytes, left_ms: float) -> bytes:
+    """A serialized request that is worth nothing after ``left_ms``. Protobuf messages add up: nothing is parsed."""
+    more = service_pb2.ModelInferRequest()
+    more.parameters[c.DEADLINE].int64_param = int(time.time() * 1000 + left_ms)
+    more.parameters["timeout"].int64_param = max(1, int(left_ms * 1000))
+    return sent + bytes(more.SerializeToString())
+
+
+async def offer(
+    call: Callable[[bytes], Awaitable[Any]], due_s: np.ndarray, sent: Sequence[bytes], within_ms: float = 0.0
+) -> list[Any]:
     """Sends ``sent[i]`` at ``due_s[i]``; (due, sent, done in seconds from the start, error code, CODE_DEGRADED or
-    "") of each."""
+    "") of each. ``within_ms``: each carries a deadline, counted from the moment it was due (0: none does)."""
     start = time.perf_counter() + 0.05
     out: list[Any] = [None] * len(due_s)
     waiting: set[asyncio.Task[None]] = set()
@@ -137,7 +147,8 @@ async def offer(call: Callable[[bytes], Awaitable[Any]], due_s: np.ndarray, sent
     async def one(i: int) -> None:
         began, code = time.perf_counter() - start, ""
         try:
-            answer = await call(sent[i])
+            what = with_deadline(sent[i], (due_s[i] - began) * 1000 + within_ms) if within_ms else sent[i]
+            answer = await call(what)
             if isinstance(answer, bytes) and DEGRADED.search(answer):
                 code = CODE_DEGRADED
         except grpc.aio.AioRpcError as error:

@@ -606,11 +606,10 @@ def drop_profile(folder: Path, name: str) -> None:
 
 def publish(root: Path, name: str, decision: dict[str, Any], times: np.ndarray) -> Path:
     """Writes the chosen profile where its engine is and the record that ``vivace serve --profile`` reads. ``times``: ms
-    of a batch by its size. Batches that take half of the objective are a sign of overload; a queue may hold what can
-    be answered within the objective; what has waited that long is refused."""
+    of a batch by its size. Batches that take half of the objective, or the largest, are a sign of overload; a queue
+    may hold what can be answered within the objective; what has waited that long is refused."""
     trial, ms = Trial(**decision["chosen"]["trial"]), decision["objective"]["ms"]
-    rows = max(2, int(np.searchsorted(times, ms / 2)))
-    rows = rows if rows <= trial.batch else 0
+    rows = min(max(2, int(np.searchsorted(times, ms / 2))), trial.batch) if trial.batch > 1 else 0
     queue = max(16, int(decision["chosen"]["qps"] * max(ms - times[rows or -1] / 2, ms / 4) / 1000))
     folder = engines(root)[trial.engine]
     limits = {"max_queue": queue, "queue_timeout_us": int(ms * 1000), "overload_rows": rows}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,9 +72,21 @@ def deadline(request: Any) -> float:
     return float(json.loads(given)[c.DEADLINE])
 
 
+def give_way() -> None:
+    """Lowers the priority of a worker: where processors are short, the server that takes, queues and refuses requests
+    comes first. Its threads inherit it."""
+    os.nice(5)
+
+
 def overdue(request: Any) -> float:
     """Milliseconds since a request's deadline passed; 0 if it did not."""
     return max(0.0, time.time() * 1000 - deadline(request))
+
+
+def hopeless(left_ms: float, needs_ms: float) -> Any:
+    """The answer to a request that has ``left_ms`` until its deadline where its batch needs ``needs_ms``."""
+    said = f"{c.DEADLINE}: {left_ms:.0f} ms left, the answer takes {needs_ms:.0f}; ask with more time or fewer at once"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(said, pb_utils.TritonError.UNAVAILABLE))
 
 
 def refusal(ms: float, stage: str) -> Any:
@@ -104,6 +117,7 @@ class GraphModel:
         raise NotImplementedError
 
     def initialize(self, args: dict[str, Any]) -> None:
+        give_way()
         config = json.loads(args["model_config"])
         self.name = config["name"]
         file = config.get("default_model_filename") or self.default_file

@@ -57,6 +57,7 @@ MALLOC = {  # the largest threshold that glibc takes is 32 MiB
     "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 24),
+    "MALLOC_ARENA_MAX": "2",
 }
 
 

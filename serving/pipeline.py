@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,19 +55,40 @@ def joined(status: str, reason: str) -> str:
 
 class Overload:
     """Which level to serve at, from the size of the batches that an instance is handed: they are what came while the
-    one before was worked on.
+    one before was worked on; and from how long batches took.
 
-    ``patience_s`` of nothing but batches of ``rows`` and more is one step down, ``calm_s`` without any a step up. A
-    step up that does not last doubles the calm that the next one needs, up to ``longest_s``. ``rows`` 0: always whole.
+    ``patience_s`` of nothing but batches of ``rows`` and more is one step down. ``calm_s`` without any is a step up, if
+    what came in that time would leave the level above some of the instance's time (``BUSY``). Against that estimate
+    a step up is tried after a longer calm, which doubles up to ``longest_s`` with each that does not last. ``rows`` 0:
+    always whole.
     """
 
-    def __init__(self, rows: int, patience_s: float = 0.05, calm_s: float = 0.5, longest_s: float = 8.0) -> None:
-        self.rows = rows or sys.maxsize
+    BUSY = 0.7
+
+    def __init__(self, rows: int, patience_s: float = 0.05, calm_s: float = 0.5, longest_s: float = 30.0) -> None:
+        self.on, self.rows = rows > 0, rows or sys.maxsize
         self.patience_s, self.first_calm_s, self.longest_s = patience_s, calm_s, longest_s
         self.level, self.calm_s = Level.FULL, calm_s
+        self.row_s: dict[Level, float] = {}
         self._full_since: float | None = None
         self._calm_since: float | None = None
+        self._came = 0
         self._raised_at = float("-inf")
+
+    def done(self, level: Level, rows: int, seconds: float) -> None:
+        """A batch of ``rows`` took ``seconds``. Small ones are left out: they cost more a row."""
+        if rows >= min(self.rows, 8):
+            self.row_s[level] = 0.8 * self.row_s.get(level, seconds / rows) + 0.2 * seconds / rows
+
+    def needs(self, level: Level, rows: int) -> float:
+        """Seconds that a batch will take; 0 if none was seen."""
+        return self.row_s.get(level, 0.0) * rows
+
+    def fitting(self, level: Level, rows: int, left_s: float) -> Level:
+        """``level``, or the first below it at which a batch takes no longer than ``left_s``."""
+        return next(
+            (Level(n) for n in range(level, Level.POPULAR) if self.needs(Level(n), rows) <= left_s), Level.POPULAR
+        )
 
     def __call__(self, rows: int, now: float) -> Level:
         """The level for a batch of ``rows`` that came at ``now`` (seconds of a clock that does not go back)."""
@@ -81,9 +103,13 @@ class Overload:
             return self.level
         self._full_since = None
         if self._calm_since is None:
-            self._calm_since = now
-        if now - self._calm_since >= self.calm_s and self.level > Level.FULL:
-            self.level, self._calm_since, self._raised_at = Level(self.level - 1), now, now
+            self._calm_since, self._came = now, 0
+        self._came += rows
+        if self.level > Level.FULL:
+            above, calm = Level(self.level - 1), now - self._calm_since
+            fits = 0 < self.needs(above, self._came) <= self.BUSY * calm
+            if calm >= (self.first_calm_s if fits else self.calm_s):
+                self.level, self._calm_since, self._came, self._raised_at = above, now, 0, now
         return self.level
 
 
@@ -187,6 +213,17 @@ class Pipeline:
         """How many candidates are ranked when up to ``top_k`` are asked for."""
         share = self.ranked // FEWER if level == Level.FEWER else self.ranked
         return min(self.shapes.candidates, max(share, top_k))
+
+    def warm(self, rows: int) -> Iterator[tuple[Level, float]]:
+        """Answers ``rows`` at once at each level, as long histories as are read: (level, seconds it took). What memory
+        the largest batch needs is then there before the first request."""
+        names = self.respond.names[c.FIRST_ID :][: self.shapes.history]
+        batch = [Row("", [n.decode() for n in names], 1)] * rows
+        for level in reversed(Level):
+            began = time.perf_counter()
+            (ids, values), _, status = self(batch, level)
+            self.respond(ids, values, np.ones(rows, np.int64), [s.encode() for s in status])
+            yield level, time.perf_counter() - began
 
     def searched(
         self, queries: Sequence[str], wishes: Sequence[Wish | None], ranked: tuple[np.ndarray, np.ndarray]

@@ -187,7 +187,7 @@ class ResponseStage:
     """Ranked ids to item ids, cut to TOP_K. ``names[id]`` is the raw item id as bytes."""
 
     def __init__(self, names: np.ndarray) -> None:
-        self._names = names
+        self.names = names
 
     @classmethod
     def from_file(cls, path: Path) -> ResponseStage:
@@ -206,10 +206,10 @@ class ResponseStage:
         if len(ranked_BN) == 1:  # a single row answers exactly what there is
             live = np.count_nonzero(ranked_BN[0])  # PADDING_ID is 0 and stands at the end
             k = 0 if status_B[0].startswith(STATUS_ERROR.encode()) else max(0, min(int(top_k_B[0]), live))
-            return [self._names[ranked_BN[:, :k]], *values_BCN[:, :, :k].swapaxes(0, 1)]
+            return [self.names[ranked_BN[:, :k]], *values_BCN[:, :, :k].swapaxes(0, 1)]
         failed_B = np.array([s.startswith(STATUS_ERROR.encode()) for s in status_B])
         limit_B = np.where(failed_B, 0, np.clip(top_k_B, 0, ranked_BN.shape[1]))
         k = int(limit_B.max(initial=0))
         valid_BK = (np.arange(k)[None] < limit_B[:, None]) & (ranked_BN[:, :k] != PADDING_ID)
-        items = self._names[np.where(valid_BK, ranked_BN[:, :k], PADDING_ID)]
+        items = self.names[np.where(valid_BK, ranked_BN[:, :k], PADDING_ID)]
         return [items, *np.where(valid_BK, values_BCN[:, :, :k].swapaxes(0, 1), np.float32(0))]

@@ -19,7 +19,7 @@ import triton_python_backend_utils as pb_utils
 
 from preprocessing import contract as c
 from serving.feature_store import Event, LmdbStore
-from serving.graph_model import deadline, refusal
+from serving.graph_model import deadline, give_way, hopeless, refusal
 from serving.pipeline import Level, Overload, Pipeline, joined
 from serving.stages import FeatureTransform, ResponseStage, Row, parse_row
 
@@ -64,9 +64,11 @@ class _Stage:
     """Reads its own config: parameters and the shapes the repository was compiled for."""
 
     def initialize(self, args: dict) -> None:
+        give_way()
         config = json.loads(args["model_config"])
         self.parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         self.folder = Path(args["model_repository"]) / args["model_version"]
+        self.largest = int(config["max_batch_size"])
         self.inputs = [t["name"] for t in config["input"]]
         self.outputs = [t["name"] for t in config["output"]]
         self.setup()
@@ -80,6 +82,7 @@ class _Stage:
         return LmdbStore(path if path.is_absolute() else self.folder.parent.parent / path, readonly=readonly)
 
 
+WAY_BACK_MS = 3  # from the answer to the client
 COLD = f"{c.STATUS_DEGRADED}popular items"
 
 
@@ -308,16 +311,37 @@ class RecommendModel(_Stage):
         repository, ranked = self.folder.parent.parent, int(self.parameters["ranked"])
         self.pipeline = Pipeline(repository, self.folder.name, shapes, self.store(readonly=True), seen, threads, ranked)
         self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), _Counts()
+        for level, seconds in self.pipeline.warm(self.largest):
+            self.overload.done(level, self.largest, seconds)
 
     def execute(self, requests: list) -> list:
         asks = [_Ask(i, request) for i, request in enumerate(requests)]
         self.requests = requests
         self.wishes: dict[int, Any] = {}  # of the requests with a query, by place
-        level = self.overload(sum(len(a.rows) for a in asks), time.monotonic())
         responses: list = [None] * len(requests)
+        rows, began = sum(len(a.rows) for a in asks), time.monotonic()
+        level = self._level(asks, rows, responses)
         self._answer(requests, asks, level, responses)
+        answered = sum(len(a.rows) for a in asks if not responses[a.place].has_error())
+        self.overload.done(level, answered, time.monotonic() - began)
         self.counts.hand_over()
         return responses
+
+    def _level(self, asks: list[_Ask], rows: int, responses: list) -> Level:
+        """The level at which these are answered: under load, one at which half of those with a deadline keep it. The
+        others, which cannot be answered in time, are refused."""
+        level = self.overload(rows, time.monotonic())
+        if not self.overload.on:
+            return level
+        now_ms = time.time() * 1000
+        left_ms = [a.deadline - now_ms - WAY_BACK_MS for a in asks]
+        level = self.overload.fitting(level, rows, float(np.median(left_ms)) / 1000)
+        needs_ms = self.overload.needs(level, rows) * 1000
+        for ask, left in zip(asks, left_ms, strict=True):
+            if -WAY_BACK_MS <= left < needs_ms:  # what is past has its own words
+                responses[ask.place] = hopeless(left, needs_ms)
+                self.counts("deadline near", len(ask.rows))
+        return level
 
     def _answer(self, requests: list, asks: list[_Ask], level: Level, responses: list) -> None:
         try:
@@ -346,7 +370,7 @@ class RecommendModel(_Stage):
     def _stages(self, requests: list, asks: list[_Ask], level: Level, responses: list) -> None:
         pipeline = self.pipeline
         for ask in asks:
-            if len(ask.rows) == 1 and ask.errors[0]:
+            if responses[ask.place] is None and len(ask.rows) == 1 and ask.errors[0]:
                 responses[ask.place] = _error(ask.errors[0])
         asks = [a for a in asks if responses[a.place] is None]
         asks, _ = self._alive(asks, [], c.FEATURE_TRANSFORM, responses)
@@ -379,6 +403,7 @@ class RecommendModel(_Stage):
             (ranked, values), understood = pipeline.searched([r.query for r in rows], wishes, (ranked, values))
             for ask in asks:
                 ask.understood = [understood.pop(0) for _ in ask.rows]
+        asks, (said, ranked, values) = self._alive(asks, [said, ranked, values], c.RESPONSE, responses)
         self._respond(requests, asks, ranked, values, said, level.status(few, candidates), responses)
         self.counts.answered(said, level.name.lower())
 

@@ -110,6 +110,20 @@ def test_full_batches_step_down_and_calm_steps_up():
     assert [overload(2, t) for t in (2.4, 3.6, 4.5)] == [3, 3, 2]
 
 
+def test_a_level_is_taken_back_when_what_came_would_fit_and_left_out_when_a_batch_would_be_late():
+    overload = Overload(10, patience_s=0.1, calm_s=0.5, longest_s=8.0)
+    for level, row_s in zip(Level, (0.010, 0.004, 0.003, 0.001), strict=True):
+        overload.done(level, 10, 10 * row_s)
+    assert overload.done(Level.FULL, 1, 9.0) is None and overload.needs(Level.FULL, 10) == 0.1  # small: not counted
+    assert [overload.fitting(Level.FULL, 10, left) for left in (0.2, 0.05, 0.035, 0.002)] == [0, 1, 2, 3]
+    for rows, then in ((9, Level.FEWER), (1, Level.FULL)):  # 90 rows a second need .9 of its time whole, 10 need .1
+        overload = Overload(10, patience_s=0.1, calm_s=0.5, longest_s=8.0)
+        overload.done(Level.FULL, 10, 0.1)
+        assert [overload(10, t) for t in (0.0, 0.11)] == [Level.FULL, Level.FEWER]
+        overload.calm_s = 8.0
+        assert [overload(rows, 0.2 + t / 10) for t in range(7)][-1] == then
+
+
 def test_under_a_flood_every_request_is_answered_or_refused(fused, root):
     """Far more at once than may wait: what is refused is UNAVAILABLE, what is degraded says so and is counted."""
     server, _ = fused
