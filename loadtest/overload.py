@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.html import drawn, image, page
-from loadtest.open_loop import CODE_DEGRADED, METHOD, complete, due_times, messages, offer, picks
+from loadtest.open_loop import CODE_DEGRADED, METHOD, WANTED, complete, due_times, messages, offer, picks
 from serving.launcher import ServerOptions, TritonServer
 from serving.repository import served_from
 from vivace.artifacts import commit
@@ -65,10 +65,11 @@ def by_second(records: Sequence[Any], slo_ms: float) -> list[dict[str, float]]:
 
 
 def recovery(seconds: Sequence[dict[str, float]], normal: float, slo_ms: float) -> int | None:
-    """How many seconds after overload the first is from which all are normal: p50 near ``normal``, p99 in time, no
-    answer degraded or refused. None if none is."""
+    """How many seconds after overload the first is from which all are normal: p50 near ``normal``, p99 in time, and as
+    many whole answers in time as at the knee. None if none is."""
     good = [
-        s["p50"] <= WIDE * normal and s["p99"] <= slo_ms and not s["degraded"] and not s["refused"] for s in seconds
+        s["p50"] <= WIDE * normal and s["p99"] <= slo_ms and s["degraded"] + s["refused"] <= (1 - WANTED) * s["due"]
+        for s in seconds
     ]
     for start in range(len(good)):
         if all(good[start:]):
