@@ -51,6 +51,8 @@ UP, MARGIN = 1.25, 1.02
 DOUBT = 0.25  # of a prediction before anything was run, as a logarithm
 DISTURBED = 0.25  # of the objective: if the generator itself is late by so much, the machine did something else
 MOST_RUNS, PAIRS = 8, 3
+LIMITS = (1, 2, 4, 0)  # how wide the limits under overload are, in the order that they are tried
+NEAR = 0.95  # of the knee, where they must not be felt
 PROFILE = "trial"
 
 
@@ -276,6 +278,11 @@ class Knee:
         return max((r for r in self.runs if r.qps <= self.met * 1.001), key=lambda r: r.qps, default=None)
 
 
+def live_runs(journal: Journal) -> int:
+    """How many times a server was put under load."""
+    return sum(json.loads(key)[0] in ("run", "turn", "limits") for key in journal.found)
+
+
 class Tuner:
     """One search. ``say`` gets a line for each trial; ``show`` what is going on."""
 
@@ -295,7 +302,6 @@ class Tuner:
         self.knees: dict[Trial, Knee] = {}
         self.overhead: dict[str, float] = {}
         self.times: dict[Answer, dict[int, float]] = {}
-        self.server_runs = 0
 
     # -- offline -------------------------------------------------------------------------------------
     def _pipeline(self, answer: Answer, threads: int = 1) -> Pipeline:
@@ -340,10 +346,10 @@ class Tuner:
 
     # -- live ----------------------------------------------------------------------------------------
     @contextmanager
-    def _server(self, trial: Trial) -> Iterator[TritonServer]:
+    def _server(self, trial: Trial, limits: Mapping[str, int] | None = None) -> Iterator[TritonServer]:
         """A server of the trial's own profile, which goes with it."""
         folder = self.engines[trial.engine]
-        write_profile(folder, PROFILE, trial.profile())
+        write_profile(folder, PROFILE, trial.profile(**(limits or {})))
         log = self.root / FOLDER / "triton.log"
         log.unlink(missing_ok=True)
         options = ServerOptions(
@@ -381,7 +387,6 @@ class Tuner:
                     context = self._server(trial)
                     opened.extend((context, context.__enter__()))
                     self._offer(opened[1], min(qps, 200.0), 0, 1.0)  # first requests pay for what is set up late
-                self.server_runs += 1
                 return self._offer(opened[1], qps, seed, self.seconds)
 
             self.show(f"{trial}: {qps:.0f} requests a second")
@@ -503,7 +508,6 @@ class Tuner:
             def live(k: Knee = k, turn: int = turn) -> dict[str, Any]:
                 with self._server(k.trial) as server:
                     self._offer(server, min(rate, 200.0), 0, 1.0)
-                    self.server_runs += 1
                     return self._offer(server, rate, 100 + turn, self.seconds)
 
             key = ["turn", asdict(k.trial), version, asdict(self.objective), rate, turn, self.seconds]
@@ -512,6 +516,41 @@ class Tuner:
             met[k.trial] += value["full"] >= self.objective.wanted
         self.say("in turns: " + "; ".join(f"{met[k.trial]} of {PAIRS} met by {k.trial}" for k in pair))
         return max(pair, key=lambda k: (met[k.trial], k.met))
+
+    def limits(self, best: Knee, times: np.ndarray) -> dict[str, int]:
+        """The narrowest limits with which the profile still serves its rate, or those with which it comes nearest: what
+        it does under overload must not be felt before."""
+        o = self.objective
+        found = {f: overload_limits(best.trial, o.ms, best.met, times, f) for f in LIMITS}
+        full: dict[int, float] = {}
+        try:
+            for factor, limits in found.items():
+                full[factor] = self._near_the_knee(best, limits)
+                if full[factor] >= o.wanted:
+                    break
+        except BudgetError:
+            self.say("the budget is spent: limits under overload were not all tried near the knee")
+        chosen = found[max(full, key=lambda f: full[f])] if full else found[LIMITS[0]]
+        self.say(f"under overload: {chosen}")
+        return chosen
+
+    def _near_the_knee(self, best: Knee, limits: Mapping[str, int]) -> float:
+        """Share of whole answers in time near the knee, the best of a few runs."""
+        rate, most = float(f"{best.met * NEAR:.3g}"), 0.0
+        for turn in range(PAIRS):
+
+            def live(turn: int = turn) -> dict[str, Any]:
+                with self._server(best.trial, limits) as server:
+                    self._offer(server, min(rate, 200.0), 0, 1.0)
+                    return self._offer(server, rate, 200 + turn, self.seconds)
+
+            self.show(f"limits under overload {dict(limits)}")
+            key = ["limits", asdict(best.trial), self._version(best.trial.answer), dict(limits), rate, turn,
+                   self.seconds, asdict(self.objective)]  # fmt: skip
+            most = max(most, float(self.journal(key, live)["full"]))
+            if most >= self.objective.wanted:
+                break
+        return most
 
     def worth(self, best: Knee) -> dict[str, dict[str, Any]]:
         """Knee of the best configuration with one knob as it is untuned, for every knob that was moved."""
@@ -604,17 +643,25 @@ def drop_profile(folder: Path, name: str) -> None:
         path.unlink()
 
 
-def publish(root: Path, name: str, decision: dict[str, Any], times: np.ndarray) -> Path:
-    """Writes the chosen profile where its engine is and the record that ``vivace serve --profile`` reads. ``times``: ms
-    of a batch by its size. Batches that take half of the objective, or the largest, are a sign of overload; a queue
-    may hold what can be answered within the objective; what has waited that long is refused."""
-    trial, ms = Trial(**decision["chosen"]["trial"]), decision["objective"]["ms"]
+def overload_limits(trial: Trial, ms: float, qps: float, times: np.ndarray, factor: int) -> dict[str, int]:
+    """What a profile does under overload. ``times``: ms of a batch by its size. Batches that take half of the
+    objective, or the largest, are a sign of overload; a queue may hold what can be answered within the objective; what
+    has waited that long is refused. ``factor`` makes both wider (0: no sign is one)."""
+    timeout = int(ms * 1000)
     rows = min(max(2, int(np.searchsorted(times, ms / 2))), trial.batch) if trial.batch > 1 else 0
-    queue = max(16, int(decision["chosen"]["qps"] * max(ms - times[rows or -1] / 2, ms / 4) / 1000))
-    folder = engines(root)[trial.engine]
-    limits = {"max_queue": queue, "queue_timeout_us": int(ms * 1000), "overload_rows": rows}
-    write_profile(folder, name, trial.profile(**limits))
-    decision["limits"] = limits
+    queue = max(16, int(qps * max(ms - times[rows or -1] / 2, ms / 4) / 1000))
+    if not factor or not rows:
+        return {"max_queue": max(queue, trial.batch) * LIMITS[-2], "queue_timeout_us": timeout, "overload_rows": 0}
+    return {
+        "max_queue": queue * factor, "queue_timeout_us": timeout, "overload_rows": min(rows * factor, trial.batch),
+    }  # fmt: skip
+
+
+def publish(root: Path, name: str, decision: dict[str, Any], limits: Mapping[str, int]) -> Path:
+    """Writes the chosen profile where its engine is and the record that ``vivace serve --profile`` reads."""
+    trial = Trial(**decision["chosen"]["trial"])
+    write_profile(engines(root)[trial.engine], name, trial.profile(**limits))
+    decision["limits"] = dict(limits)
     path = root / FOLDER / f"{name}.json"
     write_text(path, json.dumps(decision, indent=2))
     return path
@@ -649,8 +696,9 @@ def tune(
         times = tuner.service(best.trial.answer, best.trial.layout)
         decision["service_ms"] = dict(times.batches)
         decision["overhead_ms"] = times.request
-        decision["runs"] = tuner.server_runs
-        publish(root, name, decision, times.table(best.trial.batch))
+        limits = tuner.limits(best, times.table(best.trial.batch))
+        decision["runs"] = live_runs(tuner.journal)
+        publish(root, name, decision, limits)
         write(decision, root / FOLDER / f"{name}.html", root.name)
         return decision
     except ServerError as error:

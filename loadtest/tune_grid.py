@@ -16,18 +16,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from loadtest.tune import FOLDER, Journal, Objective, Trial, Tuner, trials
+from loadtest.tune import FOLDER, Objective, Trial, Tuner, live_runs, trials
 from vivace.artifacts import commit
 from vivace.doctor import cpu
 
 console = Console(width=120)
 GRID, SEARCH = "grid", "grid-search"
 ANY_BUDGET_S = 1e6
-
-
-def live_runs(journal: Journal) -> int:
-    """How many times a server was put under load."""
-    return sum(json.loads(key)[0] in ("run", "turn") for key in journal.found)
 
 
 def tuner(root: Path, objective: Objective, name: str, space: dict[str, list[Any]], seconds: float) -> Tuner:

@@ -11,7 +11,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from preprocessing.contract import EVENT, ITEM, MAX_ID_BYTES, SOURCE_ROW, TEXT, TIME, USER, WEIGHT, DataSchema
+from preprocessing.contract import (
+    CLICKED,
+    EVENT,
+    ITEM,
+    MAX_ID_BYTES,
+    MAX_QUERY_BYTES,
+    POSITION,
+    QUERY_TEXT,
+    SEARCH,
+    SOURCE_ROW,
+    TEXT,
+    TIME,
+    USER,
+    WEIGHT,
+    DataSchema,
+)
 
 MALFORMED = "malformed row"
 NO_USER = "missing user id"
@@ -20,6 +35,10 @@ LONG_ID = f"id longer than {MAX_ID_BYTES} bytes"
 BAD_TIME = "unparsable time"
 UNKNOWN_ITEM = "unknown item"
 DUPLICATE = "duplicate"
+NO_SEARCH, NO_QUERY = "missing search id", "missing query"
+LONG_QUERY = f"query longer than {MAX_QUERY_BYTES} bytes"
+MAX_POSITION = 1000  # nobody looks further
+BAD_POSITION, BAD_CLICK = f"position not in 1..{MAX_POSITION}", "clicked neither 0 nor 1"
 
 TIME_UNITS = {"s": 1000.0, "ms": 1.0}
 MAX_TIME_MS = 253_402_300_800_000  # the year 10000
@@ -106,6 +125,43 @@ def clean_interactions(
         typed[name] = pd.to_numeric(frame[name], errors="coerce").astype("float32")
     typed[SOURCE_ROW] = frame[SOURCE_ROW].astype("int64")
     return pd.DataFrame(typed)
+
+
+def _flag(raw: pd.Series) -> pd.Series:
+    """0 or 1 as float64, NaN for anything else. Takes booleans, numbers and their text."""
+    text = raw.astype(str).str.strip().str.lower().replace({"true": "1", "false": "0"})
+    value = pd.to_numeric(text, errors="coerce")
+    return value.where(value.isin([0, 1]))
+
+
+def clean_searches(frame: pd.DataFrame, known: pd.Index, rejects: Rejects) -> pd.DataFrame:
+    """Checks one chunk of a log of searches: typed rows out, USER "" where there is none; each bad row goes to
+    ``rejects`` once. ``known``: items that can be answered."""
+    frame = frame.reset_index(drop=True)
+    for name in (SEARCH, USER, QUERY_TEXT, ITEM):
+        frame[name] = text_ids(frame[name])
+    place, clicked = pd.to_numeric(frame[POSITION], errors="coerce"), _flag(frame[CLICKED])
+    checks = [
+        (NO_SEARCH, frame[SEARCH].isna()),
+        (NO_QUERY, frame[QUERY_TEXT].isna()),
+        (LONG_QUERY, frame[QUERY_TEXT].map(lambda q: len(str(q).encode(errors="replace")) > MAX_QUERY_BYTES)),
+        (NO_ITEM, frame[ITEM].isna()),
+        (LONG_ID, _too_long(frame[USER].fillna("")) | _too_long(frame[ITEM])),
+        (BAD_TIME, frame[TIME].isna()),
+        (BAD_POSITION, ~((place >= 1) & (place <= MAX_POSITION) & (place % 1 == 0))),
+        (BAD_CLICK, clicked.isna()),
+        (UNKNOWN_ITEM, ~frame[ITEM].isin(known)),
+    ]
+    good = pd.Series(True, index=frame.index)
+    for reason, bad in checks:
+        rejects.add("searches", reason, frame[good & bad.fillna(False)])
+        good &= ~bad.fillna(False)
+    frame = frame[good]
+    return pd.DataFrame({
+        SEARCH: frame[SEARCH], USER: frame[USER].fillna(""), TIME: frame[TIME].astype("int64"),
+        QUERY_TEXT: frame[QUERY_TEXT], ITEM: frame[ITEM], POSITION: place[good].astype("int32"),
+        CLICKED: clicked[good].astype(bool), SOURCE_ROW: frame[SOURCE_ROW].astype("int64"),
+    })  # fmt: skip
 
 
 def drop_duplicates(frame: pd.DataFrame, rejects: Rejects) -> pd.DataFrame:

@@ -31,6 +31,10 @@ EVENT = "event_type"
 WEIGHT = "weight"
 TITLE = "title"
 TEXT = "text"  # what models read of an item, if it is more than its title
+SEARCH = "search_id"  # of a log of searches: rows with the same value are one list of results
+QUERY_TEXT = "query"
+POSITION = "position"  # of an item in the list, from 1
+CLICKED = "clicked"
 SOURCE_ROW = "source_row"  # position in the source: breaks ties of time, and names rejected rows
 SPLIT = "split"
 

@@ -21,8 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocessing import contract as c
-from preprocessing.cleaning import MALFORMED, Rejects, clean_interactions, clean_items, drop_duplicates
-from preprocessing.readers.base import Source
+from preprocessing.cleaning import (
+    DUPLICATE,
+    MALFORMED,
+    Rejects,
+    clean_interactions,
+    clean_items,
+    clean_searches,
+    drop_duplicates,
+)
+from preprocessing.readers.base import SearchSource, Source
 from preprocessing.splits import SplitConfig, TimeSample, mark
 from preprocessing.workflow import (
     VocabularyConfig,
@@ -39,6 +47,7 @@ from vivace.artifacts import Step, read_manifest
 
 SCHEMA_FILE = "schema.json"
 CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of item ids: what search reads
+SEARCHES_FILE = "searches.parquet"  # the log of searches, where there is one; ITEM are ids
 LAYOUT = 2  # of the files: features of another layout are prepared again
 Progress = Callable[[str], None]
 
@@ -83,6 +92,11 @@ class Features:
     def items(self) -> pd.DataFrame:
         """One row an item id from FIRST_ID on, in order: ITEM (raw), TITLE, TEXT, encoded attributes."""
         return pd.read_parquet(self.items_file)
+
+    def searches(self) -> pd.DataFrame | None:
+        """The log of searches by time and list, ITEM as ids; None where there is none."""
+        path = self.folder / SEARCHES_FILE
+        return pd.read_parquet(path) if path.exists() else None
 
     def item_count(self) -> int:
         """V: item ids with the special ones."""
@@ -254,6 +268,30 @@ def _items_table(workflow: nvt.Workflow, catalogue: pd.DataFrame, schema: c.Data
     return pd.concat([frame[shown], encoded.reset_index(drop=True)], axis=1)
 
 
+def _searches(source: Source, items: pd.Series, folder: Path, rejects: Rejects, say: Progress) -> int:
+    """Writes the log of searches, if there is one; how many lists it has. ``items``: raw ids in the order of ids."""
+    (folder / SEARCHES_FILE).unlink(missing_ok=True)
+    log = source.searches() if isinstance(source, SearchSource) else None
+    if log is None:
+        return 0
+    known, parts = pd.Index(items), []
+    for chunk in log:
+        if chunk.malformed is not None:
+            rejects.add("searches", MALFORMED, chunk.malformed)
+        parts.append(clean_searches(chunk.rows, known, rejects))
+    frame = pd.concat(parts, ignore_index=True)
+    again = frame.duplicated([c.SEARCH, c.ITEM], keep="first")
+    rejects.add("searches", DUPLICATE, frame[again])
+    frame = frame[~again]
+    frame[c.TIME] = frame.groupby(c.SEARCH)[c.TIME].transform("min")  # clicks may have been logged with their own
+    frame = frame.sort_values([c.TIME, c.SEARCH, c.POSITION], kind="stable").reset_index(drop=True)
+    frame[c.ITEM] = known.get_indexer(frame[c.ITEM]) + c.FIRST_ID
+    frame.to_parquet(folder / SEARCHES_FILE, index=False)
+    lists = int(frame[c.SEARCH].nunique())
+    say(f"{lists:,} searches, {int(frame[c.CLICKED].sum()):,} clicks")
+    return lists
+
+
 def _histories(file: Path) -> Iterator[tuple[str, list[str], list[str], list[int]]]:
     frame = pd.read_parquet(file)
     kinds = frame[c.EVENT].fillna("") if c.EVENT in frame else pd.Series("", index=frame.index)
@@ -320,7 +358,9 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
             for name, n in write_requests(encoded, folder, schema).items():
                 counts[name] = counts.get(name, 0) + n
             say(f"sequences of partition {i + 1} of {len(events)}")
-        _items_table(workflow, catalogue, schema, folder).to_parquet(folder / "items.parquet", index=False)
+        items = _items_table(workflow, catalogue, schema, folder)
+        items.to_parquet(folder / "items.parquet", index=False)
+        searches = _searches(source, items[c.ITEM], folder, rejects, say)
         from preprocessing.transform_onnx import compile_workflow, save
 
         columns = [c.ITEM, *schema.event_categoricals, *schema.event_continuous]
@@ -338,5 +378,6 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
         items_in_catalogue=len(catalogue),
         split=config.split.describe(times),
         feature_store=stored,
+        searches=searches,
         licence=schema.licence,
     )

@@ -73,15 +73,15 @@ class Ensemble(nn.Module):
         return found
 
 
-def _loss(model: SearchRanker, x_QNX: Tensor, y_QN: Tensor, real_QN: Tensor) -> Tensor:
+def _loss(model: SearchRanker, x_QNX: Tensor, y_QN: Tensor, real_QN: Tensor, weight_Q: Tensor) -> Tensor:
     scores = model(x_QNX).masked_fill(~real_QN, -1e4)
     wanted = y_QN / y_QN.sum(1, keepdim=True)
-    return -(wanted * F.log_softmax(scores, 1)).sum(1).mean()
+    return -(weight_Q * (wanted * F.log_softmax(scores, 1)).sum(1)).mean()
 
 
 def _fit(
-    model: SearchRanker, config: RankerConfig, epochs: int, x: Tensor, y: Tensor, real: Tensor, own: Tensor,
-    held: Tensor | None = None,
+    model: SearchRanker, config: RankerConfig, epochs: int, x: Tensor, y: Tensor, real: Tensor, weight: Tensor,
+    own: Tensor, held: Tensor | None = None,
 ) -> list[float]:  # fmt: skip
     """Learns from queries ``own``; after each epoch the loss on ``held``, until it has not fallen for ``patience``."""
     model.mean.copy_(x[own][real[own]].mean(0))
@@ -92,24 +92,26 @@ def _fit(
         model.train()
         for rows in own[torch.randperm(len(own))].split(config.batch_size):
             optimizer.zero_grad()
-            _loss(model, x[rows], y[rows], real[rows]).backward()
+            _loss(model, x[rows], y[rows], real[rows], weight[rows]).backward()
             optimizer.step()
         model.eval()
         if held is not None:
             with torch.inference_mode():
-                found.append(float(_loss(model, x[held], y[held], real[held])))
+                found.append(float(_loss(model, x[held], y[held], real[held], weight[held])))
             if int(np.argmin(found)) < len(found) - config.patience:
                 break
     return found
 
 
 def train_search_ranker(
-    lists: Sequence[np.ndarray], gains: Sequence[np.ndarray], config: RankerConfig, seed: int
-) -> Ensemble:
+    lists: Sequence[np.ndarray], gains: Sequence[np.ndarray], config: RankerConfig, seed: int,
+    weights: Sequence[float] | None = None,
+) -> Ensemble:  # fmt: skip
     """Each member learns for as many epochs as served queries best that were held out, by cross-validation
     (``config.epochs`` at most, and where there are too few queries for it). ``lists``: features [N_q, X] of each
     query's candidates; ``gains`` [N_q] of the same, or clicks weighted by ``inverse_propensity``. Queries without any
-    gain teach nothing."""
+    gain teach nothing; ``weights``: how much each teaches (all alike), of clicks the sum of their gains, as a list's
+    gains count by their shares only."""
     taught = [i for i, g in enumerate(gains) if g.sum() > 0]
     if not taught:
         raise ValueError("search ranker: expected at least one query with a candidate that gains, got none")
@@ -119,20 +121,23 @@ def train_search_ranker(
     for row, i in enumerate(taught):
         n = len(lists[i])
         x[row, :n], y[row, :n], real[row, :n] = torch.from_numpy(lists[i]), torch.from_numpy(gains[i]).float(), True
+    weight = torch.tensor([1.0 if weights is None else weights[i] for i in taught])
+    weight = weight / weight.mean()
     order, curves = np.random.default_rng(seed).permutation(len(taught)), []
     if len(taught) >= 2 * FOLDS:
         for fold in range(FOLDS):
             torch.manual_seed(seed * 100 + fold)
             held, own = order[fold::FOLDS], np.setdiff1d(order, order[fold::FOLDS])
             model = SearchRanker(inputs, config.hidden, config.dropout)
-            curves.append(_fit(model, config, config.epochs, x, y, real, torch.from_numpy(own), torch.from_numpy(held)))
+            halves = torch.from_numpy(own), torch.from_numpy(held)
+            curves.append(_fit(model, config, config.epochs, x, y, real, weight, *halves))
     shortest = min((len(curve) for curve in curves), default=0)
     epochs = int(np.mean([c[:shortest] for c in curves], 0).argmin()) + 1 if curves else config.epochs
     members = []
     for member in range(config.members):
         torch.manual_seed(seed * 1000 + member)
         members.append(SearchRanker(inputs, config.hidden, config.dropout))
-        _fit(members[-1], config, epochs, x, y, real, torch.arange(len(taught)))
+        _fit(members[-1], config, epochs, x, y, real, weight, torch.arange(len(taught)))
     return Ensemble(members)
 
 

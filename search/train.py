@@ -1,17 +1,22 @@
 """``vivace train --task search``: makes a run's catalogue searchable, in ``artifacts/<name>/query_search``.
 
-The text encoder learns from the catalogue; the ranker from held-out requests. Where a log has no queries, they are
-made of the item that the user went to: half of them some of its words, half two or three of its attributes
-(``search.encoder.Questions``), with typing errors in a tenth of the words. So the ranker sees what history and query
-say together, on events that the recommender's models were not trained on: it learns from validation requests and is
-judged on test requests, with and without the history.
+The text encoder learns from the catalogue; the ranker from held-out requests, whose queries are made of the item that
+the user went to: half of them some of its words, half two or three of its attributes (``search.encoder.Questions``),
+with typing errors in a tenth of the words. So the ranker sees what history and query say together, on events that the
+recommender's models were not trained on: it learns from validation requests and is judged on test requests, with and
+without the history.
+
+Where the data set has a log of searches, words that lead to the same items become synonyms, the encoder is fine-tuned
+on what was clicked (what was passed over for it is a hard negative), and the ranker learns from the clicks beside the
+made queries, each weighted by the inverse of the chance that its place was looked at. The newest part of the log
+judges: the order that was shown, the fused one and the ranker's, by the same weights.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +36,9 @@ from search.hybrid import HybridIndex, diversify
 from search.lexical import Field, Lexical
 from search.online import ENCODER, RANKER, VECTORS, QuerySearch, Wish, write_catalogue
 from search.published import FOLDER
-from search.ranker import Ensemble, RankerConfig, train_search_ranker
-from search.understanding import QueryUnderstanding, with_typos
+from search.ranker import Ensemble, RankerConfig, inverse_propensity, propensities, train_search_ranker
+from search.text import normalise
+from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
 from training import data
 from training.evaluation import bootstrap
 from training.presets import Preset
@@ -49,12 +55,16 @@ DIVERSITIES = (0.0, 0.25, 0.5, 0.75)
 @dataclass(frozen=True)
 class SearchTraining:
     """``requests``: validation requests that teach the ranker, test requests that judge it; ``typos``: share of the
-    words of made queries with an error."""
+    words of made queries with an error; ``searches``: newest searches with a click, of which the last ``judged`` judge
+    and the others teach the ranker; ``clicked``: searches that fine-tune the encoder."""
 
     encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
     ranker: RankerConfig = field(default_factory=lambda: RankerConfig(epochs=15, batch_size=32))
     requests: int = 2000
     typos: float = 0.1
+    searches: int = 4000
+    judged: float = 0.25
+    clicked: int = 20_000
 
 
 def catalogue_of(features: Features) -> Catalogue:
@@ -114,10 +124,9 @@ def export_ranker(ranker: Ensemble, inputs: int, path: Path) -> None:
 
 @dataclass
 class Requests:
-    """Held-out requests with a made query: what the history recommends and what the query found."""
+    """Requests with a query: what the history recommends and what the query found. ``gained``: gain by item id."""
 
-    by_attributes: np.ndarray  # bool: how the query was made
-    targets: np.ndarray
+    gained: list[dict[int, float]]
     ids: np.ndarray
     features: np.ndarray
     ranked: list[np.ndarray]
@@ -128,54 +137,179 @@ class Requests:
 
     @property
     def places(self) -> range:
-        return range(len(self.targets))
+        return range(len(self.gained))
 
     def found(self, i: int) -> int:
         """How many items the query found."""
         return int((self.ids[i] != c.PADDING_ID).sum())
 
     def gains(self, i: int) -> np.ndarray:
-        return (self.ids[i] == self.targets[i]).astype(float)
+        return np.array([self.gained[i].get(item, 0.0) for item in self.ids[i].tolist()])
+
+    def ndcg(self, i: int, order: np.ndarray) -> float:
+        """NDCG@10 of the found items in ``order``; what was not found counts."""
+        return ndcg(self.gains(i)[order], sorted(self.gained[i].values(), reverse=True))
+
+
+class Recommender:
+    """A run's own models: what they recommend after a history."""
+
+    def __init__(self, features: Features, preset: Preset, root: Path) -> None:
+        self.items, self.exclude_seen = features.item_count(), features.schema.exclude_seen
+        count = min(preset.ranker.candidates, self.items - c.FIRST_ID)
+        self.retrieval = RetrievalGraph(
+            load_retrieval(features, preset, root).cpu(), count, preset.ranker.memory
+        ).eval()
+        self.ranking = RankingGraph(load_ranker(features, preset, root).cpu()).eval()
+        self.timed = bool(preset.encoder.time_bias)
+
+    def __call__(self, request: data.Requests) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [B, N], best first, and their scores float32 [B, N]."""
+        times = [request.time_BT] if self.timed else []
+        with torch.inference_mode():
+            exclude = request.exclude(self.items, self.exclude_seen)
+            ids, values = self.ranking(request.history_BT, *self.retrieval(request.history_BT, exclude, *times))
+        return ids.numpy(), values.numpy()[:, 0]
 
 
 def collect(
-    features: Features, preset: Preset, root: Path, search: QuerySearch, catalogue: Catalogue, part: str,
+    features: Features, preset: Preset, recommend: Recommender, search: QuerySearch, catalogue: Catalogue, part: str,
     config: SearchTraining, seed: int,
-) -> Requests:  # fmt: skip
-    """Of ``part``, "valid" or "test": the first requests whose target can be found at all."""
-    schema, items = features.schema, features.item_count()
-    count = min(preset.ranker.candidates, items - c.FIRST_ID)
-    retrieval = RetrievalGraph(load_retrieval(features, preset, root).cpu(), count, preset.ranker.memory).eval()
-    ranking = RankingGraph(load_ranker(features, preset, root).cpu()).eval()
+) -> tuple[Requests, np.ndarray]:  # fmt: skip
+    """Of ``part``, "valid" or "test": the first requests whose target can be found at all, with a made query; and which
+    queries were made of attributes, bool [R]."""
     make, rng = Questions(catalogue), np.random.default_rng([seed, len(part)])
     parts: list[tuple[np.ndarray, ...]] = []
     total = 0
-    heads = [h.name for h in schema.heads]
+    heads = [h.name for h in features.schema.heads]
     for request in data.requests(features.files(part), heads, preset.encoder.history, BATCH):
         real = (request.target_B >= c.FIRST_ID).numpy()
-        times = [request.time_BT] if preset.encoder.time_bias else []
-        with torch.inference_mode():
-            exclude = request.exclude(items, schema.exclude_seen)
-            ranked, values = ranking(request.history_BT, *retrieval(request.history_BT, exclude, *times))
+        ranked, scores = recommend(request)
         targets = request.target_B.numpy()[real]
         kinds = rng.random(len(targets)) < 0.5
         made = [make.by_attributes if k else make for k in kinds]
         queries = [own(int(t) - c.FIRST_ID, rng) for own, t in zip(made, targets, strict=True)]
         queries = [with_typos(q, config.typos, int(rng.integers(1 << 31))) for q in queries]
         ids, x, _ = search(queries, [Wish()] * len(queries))
-        parts.append((kinds, targets, ids, x, ranked.numpy()[real], values.numpy()[real, 0]))
+        parts.append((kinds, targets, ids, x, ranked[real], scores[real]))
         total += len(targets)
         if total >= config.requests:
             break
     if not parts:
         raise ValueError(f"search: no {part} request whose item is in the vocabulary")
-    kinds, targets, ids, x, ranked_all, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
-    return Requests(kinds, targets, ids, x, list(ranked_all), list(scores))
+    kinds, targets, ids, x, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
+    gained = [{t: 1.0} for t in targets.tolist()]
+    return Requests(gained, ids, x, list(ranked), list(scores)), kinds
+
+
+def histories_before(features: Features, users: Sequence[str], times: Sequence[int]) -> list[np.ndarray]:
+    """Of each user the training events before a time: ids and times int64 [n, 2]."""
+    wanted, found = set(users), dict[str, np.ndarray]()
+    for file in features.files("train"):
+        frame = pd.read_parquet(file, columns=[c.USER, c.ITEM, c.TIME])
+        for user, items, when in frame[frame[c.USER].isin(wanted)].itertuples(index=False):
+            found[user] = np.stack([np.asarray(items), np.asarray(when)], 1).astype(np.int64)
+    none = np.empty((0, 2), np.int64)
+    own = (found.get(user, none) for user in users)
+    return [h[h[:, 1] < time] for h, time in zip(own, times, strict=True)]
+
+
+@dataclass(frozen=True)
+class SearchLog:
+    """A log of searches, list by list in the order of time: rows ``starts[i]`` to ``starts[i + 1]`` of ``frame``."""
+
+    frame: pd.DataFrame
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> SearchLog:
+        first = np.sort(np.unique(pd.factorize(frame[c.SEARCH])[0], return_index=True)[1])
+        return cls(frame, np.append(first, len(frame)))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def part(self, start: int, stop: int) -> SearchLog:
+        rows = self.frame.iloc[self.starts[start] : self.starts[stop]]
+        return SearchLog(rows, self.starts[start : stop + 1] - self.starts[start])
+
+    def with_clicks(self) -> SearchLog:
+        sums = np.add.reduceat(self.frame[c.CLICKED].to_numpy(int), self.starts[:-1])
+        return SearchLog.of(self.frame[np.repeat(sums > 0, np.diff(self.starts))])
+
+    def column(self, name: str) -> list[Any]:
+        """Of each list the value of its first row."""
+        return self.frame[name].to_numpy()[self.starts[:-1]].tolist()
+
+    def clicked(self) -> list[list[int]]:
+        """Item ids that were clicked, of each list."""
+        ids, hit = self.frame[c.ITEM].to_numpy(), self.frame[c.CLICKED].to_numpy(bool)
+        cuts = self.starts[1:-1]
+        return [i[h].tolist() for i, h in zip(np.split(ids, cuts), np.split(hit, cuts), strict=True)]
+
+    def passed_over(self) -> list[list[int]]:
+        """Item ids without a click above the last one that has one."""
+        ids, hit = self.frame[c.ITEM].to_numpy(), self.frame[c.CLICKED].to_numpy(bool)
+        out = []
+        for i, h in zip(np.split(ids, self.starts[1:-1]), np.split(hit, self.starts[1:-1]), strict=True):
+            last = int(np.flatnonzero(h).max(initial=-1))
+            out.append(i[: last + 1][~h[: last + 1]].tolist())
+        return out
+
+    def gains(self, seen: np.ndarray) -> list[dict[int, float]]:
+        """Of each list the clicked items' gains: the inverse of the chance ``seen`` of their places."""
+        place = np.minimum(self.frame[c.POSITION].to_numpy() - 1, len(seen) - 1)
+        weight = inverse_propensity(self.frame[c.CLICKED].to_numpy(bool), place, seen)
+        ids = self.frame[c.ITEM].to_numpy()
+        cuts = self.starts[1:-1]
+        parts = zip(np.split(ids, cuts), np.split(weight, cuts), strict=True)
+        return [{int(i): float(w) for i, w in zip(own, how, strict=True) if w} for own, how in parts]
+
+    def seen(self) -> np.ndarray:
+        """Chance that each place is looked at, relative to the first, from what was shown at several."""
+        names = self.frame[c.QUERY_TEXT].map(normalise) + "\0" + self.frame[c.ITEM].astype(str)
+        place = self.frame[c.POSITION].to_numpy() - 1
+        return propensities(pd.factorize(names)[0], place, self.frame[c.CLICKED].to_numpy(bool))
+
+
+def logged(
+    features: Features, preset: Preset, recommend: Recommender, search: QuerySearch, log: SearchLog, seen: np.ndarray
+) -> Requests:
+    """The lists of ``log`` as they would be found now, with what the users' histories recommended then."""
+    before = histories_before(features, log.column(c.USER), log.column(c.TIME))
+    queries, parts = log.column(c.QUERY_TEXT), []
+    for start in range(0, len(log), BATCH):
+        own = before[start : start + BATCH]
+        request = data.of_sequences(own, preset.encoder.history, torch.zeros(len(own), dtype=torch.int64), {})
+        asked = queries[start : start + BATCH]
+        ids, x, _ = search(asked, [Wish()] * len(asked))
+        parts.append((ids, x, *recommend(request)))
+    ids, x, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
+    return Requests(log.gains(seen), ids, x, list(ranked), list(scores))
 
 
 def judge(requests: Requests, ranker: Ensemble, history: bool) -> np.ndarray:
     """NDCG@10 of each request."""
-    return np.array([ndcg(requests.gains(i)[_order(requests, ranker, i, history)], [1.0]) for i in requests.places])
+    return np.array([requests.ndcg(i, _order(requests, ranker, i, history)) for i in requests.places])
+
+
+def order_shown(log: SearchLog, gained: Sequence[dict[int, float]]) -> np.ndarray:
+    """NDCG@10 of the order that the log's users saw."""
+    lists = np.split(log.frame[c.ITEM].to_numpy(), log.starts[1:-1])
+    pairs = zip(lists, gained, strict=True)
+    return np.array([ndcg([g.get(int(i), 0.0) for i in own], sorted(g.values(), reverse=True)) for own, g in pairs])
+
+
+def judged_log(log: SearchLog, found: Requests, ranker: Ensemble) -> dict[str, Any]:
+    """NDCG@10, gains by inverse propensity: of the order shown, the fused, the ranker's without and with history."""
+    fused = np.array([found.ndcg(i, np.arange(found.found(i))) for i in found.places])
+    without, with_history = judge(found, ranker, False), judge(found, ranker, True)
+    shown = order_shown(log, found.gained)
+    return {
+        "searches": len(log), "shown": float(shown.mean()), "fused": float(fused.mean()),
+        "ranked": float(without.mean()), "with_history": float(with_history.mean()),
+        "over_shown": float((with_history - shown).mean()), "over_shown_interval": bootstrap(with_history - shown),
+    }  # fmt: skip
 
 
 def _order(requests: Requests, ranker: Ensemble, i: int, history: bool) -> np.ndarray:
@@ -195,21 +329,21 @@ def diversity_costs(requests: Requests, ranker: Ensemble, vectors_VE: np.ndarray
                 continue
             vectors = vectors_VE[requests.ids[i][:n] - c.FIRST_ID]
             best = diversify(ranker.score(requests.with_history(i)[:n]), vectors, min(n, 10), diversity)
-            gained.append(ndcg(requests.gains(i)[best], [1.0]))
+            gained.append(requests.ndcg(i, best))
             near = vectors[best] @ vectors[best].T
             alike.append((near.sum() - np.trace(near)) / (len(best) * (len(best) - 1)))
         out[f"{diversity:g}"] = {"NDCG@10": float(np.mean(gained)), "alike": float(np.mean(alike))}
     return out
 
 
-def kinds_of(requests: Requests, ranker: Ensemble) -> dict[str, Any]:
+def kinds_of(requests: Requests, by_attributes: np.ndarray, ranker: Ensemble) -> dict[str, Any]:
     """By how the query was made: NDCG@10 of the fused order, of the ranker, of the ranker with the history and what
     that adds, with its interval."""
-    fused = np.array([ndcg(requests.gains(i), [1.0]) for i in requests.places])
+    fused = np.array([requests.ndcg(i, np.arange(requests.found(i))) for i in requests.places])
     without, with_history = judge(requests, ranker, False), judge(requests, ranker, True)
     found = np.array([requests.gains(i).any() for i in requests.places])
     out = {}
-    for name, own in (("words", ~requests.by_attributes), ("attributes", requests.by_attributes)):
+    for name, own in (("words", ~by_attributes), ("attributes", by_attributes)):
         if own.any():
             gain = (with_history - without)[own]
             out[name] = {
@@ -236,29 +370,55 @@ def train_search(
     folder, catalogue = step.folder, catalogue_of(features)
     lexical = Lexical.build(catalogue.texts, fields_of(catalogue))
     lexical.save(folder)
-    QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes).save(folder)
+    frame = features.searches()
+    log = SearchLog.of(frame).with_clicks() if frame is not None and frame[c.CLICKED].any() else None
+    taught = log.part(0, len(log) - int(config.judged * min(len(log), config.searches))) if log is not None else None
+    synonyms: dict[str, list[str]] = {}
+    if taught is not None:
+        clicks = [dict.fromkeys(map(str, own), 1.0) for own in taught.clicked()]
+        synonyms = coclick_synonyms(taught.column(c.QUERY_TEXT), clicks)
+        say(f"{len(taught):,} searches with a click teach; {len(synonyms):,} words have synonyms by them")
+    QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes, synonyms).save(folder)
     say(f"{len(catalogue.items):,} items, {len(lexical.vocabulary):,} terms; teaching the text encoder")
     training = EncoderTraining(catalogue, config.encoder, folder, seed, quiet)
     training.language()
     training.questions()
+    if taught is not None:
+        newest = taught.part(max(0, len(taught) - config.clicked), len(taught))
+        rows = lambda lists: [[i - c.FIRST_ID for i in own] for own in lists]  # noqa: E731
+        training.judged(newest.column(c.QUERY_TEXT), rows(newest.clicked()), rows(newest.passed_over()))
     encoder = training.finish()
     vectors = encoder.items(item_texts(catalogue))
     np.save(folder / VECTORS, vectors)
     write_catalogue(catalogue, folder)
     width = len(feature_names(HybridIndex(catalogue, lexical, vectors)))
     export_encoder(encoder, folder / ENCODER, width)
-    count = min(preset.ranker.candidates, features.item_count() - c.FIRST_ID)
-    search = QuerySearch(folder, count)
+    recommend = Recommender(features, preset, root)
+    search = QuerySearch(folder, min(preset.ranker.candidates, features.item_count() - c.FIRST_ID))
     say("teaching the search ranker")
-    learned = collect(features, preset, root, search, catalogue, "valid", config, seed)
-    rng = np.random.default_rng(seed)
-    blind = rng.random(len(learned.targets)) < 0.3  # some without history: a query of someone unknown
-    lists = [learned.features[i] if blind[i] else learned.with_history(i) for i in range(len(blind))]
-    ranker = train_search_ranker(lists, [learned.gains(i) for i in range(len(blind))], config.ranker, seed)
+    learned, _ = collect(features, preset, recommend, search, catalogue, "valid", config, seed)
+    rng, results = np.random.default_rng(seed), dict[str, Any]()
+    teachers, seen = [(learned, [1.0] * len(learned.places))], np.ones(1)
+    if taught is not None:
+        seen = taught.seen()
+        newest = taught.part(max(0, len(taught) - int((1 - config.judged) * config.searches)), len(taught))
+        clicked = logged(features, preset, recommend, search, newest, seen)
+        teachers.append((clicked, [sum(own.values()) for own in clicked.gained]))
+    lists, gains, weights = [], [], list[float]()
+    for requests, own in teachers:
+        blind = rng.random(len(own)) < 0.3  # some without history: a query of someone unknown
+        lists += [requests.features[i] if blind[i] else requests.with_history(i) for i in requests.places]
+        gains += [requests.gains(i) for i in requests.places]
+        weights += [w / float(np.mean(own)) for w in own]
+    ranker = train_search_ranker(lists, gains, config.ranker, seed, weights)
     export_ranker(ranker, width, folder / RANKER)
-    tested = collect(features, preset, root, search, catalogue, "test", config, seed)
-    results = {
-        "queries": kinds_of(tested, ranker), "diversity": diversity_costs(tested, ranker, vectors),
+    tested, by_attributes = collect(features, preset, recommend, search, catalogue, "test", config, seed)
+    if log is not None and taught is not None and len(taught) < len(log):
+        rest = log.part(len(taught), len(log))
+        found = logged(features, preset, recommend, search, rest, seen)
+        results["log"] = judged_log(rest, found, ranker) | {"seen": [round(float(s), 4) for s in seen[:10]]}
+    results |= {
+        "queries": kinds_of(tested, by_attributes, ranker), "diversity": diversity_costs(tested, ranker, vectors),
         "features": width, "index_mib": round((lexical.bytes + vectors.nbytes) / 2**20, 1),
     }  # fmt: skip
     write_text(folder / "evaluation.json", json.dumps(results, indent=2))

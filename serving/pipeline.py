@@ -65,7 +65,7 @@ class Overload:
 
     BUSY = 0.7
 
-    def __init__(self, rows: int, patience_s: float = 0.05, calm_s: float = 0.5, longest_s: float = 30.0) -> None:
+    def __init__(self, rows: int, patience_s: float = 0.1, calm_s: float = 0.5, longest_s: float = 30.0) -> None:
         self.on, self.rows = rows > 0, rows or sys.maxsize
         self.patience_s, self.first_calm_s, self.longest_s = patience_s, calm_s, longest_s
         self.level, self.calm_s = Level.FULL, calm_s

@@ -194,6 +194,13 @@ def learn_search(root: Path, preset: str, seed: int) -> None:
                 f"{r['ranked']:.4f}, with the user's history {r['with_history']:.4f} ({r['gain']:+.4f}, {low:+.4f} to "
                 f"{high:+.4f}); {r['found']:.1%} found"
             )
+        if log := found.get("log"):
+            low, high = log["over_shown_interval"]
+            say(
+                f"{log['searches']:,} held-out searches of the log, NDCG@10 of clicks by inverse propensity: as shown "
+                f"{log['shown']:.4f}, fused {log['fused']:.4f}, ranked {log['ranked']:.4f}, with the user's history "
+                f"{log['with_history']:.4f} ({log['over_shown']:+.4f} over shown, {low:+.4f} to {high:+.4f})"
+            )
         costs = (f"{d}: {r['NDCG@10']:.4f}, alike {r['alike']:.2f}" for d, r in found["diversity"].items())
         say(f"by diversity: {'; '.join(costs)}")
         say(f"vivace compile --name {root.name}, and QUERY is served")

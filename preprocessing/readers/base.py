@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 
-from preprocessing.contract import DataSchema
+from preprocessing.contract import (
+    CLICKED,
+    ITEM,
+    POSITION,
+    QUERY_TEXT,
+    SEARCH,
+    TIME,
+    USER,
+    DataSchema,
+)
 
 CHUNK_ROWS = 250_000
+SEARCH_COLUMNS = (SEARCH, USER, TIME, QUERY_TEXT, ITEM, POSITION, CLICKED)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,15 @@ class Source(Protocol):
         """Catalogue with ITEM and the schema's item columns; None where the data set has none."""
 
     def interactions(self) -> Iterator[Chunk]: ...
+
+
+@runtime_checkable
+class SearchSource(Protocol):
+    """A data set that also has a log of searches, or None."""
+
+    def searches(self) -> Iterator[Chunk] | None:
+        """Rows of SEARCH_COLUMNS and SOURCE_ROW, one an item that was shown; TIME is float ms, NaN where unreadable."""
+        ...
 
 
 def require(path: Path, names: tuple[str, ...], what: str) -> None:

@@ -2,7 +2,9 @@
 
 Categories hold items of unequal popularity; a user has tastes over categories and a price level, both of which drift
 from session to session; a session keeps to a category and walks along "goes with" links between items; a purchase is
-likelier where the price fits. Titles name brand, category and kind, so that answers can be read.
+likelier where the price fits. Titles name brand, category and kind, so that answers can be read. Before some views the
+user searched: with words of the item, its category or a word that its title does not have (``OTHER_WORDS``); the
+results came in an order that knows nothing of the user, and who clicks looked at a place with chance 1 / position.
 """
 
 from __future__ import annotations
@@ -13,7 +15,21 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from preprocessing.contract import EVENT, ITEM, SOURCE_ROW, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
+from preprocessing.contract import (
+    CLICKED,
+    EVENT,
+    ITEM,
+    POSITION,
+    QUERY_TEXT,
+    SEARCH,
+    SOURCE_ROW,
+    TIME,
+    TITLE,
+    USER,
+    WEIGHT,
+    DataSchema,
+    TaskHead,
+)
 from preprocessing.readers.base import CHUNK_ROWS, Chunk
 from vivace.artifacts import digest
 
@@ -28,6 +44,10 @@ STYLES = (
     *("Velvet", "Slate", "Amber", "Ivory", "Sage", "Cobalt", "Rustic", "Feather"),
 )
 BRANDS = ["Alto", "Brio", "Cadenza", "Dolce", "Forte", "Largo", "Mezzo", "Opus", "Presto", "Rondo", "Sonata", "Tempo"]
+OTHER_WORDS = {
+    "kettle": "boiler", "rug": "carpet", "mug": "cup", "jacket": "coat", "backpack": "rucksack", "hat": "cap",
+    "notebook": "journal", "mirror": "glass",
+}  # fmt: skip
 DEVICES = ("phone", "desktop", "tablet")
 EVENTS, WEIGHTS = ("view", "cart", "buy"), np.array([1.0, 2.0, 3.0], np.float32)
 START_MS = 1_735_689_600_000  # 2025-01-01
@@ -45,6 +65,8 @@ class ShopConfig:
     seed: int = 7
     companions: int = 8  # items each item "goes with"
     follow: float = 0.55  # chance that the next view follows such a link
+    searches: float = 0.04  # share of views that a search went before
+    shown: int = 10  # results of a search
 
     def __post_init__(self) -> None:
         if min(self.users, self.items, self.events, self.days) < 1 or self.items < len(CATEGORIES):
@@ -174,3 +196,35 @@ class Shop:
         log[TIME] = log[TIME].astype(float)
         for start in range(0, len(log), CHUNK_ROWS):
             yield Chunk(log.iloc[start : start + CHUNK_ROWS].reset_index(drop=True))
+
+    def searches(self) -> Iterator[Chunk]:
+        """Before a view, 30 s earlier: what the user looked for, among items of the same category, brand first."""
+        c, rng = self.config, np.random.default_rng([self.config.seed, 2])
+        log = self._log()
+        chosen = log.iloc[np.sort(rng.choice(len(log), round(len(log) * c.searches), replace=False))]
+        number = chosen[ITEM].str[4:].astype(int).to_numpy()
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in (ITEM, POSITION, CLICKED)}
+        queries = []
+        for item in number:
+            kind = CATEGORIES[self._category[item]]
+            word = OTHER_WORDS[kind] if kind in OTHER_WORDS and rng.random() < 0.3 else kind
+            before = (STYLES[self._style[item]], BRANDS[self._brand[item]], "")[rng.choice(3, p=(0.4, 0.4, 0.2))]
+            queries.append(f"{before} {word}".strip().lower())
+            alike = np.arange(*self._start[self._category[item] : self._category[item] + 2])
+            match = (self._brand[alike] == self._brand[item]) | (self._style[alike] == self._style[item])
+            score = np.log(self._appeal[alike]) + 3 * match + rng.gumbel(0, 1, len(alike)) + 2 * (alike == item)
+            shown = alike[np.argsort(-score)[: c.shown]]
+            place = np.arange(1, len(shown) + 1)
+            wanted = np.where(shown == item, 0.9, 0.1)
+            rows[ITEM].append(shown)
+            rows[POSITION].append(place)
+            rows[CLICKED].append(rng.random(len(shown)) < wanted / place)
+        lengths = [len(v) for v in rows[ITEM]]
+        frame = pd.DataFrame({name: np.concatenate(values) for name, values in rows.items()})
+        frame[ITEM] = self._ids()[frame[ITEM]]
+        frame[SEARCH] = np.repeat([f"search-{i:06d}" for i in range(len(chosen))], lengths)
+        frame[QUERY_TEXT] = np.repeat(np.array(queries, object), lengths)
+        frame[USER] = np.repeat(chosen[USER].to_numpy(object), lengths)
+        frame[TIME] = np.repeat(chosen[TIME].to_numpy(float) - 30_000, lengths)
+        frame[SOURCE_ROW] = np.arange(len(frame))
+        yield Chunk(frame)

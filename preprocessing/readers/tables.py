@@ -26,6 +26,17 @@ title = ["brand", "name"]           # joined by a blank
 categorical = ["category"]
 continuous = ["price"]
 
+[searches]                          # optional: what queries showed, one row an item that was shown
+files = "searches/*.parquet"
+search = "search_id"                # rows with the same value are one list of results
+user = "visitor"                    # "" for someone unknown
+time = "ts"
+time_unit = "s"
+query = "q"
+item = "sku"
+position = "rank"                   # from 1
+clicked = "clicked"                 # 0 or 1, or true and false
+
 [heads]                             # task head = least weight of its positive events
 click = 0
 buy = 3
@@ -46,14 +57,33 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from preprocessing.cleaning import parse_time_ms
-from preprocessing.contract import EVENT, ITEM, SOURCE_ROW, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
+from preprocessing.contract import (
+    CLICKED,
+    EVENT,
+    ITEM,
+    POSITION,
+    QUERY_TEXT,
+    SEARCH,
+    SOURCE_ROW,
+    TIME,
+    TITLE,
+    USER,
+    WEIGHT,
+    DataSchema,
+    TaskHead,
+)
 from preprocessing.readers.base import CHUNK_ROWS, Chunk
 from vivace.artifacts import fingerprint_files
 
 _KEYS = {
-    "": {"name", "unknown_items", "exclude_seen", "interactions", "items", "heads", "licence"},
+    "": {"name", "unknown_items", "exclude_seen", "interactions", "items", "searches", "heads", "licence"},
     "interactions": {"files", "user", "item", "time", "time_unit", "event_type", "weight", "weights", "context"},
     "items": {"files", "item", "title", "categorical", "continuous"},
+    "searches": {"files", "search", "user", "time", "time_unit", "query", "item", "position", "clicked"},
+}
+_NEEDED = {
+    "interactions": ("files", "user", "item", "time"),
+    "searches": ("files", "search", "user", "time", "query", "item", "position", "clicked"),
 }
 
 
@@ -129,9 +159,10 @@ class Tables:
                 )
         if "interactions" not in self.spec:
             raise ValueError(f"{mapping}: expected a table [interactions], found none")
-        for key in ("files", "user", "item", "time"):
-            if key not in self.spec["interactions"]:
-                raise ValueError(f"{mapping}: [interactions] expected the key '{key}', found none")
+        for section, keys in _NEEDED.items():
+            for key in keys:
+                if section in self.spec and key not in self.spec[section]:
+                    raise ValueError(f"{mapping}: [{section}] expected the key '{key}', found none")
         items = self.spec.get("items", {})
         heads = self.spec.get("heads", {"click": float("-inf")})
         self.schema = DataSchema(
@@ -155,7 +186,7 @@ class Tables:
         return files
 
     def fingerprint(self) -> str:
-        sections = [s for s in ("interactions", "items") if s in self.spec]
+        sections = [s for s in ("interactions", "items", "searches") if s in self.spec]
         return fingerprint_files([self.mapping, *(f for s in sections for f in self._files(s))])
 
     def items(self) -> pd.DataFrame | None:
@@ -191,6 +222,23 @@ class Tables:
                 first += len(raw)
                 bad = pd.DataFrame({"line": malformed, SOURCE_ROW: -1}) if malformed else None
                 yield Chunk(rows, bad)
+
+    def searches(self) -> Iterator[Chunk] | None:
+        spec = self.spec.get("searches")
+        return None if spec is None else self._searches(spec)
+
+    def _searches(self, spec: dict[str, Any]) -> Iterator[Chunk]:
+        names = {SEARCH: "search", USER: "user", QUERY_TEXT: "query", ITEM: "item", POSITION: "position",
+                 CLICKED: "clicked"}  # fmt: skip
+        columns = list(dict.fromkeys(spec[k] for k in _NEEDED["searches"] if k != "files"))
+        first = 0
+        for file in self._files("searches"):
+            for raw, malformed in read_table(file, columns):
+                rows = pd.DataFrame({ours: raw[spec[theirs]] for ours, theirs in names.items()})
+                rows[TIME] = parse_time_ms(raw[spec["time"]], spec.get("time_unit", "s"))
+                rows[SOURCE_ROW] = np.arange(first, first + len(raw))
+                first += len(raw)
+                yield Chunk(rows, pd.DataFrame({"line": malformed, SOURCE_ROW: -1}) if malformed else None)
 
     def _weights(self, raw: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
         spec = self.spec["interactions"]

@@ -87,7 +87,7 @@ def test_a_search_on_the_live_server(own):
     assert "times the untuned" in (own / "tuning" / "tuned.html").read_text()
 
     again = tune(own, objective, "tuned", 0, quiet, quiet, space, seconds=0.5)  # no budget: only the log
-    assert again["runs"] == 0 and {**again, "runs": 0} == {**found, "runs": 0}
+    assert again == found and found["runs"] > 0  # of its log, without another run
 
     options = ServerOptions(
         served_from(own, "tuned") / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile="tuned",

@@ -109,6 +109,59 @@ def test_tables_report_every_bad_row_by_reason(tmp_path, kind):
     assert items.set_index(c.ITEM)[c.TITLE]["A"] == "Opus café cup"
 
 
+SEARCHES = """
+[searches]
+files = "searches.csv"
+search = "list"
+user = "visitor"
+time = "at"
+time_unit = "iso"
+query = "q"
+item = "sku"
+position = "rank"
+clicked = "click"
+"""
+SEARCHED = """list,visitor,at,q,sku,rank,click
+2,ü2,2026-01-02T00:00:00,Café cups,B,1,0
+2,ü2,2026-01-02T00:00:09,Café cups,A,2,true
+1,,2026-01-01T00:00:00,pan,B,1,1
+,u1,2026-01-01T00:00:00,pan,A,1,0
+1,u1,2026-01-01T00:00:00,,A,1,0
+1,u1,2026-01-01T00:00:00,pan,Z,2,0
+1,u1,2026-01-01T00:00:00,pan,A,0,0
+1,u1,2026-01-01T00:00:00,pan,A,1,maybe
+1,u1,never,pan,A,1,0
+1,u1,2026-01-01T00:00:00,pan,B,3,0
+"""
+
+
+def test_a_log_of_searches_is_read_and_its_bad_rows_reported(tmp_path):
+    mapping = _tables(tmp_path, "csv")
+    assert open_source("tables", mapping).searches() is None
+    mapping.write_text(mapping.read_text().replace("[heads]", SEARCHES + "[heads]"))
+    (tmp_path / "searches.csv").write_text(SEARCHED)
+    source, root = open_source("tables", mapping), tmp_path / "artifacts"
+    results = prepare(source, PrepareConfig(partitions=2), root, 0, lambda _: None)["results"]
+    rejected = {k.removeprefix("searches: "): n for k, n in results["rejected"].items() if k.startswith("searches")}
+    assert results["searches"] == 2 and rejected == {
+        "missing search id": 1, "missing query": 1, "unknown item": 1, "position not in 1..1000": 1,
+        "clicked neither 0 nor 1": 1, "unparsable time": 1, "duplicate": 1,
+    }  # fmt: skip
+    found, items = Features(root / "features").searches(), Features(root / "features").items()
+    names = items[c.ITEM].to_numpy()[found[c.ITEM] - c.FIRST_ID]
+    columns = (found[c.SEARCH], found[c.USER], found[c.QUERY_TEXT], names, found[c.POSITION], found[c.CLICKED])
+    assert list(zip(*columns, strict=True)) == [
+        ("1", "", "pan", "B", 1, True), ("2", "ü2", "Café cups", "B", 1, False), ("2", "ü2", "Café cups", "A", 2, True),
+    ]  # fmt: skip
+    assert found[c.TIME].nunique() == 2  # a list has one time
+    (tmp_path / "searches.csv").write_text(SEARCHED.replace("click", "tapped"))
+    with pytest.raises(ValueError, match="click"):
+        list(open_source("tables", mapping).searches())
+    mapping.write_text(mapping.read_text().replace('query = "q"', ""))
+    with pytest.raises(ValueError, match=r"\[searches\] expected the key 'query'"):
+        open_source("tables", mapping)
+
+
 def test_a_mapping_with_a_typing_error_is_named(tmp_path):
     mapping = _tables(tmp_path, "csv")
     mapping.write_text(mapping.read_text().replace("visitor", "vistor"))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from preprocessing import contract as c
 from search.data import Catalogue, Judgments, read_esci
 from search.evaluate import judge, ndcg
 from search.features import feature_names, features, personal
 from search.hybrid import DENSE, LEXICAL, POPULAR, Filters, HybridIndex, diversify, fuse, top
 from search.lexical import Field, Lexical
 from search.ranker import RankerConfig, inverse_propensity, propensities, train_search_ranker
+from search.train import SearchLog
 from search.understanding import QueryUnderstanding
 
 TITLES = ["red shoe", "blue shoe", "red hat", "green scarf", "blue hat", "red scarf"]
@@ -139,6 +142,29 @@ def test_position_bias_is_found_and_taken_out_of_clicks():
         return float((total.argmax(1) == relevant.argmax(1)).mean())
 
     assert right(weight) > right(clicked.astype(float)) + 0.25
+
+
+def test_clicks_teach_by_their_weights():
+    """One query in ten was clicked far down: by inverse propensity its item wins, by counted clicks the other does."""
+    x = np.eye(2, dtype=np.float32)
+    gains = [np.array([1.0, 0.0])] * 9 + [np.array([0.0, 20.0])]
+    config = RankerConfig(epochs=40, members=1, dropout=0.0)
+    for weights, best in ((None, 0), ([g.sum() for g in gains], 1)):
+        assert train_search_ranker([x] * 10, gains, config, 1, weights).score(x).argmax() == best
+
+
+def test_a_log_of_searches_by_hand():
+    rows = [("s1", "Red Shoe", 3, 1, False), ("s1", "Red Shoe", 4, 2, True), ("s1", "Red Shoe", 5, 3, False),
+            ("s2", "hat", 6, 1, False), ("s3", "red shoe", 4, 1, True), ("s3", "red shoe", 3, 4, True)]  # fmt: skip
+    log = SearchLog.of(pd.DataFrame(rows, columns=[c.SEARCH, c.QUERY_TEXT, c.ITEM, c.POSITION, c.CLICKED]))
+    assert len(log) == 3 and log.column(c.QUERY_TEXT) == ["Red Shoe", "hat", "red shoe"]
+    log = log.with_clicks()
+    assert len(log) == 2 and log.clicked() == [[4], [4, 3]] and log.passed_over() == [[3], []]
+    assert log.gains(np.array([1.0, 0.5, 0.25])) == [
+        {4: 2.0},
+        {4: 1.0, 3: 4.0},
+    ]  # places beyond are as the last
+    assert log.part(1, 2).clicked() == [[4, 3]]
 
 
 def test_metrics_by_hand():

@@ -38,7 +38,7 @@ def searchable(root, features, tmp_path_factory):
     own = type(features)(folder / "features")
     encoder = SearchEncoderConfig(
         TextConfig(width=32, layers=1, heads=2, tokens=16, vocabulary=500), query_tokens=12, vector=32,
-        language_epochs=1, question_epochs=8, batch_size=32, learning_rate=3e-3,
+        language_epochs=1, question_epochs=8, judged_epochs=2, batch_size=32, learning_rate=3e-3,
     )  # fmt: skip
     train_search(
         own, tiny(), folder, SearchTraining(encoder, RankerConfig(epochs=8, members=1), 300), SEED, quiet, True
@@ -78,6 +78,10 @@ def test_what_training_measured(searchable):
     for kind in kinds.values():
         assert kind["gain"] == pytest.approx(kind["with_history"] - kind["ranked"])
         assert kind["gain_interval"][0] <= kind["gain"] <= kind["gain_interval"][1]
+    log = found["log"]
+    assert log["searches"] > 20 and log["over_shown"] == pytest.approx(log["with_history"] - log["shown"])
+    assert all(0 < log[name] <= 1 for name in ("shown", "fused", "ranked", "with_history"))
+    assert log["seen"][0] == 1 and np.mean(log["seen"][:3]) > np.mean(log["seen"][5:])  # they look at 1/place
     whole = sum(k["requests"] * k["with_history"] for k in kinds.values()) / sum(k["requests"] for k in kinds.values())
     assert costs[0]["NDCG@10"] == pytest.approx(whole, abs=0.01)  # diversity 0 is the ranker's order
     assert np.all(np.diff([x["alike"] for x in costs]) < 0)  # the more diverse, the less alike
