@@ -3,15 +3,21 @@
     python -m loadtest.search artifacts/shop --profile fused
 
 Closed loop over gRPC at concurrency 1 and 16, the two kinds of requests taking turns in one run; queries are titles'
-first words. From Triton's statistics: time of each stage, and of the ensemble beside the sum of its stages and its
-longest path. The last line of stdout is one JSON object.
+first words. Beside it a server of the same run without search answers the recommendations: what search costs those who
+do not ask for it. From Triton's statistics: time of each stage, and of the ensemble beside the sum of its stages and
+its longest path. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,11 +37,13 @@ from preprocessing import contract as c
 from preprocessing.prepare import CATALOGUE_FILE
 from serving.client import request_tensors
 from serving.launcher import ServerOptions, TritonServer
+from serving.repository import write_configs
 from vivace.artifacts import commit
 from vivace.doctor import cpu
 
 console = Console(width=120)
 TOP_K = 10
+PLAIN = "recommend, a server without search"
 
 
 def kinds(root: Path, count: int) -> dict[str, list[bytes]]:
@@ -76,27 +84,79 @@ def closed(url: str, sent: list[bytes], concurrency: int, seconds: float) -> dic
     return {"qps": len(times) / seconds, "p50_ms": float(p50), "p99_ms": float(p99)}
 
 
+def spans(records: Sequence[dict[str, Any]]) -> list[dict[str, tuple[float, float]]]:
+    """Of Triton's trace file: for each request of the ensemble when each stage began and ended, ms from its start."""
+    name, parent, when = dict[int, str](), dict[int, int](), dict[int, dict[str, int]]()
+    for r in records:
+        if "model_name" in r:
+            name[r["id"]], parent[r["id"]] = r["model_name"], int(r.get("parent_id", 0))
+        for t in r.get("timestamps", ()):
+            when.setdefault(r["id"], {})[t["name"]] = int(t["ns"])
+    out = []
+    for whole in (i for i, n in name.items() if n == c.ENSEMBLE):
+        start = when[whole]["REQUEST_START"]
+        own = [whole, *(i for i, p in parent.items() if p == whole)]
+        edges = {name[i]: [(when[i][f"REQUEST_{e}"] - start) / 1e6 for e in ("START", "END")] for i in own}
+        out.append({n: (a, b) for n, (a, b) in edges.items()})
+    return out
+
+
+def traced(options: ServerOptions, sent: Sequence[bytes]) -> dict[str, Any]:
+    """The trace of searches one at a time: median ms at which each stage began and ended, and for how long the two
+    branches, retrieval with ranking and query_search, were at work at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        settings = ("mode=triton", f"triton,file={file}", "rate=1", "level=TIMESTAMPS")
+        with TritonServer(replace(options, extra=tuple(f"--trace-config={s}" for s in settings))) as server:
+            closed(f"{server.host}:{server.grpc_port}", list(sent), 1, 3.0)
+        found = spans(json.loads(file.read_text()))[20:]  # the first pay for what is set up late
+    stages = {n: [float(np.median([r[n][e] for r in found])) for e in (0, 1)] for n in found[0]}
+    both = [min(r[c.RANKING][1], r[c.QUERY_SEARCH][1]) - max(r[c.RETRIEVAL][0], r[c.QUERY_SEARCH][0]) for r in found]
+    return {"requests": len(found), "stages_ms": stages, "both_at_work_ms": float(np.median(both))}
+
+
+@contextmanager
+def without_search(root: Path) -> Iterator[Path]:
+    """A copy of the run's repository whose configurations know no search."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, "model_repository")
+        shutil.copytree(root / "model_repository", plain, ignore=shutil.ignore_patterns(c.QUERY_SEARCH))
+        Path(folder, "feature_store").symlink_to((root / "feature_store").resolve())
+        card = json.loads((root / "compiled" / "model_card.json").read_text())
+        shapes = replace(c.StageTensors(**card["shapes"]), search=0)
+        schema = c.DataSchema.load(root / "compiled" / "schema.json")
+        write_configs(plain, shapes, schema.heads, schema.exclude_seen)
+        yield plain
+
+
 def main(
     root: Annotated[Path, typer.Argument(help="the run, artifacts/<name>, compiled with search")],
     profile: str = "",
     seconds: Annotated[float, typer.Option(help="of each measurement")] = 5.0,
     rounds: int = 3,
 ) -> None:
-    options = ServerOptions(
-        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "triton.log"
+    own = lambda folder: ServerOptions(  # noqa: E731
+        folder, http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "triton.log"
     )
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     stages: dict[str, Any] = {}
     sent = kinds(root, 500)
-    with TritonServer(options) as server:
-        url = f"{server.host}:{server.grpc_port}"
+    with (
+        without_search(root) as folder,
+        TritonServer(own(folder)) as plain,
+        TritonServer(own(root / "model_repository")) as server,
+    ):
+        url, other = (f"{s.host}:{s.grpc_port}" for s in (server, plain))
         closed(url, sent["search"], 4, 2.0)
+        closed(other, sent["recommend"], 4, 2.0)
         with grpcclient.InferenceServerClient(url) as client:
             for _ in range(rounds):
                 for concurrency in (1, 16):
-                    for kind, own in sent.items():
+                    run = closed(other, sent["recommend"], concurrency, seconds)
+                    found.setdefault((PLAIN, concurrency), []).append(run)
+                    for kind, messages in sent.items():
                         before = statistics(client)
-                        found.setdefault((kind, concurrency), []).append(closed(url, own, concurrency, seconds))
+                        found.setdefault((kind, concurrency), []).append(closed(url, messages, concurrency, seconds))
                         if concurrency == 1:
                             stages[kind] = between(before, statistics(client))
         memory = memory_mib(server.pid)
@@ -107,6 +167,17 @@ def main(
     for (kind, concurrency), r in middle.items():
         table.add_row(kind, str(concurrency), f"{r['qps']:.0f}", f"{r['p50_ms']:.2f}", f"{r['p99_ms']:.2f}")
     console.print(table)
+    ratio = {str(n): middle["recommend", n]["p50_ms"] / middle[PLAIN, n]["p50_ms"] for n in (1, 16)}
+    console.print(
+        f"a recommendation takes {ratio['1']:.2f} times (16 at once: {ratio['16']:.2f}) what it takes without search"
+    )
+    trace = traced(own(root / "model_repository"), sent["search"]) if c.RANKING in stages["search"] else None
+    if trace is not None:
+        parts = (f"{n} {a:.1f} to {b:.1f}" for n, (a, b) in trace["stages_ms"].items())
+        console.print(
+            f"Triton's trace of {trace['requests']} searches, ms: {', '.join(parts)}; both branches at work for "
+            f"{trace['both_at_work_ms']:.1f}"
+        )
     took = {m: s["total_ms"] for m, s in stages["search"].items() if s["total_ms"]}
     first, last = took.get(c.FEATURE_TRANSFORM, 0.0), took.get(c.RESPONSE, 0.0)  # the branches lie between them
     history, query = took.get(c.RETRIEVAL, 0.0) + took.get(c.RANKING, 0.0), took.get(c.QUERY_SEARCH, 0.0)
@@ -118,6 +189,7 @@ def main(
         )
     print(json.dumps({
         "benchmark": "search beside recommendation", "data": root.name, "profile": profile,
+        "p50_over_without": ratio, "trace": trace,
         "runs": {f"{k} {n}": r for (k, n), r in middle.items()}, "stages_ms": took, "memory_mib": round(memory),
         "cpu": cpu()[0], "commit": commit(),
     }))  # fmt: skip

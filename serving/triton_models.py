@@ -82,7 +82,7 @@ class _Stage:
         return LmdbStore(path if path.is_absolute() else self.folder.parent.parent / path, readonly=readonly)
 
 
-WAY_BACK_MS = 3  # from the answer to the client
+WAY_BACK_MS = 6  # from the answer to the client where processors are short
 COLD = f"{c.STATUS_DEGRADED}popular items"
 
 
@@ -339,7 +339,7 @@ class RecommendModel(_Stage):
         needs_ms = self.overload.needs(level, rows) * 1000
         for ask, left in zip(asks, left_ms, strict=True):
             if -WAY_BACK_MS <= left < needs_ms:  # what is past has its own words
-                responses[ask.place] = hopeless(left, needs_ms)
+                responses[ask.place] = hopeless(max(left, 0.0), needs_ms)
                 self.counts("deadline near", len(ask.rows))
         return level
 
