@@ -56,7 +56,7 @@ DIVERSITIES = (0.0, 0.25, 0.5, 0.75)
 class SearchTraining:
     """``requests``: validation requests that teach the ranker, test requests that judge it; ``typos``: share of the
     words of made queries with an error; ``searches``: newest searches with a click, of which the last ``judged`` judge
-    and the others teach the ranker; ``clicked``: searches that fine-tune the encoder."""
+    and the others teach the ranker; ``clicked``: newest of those that also fine-tune the encoder."""
 
     encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
     ranker: RankerConfig = field(default_factory=lambda: RankerConfig(epochs=15, batch_size=32))
@@ -64,7 +64,7 @@ class SearchTraining:
     typos: float = 0.1
     searches: int = 4000
     judged: float = 0.25
-    clicked: int = 20_000
+    clicked: int = 3000
 
 
 def catalogue_of(features: Features) -> Catalogue:
