@@ -202,7 +202,7 @@ def evaluate_step(
         say("the figures are there: nothing to do")
         found: dict[str, Any] = json.loads((root / FILE).read_text(encoding="utf-8"))
         return found
-    step.reset()
+    step.keep_only_own()
     results = evaluate_folds(catalogue, judgments, config, step.folder, seed, say)
     write_text(root / FILE, json.dumps(results, indent=2))
     step.finish(results["seconds"], **{name: row["NDCG@10"]["mean"] for name, row in results["table"].items()})

@@ -59,10 +59,10 @@ class SearchTraining:
     and the others teach the ranker; ``clicked``: newest of those that also fine-tune the encoder."""
 
     encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
-    ranker: RankerConfig = field(default_factory=lambda: RankerConfig(epochs=15, batch_size=32))
+    ranker: RankerConfig = field(default_factory=lambda: RankerConfig(epochs=15, batch_size=32, members=4))
     requests: int = 2000
     typos: float = 0.1
-    searches: int = 4000
+    searches: int = 2000
     judged: float = 0.25
     clicked: int = 3000
 
@@ -293,22 +293,28 @@ def judge(requests: Requests, ranker: Ensemble, history: bool) -> np.ndarray:
     return np.array([requests.ndcg(i, _order(requests, ranker, i, history)) for i in requests.places])
 
 
-def order_shown(log: SearchLog, gained: Sequence[dict[int, float]]) -> np.ndarray:
-    """NDCG@10 of the order that the log's users saw."""
-    lists = np.split(log.frame[c.ITEM].to_numpy(), log.starts[1:-1])
-    pairs = zip(lists, gained, strict=True)
-    return np.array([ndcg([g.get(int(i), 0.0) for i in own], sorted(g.values(), reverse=True)) for own, g in pairs])
-
-
 def judged_log(log: SearchLog, found: Requests, ranker: Ensemble) -> dict[str, Any]:
-    """NDCG@10, gains by inverse propensity: of the order shown, the fused, the ranker's without and with history."""
-    fused = np.array([found.ndcg(i, np.arange(found.found(i))) for i in found.places])
-    without, with_history = judge(found, ranker, False), judge(found, ranker, True)
-    shown = order_shown(log, found.gained)
+    """NDCG@10 of the items that were shown, gains by inverse propensity: in the order shown, in the fused one, in the
+    ranker's without and with history. Of other items nobody knows whether they would have been clicked."""
+    orders: dict[str, list[float]] = {"shown": [], "fused": [], "ranked": [], "with_history": []}
+    for i, own in enumerate(np.split(log.frame[c.ITEM].to_numpy(), log.starts[1:-1])):
+        n, gains = found.found(i), found.gained[i]
+        ids, there = found.ids[i], set(own.tolist())
+        by = {
+            "fused": np.arange(n),
+            "ranked": _order(found, ranker, i, False),
+            "with_history": _order(found, ranker, i, True),
+        }
+        lists = {"shown": own.tolist()} | {name: [x for x in ids[o].tolist() if x in there] for name, o in by.items()}
+        for name, items in lists.items():
+            missed = [x for x in own.tolist() if x not in set(items)]
+            orders[name].append(ndcg([gains.get(x, 0.0) for x in items + missed], sorted(gains.values(), reverse=True)))
+    shown, fused, without, with_history = (np.array(v) for v in orders.values())
+    gain = with_history - shown
     return {
         "searches": len(log), "shown": float(shown.mean()), "fused": float(fused.mean()),
         "ranked": float(without.mean()), "with_history": float(with_history.mean()),
-        "over_shown": float((with_history - shown).mean()), "over_shown_interval": bootstrap(with_history - shown),
+        "over_shown": float(gain.mean()), "over_shown_interval": bootstrap(gain),
     }  # fmt: skip
 
 
@@ -366,7 +372,7 @@ def train_search(
         assert step.manifest is not None
         return step.manifest
     started = time.monotonic()
-    step.reset()
+    step.keep_only_own()
     folder, catalogue = step.folder, catalogue_of(features)
     lexical = Lexical.build(catalogue.texts, fields_of(catalogue))
     lexical.save(folder)

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
+OWNER = "owner.key"  # whose a folder is that is not finished
 RECORDED = ("nvtabular", "merlin-models", "merlin-dataloader", "torch", "onnx", "onnxruntime", "numpy", "pandas")
 
 
@@ -115,6 +117,15 @@ class Step:
         """Makes the folder and forgets an earlier manifest: from here on the step counts as not done."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / MANIFEST).unlink(missing_ok=True)
+
+    def keep_only_own(self) -> None:
+        """The same, and empties the folder if another configuration, seed or data left something there: nothing of it
+        is taken up."""
+        mark = self.folder / OWNER
+        if self.folder.exists() and not (mark.exists() and mark.read_text() == self.key):
+            shutil.rmtree(self.folder)
+        self.reset()
+        mark.write_text(self.key)
 
 
 def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Categories hold items of unequal popularity; a user has tastes over categories a
 from session to session; a session keeps to a category and walks along "goes with" links between items; a purchase is
 likelier where the price fits. Titles name brand, category and kind, so that answers can be read. Before some views the
 user searched: with words of the item, its category or a word that its title does not have (``OTHER_WORDS``); the
-results came in an order that knows nothing of the user, and who clicks looked at a place with chance 1 / position.
+results came in an order that knows nothing of the user, with the item somewhere among them, and a place was looked at
+with chance 1 / position.
 """
 
 from __future__ import annotations
@@ -212,8 +213,10 @@ class Shop:
             queries.append(f"{before} {word}".strip().lower())
             alike = np.arange(*self._start[self._category[item] : self._category[item] + 2])
             match = (self._brand[alike] == self._brand[item]) | (self._style[alike] == self._style[item])
-            score = np.log(self._appeal[alike]) + 3 * match + rng.gumbel(0, 1, len(alike)) + 2 * (alike == item)
+            score = np.log(self._appeal[alike]) + 3 * match + rng.gumbel(0, 1, len(alike))
             shown = alike[np.argsort(-score)[: c.shown]]
+            if item not in shown:  # else nothing would be learned of what no one is shown
+                shown[rng.integers(len(shown))] = item
             place = np.arange(1, len(shown) + 1)
             wanted = np.where(shown == item, 0.9, 0.1)
             rows[ITEM].append(shown)
