@@ -53,6 +53,7 @@ DEVICES = ("phone", "desktop", "tablet")
 EVENTS, WEIGHTS = ("view", "cart", "buy"), np.array([1.0, 2.0, 3.0], np.float32)
 START_MS = 1_735_689_600_000  # 2025-01-01
 DAY_MS = 86_400_000
+GENERATOR = 2  # counts what the same configuration generates otherwise than before
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Shop:
         return np.minimum(np.searchsorted(cdf, low + rng.random(category.shape) * (high - low), "right"), len(cdf) - 1)
 
     def fingerprint(self) -> str:
-        return digest(asdict(self.config))
+        return digest(asdict(self.config) | {"generator": GENERATOR})
 
     def _ids(self) -> np.ndarray:
         return np.array([f"sku-{i:05d}" for i in range(self.config.items)], object)
