@@ -20,8 +20,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -537,19 +538,22 @@ class Tuner:
     def _near_the_knee(self, best: Knee, limits: Mapping[str, int]) -> float:
         """Share of whole answers in time near the knee, the best of a few runs."""
         rate, most = float(f"{best.met * NEAR:.3g}"), 0.0
-        for turn in range(PAIRS):
+        with ExitStack() as stack:
+            opened: list[TritonServer] = []
 
-            def live(turn: int = turn) -> dict[str, Any]:
-                with self._server(best.trial, limits) as server:
-                    self._offer(server, min(rate, 200.0), 0, 1.0)
-                    return self._offer(server, rate, 200 + turn, self.seconds)
+            def live(turn: int) -> dict[str, Any]:
+                if not opened:
+                    opened.append(stack.enter_context(self._server(best.trial, limits)))
+                    self._offer(opened[0], min(rate, 200.0), 0, 1.0)
+                return self._offer(opened[0], rate, 200 + turn, self.seconds)
 
             self.show(f"limits under overload {dict(limits)}")
-            key = ["limits", asdict(best.trial), self._version(best.trial.answer), dict(limits), rate, turn,
-                   self.seconds, asdict(self.objective)]  # fmt: skip
-            most = max(most, float(self.journal(key, live)["full"]))
-            if most >= self.objective.wanted:
-                break
+            for turn in range(PAIRS):
+                key = ["limits", asdict(best.trial), self._version(best.trial.answer), dict(limits), rate, turn,
+                       self.seconds, asdict(self.objective)]  # fmt: skip
+                most = max(most, float(self.journal(key, partial(live, turn))["full"]))
+                if most >= self.objective.wanted:
+                    break
         return most
 
     def worth(self, best: Knee) -> dict[str, dict[str, Any]]:
@@ -692,11 +696,11 @@ def tune(
                 ) from None
             raise ValueError(f"{objective}: not reachable here. Nearest: {nearest}")
         best = tuner.knees[Trial(**decision["chosen"]["trial"])]
-        decision["worth"] = tuner.worth(best)
         times = tuner.service(best.trial.answer, best.trial.layout)
+        limits = tuner.limits(best, times.table(best.trial.batch))
+        decision["worth"] = tuner.worth(best)
         decision["service_ms"] = dict(times.batches)
         decision["overhead_ms"] = times.request
-        limits = tuner.limits(best, times.table(best.trial.batch))
         decision["runs"] = live_runs(tuner.journal)
         publish(root, name, decision, limits)
         write(decision, root / FOLDER / f"{name}.html", root.name)
