@@ -1,14 +1,15 @@
-"""``make bench``: the served ensemble against the same graphs in process, in one run.
+"""``make bench``: the live server against the same graphs in process, in one run.
 
-    python -m loadtest.bench --name shop
+    python -m loadtest.bench --name shop --profile ensemble --profile fused
 
 The bound runs transform.onnx, retrieval.onnx and ranking.onnx of the served version under ONNX Runtime with the same
 thread settings and batch size, no server, no client: latency of one request alone, and throughput with as many threads
 as there are cores, each taking batches of the mean size that the server formed (that of the ONNX stage with the larger
 batches). perf_analyzer drives the live ensemble over gRPC at concurrency 1 and 16. Bound and ensemble are measured in
-turn, ``rounds`` times, and the ratios are of the medians: a machine that drifts moves both. ``--profile``: the bound
-reads as much history and ranks as many candidates as the profile does; a tuned one is served without its limits under
-overload, as a closed loop knows no objective. The last line of stdout is one JSON object.
+turn, ``rounds`` times, and the ratios are of the medians: a machine that drifts moves both. Each ``--profile`` has a
+server and a bound of its own, one after the other; "ensemble" is what is served without a profile. The bound reads as
+much history and ranks as many candidates as the profile does; a tuned one is served without its limits under overload,
+as a closed loop knows no objective. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ console = Console(width=120)
 TOP_K = 10
 BENCH = "bench"  # profile of a run of this
 HIGH = 16
+PLAIN = "ensemble"  # no profile
 GRAPHS = (c.RETRIEVAL, c.RANKING, c.ENSEMBLE)  # those that run graphs; an ensemble forms no batches itself
 
 
@@ -92,15 +94,33 @@ def memory_mib(server: TritonServer) -> float:
 def main(
     name: str = "shop",
     artifacts: Path = Path("artifacts"),
-    profile: str = "",
+    profile: Annotated[list[str], typer.Option(help="may be given several times")] = [PLAIN, "fused"],  # noqa: B006
     seconds: Annotated[float, typer.Option(help="length of one measuring window")] = 4.0,
     rounds: Annotated[int, typer.Option(help="measurements of each, in turn")] = 3,
 ) -> None:
-    root, cores = artifacts / name, len(os.sched_getaffinity(0))
+    perf_analyzer.binary()
+    runs = [against_bound(artifacts / name, "" if p == PLAIN else p, seconds, rounds) for p in profile]
+    print(
+        json.dumps(
+            {
+                "benchmark": "server against the in-process bound, closed loop, perf_analyzer over gRPC",
+                "data": name,
+                "runs": runs,
+                "commit": commit(),
+                "cpu": cpu()[0],
+                "cores": len(os.sched_getaffinity(0)),
+                "onnxruntime": ort.__version__,
+            }
+        )
+    )
+
+
+def against_bound(root: Path, profile: str, seconds: float, rounds: int) -> dict[str, Any]:
+    """Prints the tables of one profile; what the JSON says of it."""
+    cores = len(os.sched_getaffinity(0))
     frame = recorded(root).head(1000)
     pairs = [(u, list(h)) for u, h in zip(frame[c.USER], frame[c.ITEM], strict=True)]
     rows = [Row(u, h, TOP_K) for u, h in pairs]
-    perf_analyzer.binary()
     inputs = root / "perf_input.json"
     perf_analyzer.write_input(pairs, TOP_K, inputs)
     folder, asked = served_from(root, profile), profile
@@ -137,15 +157,14 @@ def main(
     store.close()
     if asked != profile:
         drop_profile(folder, BENCH)
-    report(
+    return report(
         {n: medians(found) for n, found in served.items()},
         stages,
         medians(latencies),
         float(np.median(throughputs)),
         batch,
         memory,
-        name,
-        asked,
+        f"{root.name}, {asked or PLAIN}",
         cores,
     )
 
@@ -161,11 +180,10 @@ def report(
     throughput: float,
     batch: int,
     memory: float,
-    name: str,
-    profile: str,
+    title: str,
     cores: int,
-) -> None:
-    table = Table(title=f"{name}: one run on {cores} cores of {cpu()[0]}", title_justify="left")
+) -> dict[str, Any]:
+    table = Table(title=f"{title}: one run on {cores} cores of {cpu()[0]}", title_justify="left")
     for column in ("", "QPS", "p50 ms", "p95 ms", "p99 ms"):
         table.add_column(column, justify="right" if column else "left")
     cells = lambda r: [f"{r[k]:.2f}" for k in ("p50_ms", "p95_ms", "p99_ms")]  # noqa: E731
@@ -185,22 +203,15 @@ def report(
                 *(f"{s[k]:.2f}" if s[k] else "" for k in ("queue_ms", "compute_ms", "total_ms")),
             )  # fmt: skip
     console.print(detail)
-    summary = {
-        "profile": profile,
-        "benchmark": "ensemble against the in-process bound, closed loop, perf_analyzer over gRPC",
-        "data": name,
+    return {
+        "profile": title.split(", ")[-1],
         "throughput_ratio": round(served[HIGH]["qps"] / throughput, 3),
         "p50_over_bound_ms": round(served[1]["p50_ms"] - latency["p50_ms"], 3),
         "bound": {"qps": round(throughput, 1), "batch": batch, **{k: round(v, 3) for k, v in latency.items()}},
         "served": {str(n): {k: round(v, 3) for k, v in r.items()} for n, r in served.items()},
         "mean_batch": {m: round(s["batch"], 2) for m, s in stages[HIGH].items()},
         "memory_mib": round(memory),
-        "commit": commit(),
-        "cpu": cpu()[0],
-        "cores": cores,
-        "onnxruntime": ort.__version__,
     }
-    print(json.dumps(summary))
 
 
 if __name__ == "__main__":
