@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import statistics
 import struct
 import time
 from collections.abc import Iterable
@@ -82,7 +84,7 @@ class _Stage:
         return LmdbStore(path if path.is_absolute() else self.folder.parent.parent / path, readonly=readonly)
 
 
-WAY_BACK_MS = 6  # from the answer to the client where processors are short
+WAY_BACK_MS = 10  # from the answer to the client where processors are short
 COLD = f"{c.STATUS_DEGRADED}popular items"
 
 
@@ -331,11 +333,11 @@ class RecommendModel(_Stage):
         """The level at which these are answered: under load, one at which half of those with a deadline keep it. The
         others, which cannot be answered in time, are refused."""
         level = self.overload(rows, time.monotonic())
-        if not self.overload.on:
+        if not self.overload.on or all(a.deadline == math.inf for a in asks):
             return level
         now_ms = time.time() * 1000
         left_ms = [a.deadline - now_ms - WAY_BACK_MS for a in asks]
-        level = self.overload.fitting(level, rows, float(np.median(left_ms)) / 1000)
+        level = self.overload.fitting(level, rows, statistics.median(left_ms) / 1000)
         needs_ms = self.overload.needs(level, rows) * 1000
         for ask, left in zip(asks, left_ms, strict=True):
             if -WAY_BACK_MS <= left < needs_ms:  # what is past has its own words
