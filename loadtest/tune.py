@@ -370,16 +370,16 @@ class Tuner:
         found = run(url, [self.pool[i] for i in chosen], due, seconds, self.objective.ms)
         return {**asdict(found), "cpu_ms": (cpu_seconds(server) - before) * 1000 / len(due)}
 
-    def measure(self, trial: Trial, guess: float, to_beat: float = 0.0) -> Knee:
+    def measure(self, trial: Trial, guess: float, to_beat: float = 0.0, turn: int = 0) -> Knee:
         """The trial's knee by live runs, beginning at ``guess``. A trial that does not reach ``to_beat`` is left at
-        that."""
+        that. Each ``turn`` has arrivals of its own."""
         version, runs = self._version(trial.answer), list[Run]()
         low, high = 0.0, math.inf
         opened: list[Any] = []
 
         def offered(qps: float) -> Run:
             qps = float(f"{qps:.3g}")
-            seed = len(runs) + 1
+            seed = len(runs) + 1 + 1000 * turn
             objective = [self.objective.percentile, self.objective.ms]
             key = ["run", asdict(trial), version, objective, qps, seed, self.seconds]
 

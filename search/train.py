@@ -30,17 +30,16 @@ from preprocessing import contract as c
 from preprocessing.prepare import CATALOGUE_FILE, Features
 from search.data import Catalogue
 from search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
-from search.evaluate import ndcg
-from search.features import feature_names, personal
-from search.hybrid import HybridIndex, diversify
+from search.features import feature_names
+from search.hybrid import HybridIndex
+from search.judging import Requests, diversity_costs, judged_log, kinds_of
 from search.lexical import Field, Lexical
+from search.log import SearchLog
 from search.online import ENCODER, RANKER, VECTORS, QuerySearch, Wish, write_catalogue
 from search.published import FOLDER
-from search.ranker import Ensemble, RankerConfig, inverse_propensity, propensities, train_search_ranker
-from search.text import normalise
+from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
 from training import data
-from training.evaluation import bootstrap
 from training.presets import Preset
 from training.ranking_model import RankingGraph
 from training.retrieval_model import RetrievalGraph
@@ -49,7 +48,6 @@ from vivace.artifacts import Step, read_manifest, write_text
 
 OPSET = 17
 BATCH = 64
-DIVERSITIES = (0.0, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -122,35 +120,6 @@ def export_ranker(ranker: Ensemble, inputs: int, path: Path) -> None:
     )  # fmt: skip
 
 
-@dataclass
-class Requests:
-    """Requests with a query: what the history recommends and what the query found. ``gained``: gain by item id."""
-
-    gained: list[dict[int, float]]
-    ids: np.ndarray
-    features: np.ndarray
-    ranked: list[np.ndarray]
-    scores: list[np.ndarray]
-
-    def with_history(self, i: int) -> np.ndarray:
-        return personal(self.features[i], self.ids[i], self.ranked[i], self.scores[i])[0]
-
-    @property
-    def places(self) -> range:
-        return range(len(self.gained))
-
-    def found(self, i: int) -> int:
-        """How many items the query found."""
-        return int((self.ids[i] != c.PADDING_ID).sum())
-
-    def gains(self, i: int) -> np.ndarray:
-        return np.array([self.gained[i].get(item, 0.0) for item in self.ids[i].tolist()])
-
-    def ndcg(self, i: int, order: np.ndarray) -> float:
-        """NDCG@10 of the found items in ``order``; what was not found counts."""
-        return ndcg(self.gains(i)[order], sorted(self.gained[i].values(), reverse=True))
-
-
 class Recommender:
     """A run's own models: what they recommend after a history."""
 
@@ -214,64 +183,6 @@ def histories_before(features: Features, users: Sequence[str], times: Sequence[i
     return [h[h[:, 1] < time] for h, time in zip(own, times, strict=True)]
 
 
-@dataclass(frozen=True)
-class SearchLog:
-    """A log of searches, list by list in the order of time: rows ``starts[i]`` to ``starts[i + 1]`` of ``frame``."""
-
-    frame: pd.DataFrame
-    starts: np.ndarray
-
-    @classmethod
-    def of(cls, frame: pd.DataFrame) -> SearchLog:
-        first = np.sort(np.unique(pd.factorize(frame[c.SEARCH])[0], return_index=True)[1])
-        return cls(frame, np.append(first, len(frame)))
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def part(self, start: int, stop: int) -> SearchLog:
-        rows = self.frame.iloc[self.starts[start] : self.starts[stop]]
-        return SearchLog(rows, self.starts[start : stop + 1] - self.starts[start])
-
-    def with_clicks(self) -> SearchLog:
-        sums = np.add.reduceat(self.frame[c.CLICKED].to_numpy(int), self.starts[:-1])
-        return SearchLog.of(self.frame[np.repeat(sums > 0, np.diff(self.starts))])
-
-    def column(self, name: str) -> list[Any]:
-        """Of each list the value of its first row."""
-        return self.frame[name].to_numpy()[self.starts[:-1]].tolist()
-
-    def clicked(self) -> list[list[int]]:
-        """Item ids that were clicked, of each list."""
-        ids, hit = self.frame[c.ITEM].to_numpy(), self.frame[c.CLICKED].to_numpy(bool)
-        cuts = self.starts[1:-1]
-        return [i[h].tolist() for i, h in zip(np.split(ids, cuts), np.split(hit, cuts), strict=True)]
-
-    def passed_over(self) -> list[list[int]]:
-        """Item ids without a click above the last one that has one."""
-        ids, hit = self.frame[c.ITEM].to_numpy(), self.frame[c.CLICKED].to_numpy(bool)
-        out = []
-        for i, h in zip(np.split(ids, self.starts[1:-1]), np.split(hit, self.starts[1:-1]), strict=True):
-            last = int(np.flatnonzero(h).max(initial=-1))
-            out.append(i[: last + 1][~h[: last + 1]].tolist())
-        return out
-
-    def gains(self, seen: np.ndarray) -> list[dict[int, float]]:
-        """Of each list the clicked items' gains: the inverse of the chance ``seen`` of their places."""
-        place = np.minimum(self.frame[c.POSITION].to_numpy() - 1, len(seen) - 1)
-        weight = inverse_propensity(self.frame[c.CLICKED].to_numpy(bool), place, seen)
-        ids = self.frame[c.ITEM].to_numpy()
-        cuts = self.starts[1:-1]
-        parts = zip(np.split(ids, cuts), np.split(weight, cuts), strict=True)
-        return [{int(i): float(w) for i, w in zip(own, how, strict=True) if w} for own, how in parts]
-
-    def seen(self) -> np.ndarray:
-        """Chance that each place is looked at, relative to the first, from what was shown at several."""
-        names = self.frame[c.QUERY_TEXT].map(normalise) + "\0" + self.frame[c.ITEM].astype(str)
-        place = self.frame[c.POSITION].to_numpy() - 1
-        return propensities(pd.factorize(names)[0], place, self.frame[c.CLICKED].to_numpy(bool))
-
-
 def logged(
     features: Features, preset: Preset, recommend: Recommender, search: QuerySearch, log: SearchLog, seen: np.ndarray
 ) -> Requests:
@@ -286,78 +197,6 @@ def logged(
         parts.append((ids, x, *recommend(request)))
     ids, x, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
     return Requests(log.gains(seen), ids, x, list(ranked), list(scores))
-
-
-def judge(requests: Requests, ranker: Ensemble, history: bool) -> np.ndarray:
-    """NDCG@10 of each request."""
-    return np.array([requests.ndcg(i, _order(requests, ranker, i, history)) for i in requests.places])
-
-
-def judged_log(log: SearchLog, found: Requests, ranker: Ensemble) -> dict[str, Any]:
-    """NDCG@10 of the items that were shown, gains by inverse propensity: in the order shown, in the fused one, in the
-    ranker's without and with history. Of other items nobody knows whether they would have been clicked."""
-    orders: dict[str, list[float]] = {"shown": [], "fused": [], "ranked": [], "with_history": []}
-    for i, own in enumerate(np.split(log.frame[c.ITEM].to_numpy(), log.starts[1:-1])):
-        n, gains = found.found(i), found.gained[i]
-        ids, there = found.ids[i], set(own.tolist())
-        by = {
-            "fused": np.arange(n),
-            "ranked": _order(found, ranker, i, False),
-            "with_history": _order(found, ranker, i, True),
-        }
-        lists = {"shown": own.tolist()} | {name: [x for x in ids[o].tolist() if x in there] for name, o in by.items()}
-        for name, items in lists.items():
-            missed = [x for x in own.tolist() if x not in set(items)]
-            orders[name].append(ndcg([gains.get(x, 0.0) for x in items + missed], sorted(gains.values(), reverse=True)))
-    shown, fused, without, with_history = (np.array(v) for v in orders.values())
-    gain = with_history - shown
-    return {
-        "searches": len(log), "shown": float(shown.mean()), "fused": float(fused.mean()),
-        "ranked": float(without.mean()), "with_history": float(with_history.mean()),
-        "over_shown": float(gain.mean()), "over_shown_interval": bootstrap(gain),
-    }  # fmt: skip
-
-
-def _order(requests: Requests, ranker: Ensemble, i: int, history: bool) -> np.ndarray:
-    n = requests.found(i)
-    x = requests.with_history(i)[:n] if history else requests.features[i][:n]
-    return np.argsort(-ranker.score(x), kind="stable") if n else np.empty(0, int)
-
-
-def diversity_costs(requests: Requests, ranker: Ensemble, vectors_VE: np.ndarray) -> dict[str, dict[str, float]]:
-    """By DIVERSITY: NDCG@10 with the history, and how alike the ten items are (mean cosine of their text's vectors)."""
-    out = {}
-    for diversity in DIVERSITIES:
-        gained, alike = [], []
-        for i in requests.places:
-            n = requests.found(i)
-            if n < 2:
-                continue
-            vectors = vectors_VE[requests.ids[i][:n] - c.FIRST_ID]
-            best = diversify(ranker.score(requests.with_history(i)[:n]), vectors, min(n, 10), diversity)
-            gained.append(requests.ndcg(i, best))
-            near = vectors[best] @ vectors[best].T
-            alike.append((near.sum() - np.trace(near)) / (len(best) * (len(best) - 1)))
-        out[f"{diversity:g}"] = {"NDCG@10": float(np.mean(gained)), "alike": float(np.mean(alike))}
-    return out
-
-
-def kinds_of(requests: Requests, by_attributes: np.ndarray, ranker: Ensemble) -> dict[str, Any]:
-    """By how the query was made: NDCG@10 of the fused order, of the ranker, of the ranker with the history and what
-    that adds, with its interval."""
-    fused = np.array([requests.ndcg(i, np.arange(requests.found(i))) for i in requests.places])
-    without, with_history = judge(requests, ranker, False), judge(requests, ranker, True)
-    found = np.array([requests.gains(i).any() for i in requests.places])
-    out = {}
-    for name, own in (("words", ~by_attributes), ("attributes", by_attributes)):
-        if own.any():
-            gain = (with_history - without)[own]
-            out[name] = {
-                "requests": int(own.sum()), "found": float(found[own].mean()), "fused": float(fused[own].mean()),
-                "ranked": float(without[own].mean()), "with_history": float(with_history[own].mean()),
-                "gain": float(gain.mean()), "gain_interval": bootstrap(gain),
-            }  # fmt: skip
-    return out
 
 
 def train_search(

@@ -12,8 +12,8 @@ from search.evaluate import judge, ndcg
 from search.features import feature_names, features, personal
 from search.hybrid import DENSE, LEXICAL, POPULAR, Filters, HybridIndex, diversify, fuse, top
 from search.lexical import Field, Lexical
+from search.log import SearchLog
 from search.ranker import RankerConfig, inverse_propensity, propensities, train_search_ranker
-from search.train import SearchLog
 from search.understanding import QueryUnderstanding
 
 TITLES = ["red shoe", "blue shoe", "red hat", "green scarf", "blue hat", "red scarf"]

@@ -1,0 +1,119 @@
+"""What a search ranker is worth: on requests with a made query, and on what was clicked in a log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from preprocessing import contract as c
+from search.evaluate import ndcg
+from search.features import personal
+from search.hybrid import diversify
+from search.log import SearchLog
+from search.ranker import Ensemble
+from training.evaluation import bootstrap
+
+DIVERSITIES = (0.0, 0.25, 0.5, 0.75)
+
+
+@dataclass
+class Requests:
+    """Requests with a query: what the history recommends and what the query found. ``gained``: gain by item id."""
+
+    gained: list[dict[int, float]]
+    ids: np.ndarray
+    features: np.ndarray
+    ranked: list[np.ndarray]
+    scores: list[np.ndarray]
+
+    def with_history(self, i: int) -> np.ndarray:
+        return personal(self.features[i], self.ids[i], self.ranked[i], self.scores[i])[0]
+
+    @property
+    def places(self) -> range:
+        return range(len(self.gained))
+
+    def found(self, i: int) -> int:
+        """How many items the query found."""
+        return int((self.ids[i] != c.PADDING_ID).sum())
+
+    def gains(self, i: int) -> np.ndarray:
+        return np.array([self.gained[i].get(item, 0.0) for item in self.ids[i].tolist()])
+
+    def ndcg(self, i: int, order: np.ndarray) -> float:
+        """NDCG@10 of the found items in ``order``; what was not found counts."""
+        return ndcg(self.gains(i)[order], sorted(self.gained[i].values(), reverse=True))
+
+
+def judge(requests: Requests, ranker: Ensemble, history: bool) -> np.ndarray:
+    """NDCG@10 of each request."""
+    return np.array([requests.ndcg(i, order_of(requests, ranker, i, history)) for i in requests.places])
+
+
+def judged_log(log: SearchLog, found: Requests, ranker: Ensemble) -> dict[str, Any]:
+    """NDCG@10 of the items that were shown, gains by inverse propensity: in the order shown, in the fused one, in the
+    ranker's without and with history. Of other items nobody knows whether they would have been clicked."""
+    orders: dict[str, list[float]] = {"shown": [], "fused": [], "ranked": [], "with_history": []}
+    for i, own in enumerate(np.split(log.frame[c.ITEM].to_numpy(), log.starts[1:-1])):
+        n, gains = found.found(i), found.gained[i]
+        ids, there = found.ids[i], set(own.tolist())
+        by = {
+            "fused": np.arange(n),
+            "ranked": order_of(found, ranker, i, False),
+            "with_history": order_of(found, ranker, i, True),
+        }
+        lists = {"shown": own.tolist()} | {name: [x for x in ids[o].tolist() if x in there] for name, o in by.items()}
+        for name, items in lists.items():
+            missed = [x for x in own.tolist() if x not in set(items)]
+            orders[name].append(ndcg([gains.get(x, 0.0) for x in items + missed], sorted(gains.values(), reverse=True)))
+    shown, fused, without, with_history = (np.array(v) for v in orders.values())
+    gain = with_history - shown
+    return {
+        "searches": len(log), "shown": float(shown.mean()), "fused": float(fused.mean()),
+        "ranked": float(without.mean()), "with_history": float(with_history.mean()),
+        "over_shown": float(gain.mean()), "over_shown_interval": bootstrap(gain),
+    }  # fmt: skip
+
+
+def order_of(requests: Requests, ranker: Ensemble, i: int, history: bool) -> np.ndarray:
+    n = requests.found(i)
+    x = requests.with_history(i)[:n] if history else requests.features[i][:n]
+    return np.argsort(-ranker.score(x), kind="stable") if n else np.empty(0, int)
+
+
+def diversity_costs(requests: Requests, ranker: Ensemble, vectors_VE: np.ndarray) -> dict[str, dict[str, float]]:
+    """By DIVERSITY: NDCG@10 with the history, and how alike the ten items are (mean cosine of their text's vectors)."""
+    out = {}
+    for diversity in DIVERSITIES:
+        gained, alike = [], []
+        for i in requests.places:
+            n = requests.found(i)
+            if n < 2:
+                continue
+            vectors = vectors_VE[requests.ids[i][:n] - c.FIRST_ID]
+            best = diversify(ranker.score(requests.with_history(i)[:n]), vectors, min(n, 10), diversity)
+            gained.append(requests.ndcg(i, best))
+            near = vectors[best] @ vectors[best].T
+            alike.append((near.sum() - np.trace(near)) / (len(best) * (len(best) - 1)))
+        out[f"{diversity:g}"] = {"NDCG@10": float(np.mean(gained)), "alike": float(np.mean(alike))}
+    return out
+
+
+def kinds_of(requests: Requests, by_attributes: np.ndarray, ranker: Ensemble) -> dict[str, Any]:
+    """By how the query was made: NDCG@10 of the fused order, of the ranker, of the ranker with the history and what
+    that adds, with its interval."""
+    fused = np.array([requests.ndcg(i, np.arange(requests.found(i))) for i in requests.places])
+    without, with_history = judge(requests, ranker, False), judge(requests, ranker, True)
+    found = np.array([requests.gains(i).any() for i in requests.places])
+    out = {}
+    for name, own in (("words", ~by_attributes), ("attributes", by_attributes)):
+        if own.any():
+            gain = (with_history - without)[own]
+            out[name] = {
+                "requests": int(own.sum()), "found": float(found[own].mean()), "fused": float(fused[own].mean()),
+                "ranked": float(without[own].mean()), "with_history": float(with_history[own].mean()),
+                "gain": float(gain.mean()), "gain_interval": bootstrap(gain),
+            }  # fmt: skip
+    return out
