@@ -1,10 +1,10 @@
 """``vivace tune``: the configuration that answers the most requests within an objective and keeps the ranking quality.
 
 Knobs that change the answer (engine, history read, candidates ranked) are judged offline: NDCG@10 of the very graphs on
-recorded requests, paired with the whole model; half of the requests choose, the other half report. Knobs that do not
-(layout, instances, threads, batch, delay) and the speed of all are judged on the live server under open-loop load. A
-queueing model of measured service times (``queueing``), corrected by every run, says what to try next; a trial that
-does not beat the best so far ends after its first run. The two best are run in turns before one is chosen.
+recorded requests, paired with the whole model, kept on either half of the requests. Knobs that do not (layout,
+instances, threads, batch, delay) and the speed of all are judged on the live server under open-loop load. A queueing
+model of measured service times (``queueing``), corrected by every run, says what to try next; a trial that does not
+beat the best so far ends after its first run. The two best are run in turns before one is chosen.
 
 Everything measured is appended to ``artifacts/<name>/tuning/<profile>.jsonl``, quality to ``quality.jsonl`` there for
 all profiles, and never measured twice: an interrupted search goes on where it was, and the decision can be made again
@@ -318,13 +318,18 @@ class Tuner:
         key = ["quality", asdict(answer), self._version(answer)]
         return np.array(self.judged(key, lambda: gains(self._pipeline(answer), self.root)))
 
-    def share(self, answer: Answer, half: int) -> tuple[float, tuple[float, float]]:
-        """NDCG@10 as a share of the uncompressed run's on one half of the requests, with its 95 % interval."""
-        start = untuned(self.root).answer
-        a, b = self.quality(start)[half::2], self.quality(answer)[half::2]
+    def share(self, answer: Answer, half: int | None = None) -> tuple[float, tuple[float, float]]:
+        """NDCG@10 as a share of the uncompressed run's on all requests or one half of them, with its 95 % interval."""
+        start, own = untuned(self.root).answer, slice(half, None, 1 if half is None else 2)
+        a, b = self.quality(start)[own], self.quality(answer)[own]
         low, high = bootstrap(b - a)
         mean = max(float(a.mean()), 1e-12)
         return 1 + float((b - a).mean()) / mean, (1 + low / mean, 1 + high / mean)
+
+    def kept(self, answer: Answer) -> float:
+        """That share on the half of the requests where it is less: what chance gave an answer on one half, the other
+        half denies it."""
+        return min(self.share(answer, half)[0] for half in (0, 1))
 
     def service(self, answer: Answer, layout: str) -> queueing.Service:
         key = ["service", asdict(answer), self._version(answer)]
@@ -459,7 +464,7 @@ class Tuner:
         predicted: dict[Trial, float] = {}
         try:
             answers = sorted({t.answer for t in everything}, key=lambda a: (a.engine, -a.history, -a.ranked))
-            fit = [a for a in answers if self.share(a, 0)[0] >= self.objective.quality]
+            fit = [a for a in answers if self.kept(a) >= self.objective.quality]
             self.say(f"{len(fit)} of {len(answers)} answers keep {self.objective.quality:.1%} of the quality")
             if not fit:
                 return self.decision(None, everything)
@@ -587,7 +592,7 @@ class Tuner:
         start = self.knees.get(untuned(self.root))
         rows = []
         for k in sorted(self.knees.values(), key=lambda k: -k.met):
-            share, interval = self.share(k.trial.answer, 1)
+            share, interval = self.share(k.trial.answer)
             at = k.at_knee
             rows.append({
                 "trial": asdict(k.trial), "qps": k.met, "failed_at": k.failed if math.isfinite(k.failed) else None,
@@ -608,7 +613,7 @@ class Tuner:
         said = []
         s = shapes_of(self.root)
         answers = sorted({t.answer for t in trials(self.space, self.root)}, key=lambda a: (a.engine, a.history))
-        shares = {a: self.share(a, 0)[0] for a in answers}
+        shares = {a: self.kept(a) for a in answers}
         best = max(shares.values())
         if best < self.objective.quality:
             said.append(f"quality of {self.objective.quality:.1%}: the best that can be served has {best:.1%}")

@@ -48,7 +48,7 @@ def main(
             (root / FOLDER / f"{name}.jsonl").unlink(missing_ok=True)
     everything = trials(wanted, root)
     grid = tuner(root, objective, GRID, wanted, seconds)
-    fit = [t for t in everything if grid.share(t.answer, 0)[0] >= quality]
+    fit = [t for t in everything if grid.kept(t.answer) >= quality]
     met = {}
     for i, trial in enumerate(fit):
         met[trial] = grid.measure(trial, grid.predict(trial)).met

@@ -99,7 +99,7 @@ def write(decision: dict[str, Any], path: Path, data: str) -> None:
     if second:
         parts.append(f"<p>Runner-up: {second['qps']:.0f} requests a second, {escape(str(second['trial']))}.</p>")
     parts.append(image(picture(decision), "quality over rate; worth of each knob"))
-    header = [*SHOWN, "requests a second", "p50 ms", "p99 ms", "quality (held-out half)", "runs"]
+    header = [*SHOWN, "requests a second", "p50 ms", "p99 ms", "quality", "runs"]
     parts.append("<h2>What was run</h2><p>0 requests a second: it did not reach the best of its time.</p>")
     parts.append(table(header, rows))
     path.write_text(page(f"Tuning of {data}", parts), encoding="utf-8")
