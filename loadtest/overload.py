@@ -29,6 +29,7 @@ from loadtest.html import drawn, image, page
 from loadtest.open_loop import CODE_DEGRADED, METHOD, WANTED, complete, due_times, messages, offer, picks
 from serving.launcher import ServerOptions, TritonServer
 from serving.repository import served_from
+from serving.service import warm_up
 from vivace.artifacts import commit
 from vivace.doctor import cpu
 
@@ -136,6 +137,7 @@ def main(
 
     early: dict[str, float] = {}
     with TritonServer(options) as server:
+        warm_up(server)
         url = f"{server.host}:{server.grpc_port}"
         calm = slice(0, int((due < CALM_S).sum()))
         complete(go(url, calm))  # what is set up late

@@ -59,7 +59,7 @@ def _module(protocol: str, asynchronous: bool) -> Any:
     return http_aio if asynchronous else http
 
 
-def _inputs(module: Any, tensors: Sequence[tuple[c.WireTensor, np.ndarray]]) -> list[Any]:
+def inputs_of(module: Any, tensors: Sequence[tuple[c.WireTensor, np.ndarray]]) -> list[Any]:
     inputs = []
     for tensor, value in tensors:
         item = module.InferInput(tensor.name, list(value.shape), tensor.datatype)
@@ -141,7 +141,7 @@ class VivaceClient:
 
     def _infer(self, model: str, tensors: list[tuple[c.WireTensor, np.ndarray]], **limits: Any) -> Any:
         try:
-            return self._client.infer(model, _inputs(self._module, tensors), **self._options, **limits)
+            return self._client.infer(model, inputs_of(self._module, tensors), **self._options, **limits)
         except Exception as error:
             raise _failed(error) from error
 
@@ -187,7 +187,7 @@ class AsyncVivaceClient:
 
     async def _infer(self, model: str, tensors: list[tuple[c.WireTensor, np.ndarray]], **limits: Any) -> Any:
         try:
-            return await self._client.infer(model, _inputs(self._module, tensors), **self._options, **limits)
+            return await self._client.infer(model, inputs_of(self._module, tensors), **self._options, **limits)
         except Exception as error:
             raise _failed(error) from error
 

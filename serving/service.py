@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import tritonclient.grpc as grpcclient
 from prometheus_client import start_http_server
 
+from preprocessing import contract as c
+from serving.client import inputs_of, request_tensors
 from serving.launcher import ServerError, ServerOptions, TritonServer
 from serving.watchdog import Metrics, Watchdog
+
+WARM_AT_ONCE = 256  # requests in the server at one time, about what its queues hold
+WARM_EVENTS = 200
+WARM_S = 20.0
+
+
+def warm_up(server: TritonServer) -> float:
+    """Answers requests of someone unknown, many at once, before anyone else asks: buffers then have the size that they
+    have under load, and the first users wait no longer than others. Returns the seconds it took.
+
+    What they are answered or refused does not matter; after ``WARM_S`` no more is waited for."""
+    started, left, done = time.monotonic(), threading.Semaphore(0), 0
+    asked = inputs_of(grpcclient, request_tensors(history=["-"] * WARM_EVENTS))
+    with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
+        for _ in range(WARM_AT_ONCE):
+            client.async_infer(c.ENSEMBLE, asked, lambda result, error: left.release(), client_timeout=WARM_S)
+        while done < WARM_AT_ONCE and left.acquire(timeout=max(0.0, started + WARM_S - time.monotonic())):
+            done += 1
+    return time.monotonic() - started
 
 
 @contextmanager
@@ -39,6 +62,7 @@ def run_until_signal(options: ServerOptions, status_port: int, say: Callable[[st
     say("starting Triton")
     try:
         with service(options, say) as (server, watchdog):
+            say(f"warm-up: {warm_up(server):.1f} s")
             if status_port:
                 start_http_server(status_port, addr=server.host, registry=watchdog.metrics.registry)
             say(

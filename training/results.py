@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,13 +104,18 @@ MULTITASK: dict[str, dict[str, Any]] = {
 }
 
 
-def multitask(base: Preset, features: Features, root: Path, seed: int, say: Progress) -> list[dict[str, Any]]:
-    """Rankers that differ in how the heads share and weigh, and one single-task ranker a head, on one retriever."""
+def multitask(
+    base: Preset, features: Features, root: Path, seed: int, say: Progress, keep: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Rankers that differ in how the heads share and weigh, and one single-task ranker a head, on one retriever; of
+    these the rows that are named in ``keep`` and the first, if any are named."""
     first = root / "results" / "multitask" / f"retriever-{seed}"
     train_retrieval(features, base, first, seed, say, quiet=True)
     single = {f"{h.name} alone": {"ranking.weighting": f"only-{i}"} for i, h in enumerate(features.schema.heads)}
     rows = []
     for number, (name, values) in enumerate({**MULTITASK, **single}.items()):
+        if keep and number and name not in keep:
+            continue
         folder, chosen = root / "results" / "multitask" / f"{number}-{seed}", with_values(base, values)
         shutil.copytree(first / "retrieval", folder / "retrieval", dirs_exist_ok=True)
         ranker = train_ranker(features, chosen, folder, seed, say, quiet=True)
@@ -194,8 +200,9 @@ def main(
     features = Features(root / "features")
     base = preset(preset_name) if preset_name else cli._preset("", root)
     wanted = [int(s) for s in seeds.split(",")]
+    keep = {w.strip() for w in only.split(";") if w.strip()}
     if suite == "multitask":
-        found_rows = multitask(base, features, root, wanted[0], cli.say)
+        found_rows = multitask(base, features, root, wanted[0], cli.say, keep)
         print_multitask(found_rows)
         print(
             json.dumps({"suite": suite, "data": data_name, "seed": wanted[0], "rows": found_rows, "commit": commit()})
@@ -203,7 +210,6 @@ def main(
         return
     if any(run.values.get("encoder.text_encoder") for run in SUITES[suite].values()):
         pretrain_text(features, TextConfig(), root, wanted[0], cli.say)
-    keep = {w.strip() for w in only.split(";") if w.strip()}
     rows, first = [], None
     for number, (name, run) in enumerate(SUITES[suite].items()):
         if keep and number and name not in keep:

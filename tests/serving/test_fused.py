@@ -17,7 +17,7 @@ from serving.client import VivaceClient, VivaceError, request_tensors
 from serving.feature_store import LmdbStore
 from serving.launcher import ServerOptions
 from serving.pipeline import Level, Overload, Pipeline
-from serving.service import service
+from serving.service import WARM_AT_ONCE, WARM_S, service, warm_up
 from serving.stages import Row
 from training.export import shapes
 from training.presets import tiny
@@ -68,6 +68,19 @@ def test_a_bad_row_leaves_its_neighbours_alone(fused):
     items, status = answer.as_numpy("ITEM_ID"), answer.as_numpy("STATUS")[:, 0]
     assert [int((row != b"").sum()) for row in items] == [3, 0, 2]
     assert status[1].startswith(b"error: TOP_K") and not status[0].startswith(b"error")
+
+
+def test_the_warm_up_waits_for_every_answer(fused):
+    server, _ = fused
+    with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
+
+        def ended() -> int:
+            found = client.get_inference_statistics(c.ENSEMBLE).model_stats[0].inference_stats
+            return found.success.count + found.fail.count
+
+        before = ended()
+        assert warm_up(server) < WARM_S
+        assert ended() - before >= WARM_AT_ONCE  # the watchdog asks as well
 
 
 @pytest.mark.parametrize("which", ["fused", "served"])
