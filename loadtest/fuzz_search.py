@@ -1,15 +1,19 @@
-"""Odd queries, filters and diversities against a live server, for some minutes: each gets an answer or a clear error.
+"""Odd queries, filters, diversities and storms against a live server: each request gets an answer or a clear error.
 
     python -m loadtest.fuzz_search artifacts/shop --minutes 5
 
 Hypothesis makes the requests: any Unicode text, words of the catalogue cut and mixed with control characters, emoji,
 right-to-left marks, SQL and regular expressions, bytes that are no text, filters that are any JSON or none. What counts
 as found: an exception other than a named refusal, an answer that is short or not in order, a server that is not ready,
-or a plain query whose answer has changed. The last line of stdout is one JSON object.
+or a plain query whose answer has changed. Between the rounds there are storms: searches after a history, far more at
+once than the queues hold, half of them with deadlines. Each must be answered as it is alone (or cheaper, and say so)
+or refused with UNAVAILABLE, in whichever stage it is when another branch works for it. The last line of stdout is one
+JSON object.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import Counter
@@ -22,13 +26,16 @@ import typer
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from loadtest.requests import recorded
 from preprocessing import contract as c
 from preprocessing.prepare import CATALOGUE_FILE
-from serving.client import VivaceClient, VivaceError, read_answer, request_tensors
+from serving.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError, read_answer, request_tensors
 from serving.launcher import ServerOptions, TritonServer
 from vivace.artifacts import commit
 
 TOP_K, ROUND = 5, 200
+STORM, STORM_S = 1500, 20.0
+SHED = ("timeout expired", "exceeds maximum queue size", "Exceeds maximum queue size", f"{c.DEADLINE}:")
 REFUSALS = ("QUERY:", f"{c.FILTERS}:", f"{c.DIVERSITY}:", "filter ")
 ODD = ["\x00", "\x1b[31m", "\u202e", "\u200d", "😀", "👩‍👩‍👧", "ﷺ", "' OR 1=1 --", "(a+)+$", "[", "\\", "%s", "{}", "ß",
        "İ", "№ 5", "½", "１２", "10cm", "1e309", "-", "\n", "\t", "a" * 300, "红色", "שלום", "ก็"]  # fmt: skip
@@ -75,6 +82,42 @@ class Fuzz:
         assert np.isfinite(answer.scores).all(), answer
         self.seen["searched" if answer.understood else "recommended"] += 1
 
+    def whole(self, history: list[str], query: str) -> Recommendation:
+        """The answer when no load makes it cheaper."""
+        stop = time.monotonic() + STORM_S
+        while True:
+            answer = self.client.recommend(history=history, top_k=TOP_K, query=query)
+            if not answer.degraded:
+                return answer
+            assert time.monotonic() < stop, f"still degraded after {STORM_S:g} s: {answer}"
+            time.sleep(0.1)
+
+    def storm(self, url: str, asks: list[tuple[list[str], str]], size: int, rng: np.random.Generator) -> None:
+        """``size`` of ``asks`` (history and query) at once."""
+        alone = [self.whole(h, q) for h, q in asks]
+        picked = rng.integers(len(asks), size=size)
+        within = np.where(rng.random(size) < 0.5, 0, rng.integers(5, 1000, size))
+
+        async def one(client: AsyncVivaceClient, which: int, ms: float) -> None:
+            history, query = asks[which]
+            try:
+                answer = await client.recommend(history=history, top_k=TOP_K, query=query, within_ms=ms)
+            except VivaceError as error:
+                assert any(r in str(error) for r in SHED), error
+                self.seen["shed"] += 1
+                return
+            if answer.degraded:
+                self.seen["degraded in a storm"] += 1
+                return
+            assert answer.items == alone[which].items, (asks[which], answer, alone[which])
+            self.seen["answered in a storm"] += 1
+
+        async def all_at_once() -> None:
+            async with AsyncVivaceClient(url, timeout_s=STORM_S) as client:
+                await asyncio.gather(*(one(client, int(i), float(ms)) for i, ms in zip(picked, within, strict=True)))
+
+        asyncio.run(all_at_once())
+
     def unchanged(self) -> None:
         now = self.client.recommend(top_k=TOP_K, query=self.known)
         assert now.items == self.expected.items and now.understood == self.expected.understood, now
@@ -93,12 +136,16 @@ def main(
     )
     with TritonServer(options) as server, VivaceClient(f"{server.host}:{server.grpc_port}") as client:
         fuzz, stop, rounds = Fuzz(client, str(catalogue[c.TITLE][0])), time.monotonic() + minutes * 60, 0
+        url, rng = f"{server.host}:{server.grpc_port}", np.random.default_rng(first)
+        histories = [list(h) for h in recorded(root).head(50)[c.ITEM]]
+        asks = [(h, " ".join(rng.choice(words, 2))) for h in histories]
         rules = settings(
             max_examples=ROUND, deadline=None, database=None, suppress_health_check=list(HealthCheck),
             phases=[Phase.generate, Phase.shrink],
         )  # fmt: skip
         while time.monotonic() < stop:
             seed(first + rounds)(rules(given(requests(words))(fuzz.__call__)))()
+            fuzz.storm(url, asks, STORM, rng)
             fuzz.unchanged()
             rounds += 1
             print(f"{sum(fuzz.seen.values()):,} requests: {dict(fuzz.seen)}", flush=True)

@@ -110,6 +110,7 @@ FEATURE_TRANSFORM = "feature_transform"
 RETRIEVAL = "retrieval"
 RANKING = "ranking"
 RESPONSE = "response"
+SEARCH_TEXT = WireTensor("SEARCH_TEXT", "BYTES", (1,))  # QUERY as the feature transform hands it on
 QUERY_SEARCH = "query_search"  # beside the other stages, where a run has search
 APPEND_EVENT = "append_event"
 STAGES = (FEATURE_TRANSFORM, RETRIEVAL, RANKING, RESPONSE)
@@ -287,7 +288,7 @@ class DataSchema:
 
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (*retrieval_inputs(s), STATUS)
+    return (*retrieval_inputs(s), STATUS, *([SEARCH_TEXT] if s.search else []))
 
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -306,9 +307,10 @@ def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireT
     return (s.ranked_ids, s.ranked_values(heads))
 
 
-# STATUS is not read: it makes the stage wait until the feature transform has refused what it refuses, as an ensemble
-# request of Triton 2.51 must not fail in one branch while another is at work
-QUERY_SEARCH_INPUTS = (QUERY, STATUS)
+# Not QUERY itself: the stage waits until the feature transform has refused what it refuses, and reads memory that
+# stays. Triton 2.51 answers a request when one branch of an ensemble fails and lets its own input tensors go, while a
+# stage of the other branch may still be handed them.
+QUERY_SEARCH_INPUTS = (SEARCH_TEXT,)
 
 
 def query_search_outputs(s: StageTensors) -> tuple[WireTensor, ...]:

@@ -156,7 +156,7 @@ class FeatureTransformModel(_Stage):
         shapes = c.StageTensors(**json.loads(self.parameters["shapes"]))
         seen = self.parameters["exclude_seen"] == "true"
         self.transform = FeatureTransform(self.folder / "transform.onnx", self.store(readonly=True), shapes, seen)
-        self.counts = _Counts()
+        self.search, self.counts = bool(shapes.search), _Counts()
 
     def execute(self, requests: list) -> list:
         parsed = [_Ask(i, request) for i, request in enumerate(requests)]
@@ -175,7 +175,9 @@ class FeatureTransformModel(_Stage):
                 responses.append(_error(errors[0]))
             else:
                 text = [f"{c.STATUS_ERROR}{e}" if e else s for e, s in zip(errors, status[start:stop], strict=True)]
-                values = (*(v[start:stop] for v in inputs), _strings(text))
+                values = [*(v[start:stop] for v in inputs), _strings(text)]
+                if self.search:
+                    values.append(_strings([row.query for row in ask.rows]))
                 tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, values, strict=True)]
                 responses.append(pb_utils.InferenceResponse(tensors))
                 self.counts.answered(status[start:stop], "full")
@@ -223,9 +225,8 @@ ERROR = b'{"error"'  # how an UNDERSTOOD that is none begins
 class QuerySearchModel(_Stage):
     """QUERY to the items that it finds, their features and UNDERSTOOD; beside the stages that read the history.
 
-    It never fails: where steps of one ensemble request fail side by side, or one while another is at work, Triton 2.51
-    mixes up later requests or answers nothing more. Its error is the UNDERSTOOD, for ``response``; and it starts when
-    the feature transform has found nothing to refuse (QUERY_SEARCH_INPUTS).
+    Its own errors are an UNDERSTOOD, for ``response`` to refuse: where two branches of one ensemble request fail,
+    Triton 2.51 may answer nothing more.
     """
 
     def setup(self) -> None:
@@ -237,8 +238,7 @@ class QuerySearchModel(_Stage):
     def execute(self, requests: list) -> list:
         queries, wishes, failed = [], [], []
         for request in requests:
-            # rows that are no UTF-8 or too long come only among others: the feature transform has their error
-            own = [q.decode(errors="ignore")[: c.MAX_QUERY_BYTES] for q in _input(request, c.QUERY)[:, 0]]
+            own = [q.decode() for q in _input(request, c.SEARCH_TEXT)[:, 0]]
             try:
                 wish = _wish(request) if any(own) else None
                 if wish is not None:

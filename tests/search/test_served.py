@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from loadtest.fuzz_search import Fuzz
 from loadtest.requests import recorded
 from preprocessing import contract as c
 from search.encoder import SearchEncoderConfig
@@ -191,3 +192,16 @@ def test_neighbours_in_a_batch_change_nothing(server):
             together = list(pool.map(ask, queries))
     for a, b in zip(alone, together, strict=True):
         assert a.items == b.items and a.understood == b.understood and a.scores == pytest.approx(b.scores, abs=1e-4)
+
+
+def test_a_storm_mixes_nothing_up(server, searchable):
+    """Stages refuse while the other branch is at work: what is answered is what is answered alone, all else is refused
+    by name. (Where the branch read the request's own QUERY, Triton handed it the memory of another request.)"""
+    url, queries = f"{server.host}:{server.grpc_port}", ["oak lamp", "linen towel", "alto kettle", "copper mug"]
+    asks = [(list(h), q) for h in recorded(searchable).head(6)[c.ITEM] for q in queries]
+    with VivaceClient(url) as client:
+        fuzz = Fuzz(client, "oak lamp")
+        for seed in range(2):
+            fuzz.storm(url, asks, 1500, np.random.default_rng(seed))
+            fuzz.unchanged()
+        assert fuzz.seen["shed"] > 100 and fuzz.seen["answered in a storm"] + fuzz.seen["degraded in a storm"] > 20
