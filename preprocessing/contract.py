@@ -111,6 +111,7 @@ RETRIEVAL = "retrieval"
 RANKING = "ranking"
 RESPONSE = "response"
 SEARCH_TEXT = WireTensor("SEARCH_TEXT", "BYTES", (1,))  # QUERY as the feature transform hands it on
+SEARCH_UNTIL = WireTensor("SEARCH_UNTIL_MS", "INT64", (1,))  # Unix ms: nobody waits for what it finds any longer
 QUERY_SEARCH = "query_search"  # beside the other stages, where a run has search
 APPEND_EVENT = "append_event"
 STAGES = (FEATURE_TRANSFORM, RETRIEVAL, RANKING, RESPONSE)
@@ -288,7 +289,7 @@ class DataSchema:
 
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (*retrieval_inputs(s), STATUS, *([SEARCH_TEXT] if s.search else []))
+    return (*retrieval_inputs(s), STATUS, *(QUERY_SEARCH_INPUTS if s.search else ()))
 
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -310,7 +311,7 @@ def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireT
 # Not QUERY itself: the stage waits until the feature transform has refused what it refuses, and reads memory that
 # stays. Triton 2.51 answers a request when one branch of an ensemble fails and lets its own input tensors go, while a
 # stage of the other branch may still be handed them.
-QUERY_SEARCH_INPUTS = (SEARCH_TEXT,)
+QUERY_SEARCH_INPUTS = (SEARCH_TEXT, SEARCH_UNTIL)
 
 
 def query_search_outputs(s: StageTensors) -> tuple[WireTensor, ...]:

@@ -163,8 +163,10 @@ def model_configs(
     append.parameters["feature_store"].string_value = FEATURE_STORE
     search = {}
     if s.search:
-        search[c.QUERY_SEARCH] = _base(c.QUERY_SEARCH, "python", p, c.QUERY_SEARCH_INPUTS, c.query_search_outputs(s))
-        search[c.QUERY_SEARCH].parameters["shapes"].string_value = json.dumps(asdict(s))
+        own = _base(c.QUERY_SEARCH, "python", p, c.QUERY_SEARCH_INPUTS, c.query_search_outputs(s))
+        own.parameters["shapes"].string_value = json.dumps(asdict(s))
+        own.dynamic_batching.ClearField("default_queue_policy")  # it never refuses: SEARCH_UNTIL_MS bounds its queue
+        search[c.QUERY_SEARCH] = own
     return search | {
         c.FEATURE_TRANSFORM: transform,
         c.RETRIEVAL: retrieval if s.indexed else _graph(retrieval, p),

@@ -54,8 +54,9 @@ def _input(request, tensor: c.WireTensor | str) -> np.ndarray:  # noqa: ANN001
     return pb_utils.get_input_tensor_by_name(request, getattr(tensor, "name", tensor)).as_numpy()
 
 
-def _error(message: str):  # noqa: ANN202
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+def _error(error: str, late: bool = False):  # noqa: ANN202
+    code = pb_utils.TritonError.UNAVAILABLE if late else pb_utils.TritonError.INVALID_ARG
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(error, code))
 
 
 def _strings(values: list[str]) -> np.ndarray:
@@ -71,6 +72,8 @@ class _Stage:
         self.parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         self.folder = Path(args["model_repository"]) / args["model_version"]
         self.largest = int(config["max_batch_size"])
+        policy = config.get("dynamic_batching", {}).get("default_queue_policy", {})
+        self.waits_ms = int(policy.get("default_timeout_microseconds", 0)) / 1000
         self.inputs = [t["name"] for t in config["input"]]
         self.outputs = [t["name"] for t in config["output"]]
         self.setup()
@@ -177,7 +180,8 @@ class FeatureTransformModel(_Stage):
                 text = [f"{c.STATUS_ERROR}{e}" if e else s for e, s in zip(errors, status[start:stop], strict=True)]
                 values = [*(v[start:stop] for v in inputs), _strings(text)]
                 if self.search:
-                    values.append(_strings([row.query for row in ask.rows]))
+                    until = int(min(ask.deadline, now_ms + self.waits_ms if self.waits_ms else math.inf, NEVER_MS))
+                    values += [_strings([row.query for row in ask.rows]), np.full((len(ask.rows), 1), until, np.int64)]
                 tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, values, strict=True)]
                 responses.append(pb_utils.InferenceResponse(tensors))
                 self.counts.answered(status[start:stop], "full")
@@ -220,13 +224,14 @@ def _wish(request):  # noqa: ANN001, ANN202
 
 
 ERROR = b'{"error"'  # how an UNDERSTOOD that is none begins
+NEVER_MS = 2**62
 
 
 class QuerySearchModel(_Stage):
     """QUERY to the items that it finds, their features and UNDERSTOOD; beside the stages that read the history.
 
-    Its own errors are an UNDERSTOOD, for ``response`` to refuse: where two branches of one ensemble request fail,
-    Triton 2.51 may answer nothing more.
+    It never fails, and its queue never refuses: where two branches of one ensemble request fail, Triton 2.51 may answer
+    nothing more. Its error is an UNDERSTOOD, for ``response`` to refuse; what waited too long is one, without any work.
     """
 
     def setup(self) -> None:
@@ -236,16 +241,20 @@ class QuerySearchModel(_Stage):
         self.search = QuerySearch(self.folder, shapes.candidates)
 
     def execute(self, requests: list) -> list:
-        queries, wishes, failed = [], [], []
+        queries, wishes, now_ms = [], [], time.time() * 1000
+        failed: list[tuple[int, dict[str, Any]]] = []  # rows of each request, and what is wrong with it
         for request in requests:
             own = [q.decode() for q in _input(request, c.SEARCH_TEXT)[:, 0]]
             try:
+                late_ms = now_ms - float(_input(request, c.SEARCH_UNTIL)[0, 0])
+                if late_ms > 0 and any(own):
+                    raise TimeoutError(f"{c.QUERY_SEARCH}: its turn came {late_ms:.0f} ms too late; ask fewer at once")
                 wish = _wish(request) if any(own) else None
                 if wish is not None:
                     self.search.index.allowed(wish.filters)
-                failed.append((len(own), ""))
+                failed.append((len(own), {}))
             except Exception as error:
-                failed.append((len(own), str(error)))
+                failed.append((len(own), {"error": str(error), "late": isinstance(error, TimeoutError)}))
                 own, wish = [""] * len(own), None
             queries += own
             wishes += [wish] * len(own)
@@ -255,11 +264,11 @@ class QuerySearchModel(_Stage):
             if len(requests) > 1:  # find the request that is at fault: the others get their answers
                 return [self.execute([request])[0] for request in requests]
             found = self.search([""] * len(queries), wishes)
-            failed = [(len(queries), f"{c.QUERY_SEARCH}: {error}")]
+            failed = [(len(queries), {"error": f"{c.QUERY_SEARCH}: {error}"})]
         responses, start = [], 0
         for rows, wrong in failed:
             stop = start + rows
-            said = [json.dumps({"error": wrong})] * rows if wrong else found[2][start:stop]
+            said = [json.dumps(wrong)] * rows if wrong else found[2][start:stop]
             values = (found[0][start:stop], found[1][start:stop], _strings(said))
             tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, values, strict=True)]
             responses.append(pb_utils.InferenceResponse(tensors))
@@ -289,7 +298,7 @@ class ResponseModel(_Stage):
                 query_ids, features, said = (_input(request, name) for name in self.found)
                 wrong = [s for s in said[:, 0] if s.startswith(ERROR)]
                 if wrong:
-                    responses.append(_error(json.loads(wrong[0])["error"]))
+                    responses.append(_error(**json.loads(wrong[0])))
                     continue
                 if query_ids.any():
                     wishes = [_wish(request)] * len(query_ids)
