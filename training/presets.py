@@ -139,6 +139,13 @@ def news() -> Preset:
     )
 
 
+def news_time() -> Preset:
+    """``news`` with HSTU and the time between events: the better one where the log's times are real and requests name
+    the user (a HISTORY in the request has no times)."""
+    own = news()
+    return replace(own, encoder=replace(own.encoder, family="hstu", time_bias=True))
+
+
 def base() -> Preset:
     """One GPU, an hour: about 1 million parameters and the items. Written for a GPU, not run on one yet."""
     own = cpu()
@@ -192,6 +199,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "huge": huge,
     "beauty": beauty,
     "news": news,
+    "news-time": news_time,
     "shop": shop,
     "tiny": tiny,
 }
