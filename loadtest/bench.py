@@ -164,7 +164,8 @@ def against_bound(root: Path, profile: str, seconds: float, rounds: int) -> dict
         float(np.median(throughputs)),
         batch,
         memory,
-        f"{root.name}, {asked or PLAIN}",
+        root.name,
+        asked or PLAIN,
         cores,
     )
 
@@ -180,10 +181,11 @@ def report(
     throughput: float,
     batch: int,
     memory: float,
-    title: str,
+    name: str,
+    profile: str,
     cores: int,
 ) -> dict[str, Any]:
-    table = Table(title=f"{title}: one run on {cores} cores of {cpu()[0]}", title_justify="left")
+    table = Table(title=f"{name}, {profile}: one run on {cores} cores of {cpu()[0]}", title_justify="left")
     for column in ("", "QPS", "p50 ms", "p95 ms", "p99 ms"):
         table.add_column(column, justify="right" if column else "left")
     cells = lambda r: [f"{r[k]:.2f}" for k in ("p50_ms", "p95_ms", "p99_ms")]  # noqa: E731
@@ -204,7 +206,7 @@ def report(
             )  # fmt: skip
     console.print(detail)
     return {
-        "profile": title.split(", ")[-1],
+        "profile": profile,
         "throughput_ratio": round(served[HIGH]["qps"] / throughput, 3),
         "p50_over_bound_ms": round(served[1]["p50_ms"] - latency["p50_ms"], 3),
         "bound": {"qps": round(throughput, 1), "batch": batch, **{k: round(v, 3) for k, v in latency.items()}},
