@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from training.evaluate import RANKED, RANKS, RETRIEVAL
+from training.evaluate import RANKED, RANKS, RETRIEVAL, WITHOUT_TIMES
 from training.evaluation import bootstrap, metrics, ndcg_of
 from vivace.artifacts import read_manifest
 
-METHODS = (RETRIEVAL, RANKED)
+METHODS = (RETRIEVAL, RANKED, RETRIEVAL + WITHOUT_TIMES, RANKED + WITHOUT_TIMES)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vivace.artifacts import Step, read_manifest
 RANKS = "ranks.npz"  # rank of every test request's target by method
 POPULARITY, NEIGHBOUR = "popularity", "last-item neighbour"
 RETRIEVAL, RANKED, CONTROL = "retrieval", "retrieval + ranking", "control: ranker without the extra label"
+WITHOUT_TIMES = ", HISTORY without times"  # what a request that carries its own HISTORY gets of an encoder with times
 
 
 def _baselines(
@@ -91,6 +93,15 @@ def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Pro
                     positive = hit & (request.labels[head].to(ids.device)[:, None] > 0)
                     found.add_calibration(head, probability[..., i], positive)
                     found.add_auc(head, head_auc(logits[..., i], hit, request.labels[head].to(ids.device)))
+        if preset.encoder.time_bias:
+            timeless = replace(request, time_BT=torch.zeros_like(request.time_BT))
+            rank, ids, scores, encoded = candidates(
+                retriever, timeless, count, features.schema.exclude_seen, preset.ranker.memory
+            )
+            with torch.no_grad():
+                logits = rankers["ranking"](request.history_BT.to(ids.device), ids, scores, encoded)
+            found.add_ranks(RETRIEVAL + WITHOUT_TIMES, rank)
+            found.add_ranks(RANKED + WITHOUT_TIMES, ranks_after(logits[..., 0], ids, target, rank))
         done += len(target)
         oov += int((request.target_B < FIRST_ID).sum())
         say(f"ranked {done:,} test requests")

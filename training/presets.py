@@ -140,8 +140,8 @@ def news() -> Preset:
 
 
 def news_time() -> Preset:
-    """``news`` with HSTU and the time between events: the better one where the log's times are real and requests name
-    the user (a HISTORY in the request has no times)."""
+    """``news`` with HSTU and the time between events: the better one where the log's times are real, most of all
+    where requests name the user (a HISTORY in the request has no times)."""
     own = news()
     return replace(own, encoder=replace(own.encoder, family="hstu", time_bias=True))
 

@@ -15,6 +15,7 @@ from serving.feature_store import LmdbStore
 from serving.launcher import ServerOptions
 from serving.service import service
 from training import data
+from training.evaluate import RANKED, RANKS, RETRIEVAL, WITHOUT_TIMES, evaluate
 from training.export import compile_models, shapes
 from training.presets import tiny
 from training.ranking_model import RankingGraph
@@ -34,6 +35,10 @@ def test_stored_times_reach_the_retriever(features, root, tmp_path):
     torch.save(weights, own / "retrieval" / "weights.pt")
     train_ranker(features, preset, own, 3, lambda _: None, quiet=True)
     compile_models(features, preset, own, 3, lambda _: None)
+    evaluate(features, preset, own, 3, lambda _: None)
+    with np.load(own / "evaluation" / RANKS) as ranks:  # the table says what a request without times gets
+        for method in (RETRIEVAL, RANKED):
+            assert (ranks[method] != ranks[method + WITHOUT_TIMES]).mean() > 0.2
 
     names = features.items()["item_id"].tolist()
     ids = {name: i for i, name in enumerate(names, FIRST_ID)}
