@@ -33,8 +33,8 @@ from rich.table import Table
 
 from loadtest import perf_analyzer
 from loadtest.requests import recorded
+from loadtest.space import Trial, drop_profile, write_profile
 from loadtest.stages import between, statistics
-from loadtest.tune import Trial, drop_profile, write_profile
 from preprocessing import contract as c
 from serving.feature_store import LmdbStore
 from serving.launcher import ServerOptions, TritonServer

@@ -19,7 +19,8 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from loadtest.tune import FOLDER, Objective, Trial, Tuner, live_runs, trials
+from loadtest.space import Objective, Trial, trials
+from loadtest.tune import FOLDER, Tuner, live_runs
 from vivace.artifacts import commit
 from vivace.doctor import cpu
 

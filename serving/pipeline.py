@@ -71,6 +71,7 @@ class Overload:
         self.patience_s, self.first_calm_s, self.longest_s = patience_s, calm_s, longest_s
         self.level, self.calm_s = Level.FULL, calm_s
         self.row_s: dict[Level, float] = {}
+        self.spread_s: dict[Level, float] = {}
         self._full_since: float | None = None
         self._calm_since: float | None = None
         self._came = 0
@@ -79,16 +80,23 @@ class Overload:
     def done(self, level: Level, rows: int, seconds: float) -> None:
         """A batch of ``rows`` took ``seconds``. Small ones are left out: they cost more a row."""
         if rows >= min(self.rows, 8):
-            self.row_s[level] = 0.8 * self.row_s.get(level, seconds / rows) + 0.2 * seconds / rows
+            row_s = seconds / rows
+            mean_s = self.row_s.get(level, row_s)
+            self.spread_s[level] = 0.75 * self.spread_s.get(level, 0.0) + 0.25 * abs(row_s - mean_s)
+            self.row_s[level] = 0.8 * mean_s + 0.2 * row_s
 
     def needs(self, level: Level, rows: int) -> float:
-        """Seconds that a batch will take; 0 if none was seen."""
+        """Seconds that a batch takes by the mean; 0 if none was seen."""
         return self.row_s.get(level, 0.0) * rows
 
+    def at_worst(self, level: Level, rows: int) -> float:
+        """Seconds that few batches exceed: the mean and twice the mean deviation; 0 if none was seen."""
+        return (self.row_s.get(level, 0.0) + 2 * self.spread_s.get(level, 0.0)) * rows
+
     def fitting(self, level: Level, rows: int, left_s: float) -> Level:
-        """``level``, or the first below it at which a batch takes no longer than ``left_s``."""
+        """``level``, or the first below it at which few batches take longer than ``left_s``."""
         return next(
-            (Level(n) for n in range(level, Level.POPULAR) if self.needs(Level(n), rows) <= left_s), Level.POPULAR
+            (Level(n) for n in range(level, Level.POPULAR) if self.at_worst(Level(n), rows) <= left_s), Level.POPULAR
         )
 
     def __call__(self, rows: int, now: float) -> Level:

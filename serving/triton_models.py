@@ -347,7 +347,7 @@ class RecommendModel(_Stage):
         now_ms = time.time() * 1000
         left_ms = [a.deadline - now_ms - WAY_BACK_MS for a in asks]
         level = self.overload.fitting(level, rows, statistics.median(left_ms) / 1000)
-        needs_ms = self.overload.needs(level, rows) * 1000
+        needs_ms = self.overload.at_worst(level, rows) * 1000
         for ask, left in zip(asks, left_ms, strict=True):
             if -WAY_BACK_MS <= left < needs_ms:  # what is past has its own words
                 responses[ask.place] = hopeless(max(left, 0.0), needs_ms)

@@ -485,7 +485,8 @@ def tune(
     restart: Annotated[bool, typer.Option(help="forget what an earlier search measured")] = False,
 ) -> None:
     """Find the configuration that answers the most requests within an objective; then: vivace serve --profile."""
-    from loadtest.tune import FOLDER, Objective
+    from loadtest.space import Objective
+    from loadtest.tune import FOLDER
     from loadtest.tune import tune as run
     from vivace.artifacts import exclusive
 

@@ -12,7 +12,8 @@ import pytest
 from loadtest.queueing import Batcher, Service, knee, latencies
 from loadtest.requests import recorded
 from loadtest.run_locust import level
-from loadtest.tune import BudgetError, Journal, Objective, Trial, trials, tune, untuned
+from loadtest.space import Objective, Trial, trials, untuned
+from loadtest.tune import BudgetError, Journal, tune
 from preprocessing import contract as c
 from serving.client import VivaceClient
 from serving.launcher import ServerOptions, TritonServer

@@ -129,6 +129,9 @@ def test_a_level_is_taken_back_when_what_came_would_fit_and_left_out_when_a_batc
         overload.done(level, 10, 10 * row_s)
     assert overload.done(Level.FULL, 1, 9.0) is None and overload.needs(Level.FULL, 10) == 0.1  # small: not counted
     assert [overload.fitting(Level.FULL, 10, left) for left in (0.2, 0.05, 0.035, 0.002)] == [0, 1, 2, 3]
+    overload.done(Level.FULL, 10, 0.2)  # mean .8 x .01 + .2 x .02 = .012 a row, mean deviation .25 x .01 = .0025
+    assert (overload.needs(Level.FULL, 10), overload.at_worst(Level.FULL, 10)) == pytest.approx((0.12, 0.17))
+    assert [overload.fitting(Level.FULL, 10, left) for left in (0.18, 0.16)] == [0, 1]
     for rows, then in ((9, Level.FEWER), (1, Level.FULL)):  # 90 rows a second need .9 of its time whole, 10 need .1
         overload = Overload(10, patience_s=0.1, calm_s=0.5, longest_s=8.0)
         overload.done(Level.FULL, 10, 0.1)
