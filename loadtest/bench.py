@@ -8,8 +8,9 @@ as there are cores, each taking batches of the mean size that the server formed 
 batches). perf_analyzer drives the live ensemble over gRPC at concurrency 1 and 16. Bound and ensemble are measured in
 turn, ``rounds`` times, and the ratios are of the medians: a machine that drifts moves both. Each ``--profile`` has a
 server and a bound of its own, one after the other; "ensemble" is what is served without a profile. The bound reads as
-much history and ranks as many candidates as the profile does; a tuned one is served without its limits under overload,
-as a closed loop knows no objective. The last line of stdout is one JSON object.
+much history (with its padding, where the profile is an ensemble) and ranks as many candidates as the profile does; a
+tuned one is served without its limits under overload, as a closed loop knows no objective. The last line of stdout is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def against_bound(root: Path, profile: str, seconds: float, rounds: int) -> dict
     if "ranked" in parameters:
         history = int(json.loads(parameters["shapes"].string_value)["history"])
         ranked = int(parameters["ranked"].string_value)
-    models = [Pipeline.published(folder, store, history=history, ranked=ranked) for _ in range(cores)]
+    whole = "ranked" not in parameters  # the ensemble's graphs read padding too
+    models = [Pipeline.published(folder, store, history=history, ranked=ranked, whole=whole) for _ in range(cores)]
     served: dict[int, list[dict[str, float]]] = {1: [], HIGH: []}
     latencies: list[dict[str, float]] = []
     throughputs: list[float] = []

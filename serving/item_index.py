@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from preprocessing.contract import FIRST_ID, PADDING_ID, StageTensors
+from serving.by_length import chunks, together
 
 EXCLUDED = -1e30  # as in the exact graph: the score of a place that no item takes
 FACTORY = "HNSW32"  # "HNSW32_SQ8": a quarter of the memory, about one in a hundred candidates less
@@ -88,9 +89,11 @@ class IndexedRetrieval:
         """Candidate ids int64 [B, N], scores float32 [B, N], encoded history float32 [B, M, D] of history ids
         [B, T], seen ids [B, S] and, for timed shapes, times [B, T]."""
         history_BT, seen_BS, *times = inputs
-        given = [history_BT, *times]
-        names = [i.name for i in self.encoder.get_inputs()]
-        encoded = self.encoder.run(None, dict(zip(names, given, strict=True)))[0]
+        names, parts = [i.name for i in self.encoder.get_inputs()], []
+        for places, t in chunks(history_BT):
+            given = [v[places, -t:] for v in (history_BT, *times)]
+            parts.append((places, self.encoder.run(None, dict(zip(names, given, strict=True)))))
+        encoded = together(parts, len(history_BT), self.shapes.memory or history_BT.shape[1])[0]
         count = self.shapes.candidates
         seen = [row[row != PADDING_ID] for row in seen_BS]
         ids, scores = self.index.search(encoded[:, -1], count, seen)

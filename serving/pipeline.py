@@ -19,13 +19,13 @@ import numpy as np
 import onnxruntime as ort
 
 from preprocessing import contract as c
+from serving.by_length import chunks, together
 from serving.feature_store import FeatureStore
 from serving.stages import FeatureTransform, ResponseStage, Row
 
 if TYPE_CHECKING:
     from search.online import Wish
 
-CHUNK = 16  # rows that a graph takes at once: with 64 a worker needs 313 MiB instead of 119 (ML-1M, 200 candidates)
 FEWER = 4  # under load, one in so many of the candidates is ranked
 
 
@@ -122,16 +122,6 @@ class Overload:
         return self.level
 
 
-def _in_chunks(session: ort.InferenceSession, names: Sequence[str], inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Outputs for all rows of ``inputs``, CHUNK at a time."""
-    rows = len(inputs[0])
-    parts = [
-        session.run(None, {n: v[start : start + CHUNK] for n, v in zip(names, inputs, strict=True)})
-        for start in range(0, max(rows, 1), CHUNK)
-    ]
-    return list(parts[0]) if len(parts) == 1 else [np.concatenate(own) for own in zip(*parts, strict=True)]
-
-
 class Pipeline:
     """Transform, retrieval, ranking and response of a version of a compiled repository.
 
@@ -141,6 +131,8 @@ class Pipeline:
         store: where histories live when the request carries none.
         threads: of each graph.
         ranked: candidates that are ranked and answered, the retriever's first, or as many as are asked for (0: all).
+        whole: histories are read padded to their full length, as the graphs of the ensemble read them. The answers are
+            the same but for rounding.
     """
 
     def __init__(
@@ -152,9 +144,10 @@ class Pipeline:
         exclude_seen: bool = True,
         threads: int = 1,
         ranked: int = 0,
+        whole: bool = False,
     ) -> None:
         at = lambda stage: repository / stage / version  # noqa: E731
-        self.shapes = shapes
+        self.shapes, self.whole = shapes, whole
         self.ranked = min(ranked or shapes.candidates, shapes.candidates)
         self.transform = FeatureTransform(at(c.FEATURE_TRANSFORM) / "transform.onnx", store, shapes, exclude_seen)
         options = ort.SessionOptions()
@@ -185,7 +178,7 @@ class Pipeline:
 
     @classmethod
     def published(
-        cls, root: Path, store: FeatureStore, threads: int = 1, history: int = 0, ranked: int = 0
+        cls, root: Path, store: FeatureStore, threads: int = 1, history: int = 0, ranked: int = 0, whole: bool = False
     ) -> Pipeline:
         """That of the version that ``artifacts/<name>`` published last. ``history``: newest events that are read (0:
         as many as were trained)."""
@@ -194,20 +187,29 @@ class Pipeline:
         card = json.loads((repository / c.ENSEMBLE / version / "model_card.json").read_text())
         seen = c.DataSchema.load(root / "compiled" / "schema.json").exclude_seen
         shapes = c.StageTensors(**card["shapes"]).reading(history)
-        return cls(repository, version, shapes, store, seen, threads, ranked)
+        return cls(repository, version, shapes, store, seen, threads, ranked, whole)
 
     def retrieve(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Candidate ids int64 [B, N] and scores float32 [B, N], encoded history float32 [B, M, D]."""
         if self._index is not None:
             return self._index(inputs)
-        return _in_chunks(self._retrieval, self._retrieval_names, inputs)
+        history_BT, exclude_BV, *times = inputs
+        parts = []
+        for places, t in chunks(history_BT, self.whole):
+            own = [history_BT[places, -t:], exclude_BV[places], *(v[places, -t:] for v in times)]
+            parts.append((places, self._retrieval.run(None, dict(zip(self._retrieval_names, own, strict=True)))))
+        return together(parts, len(history_BT), self.shapes.memory or history_BT.shape[1])
 
     def rank(self, history_BT: np.ndarray, found: Sequence[np.ndarray], few: int) -> list[np.ndarray]:
         """Ids int64 [B, N], best first, and their values float32 [B, C, N]: of the retriever's first ``few``."""
         ids, scores, encoded = found
         if few < ids.shape[1]:
             ids, scores = np.ascontiguousarray(ids[:, :few]), np.ascontiguousarray(scores[:, :few])
-        return _in_chunks(self._ranking, self._ranking_names, (history_BT, ids, scores, encoded))
+        parts = []
+        for places, t in chunks(history_BT, self.whole):
+            own = (history_BT[places, -t:], ids[places], scores[places], encoded[places, -t:])
+            parts.append((places, self._ranking.run(None, dict(zip(self._ranking_names, own, strict=True)))))
+        return together(parts, len(history_BT))
 
     def unranked(self, ids_BN: np.ndarray, scores_BN: np.ndarray) -> list[np.ndarray]:
         """The same for candidates in the order they have: their scores, and no probabilities (0)."""

@@ -140,9 +140,7 @@ class RankingModel(nn.Module):
         share_BN = torch.softmax(gap_BN, dim=1)
         # summed as floats: in ONNX Runtime a sum of integers took a tenth of the graph's time
         rank_BN = torch.log1p((scores_BN[:, None, :] > scores_BN[:, :, None]).to(scores_BN.dtype).sum(2))
-        recent_BL = history_BT[:, -c.lags :]
-        if int(recent_BL.shape[1]) < c.lags:
-            recent_BL = F.pad(recent_BL, (c.lags - int(recent_BL.shape[1]), 0), value=PADDING_ID)
+        recent_BL = F.pad(history_BT, (c.lags, 0), value=PADDING_ID)[:, -c.lags :]  # of any length, exported too
         followers_BLK = self.follower_ids[recent_BL]
         weights_BLK = self.follower_weights[recent_BL]
         hit_BLNK = followers_BLK[:, :, None] == candidates_BN.to(followers_BLK.dtype)[:, None, :, None]

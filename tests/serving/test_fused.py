@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 import urllib.request
@@ -13,6 +14,7 @@ import tritonclient.grpc as grpcclient
 from loadtest.open_loop import messages, run
 from loadtest.requests import recorded
 from preprocessing import contract as c
+from serving.by_length import chunks
 from serving.client import VivaceClient, VivaceError, request_tensors
 from serving.feature_store import LmdbStore
 from serving.launcher import ServerOptions
@@ -91,6 +93,31 @@ def test_what_is_too_late_is_refused_by_name(which, request):
         late = {"parameters": {c.DEADLINE: int(time.time() * 1000) - 40}}
         with pytest.raises(VivaceError, match=r"deadline_ms: passed \d+ ms ago, before "):
             client._infer(c.ENSEMBLE, request_tensors("", [], 3), **late)
+
+
+def test_rows_of_about_equal_length_go_together():
+    history_BT = np.zeros((18, 40), np.int64)
+    for row, length in enumerate([3, 40, 17, 0, 16, 33] * 3):
+        history_BT[row, 40 - length :] = 7
+    found = chunks(history_BT)
+    assert [(len(places), t) for places, t in found] == [(6, 16), (6, 32), (6, 40)]  # 16s of events, at most all 40
+    assert sorted(found[0][0].tolist()) == [0, 3, 6, 9, 12, 15] and set(found[1][0] % 6) == {2, 4}
+    assert sorted(np.concatenate([places for places, _ in found])) == list(range(18))
+    assert [t for _, t in chunks(history_BT, whole=True)] == [40] * 3
+
+
+def test_padding_that_is_not_read_changes_nothing(pipeline, root):
+    known = [i for h in recorded(root)[c.ITEM].head(40) for i in h]
+    rows = [Row("", known[n : n + length], 9) for n, length in enumerate([1, 20, 0, 3, 17, 16, 2, 20, 5, 11, 1] * 2)]
+    padded = copy.copy(pipeline)
+    padded.whole = True
+    (ids, values), inputs, status = pipeline(rows)
+    (other_ids, other_values), _, other_status = padded(rows)
+    assert status == other_status and (ids[:, :9] == other_ids[:, :9]).mean() > 0.99  # ties may change places
+    np.testing.assert_allclose(values, other_values, atol=1e-4)
+    for mine, theirs in zip(pipeline.retrieve(inputs), padded.retrieve(inputs), strict=True):
+        assert mine.shape == theirs.shape
+    np.testing.assert_allclose(pipeline.retrieve(inputs)[2], padded.retrieve(inputs)[2], atol=1e-4)
 
 
 def test_levels_leave_out_what_they_say(pipeline, root):
