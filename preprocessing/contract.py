@@ -110,8 +110,11 @@ FEATURE_TRANSFORM = "feature_transform"
 RETRIEVAL = "retrieval"
 RANKING = "ranking"
 RESPONSE = "response"
-SEARCH_TEXT = WireTensor("SEARCH_TEXT", "BYTES", (1,))  # QUERY as the feature transform hands it on
-SEARCH_UNTIL = WireTensor("SEARCH_UNTIL_MS", "INT64", (1,))  # Unix ms: nobody waits for what it finds any longer
+
+# Between the stages of a search, one tensor each way: every tensor more costs a request without a query as much.
+# QUERY as the feature transform hands it on, after the Unix ms when nobody waits for its answer any longer and a blank
+SEARCH_FOR = WireTensor("SEARCH_FOR", "BYTES", (1,))
+FOUND = WireTensor("FOUND", "BYTES", (1,))  # ``search.online.pack``: items, features, UNDERSTOOD; "" without a query
 QUERY_SEARCH = "query_search"  # beside the other stages, where a run has search
 APPEND_EVENT = "append_event"
 STAGES = (FEATURE_TRANSFORM, RETRIEVAL, RANKING, RESPONSE)
@@ -200,16 +203,6 @@ class StageTensors:
         """Candidates, best first; PADDING_ID where there were fewer than N to choose from."""
         return WireTensor("RANKED_IDS", "INT64", (self.candidates,))
 
-    @property
-    def query_ids(self) -> WireTensor:
-        """Items that the query found, best first; PADDING_ID where there are fewer than N, or without a query."""
-        return WireTensor("QUERY_IDS", "INT64", (self.candidates,))
-
-    @property
-    def query_features(self) -> WireTensor:
-        """What each of them has in common with the query (``search.ranker.feature_names``)."""
-        return WireTensor("QUERY_FEATURES", "FP32", (self.candidates, self.search))
-
     def ranked_values(self, heads: tuple[TaskHead, ...]) -> WireTensor:
         """Row 0: the score that ordered the candidates; row 1 + i: calibrated probability of head i. One tensor, as
         each tensor between two stages costs the server more than its bytes do."""
@@ -289,7 +282,7 @@ class DataSchema:
 
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (*retrieval_inputs(s), STATUS, *(QUERY_SEARCH_INPUTS if s.search else ()))
+    return (*retrieval_inputs(s), STATUS, *([SEARCH_FOR] if s.search else []))
 
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -311,22 +304,17 @@ def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireT
 # Not QUERY itself: the stage waits until the feature transform has refused what it refuses, and reads memory that
 # stays. Triton 2.51 answers a request when one branch of an ensemble fails and lets its own input tensors go, while a
 # stage of the other branch may still be handed them.
-QUERY_SEARCH_INPUTS = (SEARCH_TEXT, SEARCH_UNTIL)
-
-
-def query_search_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (s.query_ids, s.query_features, UNDERSTOOD)
+QUERY_SEARCH_INPUTS, QUERY_SEARCH_OUTPUTS = (SEARCH_FOR,), (FOUND,)
 
 
 def response_inputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (*ranking_outputs(s, heads), STATUS, TOP_K, *(query_search_outputs(s) if s.search else ()))
+    return (*ranking_outputs(s, heads), STATUS, TOP_K, *(QUERY_SEARCH_OUTPUTS if s.search else ()))
 
 
-def response_outputs(heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (ITEM_ID, SCORE, *(head_tensor(h.name) for h in heads))
+def response_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
+    return (ITEM_ID, SCORE, *(head_tensor(h.name) for h in heads), *([UNDERSTOOD] if s.search else []))
 
 
 def answer_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    """What the ensemble answers: the response's tensors, STATUS as the feature transform wrote it, and with search
-    UNDERSTOOD."""
-    return (*response_outputs(heads), STATUS, *([UNDERSTOOD] if s.search else []))
+    """What the ensemble answers: the response's tensors, and STATUS as the feature transform wrote it."""
+    return (*response_outputs(s, heads), STATUS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from search.evaluate import ndcg
 from search.features import personal
 from search.hybrid import diversify
 from search.log import SearchLog
+from search.online import Found
 from search.ranker import Ensemble
 from training.evaluation import bootstrap
 
@@ -23,21 +25,26 @@ class Requests:
     """Requests with a query: what the history recommends and what the query found. ``gained``: gain by item id."""
 
     gained: list[dict[int, float]]
-    ids: np.ndarray
-    features: np.ndarray
+    ids: list[np.ndarray]
+    features: list[np.ndarray]
     ranked: list[np.ndarray]
     scores: list[np.ndarray]
 
+    @classmethod
+    def of(
+        cls, gained: list[dict[int, float]], found: Sequence[Found], ranked_BM: np.ndarray, scores_BM: np.ndarray
+    ) -> Requests:
+        ids, features, _ = zip(*found, strict=True)
+        return cls(gained, list(ids), list(features), list(ranked_BM), list(scores_BM))
+
     def with_history(self, i: int) -> np.ndarray:
+        if not len(self.ids[i]):  # a logged query without a word
+            return self.features[i]
         return personal(self.features[i], self.ids[i], self.ranked[i], self.scores[i])[0]
 
     @property
     def places(self) -> range:
         return range(len(self.gained))
-
-    def found(self, i: int) -> int:
-        """How many items the query found."""
-        return int((self.ids[i] != c.PADDING_ID).sum())
 
     def gains(self, i: int) -> np.ndarray:
         return np.array([self.gained[i].get(item, 0.0) for item in self.ids[i].tolist()])
@@ -57,10 +64,9 @@ def judged_log(log: SearchLog, found: Requests, ranker: Ensemble) -> dict[str, A
     ranker's without and with history. Of other items nobody knows whether they would have been clicked."""
     orders: dict[str, list[float]] = {"shown": [], "fused": [], "ranked": [], "with_history": []}
     for i, own in enumerate(np.split(log.frame[c.ITEM].to_numpy(), log.starts[1:-1])):
-        n, gains = found.found(i), found.gained[i]
-        ids, there = found.ids[i], set(own.tolist())
+        ids, gains, there = found.ids[i], found.gained[i], set(own.tolist())
         by = {
-            "fused": np.arange(n),
+            "fused": np.arange(len(ids)),
             "ranked": order_of(found, ranker, i, False),
             "with_history": order_of(found, ranker, i, True),
         }
@@ -78,9 +84,9 @@ def judged_log(log: SearchLog, found: Requests, ranker: Ensemble) -> dict[str, A
 
 
 def order_of(requests: Requests, ranker: Ensemble, i: int, history: bool) -> np.ndarray:
-    n = requests.found(i)
-    x = requests.with_history(i)[:n] if history else requests.features[i][:n]
-    return np.argsort(-ranker.score(x), kind="stable") if n else np.empty(0, int)
+    if not len(requests.ids[i]):
+        return np.empty(0, int)
+    return np.argsort(-ranker.score(requests.with_history(i) if history else requests.features[i]), kind="stable")
 
 
 def diversity_costs(requests: Requests, ranker: Ensemble, vectors_VE: np.ndarray) -> dict[str, dict[str, float]]:
@@ -89,11 +95,11 @@ def diversity_costs(requests: Requests, ranker: Ensemble, vectors_VE: np.ndarray
     for diversity in DIVERSITIES:
         gained, alike = [], []
         for i in requests.places:
-            n = requests.found(i)
+            n = len(requests.ids[i])
             if n < 2:
                 continue
-            vectors = vectors_VE[requests.ids[i][:n] - c.FIRST_ID]
-            best = diversify(ranker.score(requests.with_history(i)[:n]), vectors, min(n, 10), diversity)
+            vectors = vectors_VE[requests.ids[i] - c.FIRST_ID]
+            best = diversify(ranker.score(requests.with_history(i)), vectors, min(n, 10), diversity)
             gained.append(requests.ndcg(i, best))
             near = vectors[best] @ vectors[best].T
             alike.append((near.sum() - np.trace(near)) / (len(best) * (len(best) - 1)))
@@ -104,7 +110,7 @@ def diversity_costs(requests: Requests, ranker: Ensemble, vectors_VE: np.ndarray
 def kinds_of(requests: Requests, by_attributes: np.ndarray, ranker: Ensemble) -> dict[str, Any]:
     """By how the query was made: NDCG@10 of the fused order, of the ranker, of the ranker with the history and what
     that adds, with its interval."""
-    fused = np.array([requests.ndcg(i, np.arange(requests.found(i))) for i in requests.places])
+    fused = np.array([requests.ndcg(i, np.arange(len(requests.ids[i]))) for i in requests.places])
     without, with_history = judge(requests, ranker, False), judge(requests, ranker, True)
     found = np.array([requests.gains(i).any() for i in requests.places])
     out = {}

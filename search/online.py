@@ -101,6 +101,27 @@ def _session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+Found = tuple[np.ndarray, np.ndarray, str]  # ids int64 [n], best first; features float32 [n, X]; UNDERSTOOD
+NOTHING: Found = (np.empty(0, np.int64), np.empty((0, 0), np.float32), "")  # of a row without a query
+
+
+def pack(ids_N: np.ndarray, features_NX: np.ndarray, said: str) -> bytes:
+    """What a query found as one string: a line of n and UNDERSTOOD, then ids and features as they lie in memory; "" for
+    NOTHING."""
+    return b"".join((f"{len(ids_N)} {said}\n".encode(), ids_N.tobytes(), features_NX.tobytes())) if said else b""
+
+
+def unpack(packed: bytes) -> Found:
+    """The reverse of ``pack``."""
+    if not packed:
+        return NOTHING
+    head, _, rest = packed.partition(b"\n")
+    count, _, said = head.partition(b" ")
+    n = int(count)
+    x = (len(rest) - 8 * n) // (4 * n) if n else 0
+    return np.frombuffer(rest, np.int64, n), np.frombuffer(rest, np.float32, n * x, 8 * n).reshape(n, x), said.decode()
+
+
 class QuerySearch:
     """Queries to items with features. ``candidates`` N."""
 
@@ -132,33 +153,30 @@ class QuerySearch:
 
     def __call__(
         self, queries: Sequence[str], wishes: Sequence[Wish | None]
-    ) -> tuple[np.ndarray, np.ndarray, list[str]]:  # fmt: skip
-        """(ids int64 [B, N], PADDING_ID where there are fewer; features float32 [B, N, X]; UNDERSTOOD of each).
+    ) -> list[Found]:  # fmt: skip
+        """What each of B queries found, up to N items.
 
-        A row without a query has neither, and needs no wish. Raises ValueError for a filter that the catalogue does not
-        have.
+        A row without a query found NOTHING, and needs no wish. Raises ValueError for a filter that the catalogue does
+        not have.
         """
-        ids_BN = np.full((len(queries), self.candidates), c.PADDING_ID, np.int64)
-        features_BNX = np.zeros((len(queries), self.candidates, self.width), np.float32)
-        said = [""] * len(queries)
+        out = [NOTHING] * len(queries)
         rows = [i for i, q in enumerate(queries) if asked(q)]
         if not rows:
-            return ids_BN, features_BNX, said
+            return out
         understood, vectors = self.understand([queries[i] for i in rows])
         for i, u, v in zip(rows, understood, vectors, strict=True):
             f = (wishes[i] or Wish()).filters
             allowed = self.index.allowed(f) if f.values or f.ranges else None
             found = self.index.candidates(u, v, self.candidates, allowed)
-            n = len(found.rows)
-            ids_BN[i, :n] = found.rows + c.FIRST_ID
-            features_BNX[i, :n] = features(self.index, u, v, found)
             facets = self.index.facets(self.index.matches(u, allowed))
-            branches = [found.found_by(k) for k in range(min(n, c.MAX_TOP_K))]
+            branches = [found.found_by(k) for k in range(min(len(found.rows), c.MAX_TOP_K))]
             by = {self.index.catalogue.items[r]: b for r, b in zip(found.rows, branches, strict=False)}
-            said[i] = json.dumps(
-                {**json.loads(u.to_json()), "facets": facets, "found_by": by}, ensure_ascii=False, separators=(",", ":")
-            )
-        return ids_BN, features_BNX, said
+            said = {**json.loads(u.to_json()), "facets": facets, "found_by": by}
+            out[i] = (
+                (found.rows + c.FIRST_ID).astype(np.int64), features(self.index, u, v, found),
+                json.dumps(said, ensure_ascii=False, separators=(",", ":")),
+            )  # fmt: skip
+        return out
 
 
 class SearchRanking:
@@ -173,34 +191,32 @@ class SearchRanking:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 [N], best first, and values float32 [C, N] of one row: the score, and each head's probability
         where the recommendation knows the item (0 elsewhere)."""
-        n = int((query_N != c.PADDING_ID).sum())
-        x, at_N = personal(features_NX[:n], query_N[:n], ranked_M, values_CM[0])
+        x, at_N = personal(features_NX, query_N, ranked_M, values_CM[0])
         scores = self._session.run(None, {"FEATURES": x[None]})[0][0]
         order = np.argsort(-scores, kind="stable")
         if wish.diversity:
-            vectors = np.asarray(self._vectors[query_N[:n] - c.FIRST_ID])
-            order = diversify(scores, vectors, n, wish.diversity)
-        ids = np.full(len(query_N), c.PADDING_ID, np.int64)
+            vectors = np.asarray(self._vectors[query_N - c.FIRST_ID])
+            order = diversify(scores, vectors, len(query_N), wish.diversity)
         values = np.zeros((len(values_CM), len(query_N)), np.float32)
-        ids[:n], values[0, :n] = query_N[order], scores[order]
+        values[0] = scores[order]
         known = at_N[order] >= 0
-        values[1:, :n][:, known] = values_CM[1:, at_N[order][known]]
-        return ids, values
+        values[1:, known] = values_CM[1:, at_N[order][known]]
+        return query_N[order], values
 
     def rows(
-        self, query_BN: np.ndarray, features_BNX: np.ndarray, ranked_BM: np.ndarray, values_BCM: np.ndarray,
-        wishes: Sequence[Wish | None],
-    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """The same for a batch; rows without a query stay as they were recommended."""
-        searched = np.flatnonzero((query_BN != c.PADDING_ID).any(1))
-        if not len(searched):
+        self, found: Sequence[Found], ranked_BM: np.ndarray, values_BCM: np.ndarray, wishes: Sequence[Wish | None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same for a batch, PADDING_ID where a row has fewer; rows that found nothing stay as they were
+        recommended."""
+        searched = [i for i, (ids, _, _) in enumerate(found) if len(ids)]
+        if not searched:
             return ranked_BM, values_BCM
-        wide = max(query_BN.shape[1], ranked_BM.shape[1])
+        wide = max(ranked_BM.shape[1], *(len(found[i][0]) for i in searched))
         ids = np.full((len(ranked_BM), wide), c.PADDING_ID, np.int64)
         values = np.zeros((len(ranked_BM), values_BCM.shape[1], wide), np.float32)
         ids[:, : ranked_BM.shape[1]], values[:, :, : ranked_BM.shape[1]] = ranked_BM, values_BCM
         for i in searched:
-            own = self(query_BN[i], features_BNX[i], ranked_BM[i], values_BCM[i], wishes[i] or Wish())
+            n = len(found[i][0])
             ids[i], values[i] = c.PADDING_ID, 0
-            ids[i, : len(own[0])], values[i, :, : len(own[0])] = own
+            ids[i, :n], values[i, :, :n] = self(*found[i][:2], ranked_BM[i], values_BCM[i], wishes[i] or Wish())
         return ids, values

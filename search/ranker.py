@@ -115,7 +115,7 @@ def train_search_ranker(
     taught = [i for i, g in enumerate(gains) if g.sum() > 0]
     if not taught:
         raise ValueError("search ranker: expected at least one query with a candidate that gains, got none")
-    inputs, longest = lists[0].shape[1], max(len(lists[i]) for i in taught)
+    inputs, longest = lists[taught[0]].shape[1], max(len(lists[i]) for i in taught)
     x = torch.zeros(len(taught), longest, inputs)
     y, real = torch.zeros(len(taught), longest), torch.zeros(len(taught), longest, dtype=torch.bool)
     for row, i in enumerate(taught):

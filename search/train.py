@@ -35,7 +35,7 @@ from search.hybrid import HybridIndex
 from search.judging import Requests, diversity_costs, judged_log, kinds_of
 from search.lexical import Field, Lexical
 from search.log import SearchLog
-from search.online import ENCODER, RANKER, VECTORS, QuerySearch, Wish, write_catalogue
+from search.online import ENCODER, RANKER, VECTORS, Found, QuerySearch, Wish, write_catalogue
 from search.published import FOLDER
 from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
@@ -148,7 +148,7 @@ def collect(
     """Of ``part``, "valid" or "test": the first requests whose target can be found at all, with a made query; and which
     queries were made of attributes, bool [R]."""
     make, rng = Questions(catalogue), np.random.default_rng([seed, len(part)])
-    parts: list[tuple[np.ndarray, ...]] = []
+    parts, found = list[tuple[np.ndarray, ...]](), list[Found]()
     total = 0
     heads = [h.name for h in features.schema.heads]
     for request in data.requests(features.files(part), heads, preset.encoder.history, BATCH):
@@ -159,16 +159,16 @@ def collect(
         made = [make.by_attributes if k else make for k in kinds]
         queries = [own(int(t) - c.FIRST_ID, rng) for own, t in zip(made, targets, strict=True)]
         queries = [with_typos(q, config.typos, int(rng.integers(1 << 31))) for q in queries]
-        ids, x, _ = search(queries, [Wish()] * len(queries))
-        parts.append((kinds, targets, ids, x, ranked[real], scores[real]))
+        found += search(queries, [Wish()] * len(queries))
+        parts.append((kinds, targets, ranked[real], scores[real]))
         total += len(targets)
         if total >= config.requests:
             break
     if not parts:
         raise ValueError(f"search: no {part} request whose item is in the vocabulary")
-    kinds, targets, ids, x, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
+    kinds, targets, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
     gained = [{t: 1.0} for t in targets.tolist()]
-    return Requests(gained, ids, x, list(ranked), list(scores)), kinds
+    return Requests.of(gained, found, ranked, scores), kinds
 
 
 def histories_before(features: Features, users: Sequence[str], times: Sequence[int]) -> list[np.ndarray]:
@@ -188,15 +188,15 @@ def logged(
 ) -> Requests:
     """The lists of ``log`` as they would be found now, with what the users' histories recommended then."""
     before = histories_before(features, log.column(c.USER), log.column(c.TIME))
-    queries, parts = log.column(c.QUERY_TEXT), []
+    queries, parts, found = log.column(c.QUERY_TEXT), [], list[Found]()
     for start in range(0, len(log), BATCH):
         own = before[start : start + BATCH]
         request = data.of_sequences(own, preset.encoder.history, torch.zeros(len(own), dtype=torch.int64), {})
         asked = queries[start : start + BATCH]
-        ids, x, _ = search(asked, [Wish()] * len(asked))
-        parts.append((ids, x, *recommend(request)))
-    ids, x, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
-    return Requests(log.gains(seen), ids, x, list(ranked), list(scores))
+        found += search(asked, [Wish()] * len(asked))
+        parts.append(recommend(request))
+    ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
+    return Requests.of(log.gains(seen), found, ranked, scores)
 
 
 def train_search(

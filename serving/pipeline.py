@@ -249,8 +249,8 @@ class Pipeline:
         """What was ``ranked``, with the rows that have a query answered by what it found; UNDERSTOOD of each row."""
         if self.search is None or self.search_ranking is None:
             return list(ranked), [""] * len(queries)
-        ids, features, said = self.search(queries, wishes)
-        return list(self.search_ranking.rows(ids, features, *ranked, wishes)), said
+        found = self.search(queries, wishes)
+        return list(self.search_ranking.rows(found, *ranked, wishes)), [said for _, _, said in found]
 
     def __call__(
         self, rows: Sequence[Row], level: Level = Level.FULL

@@ -112,8 +112,8 @@ def _ensemble(s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: Serving
         (c.FEATURE_TRANSFORM, c.REQUEST, c.feature_transform_outputs(s)),
         (c.RETRIEVAL, c.retrieval_inputs(s), c.retrieval_outputs(s)),
         (c.RANKING, c.ranking_inputs(s), c.ranking_outputs(s, heads)),
-        (c.RESPONSE, c.response_inputs(s, heads), c.response_outputs(heads)),
-        *([(c.QUERY_SEARCH, c.QUERY_SEARCH_INPUTS, c.query_search_outputs(s))] if s.search else []),
+        (c.RESPONSE, c.response_inputs(s, heads), c.response_outputs(s, heads)),
+        *([(c.QUERY_SEARCH, c.QUERY_SEARCH_INPUTS, c.QUERY_SEARCH_OUTPUTS)] if s.search else []),
     )
     for model, inputs, outputs in steps:
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
@@ -158,14 +158,14 @@ def model_configs(
     if p.state_cache:  # its inputs are the user's whole state: without a new event it hits, with one it misses
         retrieval.response_cache.enable = True
     ranking = _base(c.RANKING, p.backend, p, c.ranking_inputs(s), c.ranking_outputs(s, heads), p.ranking_instances)
-    response = _base(c.RESPONSE, "python", p, c.response_inputs(s, heads), c.response_outputs(heads))
+    response = _base(c.RESPONSE, "python", p, c.response_inputs(s, heads), c.response_outputs(s, heads))
     append = _base(c.APPEND_EVENT, "python", p, c.APPEND, (c.HISTORY_LENGTH,))
     append.parameters["feature_store"].string_value = FEATURE_STORE
     search = {}
     if s.search:
-        own = _base(c.QUERY_SEARCH, "python", p, c.QUERY_SEARCH_INPUTS, c.query_search_outputs(s))
+        own = _base(c.QUERY_SEARCH, "python", p, c.QUERY_SEARCH_INPUTS, c.QUERY_SEARCH_OUTPUTS)
         own.parameters["shapes"].string_value = json.dumps(asdict(s))
-        own.dynamic_batching.ClearField("default_queue_policy")  # it never refuses: SEARCH_UNTIL_MS bounds its queue
+        own.dynamic_batching.ClearField("default_queue_policy")  # it never refuses: SEARCH_FOR bounds its queue
         search[c.QUERY_SEARCH] = own
     return search | {
         c.FEATURE_TRANSFORM: transform,

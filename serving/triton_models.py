@@ -180,8 +180,8 @@ class FeatureTransformModel(_Stage):
                 text = [f"{c.STATUS_ERROR}{e}" if e else s for e, s in zip(errors, status[start:stop], strict=True)]
                 values = [*(v[start:stop] for v in inputs), _strings(text)]
                 if self.search:
-                    until = int(min(ask.deadline, now_ms + self.waits_ms if self.waits_ms else math.inf, NEVER_MS))
-                    values += [_strings([row.query for row in ask.rows]), np.full((len(ask.rows), 1), until, np.int64)]
+                    until_ms = min(ask.deadline, now_ms + self.waits_ms if self.waits_ms else math.inf)
+                    values.append(_strings([row.query and f"{until_ms:.0f} {row.query}" for row in ask.rows]))
                 tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, values, strict=True)]
                 responses.append(pb_utils.InferenceResponse(tensors))
                 self.counts.answered(status[start:stop], "full")
@@ -223,34 +223,36 @@ def _wish(request):  # noqa: ANN001, ANN202
     return Wish.parse(json.loads(request.parameters() or "{}"))
 
 
-ERROR = b'{"error"'  # how an UNDERSTOOD that is none begins
-NEVER_MS = 2**62
+ERROR = b'{"error"'  # how a FOUND that is none begins
 
 
 class QuerySearchModel(_Stage):
-    """QUERY to the items that it finds, their features and UNDERSTOOD; beside the stages that read the history.
+    """QUERY to FOUND: the items, their features and UNDERSTOOD; beside the stages that read the history.
 
     It never fails, and its queue never refuses: where two branches of one ensemble request fail, Triton 2.51 may answer
-    nothing more. Its error is an UNDERSTOOD, for ``response`` to refuse; what waited too long is one, without any work.
+    nothing more. Its error is a FOUND, for ``response`` to refuse; what waited too long is one, without any work.
     """
 
     def setup(self) -> None:
-        from search.online import QuerySearch
+        from search.online import QuerySearch, pack
 
         shapes = c.StageTensors(**json.loads(self.parameters["shapes"]))
-        self.search = QuerySearch(self.folder, shapes.candidates)
+        self.search, self.pack = QuerySearch(self.folder, shapes.candidates), pack
 
     def execute(self, requests: list) -> list:
         queries, wishes, now_ms = [], [], time.time() * 1000
         failed: list[tuple[int, dict[str, Any]]] = []  # rows of each request, and what is wrong with it
         for request in requests:
-            own = [q.decode() for q in _input(request, c.SEARCH_TEXT)[:, 0]]
+            asked = [q.decode().partition(" ") for q in _input(request, c.SEARCH_FOR)[:, 0]]
+            own, wish = [text for _, _, text in asked], None
             try:
-                late_ms = now_ms - float(_input(request, c.SEARCH_UNTIL)[0, 0])
-                if late_ms > 0 and any(own):
-                    raise TimeoutError(f"{c.QUERY_SEARCH}: its turn came {late_ms:.0f} ms too late; ask fewer at once")
-                wish = _wish(request) if any(own) else None
-                if wish is not None:
+                if any(own):
+                    late_ms = now_ms - min(float(until_ms) for until_ms, _, _ in asked if until_ms)
+                    if late_ms > 0:
+                        raise TimeoutError(
+                            f"{c.QUERY_SEARCH}: its turn came {late_ms:.0f} ms too late; ask fewer at once"
+                        )
+                    wish = _wish(request)
                     self.search.index.allowed(wish.filters)
                 failed.append((len(own), {}))
             except Exception as error:
@@ -268,10 +270,9 @@ class QuerySearchModel(_Stage):
         responses, start = [], 0
         for rows, wrong in failed:
             stop = start + rows
-            said = [json.dumps(wrong)] * rows if wrong else found[2][start:stop]
-            values = (found[0][start:stop], found[1][start:stop], _strings(said))
-            tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, values, strict=True)]
-            responses.append(pb_utils.InferenceResponse(tensors))
+            packed = np.array([b""] * rows, object)
+            packed[:] = json.dumps(wrong).encode() if wrong else [self.pack(*row) for row in found[start:stop]]
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor(c.FOUND.name, packed[:, None])]))
             start = stop
         return responses
 
@@ -282,28 +283,31 @@ class ResponseModel(_Stage):
 
     def setup(self) -> None:
         self.respond = ResponseStage.from_file(self.folder / "items.json")
-        self.ids, self.values, _, _, *found = self.inputs  # the contract's order: response_inputs
-        self.found, self.search_ranking = found, None
-        if found:
-            from search.online import SearchRanking
+        self.ids, self.values, *_ = self.inputs  # the contract's order: response_inputs
+        self.search_ranking = None
+        if c.FOUND.name in self.inputs:
+            from search.online import SearchRanking, unpack
 
-            self.search_ranking = SearchRanking(self.folder)
+            self.search_ranking, self.unpack = SearchRanking(self.folder), unpack
 
     def execute(self, requests: list) -> list:
         responses = []
         for request in requests:
             ranked, values = _input(request, self.ids), _input(request, self.values)
             status, top_k = _input(request, c.STATUS), _input(request, c.TOP_K)
+            more = []
             if self.search_ranking is not None:
-                query_ids, features, said = (_input(request, name) for name in self.found)
-                wrong = [s for s in said[:, 0] if s.startswith(ERROR)]
+                packed = _input(request, c.FOUND)[:, 0]
+                wrong = [p for p in packed if p.startswith(ERROR)]
                 if wrong:
                     responses.append(_error(**json.loads(wrong[0])))
                     continue
-                if query_ids.any():
-                    wishes = [_wish(request)] * len(query_ids)
-                    ranked, values = self.search_ranking.rows(query_ids, features, ranked, values, wishes)
-            answer = self.respond(ranked, values, top_k[:, 0], status[:, 0])
+                more = [packed[:, None]]
+                if any(packed):
+                    found = [self.unpack(p) for p in packed]
+                    ranked, values = self.search_ranking.rows(found, ranked, values, [_wish(request)] * len(found))
+                    more = [_strings([said for _, _, said in found])]
+            answer = (*self.respond(ranked, values, top_k[:, 0], status[:, 0]), *more)
             tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, answer, strict=True)]
             responses.append(pb_utils.InferenceResponse(tensors))
         return responses
@@ -445,7 +449,7 @@ class RecommendModel(_Stage):
             wanted = requests[ask.place].requested_output_names()
             tensors = [
                 pb_utils.Tensor(name, np.ascontiguousarray(value))
-                for name, value in zip(self.outputs, (*answer, status, *more), strict=True)
+                for name, value in zip(self.outputs, (*answer, *more, status), strict=True)
                 if name in wanted
             ]
             responses[ask.place] = pb_utils.InferenceResponse(tensors)

@@ -13,7 +13,7 @@ from loadtest.fuzz_search import Fuzz
 from loadtest.requests import recorded
 from preprocessing import contract as c
 from search.encoder import SearchEncoderConfig
-from search.online import QuerySearch, SearchRanking, Wish, asked
+from search.online import QuerySearch, SearchRanking, Wish, asked, pack, unpack
 from search.published import FOLDER
 from search.ranker import RankerConfig
 from search.train import SearchTraining, train_search
@@ -121,16 +121,19 @@ def test_the_answer_is_that_of_the_functions(client, searchable):
     shapes = c.StageTensors(**json.loads((searchable / "compiled" / "model_card.json").read_text())["shapes"])
     search, ranking = QuerySearch(searchable / FOLDER, shapes.candidates), SearchRanking(searchable / FOLDER)
     plain = client.recommend(user, history, c.MAX_TOP_K)
-    ids, x, said = search(["oak lamp"], [Wish()])
+    (ids, x, said), nothing = search(["oak lamp", "😀"], [Wish(), None])
+    assert not len(nothing[0]) and pack(*nothing) == b"" and unpack(b"")[2] == ""
+    for packed, own in zip(unpack(pack(ids, x, said)), (ids, x, said), strict=True):
+        np.testing.assert_array_equal(packed, own)
     names = ["", "", "", *search.index.catalogue.items]
     place = {n: i for i, n in enumerate(names)}
     ranked = np.array([place[i] for i in plain.items])
     values = np.stack([plain.scores, *plain.heads.values()])
     assert len(ranked) == shapes.candidates  # the whole recommendation was answered
-    expected, _ = ranking(ids[0], x[0], ranked, values, Wish())
+    expected, _ = ranking(ids, x, ranked, values, Wish())
     answer = client.recommend(user, history, 10, "oak lamp")
     assert answer.items == [names[i] for i in expected[:10]]
-    assert answer.understood == json.loads(said[0])
+    assert answer.understood == json.loads(said)
     alone = client.recommend("", [], 10, "oak lamp")
     assert sorted(alone.items) != [] and not np.allclose(
         alone.scores, client.recommend(user, history, 10, "oak lamp").scores
