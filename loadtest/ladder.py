@@ -185,12 +185,12 @@ def main(
     run: Annotated[Path, typer.Argument(help="a compiled run: artifacts/<name>, or one of its compressed/<variant>")],
     users: Annotated[int, typer.Option(help="test requests")] = 500,
 ) -> None:
-    from vivace.cli import _preset
+    from vivace.options import chosen_preset
 
     whole = None
     if run.parent.name == "compressed":
-        whole = (_preset("", run.parents[1]), run.parents[1])
-    found = climb(Features(run / "features"), _preset("", run), run, users, whole)
+        whole = (chosen_preset("", run.parents[1]), run.parents[1])
+    found = climb(Features(run / "features"), chosen_preset("", run), run, users, whole)
     table = Table("rung", "against", "scores apart", "top 10 in common", "NDCG@10", "change", "allowed", "holds")
     for r in found:
         t = TOLERANCES[r.kind]

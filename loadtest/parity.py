@@ -119,10 +119,10 @@ def compare(offline: Offline, answers: list[Recommendation]) -> dict[str, Any]:
 
 
 def main(name: str = "shop", artifacts: Path = Path("artifacts"), preset: str = "", users: int = 500) -> None:
-    from vivace.cli import _preset
+    from vivace.options import chosen_preset
 
     root = artifacts / name
-    offline = offline_answers(Features(root / "features"), _preset(preset, root), root, users)
+    offline = offline_answers(Features(root / "features"), chosen_preset(preset, root), root, users)
     options = ServerOptions(
         root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
     )

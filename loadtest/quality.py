@@ -16,26 +16,27 @@ from typing import Annotated
 import typer
 
 from training.evaluate import CONTROL, RANKED, RETRIEVAL
-from vivace import cli
+from vivace import commands_train
 from vivace.artifacts import commit
 from vivace.doctor import cpu
+from vivace.options import DEFAULT_ARTIFACTS
 
 
 def main(
     path: Annotated[Path, typer.Option(help="folder of ml-1m with sasrec_ml-1m.txt.xz")],
-    artifacts: Path = cli.DEFAULT_ARTIFACTS,
+    artifacts: Path = DEFAULT_ARTIFACTS,
     name: str = "ml-1m-benchmark",
     seed: int = 7,
     control: Annotated[bool, typer.Option(help="also train the ranker without its extra label")] = True,
 ) -> None:
     root, started = artifacts / name, time.monotonic()
-    cli.prepare(data="ml-1m-benchmark", path=path, name=name, artifacts=artifacts, seed=seed)
+    commands_train.prepare(data="ml-1m-benchmark", path=path, name=name, artifacts=artifacts, seed=seed)
     busy = time.process_time()
-    cli.train(name=name, artifacts=artifacts, preset="cpu", seed=seed)
+    commands_train.train(name=name, artifacts=artifacts, preset="cpu", seed=seed)
     busy = time.process_time() - busy  # of both models with all that belongs to it; 0 if they were there
     if control:
-        cli.train(name=name, artifacts=artifacts, preset="cpu", seed=seed, control=True)
-    cli.evaluate(name=name, artifacts=artifacts, preset="cpu", seed=seed)
+        commands_train.train(name=name, artifacts=artifacts, preset="cpu", seed=seed, control=True)
+    commands_train.evaluate(name=name, artifacts=artifacts, preset="cpu", seed=seed)
     results = json.loads((root / "evaluation" / "metrics.json").read_text())
     table = results["table"]
     seconds = {n: json.loads((root / n / "manifest.json").read_text())["seconds"] for n in ("retrieval", "ranking")}

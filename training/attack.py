@@ -89,10 +89,10 @@ def main(
     epsilons: Annotated[str, typer.Option(help="by commas, in mean lengths of an item embedding")] = EPSILONS,
 ) -> None:
     from training.train import load_retrieval
-    from vivace.cli import _preset
+    from vivace.options import chosen_preset
 
     root = artifacts / name
-    features, chosen = Features(root / "features"), _preset(preset, root)
+    features, chosen = Features(root / "features"), chosen_preset(preset, root)
     model = load_retrieval(features, chosen, root)
     found = under_attack(model, features, chosen, [float(e) for e in epsilons.split(",")])
     print(json.dumps({"benchmark": "NDCG@10 under attack on item embeddings", "data": name, **found,

@@ -84,7 +84,7 @@ def main(
     share: Annotated[float, typer.Option(help="of the items that are held out")] = 0.05,
     seed: int = 7,
 ) -> None:
-    from vivace.cli import _preset
+    from vivace.options import chosen_preset
 
     root = artifacts / name
     whole = Features(root / "features")
@@ -94,7 +94,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         features = WithoutItems(whole, items, Path(folder))
         for row, values in ROWS.items():
-            ranks = found_at(features, items, values, _preset(preset, root), Path(folder) / row, seed)
+            ranks = found_at(features, items, values, chosen_preset(preset, root), Path(folder) / row, seed)
             rows[row] = {f"recall@{k}": round(float((ranks < k).mean()), 4) for k in CUTS}
             rows[row]["interval@100"] = [round(x, 4) for x in bootstrap((ranks < 100).astype(float))]
             rows[row]["requests"] = len(ranks)

@@ -191,25 +191,26 @@ def main(
     split: Annotated[str, typer.Option(help="leave-one-out or time")] = "leave-one-out",
     only: Annotated[str, typer.Option(help="rows, by semicolons; the first row is always run")] = "",
 ) -> None:
-    from vivace import cli
+    from vivace import commands_train
+    from vivace.options import chosen_preset, say
 
     if suite not in (*SUITES, "multitask"):
         raise typer.BadParameter(f"expected multitask or one of {sorted(SUITES)}, got {suite!r}")
     root = artifacts / data_name
-    cli.prepare(data=data_name, path=path, artifacts=artifacts, split=split)
+    commands_train.prepare(data=data_name, path=path, artifacts=artifacts, split=split)
     features = Features(root / "features")
-    base = preset(preset_name) if preset_name else cli._preset("", root)
+    base = preset(preset_name) if preset_name else chosen_preset("", root)
     wanted = [int(s) for s in seeds.split(",")]
     keep = {w.strip() for w in only.split(";") if w.strip()}
     if suite == "multitask":
-        found_rows = multitask(base, features, root, wanted[0], cli.say, keep)
+        found_rows = multitask(base, features, root, wanted[0], say, keep)
         print_multitask(found_rows)
         print(
             json.dumps({"suite": suite, "data": data_name, "seed": wanted[0], "rows": found_rows, "commit": commit()})
         )
         return
     if any(run.values.get("encoder.text_encoder") for run in SUITES[suite].values()):
-        pretrain_text(features, TextConfig(), root, wanted[0], cli.say)
+        pretrain_text(features, TextConfig(), root, wanted[0], say)
     rows, first = [], None
     for number, (name, run) in enumerate(SUITES[suite].items()):
         if keep and number and name not in keep:
@@ -218,7 +219,7 @@ def main(
         for seed in wanted:
             folder = root / "results" / suite / f"{number}-{seed}"
             found.append(execute(run, base, features, folder, seed))
-            cli.say(f"{name}, seed {seed}: NDCG@10 {found[-1]['ndcg'].mean():.4f}")
+            say(f"{name}, seed {seed}: NDCG@10 {found[-1]['ndcg'].mean():.4f}")
         values = np.mean([f["ndcg"] for f in found], axis=0)
         first = values if first is None else first
         gain = values - first

@@ -64,10 +64,10 @@ def main(
     peer_epochs: int = 3,
     seed: int = 7,
 ) -> None:
-    from vivace.cli import _preset
+    from vivace.options import chosen_preset
 
     root = artifacts / name
-    features, chosen = Features(root / "features"), _preset(preset, root)
+    features, chosen = Features(root / "features"), chosen_preset(preset, root)
     chosen = replace(chosen, retrieval=replace(chosen.retrieval, epochs=epochs, probe_users=0))
     e, t = chosen.encoder, chosen.retrieval
     sizes = {

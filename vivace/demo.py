@@ -18,7 +18,8 @@ from preprocessing import contract as c
 from serving.client import VivaceClient
 from serving.launcher import ServerOptions, TritonServer
 from serving.service import interrupt_on_signals, service
-from vivace import cli
+from vivace import commands_serve, commands_train
+from vivace.options import console, say
 
 LOAD_USERS = 8
 
@@ -30,17 +31,17 @@ def _answers(root: Path, server: TritonServer, search: bool) -> None:
     with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
         for user, history, target in sample.head(2)[[c.USER, c.ITEM, c.TARGET]].itertuples(index=False):
             answer = client.recommend(user, list(history), 5)
-            cli.print_answer(root, user, list(history), answer)
-            (title,) = cli.titles(root, [target])
-            cli.say(f"held-out next item: {title}" + (" (among the answers)" if target in answer.items else ""))
-        cli.print_answer(root, "", [], client.recommend(top_k=5))
+            commands_serve.print_answer(root, user, list(history), answer)
+            (title,) = commands_serve.titles(root, [target])
+            say(f"held-out next item: {title}" + (" (among the answers)" if target in answer.items else ""))
+        commands_serve.print_answer(root, "", [], client.recommend(top_k=5))
         if search:
             user, history = sample[c.USER][0], list(sample[c.ITEM][0])
-            words = cli.titles(root, history[-1:])[0].split()[:3]
+            words = commands_serve.titles(root, history[-1:])[0].split()[:3]
             query = " ".join([*words[:2], words[-1][:-2] + words[-1][-1]])
             for who, own in ((user, history), ("", [])):
-                cli.say(f"QUERY {query!r}")
-                cli.print_answer(root, who, own, client.recommend(who, own, 5, query))
+                say(f"QUERY {query!r}")
+                commands_serve.print_answer(root, who, own, client.recommend(who, own, 5, query))
 
 
 def _load(root: Path, server: TritonServer, seconds: int, console: Console) -> None:
@@ -74,7 +75,7 @@ def run_demo(
 ) -> None:
     """Runs every step; each one that is already there is not done again."""
     interrupt_on_signals()
-    console, root, started = cli.console, artifacts / data, time.monotonic()
+    root, started = artifacts / data, time.monotonic()
     times: list[tuple[str, float]] = []
 
     def timed(name: str, since: float) -> None:
@@ -82,12 +83,13 @@ def run_demo(
         console.rule(f"{name}: {times[-1][1]:.0f} s", align="left")
 
     t = time.monotonic()
-    cli.prepare(data=data, path=path, artifacts=artifacts, seed=seed)
+    commands_train.prepare(data=data, path=path, artifacts=artifacts, seed=seed)
     timed("prepare", t)
-    learn_search = partial(cli.train, task="search")
+    learn_search = partial(commands_train.train, task="search")
     steps: list[tuple[str, Callable[..., None]]]
-    steps = [("train", cli.train), ("evaluate", cli.evaluate), *([("search", learn_search)] if search else [])]
-    for name, step in (*steps, ("compile", cli.compile_)):
+    steps = [("train", commands_train.train), ("evaluate", commands_train.evaluate)]
+    steps += [("search", learn_search)] if search else []
+    for name, step in (*steps, ("compile", commands_train.compile_)):
         t = time.monotonic()
         step(name=data, artifacts=artifacts, preset=preset, seed=seed)
         timed(name, t)
@@ -95,15 +97,15 @@ def run_demo(
     options = ServerOptions(
         root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
     )
-    with service(options, cli.say) as (server, _):
+    with service(options, say) as (server, _):
         timed("serve", t)
         _answers(root, server, search)
         t = time.monotonic()
         _load(root, server, load_seconds, console)
         timed("load", t)
     total = time.monotonic() - started
-    cli.say("seconds: " + ", ".join(f"{n} {s:.0f}" for n, s in times) + f"; in all {total:.0f}")
-    cli.say(
+    say("seconds: " + ", ".join(f"{n} {s:.0f}" for n, s in times) + f"; in all {total:.0f}")
+    say(
         f"serve it with: vivace serve --name {data}   "
         f"then: vivace query --name {data} --user {recorded(root)[c.USER][0]}"
     )
