@@ -29,11 +29,10 @@ def features(index: HybridIndex, understood: Understood, vector_E: np.ndarray, f
     """float32 [N, X] in the order of ``feature_names``; the last ones, PERSONAL, are 0 until ``personal`` fills them
     in: they are known where query and history meet."""
     rows, n = found.rows, len(found.rows)
-    fields_FN = index.lexical.by_field(understood.terms, understood.weights)[:, rows]
-    whole_N = index.lexical.boosted(fields_FN)
+    whole_N = index.lexical.boosted(found.fields_FN)
     best = max(float(whole_N.max(initial=0.0)), 1e-6)
-    columns = [*fields_FN, whole_N, whole_N / best, index.vectors[rows] @ vector_E]
-    columns += list(index.lexical.coverage(understood.terms, understood.weights)[:, rows])
+    columns = [*found.fields_FN, whole_N, whole_N / best, index.vectors[rows] @ vector_E]
+    columns += list(index.lexical.coverage(understood.terms, rows, understood.weights))
     columns += list(index.lexical.places(terms(understood.mended), rows).T)
     for a, codes in index.codes.items():
         for named in (True, False):

@@ -4,9 +4,8 @@ diversity. Axis legend: V items, N candidates, E width of the vectors, F text fi
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from search.understanding import Understood
 LEXICAL, DENSE, BEHAVIOUR, POPULAR = "lexical", "dense", "behaviour", "popular"
 RRF = 60.0  # Cormack et al. 2009
 NOWHERE = np.float32(-np.inf)
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,14 @@ class Filters:
 @dataclass(frozen=True)
 class Candidates:
     """``rows`` of the catalogue, best first by ``fused``; ``rank``: of each branch, int64 [N], -1 where it did not
-    find the item."""
+    find the item; ``fields_FN``: BM25 by field; ``matches``: all rows that have a term of the query and are allowed,
+    which is what facets count."""
 
     rows: np.ndarray
     fused: np.ndarray
     rank: dict[str, np.ndarray]
+    fields_FN: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    matches: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     def found_by(self, place: int) -> list[str]:
         """Branches that found the candidate at ``place``."""
@@ -45,14 +48,12 @@ class Candidates:
 
 def top(scores_V: np.ndarray, count: int) -> np.ndarray:
     """Rows of the ``count`` best finite scores, best first, equal ones by row."""
-    count = min(count, int(np.isfinite(scores_V).sum()))
-    if count == 0:
-        return np.empty(0, np.int64)
-    if count < len(scores_V):
-        least = np.partition(scores_V, len(scores_V) - count)[len(scores_V) - count]
-        near = np.flatnonzero(scores_V >= least)
-    else:
-        near = np.arange(len(scores_V))
+    near = np.arange(len(scores_V))
+    blocks = len(scores_V) // BLOCK
+    if 0 < count <= blocks:  # the count-th best of the blocks' best is at most the count-th best of all
+        best = scores_V[: blocks * BLOCK].reshape(blocks, BLOCK).max(1)
+        near = np.flatnonzero(scores_V >= np.partition(best, blocks - count)[blocks - count])
+    near = near[np.isfinite(scores_V[near])]
     found: np.ndarray = near[np.argsort(-scores_V[near], kind="stable")][:count]
     return found
 
@@ -61,16 +62,15 @@ def fuse(
     branches: Mapping[str, np.ndarray], count: int, weights: Mapping[str, float] | None = None
 ) -> Candidates:  # fmt: skip
     """Reciprocal rank fusion of rows, best first, of each branch; an item that several found is there once."""
-    fused: dict[int, float] = {}
-    place: dict[str, dict[int, int]] = {}
-    for name, rows in branches.items():
-        w = (weights or {}).get(name, 1.0)
-        place[name] = {int(r): i for i, r in enumerate(rows)}
-        for r, i in place[name].items():
-            fused[r] = fused.get(r, 0.0) + w / (RRF + i + 1)
-    order = sorted(fused, key=lambda r: (-fused[r], r))[:count]
-    rank = {b: np.array([p.get(r, -1) for r in order], np.int64) for b, p in place.items()}
-    return Candidates(np.array(order, np.int64), np.array([fused[r] for r in order], np.float32), rank)
+    rows = np.unique(np.concatenate([np.empty(0, np.int64), *branches.values()]))
+    fused, rank = np.zeros(len(rows)), dict[str, np.ndarray]()
+    for name, own in branches.items():
+        at, place = np.searchsorted(rows, own), np.arange(len(own))
+        rank[name] = np.full(len(rows), -1, np.int64)
+        rank[name][at] = place
+        fused[at] += (weights or {}).get(name, 1.0) / (RRF + place + 1)
+    order = np.argsort(-fused, kind="stable")[:count]  # equal ones by row
+    return Candidates(rows[order], fused[order].astype(np.float32), {b: r[order] for b, r in rank.items()})
 
 
 class HybridIndex:
@@ -133,10 +133,13 @@ class HybridIndex:
         what is missing, so that a narrow filter still fills an answer."""
         shut = None if allowed_V is None else ~allowed_V
         branches: dict[str, np.ndarray] = {}
+        matches, fields_FV = np.empty(0, np.int64), None
         if understood is not None and understood.terms:
-            scores_V = self.lexical(understood.terms, understood.weights)
-            scores_V[scores_V <= 0] = NOWHERE
-            branches[LEXICAL] = top(self._shut(scores_V, shut), count)
+            fields_FV = self.lexical.by_field(understood.terms, understood.weights)
+            scores_V = self.lexical.boosted(fields_FV)
+            hit_V = scores_V > 0
+            matches = np.flatnonzero(hit_V if allowed_V is None else hit_V & allowed_V)
+            branches[LEXICAL] = matches[top(scores_V[matches], count)]
         if vector_E is not None:
             branches[DENSE] = top(self._shut(self.vectors @ vector_E, shut), count)
         if behaviour is not None:
@@ -144,7 +147,9 @@ class HybridIndex:
         if popular or sum(map(len, branches.values())) < count:
             branches[POPULAR] = top(self._shut(self.popularity.copy(), shut), count)
         weights = {POPULAR: 0.1, BEHAVIOUR: 0.5, **self.weights}
-        return fuse(branches, count, weights)
+        found = fuse(branches, count, weights)
+        none_FN = np.zeros((len(self.lexical.fields), len(found.rows)), np.float32)
+        return replace(found, fields_FN=none_FN if fields_FV is None else fields_FV[:, found.rows], matches=matches)
 
     @staticmethod
     def _shut(scores_V: np.ndarray, shut_V: np.ndarray | None) -> np.ndarray:
@@ -156,15 +161,11 @@ class HybridIndex:
         """Of each attribute, its most frequent values among ``rows`` with their counts."""
         out = {}
         for name, codes in self.codes.items():
-            counts = Counter(codes[rows].tolist())
-            named = [(str(self.values[name][c]), n) for c, n in counts.most_common() if self.values[name][c]]
-            out[name] = sorted(named, key=lambda vn: (-vn[1], vn[0]))[:most]
+            counts = np.bincount(codes[rows], minlength=len(self.values[name]))
+            order = np.argsort(-counts, kind="stable")[: most + 1]  # equal ones by value, as the values are in order
+            named = [(str(self.values[name][i]), int(counts[i])) for i in order if counts[i] and self.values[name][i]]
+            out[name] = named[:most]
         return out
-
-    def matches(self, understood: Understood, allowed_V: np.ndarray | None = None) -> np.ndarray:
-        """Rows that have a term of the query and are allowed: what facets count."""
-        hit_V = self.lexical(understood.terms, understood.weights) > 0
-        return np.flatnonzero(hit_V if allowed_V is None else hit_V & allowed_V)
 
 
 def diversify(scores_N: np.ndarray, vectors_NE: np.ndarray, count: int, diversity: float) -> np.ndarray:

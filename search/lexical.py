@@ -38,6 +38,8 @@ class Lexical:
     ) -> None:  # fmt: skip
         self.fields, self.vocabulary = tuple(fields), list(vocabulary)
         self.weights = list(weights)  # of each field: [terms, V]
+        for matrix in self.weights:
+            matrix.sort_indices()
         self.titles_VT = titles_VT  # the first field's first terms in their order, -1 behind its end
         self.row = {t: i for i, t in enumerate(self.vocabulary)}
         self.items = int(self.weights[0].shape[1])
@@ -94,22 +96,22 @@ class Lexical:
         )  # fmt: skip
         return np.stack(columns, 1).astype(np.float32)
 
-    def coverage(self, query: Sequence[str], weight: Sequence[float] | None = None) -> np.ndarray:
-        """Share of the query's weight whose terms an item has in the first field, and in any: float32 [2, V]."""
-        out_2V = np.zeros((2, self.items), np.float32)
+    def coverage(self, query: Sequence[str], rows_N: np.ndarray, weight: Sequence[float] | None = None) -> np.ndarray:
+        """Share of the query's weight whose terms some items have in the first field, and in any: float32 [2, N]."""
+        out_2N = np.zeros((2, len(rows_N)), np.float32)
         weight = list(weight or [1.0] * len(query))
         total = max(sum(weight), 1e-9)
         for t, w in zip(query, weight, strict=True):
             if t not in self.row:
                 continue
-            i, here = self.row[t], np.zeros(self.items, bool)
-            for f, m in enumerate(self.weights):
-                own = m.indices[m.indptr[i] : m.indptr[i + 1]]
-                here[own] = True
-                if f == 0:
-                    out_2V[0, own] += w / total
-            out_2V[1, here] += w / total
-        return out_2V
+            i, here_FN = self.row[t], np.zeros((len(self.weights), len(rows_N)), bool)
+            for here_N, m in zip(here_FN, self.weights, strict=True):
+                own = m.indices[m.indptr[i] : m.indptr[i + 1]]  # in order
+                if len(own):
+                    here_N[:] = own[np.minimum(np.searchsorted(own, rows_N), len(own) - 1)] == rows_N
+            out_2N[0, here_FN[0]] += w / total
+            out_2N[1, here_FN.any(0)] += w / total
+        return out_2N
 
     def by_field(self, query: Sequence[str], weight: Sequence[float] | None = None) -> np.ndarray:
         """BM25 of every item float32 [F, V] for ``query``'s terms, each counted ``weight`` times (1)."""

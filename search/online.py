@@ -168,7 +168,7 @@ class QuerySearch:
             f = (wishes[i] or Wish()).filters
             allowed = self.index.allowed(f) if f.values or f.ranges else None
             found = self.index.candidates(u, v, self.candidates, allowed)
-            facets = self.index.facets(self.index.matches(u, allowed))
+            facets = self.index.facets(found.matches)
             branches = [found.found_by(k) for k in range(min(len(found.rows), c.MAX_TOP_K))]
             by = {self.index.catalogue.items[r]: b for r, b in zip(found.rows, branches, strict=False)}
             said = {**json.loads(u.to_json()), "facets": facets, "found_by": by}

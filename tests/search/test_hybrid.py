@@ -77,9 +77,21 @@ def test_a_narrow_filter_still_fills_the_answer(index, understanding):
 
 
 def test_facets_count_what_matches(index, understanding):
-    rows = index.matches(understanding("red"))
+    rows = index.candidates(understanding("red"), None).matches
     assert rows.tolist() == [0, 2, 5] and index.facets(rows) == {"colour": [("red", 3)]}
-    assert index.facets(index.matches(understanding("shoe hat")))["colour"] == [("blue", 2), ("red", 2)]
+    both = index.candidates(understanding("shoe hat"), None)
+    assert index.facets(both.matches)["colour"] == [("blue", 2), ("red", 2)]
+    own = index.candidates(understanding("red"), None, allowed_V=np.arange(6) > 1)
+    assert own.matches.tolist() == [2, 5] and own.fields_FN.shape == (len(index.lexical.fields), 4)
+
+
+@pytest.mark.parametrize("items", [0, 1, 64, 200, 2000])
+def test_the_best_are_those_of_a_whole_sort(items):
+    rng = np.random.default_rng(items)
+    for scores_V in (rng.normal(size=items), rng.integers(0, 4, items), np.where(rng.random(items) < 0.9, -np.inf, 1)):
+        whole = [i for i in np.argsort(-scores_V, kind="stable").tolist() if np.isfinite(scores_V[i])]
+        for count in (0, 1, 7, 30, 5000):
+            assert top(scores_V.astype(np.float32), count).tolist() == whole[:count]
 
 
 def test_marginal_relevance_by_hand():

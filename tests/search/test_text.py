@@ -63,7 +63,7 @@ def test_bm25_by_hand():
     by_hand = [2 * idf * tf / (tf + 1.2 * (0.25 + 0.75 * n / mean)) for tf, n in ((1, 2), (2, 3), (0, 2))]
     assert index(["shoe"]) == pytest.approx(by_hand, rel=1e-5)
     assert index(["shoe", "never"], [0.5, 1]) == pytest.approx(np.array(by_hand) / 2, rel=1e-5)
-    assert index.coverage(["shoe", "red"])[1].tolist() == [1.0, 0.5, 0.0]
+    assert index.coverage(["shoe", "red"], np.arange(3))[1].tolist() == [1.0, 0.5, 0.0]
     lead, phrase, first, last, last_at, share, length, density = index.places(["red", "shoe", "red"], np.arange(3)).T
     assert lead.tolist() == [1, 0.5, 0] and phrase.tolist() == [1, 0, 0] and last.tolist() == [1, 1, 0]
     assert first == pytest.approx([1, 1, 1 / 33]) and last_at == pytest.approx([1 / 2, 1, 1 / 33])
