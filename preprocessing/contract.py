@@ -92,7 +92,8 @@ STATUS_ERROR = "error: "  # only inside a request of several rows: that row has 
 UNDERSTOOD = WireTensor("UNDERSTOOD", "BYTES", (1,))  # JSON of what QUERY was taken for; only of a run with search
 
 # parameters of the request, not tensors: when the client stops waiting, Unix time in ms; what the answer to a QUERY
-# must be, JSON {"values": {attribute: [..]}, "ranges": {number: [low, high]}}; how unlike its items are, 0..1
+# must be, JSON {"values": {attribute: [..]}, "ranges": {number: [low, high]}, "seen": false}, the last for nothing of
+# the history; how unlike its items are, 0..1
 DEADLINE = "deadline_ms"
 FILTERS = "filters"
 DIVERSITY = "diversity"
@@ -112,7 +113,8 @@ RANKING = "ranking"
 RESPONSE = "response"
 
 # Between the stages of a search, one tensor each way: every tensor more costs a request without a query as much.
-# QUERY as the feature transform hands it on, after the Unix ms when nobody waits for its answer any longer and a blank
+# QUERY as the feature transform hands it on: the Unix ms when nobody waits for its answer any longer, a blank, the ids
+# of items that must not be found, by commas, a blank, the text; "" without a query
 SEARCH_FOR = WireTensor("SEARCH_FOR", "BYTES", (1,))
 FOUND = WireTensor("FOUND", "BYTES", (1,))  # ``search.online.pack``: items, features, UNDERSTOOD; "" without a query
 QUERY_SEARCH = "query_search"  # beside the other stages, where a run has search

@@ -7,12 +7,11 @@ from __future__ import annotations
 import numpy as np
 
 from preprocessing.contract import PADDING_ID
-from search.hybrid import DENSE, LEXICAL, POPULAR, Candidates, HybridIndex
+from search.hybrid import Candidates, HybridIndex
 from search.lexical import PLACES
 from search.text import terms
 from search.understanding import Understood
 
-BRANCHES = (LEXICAL, DENSE, POPULAR)
 PERSONAL = ("rank by history", "affinity")
 NEAR = 10.0  # a branch's rank r counts NEAR / (NEAR + r)
 
@@ -20,7 +19,7 @@ NEAR = 10.0  # a branch's rank r counts NEAR / (NEAR + r)
 def feature_names(index: HybridIndex) -> list[str]:
     fields = [f"bm25 {f.name}" for f in index.lexical.fields]
     intents = [f"{kind} {a}" for a in index.codes for kind in ("named", "likely")]
-    ranks = [f"rank {b}" for b in BRANCHES]
+    ranks = [f"rank {b}" for b in index.branches]
     return [*fields, "bm25", "bm25 of the best", "dense", "in title", "in text", *PLACES, *intents, *ranks, "fused",
             "popular", "terms", *PERSONAL]  # fmt: skip
 
@@ -41,7 +40,7 @@ def features(index: HybridIndex, understood: Understood, vector_E: np.ndarray, f
                 if i.attribute == a and i.named == named:
                     chance[np.asarray(index.values[a]) == i.value] = i.probability
             columns.append(chance[codes[rows]])
-    for b in BRANCHES:
+    for b in index.branches:
         r = found.rank.get(b, np.full(n, -1))
         columns.append(np.where(r >= 0, NEAR / (NEAR + r), 0.0))
     columns += [found.fused * 60, index.popularity[rows], np.full(n, len(understood.words))]

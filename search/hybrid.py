@@ -1,5 +1,5 @@
-"""Candidates from words, meaning, behaviour and popularity: each branch on its own, then fused; filters, facets,
-diversity. Axis legend: V items, N candidates, E width of the vectors, F text fields.
+"""Candidates from words, meaning and popularity: each branch on its own, then fused; filters, facets, diversity.
+Axis legend: V items, N candidates, E width of the vectors, F text fields.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from search.data import Catalogue
 from search.lexical import Lexical
 from search.understanding import Understood
 
-LEXICAL, DENSE, BEHAVIOUR, POPULAR = "lexical", "dense", "behaviour", "popular"
+LEXICAL, DENSE, MATCHED, POPULAR = "lexical", "dense", "matched", "popular"
+WEIGHTS = {MATCHED: 2.0, POPULAR: 0.1}
 RRF = 60.0  # Cormack et al. 2009
 NOWHERE = np.float32(-np.inf)
 BLOCK = 64
+LEVEL = 1e-3  # of popularity beside a share of the query's terms: what shares differ by counts more
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class HybridIndex:
 
     Args:
         vectors: unit vectors of the items float32 [V, E].
-        weights: of each branch in the fusion (1).
+        weights: of each branch in the fusion (WEIGHTS, else 1).
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class HybridIndex:
                 f"{lexical.items} for {len(catalogue.items)}"
             )
         self.catalogue, self.lexical, self.vectors = catalogue, lexical, np.ascontiguousarray(vectors_VE, np.float32)
-        self.weights = dict(weights or {})
+        self.weights = WEIGHTS | dict(weights or {})
         self.row = {item: i for i, item in enumerate(catalogue.items)}
         self.values: dict[str, list[str]] = {}
         self.codes: dict[str, np.ndarray] = {}
@@ -99,6 +101,7 @@ class HybridIndex:
             self.codes[name] = codes.astype(np.int32)
         p = catalogue.popularity
         self.popularity = np.zeros(len(catalogue.items), np.float32) if p is None else np.asarray(p, np.float32)
+        self.branches = (LEXICAL, DENSE, *([] if p is None else [MATCHED]), POPULAR)
 
     def allowed(self, filters: Filters) -> np.ndarray:
         """bool [V]. Raises ValueError for an attribute or number that the catalogue does not have."""
@@ -126,11 +129,12 @@ class HybridIndex:
         vector_E: np.ndarray | None,
         count: int = 200,
         allowed_V: np.ndarray | None = None,
-        behaviour: np.ndarray | None = None,
-        popular: bool = False,
     ) -> Candidates:
-        """Up to ``count`` items. ``behaviour``: rows that the user's history suggests, best first. Popular items fill
-        what is missing, so that a narrow filter still fills an answer."""
+        """Up to ``count`` items by words (``understood``) and meaning (``vector_E``), as far as given.
+
+        Where it is known what is popular, a branch of its own (MATCHED) has the popular ones of those with the most of
+        the query's terms: a broad query matches thousands alike, and words alone choose among them by chance. Popular
+        items of all kinds fill what is missing, so that a narrow filter still fills an answer."""
         shut = None if allowed_V is None else ~allowed_V
         branches: dict[str, np.ndarray] = {}
         matches, fields_FV = np.empty(0, np.int64), None
@@ -140,14 +144,15 @@ class HybridIndex:
             hit_V = scores_V > 0
             matches = np.flatnonzero(hit_V if allowed_V is None else hit_V & allowed_V)
             branches[LEXICAL] = matches[top(scores_V[matches], count)]
+            if MATCHED in self.branches:
+                cover_V = self.lexical.covered(understood.terms, understood.weights)
+                value_N = cover_V[matches] + LEVEL * self.popularity[matches] / max(float(self.popularity.max()), 1e-9)
+                branches[MATCHED] = matches[top(value_N, count)]
         if vector_E is not None:
             branches[DENSE] = top(self._shut(self.vectors @ vector_E, shut), count)
-        if behaviour is not None:
-            branches[BEHAVIOUR] = behaviour if allowed_V is None else behaviour[allowed_V[behaviour]]
-        if popular or sum(map(len, branches.values())) < count:
+        if max(map(len, branches.values()), default=0) < count:
             branches[POPULAR] = top(self._shut(self.popularity.copy(), shut), count)
-        weights = {POPULAR: 0.1, BEHAVIOUR: 0.5, **self.weights}
-        found = fuse(branches, count, weights)
+        found = fuse(branches, count, self.weights)
         none_FN = np.zeros((len(self.lexical.fields), len(found.rows)), np.float32)
         return replace(found, fields_FN=none_FN if fields_FV is None else fields_FV[:, found.rows], matches=matches)
 

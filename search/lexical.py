@@ -43,6 +43,11 @@ class Lexical:
         self.titles_VT = titles_VT  # the first field's first terms in their order, -1 behind its end
         self.row = {t: i for i, t in enumerate(self.vocabulary)}
         self.items = int(self.weights[0].shape[1])
+        anywhere = sparse.csr_matrix(self.weights[0].shape, dtype=np.float32)
+        for matrix in self.weights:
+            anywhere = anywhere + matrix
+        anywhere.sort_indices()
+        self._anywhere = anywhere.indptr, anywhere.indices  # items that have a term in any field
 
     @classmethod
     def build(cls, texts: Mapping[str, Sequence[str]], fields: Sequence[Field], k1: float = 1.2) -> Lexical:
@@ -104,14 +109,23 @@ class Lexical:
         for t, w in zip(query, weight, strict=True):
             if t not in self.row:
                 continue
-            i, here_FN = self.row[t], np.zeros((len(self.weights), len(rows_N)), bool)
-            for here_N, m in zip(here_FN, self.weights, strict=True):
-                own = m.indices[m.indptr[i] : m.indptr[i + 1]]  # in order
+            first, i = self.weights[0], self.row[t]
+            for out_N, (indptr, indices) in zip(out_2N, ((first.indptr, first.indices), self._anywhere), strict=True):
+                own = indices[indptr[i] : indptr[i + 1]]  # in order
                 if len(own):
-                    here_N[:] = own[np.minimum(np.searchsorted(own, rows_N), len(own) - 1)] == rows_N
-            out_2N[0, here_FN[0]] += w / total
-            out_2N[1, here_FN.any(0)] += w / total
+                    out_N[own[np.minimum(np.searchsorted(own, rows_N), len(own) - 1)] == rows_N] += w / total
         return out_2N
+
+    def covered(self, query: Sequence[str], weight: Sequence[float] | None = None) -> np.ndarray:
+        """Share of the query's weight whose terms an item has in any field: float32 [V]."""
+        out_V = np.zeros(self.items, np.float32)
+        weight = list(weight or [1.0] * len(query))
+        indptr, indices = self._anywhere
+        for t, w in zip(query, weight, strict=True):
+            if t in self.row:
+                i = self.row[t]
+                out_V[indices[indptr[i] : indptr[i + 1]]] += np.float32(w / max(sum(weight), 1e-9))
+        return out_V
 
     def by_field(self, query: Sequence[str], weight: Sequence[float] | None = None) -> np.ndarray:
         """BM25 of every item float32 [F, V] for ``query``'s terms, each counted ``weight`` times (1)."""
@@ -134,9 +148,8 @@ class Lexical:
 
     @property
     def bytes(self) -> int:
-        return sum(int(m.data.nbytes + m.indices.nbytes + m.indptr.nbytes) for m in self.weights) + int(
-            self.titles_VT.nbytes
-        )
+        own = (*(a for m in self.weights for a in (m.data, m.indices, m.indptr)), *self._anywhere, self.titles_VT)
+        return sum(int(a.nbytes) for a in own)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

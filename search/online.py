@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ INDEX_FILES = (ENCODER, TOKENIZER, VECTORS, CATALOGUE, LEXICAL_FILE, "lexical.js
 RANKER_FILES = (RANKER, VECTORS)
 
 
-EXAMPLE = '{"values": {"brand": ["Alto"]}, "ranges": {"price": [5, null]}}'
+EXAMPLE = '{"values": {"brand": ["Alto"]}, "ranges": {"price": [5, null]}, "seen": false}'
 
 
 def asked(query: str) -> bool:
@@ -47,14 +47,17 @@ class Wish:
 
     filters: Filters = field(default_factory=Filters)
     diversity: float = 0.0
+    seen: bool = True  # items of the history may be found
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any]) -> Wish:
         """Of a request's parameters. Raises ValueError naming the parameter."""
         try:
             record = json.loads(parameters.get(c.FILTERS) or "{}")
-            values, ranges = record.pop("values", {}), record.pop("ranges", {})
+            values, ranges, seen = record.pop("values", {}), record.pop("ranges", {}), record.pop("seen", True)
             if record or not all(isinstance(v, list) for v in (*values.values(), *ranges.values())):
+                raise ValueError
+            if not isinstance(seen, bool):
                 raise ValueError
             found = Filters(
                 {str(a): [str(v) for v in own] for a, own in values.items()},
@@ -70,7 +73,7 @@ class Wish:
             diversity = -1.0
         if not 0 <= diversity <= 1:
             raise ValueError(f"{c.DIVERSITY}: expected 0..1, got {parameters.get(c.DIVERSITY)!r}")
-        return cls(found, diversity)
+        return cls(found, diversity, seen)
 
 
 def _number(value: Any) -> float | None:
@@ -152,9 +155,9 @@ class QuerySearch:
         return full, vectors
 
     def __call__(
-        self, queries: Sequence[str], wishes: Sequence[Wish | None]
-    ) -> list[Found]:  # fmt: skip
-        """What each of B queries found, up to N items.
+        self, queries: Sequence[str], wishes: Sequence[Wish | None], histories: Sequence[np.ndarray] | None = None
+    ) -> list[Found]:
+        """What each of B queries found, up to N items. ``histories``: ids of each row, for wishes of nothing seen.
 
         A row without a query found NOTHING, and needs no wish. Raises ValueError for a filter that the catalogue does
         not have.
@@ -165,8 +168,11 @@ class QuerySearch:
             return out
         understood, vectors = self.understand([queries[i] for i in rows])
         for i, u, v in zip(rows, understood, vectors, strict=True):
-            f = (wishes[i] or Wish()).filters
-            allowed = self.index.allowed(f) if f.values or f.ranges else None
+            wish = wishes[i] or Wish()
+            f = wish.filters
+            if not wish.seen and histories is not None:
+                f = replace(f, without=[id_ - c.FIRST_ID for id_ in histories[i].tolist() if id_ >= c.FIRST_ID])
+            allowed = self.index.allowed(f) if f.values or f.ranges or f.without else None
             found = self.index.candidates(u, v, self.candidates, allowed)
             facets = self.index.facets(found.matches)
             branches = [found.found_by(k) for k in range(min(len(found.rows), c.MAX_TOP_K))]

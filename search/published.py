@@ -9,6 +9,7 @@ from search.online import INDEX_FILES, RANKER_FILES
 from vivace.artifacts import MANIFEST, read_manifest
 
 FOLDER = "query_search"  # "search" is that of hyper-parameters
+LAYOUT = 2  # of the ranker's features: a search of another layout is trained again
 
 
 def files_of(root: Path) -> dict[str, dict[str, Path]]:
@@ -23,10 +24,13 @@ def files_of(root: Path) -> dict[str, dict[str, Path]]:
 
 
 def features_of(root: Path) -> int:
-    """X of a run's search ranker; 0 without search."""
+    """X of a run's search ranker; 0 without search. Raises ValueError for one of an older layout."""
     folder = root / FOLDER
-    return (
-        int(read_manifest(folder, "vivace train --task search")["results"]["features"])
-        if (folder / MANIFEST).exists()
-        else 0
-    )
+    if not (folder / MANIFEST).exists():
+        return 0
+    manifest = read_manifest(folder, "vivace train --task search")
+    if (layout := manifest["config"].get("layout", 1)) != LAYOUT:
+        raise ValueError(
+            f"search: expected features of layout {LAYOUT}, got {layout} in {folder}; run 'vivace train --task search'"
+        )
+    return int(manifest["results"]["features"])

@@ -36,7 +36,7 @@ from search.judging import Requests, diversity_costs, judged_log, kinds_of
 from search.lexical import Field, Lexical
 from search.log import SearchLog
 from search.online import ENCODER, RANKER, VECTORS, Found, QuerySearch, Wish, write_catalogue
-from search.published import FOLDER
+from search.published import FOLDER, LAYOUT
 from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
 from training import data
@@ -205,7 +205,7 @@ def train_search(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains unless it is there; returns the manifest."""
     inputs = {n: read_manifest(root / n, "vivace train")["key"] for n in ("features", "retrieval", "ranking")}
-    step = Step(root / FOLDER, "train search", asdict(config), seed, inputs)
+    step = Step(root / FOLDER, "train search", asdict(config) | {"layout": LAYOUT}, seed, inputs)
     if step.done():
         say("search is there: nothing to do")
         assert step.manifest is not None

@@ -157,7 +157,7 @@ class VivaceClient:
     ) -> Recommendation:
         """Items for a user; an empty ``history`` asks the feature store for the user's own. ``within_ms``: the server
         may give up afterwards (0: never). Of a ``query``: ``filters`` {"values": {attribute: [...]}, "ranges": {number:
-        [low, high]}} and ``diversity`` 0..1 of the answer. Raises VivaceError."""
+        [low, high]}, "seen": False} and ``diversity`` 0..1 of the answer. Raises VivaceError."""
         tensors = request_tensors(user_id, history, top_k, query)
         return read_answer(self._infer(c.ENSEMBLE, tensors, **limits(within_ms, filters, diversity)))
 

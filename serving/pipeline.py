@@ -244,12 +244,16 @@ class Pipeline:
             yield level, time.perf_counter() - began
 
     def searched(
-        self, queries: Sequence[str], wishes: Sequence[Wish | None], ranked: tuple[np.ndarray, np.ndarray]
+        self,
+        queries: Sequence[str],
+        wishes: Sequence[Wish | None],
+        histories_BT: np.ndarray,
+        ranked: tuple[np.ndarray, np.ndarray],
     ) -> tuple[list[np.ndarray], list[str]]:
         """What was ``ranked``, with the rows that have a query answered by what it found; UNDERSTOOD of each row."""
         if self.search is None or self.search_ranking is None:
             return list(ranked), [""] * len(queries)
-        found = self.search(queries, wishes)
+        found = self.search(queries, wishes, list(histories_BT))
         return list(self.search_ranking.rows(found, *ranked, wishes)), [said for _, _, said in found]
 
     def __call__(

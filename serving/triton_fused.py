@@ -105,18 +105,18 @@ class RecommendModel(Stage):
             return
         inputs, status = pipeline.transform([row for a in asks for row in a.rows])
         said = np.array(status, object)
-        few, candidates = 0, pipeline.ranked
+        few, candidates, history = 0, pipeline.ranked, inputs[0]
         if level == Level.POPULAR:
             ranked, values = pipeline.popular(inputs)
         else:
             asks, (said, *inputs) = self._alive(asks, [said, *inputs], c.RETRIEVAL, responses)
             if not asks:
                 return
-            found = pipeline.retrieve(inputs)
+            history, found = inputs[0], pipeline.retrieve(inputs)
             if level == Level.RETRIEVED:
                 ranked, values = pipeline.unranked(*found[:2])
             else:
-                asks, (said, history, *found) = self._alive(asks, [said, inputs[0], *found], c.RANKING, responses)
+                asks, (said, history, *found) = self._alive(asks, [said, history, *found], c.RANKING, responses)
                 if not asks:
                     return
                 few = pipeline.few(max(r.top_k for a in asks for r in a.rows), level)
@@ -124,7 +124,8 @@ class RecommendModel(Stage):
         if pipeline.search is not None:
             rows = [row for a in asks for row in a.rows]
             wishes = [self.wishes.get(a.place) for a in asks for _ in a.rows]
-            (ranked, values), understood = pipeline.searched([r.query for r in rows], wishes, (ranked, values))
+            queries = [r.query for r in rows]
+            (ranked, values), understood = pipeline.searched(queries, wishes, history, (ranked, values))
             for ask in asks:
                 ask.understood = [understood.pop(0) for _ in ask.rows]
         asks, (said, ranked, values) = self._alive(asks, [said, ranked, values], c.RESPONSE, responses)

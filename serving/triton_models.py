@@ -54,7 +54,10 @@ class FeatureTransformModel(Stage):
                 values = [*(v[start:stop] for v in inputs), strings(text)]
                 if self.search:
                     until_ms = min(ask.deadline, now_ms + self.waits_ms if self.waits_ms else math.inf)
-                    values.append(strings([row.query and f"{until_ms:.0f} {row.query}" for row in ask.rows]))
+                    seen = [own[own >= c.FIRST_ID] if ask.new_only else [] for own in inputs[0][start:stop]]
+                    unwanted = [",".join(map(str, ids)) for ids in seen]
+                    asked = zip(ask.rows, unwanted, strict=True)
+                    values.append(strings([row.query and f"{until_ms:.0f} {ids} {row.query}" for row, ids in asked]))
                 tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, values, strict=True)]
                 responses.append(pb_utils.InferenceResponse(tensors))
                 self.counts.answered(status[start:stop], "full")
@@ -106,11 +109,12 @@ class QuerySearchModel(Stage):
         self.search, self.pack = QuerySearch(self.folder, shapes.candidates), pack
 
     def execute(self, requests: list) -> list:
-        queries, wishes, now_ms = [], [], time.time() * 1000
+        queries, wishes, unwanted, now_ms = [], [], [], time.time() * 1000
         failed: list[tuple[int, dict[str, Any]]] = []  # rows of each request, and what is wrong with it
         for request in requests:
-            asked = [q.decode().partition(" ") for q in tensor_of(request, c.SEARCH_FOR)[:, 0]]
+            asked = [(q.decode() or "  ").split(" ", 2) for q in tensor_of(request, c.SEARCH_FOR)[:, 0]]
             own, wish = [text for _, _, text in asked], None
+            unwanted += [np.array(ids.split(",") if ids else [], np.int64) for _, ids, _ in asked]
             try:
                 if any(own):
                     late_ms = now_ms - min(float(until_ms) for until_ms, _, _ in asked if until_ms)
@@ -127,7 +131,7 @@ class QuerySearchModel(Stage):
             queries += own
             wishes += [wish] * len(own)
         try:
-            found = self.search(queries, wishes)
+            found = self.search(queries, wishes, unwanted)
         except Exception as error:
             if len(requests) > 1:  # find the request that is at fault: the others get their answers
                 return [self.execute([request])[0] for request in requests]

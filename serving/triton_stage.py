@@ -131,6 +131,7 @@ class Ask:
         self.place, self.deadline = place, deadline(request)
         self.rows, self.errors = _parse(request)
         self.understood = [""] * len(self.rows)
+        self.new_only = _new_only(request)  # a query must find nothing of the history
 
 
 def _parse(request: Any) -> tuple[list[Row], list[str]]:
@@ -144,6 +145,15 @@ def _parse(request: Any) -> tuple[list[Row], list[str]]:
             rows.append(Row("", None, 1))
             errors.append(str(error))
     return rows, errors
+
+
+def _new_only(request: Any) -> bool:
+    if "seen" not in request.parameters():
+        return False
+    try:
+        return not wish_of(request).seen
+    except ValueError:  # for the stage that reads the whole wish to say
+        return False
 
 
 def wish_of(request: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ from preprocessing import contract as c
 from search.data import Catalogue, Judgments, read_esci
 from search.evaluate import judge, ndcg
 from search.features import feature_names, features, personal
-from search.hybrid import DENSE, LEXICAL, POPULAR, Filters, HybridIndex, diversify, fuse, top
+from search.hybrid import DENSE, LEXICAL, MATCHED, POPULAR, Filters, HybridIndex, diversify, fuse, top
 from search.lexical import Field, Lexical
 from search.log import SearchLog
 from search.ranker import RankerConfig, inverse_propensity, propensities, train_search_ranker
@@ -63,6 +65,15 @@ def test_branches_find_and_say_so(index, understanding):
     assert LEXICAL in found.found_by(place) and DENSE in found.found_by(place)
     nothing = index.candidates(understanding("😀"), None, 3)
     assert nothing.rows.tolist() == [5, 4, 3] and nothing.found_by(0) == [POPULAR]
+
+
+def test_a_broad_query_finds_what_is_popular_among_its_matches(index, understanding, catalogue):
+    place = lambda found: found.rows[np.argsort(found.rank[MATCHED])][(found.rank[MATCHED] < 0).sum() :].tolist()  # noqa: E731
+    assert place(index.candidates(understanding("red"), None)) == [5, 2, 0]  # sku5 is the most popular
+    assert place(index.candidates(understanding("red shoe"), None)) == [0, 5, 2, 1]  # both terms, then one
+    unknown = HybridIndex(replace(catalogue, popularity=None), index.lexical, index.vectors)
+    assert MATCHED not in unknown.candidates(understanding("red"), None).rank
+    assert len(feature_names(unknown)) == len(feature_names(index)) - 1
 
 
 def test_a_narrow_filter_still_fills_the_answer(index, understanding):

@@ -144,10 +144,14 @@ def test_filters_and_diversity(client, titles):
     narrow = client.recommend("", [], 10, "lamp", filters={"values": {"brand": ["Alto", "Brio"]}})
     assert len(narrow.items) == 10  # filled, though few lamps are of these brands
     assert all(titles[i].split()[0] in ("Alto", "Brio") for i in narrow.items)
+    found = client.recommend("", [], 10, "lamp").items
+    new = client.recommend("", found[:3], c.MAX_TOP_K, "lamp", filters={"seen": False}).items
+    assert not set(new) & set(found[:3]) and set(found[3:]) <= set(new)
     spread = client.recommend("", [], 10, "lamp", diversity=0.9)
     assert spread.items != client.recommend("", [], 10, "lamp").items
     for filters, diversity, said in (
         ({"values": {"size": ["1"]}}, 0, "expected an attribute of"), ({"what": 1}, 0, "filters: expected JSON"),
+        ({"seen": 1}, 0, "filters: expected JSON"),
         ({}, 3, "diversity: expected 0..1"),
     ):  # fmt: skip
         with pytest.raises(VivaceError, match=said):
