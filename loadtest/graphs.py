@@ -32,7 +32,8 @@ from training.presets import PRESET, from_json
 from training.ranking_model import RankingGraph
 from training.retrieval_model import RetrievalGraph
 from training.targets import on_openvino
-from training.train import WEIGHTS, load_ranker, load_retrieval
+from training.train import WEIGHTS, load_retrieval
+from training.train_ranking import load_ranker
 from vivace.artifacts import commit, read_manifest
 from vivace.doctor import cpu
 

@@ -32,7 +32,8 @@ from training.presets import Preset
 from training.ranking_model import RankingGraph
 from training.retrieval_model import RetrievalGraph
 from training.targets import on_openvino
-from training.train import load_ranker, load_retrieval
+from training.train import load_retrieval
+from training.train_ranking import load_ranker
 from vivace.artifacts import commit
 from vivace.doctor import cpu
 

@@ -30,7 +30,8 @@ from training.export import shapes
 from training.presets import Preset
 from training.ranking_model import RankingGraph
 from training.retrieval_model import RetrievalGraph
-from training.train import load_ranker, load_retrieval
+from training.train import load_retrieval
+from training.train_ranking import load_ranker
 from vivace.artifacts import commit
 
 TIE = 1e-4  # scores nearer than this are a tie: float32 sums in another order differ by about 1e-5

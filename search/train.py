@@ -43,7 +43,8 @@ from training import data
 from training.presets import Preset
 from training.ranking_model import RankingGraph
 from training.retrieval_model import RetrievalGraph
-from training.train import load_ranker, load_retrieval
+from training.train import load_retrieval
+from training.train_ranking import load_ranker
 from vivace.artifacts import Step, read_manifest, write_text
 
 OPSET = 17

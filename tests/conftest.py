@@ -16,7 +16,8 @@ from serving.service import service  # noqa: E402
 from training.evaluate import evaluate  # noqa: E402
 from training.export import compile_models  # noqa: E402
 from training.presets import tiny  # noqa: E402
-from training.train import train_ranker, train_retrieval  # noqa: E402
+from training.train import train_retrieval  # noqa: E402
+from training.train_ranking import train_ranker  # noqa: E402
 
 SMALL = ShopConfig(users=700, items=300, events=12_000, seed=3)
 SEED = 3

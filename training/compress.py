@@ -26,14 +26,8 @@ from training.gate import BOUND
 from training.presets import Preset
 from training.prune import Target, measure, prune
 from training.ranking_model import RankerConfig
-from training.train import (
-    WEIGHTS,
-    Progress,
-    _retrieval_loss,
-    load_retrieval,
-    train_ranker,
-    train_retrieval,
-)
+from training.train import WEIGHTS, Progress, retrieval_loss, load_retrieval, train_retrieval
+from training.train_ranking import train_ranker
 from vivace.artifacts import Step, read_manifest
 
 FOLDER = "compressed"
@@ -96,7 +90,7 @@ def prune_retriever(
         features.files("train"), preset.encoder.history, c.batch_size, seed, 0, timed=preset.encoder.time_bias
     )
     batches = list(itertools.islice(epoch, MEASURED_BATCHES))
-    found = measure(model, batches, lambda m, batch: _retrieval_loss(m, plain, log_expected)(batch)[0])
+    found = measure(model, batches, lambda m, batch: retrieval_loss(m, plain, log_expected)(batch)[0])
     small = prune(model, found, target)
     torch.save(small.state_dict(), step.folder / WEIGHTS)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))

@@ -19,7 +19,8 @@ from training.evaluation import Collected, ranks, ranks_after
 from training.multitask import plot_reliability
 from training.presets import Preset
 from training.retrieval_model import EXCLUDED
-from training.train import Progress, candidates, device, head_auc, load_ranker, load_retrieval
+from training.train import Progress, device, load_retrieval
+from training.train_ranking import candidates, head_auc, load_ranker
 from vivace.artifacts import Step, read_manifest
 
 RANKS = "ranks.npz"  # rank of every test request's target by method

@@ -33,7 +33,8 @@ from training.ranking_model import RankingGraph
 from training.retrieval_model import RetrievalGraph, RetrievalModel
 from training.targets import TARGETS, make
 from training.targets import files as plans
-from training.train import Progress, load_ranker, load_retrieval
+from training.train import Progress, load_retrieval
+from training.train_ranking import load_ranker
 from vivace.artifacts import Step, read_manifest, write_text
 
 OPSET = 18

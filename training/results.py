@@ -28,7 +28,8 @@ from training.evaluation import bootstrap, metrics, ndcg_of
 from training.presets import Preset, preset, with_values
 from training.pretrain import FOLDER, Pretraining, pretrain
 from training.text_encoder import TextConfig, pretrain_text
-from training.train import SCORED, Progress, load_retrieval, scored, train_ranker, train_retrieval
+from training.train import SCORED, Progress, load_retrieval, scored, train_retrieval
+from training.train_ranking import train_ranker
 from vivace.artifacts import commit, write_text
 
 

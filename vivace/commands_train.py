@@ -103,7 +103,8 @@ def train(
     from preprocessing.prepare import Features
     from training import distributed
     from training.adapt import Adaptation
-    from training.train import train_ranker, train_retrieval
+    from training.train import train_retrieval
+    from training.train_ranking import train_ranker
     from vivace.artifacts import exclusive
 
     with reported():

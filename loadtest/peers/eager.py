@@ -19,7 +19,8 @@ from serving.stages import excluded  # noqa: E402
 from training.presets import PRESET, from_json  # noqa: E402
 from training.ranking_model import RankingGraph  # noqa: E402
 from training.retrieval_model import RetrievalGraph  # noqa: E402
-from training.train import load_ranker, load_retrieval  # noqa: E402
+from training.train import load_retrieval  # noqa: E402
+from training.train_ranking import load_ranker  # noqa: E402
 
 
 class EagerRecommender:

@@ -20,7 +20,8 @@ from training.export import compile_models, shapes
 from training.presets import tiny
 from training.ranking_model import RankingGraph
 from training.retrieval_model import RetrievalGraph
-from training.train import load_ranker, load_retrieval, train_ranker, train_retrieval
+from training.train import load_retrieval, train_retrieval
+from training.train_ranking import load_ranker, train_ranker
 
 
 def test_stored_times_reach_the_retriever(features, root, tmp_path):

@@ -14,7 +14,7 @@ from training.loop import Loop, LoopConfig
 from training.presets import tiny
 from training.retrieval_model import RetrievalModel
 from training.tracking import WANDB
-from training.train import _retrieval_loss
+from training.train import retrieval_loss
 
 
 def _loop(features, folder: Path, metric=lambda: {"log_loss": 0.0}, patience: int = 0, epochs: int = 2) -> Loop:
@@ -32,7 +32,7 @@ def _loop(features, folder: Path, metric=lambda: {"log_loss": 0.0}, patience: in
         folder,
         "test",
         batches,
-        _retrieval_loss(model, preset.retrieval, torch.zeros(items)),
+        retrieval_loss(model, preset.retrieval, torch.zeros(items)),
         metric,
         quiet=True,
     )

@@ -14,7 +14,7 @@ from training.compare import compare, plot
 from training.counters import cooccurrence_embeddings, follower_matrix, popularity, top_followers
 from training.evaluate import NEIGHBOUR, POPULARITY, RANKED, RETRIEVAL
 from training.presets import tiny
-from training.train import load_ranker
+from training.train_ranking import load_ranker
 
 
 def test_evaluation_lists_baselines_models_and_protocol(root):
