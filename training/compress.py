@@ -26,7 +26,7 @@ from training.gate import BOUND
 from training.presets import Preset
 from training.prune import Target, measure, prune
 from training.ranking_model import RankerConfig
-from training.train import WEIGHTS, Progress, retrieval_loss, load_retrieval, train_retrieval
+from training.train import WEIGHTS, Progress, load_retrieval, retrieval_loss, train_retrieval
 from training.train_ranking import train_ranker
 from vivace.artifacts import Step, read_manifest
 
