@@ -3,12 +3,12 @@
     python -m loadtest.fuzz_search artifacts/shop --minutes 5
 
 Hypothesis makes the requests: any Unicode text, words of the catalogue cut and mixed with control characters, emoji,
-right-to-left marks, SQL and regular expressions, bytes that are no text, filters that are any JSON or none. What counts
-as found: an exception other than a named refusal, an answer that is short or not in order, a server that is not ready,
-or a plain query whose answer has changed. Between the rounds there are storms: searches after a history, far more at
-once than the queues hold, half of them with deadlines. Each must be answered as it is alone (or cheaper, and say so)
-or refused with UNAVAILABLE, in whichever stage it is when another branch works for it. The last line of stdout is one
-JSON object.
+right-to-left marks, SQL and regular expressions, bytes that are no text, filters that are right, any JSON or none. What
+counts as found: an exception other than a named refusal, an answer that is short, a server that is not ready, an item
+of the history where nothing seen was asked for, or a plain query whose answer has changed. Between the rounds there are
+storms: searches after a history, far more at once than the queues hold, half of them with deadlines. Each must be
+answered as it is alone (or cheaper, and say so) or refused with UNAVAILABLE, in whichever stage it is when another
+branch works for it. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from loadtest.requests import recorded
 from preprocessing import contract as c
 from preprocessing.prepare import CATALOGUE_FILE
+from search.online import Wish
 from serving.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError, read_answer, request_tensors
 from serving.launcher import ServerOptions, TritonServer
 from vivace.artifacts import commit
@@ -41,8 +42,8 @@ ODD = ["\x00", "\x1b[31m", "\u202e", "\u200d", "😀", "👩‍👩‍👧", "�
        "İ", "№ 5", "½", "１２", "10cm", "1e309", "-", "\n", "\t", "a" * 300, "红色", "שלום", "ก็"]  # fmt: skip
 
 
-def requests(words: list[str]) -> st.SearchStrategy[tuple[bytes, Any, Any]]:
-    """(QUERY, raw FILTERS or None, raw DIVERSITY or None)."""
+def requests(words: list[str], items: list[str]) -> st.SearchStrategy[tuple[bytes, list[str], Any, Any]]:
+    """(QUERY, HISTORY, raw FILTERS or None, raw DIVERSITY or None)."""
     word = st.sampled_from(words).flatmap(lambda w: st.integers(0, len(w)).map(lambda n: w[:n] or w))
     mixed = st.lists(st.one_of(word, st.sampled_from(ODD), st.text(max_size=8)), max_size=30)
     joined = st.builds(lambda parts, by: by.join(parts), mixed, st.sampled_from(["", " ", "\u3000"]))
@@ -51,12 +52,17 @@ def requests(words: list[str]) -> st.SearchStrategy[tuple[bytes, Any, Any]]:
         st.binary(max_size=200), st.builds(lambda w, n: (w * n).encode(), word, st.integers(1, 4000)),
     )  # fmt: skip
     leaf = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
-    names = st.sampled_from(["values", "ranges", "brand", "category", "price", ""])
+    names = st.sampled_from(["values", "ranges", "seen", "brand", "category", "price", ""])
     inner = lambda e: st.lists(e, max_size=3) | st.dictionaries(names, e, max_size=3)  # noqa: E731
     anything = st.recursive(leaf, inner, max_leaves=8)
-    filters = st.one_of(st.none(), st.none(), anything.map(json.dumps), st.text(max_size=20))
+    right = st.fixed_dictionaries({}, optional={
+        "values": st.dictionaries(names, st.lists(st.text(max_size=8), max_size=3), max_size=2),
+        "ranges": st.dictionaries(names, st.tuples(st.none() | st.integers(), st.none() | st.floats()), max_size=2),
+        "seen": st.booleans(),
+    })  # fmt: skip
+    filters = st.one_of(st.none(), st.none(), right.map(json.dumps), anything.map(json.dumps), st.text(max_size=20))
     diversity = st.one_of(st.none(), st.none(), st.floats().map(str), st.text(max_size=5))
-    return st.tuples(query, filters, diversity)
+    return st.tuples(query, st.lists(st.sampled_from(items), max_size=5), filters, diversity)
 
 
 class Fuzz:
@@ -66,11 +72,11 @@ class Fuzz:
         self.client, self.known, self.seen = client, known, Counter[str]()
         self.expected = client.recommend(top_k=TOP_K, query=known)
 
-    def __call__(self, case: tuple[bytes, Any, Any]) -> None:
-        query, filters, diversity = case
+    def __call__(self, case: tuple[bytes, list[str], Any, Any]) -> None:
+        query, history, filters, diversity = case
         parameters = {k: v for k, v in ((c.FILTERS, filters), (c.DIVERSITY, diversity)) if v is not None}
         try:
-            tensors = request_tensors("", [], TOP_K, query)
+            tensors = request_tensors("", history, TOP_K, query)
             answer = read_answer(self.client._infer(c.ENSEMBLE, tensors, parameters=parameters))
         except VivaceError as error:
             said = str(error)
@@ -80,7 +86,11 @@ class Fuzz:
         narrow = bool(filters)  # may leave fewer than TOP_K
         assert len(answer.items) == len(set(answer.items)) and (narrow or len(answer.items) == TOP_K), answer
         assert np.isfinite(answer.scores).all(), answer
-        self.seen["searched" if answer.understood else "recommended"] += 1
+        how = "searched" if answer.understood else "recommended"
+        if answer.understood and narrow and not Wish.parse({c.FILTERS: filters}).seen:
+            assert not set(answer.items) & set(history), answer
+            how = "searched for what is new"
+        self.seen[how] += 1
 
     def whole(self, history: list[str], query: str) -> Recommendation:
         """The answer when no load makes it cheaper."""
@@ -131,6 +141,7 @@ def main(
 ) -> None:
     catalogue = pd.read_parquet(root / "features" / CATALOGUE_FILE)
     words = sorted({w for t in catalogue[c.TITLE].head(2000) for w in str(t).split()})
+    items = catalogue[c.ITEM].head(2000).tolist()
     options = ServerOptions(
         root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "fuzz.log"
     )
@@ -144,7 +155,7 @@ def main(
             phases=[Phase.generate, Phase.shrink],
         )  # fmt: skip
         while time.monotonic() < stop:
-            seed(first + rounds)(rules(given(requests(words))(fuzz.__call__)))()
+            seed(first + rounds)(rules(given(requests(words, items))(fuzz.__call__)))()
             fuzz.storm(url, asks, STORM, rng)
             fuzz.unchanged()
             rounds += 1
