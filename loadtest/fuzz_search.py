@@ -37,7 +37,7 @@ from vivace.artifacts import commit
 TOP_K, ROUND = 5, 200
 STORM, STORM_S = 1500, 20.0
 SHED = ("timeout expired", "exceeds maximum queue size", "Exceeds maximum queue size", f"{c.DEADLINE}:", "too late;")
-REFUSALS = ("QUERY:", f"{c.FILTERS}:", f"{c.DIVERSITY}:", "filter ")
+REFUSALS = ("QUERY:", f"{c.FILTERS}:", f"{c.DIVERSITY}:")
 ODD = ["\x00", "\x1b[31m", "\u202e", "\u200d", "😀", "👩‍👩‍👧", "ﷺ", "' OR 1=1 --", "(a+)+$", "[", "\\", "%s", "{}", "ß",
        "İ", "№ 5", "½", "１２", "10cm", "1e309", "-", "\n", "\t", "a" * 300, "红色", "שלום", "ก็"]  # fmt: skip
 

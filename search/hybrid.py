@@ -108,12 +108,12 @@ class HybridIndex:
         out_V = np.ones(len(self.catalogue.items), bool)
         for name, wanted in filters.values.items():
             if name not in self.codes:
-                raise ValueError(f"filter: expected an attribute of {sorted(self.codes)}, got {name!r}")
+                raise ValueError(f"filters: expected an attribute of {sorted(self.codes)}, got {name!r}")
             known = np.isin(self.values[name], list(wanted))
             out_V &= known[self.codes[name]]
         for name, (low, high) in filters.ranges.items():
             if name not in self.catalogue.numbers:
-                raise ValueError(f"filter: expected a number of {sorted(self.catalogue.numbers)}, got {name!r}")
+                raise ValueError(f"filters: expected a number of {sorted(self.catalogue.numbers)}, got {name!r}")
             value = self.catalogue.numbers[name]
             if low is not None:
                 out_V &= value >= low  # NaN is in no range
