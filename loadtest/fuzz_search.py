@@ -87,7 +87,8 @@ class Fuzz:
         assert len(answer.items) == len(set(answer.items)) and (narrow or len(answer.items) == TOP_K), answer
         assert np.isfinite(answer.scores).all(), answer
         how = "searched" if answer.understood else "recommended"
-        if answer.understood and narrow and not Wish.parse({c.FILTERS: filters}).seen:
+        reached = (filters or "").partition("\0")[0]  # Triton hands parameters on as C strings
+        if answer.understood and not Wish.parse({c.FILTERS: reached}).seen:
             assert not set(answer.items) & set(history), answer
             how = "searched for what is new"
         self.seen[how] += 1
