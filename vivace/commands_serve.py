@@ -111,7 +111,7 @@ def query(
     append: Annotated[str, typer.Option(help="first add this item to the user's history")] = "",
     text: Annotated[str, typer.Option(help="search for this; needs a run with search")] = "",
     filters: Annotated[
-        str, typer.Option(help='of --text: {"values": {"brand": ["Alto"]}, "ranges": {"price": [5, null]}, "seen": false}')
+        str, typer.Option(help='{"values": {"brand": ["Alto"]}, "ranges": {"price": [5, null]}, "seen": false}')
     ] = "",
     diversity: Annotated[float, typer.Option(help="of --text: 0 by score, 1 as unlike each other as can be")] = 0.0,
 ) -> None:
