@@ -8,6 +8,7 @@ Axis legend: B rows, T history events, V item ids, N candidates, K answered item
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,6 +103,22 @@ def seen_ids(histories: Sequence[np.ndarray]) -> np.ndarray:
         distinct = list(dict.fromkeys(own[::-1].tolist()))[:MAX_SEEN][::-1]
         row[MAX_SEEN - len(distinct) :] = distinct
     return out_BS
+
+
+NO_IDS = np.empty(0, np.int64)
+
+
+def search_for(until_ms: float, unwanted: np.ndarray, query: str) -> str:
+    """One row of SEARCH_FOR."""
+    return f"{until_ms:.0f} {','.join(map(str, unwanted.tolist()))} {query}" if query else ""
+
+
+def read_search_for(raw: bytes) -> tuple[float, np.ndarray, str]:
+    """The reverse: (until, Unix ms; ids int64; query), (inf, none, "") for a row without a query."""
+    if not raw:
+        return math.inf, NO_IDS, ""
+    until_ms, ids, query = raw.decode().split(" ", 2)
+    return float(until_ms), np.array(ids.split(",") if ids else [], np.int64), query
 
 
 class FeatureTransform:

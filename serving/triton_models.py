@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 from preprocessing import contract as c
 from serving.feature_store import Event
 from serving.graph_model import refusal
-from serving.stages import FeatureTransform, ResponseStage, parse_row
+from serving.stages import NO_IDS, FeatureTransform, ResponseStage, parse_row, read_search_for, search_for
 from serving.triton_stage import Ask, Counts, Stage, refused, strings, tensor_of, wish_of
 
 
@@ -54,10 +54,9 @@ class FeatureTransformModel(Stage):
                 values = [*(v[start:stop] for v in inputs), strings(text)]
                 if self.search:
                     until_ms = min(ask.deadline, now_ms + self.waits_ms if self.waits_ms else math.inf)
-                    seen = [own[own >= c.FIRST_ID] if ask.new_only else [] for own in inputs[0][start:stop]]
-                    unwanted = [",".join(map(str, ids)) for ids in seen]
-                    asked = zip(ask.rows, unwanted, strict=True)
-                    values.append(strings([row.query and f"{until_ms:.0f} {ids} {row.query}" for row, ids in asked]))
+                    unwanted = [own[own >= c.FIRST_ID] if ask.new_only else NO_IDS for own in inputs[0][start:stop]]
+                    asked = zip(unwanted, ask.rows, strict=True)
+                    values.append(strings([search_for(until_ms, ids, row.query) for ids, row in asked]))
                 tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, values, strict=True)]
                 responses.append(pb_utils.InferenceResponse(tensors))
                 self.counts.answered(status[start:stop], "full")
@@ -112,12 +111,12 @@ class QuerySearchModel(Stage):
         queries, wishes, unwanted, now_ms = [], [], [], time.time() * 1000
         failed: list[tuple[int, dict[str, Any]]] = []  # rows of each request, and what is wrong with it
         for request in requests:
-            asked = [(q.decode() or "  ").split(" ", 2) for q in tensor_of(request, c.SEARCH_FOR)[:, 0]]
-            own, wish = [text for _, _, text in asked], None
-            unwanted += [np.array(ids.split(",") if ids else [], np.int64) for _, ids, _ in asked]
+            asked = [read_search_for(raw) for raw in tensor_of(request, c.SEARCH_FOR)[:, 0]]
+            own, wish = [query for _, _, query in asked], None
+            unwanted += [ids for _, ids, _ in asked]
             try:
                 if any(own):
-                    late_ms = now_ms - min(float(until_ms) for until_ms, _, _ in asked if until_ms)
+                    late_ms = now_ms - min(until_ms for until_ms, _, _ in asked)
                     if late_ms > 0:
                         raise TimeoutError(
                             f"{c.QUERY_SEARCH}: its turn came {late_ms:.0f} ms too late; ask fewer at once"

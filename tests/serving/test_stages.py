@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from preprocessing import contract as c
 from serving.feature_store import MAX_STORED_EVENTS, Event, LmdbStore
-from serving.stages import ResponseStage, parse_row
+from serving.stages import ResponseStage, parse_row, read_search_for, search_for
 
 
 def test_parse_row():
@@ -20,6 +21,14 @@ def test_parse_row():
     assert parse_row(b"", b"", np.array([b"", b""], object), 5).history is None
     with pytest.raises(ValueError, match=r"HISTORY\[2\]: expected UTF-8, got byte 0xff at offset 1"):
         parse_row(b"", b"", np.array([b"a", b"b", b"c\xff"], object), 5)
+
+
+def test_what_a_search_is_told_is_read_back():
+    for until_ms, ids, query in ((math.inf, [], "red  shoe"), (1e12, [3, 9], " 1 2,3 "), (5, [7], "名 字")):
+        raw = search_for(until_ms, np.array(ids, np.int64), query).encode()
+        found = read_search_for(raw)
+        assert (found[0], found[1].tolist(), found[2]) == (until_ms, ids, query)
+    assert search_for(5, np.array([3]), "") == "" and read_search_for(b"")[0] == math.inf
 
 
 def test_response_pads_rows_and_answers_no_failed_row():
