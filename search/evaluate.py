@@ -20,7 +20,7 @@ from rich.table import Table
 from search.data import Catalogue, Judgments
 from search.encoder import EncoderTraining, SearchEncoderConfig, TextSearchEncoder, item_texts
 from search.features import features
-from search.hybrid import HybridIndex, top
+from search.hybrid import MATCHED, HybridIndex, top
 from search.lexical import Field, Lexical
 from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.text import normalise
@@ -67,12 +67,14 @@ def group(query: str) -> str:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """``fields`` of the catalogue with their boosts."""
+    """``fields`` of the catalogue with their boosts; ``matched``: weight of what is popular among the matches, less
+    than a shop's own: what is known is how many have rated an item, not what is bought here."""
 
     fields: tuple[Field, ...]
     encoder: SearchEncoderConfig
     ranker: RankerConfig = field(default_factory=RankerConfig)
     folds: int = 5
+    matched: float = 1.0
 
 
 def esci_config() -> SearchConfig:
@@ -150,7 +152,7 @@ class Study:
         return own.finish()
 
     def asked(self, encoder: TextSearchEncoder, queries: Sequence[str]) -> Asked:
-        index = HybridIndex(self.catalogue, self.lexical, encoder.items(self.texts))
+        index = HybridIndex(self.catalogue, self.lexical, encoder.items(self.texts), {MATCHED: self.config.matched})
         return Asked(index, self.understanding, encoder, queries)
 
     def ranker(self, train: Sequence[int], name: str) -> Ensemble:

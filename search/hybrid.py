@@ -80,7 +80,7 @@ class HybridIndex:
 
     Args:
         vectors: unit vectors of the items float32 [V, E].
-        weights: of each branch in the fusion (WEIGHTS, else 1).
+        weights: of each branch in the fusion (WEIGHTS, else 1); MATCHED of weight 0 is left out.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class HybridIndex:
             self.codes[name] = codes.astype(np.int32)
         p = catalogue.popularity
         self.popularity = np.zeros(len(catalogue.items), np.float32) if p is None else np.asarray(p, np.float32)
-        self.branches = (LEXICAL, DENSE, *([] if p is None else [MATCHED]), POPULAR)
+        matched = p is not None and self.weights[MATCHED] > 0
+        self.branches = (LEXICAL, DENSE, *([MATCHED] if matched else []), POPULAR)
 
     def allowed(self, filters: Filters) -> np.ndarray:
         """bool [V]. Raises ValueError for an attribute or number that the catalogue does not have."""
@@ -130,11 +131,11 @@ class HybridIndex:
         count: int = 200,
         allowed_V: np.ndarray | None = None,
     ) -> Candidates:
-        """Up to ``count`` items by words (``understood``) and meaning (``vector_E``), as far as given.
+        """Up to ``count`` items by words (``understood``), by meaning (``vector_E``) or by both.
 
-        Where it is known what is popular, a branch of its own (MATCHED) has the popular ones of those with the most of
-        the query's terms: a broad query matches thousands alike, and words alone choose among them by chance. Popular
-        items of all kinds fill what is missing, so that a narrow filter still fills an answer."""
+        By both, where it is known what is popular, a branch of its own (MATCHED) has the popular ones of those with the
+        most of the query's terms: a broad query matches thousands alike, and words alone choose among them by chance.
+        Popular items of all kinds fill what is missing, so that a narrow filter still fills an answer."""
         shut = None if allowed_V is None else ~allowed_V
         branches: dict[str, np.ndarray] = {}
         matches, fields_FV = np.empty(0, np.int64), None
@@ -144,7 +145,7 @@ class HybridIndex:
             hit_V = scores_V > 0
             matches = np.flatnonzero(hit_V if allowed_V is None else hit_V & allowed_V)
             branches[LEXICAL] = matches[top(scores_V[matches], count)]
-            if MATCHED in self.branches:
+            if MATCHED in self.branches and vector_E is not None:
                 cover_V = self.lexical.covered(understood.terms, understood.weights)
                 value_N = cover_V[matches] + LEVEL * self.popularity[matches] / max(float(self.popularity.max()), 1e-9)
                 branches[MATCHED] = matches[top(value_N, count)]

@@ -69,11 +69,15 @@ def test_branches_find_and_say_so(index, understanding):
 
 def test_a_broad_query_finds_what_is_popular_among_its_matches(index, understanding, catalogue):
     place = lambda found: found.rows[np.argsort(found.rank[MATCHED])][(found.rank[MATCHED] < 0).sum() :].tolist()  # noqa: E731
-    assert place(index.candidates(understanding("red"), None)) == [5, 2, 0]  # sku5 is the most popular
-    assert place(index.candidates(understanding("red shoe"), None)) == [0, 5, 2, 1]  # both terms, then one
+    vector = index.vectors[3]
+    assert place(index.candidates(understanding("red"), vector)) == [5, 2, 0]  # sku5 is the most popular
+    assert place(index.candidates(understanding("red shoe"), vector)) == [0, 5, 2, 1]  # both terms, then one
+    assert MATCHED not in index.candidates(understanding("red"), None).rank
     unknown = HybridIndex(replace(catalogue, popularity=None), index.lexical, index.vectors)
-    assert MATCHED not in unknown.candidates(understanding("red"), None).rank
-    assert len(feature_names(unknown)) == len(feature_names(index)) - 1
+    unwanted = HybridIndex(catalogue, index.lexical, index.vectors, {MATCHED: 0.0})
+    for other in (unknown, unwanted):
+        assert MATCHED not in other.candidates(understanding("red"), vector).rank
+        assert len(feature_names(other)) == len(feature_names(index)) - 1
 
 
 def test_a_narrow_filter_still_fills_the_answer(index, understanding):
