@@ -18,7 +18,7 @@ from preprocessing import contract as c
 from serving.feature_store import Event
 from serving.graph_model import refusal
 from serving.stages import NO_IDS, FeatureTransform, ResponseStage, parse_row, read_search_for, search_for
-from serving.triton_stage import Ask, Counts, Stage, refused, strings, tensor_of, wish_of
+from serving.triton_stage import Ask, Counts, Stage, new_only, refused, strings, tensor_of, wish_of
 
 
 class FeatureTransformModel(Stage):
@@ -54,7 +54,8 @@ class FeatureTransformModel(Stage):
                 values = [*(v[start:stop] for v in inputs), strings(text)]
                 if self.search:
                     until_ms = min(ask.deadline, now_ms + self.waits_ms if self.waits_ms else math.inf)
-                    unwanted = [own[own >= c.FIRST_ID] if ask.new_only else NO_IDS for own in inputs[0][start:stop]]
+                    new = any(row.query for row in ask.rows) and new_only(requests[ask.place])
+                    unwanted = [own[own >= c.FIRST_ID] if new else NO_IDS for own in inputs[0][start:stop]]
                     asked = zip(unwanted, ask.rows, strict=True)
                     values.append(strings([search_for(until_ms, ids, row.query) for ids, row in asked]))
                 tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, values, strict=True)]

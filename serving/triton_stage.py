@@ -131,7 +131,6 @@ class Ask:
         self.place, self.deadline = place, deadline(request)
         self.rows, self.errors = _parse(request)
         self.understood = [""] * len(self.rows)
-        self.new_only = _new_only(request)  # a query must find nothing of the history
 
 
 def _parse(request: Any) -> tuple[list[Row], list[str]]:
@@ -147,7 +146,8 @@ def _parse(request: Any) -> tuple[list[Row], list[str]]:
     return rows, errors
 
 
-def _new_only(request: Any) -> bool:
+def new_only(request: Any) -> bool:
+    """Whether a query must find nothing of the history."""
     if "seen" not in request.parameters():
         return False
     try:
