@@ -24,11 +24,11 @@ lint: setup
 
 # the served ensemble against the same graphs in process; ARGS="--name ml-1m-benchmark" for another data set
 bench: setup
-	$(BIN)/python -m loadtest.bench $(ARGS)
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 # the ML-1M figures of the README: make quality ARGS="--path /folder/of/ml-1m"
 quality: setup
-	$(BIN)/python -m loadtest.quality $(ARGS)
+	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 clean:
 	rm -rf $(VENV) artifacts .tools .pytest_cache .ruff_cache .mypy_cache .hypothesis

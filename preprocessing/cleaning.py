@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from preprocessing.contract import (
+from vivace.contract import (
     CLICKED,
     EVENT,
     ITEM,

@@ -20,7 +20,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preprocessing import contract as c
 from preprocessing.cleaning import (
     DUPLICATE,
     MALFORMED,
@@ -42,8 +41,9 @@ from preprocessing.workflow import (
     nvt,
     training_rows,
 )
-from serving.feature_store import LmdbStore
-from vivace.artifacts import Step, read_manifest
+from vivace import contract as c
+from vivace.manifest import Step, read_manifest
+from vivace.store.lmdb_store import LmdbStore
 
 SCHEMA_FILE = "schema.json"
 CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of item ids: what search reads
@@ -245,7 +245,7 @@ def write_requests(encoded: Path, folder: Path, schema: c.DataSchema) -> dict[st
 # -- 3. catalogue and feature store --------------------------------------------------------------------
 def _items_table(workflow: nvt.Workflow, catalogue: pd.DataFrame, schema: c.DataSchema, folder: Path) -> pd.DataFrame:
     """Every item of the vocabulary in the order of ids, with encoded attributes (null where there are none)."""
-    from preprocessing.transform_onnx import event_vocabulary
+    from preprocessing.workflow_onnx import event_vocabulary
 
     words = event_vocabulary(workflow, c.ITEM)
     if list(words.index) != list(range(c.FIRST_ID, c.FIRST_ID + len(words))):
@@ -361,7 +361,7 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
         items = _items_table(workflow, catalogue, schema, folder)
         items.to_parquet(folder / "items.parquet", index=False)
         searches = _searches(source, items[c.ITEM], folder, rejects, say)
-        from preprocessing.transform_onnx import compile_workflow, save
+        from preprocessing.workflow_onnx import compile_workflow, save
 
         columns = [c.ITEM, *schema.event_categoricals, *schema.event_continuous]
         save(compile_workflow(workflow, columns), folder / "transform.onnx")

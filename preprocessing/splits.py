@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from preprocessing.contract import TEST, TIME, TRAIN, USER, VALID
+from vivace.contract import TEST, TIME, TRAIN, USER, VALID
 
 SAMPLE = 1_000_000
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from preprocessing.contract import (
+from vivace.contract import (
     FIRST_ID,
     ITEM,
     NULL_ID,

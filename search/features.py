@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from preprocessing.contract import PADDING_ID
 from search.hybrid import Candidates, HybridIndex
 from search.lexical import PLACES
 from search.text import terms
 from search.understanding import Understood
+from vivace.contract import PADDING_ID
 
 PERSONAL = ("rank by history", "affinity")
 NEAR = 10.0  # a branch's rank r counts NEAR / (NEAR + r)

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from tokenizers import Tokenizer
 
-from preprocessing import contract as c
 from search.data import Catalogue
 from search.features import features, personal
 from search.hybrid import Filters, HybridIndex, diversify
@@ -25,6 +23,8 @@ from search.lexical import Lexical
 from search.text import normalise, words
 from search.understanding import FILE as UNDERSTANDING_FILE
 from search.understanding import QueryUnderstanding, Understood, likely
+from vivace import contract
+from vivace.onnx_session import open_session
 
 ENCODER, TOKENIZER, VECTORS, CATALOGUE, RANKER = (
     "query_encoder.onnx", "tokenizer.json", "vectors.npy", "catalogue.json", "search_ranking.onnx",
@@ -53,7 +53,7 @@ class Wish:
     def parse(cls, parameters: Mapping[str, Any]) -> Wish:
         """Of a request's parameters. Raises ValueError naming the parameter."""
         try:
-            record = json.loads(parameters.get(c.FILTERS) or "{}")
+            record = json.loads(parameters.get(contract.FILTERS) or "{}")
             values, ranges, seen = record.pop("values", {}), record.pop("ranges", {}), record.pop("seen", True)
             if record or not all(isinstance(v, list) for v in (*values.values(), *ranges.values())):
                 raise ValueError
@@ -65,14 +65,15 @@ class Wish:
             )
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError(
-                f"{c.FILTERS}: expected JSON such as {EXAMPLE}, got {str(parameters.get(c.FILTERS))[:200]!r}"
+                f"{contract.FILTERS}: expected JSON such as {EXAMPLE}, "
+                f"got {str(parameters.get(contract.FILTERS))[:200]!r}"
             ) from None
         try:
-            diversity = float(parameters.get(c.DIVERSITY) or 0)
+            diversity = float(parameters.get(contract.DIVERSITY) or 0)
         except ValueError:
             diversity = -1.0
         if not 0 <= diversity <= 1:
-            raise ValueError(f"{c.DIVERSITY}: expected 0..1, got {parameters.get(c.DIVERSITY)!r}")
+            raise ValueError(f"{contract.DIVERSITY}: expected 0..1, got {parameters.get(contract.DIVERSITY)!r}")
         return cls(found, diversity, seen)
 
 
@@ -96,12 +97,6 @@ def read_catalogue(folder: Path) -> Catalogue:
     numbers = {n: np.array([np.nan if x is None else x for x in v], np.float32) for n, v in record["numbers"].items()}
     popularity = np.array(record["popularity"], np.float32) if record["popularity"] else None
     return Catalogue(record["items"], {}, record["attributes"], numbers, popularity)
-
-
-def _session(path: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 Found = tuple[np.ndarray, np.ndarray, str]  # ids int64 [n], best first; features float32 [n, X]; UNDERSTOOD
@@ -132,7 +127,7 @@ class QuerySearch:
         self.candidates = candidates
         self.index = HybridIndex(read_catalogue(folder), Lexical.load(folder), np.load(folder / VECTORS))
         self.understanding = QueryUnderstanding.load(folder)
-        self._encoder = _session(folder / ENCODER)
+        self._encoder = open_session(folder / ENCODER)
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         metadata = self._encoder.get_modelmeta().custom_metadata_map
         self._attributes, self._length = json.loads(metadata["attributes"]), int(metadata["tokens"])
@@ -171,15 +166,17 @@ class QuerySearch:
             wish = wishes[i] or Wish()
             f = wish.filters
             if not wish.seen and histories is not None:
-                f = replace(f, without=[id_ - c.FIRST_ID for id_ in histories[i].tolist() if id_ >= c.FIRST_ID])
+                f = replace(
+                    f, without=[id_ - contract.FIRST_ID for id_ in histories[i].tolist() if id_ >= contract.FIRST_ID]
+                )
             allowed = self.index.allowed(f) if f.values or f.ranges or f.without else None
             found = self.index.candidates(u, v, self.candidates, allowed)
             facets = self.index.facets(found.matches)
-            branches = [found.found_by(k) for k in range(min(len(found.rows), c.MAX_TOP_K))]
+            branches = [found.found_by(k) for k in range(min(len(found.rows), contract.MAX_TOP_K))]
             by = {self.index.catalogue.items[r]: b for r, b in zip(found.rows, branches, strict=False)}
             said = {**json.loads(u.to_json()), "facets": facets, "found_by": by}
             out[i] = (
-                (found.rows + c.FIRST_ID).astype(np.int64), features(self.index, u, v, found),
+                (found.rows + contract.FIRST_ID).astype(np.int64), features(self.index, u, v, found),
                 json.dumps(said, ensure_ascii=False, separators=(",", ":")),
             )  # fmt: skip
         return out
@@ -189,7 +186,7 @@ class SearchRanking:
     """Where query and history meet: orders what the query found."""
 
     def __init__(self, folder: Path) -> None:
-        self._session = _session(folder / RANKER)
+        self._session = open_session(folder / RANKER)
         self._vectors = np.load(folder / VECTORS, mmap_mode="r")
 
     def __call__(
@@ -201,7 +198,7 @@ class SearchRanking:
         scores = self._session.run(None, {"FEATURES": x[None]})[0][0]
         order = np.argsort(-scores, kind="stable")
         if wish.diversity:
-            vectors = np.asarray(self._vectors[query_N - c.FIRST_ID])
+            vectors = np.asarray(self._vectors[query_N - contract.FIRST_ID])
             order = diversify(scores, vectors, len(query_N), wish.diversity)
         values = np.zeros((len(values_CM), len(query_N)), np.float32)
         values[0] = scores[order]
@@ -218,11 +215,11 @@ class SearchRanking:
         if not searched:
             return ranked_BM, values_BCM
         wide = max(ranked_BM.shape[1], *(len(found[i][0]) for i in searched))
-        ids = np.full((len(ranked_BM), wide), c.PADDING_ID, np.int64)
+        ids = np.full((len(ranked_BM), wide), contract.PADDING_ID, np.int64)
         values = np.zeros((len(ranked_BM), values_BCM.shape[1], wide), np.float32)
         ids[:, : ranked_BM.shape[1]], values[:, :, : ranked_BM.shape[1]] = ranked_BM, values_BCM
         for i in searched:
             n = len(found[i][0])
-            ids[i], values[i] = c.PADDING_ID, 0
+            ids[i], values[i] = contract.PADDING_ID, 0
             ids[i, :n], values[i, :, :n] = self(*found[i][:2], ranked_BM[i], values_BCM[i], wishes[i] or Wish())
         return ids, values

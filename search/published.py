@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from preprocessing import contract as c
 from search.online import INDEX_FILES, RANKER_FILES
-from vivace.artifacts import MANIFEST, read_manifest
+from vivace import contract
+from vivace.manifest import MANIFEST, read_manifest
 
 FOLDER = "query_search"  # "search" is that of hyper-parameters
 LAYOUT = 2  # of the ranker's features: a search of another layout is trained again
@@ -18,8 +18,8 @@ def files_of(root: Path) -> dict[str, dict[str, Path]]:
     if not (folder / MANIFEST).exists():
         return {}
     return {
-        c.QUERY_SEARCH: {n: folder / n for n in INDEX_FILES},
-        c.RESPONSE: {n: folder / n for n in RANKER_FILES},
+        contract.QUERY_SEARCH: {n: folder / n for n in INDEX_FILES},
+        contract.RESPONSE: {n: folder / n for n in RANKER_FILES},
     }
 
 

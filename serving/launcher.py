@@ -103,7 +103,7 @@ def backend_folder(root: Path) -> Path:
         shutil.copy(wheel / "backends" / "python" / name, python / name)
     shutil.copy(stub, python / stub.name)
     (python / stub.name).chmod(0o755)
-    for own in sorted((Path(__file__).parent / "backends").glob("*/model.py")):
+    for own in sorted((Path(__file__).parent / "triton" / "backends").glob("*/model.py")):
         folder = root / "backends" / own.parent.name
         folder.mkdir()
         shutil.copy(own, folder / "model.py")

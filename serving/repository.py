@@ -15,16 +15,16 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from preprocessing import contract as c
+from vivace import contract
 
 CHECKOUT_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
-INDEX_ADAPTER = Path(__file__).resolve().parent / "indexed_retrieval.py"
-SEARCH_ADAPTER = Path(__file__).resolve().parent / "query_search.py"
+INDEX_ADAPTER = Path(__file__).resolve().parent / "triton" / "adapters" / "indexed_retrieval.py"
+SEARCH_ADAPTER = Path(__file__).resolve().parent / "triton" / "adapters" / "query_search.py"
 FEATURE_STORE = "../feature_store"  # seen from the repository's folder
 TUNED = "tuning"  # folder of a run with the records of tuned profiles
-PYTHON_STAGES = (c.FEATURE_TRANSFORM, c.RESPONSE, c.APPEND_EVENT)
-ONNX_STAGES = (c.RETRIEVAL, c.RANKING)
-ALL_MODELS = (*c.STAGES, c.QUERY_SEARCH, c.APPEND_EVENT, c.ENSEMBLE)
+PYTHON_STAGES = (contract.FEATURE_TRANSFORM, contract.RESPONSE, contract.APPEND_EVENT)
+ONNX_STAGES = (contract.RETRIEVAL, contract.RANKING)
+ALL_MODELS = (*contract.STAGES, contract.QUERY_SEARCH, contract.APPEND_EVENT, contract.ENSEMBLE)
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,13 @@ PROFILES = {
 }
 
 
-DEFAULT_SHAPES = c.StageTensors(history=50, candidates=100, items=5_000 + c.FIRST_ID, width=64)  # the demo shop's
-DEFAULT_HEADS = (c.TaskHead("click", float("-inf")), c.TaskHead("buy", 3.0))
+DEFAULT_SHAPES = contract.StageTensors(
+    history=50, candidates=100, items=5_000 + contract.FIRST_ID, width=64
+)  # the demo shop's
+DEFAULT_HEADS = (contract.TaskHead("click", float("-inf")), contract.TaskHead("buy", 3.0))
 
 
-def _io(message, tensors: tuple[c.WireTensor, ...], ragged: tuple[str, ...] = ()) -> None:  # noqa: ANN001
+def _io(message, tensors: tuple[contract.WireTensor, ...], ragged: tuple[str, ...] = ()) -> None:  # noqa: ANN001
     for tensor in tensors:
         entry = message.add(name=tensor.name, data_type=pb.DataType.Value(tensor.config_datatype), dims=tensor.dims)
         if tensor.name in ragged:
@@ -73,7 +75,7 @@ def _io(message, tensors: tuple[c.WireTensor, ...], ragged: tuple[str, ...] = ()
 
 def _base(name: str, backend: str, profile: ServingProfile, inputs, outputs, instances: int = 1):  # noqa: ANN001, ANN202
     config = pb.ModelConfig(name=name, backend=backend, max_batch_size=profile.max_batch_size)
-    _io(config.input, inputs, ragged=(c.HISTORY.name,))
+    _io(config.input, inputs, ragged=(contract.HISTORY.name,))
     _io(config.output, outputs)
     on_gpu = profile.gpu and backend != "python"
     kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
@@ -104,16 +106,18 @@ def _graph(config: pb.ModelConfig, profile: ServingProfile) -> pb.ModelConfig:
     return config
 
 
-def _ensemble(s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile) -> pb.ModelConfig:
-    config = pb.ModelConfig(name=c.ENSEMBLE, platform="ensemble", max_batch_size=profile.max_batch_size)
-    _io(config.input, c.REQUEST)
-    _io(config.output, c.answer_outputs(s, heads))
+def _ensemble(
+    s: contract.StageTensors, heads: tuple[contract.TaskHead, ...], profile: ServingProfile
+) -> pb.ModelConfig:
+    config = pb.ModelConfig(name=contract.ENSEMBLE, platform="ensemble", max_batch_size=profile.max_batch_size)
+    _io(config.input, contract.REQUEST)
+    _io(config.output, contract.answer_outputs(s, heads))
     steps = (
-        (c.FEATURE_TRANSFORM, c.REQUEST, c.feature_transform_outputs(s)),
-        (c.RETRIEVAL, c.retrieval_inputs(s), c.retrieval_outputs(s)),
-        (c.RANKING, c.ranking_inputs(s), c.ranking_outputs(s, heads)),
-        (c.RESPONSE, c.response_inputs(s, heads), c.response_outputs(s, heads)),
-        *([(c.QUERY_SEARCH, c.QUERY_SEARCH_INPUTS, c.QUERY_SEARCH_OUTPUTS)] if s.search else []),
+        (contract.FEATURE_TRANSFORM, contract.REQUEST, contract.feature_transform_outputs(s)),
+        (contract.RETRIEVAL, contract.retrieval_inputs(s), contract.retrieval_outputs(s)),
+        (contract.RANKING, contract.ranking_inputs(s), contract.ranking_outputs(s, heads)),
+        (contract.RESPONSE, contract.response_inputs(s, heads), contract.response_outputs(s, heads)),
+        *([(contract.QUERY_SEARCH, contract.QUERY_SEARCH_INPUTS, contract.QUERY_SEARCH_OUTPUTS)] if s.search else []),
     )
     for model, inputs, outputs in steps:
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
@@ -124,7 +128,7 @@ def _ensemble(s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: Serving
     return config
 
 
-def _transforms(config: pb.ModelConfig, s: c.StageTensors, exclude_seen: bool) -> None:
+def _transforms(config: pb.ModelConfig, s: contract.StageTensors, exclude_seen: bool) -> None:
     """What a model reads that turns raw requests into tensors."""
     config.parameters["shapes"].string_value = json.dumps(asdict(s))
     config.parameters["feature_store"].string_value = FEATURE_STORE
@@ -132,11 +136,11 @@ def _transforms(config: pb.ModelConfig, s: c.StageTensors, exclude_seen: bool) -
 
 
 def _fused(
-    s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile, exclude_seen: bool
+    s: contract.StageTensors, heads: tuple[contract.TaskHead, ...], profile: ServingProfile, exclude_seen: bool
 ) -> pb.ModelConfig:
     """All stages as one Python model; it reads the graphs of the other stages' folders."""
-    outputs = c.answer_outputs(s, heads)
-    config = _base(c.ENSEMBLE, "python", profile, c.REQUEST, outputs, profile.recommend_instances)
+    outputs = contract.answer_outputs(s, heads)
+    config = _base(contract.ENSEMBLE, "python", profile, contract.REQUEST, outputs, profile.recommend_instances)
     _transforms(config, s, exclude_seen)
     config.parameters["intra_op_thread_count"].string_value = str(profile.threads)
     config.parameters["ranked"].string_value = str(profile.ranked)
@@ -145,35 +149,51 @@ def _fused(
 
 
 def model_configs(
-    s: c.StageTensors, heads: tuple[c.TaskHead, ...], profile: ServingProfile, exclude_seen: bool = True
+    s: contract.StageTensors, heads: tuple[contract.TaskHead, ...], profile: ServingProfile, exclude_seen: bool = True
 ) -> dict[str, pb.ModelConfig]:
     """Every model's Triton configuration, by model name."""
     p, s = profile, s.reading(profile.history)
-    transform = _base(c.FEATURE_TRANSFORM, "python", p, c.REQUEST, c.feature_transform_outputs(s))
+    transform = _base(contract.FEATURE_TRANSFORM, "python", p, contract.REQUEST, contract.feature_transform_outputs(s))
     _transforms(transform, s, exclude_seen)
     backend = "python" if s.indexed else p.backend
-    retrieval = _base(c.RETRIEVAL, backend, p, c.retrieval_inputs(s), c.retrieval_outputs(s), p.retrieval_instances)
+    retrieval = _base(
+        contract.RETRIEVAL,
+        backend,
+        p,
+        contract.retrieval_inputs(s),
+        contract.retrieval_outputs(s),
+        p.retrieval_instances,
+    )
     if s.indexed:
         retrieval.parameters["shapes"].string_value = json.dumps(asdict(s))
     if p.state_cache:  # its inputs are the user's whole state: without a new event it hits, with one it misses
         retrieval.response_cache.enable = True
-    ranking = _base(c.RANKING, p.backend, p, c.ranking_inputs(s), c.ranking_outputs(s, heads), p.ranking_instances)
-    response = _base(c.RESPONSE, "python", p, c.response_inputs(s, heads), c.response_outputs(s, heads))
-    append = _base(c.APPEND_EVENT, "python", p, c.APPEND, (c.HISTORY_LENGTH,))
+    ranking = _base(
+        contract.RANKING,
+        p.backend,
+        p,
+        contract.ranking_inputs(s),
+        contract.ranking_outputs(s, heads),
+        p.ranking_instances,
+    )
+    response = _base(
+        contract.RESPONSE, "python", p, contract.response_inputs(s, heads), contract.response_outputs(s, heads)
+    )
+    append = _base(contract.APPEND_EVENT, "python", p, contract.APPEND, (contract.HISTORY_LENGTH,))
     append.parameters["feature_store"].string_value = FEATURE_STORE
     search = {}
     if s.search:
-        own = _base(c.QUERY_SEARCH, "python", p, c.QUERY_SEARCH_INPUTS, c.QUERY_SEARCH_OUTPUTS)
+        own = _base(contract.QUERY_SEARCH, "python", p, contract.QUERY_SEARCH_INPUTS, contract.QUERY_SEARCH_OUTPUTS)
         own.parameters["shapes"].string_value = json.dumps(asdict(s))
         own.dynamic_batching.ClearField("default_queue_policy")  # it never refuses: SEARCH_FOR bounds its queue
-        search[c.QUERY_SEARCH] = own
+        search[contract.QUERY_SEARCH] = own
     return search | {
-        c.FEATURE_TRANSFORM: transform,
-        c.RETRIEVAL: retrieval if s.indexed else _graph(retrieval, p),
-        c.RANKING: _graph(ranking, p),
-        c.RESPONSE: response,
-        c.APPEND_EVENT: append,
-        c.ENSEMBLE: _fused(s, heads, p, exclude_seen) if p.fused else _ensemble(s, heads, p),
+        contract.FEATURE_TRANSFORM: transform,
+        contract.RETRIEVAL: retrieval if s.indexed else _graph(retrieval, p),
+        contract.RANKING: _graph(ranking, p),
+        contract.RESPONSE: response,
+        contract.APPEND_EVENT: append,
+        contract.ENSEMBLE: _fused(s, heads, p, exclude_seen) if p.fused else _ensemble(s, heads, p),
     }
 
 
@@ -190,8 +210,8 @@ def read_config(repository: Path, model: str, profile: str) -> pb.ModelConfig:
 def models(repository: Path, profile: str) -> list[str]:
     """What a server loads under a profile: without an ensemble the stages stay where they are."""
     wanted: tuple[str, ...] = ALL_MODELS
-    if read_config(repository, c.ENSEMBLE, profile).platform != "ensemble":
-        wanted = (c.APPEND_EVENT, c.ENSEMBLE)
+    if read_config(repository, contract.ENSEMBLE, profile).platform != "ensemble":
+        wanted = (contract.APPEND_EVENT, contract.ENSEMBLE)
     return [name for name in wanted if (repository / name).is_dir()]
 
 
@@ -205,14 +225,14 @@ def served_from(root: Path, profile: str) -> Path:
 
 def render(config: pb.ModelConfig) -> str:
     """Text of one ``config.pbtxt``."""
-    header = "# Rendered from preprocessing/contract.py by serving/repository.py; do not edit by hand.\n"
+    header = "# Rendered from vivace/contract.py by serving/repository.py; do not edit by hand.\n"
     return header + text_format.MessageToString(config)
 
 
 def write_profile(
     folder: Path,
-    s: c.StageTensors,
-    heads: tuple[c.TaskHead, ...],
+    s: contract.StageTensors,
+    heads: tuple[contract.TaskHead, ...],
     profile_name: str,
     profile: ServingProfile,
     exclude_seen: bool = True,
@@ -220,7 +240,7 @@ def write_profile(
 ) -> None:
     """One profile's configuration of every model under ``folder``; see ``write_configs``."""
     for name, config in model_configs(s, heads, profile, exclude_seen).items():
-        for key, value in (metadata or {}).items() if name == c.ENSEMBLE else ():
+        for key, value in (metadata or {}).items() if name == contract.ENSEMBLE else ():
             config.parameters[key].string_value = value
         path = folder / name / (f"configs/{profile_name}.pbtxt" if profile_name else "config.pbtxt")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,8 +249,8 @@ def write_profile(
 
 def write_configs(
     folder: Path,
-    s: c.StageTensors,
-    heads: tuple[c.TaskHead, ...],
+    s: contract.StageTensors,
+    heads: tuple[contract.TaskHead, ...],
     exclude_seen: bool = True,
     metadata: dict[str, str] | None = None,
 ) -> None:
@@ -250,8 +270,8 @@ def next_version(repository: Path) -> int:
 
 def assemble(
     repository: Path,
-    s: c.StageTensors,
-    heads: tuple[c.TaskHead, ...],
+    s: contract.StageTensors,
+    heads: tuple[contract.TaskHead, ...],
     files: dict[str, dict[str, Path]],
     exclude_seen: bool = True,
     metadata: dict[str, str] | None = None,
@@ -263,7 +283,7 @@ def assemble(
     version = next_version(repository)
     write_configs(repository, s, heads, exclude_seen, metadata)
     for model in ALL_MODELS:
-        if model == c.QUERY_SEARCH and not s.search:
+        if model == contract.QUERY_SEARCH and not s.search:
             shutil.rmtree(repository / model, ignore_errors=True)
             continue
         target = repository / model / str(version)
@@ -271,9 +291,9 @@ def assemble(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         adapter = CHECKOUT_REPOSITORY / model / "1" / "model.py"
-        if model == c.RETRIEVAL and s.indexed:
+        if model == contract.RETRIEVAL and s.indexed:
             adapter = INDEX_ADAPTER
-        if model == c.QUERY_SEARCH:
+        if model == contract.QUERY_SEARCH:
             adapter = SEARCH_ADAPTER
         if adapter.exists():
             shutil.copy(adapter, partial / "model.py")

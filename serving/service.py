@@ -12,10 +12,10 @@ from types import FrameType
 import tritonclient.grpc as grpcclient
 from prometheus_client import start_http_server
 
-from preprocessing import contract as c
-from serving.client import inputs_of, request_tensors
 from serving.launcher import ServerError, ServerOptions, TritonServer
 from serving.watchdog import Metrics, Watchdog
+from vivace import contract
+from vivace.client import inputs_of, request_tensors
 
 WARM_AT_ONCE = 256  # requests in the server at one time, about what its queues hold
 WARM_EVENTS = 200
@@ -31,7 +31,7 @@ def warm_up(server: TritonServer) -> float:
     asked = inputs_of(grpcclient, request_tensors(history=["-"] * WARM_EVENTS))
     with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
         for _ in range(WARM_AT_ONCE):
-            client.async_infer(c.ENSEMBLE, asked, lambda result, error: left.release(), client_timeout=WARM_S)
+            client.async_infer(contract.ENSEMBLE, asked, lambda result, error: left.release(), client_timeout=WARM_S)
         while done < WARM_AT_ONCE and left.acquire(timeout=max(0.0, started + WARM_S - time.monotonic())):
             done += 1
     return time.monotonic() - started

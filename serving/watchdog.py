@@ -22,9 +22,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-from preprocessing import contract as c
 from serving.launcher import TritonServer
 from serving.repository import ALL_MODELS
+from vivace import contract
 
 log = logging.getLogger("vivace.serve")
 
@@ -54,19 +54,19 @@ def question(config: pb.ModelConfig, fresh: np.random.Generator | None = None) -
     """The smallest valid request of a model, from its configuration: one row, free axes of length 1, zeros and "".
     ``fresh``: with a history that nobody asked before, so that no cache can answer in a dead worker's place."""
     inputs = []
-    items = {t.name: t.dims[-1] for t in config.input}.get("EXCLUDE", c.FIRST_ID + 1)
+    items = {t.name: t.dims[-1] for t in config.input}.get("EXCLUDE", contract.FIRST_ID + 1)
     for tensor in config.input:
         shape = [1] * bool(config.max_batch_size) + [d if d > 0 else 1 for d in tensor.dims]
         datatype = pb.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
         item = grpcclient.InferInput(tensor.name, shape, datatype)
         if datatype == "BYTES":
             value = np.full(shape, b"", object)
-        elif tensor.name == c.TOP_K.name:
+        elif tensor.name == contract.TOP_K.name:
             value = np.ones(shape, np.int32)
         else:
             value = np.zeros(shape, triton_to_np_dtype(datatype))
             if fresh is not None and tensor.name == "HISTORY_IDS":
-                value[..., -4:] = fresh.integers(c.FIRST_ID, items, value[..., -4:].shape)
+                value[..., -4:] = fresh.integers(contract.FIRST_ID, items, value[..., -4:].shape)
         item.set_data_from_numpy(value)
         inputs.append(item)
     return inputs

@@ -13,11 +13,11 @@ from preprocessing.prepare import Features, PrepareConfig, prepare  # noqa: E402
 from preprocessing.readers.shop import Shop, ShopConfig  # noqa: E402
 from serving.launcher import ServerOptions  # noqa: E402
 from serving.service import service  # noqa: E402
-from training.evaluate import evaluate  # noqa: E402
-from training.export import compile_models  # noqa: E402
+from training.compile.export import compile_models  # noqa: E402
+from training.judge.evaluate import evaluate  # noqa: E402
+from training.learn.ranker import train_ranker  # noqa: E402
+from training.learn.retriever import train_retrieval  # noqa: E402
 from training.presets import tiny  # noqa: E402
-from training.train import train_retrieval  # noqa: E402
-from training.train_ranking import train_ranker  # noqa: E402
 
 SMALL = ShopConfig(users=700, items=300, events=12_000, seed=3)
 SEED = 3
@@ -66,7 +66,7 @@ def served(root: Path):
 
 @pytest.fixture(params=["grpc", "http"])
 def client(request: pytest.FixtureRequest, served):
-    from serving.client import VivaceClient
+    from vivace.client import VivaceClient
 
     server, _ = served
     port = server.grpc_port if request.param == "grpc" else server.http_port

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from training.ranking_model import RankerConfig
-from training.retrieval_model import EncoderConfig
+from training.models.ranking import RankerConfig
+from training.models.retrieval import EncoderConfig
 
 LOSSES = ("full", "sampled", "gbce")
 PRESET = "preset.json"  # of a trained run: the sizes that later steps take up
@@ -170,7 +170,7 @@ def large() -> Preset:
 
 def huge() -> Preset:
     """Several nodes of eight GPUs: 300 million parameters and the items, sharded. On paper: sizes by
-    ``python -m training.estimate``, never trained."""
+    ``python -m benchmarks.estimate``, never trained."""
     own = large()
     return replace(
         own,

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from preprocessing.contract import EVENT, ITEM, SOURCE_ROW, TEXT, TIME, TITLE, USER, DataSchema, TaskHead
 from preprocessing.readers.base import CHUNK_ROWS, Chunk, require
-from vivace.artifacts import fingerprint_files
+from vivace.contract import EVENT, ITEM, SOURCE_ROW, TEXT, TIME, TITLE, USER, DataSchema, TaskHead
+from vivace.manifest import fingerprint_files
 
 LICENCE = "Amazon reviews (S3-Rec's files): research use"
 

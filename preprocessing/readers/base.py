@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import pandas as pd
 
-from preprocessing.contract import DataSchema
+from vivace.contract import DataSchema
 
 CHUNK_ROWS = 250_000
 

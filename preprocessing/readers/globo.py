@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from preprocessing.cleaning import parse_time_ms
-from preprocessing.contract import EVENT, ITEM, SOURCE_ROW, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
 from preprocessing.readers.base import Chunk
-from vivace.artifacts import fingerprint_files
+from vivace.contract import EVENT, ITEM, SOURCE_ROW, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
+from vivace.manifest import fingerprint_files
 
 LICENCE = "Globo.com clicks: academic, non-commercial use only"
 CONTEXT = {

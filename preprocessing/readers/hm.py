@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from preprocessing.cleaning import parse_time_ms
-from preprocessing.contract import EVENT, ITEM, SOURCE_ROW, TEXT, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
 from preprocessing.readers.base import CHUNK_ROWS, Chunk, require
-from vivace.artifacts import fingerprint_files
+from vivace.contract import EVENT, ITEM, SOURCE_ROW, TEXT, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
+from vivace.manifest import fingerprint_files
 
 LICENCE = "H&M (Kaggle): non-commercial use"
 FILES = ("articles.parquet", "valid_split.parquet")

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from preprocessing.cleaning import parse_time_ms
-from preprocessing.contract import EVENT, ITEM, SOURCE_ROW, TEXT, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
 from preprocessing.readers.base import CHUNK_ROWS, Chunk, require
-from vivace.artifacts import fingerprint_files
+from vivace.contract import EVENT, ITEM, SOURCE_ROW, TEXT, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
+from vivace.manifest import fingerprint_files
 
 LICENCE = "MovieLens: research use only, no redistribution, no commercial use without permission (GroupLens)"
 EXTRA_FILE = "movies_extrainfos.dat"  # optional: not of GroupLens

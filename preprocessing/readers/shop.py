@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from preprocessing.contract import (
+from preprocessing.readers.base import CHUNK_ROWS, Chunk
+from vivace.contract import (
     CLICKED,
     EVENT,
     ITEM,
@@ -31,8 +32,7 @@ from preprocessing.contract import (
     DataSchema,
     TaskHead,
 )
-from preprocessing.readers.base import CHUNK_ROWS, Chunk
-from vivace.artifacts import digest
+from vivace.manifest import digest
 
 CATEGORIES = (
     *("kettle", "lamp", "chair", "desk", "rug", "mug", "towel", "pillow", "blanket", "clock", "mirror", "shelf"),

@@ -57,7 +57,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from preprocessing.cleaning import parse_time_ms
-from preprocessing.contract import (
+from preprocessing.readers.base import CHUNK_ROWS, Chunk
+from vivace.contract import (
     CLICKED,
     EVENT,
     ITEM,
@@ -72,8 +73,7 @@ from preprocessing.contract import (
     DataSchema,
     TaskHead,
 )
-from preprocessing.readers.base import CHUNK_ROWS, Chunk
-from vivace.artifacts import fingerprint_files
+from vivace.manifest import fingerprint_files
 
 _KEYS = {
     "": {"name", "unknown_items", "exclude_seen", "interactions", "items", "searches", "heads", "licence"},

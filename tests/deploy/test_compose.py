@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import yaml
 
-from loadtest.open_loop import messages, run
-from serving.client import VivaceClient
+from loadtest.generate.open_loop import messages, run
 from serving.launcher import free_port
-from vivace.artifacts import CHECKOUT
+from vivace.client import VivaceClient
+from vivace.manifest import CHECKOUT
 
 COMPOSE = CHECKOUT / "docker-compose.yml"
 DASHBOARD = CHECKOUT / "deploy" / "compose" / "grafana" / "dashboards" / "vivace.json"

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loadtest.requests import recorded
-from loadtest.run_locust import results, run_locust
-from preprocessing import contract as c
+from loadtest.generate.run_locust import results, run_locust
+from preprocessing.requests import recorded
 from serving.launcher import SHM
+from vivace import contract
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
@@ -58,7 +58,7 @@ def test_query_and_load_against_the_served_models(artifacts):
         root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
     )
     with service(options, lambda _: None) as (server, _):
-        user = recorded(root)[c.USER][0]
+        user = recorded(root)[contract.USER][0]
         for protocol, port in (("grpc", server.grpc_port), ("http", server.http_port)):
             out = vivace(
                 "query", "--name", "shop", "--artifacts", str(artifacts), "--user", user,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from loadtest.ladder import TOLERANCES, Answers, climb, rung
+from benchmarks.ladder import TOLERANCES, Answers, climb, rung
 from training.presets import tiny
 
 

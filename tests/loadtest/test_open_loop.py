@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
-from loadtest.open_loop import Run, best, due_times, knee, messages, picks, report_page, run, summarize
-from loadtest.run_locust import results, run_locust
+from loadtest.generate.open_loop import Run, best, due_times, knee, messages, picks, report_page, run, summarize
+from loadtest.generate.run_locust import results, run_locust
 
 
 @pytest.mark.parametrize("kind", ["poisson", "constant", "burst", "diurnal"])

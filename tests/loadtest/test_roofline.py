@@ -7,7 +7,7 @@ import json
 import torch
 from typer.testing import CliRunner
 
-import loadtest.roofline as roofline
+import benchmarks.roofline as roofline
 
 
 def test_it_runs_what_is_here_and_names_the_rest():

@@ -9,15 +9,15 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from loadtest.queueing import Batcher, Service, knee, latencies
-from loadtest.requests import recorded
-from loadtest.run_locust import level
-from loadtest.space import Objective, Trial, trials, untuned
-from loadtest.tune import BudgetError, Journal, tune
-from preprocessing import contract as c
-from serving.client import VivaceClient
+from loadtest.generate.run_locust import level
+from loadtest.tune.queueing import Batcher, Service, knee, latencies
+from loadtest.tune.space import Objective, Trial, trials, untuned
+from loadtest.tune.tune import BudgetError, Journal, tune
+from preprocessing.requests import recorded
 from serving.launcher import ServerOptions, TritonServer
 from serving.repository import served_from
+from vivace import contract
+from vivace.client import VivaceClient
 
 
 def quiet(_: str) -> None:
@@ -94,7 +94,7 @@ def test_a_search_on_the_live_server(own):
         served_from(own, "tuned") / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile="tuned",
         log=own / "triton.log",
     )  # fmt: skip
-    histories, targets = recorded(own)[c.ITEM].tolist(), recorded(own)[c.TARGET].tolist()
+    histories, targets = recorded(own)[contract.ITEM].tolist(), recorded(own)[contract.TARGET].tolist()
     with TritonServer(options) as server, VivaceClient(f"{server.host}:{server.grpc_port}") as client:
         answers = [client.recommend("", list(h), 10).items for h in histories[:40]]
     key = json.dumps(["quality", asdict(Trial(**chosen["trial"]).answer)])[:-1]

@@ -7,13 +7,13 @@ import json
 import pandas as pd
 import pytest
 
-from preprocessing import contract as c
 from preprocessing.prepare import Features, PrepareConfig, prepare
 from preprocessing.readers.shop import Shop, ShopConfig
 from preprocessing.splits import SplitConfig
 from preprocessing.workflow import VocabularyConfig
-from training.counters import popularity
-from vivace.artifacts import BusyError, exclusive
+from training.data.counters import popularity
+from vivace import contract as c
+from vivace.manifest import BusyError, exclusive
 
 SOURCE = Shop(ShopConfig(users=150, items=80, events=3000, seed=9))
 

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from preprocessing import contract as c
 from preprocessing.prepare import Features, PrepareConfig, prepare
 from preprocessing.readers import open_source
 from preprocessing.readers.shop import Shop, ShopConfig
 from preprocessing.splits import SplitConfig
+from vivace import contract as c
 
 MAPPING = """
 name = "corner-shop"

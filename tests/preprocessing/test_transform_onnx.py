@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preprocessing import contract as c
-from preprocessing.transform_onnx import compile_workflow, encoded_name, graph_feed
 from preprocessing.workflow import VocabularyConfig, dataset, event_workflow, extend_vocabulary, nvt, training_rows
+from preprocessing.workflow_onnx import compile_workflow, encoded_name, graph_feed
+from vivace import contract as c
 
 SCHEMA = c.DataSchema("skew", event_categoricals=(c.EVENT, "device"), event_continuous=(c.WEIGHT,))
 COLUMNS = [c.ITEM, c.EVENT, "device", c.WEIGHT]

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from search.data import Catalogue, Judgments
-from search.encoder import (
+from search.lexical import Field
+from search.ranker import RankerConfig
+from training.models.text_encoder import TextConfig
+from training.search.encoder import (
     EncoderTraining,
     HuggingFaceEncoder,
     Questions,
@@ -16,10 +19,7 @@ from search.encoder import (
     item_texts,
     known_values,
 )
-from search.evaluate import WORDS, SearchConfig, evaluate_folds, render
-from search.lexical import Field
-from search.ranker import RankerConfig
-from training.text_encoder import TextConfig
+from training.search.evaluate import WORDS, SearchConfig, evaluate_folds, render
 
 THINGS = ["sofa", "lamp", "chair", "table", "shelf", "mirror", "carpet", "clock"]
 COLOURS = ["red", "blue", "green", "white"]

@@ -8,15 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from preprocessing import contract as c
 from search.data import Catalogue, Judgments, read_esci
-from search.evaluate import judge, ndcg
 from search.features import feature_names, features, personal
 from search.hybrid import DENSE, LEXICAL, MATCHED, POPULAR, Filters, HybridIndex, diversify, fuse, top
 from search.lexical import Field, Lexical
 from search.log import SearchLog
 from search.ranker import RankerConfig, inverse_propensity, propensities, train_search_ranker
 from search.understanding import QueryUnderstanding
+from training.search.evaluate import judge, ndcg
+from vivace import contract
 
 TITLES = ["red shoe", "blue shoe", "red hat", "green scarf", "blue hat", "red scarf"]
 COLOURS = ["red", "blue", "red", "green", "blue", "red"]
@@ -183,8 +183,12 @@ def test_clicks_teach_by_their_weights():
 def test_a_log_of_searches_by_hand():
     rows = [("s1", "Red Shoe", 3, 1, False), ("s1", "Red Shoe", 4, 2, True), ("s1", "Red Shoe", 5, 3, False),
             ("s2", "hat", 6, 1, False), ("s3", "red shoe", 4, 1, True), ("s3", "red shoe", 3, 4, True)]  # fmt: skip
-    log = SearchLog.of(pd.DataFrame(rows, columns=[c.SEARCH, c.QUERY_TEXT, c.ITEM, c.POSITION, c.CLICKED]))
-    assert len(log) == 3 and log.column(c.QUERY_TEXT) == ["Red Shoe", "hat", "red shoe"]
+    log = SearchLog.of(
+        pd.DataFrame(
+            rows, columns=[contract.SEARCH, contract.QUERY_TEXT, contract.ITEM, contract.POSITION, contract.CLICKED]
+        )
+    )
+    assert len(log) == 3 and log.column(contract.QUERY_TEXT) == ["Red Shoe", "hat", "red shoe"]
     log = log.with_clicks()
     assert len(log) == 2 and log.clicked() == [[4], [4, 3]] and log.passed_over() == [[3], []]
     assert log.gains(np.array([1.0, 0.5, 0.25])) == [

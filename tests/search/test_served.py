@@ -9,20 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from loadtest.fuzz_search import Fuzz
-from loadtest.requests import recorded
-from preprocessing import contract as c
-from search.encoder import SearchEncoderConfig
+from benchmarks.fuzz_search import Fuzz
+from preprocessing.requests import recorded
 from search.online import QuerySearch, SearchRanking, Wish, asked, pack, unpack
 from search.published import FOLDER
 from search.ranker import RankerConfig
-from search.train import SearchTraining, train_search
-from serving.client import VivaceClient, VivaceError
 from serving.launcher import ServerOptions, TritonServer
-from training.export import compile_models
+from training.compile.export import compile_models
+from training.models.text_encoder import TextConfig
 from training.presets import tiny
-from training.text_encoder import TextConfig
-from vivace.artifacts import read_manifest
+from training.search.encoder import SearchEncoderConfig
+from training.search.train import SearchTraining, train_search
+from vivace import contract
+from vivace.client import VivaceClient, VivaceError
+from vivace.manifest import read_manifest
 
 SEED = 3
 
@@ -68,7 +68,7 @@ def client(request, server):
 @pytest.fixture(scope="module")
 def titles(features):
     frame = features.items()
-    return dict(zip(frame[c.ITEM], frame[c.TITLE], strict=True))
+    return dict(zip(frame[contract.ITEM], frame[contract.TITLE], strict=True))
 
 
 def test_what_training_measured(searchable):
@@ -90,7 +90,7 @@ def test_what_training_measured(searchable):
 
 def some_user(searchable) -> tuple[str, list[str]]:
     row = recorded(searchable).iloc[0]
-    return row[c.USER], list(row[c.ITEM])
+    return row[contract.USER], list(row[contract.ITEM])
 
 
 def test_a_query_finds_what_it_names(client, searchable, titles):
@@ -118,9 +118,9 @@ def test_without_a_query_nothing_changes(client, searchable, root, served):
 def test_the_answer_is_that_of_the_functions(client, searchable):
     """Served equals the same code in process; history counts."""
     user, history = some_user(searchable)
-    shapes = c.StageTensors(**json.loads((searchable / "compiled" / "model_card.json").read_text())["shapes"])
+    shapes = contract.StageTensors(**json.loads((searchable / "compiled" / "model_card.json").read_text())["shapes"])
     search, ranking = QuerySearch(searchable / FOLDER, shapes.candidates), SearchRanking(searchable / FOLDER)
-    plain = client.recommend(user, history, c.MAX_TOP_K)
+    plain = client.recommend(user, history, contract.MAX_TOP_K)
     (ids, x, said), nothing = search(["oak lamp", "😀"], [Wish(), None])
     assert not len(nothing[0]) and pack(*nothing) == b"" and unpack(b"")[2] == ""
     for packed, own in zip(unpack(pack(ids, x, said)), (ids, x, said), strict=True):
@@ -145,7 +145,7 @@ def test_filters_and_diversity(client, titles):
     assert len(narrow.items) == 10  # filled, though few lamps are of these brands
     assert all(titles[i].split()[0] in ("Alto", "Brio") for i in narrow.items)
     found = client.recommend("", [], 10, "lamp").items
-    new = client.recommend("", found[:3], c.MAX_TOP_K, "lamp", filters={"seen": False}).items
+    new = client.recommend("", found[:3], contract.MAX_TOP_K, "lamp", filters={"seen": False}).items
     assert not set(new) & set(found[:3]) and set(found[3:]) <= set(new)
     spread = client.recommend("", [], 10, "lamp", diversity=0.9)
     assert spread.items != client.recommend("", [], 10, "lamp").items
@@ -205,7 +205,7 @@ def test_a_storm_mixes_nothing_up(server, searchable):
     """Stages refuse while the other branch is at work: what is answered is what is answered alone, all else is refused
     by name. (Where the branch read the request's own QUERY, Triton handed it the memory of another request.)"""
     url, queries = f"{server.host}:{server.grpc_port}", ["oak lamp", "linen towel", "alto kettle", "copper mug"]
-    asks = [(list(h), q) for h in recorded(searchable).head(6)[c.ITEM] for q in queries]
+    asks = [(list(h), q) for h in recorded(searchable).head(6)[contract.ITEM] for q in queries]
     with VivaceClient(url) as client:
         fuzz = Fuzz(client, "oak lamp")
         for seed in range(2):

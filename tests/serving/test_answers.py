@@ -13,10 +13,10 @@ import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 
-from loadtest.requests import recorded
-from loadtest.stages import largest_batches
-from preprocessing import contract as c
-from serving.client import AsyncVivaceClient, VivaceClient, VivaceError, read_answer, request_tensors
+from loadtest.generate.statistics import largest_batches
+from preprocessing.requests import recorded
+from vivace import contract
+from vivace.client import AsyncVivaceClient, VivaceClient, VivaceError, read_answer, request_tensors
 
 POPULAR = "degraded: popular items: "
 
@@ -24,10 +24,10 @@ POPULAR = "degraded: popular items: "
 @pytest.fixture(scope="module")
 def requests(root):
     frame = recorded(root)
-    return list(zip(frame[c.USER], [list(h) for h in frame[c.ITEM]], strict=True))
+    return list(zip(frame[contract.USER], [list(h) for h in frame[contract.ITEM]], strict=True))
 
 
-def _raw(served, protocol: str, tensors, model: str = c.ENSEMBLE):
+def _raw(served, protocol: str, tensors, model: str = contract.ENSEMBLE):
     """A call with arbitrary arrays: (name, datatype, array)."""
     server, _ = served
     module = grpcclient if protocol == "grpc" else httpclient
@@ -54,14 +54,14 @@ def _tensors(**changed):
 def test_a_known_user(client, requests):
     user, _ = requests[0]
     answer = client.recommend(user, top_k=7)
-    assert answer.status == c.STATUS_OK and len(answer.items) == 7 == len(set(answer.items))
+    assert answer.status == contract.STATUS_OK and len(answer.items) == 7 == len(set(answer.items))
     assert (np.diff(answer.scores) <= 0).all()
     assert set(answer.heads) == {"click", "buy"}
     assert all(((p >= 0) & (p <= 1)).all() and len(p) == 7 for p in answer.heads.values())
 
 
 def test_popular_items_when_nothing_is_known(client, features):
-    by_count = features.items()[c.ITEM].tolist()
+    by_count = features.items()[contract.ITEM].tolist()
     for user, reason in (("", "anonymous user"), ("nobody-yet", "'nobody-yet' is unknown")):
         answer = client.recommend(user, top_k=5)
         assert answer.status.startswith(POPULAR) and reason in answer.status and len(answer.items) == 5
@@ -84,14 +84,14 @@ def test_top_k_out_of_range(client, top_k):
 
 
 def test_a_history_of_ten_thousand_events(client, features):
-    names = features.items()[c.ITEM].tolist()
+    names = features.items()[contract.ITEM].tolist()
     seen = names[:100]
     answer = client.recommend(history=(seen * 100)[:10_000], top_k=50)
-    assert answer.status == c.STATUS_OK and not set(answer.items) & set(seen)
+    assert answer.status == contract.STATUS_OK and not set(answer.items) & set(seen)
 
 
 def test_everything_seen_leaves_nothing(client, features):
-    names = features.items()[c.ITEM].tolist()
+    names = features.items()[contract.ITEM].tolist()
     assert client.recommend(history=names, top_k=5).items == []
     left = client.recommend(history=names[2:], top_k=5)
     assert sorted(left.items) == sorted(names[:2])
@@ -146,7 +146,7 @@ class TestRefused:
             ],
         )
         status = [s.decode() for s in result.as_numpy("STATUS")[:, 0]]
-        assert status[0] == status[2] == c.STATUS_OK and "USER_ID: expected UTF-8" in status[1]
+        assert status[0] == status[2] == contract.STATUS_OK and "USER_ID: expected UTF-8" in status[1]
         items = result.as_numpy("ITEM_ID")
         assert items.shape == (3, 6)
         assert [b for b in items[1] if b] == []
@@ -192,11 +192,11 @@ def test_batch_equals_single_and_batches_are_formed(served, requests):
 
 def test_a_new_click_changes_the_next_answer(client, features, request):
     user = f"newcomer-{request.node.callspec.params['client']}"
-    names = features.items()[c.ITEM].tolist()
+    names = features.items()[contract.ITEM].tolist()
     assert client.recommend(user, top_k=5).items == names[:5]
     assert client.append(user, names[0], "view") == 1
     after = client.recommend(user, top_k=5)
-    assert after.status == c.STATUS_OK and names[0] not in after.items
+    assert after.status == contract.STATUS_OK and names[0] not in after.items
     assert client.append(user, names[40], "buy", 1_700_000_000_000) == 2
     assert client.recommend(user, top_k=5).items != after.items
     for bad in (("", names[0]), (user, "")):
@@ -206,7 +206,7 @@ def test_a_new_click_changes_the_next_answer(client, features, request):
 
 def test_appends_from_many_clients_are_all_kept(served, features):
     server, _ = served
-    item = features.items()[c.ITEM][0]
+    item = features.items()[contract.ITEM][0]
 
     def run(_: int) -> None:
         with VivaceClient(f"{server.host}:{server.grpc_port}") as client:

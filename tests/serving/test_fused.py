@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 
-from loadtest.open_loop import messages, run
-from loadtest.requests import recorded
-from preprocessing import contract as c
-from serving.by_length import chunks
-from serving.client import VivaceClient, VivaceError, request_tensors
-from serving.feature_store import LmdbStore
+from loadtest.generate.open_loop import messages, run
+from preprocessing.requests import recorded
 from serving.launcher import ServerOptions
-from serving.pipeline import Level, Overload, Pipeline
+from serving.runtime.by_length import chunks
+from serving.runtime.pipeline import Level, Overload, Pipeline
+from serving.runtime.stages import Row
 from serving.service import WARM_AT_ONCE, WARM_S, service, warm_up
-from serving.stages import Row
-from training.export import shapes
+from training.compile.export import shapes
 from training.presets import tiny
+from vivace import contract
+from vivace.client import VivaceClient, VivaceError, request_tensors
+from vivace.store.lmdb_store import LmdbStore
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,18 @@ def fused(root):
 @pytest.fixture(scope="module")
 def pipeline(root, features):
     store = LmdbStore(root / "feature_store", readonly=True)
-    version = max(p.name for p in (root / "model_repository" / c.RANKING).iterdir() if p.name.isdigit())
+    version = max(p.name for p in (root / "model_repository" / contract.RANKING).iterdir() if p.name.isdigit())
     yield Pipeline(root / "model_repository", version, shapes(tiny(), features.item_count()), store)
     store.close()
 
 
 def test_one_process_answers_as_the_ensemble_does(fused, served, root):
     frame = recorded(root).head(30)
-    cases = [("", list(h)) for h in frame[c.ITEM]] + [(u, []) for u in frame[c.USER]] + [("", []), ("nobody", ["x"])]
+    cases = (
+        [("", list(h)) for h in frame[contract.ITEM]]
+        + [(u, []) for u in frame[contract.USER]]
+        + [("", []), ("nobody", ["x"])]
+    )
     with (
         VivaceClient(f"{served[0].host}:{served[0].grpc_port}") as ensemble,
         VivaceClient(f"{fused[0].host}:{fused[0].grpc_port}") as one,
@@ -66,7 +70,7 @@ def test_a_bad_row_leaves_its_neighbours_alone(fused):
             value = np.concatenate([v for _, v in columns])
             inputs.append(grpcclient.InferInput(columns[0][0].name, list(value.shape), columns[0][0].datatype))
             inputs[-1].set_data_from_numpy(value)
-        answer = client.infer(c.ENSEMBLE, inputs)
+        answer = client.infer(contract.ENSEMBLE, inputs)
     items, status = answer.as_numpy("ITEM_ID"), answer.as_numpy("STATUS")[:, 0]
     assert [int((row != b"").sum()) for row in items] == [3, 0, 2]
     assert status[1].startswith(b"error: TOP_K") and not status[0].startswith(b"error")
@@ -77,7 +81,7 @@ def test_the_warm_up_waits_for_every_answer(fused):
     with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
 
         def ended() -> int:
-            found = client.get_inference_statistics(c.ENSEMBLE).model_stats[0].inference_stats
+            found = client.get_inference_statistics(contract.ENSEMBLE).model_stats[0].inference_stats
             return found.success.count + found.fail.count
 
         before = ended()
@@ -90,9 +94,9 @@ def test_what_is_too_late_is_refused_by_name(which, request):
     server, _ = request.getfixturevalue(which)
     with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
         assert client.recommend("", [], 3, within_ms=5_000).items
-        late = {"parameters": {c.DEADLINE: int(time.time() * 1000) - 40}}
+        late = {"parameters": {contract.DEADLINE: int(time.time() * 1000) - 40}}
         with pytest.raises(VivaceError, match=r"deadline_ms: passed \d+ ms ago, before "):
-            client._infer(c.ENSEMBLE, request_tensors("", [], 3), **late)
+            client._infer(contract.ENSEMBLE, request_tensors("", [], 3), **late)
 
 
 def test_rows_of_about_equal_length_go_together():
@@ -107,7 +111,7 @@ def test_rows_of_about_equal_length_go_together():
 
 
 def test_padding_that_is_not_read_changes_nothing(pipeline, root):
-    known = [i for h in recorded(root)[c.ITEM].head(40) for i in h]
+    known = [i for h in recorded(root)[contract.ITEM].head(40) for i in h]
     rows = [Row("", known[n : n + length], 9) for n, length in enumerate([1, 20, 0, 3, 17, 16, 2, 20, 5, 11, 1] * 2)]
     padded = copy.copy(pipeline)
     padded.whole = True
@@ -121,14 +125,14 @@ def test_padding_that_is_not_read_changes_nothing(pipeline, root):
 
 
 def test_levels_leave_out_what_they_say(pipeline, root):
-    rows = [Row("", list(h), 5) for h in recorded(root)[c.ITEM].head(6)] + [Row("", None, 5)]
+    rows = [Row("", list(h), 5) for h in recorded(root)[contract.ITEM].head(6)] + [Row("", None, 5)]
     (full, values), inputs, _ = pipeline(rows)
     seen = inputs[1]
     for level in (Level.FEWER, Level.RETRIEVED, Level.POPULAR):
         (ids, scores), _, _ = pipeline(rows, level)
         assert scores.shape[:2] == values.shape[:2] and ids.shape[1] <= full.shape[1]
         for row, own in zip(ids, seen, strict=True):
-            live = row[row != c.PADDING_ID]
+            live = row[row != contract.PADDING_ID]
             assert len(live) >= 5 and len(set(live)) == len(live) and not own[live].any()
     found = pipeline.retrieve(inputs)
     few = pipeline.few(5, Level.FEWER)

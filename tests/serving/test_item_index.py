@@ -7,17 +7,17 @@ import shutil
 import numpy as np
 import pytest
 
-from preprocessing import contract as c
-from serving.client import VivaceClient
-from serving.feature_store import LmdbStore
-from serving.item_index import ItemIndex
 from serving.launcher import ServerOptions
+from serving.runtime.item_index import ItemIndex
 from serving.service import service
-from serving.stages import seen_ids
-from training.export import CompileConfig, Engine, compile_models, shapes
-from training.gate import GateError
-from training.index import recall, tune
+from training.compile.export import CompileConfig, Engine, compile_models, shapes
+from training.compile.index import recall, tune
+from training.judge.gate import GateError
 from training.presets import tiny
+from vivace import contract
+from vivace.client import VivaceClient
+from vivace.masks import seen_ids
+from vivace.store.lmdb_store import LmdbStore
 
 
 def test_inner_product_and_bias_by_hand():
@@ -33,7 +33,7 @@ def test_inner_product_and_bias_by_hand():
 def test_seen_ids_by_hand():
     found = seen_ids([np.array([5, 7, 5, 9]), np.arange(3, 2003)])
     assert found[0, -3:].tolist() == [7, 5, 9] and not found[0, :-3].any()
-    assert found[1].tolist() == list(range(2003 - c.MAX_SEEN, 2003))
+    assert found[1].tolist() == list(range(2003 - contract.MAX_SEEN, 2003))
 
 
 def test_an_index_that_finds_too_little_is_refused():
@@ -80,7 +80,7 @@ def test_the_live_ensemble_answers_as_the_exact_one(features, root, served, inde
 
 def test_batch_equals_single(features, indexed):
     own, _ = indexed
-    s = c.StageTensors(**{**shapes(tiny(), features.item_count()).__dict__, "indexed": True})
+    s = contract.StageTensors(**{**shapes(tiny(), features.item_count()).__dict__, "indexed": True})
     engine, rng = Engine(own / "compiled", s), np.random.default_rng(0)
     history = rng.integers(3, s.items, (8, s.history))
     history[3] = 0

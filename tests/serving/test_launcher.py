@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loadtest.requests import recorded
-from preprocessing import contract as c
-from serving.client import VivaceClient
+from preprocessing.requests import recorded
 from serving.launcher import SHM, ServerError, ServerOptions, TritonServer
 from serving.service import service
+from vivace import contract
+from vivace.client import VivaceClient
 
 RECOVERY_S = 5.0
 CLEAR = ("Request timeout expired", "not healthy", "not ready", "no available versions")
@@ -39,12 +39,12 @@ def _ours() -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("model", c.STAGES)
+@pytest.mark.parametrize("model", contract.STAGES)
 def test_a_killed_worker_is_revived_under_load(root, model):
     """kill -9 under load: clear errors meanwhile, answers again within 5 s, counted, nothing left in /dev/shm."""
     said: list[str] = []
     frame = recorded(root)
-    user, history = frame[c.USER][0], list(frame[c.ITEM][0])
+    user, history = frame[contract.USER][0], list(frame[contract.ITEM][0])
     with service(_options(root, log=root / "kill.log"), said.append) as (server, watchdog):
         segments, workers = len(server.segments()), len(watchdog.workers())
         outcomes: list[tuple[float, str]] = []

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from loadtest.requests import recorded
-from preprocessing import contract as c
-from serving.client import Recommendation, VivaceClient
+from preprocessing.requests import recorded
 from serving.launcher import ServerError, ServerOptions, TritonServer
-from training.export import CompileConfig, compile_models
+from training.compile.export import CompileConfig, compile_models
 from training.presets import tiny
+from vivace import contract
+from vivace.client import Recommendation, VivaceClient
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def options(root: Path, profile: str) -> ServerOptions:
 
 
 def answers(host: str, root: Path) -> list[Recommendation]:
-    histories = recorded(root)[c.ITEM].tolist()[:30]
+    histories = recorded(root)[contract.ITEM].tolist()[:30]
     with VivaceClient(host) as client:
         return [client.recommend("", list(h), 10) for h in histories]
 
@@ -50,7 +50,7 @@ def test_targets_are_checked_and_plans_published(targets):
     assert made["openvino"]["ranking, RANKED_IDS"] > 0.95  # popular items of equal count change places
     assert made["openvino"]["ranking, RANKED_VALUES"] < 1e-4 > made["openvino"]["retrieval, CANDIDATE_SCORES"]
     version = str(manifest["results"]["version"])
-    for stage in (c.RETRIEVAL, c.RANKING):
+    for stage in (contract.RETRIEVAL, contract.RANKING):
         assert (own / "model_repository" / stage / version / "model.plan").stat().st_size > 1000
 
 

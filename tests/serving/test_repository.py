@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from preprocessing import contract as c
 from serving import repository
+from vivace import contract
 
 
 def test_committed_configs_are_the_rendered_ones(tmp_path):
@@ -17,19 +17,19 @@ def test_committed_configs_are_the_rendered_ones(tmp_path):
 
 def test_every_ensemble_tensor_has_one_source():
     configs = repository.model_configs(repository.DEFAULT_SHAPES, repository.DEFAULT_HEADS, repository.PROFILES[""])
-    known = {t.name for t in configs[c.ENSEMBLE].input}
-    for step in configs[c.ENSEMBLE].ensemble_scheduling.step:
+    known = {t.name for t in configs[contract.ENSEMBLE].input}
+    for step in configs[contract.ENSEMBLE].ensemble_scheduling.step:
         model = configs[step.model_name]
         assert {t.name for t in model.input} == set(step.input_map) and set(step.input_map.values()) <= known
         assert {t.name for t in model.output} == set(step.output_map)
         assert not known & set(step.output_map.values())
         known |= set(step.output_map.values())
-    assert {t.name for t in configs[c.ENSEMBLE].output} <= known
+    assert {t.name for t in configs[contract.ENSEMBLE].output} <= known
 
 
 def test_the_gpu_profile_moves_only_the_onnx_stages():
     configs = repository.model_configs(repository.DEFAULT_SHAPES, repository.DEFAULT_HEADS, repository.PROFILES["gpu"])
-    kinds = {name: {g.kind for g in m.instance_group} for name, m in configs.items() if name != c.ENSEMBLE}
+    kinds = {name: {g.kind for g in m.instance_group} for name, m in configs.items() if name != contract.ENSEMBLE}
     on_gpu = {name for name, kind in kinds.items() if kind == {repository.pb.ModelInstanceGroup.KIND_GPU}}
     assert on_gpu == set(repository.ONNX_STAGES)
 
@@ -37,15 +37,18 @@ def test_the_gpu_profile_moves_only_the_onnx_stages():
 def test_new_versions_replace_old_ones_but_the_last(tmp_path):
     file = tmp_path / "graph"
     file.write_text("x")
-    files = {c.RETRIEVAL: {"model.onnx": file}}
+    files = {contract.RETRIEVAL: {"model.onnx": file}}
     target = tmp_path / "repository"
     versions = [
         repository.assemble(target, repository.DEFAULT_SHAPES, repository.DEFAULT_HEADS, files) for _ in range(3)
     ]
     assert versions == [1, 2, 3]
-    assert sorted(p.name for p in (target / c.RETRIEVAL).iterdir() if p.is_dir() and p.name.isdigit()) == ["2", "3"]
+    assert sorted(p.name for p in (target / contract.RETRIEVAL).iterdir() if p.is_dir() and p.name.isdigit()) == [
+        "2",
+        "3",
+    ]
 
 
 def test_more_candidates_than_items_is_refused():
     with pytest.raises(ValueError, match="at most the 47 items"):
-        c.StageTensors(history=10, candidates=100, items=50, width=8)
+        contract.StageTensors(history=10, candidates=100, items=50, width=8)

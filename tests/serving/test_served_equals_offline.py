@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import tritonclient.grpc as grpcclient
 
-from loadtest.parity import compare, offline_answers, served_answers
-from preprocessing import contract as c
-from serving.client import Recommendation
-from serving.feature_store import LmdbStore
+from benchmarks.parity import compare, offline_answers, served_answers
 from training.presets import tiny
+from vivace import contract
+from vivace.client import Recommendation
+from vivace.store.lmdb_store import LmdbStore
 
 USERS = 500
 
@@ -48,24 +48,24 @@ def test_the_live_transform_gives_nvtabulars_ids(offline, served):
     with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
         for row in range(40):
             raw = np.array([[i.encode() for i in offline.histories[row]]], object)
-            values = {c.USER_ID: [[b""]], c.QUERY: [[b""]], c.HISTORY: raw, c.TOP_K: [[1]]}
+            values = {contract.USER_ID: [[b""]], contract.QUERY: [[b""]], contract.HISTORY: raw, contract.TOP_K: [[1]]}
             inputs = []
             for tensor, value in values.items():
-                array = np.array(value, np.int32 if tensor is c.TOP_K else object)
+                array = np.array(value, np.int32 if tensor is contract.TOP_K else object)
                 inputs.append(grpcclient.InferInput(tensor.name, array.shape, tensor.datatype))
                 inputs[-1].set_data_from_numpy(array)
-            result = client.infer(c.FEATURE_TRANSFORM, inputs)
+            result = client.infer(contract.FEATURE_TRANSFORM, inputs)
             assert result.as_numpy("HISTORY_IDS")[0].tolist() == request.history_BT[row].tolist()
             excluded = set(np.flatnonzero(result.as_numpy("EXCLUDE")[0]).tolist())
-            assert excluded == set(request.histories[row].tolist()) | set(range(c.FIRST_ID))
+            assert excluded == set(request.histories[row].tolist()) | set(range(contract.FIRST_ID))
 
 
 def test_the_feature_store_holds_every_event(root, features):
     store = LmdbStore(root / "feature_store", readonly=True)
     rows = pd.concat(pd.read_parquet(f) for f in features.files("test"))
-    names = dict(enumerate(features.items()[c.ITEM], c.FIRST_ID))
-    stored = store.histories(rows[c.USER].tolist())
-    for history, target, kept in zip(rows[c.ITEM], rows[c.TARGET], stored, strict=True):
+    names = dict(enumerate(features.items()[contract.ITEM], contract.FIRST_ID))
+    stored = store.histories(rows[contract.USER].tolist())
+    for history, target, kept in zip(rows[contract.ITEM], rows[contract.TARGET], stored, strict=True):
         assert len(kept) == len(history) + 1
         if target in names:
             assert kept[-1] == names[target]

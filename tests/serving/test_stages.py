@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocessing import contract as c
-from serving.feature_store import MAX_STORED_EVENTS, Event, LmdbStore
-from serving.stages import ResponseStage, parse_row, read_search_for, search_for
+from serving.runtime.stages import ResponseStage, parse_row, read_search_for, search_for
+from vivace import contract
+from vivace.store.interface import Event
+from vivace.store.lmdb_store import MAX_STORED_EVENTS, LmdbStore
 
 
 def test_parse_row():
@@ -35,7 +36,7 @@ def test_response_pads_rows_and_answers_no_failed_row():
     stage = ResponseStage(np.array([b"", b"", b"", b"A", b"B", b"C"], object))
     ranked = np.array([[5, 4, 3], [3, 4, 0], [3, 4, 5]])
     scores = np.array([[3, 2, 1], [3, 2, -1e30], [3, 2, 1]], np.float32)
-    status = [b"ok", b"ok", f"{c.STATUS_ERROR}broken".encode()]
+    status = [b"ok", b"ok", f"{contract.STATUS_ERROR}broken".encode()]
     items, values = stage(ranked, scores[:, None], np.array([1, 3, 3]), status)
     assert items.tolist() == [[b"C", b"", b""], [b"A", b"B", b""], [b"", b"", b""]]
     assert values.tolist() == [[3, 0, 0], [3, 2, 0], [0, 0, 0]]

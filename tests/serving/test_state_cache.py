@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 
-from loadtest.stages import cache_counts
-from preprocessing import contract as c
-from serving.client import VivaceClient
-from serving.feature_store import LmdbStore
+from loadtest.generate.statistics import cache_counts
 from serving.launcher import ServerOptions, TritonServer
 from serving.repository import PROFILES, model_configs
 from serving.watchdog import question
+from vivace import contract
+from vivace.client import VivaceClient
+from vivace.store.lmdb_store import LmdbStore
 
 
 def test_only_a_new_event_pays_the_encoder(root, tmp_path, served):
@@ -54,11 +54,11 @@ def test_only_a_new_event_pays_the_encoder(root, tmp_path, served):
 
 
 def test_a_cached_model_is_asked_what_nobody_asked():
-    s = c.StageTensors(history=20, candidates=10, items=50, width=8)
-    config = model_configs(s, (c.TaskHead("click", 0.0),), PROFILES["cached"])[c.RETRIEVAL]
+    s = contract.StageTensors(history=20, candidates=10, items=50, width=8)
+    config = model_configs(s, (contract.TaskHead("click", 0.0),), PROFILES["cached"])[contract.RETRIEVAL]
     assert config.response_cache.enable
     rng = np.random.default_rng(0)
     asked = [question(config, rng)[0]._raw_content for _ in range(2)]
     ids = [np.frombuffer(raw, np.int64) for raw in asked]
     assert not np.array_equal(*ids)
-    assert all(((i[-4:] >= c.FIRST_ID) & (i[-4:] < 50)).all() and not i[:-4].any() for i in ids)
+    assert all(((i[-4:] >= contract.FIRST_ID) & (i[-4:] < 50)).all() and not i[:-4].any() for i in ids)

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing.contract import FIRST_ID
-from serving.client import VivaceClient
-from serving.feature_store import LmdbStore
 from serving.launcher import ServerOptions
 from serving.service import service
-from training import data
-from training.evaluate import RANKED, RANKS, RETRIEVAL, WITHOUT_TIMES, evaluate
-from training.export import compile_models, shapes
+from training.checkpoints import load_ranker, load_retrieval
+from training.compile.export import compile_models, shapes
+from training.data import batches as data
+from training.judge.evaluate import RANKED, RANKS, RETRIEVAL, WITHOUT_TIMES, evaluate
+from training.learn.ranker import train_ranker
+from training.learn.retriever import train_retrieval
+from training.models.ranking import RankingGraph
+from training.models.retrieval import RetrievalGraph
 from training.presets import tiny
-from training.ranking_model import RankingGraph
-from training.retrieval_model import RetrievalGraph
-from training.train import load_retrieval, train_retrieval
-from training.train_ranking import load_ranker, train_ranker
+from vivace.client import VivaceClient
+from vivace.contract import FIRST_ID
+from vivace.store.lmdb_store import LmdbStore
 
 
 def test_stored_times_reach_the_retriever(features, root, tmp_path):

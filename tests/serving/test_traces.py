@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import tritonclient.grpc as grpcclient
 
-from preprocessing import contract as c
-from serving.client import request_tensors
 from serving.launcher import ServerOptions, TritonServer
+from vivace import contract
+from vivace.client import request_tensors
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_request_is_one_trace_of_all_its_stages_and_continues_the_callers(root
             for tensor, value in request_tensors("", [], 3):
                 inputs.append(grpcclient.InferInput(tensor.name, list(value.shape), tensor.datatype))
                 inputs[-1].set_data_from_numpy(value)
-            own.infer(c.ENSEMBLE, inputs, headers=headers)
+            own.infer(contract.ENSEMBLE, inputs, headers=headers)
         deadline = time.monotonic() + 15
         traces: dict = {}
         while len(traces) < 2 or any(len(t) < 3 for t in traces.values()):
@@ -65,6 +65,6 @@ def test_a_request_is_one_trace_of_all_its_stages_and_continues_the_callers(root
     for trace in traces.values():
         attributes = [a for span in trace for a in span.get("attributes", []) if a["key"] == "triton.model_name"]
         names = {a["value"]["stringValue"] for a in attributes}
-        assert names == ({*c.STAGES, c.ENSEMBLE} if not profile else {c.ENSEMBLE})
+        assert names == ({*contract.STAGES, contract.ENSEMBLE} if not profile else {contract.ENSEMBLE})
         ids = {span["spanId"] for span in trace}
         assert sum(span.get("parentSpanId") not in ids for span in trace) == 1  # one tree

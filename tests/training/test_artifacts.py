@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vivace.artifacts import Step
+from vivace.manifest import Step
 
 
 def test_what_another_configuration_left_is_not_taken_up(tmp_path):

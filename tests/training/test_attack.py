@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.attack import adversarial, direction, under_attack
+from benchmarks.attack import under_attack
+from training.checkpoints import load_retrieval
+from training.learn.adversarial import adversarial, direction
 from training.presets import tiny
-from training.train import load_retrieval
 
 
 def test_the_adversarial_loss_by_hand():

@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from preprocessing import contract as c
-from preprocessing.contract import FIRST_ID
+from benchmarks.cold_start import WithoutItems
 from preprocessing.prepare import Features
-from training.cold_start import WithoutItems
-from training.counters import popularity
-from training.item_table import nearest_seen
-from training.retrieval_model import EncoderConfig, RetrievalModel
-from training.train import free_unseen
+from training.data.counters import popularity
+from training.learn.warm_start import free_unseen
+from training.models.item_table import nearest_seen
+from training.models.retrieval import EncoderConfig, RetrievalModel
+from vivace import contract
+from vivace.contract import FIRST_ID
 
 
 def test_events_of_held_out_items_leave_the_training_sequences(features, tmp_path):
@@ -35,12 +35,12 @@ class _Catalogue(Features):
     def __init__(self, category: bool) -> None:
         super().__init__(Path())
         texts = ["red dress", "red shoes", "lamp", "red dress", "zzz"]
-        self.table = pd.DataFrame({c.TEXT: texts, "colour": [3, 3, 4, 3, 5]})
+        self.table = pd.DataFrame({contract.TEXT: texts, "colour": [3, 3, 4, 3, 5]})
         self.category = category
 
     @property
-    def schema(self) -> c.DataSchema:
-        return c.DataSchema("catalogue", item_categoricals=("colour",) if self.category else ())
+    def schema(self) -> contract.DataSchema:
+        return contract.DataSchema("catalogue", item_categoricals=("colour",) if self.category else ())
 
     def items(self) -> pd.DataFrame:
         return self.table

@@ -13,20 +13,21 @@ import torch
 import tritonclient.grpc as grpcclient
 from onnx import numpy_helper
 
-from loadtest.compress_report import report
-from preprocessing import contract as c
+from loadtest.reports.compress import report
 from serving.launcher import ServerOptions
 from serving.service import service
-from training.compress import Compression, SmallerRanker, compress, prune_retriever
-from training.constraints import Constraint, largest
-from training.distill import Distillation, divergence, list_mle, relations
-from training.evaluation import MISS
-from training.export import CompileConfig, Engine, compile_models, shapes
-from training.gate import GateError, graph_ranks, judge, reference_ranks
+from training.checkpoints import load_retrieval
+from training.compile.compress import Compression, SmallerRanker, compress, prune_retriever
+from training.compile.export import CompileConfig, Engine, compile_models, shapes
+from training.compile.prune import Target, measure, prune
+from training.judge.gate import GateError, graph_ranks, judge, reference_ranks
+from training.learn.constraints import Constraint, largest
+from training.learn.distill import Distillation, divergence, list_mle, relations
+from training.learn.retriever import train_retrieval
+from training.metrics import MISS
+from training.models.retrieval import EncoderConfig, RetrievalModel
 from training.presets import from_json, tiny
-from training.prune import Target, measure, prune
-from training.retrieval_model import EncoderConfig, RetrievalModel
-from training.train import load_retrieval, train_retrieval
+from vivace import contract
 
 ITEMS = 40
 SHAPE = EncoderConfig(width=16, layers=3, heads=4, history=12, dropout=0.0, position_bias="relative")
@@ -147,7 +148,7 @@ def test_graph_ranks_are_the_evaluated_ones(features, root):
 def test_a_damaged_engine_is_refused_and_a_forced_one_says_so(features, root, variant, monkeypatch):
     folder, _ = variant
     preset = from_json(json.loads((folder / "preset.json").read_text()))
-    before = sorted(p.name for p in (folder / "model_repository" / c.RETRIEVAL).iterdir())
+    before = sorted(p.name for p in (folder / "model_repository" / contract.RETRIEVAL).iterdir())
 
     def damage(source, target, precision, feeds, keep=(), only=None):
         graph = onnx.load(source)
@@ -157,11 +158,11 @@ def test_a_damaged_engine_is_refused_and_a_forced_one_says_so(features, root, va
                 tensor.CopyFrom(numpy_helper.from_array(np.roll(values, 1, axis=0).copy(), tensor.name))
         onnx.save(graph, target)
 
-    monkeypatch.setattr("training.export.convert", damage)
+    monkeypatch.setattr("training.compile.export.convert", damage)
     how = CompileConfig("int8", reference=root / "evaluation")
     with pytest.raises(GateError, match="not published"):
         compile_models(features, preset, folder, 3, lambda _: None, how)
-    assert sorted(p.name for p in (folder / "model_repository" / c.RETRIEVAL).iterdir()) == before
+    assert sorted(p.name for p in (folder / "model_repository" / contract.RETRIEVAL).iterdir()) == before
     compile_models(features, preset, folder, 3, lambda _: None, replace(how, force=True))
     card = json.loads((folder / "compiled" / "model_card.json").read_text())
     assert card["gate"]["forced"] and not card["gate"]["passed"]
@@ -170,7 +171,7 @@ def test_a_damaged_engine_is_refused_and_a_forced_one_says_so(features, root, va
         service(options, lambda _: None) as (server, _),
         grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client,
     ):
-        served = client.get_model_config(c.ENSEMBLE, as_json=True)["config"]["parameters"]
+        served = client.get_model_config(contract.ENSEMBLE, as_json=True)["config"]["parameters"]
     assert json.loads(served["gate"]["string_value"])["forced"] and served["precision"]["string_value"] == "int8"
 
 

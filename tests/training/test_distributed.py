@@ -16,9 +16,10 @@ import psutil
 import pytest
 import torch
 
-from training import data, distributed
+from training import distributed
+from training.data import batches as data
+from training.learn.retriever import train_retrieval
 from training.presets import tiny
-from training.train import train_retrieval
 
 WORKER = """
 import json, sys, time
@@ -27,7 +28,7 @@ from pathlib import Path
 from preprocessing.prepare import Features
 from training import distributed
 from training.presets import tiny
-from training.train import train_retrieval
+from training.learn.retriever import train_retrieval
 preset = tiny()
 preset = replace(preset, encoder=replace(preset.encoder, dropout=0.0),
                  retrieval=replace(preset.retrieval, **json.loads(sys.argv[3])))

@@ -9,23 +9,24 @@ import onnx
 import pytest
 import torch
 
-from loadtest.tables import Scoring
-from preprocessing import contract as c
+from benchmarks.tables import Scoring
 from preprocessing.prepare import Features
-from training.export import (
+from serving.runtime.tensorrt_plan import library
+from training.compile.export import (
     CompileConfig,
     Engine,
     compile_models,
     example_requests,
     export,
     reduce_precision,
-    session,
     shapes,
 )
-from training.int8_table import Int8Table, quantize_rows
+from training.compile.quantize import PRECISIONS, convert, overlap, prepare, products, sensitivities
+from training.compile.tensorrt_engine import build
+from training.models.int8_table import Int8Table, quantize_rows
 from training.presets import tiny
-from training.quantize import PRECISIONS, convert, overlap, prepare, products, sensitivities
-from training.tensorrt_engine import build, library
+from vivace import contract
+from vivace.onnx_session import open_session
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_tensorrt_builds_every_graph_without_a_gpu(engine, s, tmp_path):
         pytest.skip("dynamic int8 is for ONNX Runtime on CPUs; TensorRT takes int8-qdq")
     t, n = (1, s.history, s.history), (1, s.candidates, s.candidates)
     axes = {"HISTORY_IDS": t, "ENCODED_HISTORY": t, "CANDIDATE_IDS": n, "CANDIDATE_SCORES": n}
-    for stage in (c.RETRIEVAL, c.RANKING):
+    for stage in (contract.RETRIEVAL, contract.RANKING):
         assert build(folder / f"{stage}.onnx", tmp_path / "model.plan", name="tensorrt_rtx", axes=axes) > 10_000
     if precision == "fp32":
         path, timings = tmp_path / "sparse.plan", tmp_path / "timings"
@@ -96,10 +97,12 @@ def test_the_product_that_hurts_is_found(root, features, s, tmp_path):
     feed = dict(
         zip(Engine(root / "compiled", s).names[0], (x.numpy() for x in example_requests(features, tiny())), strict=True)
     )
-    alone = sensitivities(ready, "int8-qdq", [feed], lambda p, f: session(p).run(None, dict(f))[0], tmp_path / "x.onnx")
+    alone = sensitivities(
+        ready, "int8-qdq", [feed], lambda p, f: open_session(p).run(None, dict(f))[0], tmp_path / "x.onnx"
+    )
     assert set(alone) == set(names) and min(alone, key=alone.__getitem__) == victim.name and alone[victim.name] < 0.9
     convert(ready, tmp_path / "kept.onnx", "int8-qdq", [feed], keep=[victim.name])
-    assert overlap(*(session(p).run(None, feed)[0] for p in (ready, tmp_path / "kept.onnx"))) > 0.9
+    assert overlap(*(open_session(p).run(None, feed)[0] for p in (ready, tmp_path / "kept.onnx"))) > 0.9
 
 
 def test_an_int8_table_by_hand():
@@ -121,7 +124,7 @@ def test_int8_products_in_onnx_are_those_of_torch(tmp_path):
     scoring = Scoring(torch.cat([table, torch.randn(150, 64)]), int8=True)
     states = torch.cat([torch.where(torch.rand(3, 64) < 0.5, 5.0, -5.0), table[:1], torch.randn(4, 64) * 1e-3])
     export(scoring, (states,), ["STATES"], ["IDS", "SCORES"], tmp_path / "x.onnx")
-    graph = session(tmp_path / "x.onnx")
+    graph = open_session(tmp_path / "x.onnx")
     _, scores = graph.run(None, {"STATES": states.numpy()})
     expected = scoring(states)
     np.testing.assert_allclose(scores, expected[1].numpy(), rtol=1e-5, atol=1e-6)

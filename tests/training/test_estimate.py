@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.estimate import estimate
+from benchmarks.estimate import estimate
+from training.models.retrieval import RetrievalModel
 from training.presets import cpu, huge
-from training.retrieval_model import RetrievalModel
 
 ITEMS = 500
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing.contract import FIRST_ID
-from training.evaluation import MISS, bootstrap, list_auc, metrics, ranks, ranks_after
-from training.retrieval_model import EXCLUDED
+from training.metrics import MISS, bootstrap, list_auc, metrics, ranks, ranks_after
+from training.models.retrieval import EXCLUDED
+from vivace.contract import FIRST_ID
 
 
 def test_metrics_by_hand():

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import data
+from training.data import batches as data
 from training.distributed import Parallel
-from training.loop import Loop, LoopConfig
+from training.learn.loop import Loop, LoopConfig
+from training.learn.objectives import retrieval_loss
+from training.models.retrieval import RetrievalModel
 from training.presets import tiny
-from training.retrieval_model import RetrievalModel
 from training.tracking import WANDB
-from training.train import retrieval_loss
 
 
 def _loop(features, folder: Path, metric=lambda: {"log_loss": 0.0}, patience: int = 0, epochs: int = 2) -> Loop:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing.contract import FIRST_ID, PADDING_ID
-from training.encoders import BUCKETS, dropout, time_buckets
-from training.export import export, session
-from training.item_table import ItemAttributes, words_of
+from training.compile.export import export
 from training.losses import full_softmax, gbce, sampled_softmax
-from training.ranking_model import MIXTURES, ItemTables, RankerConfig, RankingGraph, RankingModel
-from training.retrieval_model import EXCLUDED, EncoderConfig, RetrievalGraph, RetrievalModel
+from training.models.encoders import BUCKETS, dropout, time_buckets
+from training.models.item_table import ItemAttributes, words_of
+from training.models.ranking import MIXTURES, ItemTables, RankerConfig, RankingGraph, RankingModel
+from training.models.retrieval import EXCLUDED, EncoderConfig, RetrievalGraph, RetrievalModel
+from vivace.contract import FIRST_ID, PADDING_ID
+from vivace.onnx_session import open_session
 
 ITEMS = 60
 
@@ -171,7 +172,7 @@ def test_every_mixture_exports_to_onnx(mixture, tmp_path):
     names = ["HISTORY_IDS", "CANDIDATE_IDS", "CANDIDATE_SCORES", "ENCODED_HISTORY"]
     export(graph, tuple(x[:2] for x in rows), names, ["IDS", "VALUES"], tmp_path / "model.onnx")
     feed = {n: x.numpy() for n, x in zip(names, rows, strict=True)}
-    got = session(tmp_path / "model.onnx").run(None, feed)
+    got = open_session(tmp_path / "model.onnx").run(None, feed)
     assert (got[0] == expected[0].numpy()).all()
     np.testing.assert_allclose(got[1], expected[1].numpy(), atol=2e-5)
 
@@ -222,7 +223,7 @@ def test_every_family_exports_to_onnx(retriever, tmp_path):
         inputs["HISTORY_TIMES"] = _times(history)
     rows = tuple(inputs.values())
     export(graph, tuple(x[:2] for x in rows), list(inputs), ["IDS", "SCORES", "ENCODED"], tmp_path / "model.onnx")
-    got = session(tmp_path / "model.onnx").run(None, {n: x.numpy() for n, x in inputs.items()})
+    got = open_session(tmp_path / "model.onnx").run(None, {n: x.numpy() for n, x in inputs.items()})
     with torch.no_grad():
         expected = graph(*rows)
     assert (got[0] == expected[0].numpy()).all()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.multitask import TaskWeights, expected_calibration_error, reliability
+from training.metrics import expected_calibration_error, reliability
+from training.models.task_heads import TaskWeights
 
 
 def test_static_and_uncertainty_weights_by_hand():

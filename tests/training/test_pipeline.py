@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing import contract as c
-from training import data
-from training.compare import compare, plot
-from training.counters import cooccurrence_embeddings, follower_matrix, popularity, top_followers
-from training.evaluate import NEIGHBOUR, POPULARITY, RANKED, RETRIEVAL
+from training.checkpoints import load_ranker
+from training.data import batches as data
+from training.data.counters import cooccurrence_embeddings, follower_matrix, popularity, top_followers
+from training.judge.compare import compare, plot
+from training.judge.evaluate import NEIGHBOUR, POPULARITY, RANKED, RETRIEVAL
 from training.presets import tiny
-from training.train_ranking import load_ranker
+from vivace import contract
 
 
 def test_evaluation_lists_baselines_models_and_protocol(root):
@@ -56,7 +56,7 @@ def test_windows_cover_every_transition_once():
 
 def test_batches_come_from_the_loader_whole_and_seeded(features):
     files = features.files("train")
-    tokens = sum(int((b != c.PADDING_ID).sum()) for b in data.training_batches(files, 1000, 16, 1, 0))
+    tokens = sum(int((b != contract.PADDING_ID).sum()) for b in data.training_batches(files, 1000, 16, 1, 0))
     assert tokens == popularity_total(files, features.item_count())
     one, two, other = ([b.tolist() for b in data.training_batches(files, 20, 16, s, 0)] for s in (1, 1, 2))
     assert one == two and one != other
@@ -64,7 +64,7 @@ def test_batches_come_from_the_loader_whole_and_seeded(features):
 
 def popularity_total(files, items) -> int:
     """Training events of users with at least two (a single event is no transition)."""
-    from training.counters import sequences
+    from training.data.counters import sequences
 
     return sum(len(s) for f in files for s in sequences(f) if len(s) > 1)
 
@@ -74,7 +74,7 @@ def test_followers_by_hand(tmp_path):
     import pyarrow.parquet as pq
 
     file = tmp_path / "part.parquet"
-    pq.write_table(pa.table({c.ITEM: pa.array([[3, 4, 5], [3, 4]], pa.list_(pa.int64()))}), file)
+    pq.write_table(pa.table({contract.ITEM: pa.array([[3, 4, 5], [3, 4]], pa.list_(pa.int64()))}), file)
     matrix = follower_matrix([file], 6).toarray()
     assert popularity([file], 6).tolist() == [0, 0, 0, 2, 2, 1]
     assert matrix[3, 4] == pytest.approx((1 + 1) / (2 + 5))  # twice right after, over the smoothed count of item 3
@@ -89,13 +89,13 @@ def test_starting_embeddings_put_items_together_that_occur_together(tmp_path):
 
     file = tmp_path / "part.parquet"
     lists = [[3, 4, 5]] * 5 + [[6, 7, 8]] * 3  # two groups; of unequal size, or the SVD could mix them
-    pq.write_table(pa.table({c.ITEM: pa.array(lists, pa.list_(pa.int64()))}), file)
+    pq.write_table(pa.table({contract.ITEM: pa.array(lists, pa.list_(pa.int64()))}), file)
     found = cooccurrence_embeddings([file], 10, 2, 0.1)
     assert (found[:3] == 0).all() and (found[9] == 0).all()  # special ids, and an item without events
     assert np.sqrt((found[3:9] ** 2).mean(1)) == pytest.approx(np.full(6, 0.1))
     own, near, far = (float(found[3] @ found[i]) for i in (3, 4, 6))
     assert near > 0.5 * own and abs(far) < 0.1 * own
-    pq.write_table(pa.table({c.ITEM: pa.array([[3], [4]], pa.list_(pa.int64()))}), file)
+    pq.write_table(pa.table({contract.ITEM: pa.array([[3], [4]], pa.list_(pa.int64()))}), file)
     assert not cooccurrence_embeddings([file], 10, 4, 0.1).any()
 
 

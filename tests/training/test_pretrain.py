@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from preprocessing.contract import PADDING_ID
-from training.adapt import Adaptation, freeze_for, merge
-from training.counters import popularity
+from training.checkpoints import load_retrieval
+from training.data.counters import popularity
+from training.learn.pretrain import OBJECTIVES, Pretraining, augment, halves, pretrain, sessions
+from training.learn.retriever import train_retrieval
+from training.learn.warm_start import take_up
+from training.models.adapters import Adaptation, freeze_for, merge
+from training.models.retrieval import EncoderConfig, RetrievalModel
 from training.presets import tiny
-from training.pretrain import OBJECTIVES, Pretraining, augment, halves, pretrain, sessions, take_up
-from training.retrieval_model import EncoderConfig, RetrievalModel
-from training.train import load_retrieval, train_retrieval
+from vivace.contract import PADDING_ID
 
 
 def quiet(_: str) -> None:

@@ -1,4 +1,4 @@
-"""The search prunes, goes on with its study, and names a field that no preset has."""
+"""The optimizer prunes, goes on with its study, and names a field that no preset has."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import optuna
 import pytest
 
+from training.learn.hpo import optimize
 from training.presets import tiny, with_values
-from training.search import search
 
 
 def quiet(_: str) -> None:
@@ -17,15 +17,15 @@ def quiet(_: str) -> None:
 
 def test_a_study_is_taken_up_and_plotted(features, root, tmp_path):
     space = {"retrieval.learning_rate": [1e-4, 1e-2, "log"], "encoder.position_bias": ["none", "relative", "choice"]}
-    study = search(features, tiny(), tmp_path, 3, 2, quiet, space)
+    study = optimize(features, tiny(), tmp_path, 3, 2, quiet, space)
     assert len(study.trials) == 2
-    study = search(features, tiny(), tmp_path, 3, 1, quiet, space)
+    study = optimize(features, tiny(), tmp_path, 3, 1, quiet, space)
     assert len(study.trials) == 3 and {t.number for t in study.trials} == {0, 1, 2}
-    best = json.loads((tmp_path / "search" / "best.json").read_text())
+    best = json.loads((tmp_path / "optimized" / "best.json").read_text())
     finished = [t.value for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
     assert best["value"] == max(finished) > 0 and set(best["values"]) == set(space)
-    assert (tmp_path / "search" / "study.png").stat().st_size > 1000
-    assert list((tmp_path / "search" / "trial-0" / "retrieval" / "tensorboard").glob("events*"))
+    assert (tmp_path / "optimized" / "study.png").stat().st_size > 1000
+    assert list((tmp_path / "optimized" / "trial-0" / "retrieval" / "tensorboard").glob("events*"))
 
 
 def test_values_by_dotted_name():

@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing.contract import FIRST_ID
 from preprocessing.prepare import Features
-from training.presets import tiny
-from training.text_encoder import (
+from training.checkpoints import load_retrieval
+from training.learn.retriever import train_retrieval
+from training.learn.text import pretrain_text
+from training.models.text_encoder import (
     FIRST_TOKEN,
     MASK,
     TextConfig,
     TextEncoder,
     item_vectors,
-    pretrain_text,
     standardise,
     tokens_of,
     train_tokenizer,
 )
-from training.train import load_retrieval, train_retrieval
+from training.presets import tiny
+from vivace.contract import FIRST_ID
 
 SMALL = TextConfig(width=32, heads=2, layers=1, tokens=16, vocabulary=300, epochs=4, batch_size=32)
 

@@ -1,1 +1,1 @@
-from serving.triton_models import FeatureTransformModel as TritonPythonModel  # noqa: F401 - the name Triton looks for
+from serving.triton.models import FeatureTransformModel as TritonPythonModel  # noqa: F401 - the name Triton looks for

@@ -1,0 +1,89 @@
+"""Perturbations of the item embeddings: training that withstands them, and how much a trained retriever loses to them.
+
+    python -m benchmarks.attack --name ml-1m-benchmark --epsilons 0.25,0.5,1
+
+Source: FGM (Miyato et al. 2017) and adversarial personalised ranking (He et al. 2018, eq. 6 to 8). Axis legend: V item
+ids, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from preprocessing.prepare import Features
+from training.data import batches as data
+from training.learn.adversarial import direction
+from training.metrics import metrics, ranks
+from training.models.retrieval import RetrievalModel
+from training.presets import Preset
+from vivace.contract import FIRST_ID
+from vivace.manifest import commit
+
+EPSILONS = "0.25,0.5,1"
+
+
+def under_attack(
+    model: RetrievalModel, features: Features, preset: Preset, epsilons: list[float], seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """NDCG@10 of the test requests with every item embedding moved by ``epsilon`` mean row lengths: along the gradient
+    of the requests' own loss, and in random directions of the same length (mean of three)."""
+    heads, where = [h.name for h in features.schema.heads], model.bias.device
+    requests = list(data.requests(features.files("test"), heads, preset.encoder.history, 256))
+    plain = model.table().detach()
+    gradient = torch.zeros_like(plain)
+    for request in requests:
+        moved = plain.clone().requires_grad_()
+        known = request.target_B.to(where) >= FIRST_ID
+        history = request.history_BT.to(where)[known]
+        encoded = model.encode(history, moved, request.time_BT.to(where)[known])[:, -1]
+        loss = F.cross_entropy(model.logits(encoded, moved), request.target_B.to(where)[known], reduction="sum")
+        gradient += torch.autograd.grad(loss, moved)[0]
+
+    def ndcg(table: Tensor) -> float:
+        found = []
+        with torch.no_grad():
+            for request in requests:
+                history = request.history_BT.to(where)
+                exclude = request.exclude(len(table), features.schema.exclude_seen).to(where)
+                scores = model.scores(history, model.encode(history, table, request.time_BT.to(where)), exclude, table)
+                found.append(ranks(scores, request.target_B.to(where)).cpu().numpy())
+        return metrics(np.concatenate(found))["NDCG@10"]
+
+    length, generator = plain[FIRST_ID:].norm(dim=1).mean(), torch.Generator().manual_seed(seed)
+    out = {"0": {"attacked": ndcg(plain), "random": ndcg(plain)}}
+    for epsilon in epsilons:
+        noises = [direction(torch.randn(plain.shape, generator=generator).to(where)) for _ in range(3)]
+        out[f"{epsilon:g}"] = {
+            "attacked": ndcg(plain + epsilon * length * direction(gradient)),
+            "random": float(np.mean([ndcg(plain + epsilon * length * n) for n in noises])),
+        }
+    return out
+
+
+def main(
+    name: str = "shop",
+    artifacts: Path = Path("artifacts"),
+    preset: str = "",
+    epsilons: Annotated[str, typer.Option(help="by commas, in mean lengths of an item embedding")] = EPSILONS,
+) -> None:
+    from training.checkpoints import load_retrieval
+    from vivace.cli.options import chosen_preset
+
+    root = artifacts / name
+    features, chosen = Features(root / "features"), chosen_preset(preset, root)
+    model = load_retrieval(features, chosen, root)
+    found = under_attack(model, features, chosen, [float(e) for e in epsilons.split(",")])
+    print(json.dumps({"benchmark": "NDCG@10 under attack on item embeddings", "data": name, **found,
+                      "commit": commit()}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,215 @@
+"""The parity ladder: one batch of real requests through every form of a model, each rung against the one before.
+
+    python -m benchmarks.ladder artifacts/ml-1m            PyTorch, ONNX, engine, OpenVINO, served
+    python -m benchmarks.ladder artifacts/ml-1m/compressed/small      the whole model's PyTorch before them
+
+Scores are compared item by item, the first ten as sets, NDCG@10 on the same targets. What a rung may lose is in
+``TOLERANCES``, with the reason. Exits with 1 if a rung loses more. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.parity import Offline, offline_answers, served_answers
+from preprocessing.prepare import Features
+from serving.launcher import ServerOptions
+from serving.service import service
+from training.checkpoints import load_ranker, load_retrieval
+from training.compile.export import Engine, example_requests, export, shapes
+from training.compile.targets import on_openvino
+from training.judge.gate import BOUND
+from training.metrics import MISS, bootstrap, ndcg_of
+from training.models.ranking import RankingGraph
+from training.models.retrieval import RetrievalGraph
+from training.presets import Preset
+from vivace import contract
+from vivace.machine import cpu
+from vivace.manifest import commit
+
+K = 10
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``score``: largest difference of an item's score; ``overlap``: least mean share of the first ten in common;
+    ``ndcg``: largest relative fall of NDCG@10; and why."""
+
+    score: float
+    overlap: float
+    ndcg: float
+    reason: str
+
+
+SAME = Tolerance(
+    2e-3, 0.995, 0.002,
+    "float32 sums in another order: 1e-5; two candidates within that swap their ranks, which the ranker reads",
+)  # fmt: skip
+TOLERANCES = {
+    "same": SAME,
+    "fewer bits": Tolerance(np.inf, 0.90, 0.01, "eight bits move scores by about a hundredth; the gate bounds quality"),
+    "batch": Tolerance(0.5, 0.95, 0.01, "dynamic int8 scales activations over what shares the batch"),
+    "fewer weights": Tolerance(
+        np.inf, 0.0, BOUND, "another model: refused where the whole interval of its change lies below the gate's bound"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Item names [users, N] and scores float32 [users, N] of one form of the model, best first."""
+
+    items: np.ndarray
+    scores: np.ndarray
+
+    def ndcg(self, targets: list[str]) -> np.ndarray:
+        """NDCG@10 of each user's target, float64 [users]."""
+        rows = self.items[:, : contract.MAX_TOP_K].tolist()
+        return ndcg_of(np.array([row.index(t) if t in row else MISS for row, t in zip(rows, targets, strict=True)]))
+
+
+@dataclass(frozen=True)
+class Rung:
+    name: str
+    against: str
+    kind: str
+    score: float
+    overlap: float
+    ndcg: float
+    change: float
+    holds: bool
+
+
+def rung(name: str, kind: str, before: tuple[str, Answers], after: Answers, targets: list[str]) -> Rung:
+    """Compares one form with the one before it."""
+    t, (against, old) = TOLERANCES[kind], before
+    apart, common = 0.0, []
+    for a, x, b, y in zip(old.items, old.scores, after.items, after.scores, strict=True):
+        known = {item: score for item, score in zip(a, x, strict=True) if item}
+        own = {item: score for item, score in zip(b, y, strict=True) if item}
+        apart = max([apart, *(abs(float(known[i] - own[i])) for i in own if i in known)])
+        wanted = {i for i in a[:K] if i}
+        common.append(len(wanted & set(b[:K])) / len(wanted) if wanted else 1.0)
+    each, each_now = old.ndcg(targets), after.ndcg(targets)
+    was, now = max(float(each.mean()), 1e-12), float(each_now.mean())
+    change = (now - was) / was
+    judged = bootstrap(each_now - each)[1] / was if kind == "fewer weights" else change
+    overlap = float(np.mean(common))
+    holds = apart <= t.score and overlap >= t.overlap and judged >= -t.ndcg
+    return Rung(name, against, kind, apart, overlap, now, change, holds)
+
+
+def _of(offline: Offline) -> Answers:
+    return Answers(offline.ranked, offline.scores)
+
+
+def _names(features: Features) -> np.ndarray:
+    return np.array(["", "", "", *features.items()[contract.ITEM]], object)
+
+
+def climb(features: Features, preset: Preset, root: Path, users: int, whole: tuple[Preset, Path] | None) -> list[Rung]:
+    """All rungs of a compiled run; ``whole``: preset and folder of the run that it was compressed from."""
+    offline = offline_answers(features, preset, root, users)
+    targets, found, names = offline.targets, [], _names(features)
+    last = ("PyTorch", _of(offline))
+    if whole is not None:
+        first = ("PyTorch, whole model", _of(offline_answers(features, whole[0], whole[1], users)))
+        last = ("PyTorch, compressed", last[1])
+        found.append(rung(last[0], "fewer weights", first, last[1], targets))
+    s = shapes(preset, features.item_count())
+    request = offline.requests
+    feed = [request.history_BT.numpy(), request.exclude(s.items, features.schema.exclude_seen).numpy()]
+
+    def answers(ranked: list[np.ndarray]) -> Answers:
+        return Answers(names[ranked[0]], ranked[1][:, 0])
+
+    def step(name: str, kind: str, ranked: list[np.ndarray], moves: bool = True) -> None:
+        nonlocal last
+        found.append(rung(name, kind, last, answers(ranked), targets))
+        if moves:
+            last = (name, answers(ranked))
+
+    with tempfile.TemporaryDirectory() as folder:
+        step("ONNX Runtime, float32", "same", plain(features, preset, root, Path(folder))(feed))
+    card = json.loads((root / "compiled" / "model_card.json").read_text())
+    exact = card["precision"] == card["tables"] == "fp32"
+    kind = card["precision"] if card["tables"] == "fp32" else "int8 tables"
+    step(f"engine, {kind}", "same" if exact else "fewer bits", Engine(root / "compiled", s)(feed))
+    try:
+        runs = [on_openvino(root / "compiled" / f"{n}.onnx") for n in (contract.RETRIEVAL, contract.RANKING)]
+        inputs = [[t.name for t in side] for side in (contract.retrieval_inputs(s), contract.ranking_inputs(s))]
+        middle = runs[0](dict(zip(inputs[0], feed, strict=True)))
+        ranked = runs[1](dict(zip(inputs[1], (feed[0], *middle), strict=True)))
+        step("OpenVINO", "same" if exact else "fewer bits", ranked, moves=False)
+    except (RuntimeError, ValueError) as error:
+        Console(stderr=True).print(f"OpenVINO: {str(error).splitlines()[0]}")
+    options = ServerOptions(
+        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
+    )
+    with service(options, lambda _: None) as (server, _):
+        live = served_answers(f"{server.host}:{server.grpc_port}", offline.histories)
+    n = min(s.candidates, contract.MAX_TOP_K)
+    items, scores = np.full((len(live), n), "", object), np.zeros((len(live), n), np.float32)
+    for i, answer in enumerate(live):
+        items[i, : len(answer.items)], scores[i, : len(answer.items)] = answer.items, answer.scores
+    found.append(
+        rung("served", "batch" if card["precision"] == "int8" else "same", last, Answers(items, scores), targets)
+    )
+    return found
+
+
+def plain(features: Features, preset: Preset, root: Path, folder: Path) -> Engine:
+    """The float32 graphs without folding, exported anew."""
+    s = shapes(preset, features.item_count())
+    retriever, ranker = load_retrieval(features, preset, root).cpu(), load_ranker(features, preset, root).cpu()
+    example = example_requests(features, preset)
+    graph = RetrievalGraph(retriever, s.candidates, s.memory)
+    sides = [
+        [t.name for t in side]
+        for side in (contract.retrieval_inputs(s), contract.retrieval_outputs(s), contract.ranking_inputs(s))
+    ]
+    export(graph, example, sides[0], sides[1], folder / "retrieval.onnx")
+    rows = (example[0], *graph(*example))
+    outputs = [t.name for t in contract.ranking_outputs(s, features.schema.heads)]
+    export(RankingGraph(ranker), rows, sides[2], outputs, folder / "ranking.onnx")
+    return Engine(folder, s)
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="a compiled run: artifacts/<name>, or one of its compressed/<variant>")],
+    users: Annotated[int, typer.Option(help="test requests")] = 500,
+) -> None:
+    from vivace.cli.options import chosen_preset
+
+    whole = None
+    if run.parent.name == "compressed":
+        whole = (chosen_preset("", run.parents[1]), run.parents[1])
+    found = climb(Features(run / "features"), chosen_preset("", run), run, users, whole)
+    table = Table("rung", "against", "scores apart", "top 10 in common", "NDCG@10", "change", "allowed", "holds")
+    for r in found:
+        t = TOLERANCES[r.kind]
+        allowed = f"{t.score:g}, {t.overlap:.1%}, -{t.ndcg:.1%}"
+        row = (f"{r.score:.2g}", f"{r.overlap:.2%}", f"{r.ndcg:.4f}", f"{r.change:+.2%}", allowed)
+        table.add_row(r.name, r.against, *row, "yes" if r.holds else "NO")
+    Console(width=140).print(table)
+    for kind in dict.fromkeys(r.kind for r in found):
+        print(f"{kind}: {TOLERANCES[kind].reason}")
+    print(json.dumps({
+        "benchmark": "parity ladder", "run": str(run), "users": users, "rungs": [asdict(r) for r in found],
+        "cpu": cpu()[0], "commit": commit(),
+    }))  # fmt: skip
+    if not all(r.holds for r in found):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,139 @@
+"""The served answers against the evaluated ones: PyTorch on NVTabular's parquet, then the live ensemble.
+
+    python -m benchmarks.parity --name ml-1m-benchmark --users 500
+
+Starts the server, asks for held-out users by their raw histories, compares items, order, scores and NDCG@10. The last
+line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+
+from preprocessing.prepare import Features
+from preprocessing.requests import OUT_OF_VOCABULARY
+from serving.launcher import ServerOptions
+from serving.service import service
+from training.checkpoints import load_ranker, load_retrieval
+from training.compile.export import shapes
+from training.data import batches as data
+from training.metrics import MISS, metrics
+from training.models.ranking import RankingGraph
+from training.models.retrieval import RetrievalGraph
+from training.presets import Preset
+from vivace import contract
+from vivace.client import AsyncVivaceClient, Recommendation
+from vivace.manifest import commit
+
+TIE = 1e-4  # scores nearer than this are a tie: float32 sums in another order differ by about 1e-5
+CONCURRENCY = 32
+
+
+@dataclass(frozen=True)
+class Offline:
+    """Evaluated answers: raw histories and targets, item names [users][N] and scores [users, N], best first."""
+
+    requests: data.Requests
+    histories: list[list[str]]
+    targets: list[str]
+    ranked: np.ndarray
+    scores: np.ndarray
+
+
+def offline_answers(features: Features, preset: Preset, root: Path, users: int) -> Offline:
+    """The first ``users`` test requests through PyTorch."""
+    retriever, ranker = load_retrieval(features, preset, root).cpu(), load_ranker(features, preset, root).cpu()
+    names = np.array(["", OUT_OF_VOCABULARY, OUT_OF_VOCABULARY, *features.items()[contract.ITEM]], object)
+    heads = [h.name for h in features.schema.heads]
+    request = next(iter(data.requests(features.files("test"), heads, preset.encoder.history, users)))
+    exclude = request.exclude(features.item_count(), features.schema.exclude_seen)
+    s = shapes(preset, features.item_count())
+    graph = RetrievalGraph(retriever, s.candidates, s.memory)
+    with torch.no_grad():
+        ids, scores, encoded = graph(request.history_BT, exclude)
+        ranked, values = RankingGraph(ranker)(request.history_BT, ids, scores, encoded)
+    return Offline(
+        request,
+        [names[h].tolist() for h in request.histories],
+        names[request.target_B.numpy()].tolist(),
+        names[ranked.numpy()],
+        values[:, 0].numpy(),
+    )
+
+
+def served_answers(url: str, histories: list[list[str]]) -> list[Recommendation]:
+    """The same histories through the live ensemble, many at once."""
+
+    async def ask() -> list[Recommendation]:
+        limit = asyncio.Semaphore(CONCURRENCY)
+        async with AsyncVivaceClient(url) as client:
+
+            async def one(history: list[str]) -> Recommendation:
+                async with limit:
+                    return await client.recommend("", history, contract.MAX_TOP_K)
+
+            return await asyncio.gather(*(one(h) for h in histories))
+
+    return asyncio.run(ask())
+
+
+def compare(offline: Offline, answers: list[Recommendation]) -> dict[str, Any]:
+    """How the answers differ: rows equal in order, places that differ (tied or not), score difference, NDCG@10."""
+    same, tied, wrong, furthest = 0, 0, 0, 0.0
+    for row, answer in enumerate(answers):
+        expected = [i for i in offline.ranked[row].tolist() if i][: contract.MAX_TOP_K]
+        score = offline.scores[row][: len(expected)]
+        if len(answer.items) != len(expected):
+            wrong += abs(len(answer.items) - len(expected))
+            continue
+        furthest = max(furthest, float(np.abs(answer.scores - score).max(initial=0.0)))
+        differing = [i for i, (a, b) in enumerate(zip(answer.items, expected, strict=True)) if a != b]
+        same += not differing
+        for place in differing:
+            is_tie = answer.items[place] in expected and (
+                abs(score[place] - score[expected.index(answer.items[place])]) < TIE
+            )
+            tied, wrong = tied + int(is_tie), wrong + int(not is_tie)
+
+    def ndcg(lists: list[list[str]]) -> float:
+        rank = [i.index(t) if t in i else MISS for i, t in zip(lists, offline.targets, strict=True)]
+        return metrics(np.array(rank))["NDCG@10"]
+
+    return {
+        "users": len(answers),
+        "rows_equal": same,
+        "places_tied": tied,
+        "places_wrong": wrong,
+        "largest_score_difference": furthest,
+        "ndcg@10_offline": ndcg([r.tolist() for r in offline.ranked]),
+        "ndcg@10_served": ndcg([a.items for a in answers]),
+    }
+
+
+def main(name: str = "shop", artifacts: Path = Path("artifacts"), preset: str = "", users: int = 500) -> None:
+    from vivace.cli.options import chosen_preset
+
+    root = artifacts / name
+    offline = offline_answers(Features(root / "features"), chosen_preset(preset, root), root, users)
+    options = ServerOptions(
+        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
+    )
+    with service(options, print) as (server, _):
+        answers = served_answers(f"{server.host}:{server.grpc_port}", offline.histories)
+    print(
+        json.dumps(
+            {"benchmark": "served against evaluated", "data": name, **compare(offline, answers), "commit": commit()}
+        )
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,210 @@
+"""Search beside recommendation on one live server: does the query's branch run beside the other, and what does it cost?
+
+    python -m benchmarks.search artifacts/shop --profile fused
+
+Closed loop over gRPC at concurrency 1 and 16, the two kinds of requests taking turns in one run; queries are titles'
+first words. Beside it a server of the same run without search answers the recommendations: what search costs those who
+do not ask for it. From Triton's statistics: time of each stage, and of the ensemble beside the sum of its stages and
+its longest path. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import numpy as np
+import pandas as pd
+import tritonclient.grpc as grpcclient
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers.compare import memory_mib
+from loadtest.generate.open_loop import METHOD, complete, message
+from loadtest.generate.statistics import between, statistics
+from preprocessing.prepare import CATALOGUE_FILE
+from preprocessing.requests import recorded
+from serving.launcher import ServerOptions, TritonServer
+from serving.repository import write_configs
+from vivace import contract
+from vivace.client import request_tensors
+from vivace.machine import cpu
+from vivace.manifest import commit
+
+console = Console(width=120)
+TOP_K = 10
+PLAIN = "recommend, a server without search"
+
+
+def kinds(root: Path, count: int) -> dict[str, list[bytes]]:
+    """The same users' requests without and with a query."""
+    frame = recorded(root).head(count)
+    titles = pd.read_parquet(root / "features" / CATALOGUE_FILE).set_index(contract.ITEM)[contract.TITLE]
+    out: dict[str, list[bytes]] = {"recommend": [], "search": []}
+    for user, history, target in zip(frame[contract.USER], frame[contract.ITEM], frame[contract.TARGET], strict=True):
+        query = " ".join(str(titles.get(target, "lamp")).split()[:3])
+        for kind, q in (("recommend", ""), ("search", query)):
+            out[kind].append(message(contract.ENSEMBLE, request_tensors(user, list(history), TOP_K, q)))
+    return out
+
+
+def closed(url: str, sent: list[bytes], concurrency: int, seconds: float) -> dict[str, float]:
+    """QPS, p50 and p99 in ms."""
+
+    async def go() -> list[float]:
+        times: list[float] = []
+        async with grpc.aio.insecure_channel(url) as channel:
+            method = channel.unary_unary(METHOD)
+            await method(sent[0], wait_for_ready=True)
+            stop = time.perf_counter() + seconds
+
+            async def one(start: int) -> None:
+                i = start
+                while time.perf_counter() < stop:
+                    t = time.perf_counter()
+                    await method(sent[i % len(sent)])
+                    times.append((time.perf_counter() - t) * 1000)
+                    i += concurrency
+
+            await asyncio.gather(*(one(k) for k in range(concurrency)))
+        return times
+
+    times = complete(go())
+    p50, p99 = np.percentile(times, [50, 99])
+    return {"qps": len(times) / seconds, "p50_ms": float(p50), "p99_ms": float(p99)}
+
+
+def spans(records: Sequence[dict[str, Any]]) -> list[dict[str, tuple[float, float]]]:
+    """Of Triton's trace file: for each request of the ensemble when each stage began and ended, ms from its start."""
+    name, parent, when = dict[int, str](), dict[int, int](), dict[int, dict[str, int]]()
+    for r in records:
+        if "model_name" in r:
+            name[r["id"]], parent[r["id"]] = r["model_name"], int(r.get("parent_id", 0))
+        for t in r.get("timestamps", ()):
+            when.setdefault(r["id"], {})[t["name"]] = int(t["ns"])
+    out = []
+    for whole in (i for i, n in name.items() if n == contract.ENSEMBLE):
+        start = when[whole]["REQUEST_START"]
+        own = [whole, *(i for i, p in parent.items() if p == whole)]
+        edges = {name[i]: [(when[i][f"REQUEST_{e}"] - start) / 1e6 for e in ("START", "END")] for i in own}
+        out.append({n: (a, b) for n, (a, b) in edges.items()})
+    return out
+
+
+def traced(options: ServerOptions, sent: Sequence[bytes]) -> dict[str, Any]:
+    """The trace of searches one at a time: median ms at which each stage began and ended, and for how long the two
+    branches, retrieval with ranking and query_search, were at work at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        settings = ("mode=triton", f"triton,file={file}", "rate=1", "level=TIMESTAMPS")
+        with TritonServer(replace(options, extra=tuple(f"--trace-config={s}" for s in settings))) as server:
+            closed(f"{server.host}:{server.grpc_port}", list(sent), 1, 3.0)
+        found = spans(json.loads(file.read_text()))[20:]  # the first pay for what is set up late
+    stages = {n: [float(np.median([r[n][e] for r in found])) for e in (0, 1)] for n in found[0]}
+    both = [
+        min(r[contract.RANKING][1], r[contract.QUERY_SEARCH][1])
+        - max(r[contract.RETRIEVAL][0], r[contract.QUERY_SEARCH][0])
+        for r in found
+    ]
+    return {"requests": len(found), "stages_ms": stages, "both_at_work_ms": float(np.median(both))}
+
+
+@contextmanager
+def without_search(root: Path) -> Iterator[Path]:
+    """A copy of the run's repository whose configurations know no search."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, "model_repository")
+        shutil.copytree(root / "model_repository", plain, ignore=shutil.ignore_patterns(contract.QUERY_SEARCH))
+        Path(folder, "feature_store").symlink_to((root / "feature_store").resolve())
+        card = json.loads((root / "compiled" / "model_card.json").read_text())
+        shapes = replace(contract.StageTensors(**card["shapes"]), search=0)
+        schema = contract.DataSchema.load(root / "compiled" / "schema.json")
+        write_configs(plain, shapes, schema.heads, schema.exclude_seen)
+        yield plain
+
+
+def main(
+    root: Annotated[Path, typer.Argument(help="the run, artifacts/<name>, compiled with search")],
+    profile: str = "",
+    seconds: Annotated[float, typer.Option(help="of each measurement")] = 5.0,
+    rounds: int = 3,
+) -> None:
+    own = lambda folder: ServerOptions(  # noqa: E731
+        folder, http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "triton.log"
+    )
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    stages: dict[str, Any] = {}
+    sent = kinds(root, 500)
+    with (
+        without_search(root) as folder,
+        TritonServer(own(folder)) as plain,
+        TritonServer(own(root / "model_repository")) as server,
+    ):
+        url, other = (f"{s.host}:{s.grpc_port}" for s in (server, plain))
+        closed(url, sent["search"], 4, 2.0)
+        closed(other, sent["recommend"], 4, 2.0)
+        with grpcclient.InferenceServerClient(url) as client:
+            for _ in range(rounds):
+                for concurrency in (1, 16):
+                    run = closed(other, sent["recommend"], concurrency, seconds)
+                    found.setdefault((PLAIN, concurrency), []).append(run)
+                    for kind, messages in sent.items():
+                        before = statistics(client)
+                        found.setdefault((kind, concurrency), []).append(closed(url, messages, concurrency, seconds))
+                        if concurrency == 1:
+                            stages[kind] = between(before, statistics(client))
+        memory = memory_mib(server.pid)
+    middle = {k: {m: float(np.median([r[m] for r in runs])) for m in runs[0]} for k, runs in found.items()}
+    table = Table(title=f"{root.name}, profile {profile or 'default'}, {cpu()[0]}", title_justify="left")
+    for name in ("", "concurrency", "QPS", "p50 ms", "p99 ms"):
+        table.add_column(name, justify="right" if name else "left")
+    for (kind, concurrency), r in middle.items():
+        table.add_row(kind, str(concurrency), f"{r['qps']:.0f}", f"{r['p50_ms']:.2f}", f"{r['p99_ms']:.2f}")
+    console.print(table)
+    ratio = {str(n): middle["recommend", n]["p50_ms"] / middle[PLAIN, n]["p50_ms"] for n in (1, 16)}
+    console.print(
+        f"a recommendation takes {ratio['1']:.2f} times (16 at once: {ratio['16']:.2f}) what it takes without search"
+    )
+    trace = traced(own(root / "model_repository"), sent["search"]) if contract.RANKING in stages["search"] else None
+    if trace is not None:
+        parts = (f"{n} {a:.1f} to {b:.1f}" for n, (a, b) in trace["stages_ms"].items())
+        console.print(
+            f"Triton's trace of {trace['requests']} searches, ms: {', '.join(parts)}; both branches at work for "
+            f"{trace['both_at_work_ms']:.1f}"
+        )
+    took = {m: s["total_ms"] for m, s in stages["search"].items() if s["total_ms"]}
+    first, last = (
+        took.get(contract.FEATURE_TRANSFORM, 0.0),
+        took.get(contract.RESPONSE, 0.0),
+    )  # the branches lie between them
+    history, query = (
+        took.get(contract.RETRIEVAL, 0.0) + took.get(contract.RANKING, 0.0),
+        took.get(contract.QUERY_SEARCH, 0.0),
+    )
+    if query:
+        console.print(
+            f"a search takes {took[contract.ENSEMBLE]:.2f} ms in the server: first {first:.2f}, "
+            f"the branches {history:.2f} "
+            f"(history) and {query:.2f} (query), then {last:.2f}: longest path "
+            f"{first + max(history, query) + last:.2f}, sum {first + history + query + last:.2f}"
+        )
+    print(json.dumps({
+        "benchmark": "search beside recommendation", "data": root.name, "profile": profile,
+        "p50_over_without": ratio, "trace": trace,
+        "runs": {f"{k} {n}": r for (k, n), r in middle.items()}, "stages_ms": took, "memory_mib": round(memory),
+        "cpu": cpu()[0], "commit": commit(),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)

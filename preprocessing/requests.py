@@ -1,0 +1,59 @@
+"""Recorded requests: held-out histories of real users, as raw ids, for load tests, parity and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vivace import contract as c
+
+if TYPE_CHECKING:  # NVTabular, which a load test does without
+    from preprocessing.prepare import Features
+
+FILE = "requests.parquet"
+OUT_OF_VOCABULARY = "(out of vocabulary)"
+
+
+def record(features: Features, path: Path, limit: int, seed: int) -> int:
+    """Writes ``limit`` random test requests: USER, HISTORY (raw ids before the held-out event) and the target item."""
+    names = np.array([""] * c.OOV_ID + [OUT_OF_VOCABULARY, *features.items()[c.ITEM]], object)
+    names[c.NULL_ID] = OUT_OF_VOCABULARY
+    table = pa.concat_tables(
+        pq.read_table(f, columns=[c.USER, c.ITEM, c.TARGET]).combine_chunks() for f in features.files("test")
+    )
+    chosen = np.random.default_rng(seed).permutation(len(table))[:limit]
+    frame = table.take(pa.array(chosen)).to_pandas()
+    out = pd.DataFrame(
+        {
+            c.USER: frame[c.USER],
+            c.ITEM: [names[h].tolist() for h in frame[c.ITEM]],
+            c.TARGET: [names[t] for t in frame[c.TARGET]],
+        }
+    )
+    out.to_parquet(path, index=False)
+    return len(out)
+
+
+def recorded(root: Path) -> pd.DataFrame:
+    """Recorded requests of ``artifacts/<name>``: columns USER, ITEM (list of raw ids) and TARGET."""
+    path = root / "compiled" / FILE
+    if not path.exists():
+        raise FileNotFoundError(f"recorded requests: none at {path}; run 'vivace compile' first")
+    return pd.read_parquet(path)
+
+
+def replay(root: Path, seed: int) -> Iterator[tuple[str, list[bytes]]]:
+    """Endless (user, history) pairs in a seeded random order."""
+    frame = recorded(root)
+    users = frame[c.USER].tolist()
+    histories = [[i.encode() for i in h] for h in frame[c.ITEM]]
+    rng = np.random.default_rng(seed)
+    while True:
+        for i in rng.permutation(len(frame)):
+            yield users[i], histories[i]

@@ -1,0 +1,212 @@
+"""The two Python stages of the ensemble as plain functions on arrays, so that tests need no server.
+
+``FeatureTransform`` turns ragged raw requests into fixed-length tensors in one vectorised pass over all rows it is
+handed; ``ResponseStage`` turns ranked ids back into the public answer. Neither imports Triton, torch or NVTabular.
+Axis legend: B rows, T history events, V item ids, N candidates, K answered items.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from vivace.contract import (
+    FIRST_ID,
+    HISTORY,
+    ITEM,
+    MAX_HISTORY_EVENTS,
+    MAX_ID_BYTES,
+    MAX_QUERY_BYTES,
+    MAX_TOP_K,
+    OOV_ID,
+    PADDING_ID,
+    QUERY,
+    STATUS_DEGRADED,
+    STATUS_ERROR,
+    STATUS_OK,
+    TOP_K,
+    USER_ID,
+    StageTensors,
+)
+from vivace.masks import excluded, seen_ids
+from vivace.onnx_session import open_session
+from vivace.store.interface import FeatureStore
+
+NO_SUCH_ITEM = "\0"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One user's request, validated: ``history`` None means "ask the feature store"."""
+
+    user_id: str
+    history: list[str] | None
+    top_k: int
+    query: str = ""
+
+
+def _text(raw: bytes, what: str, limit_bytes: int) -> str:
+    if len(raw) > limit_bytes:
+        raise ValueError(f"{what}: expected at most {limit_bytes} bytes, got {len(raw)}; shorten it")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{what}: expected UTF-8, got byte 0x{raw[error.start]:02x} at offset {error.start}; encode it as UTF-8"
+        ) from None
+
+
+def _history_item(raw: bytes, index: int) -> str:
+    """One event of HISTORY; an over-long id cannot be an item and becomes one that no catalogue has."""
+    if len(raw) > MAX_ID_BYTES:
+        return NO_SUCH_ITEM
+    return _text(raw, f"{HISTORY.name}[{index}]", MAX_ID_BYTES)
+
+
+def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> Row:
+    """One row of the public call; raises ValueError naming the input, what was expected, what came."""
+    user = _text(user_id, USER_ID.name, MAX_ID_BYTES)
+    text = _text(query, QUERY.name, MAX_QUERY_BYTES)
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise ValueError(f"{TOP_K.name}: expected 1..{MAX_TOP_K}, got {top_k}")
+    if len(history) > MAX_HISTORY_EVENTS:
+        raise ValueError(
+            f"{HISTORY.name}: expected at most {MAX_HISTORY_EVENTS} events, got {len(history)}; send the newest ones"
+        )
+    try:
+        items = [raw.decode() for raw in history if raw]  # "" pads rows of unequal length
+        if items and max(map(len, items)) > MAX_ID_BYTES:
+            raise ValueError
+    except ValueError:  # name the event at fault, or let over-long ids pass as unknown items
+        items = [_history_item(raw, i) for i, raw in enumerate(history) if raw]
+    return Row(user, items or None, int(top_k), text)
+
+
+NO_IDS = np.empty(0, np.int64)
+
+
+def search_for(until_ms: float, unwanted: np.ndarray, query: str) -> str:
+    """One row of SEARCH_FOR."""
+    return f"{until_ms:.0f} {','.join(map(str, unwanted.tolist()))} {query}" if query else ""
+
+
+def read_search_for(raw: bytes) -> tuple[float, np.ndarray, str]:
+    """The reverse: (until, Unix ms; ids int64; query), (inf, none, "") for a row without a query."""
+    if not raw:
+        return math.inf, NO_IDS, ""
+    until_ms, ids, query = raw.decode().split(" ", 2)
+    return float(until_ms), np.array(ids.split(",") if ids else [], np.int64), query
+
+
+class FeatureTransform:
+    """Rows to the tensors of ``retrieval``.
+
+    Args:
+        graph: path of ``transform.onnx`` with one string input [events] and one int64 output [events].
+        store: where histories live when the request carries none.
+        shapes: T and V of the trained models.
+        exclude_seen: whether items of the history may not be answered.
+    """
+
+    def __init__(
+        self, graph: Path, store: FeatureStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1
+    ) -> None:
+        self._session = open_session(graph, threads)
+        self._store, self._shapes, self._exclude_seen = store, shapes, exclude_seen
+
+    def item_ids(self, items: Sequence[str]) -> np.ndarray:
+        """Ids int64 [len(items)] of raw item ids, by the compiled workflow."""
+        if not items:
+            return np.empty(0, np.int64)
+        ids: np.ndarray = self._session.run(None, {ITEM: np.array(items, object)})[0]
+        return ids
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[str]]:
+        """(inputs of ``retrieval`` in the contract's order, status of each row): history ids int64 [B, T], exclude bool
+        [B, V] (for an index seen ids int64 [B, S]) and, for timed shapes, times int64 [B, T]. Only histories of the
+        feature store have times."""
+        t = self._shapes.history
+        asked = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
+        found = self._store.timed_histories([rows[i].user_id for i in asked]) if asked else []
+        stored = dict(zip(asked, found, strict=True))
+        histories = [
+            row.history if row.history is not None else (stored.get(i) or [[]])[0] for i, row in enumerate(rows)
+        ]
+        ids = self.item_ids([item for history in histories for item in history])
+        history_BT = np.full((len(rows), t), PADDING_ID, np.int64)
+        own_ids, status, start = [], [], 0
+        for i, history in enumerate(histories):
+            own = ids[start : start + len(history)]
+            start += len(history)
+            last = own[-t:]
+            history_BT[i, t - len(last) :] = last
+            own_ids.append(own if self._exclude_seen else own[:0])
+            status.append(self._status(rows[i], own, known_user=stored.get(i) is not None))
+        seen = seen_ids(own_ids) if self._shapes.indexed else excluded(own_ids, self._shapes.items)
+        if not self._shapes.timed:
+            return [history_BT, seen], status
+        time_BT = np.zeros((len(rows), t), np.int64)
+        for i, timed in stored.items():
+            if timed is not None and timed[1]:
+                newest = timed[1][-t:]
+                time_BT[i, t - len(newest) :] = newest
+        return [history_BT, seen, time_BT], status
+
+    def _status(self, row: Row, ids: np.ndarray, known_user: bool) -> str:
+        if row.query and self._shapes.search:
+            from search.online import asked  # its libraries, which a run without search does without
+
+            if asked(row.query):
+                return STATUS_OK
+            status = self._status(replace(row, query=""), ids, known_user)
+            reason = "QUERY has no word to search for"
+            return f"{STATUS_DEGRADED}{reason}" if status == STATUS_OK else f"{status}; {reason}"
+        unknown = int((ids <= OOV_ID).sum())
+        recent_known = bool((ids[-self._shapes.history :] >= FIRST_ID).any())
+        if recent_known:
+            if row.history is None or not unknown:
+                return STATUS_OK
+            return f"{STATUS_DEGRADED}{unknown} of {len(ids)} HISTORY items are not in the catalogue"
+        if len(ids):
+            return f"{STATUS_DEGRADED}popular items: none of the recent history items is in the catalogue"
+        if not row.user_id:
+            return f"{STATUS_DEGRADED}popular items: anonymous user without HISTORY"
+        why = "has no history" if known_user else "is unknown"
+        return f"{STATUS_DEGRADED}popular items: USER_ID {row.user_id[:64]!r} {why}"
+
+
+class ResponseStage:
+    """Ranked ids to item ids, cut to TOP_K. ``names[id]`` is the raw item id as bytes."""
+
+    def __init__(self, names: np.ndarray) -> None:
+        self.names = names
+
+    @classmethod
+    def from_file(cls, path: Path) -> ResponseStage:
+        """``path``: JSON list of raw item ids; entry i has id FIRST_ID + i."""
+        items = json.loads(path.read_text(encoding="utf-8"))
+        return cls(np.array([b""] * FIRST_ID + [i.encode() for i in items], object))
+
+    def __call__(
+        self, ranked_BN: np.ndarray, values_BCN: np.ndarray, top_k_B: np.ndarray, status_B: Sequence[bytes] | np.ndarray
+    ) -> list[np.ndarray]:
+        """ITEM_ID (object [B, K]) and each row c of ``values_BCN`` as float32 [B, K]; K is the largest TOP_K, short
+        rows end in b"", 0.
+
+        A row whose status is an error answers nothing.
+        """
+        if len(ranked_BN) == 1:  # a single row answers exactly what there is
+            live = np.count_nonzero(ranked_BN[0])  # PADDING_ID is 0 and stands at the end
+            k = 0 if status_B[0].startswith(STATUS_ERROR.encode()) else max(0, min(int(top_k_B[0]), live))
+            return [self.names[ranked_BN[:, :k]], *values_BCN[:, :, :k].swapaxes(0, 1)]
+        failed_B = np.array([s.startswith(STATUS_ERROR.encode()) for s in status_B])
+        limit_B = np.where(failed_B, 0, np.clip(top_k_B, 0, ranked_BN.shape[1]))
+        k = int(limit_B.max(initial=0))
+        valid_BK = (np.arange(k)[None] < limit_B[:, None]) & (ranked_BN[:, :k] != PADDING_ID)
+        items = self.names[np.where(valid_BK, ranked_BN[:, :k], PADDING_ID)]
+        return [items, *np.where(valid_BK, values_BCN[:, :, :k].swapaxes(0, 1), np.float32(0))]

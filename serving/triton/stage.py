@@ -1,0 +1,163 @@
+"""What the repository's Python models share: from Triton's requests to rows and back, counts for its metrics page.
+
+Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils``).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import struct
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from serving.runtime.stages import Row, parse_row
+from serving.triton.graph_model import deadline, give_way
+from vivace import contract
+from vivace.store.lmdb_store import LmdbStore
+
+_LENGTH, _PACK = struct.Struct("<I").unpack_from, struct.Struct("<I").pack
+
+
+def read_strings(encoded: np.ndarray | bytes) -> np.ndarray:
+    """Elements of a serialized BYTES tensor, object [n]; cheaper than Triton's own for long histories."""
+    buffer = bytes(encoded)
+    values, offset, end = [], 0, len(buffer)
+    while offset < end:
+        start = offset + 4
+        offset = start + _LENGTH(buffer, offset)[0]
+        values.append(buffer[start:offset])
+    out = np.empty(len(values), object)
+    out[:] = values
+    return out
+
+
+def write_strings(array: np.ndarray) -> bytes | tuple[()]:
+    """The reverse for an object array of bytes; () for an empty one, as Triton's own gives."""
+    return b"".join([part for value in array.ravel().tolist() for part in (_PACK(len(value)), value)]) or ()
+
+
+# the stub looks them up at each call
+pb_utils.deserialize_bytes_tensor, pb_utils.serialize_byte_tensor = read_strings, write_strings
+
+
+def tensor_of(request: Any, tensor: contract.WireTensor | str) -> np.ndarray:
+    """A request's input, whole."""
+    return pb_utils.get_input_tensor_by_name(request, getattr(tensor, "name", tensor)).as_numpy()
+
+
+def refused(error: str, late: bool = False) -> Any:
+    """The answer to a request that is at fault, or came too ``late``."""
+    code = pb_utils.TritonError.UNAVAILABLE if late else pb_utils.TritonError.INVALID_ARG
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(error, code))
+
+
+def strings(values: list[str]) -> np.ndarray:
+    """A BYTES tensor [n, 1]."""
+    return np.array([v.encode() for v in values], object).reshape(-1, 1)
+
+
+class Stage:
+    """Reads its own config: parameters and the shapes the repository was compiled for."""
+
+    def initialize(self, args: dict) -> None:
+        give_way()
+        config = json.loads(args["model_config"])
+        self.parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
+        self.folder = Path(args["model_repository"]) / args["model_version"]
+        self.largest = int(config["max_batch_size"])
+        policy = config.get("dynamic_batching", {}).get("default_queue_policy", {})
+        self.waits_ms = int(policy.get("default_timeout_microseconds", 0)) / 1000
+        self.inputs = [t["name"] for t in config["input"]]
+        self.outputs = [t["name"] for t in config["output"]]
+        self.setup()
+        gc.collect()
+        gc.freeze()  # what is loaded stays: later collections need not walk it
+
+    def setup(self) -> None: ...
+
+    def store(self, readonly: bool) -> LmdbStore:
+        path = Path(self.parameters["feature_store"])
+        return LmdbStore(path if path.is_absolute() else self.folder.parent.parent / path, readonly=readonly)
+
+
+COLD = f"{contract.STATUS_DEGRADED}popular items"
+
+
+class Counts:
+    """Rows answered, by how, for Triton's metrics page; handed on a few times a second, as each hand-over is a call to
+    another process."""
+
+    EVERY_S = 0.25
+
+    def __init__(self) -> None:
+        self._family = pb_utils.MetricFamily(
+            name="vivace_answers_total", description="Rows answered, by how", kind=pb_utils.MetricFamily.COUNTER
+        )
+        self._metrics: dict[str, Any] = {}
+        self._waiting: dict[str, int] = {}
+        self._last = 0.0
+
+    def __call__(self, how: str, rows: int = 1) -> None:
+        self._waiting[how] = self._waiting.get(how, 0) + rows
+
+    def answered(self, statuses: Iterable[str], how: str) -> None:
+        """Rows by the status that the feature transform gave them: ``how`` they were answered, "cold" where there was
+        no history to go by."""
+        for status in statuses:
+            self("cold" if status.startswith(COLD) else how)
+
+    def hand_over(self) -> None:
+        now = time.monotonic()
+        if now - self._last < self.EVERY_S:
+            return
+        for how, rows in self._waiting.items():
+            if how not in self._metrics:
+                self._metrics[how] = self._family.Metric(labels={"how": how})
+            self._metrics[how].increment(rows)
+        self._waiting, self._last = {}, now
+
+
+class Ask:
+    """One request as it goes through the stages: its ``place`` among those at hand, its rows, what is wrong with each
+    ("" if nothing), its deadline."""
+
+    def __init__(self, place: int, request: Any) -> None:
+        self.place, self.deadline = place, deadline(request)
+        self.rows, self.errors = _parse(request)
+        self.understood = [""] * len(self.rows)
+
+
+def _parse(request: Any) -> tuple[list[Row], list[str]]:
+    columns = (tensor_of(request, t) for t in (contract.USER_ID, contract.QUERY, contract.HISTORY, contract.TOP_K))
+    rows, errors = [], []
+    for user, query, history, top_k in zip(*columns, strict=True):
+        try:
+            rows.append(parse_row(user[0], query[0], history, int(top_k[0])))
+            errors.append("")
+        except ValueError as error:
+            rows.append(Row("", None, 1))
+            errors.append(str(error))
+    return rows, errors
+
+
+def new_only(request: Any) -> bool:
+    """Whether a query must find nothing of the history."""
+    if "seen" not in request.parameters():
+        return False
+    try:
+        return not wish_of(request).seen
+    except ValueError:  # for the stage that reads the whole wish to say
+        return False
+
+
+def wish_of(request: Any) -> Any:
+    """What the request's parameters ask of an answer to a query. Raises ValueError."""
+    from search.online import Wish
+
+    return Wish.parse(json.loads(request.parameters() or "{}"))

@@ -1,0 +1,62 @@
+"""Trained models on disk: checkpoints of a training that goes on, weights of one that is done."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preprocessing.prepare import Features
+from training.data.counters import item_tables
+from training.models.item_table import item_attributes
+from training.models.ranking import RankingModel
+from training.models.retrieval import RetrievalModel
+from training.presets import Preset
+from vivace.manifest import Step, read_manifest
+
+WEIGHTS = "weights.pt"
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def keep_only_own_checkpoint(step: Step) -> None:
+    """A checkpoint of another configuration is not taken up."""
+    step.reset()
+    mark = step.folder / "checkpoint.key"
+    if not mark.exists() or mark.read_text() != step.key:
+        (step.folder / "checkpoint.pt").unlink(missing_ok=True)
+        mark.write_text(step.key)
+
+
+def finish_training(step: Step, model: torch.nn.Module, report: dict[str, Any], **more: Any) -> dict[str, Any]:
+    torch.save(model.state_dict(), step.folder / WEIGHTS)
+    (step.folder / "checkpoint.pt").unlink(missing_ok=True)
+    shutil.rmtree(step.folder / "parts", ignore_errors=True)
+    seconds = report.pop("seconds")
+    return step.finish(seconds, **report, **more, device=str(device()))
+
+
+def load_retrieval(features: Features, preset: Preset, root: Path) -> RetrievalModel:
+    read_manifest(root / "retrieval", "vivace train")
+    items = features.item_count()
+    model = RetrievalModel(preset.encoder, items, torch.zeros(items), item_attributes(features, preset.encoder))
+    model.load_state_dict(torch.load(root / "retrieval" / WEIGHTS, weights_only=True, map_location="cpu"))
+    return model.eval().to(device())
+
+
+def build_ranker(features: Features, preset: Preset, retriever: RetrievalModel) -> RankingModel:
+    tables = item_tables(features, preset.ranker.followers)
+    names = tuple(h.name for h in features.schema.heads)
+    return RankingModel(preset.ranker, tables, retriever.cpu(), names, preset.ranking.weighting)
+
+
+def load_ranker(features: Features, preset: Preset, root: Path, name: str = "ranking") -> RankingModel:
+    read_manifest(root / name, "vivace train")
+    retriever = load_retrieval(features, preset, root)
+    model = build_ranker(features, preset, retriever)
+    model.load_state_dict(torch.load(root / name / WEIGHTS, weights_only=True, map_location="cpu"))
+    return model.eval().to(device())

@@ -1,0 +1,163 @@
+"""Structured pruning of a trained retriever: whole layers, attention heads, feed-forward channels and embedding
+dimensions go; what is left is a smaller dense model of the same family, which recovery training takes up.
+
+Importance of a group of weights: |sum of weight x gradient| over batches, the first-order change of the loss if the
+group were zero (Molchanov et al. 2019, eq. 8); of a layer: how much the loss rises without it, measured.
+Axis legend: B windows, T events, V item ids, D width, A heads, E width of a head, F feed-forward channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from training.models.encoders import Attention, EncoderConfig
+from training.models.retrieval import RetrievalModel
+
+Loss = Callable[[RetrievalModel, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be left of a model: 0 leaves a size as it is."""
+
+    layers: int = 0
+    heads: int = 0
+    ffn: int = 0
+    width: int = 0
+
+    def of(self, config: EncoderConfig) -> EncoderConfig:
+        """The smaller configuration. Raises ValueError where it is not smaller or the family cannot be pruned."""
+        if config.family not in ("sasrec", "bert4rec") or config.adapter:
+            raise ValueError(f"pruning: expected a sasrec or bert4rec encoder without adapters, got {config.family!r}")
+        asked = {"layers": config.layers, "heads": config.heads, "ffn": config.of_ffn, "width": config.width}
+        for name, now in asked.items():
+            if not 0 <= getattr(self, name) <= now:
+                raise ValueError(f"pruning: {name}: expected 1 to {now}, or 0 to leave it, got {getattr(self, name)}")
+        return replace(
+            config, layers=self.layers or config.layers, heads=self.heads or config.heads, head_width=config.of_head,
+            ffn_width=self.ffn or config.of_ffn, width=self.width or config.width,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Larger is dearer: ``layers`` float [layers], ``heads`` [layers, A], ``ffn`` [layers, F], ``width`` [D]."""
+
+    layers: Tensor
+    heads: Tensor
+    ffn: Tensor
+    width: Tensor
+
+
+def _blocks(model: RetrievalModel) -> list[nn.Module]:
+    assert isinstance(model.encoder, Attention)
+    return list(model.encoder.blocks)
+
+
+def width_axes(name: str, shape: Sequence[int], width: int) -> list[int]:
+    """Axes of a parameter that count embedding dimensions."""
+    last = name.rsplit(".", 2)
+    if name.startswith("encoder.blocks.") and last[-2] in ("qkv", "up"):
+        return [1] if last[-1] == "weight" else []
+    if name.startswith("encoder.blocks.") and last[-2] in ("out", "down"):
+        return [0]
+    if name.startswith(("items.vector", "items.number")):
+        return [0]
+    return [len(shape) - 1] if len(shape) and shape[-1] == width and name != "bias" and "bias_RA" not in name else []
+
+
+def measure(model: RetrievalModel, batches: Sequence[Tensor], loss: Loss) -> Importance:
+    """Importance of every layer, head, channel and dimension on ``batches`` of windows; the model is left unchanged."""
+    model.eval()
+    blocks, config = _blocks(model), model.config
+    a, e = config.heads, config.of_head
+    heads, ffn = torch.zeros(len(blocks), a), torch.zeros(len(blocks), config.of_ffn)
+    width = torch.zeros(config.width)
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        loss(model, batch).backward()
+        with torch.no_grad():
+            taylor = {n: (p * p.grad).cpu() for n, p in model.named_parameters() if p.grad is not None}
+            for i in range(len(blocks)):
+                own = f"encoder.blocks.{i}."
+                qkv = taylor[own + "qkv.weight"].sum(1) + taylor[own + "qkv.bias"]
+                out = taylor[own + "out.weight"].sum(0)
+                heads[i] += (qkv.view(3, a, e).sum((0, 2)) + out.view(a, e).sum(1)).abs()
+                up = taylor[own + "up.weight"].sum(1) + taylor[own + "up.bias"]
+                ffn[i] += (up + taylor[own + "down.weight"].sum(0)).abs()
+            found = torch.zeros(config.width)
+            for name, value in taylor.items():
+                for axis in width_axes(name, value.shape, config.width):
+                    found += value.sum([x for x in range(value.dim()) if x != axis]) if value.dim() > 1 else value
+            width += found.abs()
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        whole = sum(float(loss(model, b)) for b in batches)
+        lost = [sum(float(loss(without(model, i), b)) for b in batches) - whole for i in range(len(blocks))]
+    return Importance(torch.tensor(lost), heads, ffn, width)
+
+
+def without(model: RetrievalModel, layer: int) -> RetrievalModel:
+    """A view of ``model`` that skips one layer; it shares all weights."""
+    other = object.__new__(type(model))
+    other.__dict__ = {**model.__dict__, "_modules": dict(model._modules)}
+    encoder = object.__new__(Attention)
+    encoder.__dict__ = {**model.encoder.__dict__, "_modules": dict(model.encoder._modules)}
+    encoder.blocks = nn.ModuleList(b for i, b in enumerate(_blocks(model)) if i != layer)
+    other._modules["encoder"] = encoder
+    return other
+
+
+def _best(importance: Tensor, keep: int) -> Tensor:
+    """Places of the ``keep`` largest values, in order."""
+    return importance.topk(keep).indices.sort().values
+
+
+def prune(model: RetrievalModel, importance: Importance, target: Target) -> RetrievalModel:
+    """A smaller model with the most important parts of ``model``; its weights are slices."""
+    config = target.of(model.config)
+    a, e = model.config.heads, model.config.of_head
+    layers, dims = _best(importance.layers, config.layers), _best(importance.width, config.width)
+    attributes = None
+    if model.items.known:
+        from training.models.item_table import ItemAttributes
+
+        items = model.items
+        sizes = tuple(len(category.weight) for category in items.category)  # type: ignore[arg-type]
+        words = items.word.num_embeddings if items.word is not None else 1
+        attributes = ItemAttributes(items.categories, sizes, items.numbers, items.words, words, items.vectors)
+    small = RetrievalModel(config, len(model.bias), model.popularity.clone(), attributes)
+    given = model.state_dict()
+    own, fixed = small.state_dict(), {name for name, _ in small.named_buffers()}
+    for name, value in own.items():
+        source = name
+        keep: dict[int, Tensor] = {}
+        if name.startswith("encoder.blocks."):
+            number, rest = name.removeprefix("encoder.blocks.").split(".", 1)
+            layer = int(layers[int(number)])
+            source = f"encoder.blocks.{layer}.{rest}"
+            heads, channels = _best(importance.heads[layer], config.heads), _best(importance.ffn[layer], config.of_ffn)
+            columns = (heads[:, None] * e + torch.arange(e)).reshape(-1)
+            if rest.startswith("qkv"):
+                keep[0] = torch.cat([part * a * e + columns for part in range(3)])
+            elif rest == "out.weight":
+                keep[1] = columns
+            elif rest.startswith("up"):
+                keep[0] = channels
+            elif rest == "down.weight":
+                keep[1] = channels
+            elif rest.endswith("bias_RA"):
+                keep[1] = heads
+        full = given[source]
+        for axis in width_axes(name, full.shape, model.config.width) if name not in fixed else []:
+            keep[axis] = dims
+        for axis, places in keep.items():
+            full = full.index_select(axis, places.to(full.device))
+        if full.shape != value.shape:
+            raise ValueError(f"pruning: {name}: expected shape {list(value.shape)}, got {list(full.shape)}")
+        value.copy_(full)
+    return small

@@ -1,0 +1,179 @@
+"""Batches from NVTabular's parquet through ``merlin.dataloader``.
+
+The loader hands lists over as values and offsets; here they become windows padded on the left.
+Axis legend: B rows, T history events, V item ids.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.distributed import World
+from vivace.contract import ITEM, PADDING_ID, TARGET, TIME, StageTensors, label_column
+from vivace.masks import excluded, seen_ids
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from merlin.dataloader.torch import Loader
+    from merlin.io import Dataset
+
+ALONE = World()
+PUT_WAIT_S = 0.1  # the loader's thread retries a full queue each microsecond by default: a third of two cores' time
+POOL_BATCHES = 16  # batches that are cut, sorted by length and shuffled together
+
+
+def pad_left(sequences: list[np.ndarray], length: int) -> Tensor:
+    """The newest ``length`` ids of each sequence, int64 [B, length], padded on the left; of sequences [n, 2] (ids and
+    times in ms) int64 [B, length, 2], time 0 where padded."""
+    out = np.full((len(sequences), length, *sequences[0].shape[1:]), PADDING_ID, np.int64)
+    for row, sequence in enumerate(sequences):
+        last = sequence[-length:]
+        out[row, length - len(last) :] = last
+    return torch.from_numpy(out)
+
+
+def ids_and_times(window: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(ids, times or None) of a batch [B, T] or [B, T, 2]."""
+    return (window[..., 0], window[..., 1]) if window.dim() == 3 else (window, None)
+
+
+def windows(sequence: np.ndarray, length: int, offset: int = 0) -> list[np.ndarray]:
+    """A sequence cut into pieces of ``length`` transitions from the newest back; every transition is in one piece.
+    ``offset``: transitions of the first piece, if the sequence is longer than that (0: ``length``)."""
+    pieces, end = [], len(sequence)
+    if 0 < offset < end - 1:
+        pieces.append(sequence[end - offset - 1 :])
+        end -= offset
+    while end > 1:
+        pieces.append(sequence[max(0, end - length - 1) : end])
+        end -= length
+    return pieces
+
+
+def _loader(
+    files: list[Path], columns: list[str], rows: int, shuffle: bool, seed: int, world: World = ALONE
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of ``columns`` (a list column as two: values, offsets), on the CPU, in an order set by ``seed`` alone."""
+    if not files:
+        raise ValueError("training data: no parquet file; run 'vivace prepare' first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazy = Dataset([str(f) for f in files], engine="parquet", part_size="4GB", cpu=True)
+        data = Dataset(lazy.to_ddf()[columns], cpu=True)
+        np.random.seed(seed)  # what Merlin's loader shuffles by
+        loader = Loader(
+            data, batch_size=rows, shuffle=shuffle, drop_last=False, global_size=world.size, global_rank=world.rank
+        )
+        loader._buff.put_wait = PUT_WAIT_S
+        with loader:
+            for inputs, _ in loader:
+                yield {k: v.cpu() for k, v in inputs.items()}
+
+
+def _split(batch: dict[str, Tensor], column: str) -> list[np.ndarray]:
+    values, offsets = batch[f"{column}__values"].numpy(), batch[f"{column}__offsets"].numpy()
+    return np.split(values, offsets[1:-1])
+
+
+def _timed(batch: dict[str, Tensor]) -> list[np.ndarray]:
+    """Ids and times of each sequence, int64 [n, 2]."""
+    values = np.stack([batch[f"{c}__values"].numpy().ravel() for c in (ITEM, TIME)], 1)
+    return np.split(values, batch[f"{ITEM}__offsets"].numpy()[1:-1])
+
+
+def training_batches(
+    files: list[Path],
+    history: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    random_offset: bool = False,
+    world: World = ALONE,
+    shard_reading: bool = False,
+    timed: bool = False,
+) -> Iterator[Tensor]:
+    """One epoch of windows, int64 [B, <= history + 1]; batches of like length, in an order set by seed and epoch.
+    ``timed``: with times, [B, <= history + 1, 2] (see ``pad_left``). ``random_offset``: sequences longer than a window
+    are cut at places that change from epoch to epoch. ``world``: of several processes each gets its rows of every batch
+    or, with ``shard_reading``, batches of its own rows."""
+    reader = world if shard_reading else ALONE
+    batch_size = batch_size // reader.size
+    rng = np.random.default_rng([seed, epoch])
+    pool_seed = int(rng.integers(2**31))
+    columns = [ITEM, TIME] if timed else [ITEM]
+    for rows in _loader(files, columns, batch_size * POOL_BATCHES, shuffle=True, seed=pool_seed, world=reader):
+        offset = int(rng.integers(history // 2, history)) if random_offset and epoch else 0
+        sequences = _timed(rows) if timed else _split(rows, ITEM)
+        pool = [w for s in sequences for w in windows(s, history, offset if len(s) > history + 1 else 0)]
+        order = sorted(range(len(pool)), key=lambda i: len(pool[i]))
+        starts = rng.permutation(np.arange(0, len(order), batch_size))
+        for start in starts:
+            chosen = [pool[i] for i in order[start : start + batch_size]]
+            batch = pad_left(chosen, max(len(w) for w in chosen))
+            own = batch if shard_reading else world.share(batch)
+            if shard_reading or len(batch) >= world.size:  # else some process had no row to take a step with
+                yield own
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Held-out requests: ``histories`` whole (for the seen filter), ``history_BT`` as the encoder reads them,
+    ``time_BT`` ms of its events (0 where padded), ``target_B`` item ids, ``labels`` float [B] by head."""
+
+    histories: list[np.ndarray]
+    history_BT: Tensor
+    time_BT: Tensor
+    target_B: Tensor
+    labels: dict[str, Tensor]
+
+    def exclude(self, items: int, exclude_seen: bool) -> Tensor:
+        """bool [B, V], True where an item must not be answered."""
+        return torch.from_numpy(excluded(self.histories if exclude_seen else [h[:0] for h in self.histories], items))
+
+    def inputs(self, s: StageTensors, exclude_seen: bool) -> list[np.ndarray]:
+        """Inputs of the retrieval stage, in the contract's order."""
+        own = self.histories if exclude_seen else [h[:0] for h in self.histories]
+        seen = seen_ids(own) if s.indexed else excluded(own, s.items)
+        return [self.history_BT.numpy(), seen, *([self.time_BT.numpy()] if s.timed else [])]
+
+
+def of_sequences(sequences: list[np.ndarray], history: int, target_B: Tensor, labels: dict[str, Tensor]) -> Requests:
+    """Requests after ``sequences`` of ids and times, int64 [n, 2] each."""
+    padded = pad_left(sequences, history)
+    return Requests([s[:, 0] for s in sequences], padded[..., 0], padded[..., 1], target_B, labels)
+
+
+def requests(
+    files: list[Path],
+    heads: list[str],
+    history: int,
+    batch_size: int,
+    shuffle_seed: int | None = None,
+    back: int = 0,
+) -> Iterator[Requests]:
+    """Requests of "valid" or "test" files. ``back``: the files are training sequences, and the ``back``-th event from
+    the end of each (1: the last) is the one to predict from those before it."""
+    columns = [ITEM, TIME, *(label_column(h) for h in heads)] + ([] if back else [TARGET])
+    shuffle = shuffle_seed is not None
+    for batch in _loader(files, columns, batch_size, shuffle, shuffle_seed or 0):
+        sequences = _timed(batch)
+        if back:
+            keep = [i for i, s in enumerate(sequences) if len(s) > back]
+            labels = {}
+            for h in heads:
+                own = _split(batch, label_column(h))
+                labels[h] = torch.tensor([float(own[i][-back]) for i in keep])
+            target = torch.tensor([int(sequences[i][-back, 0]) for i in keep])
+            sequences = [sequences[i][:-back] for i in keep]
+        else:
+            labels = {h: batch[label_column(h)].float().reshape(-1) for h in heads}
+            target = batch[TARGET].reshape(-1)
+        if sequences:
+            yield of_sequences(sequences, history, target, labels)

@@ -1,0 +1,141 @@
+"""``vivace optimize``: hyper-parameters of the retriever by Optuna, in a study file that can be taken up again.
+
+Trials are judged by NDCG@10 of the validation requests and pruned by the log loss of the users held back from training,
+epoch by epoch; the test requests are never looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from preprocessing.prepare import Features
+from training.checkpoints import load_retrieval
+from training.data import batches as data
+from training.learn.retriever import train_retrieval
+from training.metrics import metrics
+from training.presets import Preset, with_values
+from training.scoring import SCORED, scored
+from vivace.manifest import Progress, read_manifest, write_text
+
+FOLDER = "optimized"
+SPACE: dict[str, list[Any]] = {
+    "retrieval.learning_rate": [1e-3, 8e-3, "log"],
+    "retrieval.label_smoothing": [0.0, 0.2],
+    "encoder.dropout": [0.0, 0.5],
+    "encoder.layers": [1, 3, "int"],
+    "encoder.position_bias": ["none", "relative", "choice"],
+}
+
+
+def suggest(trial: optuna.Trial, space: dict[str, list]) -> dict[str, Any]:
+    """One value for each name of ``space``: [low, high], [low, high, "log"], [low, high, "int"] or [..., "choice"]."""
+    found: dict[str, Any] = {}
+    for name, (*values, kind) in ((n, v if isinstance(v[-1], str) else [*v, ""]) for n, v in space.items()):
+        if kind == "choice":
+            found[name] = trial.suggest_categorical(name, values)
+        elif kind == "int":
+            found[name] = trial.suggest_int(name, *values)
+        elif kind in ("", "log"):
+            found[name] = trial.suggest_float(name, *values, log=kind == "log")
+        else:
+            raise ValueError(
+                f"hyper-parameter space: {name}: expected 'log', 'int' or 'choice' at the end, got {kind!r}"
+            )
+    return found
+
+
+def validation_ndcg(features: Features, preset: Preset, root: Path) -> float:
+    """NDCG@10 of the retriever on the validation requests, all items ranked."""
+    model = load_retrieval(features, preset, root)
+    heads = [h.name for h in features.schema.heads]
+    found = []
+    with torch.no_grad():
+        for request in data.requests(features.files("valid"), heads, preset.encoder.history, SCORED):
+            found.append(scored(model, request, features.schema.exclude_seen)[0].cpu().numpy())
+    return metrics(np.concatenate(found))["NDCG@10"]
+
+
+def optimize(
+    features: Features,
+    preset: Preset,
+    root: Path,
+    seed: int,
+    trials: int,
+    say: Progress,
+    space: dict[str, list] | None = None,
+) -> optuna.Study:
+    """Runs ``trials`` more trials of the study in ``root/optimized``; writes best.json and two plots."""
+    folder = root / FOLDER
+    wanted: dict[str, list[Any]] = space or SPACE
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = read_manifest(features.folder, "vivace prepare")["key"]
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / "study.log"))),
+        study_name=f"retrieval-{prepared}",
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=seed + len(_earlier(folder))),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+        load_if_exists=True,
+    )
+
+    def objective(trial: optuna.Trial) -> float:
+        chosen = with_values(preset, suggest(trial, wanted))
+        own = folder / f"trial-{trial.number}"
+        train_retrieval(features, chosen, own, seed, say, quiet=True, on_epoch=_pruner(trial))
+        value = validation_ndcg(features, chosen, own)
+        say(f"trial {trial.number}: validation NDCG@10 {value:.4f} {trial.params}")
+        return value
+
+    study.optimize(objective, n_trials=trials, show_progress_bar=False)
+    done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    if done:
+        best = {"value": study.best_value, "values": study.best_params, "trial": study.best_trial.number}
+        write_text(folder / "best.json", json.dumps({**best, "trials": len(study.trials)}, indent=2))
+        _plots(study, folder)
+    return study
+
+
+def _earlier(folder: Path) -> list[Path]:
+    return list(folder.glob("trial-*"))
+
+
+def _pruner(trial: optuna.Trial) -> Callable[[dict[str, float]], None]:
+    def report(entry: dict[str, float]) -> None:
+        trial.report(-entry["log_loss"], int(entry["epoch"]))
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    return report
+
+
+def _plots(study: optuna.Study, folder: Path) -> None:
+    """What each trial reached, pruned ones apart, and the reached value over each parameter."""
+    from matplotlib.figure import Figure
+
+    done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    names = sorted({n for t in done for n in t.params})
+    figure = Figure(figsize=(4 * (len(names) + 1), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(names) + 1, squeeze=False)[0]
+    axes[0].plot([t.number for t in done], [t.value for t in done], "o", label="finished")
+    pruned = [t.number for t in study.trials if t.state == optuna.trial.TrialState.PRUNED]
+    floor = min(float(t.value or 0.0) for t in done)
+    axes[0].plot(pruned, [floor] * len(pruned), "x", color="tab:gray", label="pruned")
+    axes[0].set(xlabel="trial", ylabel="validation NDCG@10")
+    axes[0].legend()
+    for axis, name in zip(axes[1:], names, strict=True):
+        axis.plot([str(t.params[name]) if isinstance(t.params[name], str) else t.params[name] for t in done],
+                  [t.value for t in done], "o")  # fmt: skip
+        axis.set_xlabel(name)
+        if "rate" in name:
+            axis.set_xscale("log")
+    figure.savefig(folder / "study.png", dpi=110)

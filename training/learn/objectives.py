@@ -1,0 +1,84 @@
+"""What the retriever minimises: next-item and masked-item losses over a batch of windows.
+
+Axis legend: B windows, T events, V item ids, P predicted places, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.data import batches as data
+from training.learn.adversarial import adversarial
+from training.learn.distill import Teacher
+from training.losses import full_softmax, gbce, sampled_softmax
+from training.models.retrieval import MASKED, RetrievalModel
+from training.presets import RetrievalTraining
+from vivace.contract import FIRST_ID, PADDING_ID
+
+LAST_ONLY = 0.2  # share of the masked encoder's windows that hide only the newest item
+
+
+def item_loss(
+    model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Loss of predicting items ``t`` int64 [P] from encodings ``h`` [P, D] with the item table [V, D]. An item without
+    a training event is no negative: it would be pushed down, and its words with it."""
+    sampling_V, items = log_expected_V.exp(), len(log_expected_V)
+    unseen_V = torch.where(model.popularity > 0, 0.0, MASKED).to(log_expected_V.device)
+    unseen_V[:FIRST_ID] = 0.0
+
+    def loss(h: Tensor, t: Tensor, table: Tensor) -> Tensor:
+        bias = model.bias + unseen_V
+        if config.loss == "full":
+            return full_softmax(h, table, bias, t, FIRST_ID, config.label_smoothing)
+        if config.loss == "gbce":
+            negatives = torch.randint(FIRST_ID, items, (config.negatives,), device=t.device)
+            return gbce(h, table, bias, t, negatives, items - FIRST_ID, config.calibration)
+        sample = torch.multinomial(sampling_V, config.negatives, replacement=True)
+        return sampled_softmax(h, table, bias, t, sample, log_expected_V)
+
+    return loss
+
+
+def retrieval_loss(
+    model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor, teacher: Teacher | None = None
+) -> Callable[..., Any]:
+    of_items = item_loss(model, config, log_expected_V)
+
+    def next_item(batch: Tensor) -> tuple[Tensor, Tensor]:
+        (window, times), table = data.ids_and_times(batch.to(model.bias.device)), model.table()
+        inputs, targets, seen = window[:, :-1], window[:, 1:], None if times is None else times[:, :-1]
+        keep = (inputs != PADDING_ID) & (targets >= FIRST_ID)
+
+        def at(moved: Tensor) -> Tensor:
+            states = model.encode(inputs, moved, seen)[keep].float()
+            loss = of_items(states, targets[keep], moved)
+            return loss if teacher is None else loss + teacher.loss(states, moved, model.bias, inputs, keep)
+
+        if not config.adversarial:
+            return at(table), keep.sum()
+        return adversarial(at, table, config.adversarial, config.adversarial_weight), keep.sum()
+
+    def masked_item(batch: Tensor) -> tuple[Tensor, Tensor]:
+        (window, times), table = data.ids_and_times(batch.to(model.bias.device)), model.table()
+        hidden = hide(window, config.mask_share)
+        encoded = model.encode_masked(window, hidden, table, times)[hidden]
+        return of_items(encoded.float(), window[hidden], table), hidden.sum()
+
+    return masked_item if model.masked else next_item
+
+
+def hide(window_BT: Tensor, share: float) -> Tensor:
+    """Which items of a window the masked encoder must guess, bool [B, T]: a random ``share``, or in some rows
+    only the newest one, which is what it is asked for when it serves."""
+    real = window_BT >= FIRST_ID
+    drawn = torch.rand(window_BT.shape, device=window_BT.device) < share
+    last = torch.zeros_like(real)
+    last[:, -1] = True
+    only_last = torch.rand(len(window_BT), 1, device=window_BT.device) < LAST_ONLY
+    hidden = torch.where(only_last, last, drawn) & real
+    return hidden | (last & real & ~hidden.any(1, keepdim=True))

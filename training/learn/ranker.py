@@ -1,0 +1,194 @@
+"""The second half of ``vivace train``: the ranker, on requests whose labels the retriever has not seen.
+
+Axis legend: B requests, T history events, N candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from preprocessing.prepare import Features
+from training.checkpoints import build_ranker, device, finish_training, keep_only_own_checkpoint, load_retrieval
+from training.data import batches as data
+from training.learn.loop import Loop, LoopConfig
+from training.metrics import list_auc, mean_ndcg, ranks_after
+from training.models.ranking import RankingModel
+from training.models.retrieval import RetrievalModel
+from training.presets import Preset
+from training.scoring import SCORED, candidates
+from vivace.contract import FIRST_ID
+from vivace.manifest import Progress, Step, read_manifest
+
+
+class RankerData:
+    """Ranker batches: requests of the last training events and then of the validation events, whose labels the
+    retriever has not seen; as a control of training events alone."""
+
+    def __init__(self, features: Features, retriever: RetrievalModel, preset: Preset, seed: int, control: bool) -> None:
+        self.features, self.retriever, self.preset, self.seed, self.control = features, retriever, preset, seed, control
+        self.schema = features.schema
+        self.heads = [h.name for h in self.schema.heads]
+        self.count = min(preset.ranker.candidates, features.item_count() - FIRST_ID)
+
+    def sources(self, held_out: bool) -> list[tuple[list[Path], int]]:
+        """(files, how far back the event to predict lies; 0: the validation event). Of the held-out users only the
+        newest event of each kind of run."""
+        train, valid = self.features.files("train"), self.features.files("valid")
+        past = self.preset.ranking.past_events
+        if held_out:
+            return [(train, 1)] if self.control else [(valid, 0)]
+        if self.control:
+            return [(train, back) for back in range(past + 1, 0, -1)]
+        return [*((train, back) for back in range(past, 0, -1)), (valid, 0)]
+
+    def steps(self, batch_size: int) -> int:
+        """Batches of an epoch, about: what the schedule is made for."""
+        rows = sum(pq.read_metadata(f).num_rows for files, _ in self.sources(False) for f in files)
+        return -(-rows // batch_size)
+
+    def _requests(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[data.Requests]:
+        history = self.preset.encoder.history
+        for files, back in self.sources(held_out):
+            yield from data.requests(files, self.heads, history, batch_size, shuffle_seed, back)
+
+    def held_out_mask(self, request: data.Requests) -> np.ndarray:
+        """The same requests always: by a hash of the history, which stays with the user."""
+        mix = np.array([(int(h.sum()) * 2654435761 + len(h) * 40503 + self.seed) % 1000 for h in request.histories])
+        return mix < self.preset.ranking.held_out * 1000
+
+    def batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[tuple[Any, ...]]:
+        """(history [B, T], ids, scores, encoded, hit bool [B, N], labels [B, heads]) of requests whose target is among
+        the candidates (training), or of all of them (held out); the retriever's rank and the target come last."""
+        for request in self._requests(held_out, shuffle_seed, batch_size):
+            rank, ids, scores, encoded = candidates(
+                self.retriever, request, self.count, self.schema.exclude_seen, self.preset.ranker.memory
+            )
+            target = request.target_B.to(ids.device)
+            hit = ids == target[:, None]
+            keep = torch.from_numpy(self.held_out_mask(request) == held_out).to(ids.device)
+            if not held_out:
+                keep &= hit.any(1)
+            labels = torch.stack([request.labels[h] for h in self.heads], 1).to(ids.device)
+            history = request.history_BT.to(ids.device)
+            if keep.any():
+                yield tuple(x[keep] for x in (history, ids, scores, encoded, hit, labels, rank, target))
+
+
+def ranker_loss(model: RankingModel, batch: tuple[Any, ...]) -> Tensor:
+    """Listwise softmax over the candidates for the head that orders; binary cross-entropy for the others."""
+    history, ids, scores, encoded, hit_BN, labels_BH, *_ = batch
+    logits = model(history, ids, scores, encoded)
+    losses = [F.cross_entropy(logits[..., 0], hit_BN.to(torch.int64).argmax(1))]
+    for head in range(1, logits.shape[2]):
+        label_BN = hit_BN.float() * labels_BH[:, head, None]
+        losses.append(F.binary_cross_entropy_with_logits(logits[..., head], label_BN, reduction="none").sum(1).mean())
+    return model.task_weights(losses, model.own.weight)
+
+
+def _fit_platt(w: Tensor, x: Tensor, y: Tensor) -> None:
+    """Minimises the log loss of sigmoid(w[0] x + w[1]) over ``w``, in place."""
+    optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(x * w[0] + w[1], y)
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer.step(closure)
+
+
+def calibrate(model: RankingModel, batches: Iterator[tuple[Any, ...]]) -> dict[str, list[float]]:
+    """Platt scaling of each head on held-out requests (Platt 1999): slope and offset go into the model."""
+    logits, labels = [], []
+    with torch.no_grad():
+        for history, ids, scores, encoded, hit_BN, labels_BH, *_ in batches:
+            out = model(history, ids, scores, encoded)
+            logits.append(out.reshape(-1, out.shape[2]).cpu())
+            labels.append((hit_BN[..., None] * labels_BH[:, None, :]).reshape(-1, out.shape[2]).cpu())
+    if not logits:
+        return {}
+    x, y = torch.cat(logits).double(), torch.cat(labels).double()
+    found = {}
+    for head, name in enumerate(model.head_names):
+        w = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
+        _fit_platt(w, x[:, head], y[:, head])
+        with torch.no_grad():
+            model.calibration[head] = w.detach().float().clamp(-100, 100)
+        found[name] = [float(v) for v in w.detach()]
+    return found
+
+
+def train_ranker(
+    features: Features, preset: Preset, root: Path, seed: int, say: Progress, control: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Trains ``artifacts/<name>/ranking``. ``control``: on the last training event instead of the validation event,
+    so without a label that the retriever has not seen (``ranking_control``)."""
+    retrieval = read_manifest(root / "retrieval", "vivace train")
+    name = "ranking_control" if control else "ranking"
+    config = {"ranker": asdict(preset.ranker), "training": asdict(preset.ranking), "control": control}
+    step = Step(root / name, "train ranking", config, seed, {"retrieval": retrieval["key"]})
+    if step.done():
+        say("ranker is there: nothing to do")
+        assert step.manifest is not None
+        return step.manifest
+    keep_only_own_checkpoint(step)
+    torch.manual_seed(seed)
+    retriever = load_retrieval(features, preset, root)
+    model = build_ranker(features, preset, retriever).to(device())
+    retriever.to(device())
+    source, c = RankerData(features, retriever, preset, seed, control), preset.ranking
+
+    def metric() -> dict[str, float]:
+        found, losses = [], []
+        with torch.no_grad():
+            for history, ids, scores, encoded, hit_BN, _, rank, target in source.batches(True, None, SCORED):
+                logits = model(history, ids, scores, encoded)[..., 0]
+                found.append(ranks_after(logits, ids, target, rank))
+                among = hit_BN.any(1)
+                losses.append(F.cross_entropy(logits[among], hit_BN[among].to(torch.int64).argmax(1), reduction="none"))
+        if not found or not sum(len(x) for x in losses):
+            return {"log_loss": 0.0}
+        return {"log_loss": float(torch.cat(losses).mean()), "NDCG@10": mean_ndcg(found)}
+
+    loop = Loop(
+        model,
+        LoopConfig(
+            c.epochs,
+            source.steps(c.batch_size),
+            c.learning_rate,
+            c.weight_decay,
+            50,
+            c.clip_norm,
+            c.patience,
+            30.0,
+            seed,
+        ),
+        step.folder,
+        name,
+        lambda epoch: source.batches(False, seed * 1000 + epoch, c.batch_size),
+        lambda batch: ranker_loss(model, batch),
+        metric,
+        quiet,
+    )
+    if loop.resume():
+        say(f"ranker: resumed at epoch {loop.epoch + 1}, step {loop.step}")
+    report = loop.run()
+    calibration = calibrate(model, source.batches(True, None, SCORED))
+    return finish_training(step, model, report, calibration=calibration, parameters=sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    ))  # fmt: skip
+
+
+def head_auc(probability_BN: Tensor, hit_BN: Tensor, label_B: Tensor) -> Tensor:
+    """AUC of one head within each candidate list whose target carries the label."""
+    return list_auc(probability_BN, hit_BN & (label_B[:, None] > 0))

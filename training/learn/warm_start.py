@@ -1,0 +1,87 @@
+"""Where a retriever starts from and what items without events end with: counts, another run's weights, neighbours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from preprocessing.prepare import Features
+from training.checkpoints import WEIGHTS
+from training.data.counters import cooccurrence_embeddings
+from training.models.item_table import nearest_seen
+from training.models.retrieval import RetrievalModel
+from vivace.contract import FIRST_ID
+from vivace.manifest import read_manifest
+
+START_SCALE = 0.1  # root mean square of a starting item embedding
+RARE_SHARE = 0.25  # the least frequent quarter of the items counts as rare
+
+
+def start_from_counts(model: RetrievalModel, files: list[Path], counts: np.ndarray) -> None:
+    """Item embeddings from co-occurrence, item biases from popularity; items without events keep their random start."""
+    vectors = torch.from_numpy(cooccurrence_embeddings(files, len(counts), model.config.width, START_SCALE))
+    with torch.no_grad():
+        weight = model.items.id.weight
+        seen = (vectors != 0).any(1)[:, None]
+        weight.copy_(torch.where(seen, vectors, weight.cpu()))
+        model.bias.copy_(torch.tensor(np.log((counts + 1) / (counts + 1).mean()), dtype=model.bias.dtype))
+
+
+def free_unseen(model: RetrievalModel, counts: np.ndarray, features: Features, by_neighbours: bool) -> None:
+    """Items without a training event get the weighted mean of their nearest seen items by text and attributes, with
+    the length and the bias that those have on average. Where nothing is near (or without ``by_neighbours``) the id
+    embedding is zero, so that attributes and words speak alone, and the bias that of a rare item."""
+    unseen = torch.from_numpy(counts == 0)
+    unseen[:FIRST_ID] = False
+    if not unseen.any():
+        return
+    rare = torch.from_numpy((counts > 0) & (counts <= np.quantile(counts[counts > 0], RARE_SHARE)))
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        weight, bias = model.items.id.weight, model.bias
+        weight[unseen] = 0.0
+        bias[unseen] = bias[rare.to(bias.device)].median()
+        if by_neighbours:
+            own, near, shares = (torch.from_numpy(x).to(bias.device) for x in nearest_seen(features, counts > 0))
+            table = model.table()  # what attributes and words say of an unseen item, as its id says nothing
+            mean = (table[near] * shares[:, :, None]).sum(1)
+            length = (table[near].norm(dim=2) * shares).sum(1, keepdim=True)
+            weight[own] = mean / mean.norm(dim=1, keepdim=True).clamp_min(1e-9) * length - table[own]
+            bias[own] = (bias[near] * shares).sum(1)
+    model.train(training)
+
+
+def take_up(model: RetrievalModel, folder: Path, features_key: str) -> dict[str, Any]:
+    """Loads what fits of ``folder`` (a pretrained or trained retriever) into ``model``.
+
+    Item embeddings and biases only where both stand on the same features, as ids mean nothing elsewhere; of a longer
+    or shorter position table the newest places. Returns the names taken and left.
+    """
+    manifest = read_manifest(folder, "vivace pretrain")
+    same_items = manifest["inputs"].get("features") == features_key
+    given = torch.load(folder / WEIGHTS, weights_only=True, map_location="cpu")
+    own, taken, left = model.state_dict(), [], []
+    for name, value in own.items():
+        other = given.get(name)
+        of_items = name.startswith("items.") or name in ("bias", "popularity")
+        if other is None or (of_items and not same_items):
+            left.append(name)
+        elif other.shape == value.shape:
+            value.copy_(other)
+            taken.append(name)
+        elif name == "position.weight" and other.shape[1] == value.shape[1]:
+            n = min(len(other), len(value))
+            value[-n:] = other[-n:]
+            taken.append(name)
+        else:
+            left.append(name)
+    if not any(name.startswith("encoder.") for name in taken):
+        raise ValueError(
+            f"--from {folder}: no encoder weight fits; it is a {manifest['config'].get('encoder')}; "
+            f"this preset's encoder is {model.config}"
+        )
+    return {"from": str(folder), "key": manifest["key"], "taken": taken, "left": left}

@@ -1,0 +1,294 @@
+"""Encoders of a user's events behind one interface, chosen by ``EncoderConfig.family``.
+
+Every encoder maps embedded events [B, T, D] and ``known`` [B, T] (False where padded, on the left) to encodings
+[B, T, D]; what stands at a padded position is undefined, and padding changes nothing elsewhere. With ``newest`` the
+last layer works only that many of the newest events out, and the result is [B, newest, D] (0: all).
+Axis legend: B requests, T history events, D width, A attention heads, R buckets of distance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MASKED = -1e9  # finite, so that a row whose keys are all padding stays a number
+BUCKETS = 32
+FAMILIES = ("sasrec", "hstu", "bert4rec", "gru", "lstm")
+POSITION_BIAS = ("none", "relative")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of the history encoder. ``history`` is T; dropout is a probability.
+
+    ``family``: "sasrec" causal attention (Kang & McAuley 2018), "hstu" pointwise gated attention (Zhai et al. 2024),
+    "bert4rec" bidirectional, trained on masked items (Sun et al. 2019), "gru" or "lstm" (Hidasi et al. 2016).
+    ``position_bias`` "relative" adds a learned bias by log-bucketed distance to the attention of sasrec and bert4rec
+    (hstu always has it); ``time_bias`` adds one by log-bucketed seconds between two events (Zhai et al. 2024) to any of
+    the three. ``text_tokens``: words of an item's text that its embedding sums (0: ids alone);
+    ``text_encoder``: whether the vector that the pretrained text encoder made of it joins
+    (``training.models.text_encoder``); ``attributes``: whether its categorical and continuous attributes join the
+    embedding. ``adapter``: width of the bottleneck after each attention block (0: none), for fine-tuning a frozen
+    encoder. ``id_dropout``: share of the items that a training step knows by attributes and text alone, so that those
+    learn to speak for new items (DropoutNet, Volkovs et al. 2017). ``head_width`` and ``ffn_width`` are set by pruning
+    (0: width / heads and ffn_factor x width).
+    """
+
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+    history: int = 200
+    dropout: float = 0.2
+    ffn_factor: int = 4
+    family: str = "sasrec"
+    position_bias: str = "none"
+    time_bias: bool = False
+    attributes: bool = False
+    text_tokens: int = 0
+    text_encoder: bool = False
+    adapter: int = 0
+    id_dropout: float = 0.0
+    head_width: int = 0
+    ffn_width: int = 0
+
+    @property
+    def of_head(self) -> int:
+        """Width of one attention head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def of_ffn(self) -> int:
+        """Channels of the feed-forward layer."""
+        return self.ffn_width or self.ffn_factor * self.width
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"EncoderConfig.family: expected one of {FAMILIES}, got {self.family!r}")
+        if self.position_bias not in POSITION_BIAS:
+            raise ValueError(
+                f"EncoderConfig.position_bias: expected one of {POSITION_BIAS}, got {self.position_bias!r}"
+            )
+        if self.time_bias and self.family in ("gru", "lstm"):
+            raise ValueError(f"EncoderConfig.time_bias is for attention, got the {self.family!r} family")
+        if not self.head_width and self.width % self.heads:
+            raise ValueError(f"EncoderConfig: width {self.width} is not a multiple of heads {self.heads}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"EncoderConfig.dropout: expected 0 <= p < 1, got {self.dropout}")
+        if not 0.0 <= self.id_dropout < 1.0:
+            raise ValueError(f"EncoderConfig.id_dropout: expected 0 <= p < 1, got {self.id_dropout}")
+        if self.text_tokens < 0:
+            raise ValueError(f"EncoderConfig.text_tokens: expected a count >= 0, got {self.text_tokens}")
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout that takes eight decisions from each random number on the CPU, where drawing them is most of its cost;
+    ``p`` is rounded to 1/256 there."""
+    if not training or not p or x.is_cuda:
+        return F.dropout(x, p, training)
+    dropped = round(p * 256)
+    draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
+    keep = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
+    return x * (keep.to(x.dtype) * (256 / (256 - dropped)))
+
+
+def distance_buckets(length: int, buckets: int = BUCKETS) -> Tensor:
+    """Bucket of the distance |i - j|, int64 [length, length]: exact for the first half of the buckets, then
+    logarithmic up to ``length`` (Raffel et al. 2020, T5)."""
+    distance = (torch.arange(length)[:, None] - torch.arange(length)[None]).abs()
+    exact = buckets // 2
+    spread = math.log(max(length, exact + 1) / exact)
+    far = exact + (torch.log(distance.clamp_min(1) / exact) / spread * (buckets - exact)).long()
+    return torch.where(distance < exact, distance, far.clamp_max(buckets - 1))
+
+
+class RelativeBias(nn.Module):
+    """Learned bias of each head by bucketed distance, float32 [A, T, T]; zero before training."""
+
+    buckets_TT: Tensor
+
+    def __init__(self, heads: int, length: int) -> None:
+        super().__init__()
+        self.bias_RA = nn.Parameter(torch.zeros(BUCKETS, heads))
+        self.register_buffer("buckets_TT", distance_buckets(length), persistent=False)
+
+    def forward(self, t: int) -> Tensor:
+        return self.bias_RA[self.buckets_TT[:t, :t]].permute(2, 0, 1)
+
+
+def time_buckets(times_BT: Tensor) -> Tensor:
+    """Bucket of the whole seconds between two events, int64 [B, T, T], from times in ms: powers of two from 1 on, the
+    last bucket from 34 years; 0 where either time is unknown (0)."""
+    seconds = torch.div((times_BT[:, :, None] - times_BT[:, None, :]).abs(), 1000, rounding_mode="floor")
+    # the half keeps whole seconds off the borders, where rounding could decide
+    power = (torch.log(seconds.to(torch.float32) + 1.5) / math.log(2)).floor().long()
+    known = times_BT > 0
+    return torch.where(known[:, :, None] & known[:, None, :], (power + 1).clamp(1, BUCKETS - 1), 0)
+
+
+class TimeBias(nn.Module):
+    """Learned bias of each head by bucketed time between events, float32 [B, A, T, T]; zero before training."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.bias_RA = nn.Parameter(torch.zeros(BUCKETS, heads))
+
+    def forward(self, buckets_BTT: Tensor) -> Tensor:
+        return F.embedding(buckets_BTT, self.bias_RA).permute(0, 3, 1, 2)
+
+
+class Adapter(nn.Module):
+    """Residual bottleneck (Houlsby et al. 2019), the identity before training."""
+
+    def __init__(self, width: int, bottleneck: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y: Tensor = self.up(F.gelu(self.down(x_BTD)))
+        return x_BTD + y
+
+
+class AttentionBlock(nn.Module):
+    """Pre-norm self-attention and feed-forward; the additive mask says what may be seen (None: causal)."""
+
+    def __init__(self, config: EncoderConfig, length: int) -> None:
+        super().__init__()
+        d = config.width
+        self.heads, self.of_head, self.p = config.heads, config.of_head, config.dropout
+        self.norm_attention, self.norm_ffn = nn.LayerNorm(d), nn.LayerNorm(d)
+        inner = config.heads * config.of_head
+        self.qkv, self.out = nn.Linear(d, 3 * inner), nn.Linear(inner, d)
+        self.up, self.down = nn.Linear(d, config.of_ffn), nn.Linear(config.of_ffn, d)
+        self.relative = RelativeBias(config.heads, length) if config.position_bias == "relative" else None
+        self.time = TimeBias(config.heads) if config.time_bias else None
+        self.adapter = Adapter(d, config.adapter) if config.adapter else None
+
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None, newest: int = 0) -> Tensor:
+        t = x_BTD.shape[1]
+        qkv = self.qkv(self.norm_attention(x_BTD)).view(-1, t, 3, self.heads, self.of_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.relative is not None:
+            assert mask is not None
+            mask = mask + self.relative(t)[None]
+        if self.time is not None:
+            assert mask is not None
+            mask = mask + self.time(buckets_BTT)
+        if newest:
+            assert mask is not None
+            x_BTD, q, mask = x_BTD[:, -newest:], q[:, :, -newest:], mask[:, :, -newest:]
+        # no dropout inside attention: slow on CPU
+        scale = self.of_head**-0.5  # a constant of the exported graph
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        a = self.out(a.transpose(1, 2).flatten(2))
+        x_BTD = x_BTD + dropout(a, self.p, self.training)
+        h = self.down(F.gelu(self.up(self.norm_ffn(x_BTD))))
+        x_BTD = x_BTD + dropout(h, self.p, self.training)
+        return x_BTD if self.adapter is None else self.adapter(x_BTD)
+
+
+class Attention(nn.Module):
+    """A stack of attention blocks, causal or not."""
+
+    allowed_TT: Tensor
+
+    def __init__(self, config: EncoderConfig, length: int, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.biased = causal, config.position_bias != "none" or config.time_bias
+        self.blocks = nn.ModuleList(AttentionBlock(config, length) for _ in range(config.layers))
+        mask = torch.full((length, length), MASKED).triu(1) if causal else torch.zeros(length, length)
+        self.register_buffer("allowed_TT", mask, persistent=False)
+
+    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
+        t = x_BTD.shape[1]  # without int(): a free axis of the exported graph
+        mask: Tensor | None = None
+        whole = self.training and bool(known_BT.all())  # nothing padded: one mask for all rows
+        if not (whole and self.causal and not self.biased):  # else the faster causal form
+            mask = self.allowed_TT[:t, :t][None, None]
+            if not whole:
+                mask = mask + (~known_BT)[:, None, None, :].to(x_BTD.dtype) * MASKED
+        buckets = None if times_BT is None else time_buckets(times_BT)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, mask, buckets, newest if i == len(self.blocks) - 1 else 0)
+        return x_BTD
+
+
+class GatedBlock(nn.Module):
+    """Pointwise aggregated attention with a gate (HSTU, Zhai et al. 2024, eq. 1 to 3), causal."""
+
+    def __init__(self, config: EncoderConfig, length: int) -> None:
+        super().__init__()
+        d = config.width
+        self.heads, self.p, self.length = config.heads, config.dropout, length
+        self.norm, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.uvqk, self.out = nn.Linear(d, 4 * d), nn.Linear(d, d)
+        self.relative = RelativeBias(config.heads, length)
+        self.time = TimeBias(config.heads) if config.time_bias else None
+
+    def forward(self, x_BTD: Tensor, seen_B1TT: Tensor, buckets_BTT: Tensor | None, newest: int = 0) -> Tensor:
+        t, d = x_BTD.shape[1], int(x_BTD.shape[2])
+        u, v, q, k = F.silu(self.uvqk(self.norm(x_BTD))).chunk(4, dim=2)
+        v, q, k = (z.view(-1, t, self.heads, d // self.heads).transpose(1, 2) for z in (v, q, k))
+        bias = self.relative(t)[None]
+        if self.time is not None:
+            bias = bias + self.time(buckets_BTT)
+        if newest:
+            x_BTD, u, q = x_BTD[:, -newest:], u[:, -newest:], q[:, :, -newest:]
+            bias, seen_B1TT = bias[:, :, -newest:], seen_B1TT[:, :, -newest:]
+        weight = F.silu(q @ k.transpose(2, 3) + bias) * seen_B1TT / self.length
+        found = (weight @ v).transpose(1, 2).flatten(2)
+        y = self.out(dropout(self.norm_out(found) * u, self.p, self.training))
+        return x_BTD + y
+
+
+class Gated(nn.Module):
+    causal_TT: Tensor
+
+    def __init__(self, config: EncoderConfig, length: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(GatedBlock(config, length) for _ in range(config.layers))
+        self.register_buffer("causal_TT", torch.ones(length, length).tril(), persistent=False)
+
+    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
+        t = x_BTD.shape[1]
+        seen = self.causal_TT[:t, :t][None, None] * known_BT[:, None, None, :].to(x_BTD.dtype)
+        buckets = None if times_BT is None else time_buckets(times_BT)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, seen, buckets, newest if i == len(self.blocks) - 1 else 0)
+        return x_BTD
+
+
+class Recurrent(nn.Module):
+    """GRU or LSTM layers with a residual. Without bias a zero input leaves a zero state at zero, so padding on the
+    left changes nothing."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        kind = nn.GRU if config.family == "gru" else nn.LSTM
+        self.layers = nn.ModuleList(
+            kind(config.width, config.width, batch_first=True, bias=False) for _ in range(config.layers)
+        )
+        self.p = config.dropout
+
+    def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
+        known = known_BT[:, :, None].to(x_BTD.dtype)
+        for layer in self.layers:
+            y, _ = layer(x_BTD * known)
+            x_BTD = x_BTD + dropout(y, self.p, self.training)
+        return x_BTD[:, -newest:]
+
+
+def build_encoder(config: EncoderConfig, length: int) -> nn.Module:
+    """The encoder of ``config.family`` for inputs of at most ``length`` events."""
+    if config.family in ("gru", "lstm"):
+        return Recurrent(config)
+    if config.family == "hstu":
+        return Gated(config, length)
+    return Attention(config, length, causal=config.family != "bert4rec")

@@ -1,0 +1,166 @@
+"""The embedding of every item: its id, and where the configuration says so its attributes and the words of its text,
+so that an item nobody has touched yet is not blank.
+
+Axis legend: V item ids, D width, C categorical and M continuous attributes, L words kept of an item's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import sparse
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.preprocessing import normalize
+from torch import Tensor, nn
+
+from preprocessing.prepare import Features
+from training.models.encoders import EncoderConfig
+from vivace.contract import FIRST_ID, PADDING_ID, TEXT
+
+MAX_WORDS = 20_000
+NEIGHBOURS = 10  # seen items that speak for one without events
+SIMILARITY_ROWS = 512  # items compared with all others at once
+MIN_ITEMS = 2  # a word of one item alone says no more than its id
+
+
+@dataclass(frozen=True)
+class ItemAttributes:
+    """What the catalogue says of every item id.
+
+    ``categories`` int64 [V, C] with ``category_sizes``; ``numbers`` float32 [V, M], normalised; ``words`` int64 [V, L],
+    0 where there is none, ids below ``word_count``; ``vectors`` float32 [V, E] of the text encoder, E 0 without one.
+    """
+
+    categories: Tensor
+    category_sizes: tuple[int, ...]
+    numbers: Tensor
+    words: Tensor
+    word_count: int
+    vectors: Tensor
+
+
+def words_of(titles: Sequence[str], keep: int) -> tuple[Tensor, int]:
+    """(word ids int64 [V, keep], number of word ids): the rarest ``keep`` words of each item's text, as rare ones say
+    most. Row i belongs to item id FIRST_ID + i's text at i; the special ids have none."""
+    if not keep or not any(titles):
+        return torch.zeros(len(titles) + FIRST_ID, 0, dtype=torch.long), 1
+    vectorizer = CountVectorizer(
+        token_pattern=r"(?u)\b\w+\b", binary=True, min_df=MIN_ITEMS, max_features=MAX_WORDS, dtype=np.int32
+    )
+    try:
+        counts = vectorizer.fit_transform(titles)
+    except ValueError:  # no word is in two titles
+        return torch.zeros(len(titles) + FIRST_ID, 0, dtype=torch.long), 1
+    frequency = np.asarray(counts.sum(0)).ravel()
+    out = np.zeros((len(titles) + FIRST_ID, keep), np.int64)
+    for row in range(len(titles)):
+        own = counts.indices[counts.indptr[row] : counts.indptr[row + 1]]
+        own = own[np.lexsort((own, frequency[own]))][:keep]
+        out[row + FIRST_ID, : len(own)] = own + 1
+    return torch.from_numpy(out), len(frequency) + 1
+
+
+def item_attributes(features: Features, config: EncoderConfig) -> ItemAttributes | None:
+    """The catalogue of a prepared data set as the retriever's item embeddings want it; None for ids alone."""
+    if not config.attributes and not config.text_tokens and not config.text_encoder:
+        return None
+    table, schema, items = features.items(), features.schema, features.item_count()
+    categoricals = schema.item_categoricals if config.attributes else ()
+    continuous = schema.item_continuous if config.attributes else ()
+    categories = np.zeros((items, len(categoricals)), np.int64)
+    numbers = np.zeros((items, len(continuous)), np.float32)
+    for i, name in enumerate(categoricals):
+        categories[FIRST_ID:, i] = table[name].to_numpy()
+    for i, name in enumerate(continuous):
+        numbers[FIRST_ID:, i] = table[name].fillna(0.0).to_numpy()
+    words, count = words_of(table[TEXT].tolist(), config.text_tokens)
+    sizes = tuple(int(categories[:, i].max()) + 1 for i in range(len(categoricals)))
+    vectors = np.zeros((items, 0), np.float32)
+    if config.text_encoder:
+        from training.models.text_encoder import item_vectors
+
+        vectors = item_vectors(features.folder.parent)
+    return ItemAttributes(
+        torch.from_numpy(categories), sizes, torch.from_numpy(numbers), words, count, torch.from_numpy(vectors)
+    )
+
+
+def nearest_seen(features: Features, seen_V: np.ndarray, keep: int = NEIGHBOURS) -> tuple[np.ndarray, ...]:
+    """(ids int64 [U] of the items that are not ``seen_V``, their nearest seen items int64 [U, keep], weights float32
+    [U, keep] that sum to one): by TF-IDF cosine of the catalogue's text and attributes. Items that share no word with
+    a seen one are left out."""
+    table, schema = features.items(), features.schema
+    attributes = [name + "=" + table[name].astype(str) for name in schema.item_categoricals]
+    words = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", sublinear_tf=True, dtype=np.float32)
+    names = CountVectorizer(analyzer=lambda row: row, binary=True, dtype=np.float32)
+    parts = []
+    if table[TEXT].str.strip().any():
+        parts.append(words.fit_transform(table[TEXT]))
+    if attributes:
+        parts.append(normalize(names.fit_transform(list(zip(*attributes, strict=True)))))
+    unseen = np.flatnonzero(~seen_V[FIRST_ID:])
+    seen = np.flatnonzero(seen_V[FIRST_ID:])
+    keep = min(keep, len(seen))
+    if not parts or not len(unseen) or not keep:
+        return np.zeros(0, np.int64), np.zeros((0, keep), np.int64), np.zeros((0, keep), np.float32)
+    matrix = normalize(sparse.hstack(parts).tocsr())
+    of_seen, ids, weights = matrix[seen].T.tocsc(), [], []
+    for start in range(0, len(unseen), SIMILARITY_ROWS):
+        close = (matrix[unseen[start : start + SIMILARITY_ROWS]] @ of_seen).toarray()
+        best = np.argpartition(-close, keep - 1, axis=1)[:, :keep]
+        ids.append(seen[best] + FIRST_ID)
+        weights.append(np.take_along_axis(close, best, 1))
+    near, weight = np.concatenate(ids), np.concatenate(weights)
+    some = weight.sum(1) > 0
+    return unseen[some] + FIRST_ID, near[some], weight[some] / weight[some].sum(1, keepdims=True)
+
+
+class ItemTable(nn.Module):
+    """Embeddings of all items, float32 [V, D]: ``forward()``."""
+
+    categories: Tensor
+    numbers: Tensor
+    words: Tensor
+    vectors: Tensor
+
+    def __init__(self, items: int, width: int, attributes: ItemAttributes | None, id_dropout: float = 0.0) -> None:
+        super().__init__()
+        self.id_dropout = id_dropout
+        self.id = nn.Embedding(items, width, padding_idx=PADDING_ID)
+        self.known = attributes is not None
+        if attributes is None:
+            return
+        for name in ("categories", "numbers", "words", "vectors"):
+            value = getattr(attributes, name)
+            if len(value) != items:
+                raise ValueError(f"ItemTable: {name}: expected {items} rows, one an item id, got {len(value)}")
+            self.register_buffer(name, value)
+        self.category = nn.ModuleList(nn.Embedding(size, width) for size in attributes.category_sizes)
+        self.number = nn.Linear(attributes.numbers.shape[1], width, bias=False) if attributes.numbers.shape[1] else None
+        self.vector = nn.Linear(attributes.vectors.shape[1], width, bias=False) if attributes.vectors.shape[1] else None
+        self.word = nn.Embedding(attributes.word_count, width, padding_idx=0) if attributes.words.shape[1] else None
+
+    def forward(self) -> Tensor:
+        table = self.id.weight
+        if not self.known:
+            return table
+        if self.training and self.id_dropout:
+            keep = torch.rand(len(table), 1, device=table.device) >= self.id_dropout
+            table = table * keep.to(table.dtype)
+        described = torch.zeros_like(table)
+        for i, embedding in enumerate(self.category):
+            described = described + embedding(self.categories[:, i])
+        if self.number is not None:
+            described = described + self.number(self.numbers)
+        if self.vector is not None:
+            described = described + self.vector(self.vectors) / self.vectors.shape[1] ** 0.5
+        if self.word is not None:
+            described = described + F.embedding_bag(self.words, self.word.weight, mode="sum", padding_idx=0) / (
+                (self.words > 0).sum(1, keepdim=True).clamp_min(1).to(table.dtype).sqrt()
+            )
+        real = (torch.arange(len(table), device=table.device) >= FIRST_ID)[:, None].to(table.dtype)
+        return table + described * real

@@ -1,0 +1,285 @@
+"""The ranking Transformer: every candidate attends to the history that the retrieval stage encoded.
+
+Target attention as in DIN (Zhou et al. 2018, eq. 3) in multi-head form, with counters as features (retrieval score,
+popularity, directed co-occurrence with the newest events) and a multi-gate mixture of experts over the task heads
+(MMoE, Ma et al. 2018; blocks of ``merlin.models.torch``).
+Axis legend: B requests, T history events, N candidates, V item ids, D width, L newest events, K followers kept an item,
+F features, P = B x N.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.models.encoders import dropout
+from training.models.int8_table import Int8Table
+from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
+from training.models.task_heads import TaskWeights
+from vivace.contract import FIRST_ID, PADDING_ID
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import merlin.models.torch as mm
+
+
+MIXTURES = ("mmoe", "ple", "shared")
+
+
+@dataclass(frozen=True)
+class RankerConfig:
+    """Shape of the ranker. ``candidates`` N; ``lags`` L; ``followers`` K of the co-occurrence table; ``memory``: newest
+    encoded events that the candidates attend to (0: all).
+
+    ``mixture``: how the heads share: "mmoe" a gate each over common experts (Ma et al. 2018), "ple" experts of their
+    own beside common ones in two layers (Tang et al. 2020), "shared" one common layer.
+    """
+
+    candidates: int = 100
+    memory: int = 0
+    heads: int = 4
+    experts: int = 3
+    expert_width: int = 64
+    dropout: float = 0.2
+    lags: int = 10
+    followers: int = 64
+    mixture: str = "mmoe"
+
+    def __post_init__(self) -> None:
+        if self.mixture not in MIXTURES:
+            raise ValueError(f"RankerConfig.mixture: expected one of {MIXTURES}, got {self.mixture!r}")
+        if self.candidates < 1 or self.lags < 1 or self.followers < 1:
+            raise ValueError(f"RankerConfig: expected positive sizes, got {self}")
+
+
+@dataclass(frozen=True)
+class ItemTables:
+    """Counters and attributes of every item id, from training data alone.
+
+    ``popularity`` float [V]; ``follower_ids`` int64 [V, K] and ``follower_weights`` float [V, K]: the items that most
+    often came soon after an item, with their decayed conditional frequency; ``categories`` int64 [V, C] ids of
+    categorical attributes with ``category_sizes``; ``numbers`` float [V, M] normalised continuous attributes.
+    """
+
+    popularity: Tensor
+    follower_ids: Tensor
+    follower_weights: Tensor
+    categories: Tensor
+    category_sizes: tuple[int, ...]
+    numbers: Tensor
+
+
+class RankingModel(nn.Module):
+    """Logits of every task head for every candidate.
+
+    The first head adds to the retrieval score, so that an untrained ranker keeps the retriever's order.
+    """
+
+    def __init__(
+        self,
+        config: RankerConfig,
+        tables: ItemTables,
+        retriever: RetrievalModel,
+        head_names: tuple[str, ...],
+        weighting: str = "static",
+    ) -> None:
+        super().__init__()
+        d = retriever.config.width
+        self.config, self.head_names, self.width = config, head_names, d
+        self.item: nn.Module = nn.Embedding.from_pretrained(retriever.table().detach().clone(), freeze=True)
+        self.popularity: Tensor
+        self.follower_ids: Tensor
+        self.follower_weights: Tensor
+        self.categories: Tensor
+        self.numbers: Tensor
+        self.calibration: Tensor
+        pop = torch.log1p(tables.popularity.float())
+        known = pop[FIRST_ID:]
+        self.register_buffer("popularity", (pop - known.mean()) / known.std().clamp_min(1e-6))
+        self.register_buffer("follower_ids", tables.follower_ids[:, : config.followers].to(torch.int32).contiguous())
+        self.register_buffer("follower_weights", tables.follower_weights[:, : config.followers].float().contiguous())
+        self.register_buffer("categories", tables.categories)
+        self.register_buffer("numbers", tables.numbers.float())
+        self.register_buffer("calibration", torch.tensor([[1.0, 0.0]]).repeat(len(head_names), 1))
+        self.attribute = nn.ModuleList(nn.Embedding(size, 8) for size in tables.category_sizes)
+        attributes = 8 * len(tables.category_sizes) + tables.numbers.shape[1]
+        self.own = nn.Linear(d + attributes, d)  # the candidate as the attention sees it
+        self.key, self.value = nn.Linear(2 * d, d), nn.Linear(2 * d, d)
+        self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
+        self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
+        counters = 5 + 2 * config.lags
+        self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
+        towers = mm.ParallelBlock({h: mm.MLPBlock([32], activation=nn.GELU) for h in head_names})
+        self.experts = self._mixture(towers)
+        self.towers = towers
+        linears = [nn.Linear(32, 1) for _ in head_names]
+        self.score = nn.ModuleDict(dict(zip(head_names, linears, strict=True)))
+        self.task_weights = TaskWeights(len(head_names), weighting)
+        self.retrieval_scale = nn.Parameter(torch.ones(()))
+        for i, linear in enumerate(linears):
+            nn.init.zeros_(linear.weight)
+            nn.init.constant_(linear.bias, -4.5 if i else 0.0)  # about one positive among the candidates
+        with torch.no_grad():  # Merlin's layers take their input width from the first batch
+            self._heads(torch.zeros(2, 3 * d + 32))
+
+    # -- parts ---------------------------------------------------------------------------------------
+    def counters(
+        self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, popularity_BN: Tensor, category_BN: Tensor
+    ) -> Tensor:
+        """Counter features float32 [B, N, 5 + 2L]: score, rank, popularity, co-occurrence by lag and summed. The last
+        two arguments are the candidates'."""
+        c = self.config
+        live_BN = scores_BN > EXCLUDED / 2
+        top_B1 = scores_BN.amax(1, keepdim=True)
+        gap_BN = torch.where(live_BN, scores_BN - top_B1, torch.full_like(scores_BN, -20.0)).clamp(-20.0, 0.0)
+        share_BN = torch.softmax(gap_BN, dim=1)
+        # summed as floats: in ONNX Runtime a sum of integers took a tenth of the graph's time
+        rank_BN = torch.log1p((scores_BN[:, None, :] > scores_BN[:, :, None]).to(scores_BN.dtype).sum(2))
+        recent_BL = F.pad(history_BT, (c.lags, 0), value=PADDING_ID)[:, -c.lags :]  # of any length, exported too
+        followers_BLK = self.follower_ids[recent_BL]
+        weights_BLK = self.follower_weights[recent_BL]
+        hit_BLNK = followers_BLK[:, :, None] == candidates_BN.to(followers_BLK.dtype)[:, None, :, None]
+        follow_BLN = (hit_BLNK.to(weights_BLK.dtype) @ weights_BLK[:, :, :, None]).squeeze(3)
+        follow_BNL = follow_BLN.transpose(1, 2)
+        same_BNL = self._same_category(recent_BL, category_BN)
+        parts = [gap_BN, share_BN.log().clamp_min(-20.0), rank_BN, popularity_BN]
+        total_BN = follow_BNL.sum(2)
+        log_follow_BNL = torch.log1p(follow_BNL * 1000.0)
+        return torch.cat([torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL], dim=2)
+
+    def _category(self, ids: Tensor) -> Tensor:
+        """First categorical attribute of items, int64; 0 where the catalogue has none."""
+        return self.categories[:, 0][ids] if len(self.attribute) else torch.zeros_like(ids)
+
+    def _same_category(self, recent_BL: Tensor, category_BN: Tensor) -> Tensor:
+        """1 where candidate and recent event share their first categorical attribute, float32 [B, N, L]."""
+        if not len(self.attribute):
+            return torch.zeros(
+                *category_BN.shape, recent_BL.shape[1], device=category_BN.device, dtype=self.numbers.dtype
+            )
+        same = category_BN[:, :, None] == self._category(recent_BL)[:, None, :]
+        return (same & (recent_BL >= FIRST_ID)[:, None, :]).to(self.numbers.dtype)
+
+    def describe(self, ids: Tensor) -> Tensor:
+        """Embedding, attributes and numbers of items, float32 [..., D + attributes]."""
+        parts = [self.item(ids), *(e(self.categories[ids][..., i]) for i, e in enumerate(self.attribute))]
+        return torch.cat([*parts, self.numbers[ids]], dim=-1)
+
+    def keys_and_values(self, encoded_BTD: Tensor, history_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """What the attention reads of each event, float32 [B, T, D] twice, of its encoding and its item."""
+        memory = torch.cat([encoded_BTD, self.item(history_BT)], dim=2)
+        return self.key(memory), self.value(memory)
+
+    def candidate_parts(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All that depends on a candidate alone: its own vector, its query and its embedding float32 [..., D], its
+        popularity float32 [...] and its category int64 [...]."""
+        own = self.norm_own(self.own(self.describe(ids)))
+        own = dropout(own, self.config.dropout, self.training)
+        return own, self.query(own), self.item(ids), self.popularity[ids], self._category(ids)
+
+    def attend(self, own_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
+        """What each candidate finds in the encoded part of the history, float32 [B, N, D]."""
+        n, d, t, h = own_BND.shape[1], self.width, encoded_BTD.shape[1], self.config.heads
+        history_BT = history_BT[:, -t:]
+        key, value = self.keys_and_values(encoded_BTD, history_BT)
+        q = query_BND.view(-1, n, h, d // h).transpose(1, 2)
+        k = key.view(-1, t, h, d // h).transpose(1, 2)
+        v = value.view(-1, t, h, d // h).transpose(1, 2)
+        mask = (history_BT == PADDING_ID)[:, None, None, :].to(q.dtype) * MASKED
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
+        return self.norm_out(own_BND + self.out(found.transpose(1, 2).reshape(-1, n, d)))
+
+    def _mixture(self, towers: mm.ParallelBlock) -> nn.Module:
+        c = self.config
+        expert = mm.MLPBlock([c.expert_width], activation=nn.GELU, dropout=c.dropout or None)
+        if c.mixture == "mmoe":
+            return mm.MMOEBlock(expert, num_experts=c.experts, outputs=towers)
+        if c.mixture == "ple":
+            return mm.PLEBlock(expert, num_shared_experts=c.experts, num_task_experts=1, depth=2, outputs=towers)
+        return expert
+
+    def _heads(self, x_PF: Tensor) -> dict[str, Tensor]:
+        mixed = self.towers(self.experts(x_PF))  # one tensor for all towers, or one each
+        return {h: self.score[h](mixed[h]) for h in self.head_names}
+
+    def forward(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor) -> Tensor:
+        """Logits float32 [B, N, heads]."""
+        n, f = candidates_BN.shape[1], len(self.head_names)  # without int(): free axes of the exported graph
+        own, query, item, popularity, category = self.candidate_parts(candidates_BN)
+        found = self.attend(own, query, history_BT, encoded_BTD)
+        features = self.counter(self.counters(history_BT, candidates_BN, scores_BN, popularity, category))
+        user = encoded_BTD[:, -1:, :] * item
+        x = torch.cat([found, own, user, features], dim=2).flatten(0, 1)
+        heads = self._heads(x)
+        logits = torch.cat([heads[h] for h in self.head_names], dim=1).view(-1, n, f)
+        residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)
+        return torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], dim=2)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Calibrated probabilities [..., heads] of logits of the same shape (Platt scaling)."""
+        return torch.sigmoid(logits * self.calibration[:, 0] + self.calibration[:, 1])
+
+
+class FoldedRanking(RankingModel):
+    """A trained ranker whose parts that depend on an item alone are worked out for the whole catalogue: they become one
+    row to read instead of layers to run. The answers are the same but for rounding; the table has five numbers where
+    the item embedding has one."""
+
+    candidate_VF: Tensor
+    history_VE: Tensor
+    key_value_ED: Tensor
+
+    def __init__(self, model: RankingModel) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update({k: v for k, v in copy.deepcopy(model).__dict__.items()})
+        d, all_ids = self.width, torch.arange(len(model.popularity), device=model.popularity.device)
+        with torch.no_grad():
+            *vectors, popularity, _ = model.eval().candidate_parts(all_ids)
+            layers = (model.key, model.value)
+            of_item = [F.linear(model.item(all_ids), layer.weight[:, d:], layer.bias) for layer in layers]
+            self.register_buffer("candidate_VF", torch.cat([*vectors, popularity[:, None]], 1))
+            self.register_buffer("history_VE", torch.cat(of_item, 1))
+            self.register_buffer("key_value_ED", torch.cat([layer.weight[:, :d] for layer in layers]).clone())
+
+    def candidate_parts(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        d = self.width
+        own, query, item, popularity = F.embedding(ids, self.candidate_VF).split([d, d, d, 1], -1)
+        return own, query, item, popularity.squeeze(-1), self._category(ids)
+
+    def keys_and_values(self, encoded_BTD: Tensor, history_BT: Tensor) -> tuple[Tensor, Tensor]:
+        both = F.linear(encoded_BTD, self.key_value_ED) + F.embedding(history_BT, self.history_VE)
+        key, value = both.split(self.width, -1)
+        return key, value
+
+
+class RankingGraph(nn.Module):
+    """What is exported as ``ranking.onnx``: candidates sorted by the first head, with calibrated probabilities.
+
+    For a history without a known item the retriever's order (popularity) stays. ``fold``: see FoldedRanking.
+    """
+
+    def __init__(self, model: RankingModel, int8_table: bool = False, fold: bool = False) -> None:
+        super().__init__()
+        self.model = FoldedRanking(model) if fold else model
+        if int8_table:
+            assert isinstance(model.item, nn.Embedding)
+            self.model = copy.deepcopy(model)
+            self.model.item = Int8Table(model.item.weight.detach())
+
+    def forward(
+        self, history_ids: Tensor, candidate_ids: Tensor, candidate_scores: Tensor, encoded_history: Tensor
+    ) -> tuple[Tensor, ...]:
+        logits = self.model(history_ids, candidate_ids, candidate_scores, encoded_history)
+        empty_B1 = (history_ids < FIRST_ID).all(dim=1, keepdim=True)
+        score = torch.where(empty_B1, candidate_scores, logits[..., 0])
+        score = torch.where(candidate_ids == PADDING_ID, torch.full_like(score, EXCLUDED), score)
+        ranked, order = torch.topk(score, score.shape[1], dim=1)
+        ids = candidate_ids.gather(1, order)
+        probabilities = self.model.probabilities(logits)
+        heads = [probabilities[..., i].gather(1, order) for i in range(probabilities.shape[2])]
+        return ids, torch.stack([ranked, *heads], dim=1)

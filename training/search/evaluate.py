@@ -1,0 +1,244 @@
+"""How good the search is: every item of the catalogue is ranked, what is not judged counts as irrelevant.
+
+``vivace evaluate --task search --data esci --path FOLDER``: k folds by query; the encoder's fine-tuning and the ranker
+see the judgments of the other folds alone. NDCG@10 by linear gains (Järvelin and Kekäläinen 2002), recall@100 and MRR
+of items that gain 1, with intervals by bootstrap over queries.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from search.data import Catalogue, Judgments
+from search.features import features
+from search.hybrid import MATCHED, HybridIndex, top
+from search.lexical import Field, Lexical
+from search.ranker import Ensemble, RankerConfig, train_search_ranker
+from search.text import normalise
+from search.understanding import QueryUnderstanding, Understood, with_typos
+from training.metrics import bootstrap
+from training.models.text_encoder import TOKENIZER
+from training.search.encoder import EncoderTraining, SearchEncoderConfig, TextSearchEncoder, item_texts
+from vivace.manifest import Step, digest, write_text
+
+CANDIDATES, K, DEEP = 200, 10, 100
+WORDS, MEANING, HYBRID, RANKED, TYPOS = "BM25", "dense", "hybrid", "hybrid + ranker", "hybrid + ranker, typos"
+BM25_TYPOS = "BM25, typos"
+TYPO_SHARE = 0.2
+FULL, SUBSTITUTE = 1.0, 0.1  # gain of an item that answers the query, of one that might do
+HARD = 30  # items that the words find and nobody judged: hard negatives
+FILE = Path("query_search", "evaluation.json")
+
+
+def ndcg(gains: Sequence[float] | np.ndarray, ideal: Sequence[float], k: int = K) -> float:
+    """Of the ranked items' ``gains``; ``ideal``: those of all judged items. 0 where nothing gains."""
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    best = np.sort(np.asarray(ideal, float))[::-1][:k]
+    own = np.asarray(gains, float)[:k]
+    most = float(best @ discount[: len(best)])
+    return float(own @ discount[: len(own)]) / most if most else 0.0
+
+
+def judge(items: Sequence[str], gains: Mapping[str, float]) -> dict[str, float]:
+    """NDCG@10, recall@100 and MRR of a ranked list."""
+    own = [gains.get(i, 0.0) for i in items[:DEEP]]
+    full = [i for i, g in gains.items() if g >= FULL]
+    first = next((r for r, g in enumerate(own) if g >= FULL), None)
+    return {
+        "NDCG@10": ndcg(own, list(gains.values())),
+        "recall@100": sum(g >= FULL for g in own) / len(full) if full else 0.0,
+        "MRR": 0.0 if first is None else 1 / (first + 1),
+    }
+
+
+def group(query: str) -> str:
+    """Query group by length: short queries name a thing, long ones describe it."""
+    n = len(query.split())
+    return "1-2 words" if n <= 2 else "3-4 words" if n <= 4 else "5 words and more"
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """``fields`` of the catalogue with their boosts; ``matched``: weight of what is popular among the matches, less
+    than a shop's own: what is known is how many have rated an item, not what is bought here."""
+
+    fields: tuple[Field, ...]
+    encoder: SearchEncoderConfig
+    ranker: RankerConfig = field(default_factory=RankerConfig)
+    folds: int = 5
+    matched: float = 1.0
+
+
+def esci_config() -> SearchConfig:
+    """For Amazon's products."""
+    fields = (Field("title", 3.0), Field("bullets", 0.5), Field("description", 0.3), Field("brand", 0.5),
+              Field("colour", 0.3))  # fmt: skip
+    return SearchConfig(fields, SearchEncoderConfig())
+
+
+class Asked:
+    """Queries put to one index: understood, encoded, with their candidates and features."""
+
+    def __init__(
+        self, index: HybridIndex, understanding: QueryUnderstanding, encoder: TextSearchEncoder, queries: Sequence[str]
+    ) -> None:  # fmt: skip
+        first = [understanding(q) for q in queries]
+        self.vectors, logits = encoder.queries([normalise(u.mended) for u in first])
+        self.understood: list[Understood] = [
+            u.with_intents(encoder.intents(row)) for u, row in zip(first, logits, strict=True)
+        ]
+        self.index = index
+        pairs = list(zip(self.understood, self.vectors, strict=True))
+        self.words = [index.candidates(u, None, CANDIDATES) for u, _ in pairs]
+        self.meaning = [index.candidates(None, v, CANDIDATES) for _, v in pairs]
+        self.hybrid = [index.candidates(u, v, CANDIDATES) for u, v in pairs]
+        self.features = [features(index, u, v, h) for (u, v), h in zip(pairs, self.hybrid, strict=True)]
+
+    def items(self, rows: np.ndarray) -> list[str]:
+        return [self.index.catalogue.items[r] for r in rows]
+
+    def gains(self, place: int, judged: Mapping[str, float]) -> np.ndarray:
+        return np.array([judged.get(i, 0.0) for i in self.items(self.hybrid[place].rows)])
+
+
+class Study:
+    """One catalogue with judged queries; what does not see judgments (word index, understanding, the encoder before
+    fine-tuning) is made once."""
+
+    def __init__(
+        self, catalogue: Catalogue, judgments: Judgments, config: SearchConfig, folder: Path, seed: int,
+        say: Callable[[str], None], quiet: bool = False,
+    ) -> None:  # fmt: skip
+        self.catalogue, self.judgments, self.config, self.folder, self.seed = catalogue, judgments, config, folder, seed
+        self.quiet, self.say = quiet, say
+        self.lexical = Lexical.build(catalogue.texts, config.fields)
+        self.understanding = QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes)
+        say(
+            f"{len(catalogue.items):,} items, {len(judgments.queries)} queries; "
+            f"lexical index {self.lexical.bytes / 2**20:.1f} MiB"
+        )
+        self.base = EncoderTraining(catalogue, config.encoder, folder / "encoder", seed, quiet)
+        self.base.language()
+        self.base.questions()
+        self.start = {k: v.clone() for k, v in self.base.model.state_dict().items()}
+        self.texts = item_texts(catalogue)
+        self.at = {item: i for i, item in enumerate(catalogue.items)}
+
+    def queries(self, places: Sequence[int]) -> list[str]:
+        return [self.judgments.queries[q] for q in places]
+
+    def fine_tuned(self, places: Sequence[int], name: str) -> TextSearchEncoder:
+        """The encoder after the judgments of the queries at ``places``."""
+        own = EncoderTraining(self.catalogue, self.config.encoder, self.folder / name, self.seed, self.quiet)
+        own.tokenizer, own.tokens = self.base.tokenizer, self.base.tokens
+        own.tokenizer.save(str(own.folder / TOKENIZER))
+        own.model.load_state_dict(self.start)
+        judged = [self.judgments.gains[q] for q in places]
+        positives = [[self.at[i] for i, g in gains.items() if g >= FULL] for gains in judged]
+        hard = []
+        for query, gains in zip(self.queries(places), judged, strict=True):
+            near = top(self.lexical(self.understanding(query).terms), HARD)
+            poor = {self.at[i] for i, g in gains.items() if g < SUBSTITUTE}
+            hard.append(sorted(poor | {int(r) for r in near if not gains.get(self.catalogue.items[r])}))
+        own.judged(self.queries(places), positives, hard)
+        return own.finish()
+
+    def asked(self, encoder: TextSearchEncoder, queries: Sequence[str]) -> Asked:
+        index = HybridIndex(self.catalogue, self.lexical, encoder.items(self.texts), {MATCHED: self.config.matched})
+        return Asked(index, self.understanding, encoder, queries)
+
+    def ranker(self, train: Sequence[int], name: str) -> Ensemble:
+        """Learned from features by encoders that have not seen the query they are for: two halves of ``train``, each
+        judged by the encoder of the other. Else the ranker would trust the encoder as it is on what it was taught."""
+        lists, gains = [], []
+        for half in (0, 1):
+            own, other = train[half::2], train[1 - half :: 2]
+            asked = self.asked(self.fine_tuned(other, f"{name}-half{half}"), self.queries(own))
+            lists += asked.features
+            gains += [asked.gains(i, self.judgments.gains[q]) for i, q in enumerate(own)]
+        return train_search_ranker(lists, gains, self.config.ranker, self.seed)
+
+
+def evaluate_folds(
+    catalogue: Catalogue, judgments: Judgments, config: SearchConfig, folder: Path, seed: int,
+    say: Callable[[str], None], quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains and judges; returns the table. What was trained stays in ``folder``."""
+    started = time.monotonic()
+    study = Study(catalogue, judgments, config, folder, seed, say, quiet)
+    rows: dict[str, list[dict[str, float]]] = {}
+    order: list[int] = []
+    for fold, (train, test) in enumerate(judgments.folds(config.folds, seed)):
+        encoder, ranker = study.fine_tuned(train, f"fold{fold}"), study.ranker(train, f"fold{fold}")
+        clean = study.queries(test)
+        wrong = [with_typos(q, TYPO_SHARE, seed * 1000 + i) for q, i in zip(clean, test, strict=True)]
+        for queries, names in ((clean, (WORDS, MEANING, HYBRID, RANKED)), (wrong, (BM25_TYPOS, None, None, TYPOS))):
+            asked = study.asked(encoder, queries)
+            for i, q in enumerate(test):
+                ranked = asked.hybrid[i].rows[np.argsort(-ranker.score(asked.features[i]), kind="stable")]
+                found = (asked.words[i].rows, asked.meaning[i].rows, asked.hybrid[i].rows, ranked)
+                for name, own_rows in zip(names, found, strict=True):
+                    if name:
+                        rows.setdefault(name, []).append(judge(asked.items(own_rows), judgments.gains[q]))
+        order += test
+        said = ", ".join(f"{n} {np.mean([r['NDCG@10'] for r in v[-len(test) :]]):.4f}" for n, v in rows.items())
+        say(f"fold {fold + 1} of {config.folds}: NDCG@10 {said}")
+    return summary(rows, study.queries(order), time.monotonic() - started)
+
+
+def evaluate_step(
+    catalogue: Catalogue, judgments: Judgments, config: SearchConfig, root: Path, seed: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """``evaluate_folds`` unless its figures are there; writes them to ``root / FILE``."""
+    data = digest([catalogue.items, catalogue.texts, judgments.queries, judgments.gains])
+    step = Step(root / FILE.parent, "evaluate search", config, seed, {"data": data})
+    if step.done():
+        say("the figures are there: nothing to do")
+        found: dict[str, Any] = json.loads((root / FILE).read_text(encoding="utf-8"))
+        return found
+    step.keep_only_own()
+    results = evaluate_folds(catalogue, judgments, config, step.folder, seed, say)
+    write_text(root / FILE, json.dumps(results, indent=2))
+    step.finish(results["seconds"], **{name: row["NDCG@10"]["mean"] for name, row in results["table"].items()})
+    return results
+
+
+def summary(
+    rows: Mapping[str, Sequence[Mapping[str, float]]], queries: Sequence[str], seconds: float
+) -> dict[str, Any]:
+    """Means with intervals, gains over BM25 query by query, means by query group."""
+    groups = [group(q) for q in queries]
+    table: dict[str, Any] = {}
+    base = np.array([r["NDCG@10"] for r in rows[WORDS]])
+    for name, found in rows.items():
+        own = {k: np.array([r[k] for r in found]) for k in found[0]}
+        table[name] = {k: {"mean": float(v.mean()), "interval": bootstrap(v)} for k, v in own.items()}
+        difference = own["NDCG@10"] - base
+        table[name]["over BM25"] = {"mean": float(difference.mean()), "interval": bootstrap(difference)}
+        table[name]["groups"] = {
+            g: float(own["NDCG@10"][np.array(groups) == g].mean()) for g in sorted(set(groups))
+        }  # fmt: skip
+    return {
+        "table": table, "queries": len(queries), "groups": {g: groups.count(g) for g in sorted(set(groups))},
+        "seconds": round(seconds),
+    }  # fmt: skip
+
+
+def render(results: Mapping[str, Any], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    names = ["NDCG@10", "over BM25", "recall@100", "MRR"]
+    groups = list(results["groups"])
+    for column in ("", *names, *(f"{g} ({results['groups'][g]})" for g in groups)):
+        table.add_column(column, justify="right" if column else "left")
+    cell = lambda m: f"{m['mean']:.4f} ({m['interval'][0]:.4f} … {m['interval'][1]:.4f})"  # noqa: E731
+    for name, row in results["table"].items():
+        table.add_row(name, *(cell(row[n]) for n in names), *(f"{row['groups'][g]:.4f}" for g in groups))
+    return table

@@ -1,0 +1,274 @@
+"""``vivace train --task search``: makes a run's catalogue searchable, in ``artifacts/<name>/query_search``.
+
+The text encoder learns from the catalogue; the ranker from held-out requests, whose queries are made of the item that
+the user went to: half of them some of its words, half two or three of its attributes
+(``training.search.encoder.Questions``), with typing errors in a tenth of the words. So the ranker
+sees what history and query say together, on events that the recommender's models were not trained on: it learns from
+validation requests and is judged on test requests, with and without the history.
+
+Where the data set has a log of searches, words that lead to the same items become synonyms, the encoder is fine-tuned
+on what was clicked (what was passed over for it is a hard negative), and the ranker learns from the clicks beside the
+made queries, each weighted by the inverse of the chance that its place was looked at. The newest part of the log
+judges: the order that was shown, the fused one and the ranker's, by the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pandas as pd
+import torch
+
+from preprocessing.prepare import CATALOGUE_FILE, Features
+from search.data import Catalogue
+from search.features import feature_names
+from search.hybrid import HybridIndex
+from search.lexical import Field, Lexical
+from search.log import SearchLog
+from search.online import ENCODER, RANKER, VECTORS, Found, QuerySearch, Wish, write_catalogue
+from search.published import FOLDER, LAYOUT
+from search.ranker import Ensemble, RankerConfig, train_search_ranker
+from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
+from training.checkpoints import load_ranker, load_retrieval
+from training.data import batches as data
+from training.models.ranking import RankingGraph
+from training.models.retrieval import RetrievalGraph
+from training.presets import Preset
+from training.search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
+from training.search.judging import Requests, diversity_costs, judged_log, kinds_of
+from vivace import contract
+from vivace.manifest import Step, read_manifest, write_text
+
+OPSET = 17
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class SearchTraining:
+    """``requests``: validation requests that teach the ranker, test requests that judge it; ``typos``: share of the
+    words of made queries with an error; ``searches``: newest searches with a click, of which the last ``judged`` judge
+    and the others teach the ranker; ``clicked``: newest of those that also fine-tune the encoder."""
+
+    encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
+    ranker: RankerConfig = field(default_factory=lambda: RankerConfig(epochs=15, batch_size=32, members=4))
+    requests: int = 2000
+    typos: float = 0.1
+    searches: int = 2000
+    judged: float = 0.25
+    clicked: int = 3000
+
+
+def catalogue_of(features: Features) -> Catalogue:
+    """The run's catalogue, rows in the order of item ids. Raises ValueError if it has no text."""
+    path = features.folder / CATALOGUE_FILE
+    if not path.exists():
+        raise ValueError(f"search: no {path}; run 'vivace prepare' again")
+    frame, schema = pd.read_parquet(path), features.schema
+    texts = {contract.TITLE: frame[contract.TITLE].fillna("").tolist()}
+    if (frame[contract.TEXT].fillna("") != frame[contract.TITLE].fillna("")).any():
+        texts[contract.TEXT] = frame[contract.TEXT].fillna("").tolist()
+    if not any(any(column) for column in texts.values()):
+        raise ValueError(f"search: the items of {schema.name} have neither title nor text; name them in the mapping")
+    attributes = {a: frame[a].fillna("").astype(str).tolist() for a in schema.item_categoricals}
+    texts |= {a: attributes[a] for a in attributes}
+    numbers = {n: frame[n].to_numpy(np.float32) for n in schema.item_continuous}
+    counts = np.zeros(len(frame) + contract.FIRST_ID)
+    for file in features.files("train"):
+        for ids in pd.read_parquet(file, columns=[contract.ITEM])[contract.ITEM]:
+            np.add.at(counts, ids, 1)
+    return Catalogue(
+        frame[contract.ITEM].tolist(),
+        texts,
+        attributes,
+        numbers,
+        np.log1p(counts[contract.FIRST_ID :]).astype(np.float32),
+    )
+
+
+def fields_of(catalogue: Catalogue) -> list[Field]:
+    boosts = {contract.TITLE: 2.0, contract.TEXT: 0.5}
+    return [Field(name, boosts.get(name, 1.0)) for name in catalogue.texts]
+
+
+def export_encoder(encoder: TextSearchEncoder, path: Path, features: int) -> None:
+    """TOKENS int64 [B, S] to VECTOR float32 [B, E] and INTENTS float32 [B, K]; what is needed beside is metadata."""
+    tokens = torch.zeros(2, encoder.config.query_tokens, dtype=torch.int64)
+    tokens[:, :3] = 5
+    names = ["VECTOR", "INTENTS"]
+    torch.onnx.export(
+        encoder.model, (tokens,), str(path), input_names=["TOKENS"], output_names=names, opset_version=OPSET,
+        dynamic_axes={n: {0: "batch"} for n in ("TOKENS", *names)}, dynamo=False,
+    )  # fmt: skip
+    model = onnx.load(str(path))
+    record = {
+        "attributes": json.dumps(encoder.model.attributes, ensure_ascii=False),
+        "tokens": str(encoder.config.query_tokens), "features": str(features),
+    }  # fmt: skip
+    for key, value in record.items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.save(model, str(path))
+
+
+def export_ranker(ranker: Ensemble, inputs: int, path: Path) -> None:
+    """FEATURES float32 [B, N, X] to SCORES float32 [B, N]."""
+    torch.onnx.export(
+        ranker.eval(), (torch.zeros(2, 3, inputs),), str(path), input_names=["FEATURES"], output_names=["SCORES"],
+        opset_version=OPSET, dynamic_axes={n: {0: "batch", 1: "items"} for n in ("FEATURES", "SCORES")}, dynamo=False,
+    )  # fmt: skip
+
+
+class Recommender:
+    """A run's own models: what they recommend after a history."""
+
+    def __init__(self, features: Features, preset: Preset, root: Path) -> None:
+        self.items, self.exclude_seen = features.item_count(), features.schema.exclude_seen
+        count = min(preset.ranker.candidates, self.items - contract.FIRST_ID)
+        self.retrieval = RetrievalGraph(
+            load_retrieval(features, preset, root).cpu(), count, preset.ranker.memory
+        ).eval()
+        self.ranking = RankingGraph(load_ranker(features, preset, root).cpu()).eval()
+        self.timed = bool(preset.encoder.time_bias)
+
+    def __call__(self, request: data.Requests) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [B, N], best first, and their scores float32 [B, N]."""
+        times = [request.time_BT] if self.timed else []
+        with torch.inference_mode():
+            exclude = request.exclude(self.items, self.exclude_seen)
+            ids, values = self.ranking(request.history_BT, *self.retrieval(request.history_BT, exclude, *times))
+        return ids.numpy(), values.numpy()[:, 0]
+
+
+def collect(
+    features: Features, preset: Preset, recommend: Recommender, search: QuerySearch, catalogue: Catalogue, part: str,
+    config: SearchTraining, seed: int,
+) -> tuple[Requests, np.ndarray]:  # fmt: skip
+    """Of ``part``, "valid" or "test": the first requests whose target can be found at all, with a made query; and which
+    queries were made of attributes, bool [R]."""
+    make, rng = Questions(catalogue), np.random.default_rng([seed, len(part)])
+    parts, found = list[tuple[np.ndarray, ...]](), list[Found]()
+    total = 0
+    heads = [h.name for h in features.schema.heads]
+    for request in data.requests(features.files(part), heads, preset.encoder.history, BATCH):
+        real = (request.target_B >= contract.FIRST_ID).numpy()
+        ranked, scores = recommend(request)
+        targets = request.target_B.numpy()[real]
+        kinds = rng.random(len(targets)) < 0.5
+        made = [make.by_attributes if k else make for k in kinds]
+        queries = [own(int(t) - contract.FIRST_ID, rng) for own, t in zip(made, targets, strict=True)]
+        queries = [with_typos(q, config.typos, int(rng.integers(1 << 31))) for q in queries]
+        found += search(queries, [Wish()] * len(queries))
+        parts.append((kinds, targets, ranked[real], scores[real]))
+        total += len(targets)
+        if total >= config.requests:
+            break
+    if not parts:
+        raise ValueError(f"search: no {part} request whose item is in the vocabulary")
+    kinds, targets, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
+    gained = [{t: 1.0} for t in targets.tolist()]
+    return Requests.of(gained, found, ranked, scores), kinds
+
+
+def histories_before(features: Features, users: Sequence[str], times: Sequence[int]) -> list[np.ndarray]:
+    """Of each user the training events before a time: ids and times int64 [n, 2]."""
+    wanted, found = set(users), dict[str, np.ndarray]()
+    for file in features.files("train"):
+        frame = pd.read_parquet(file, columns=[contract.USER, contract.ITEM, contract.TIME])
+        for user, items, when in frame[frame[contract.USER].isin(wanted)].itertuples(index=False):
+            found[user] = np.stack([np.asarray(items), np.asarray(when)], 1).astype(np.int64)
+    none = np.empty((0, 2), np.int64)
+    own = (found.get(user, none) for user in users)
+    return [h[h[:, 1] < time] for h, time in zip(own, times, strict=True)]
+
+
+def logged(
+    features: Features, preset: Preset, recommend: Recommender, search: QuerySearch, log: SearchLog, seen: np.ndarray
+) -> Requests:
+    """The lists of ``log`` as they would be found now, with what the users' histories recommended then."""
+    before = histories_before(features, log.column(contract.USER), log.column(contract.TIME))
+    queries, parts, found = log.column(contract.QUERY_TEXT), [], list[Found]()
+    for start in range(0, len(log), BATCH):
+        own = before[start : start + BATCH]
+        request = data.of_sequences(own, preset.encoder.history, torch.zeros(len(own), dtype=torch.int64), {})
+        asked = queries[start : start + BATCH]
+        found += search(asked, [Wish()] * len(asked))
+        parts.append(recommend(request))
+    ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
+    return Requests.of(log.gains(seen), found, ranked, scores)
+
+
+def train_search(
+    features: Features, preset: Preset, root: Path, config: SearchTraining, seed: int, say: Callable[[str], None],
+    quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains unless it is there; returns the manifest."""
+    inputs = {n: read_manifest(root / n, "vivace train")["key"] for n in ("features", "retrieval", "ranking")}
+    step = Step(root / FOLDER, "train search", asdict(config) | {"layout": LAYOUT}, seed, inputs)
+    if step.done():
+        say("search is there: nothing to do")
+        assert step.manifest is not None
+        return step.manifest
+    started = time.monotonic()
+    step.keep_only_own()
+    folder, catalogue = step.folder, catalogue_of(features)
+    lexical = Lexical.build(catalogue.texts, fields_of(catalogue))
+    lexical.save(folder)
+    frame = features.searches()
+    log = SearchLog.of(frame).with_clicks() if frame is not None and frame[contract.CLICKED].any() else None
+    taught = log.part(0, len(log) - int(config.judged * min(len(log), config.searches))) if log is not None else None
+    synonyms: dict[str, list[str]] = {}
+    if taught is not None:
+        clicks = [dict.fromkeys(map(str, own), 1.0) for own in taught.clicked()]
+        synonyms = coclick_synonyms(taught.column(contract.QUERY_TEXT), clicks)
+        say(f"{len(taught):,} searches with a click teach; {len(synonyms):,} words have synonyms by them")
+    QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes, synonyms).save(folder)
+    say(f"{len(catalogue.items):,} items, {len(lexical.vocabulary):,} terms; teaching the text encoder")
+    training = EncoderTraining(catalogue, config.encoder, folder, seed, quiet)
+    training.language()
+    training.questions()
+    if taught is not None:
+        newest = taught.part(max(0, len(taught) - config.clicked), len(taught))
+        rows = lambda lists: [[i - contract.FIRST_ID for i in own] for own in lists]  # noqa: E731
+        training.judged(newest.column(contract.QUERY_TEXT), rows(newest.clicked()), rows(newest.passed_over()))
+    encoder = training.finish()
+    vectors = encoder.items(item_texts(catalogue))
+    np.save(folder / VECTORS, vectors)
+    write_catalogue(catalogue, folder)
+    width = len(feature_names(HybridIndex(catalogue, lexical, vectors)))
+    export_encoder(encoder, folder / ENCODER, width)
+    recommend = Recommender(features, preset, root)
+    search = QuerySearch(folder, min(preset.ranker.candidates, features.item_count() - contract.FIRST_ID))
+    say("teaching the search ranker")
+    learned, _ = collect(features, preset, recommend, search, catalogue, "valid", config, seed)
+    rng, results = np.random.default_rng(seed), dict[str, Any]()
+    teachers, seen = [(learned, [1.0] * len(learned.places))], np.ones(1)
+    if taught is not None:
+        seen = taught.seen()
+        newest = taught.part(max(0, len(taught) - int((1 - config.judged) * config.searches)), len(taught))
+        clicked = logged(features, preset, recommend, search, newest, seen)
+        teachers.append((clicked, [sum(own.values()) for own in clicked.gained]))
+    lists, gains, weights = [], [], list[float]()
+    for requests, own in teachers:
+        blind = rng.random(len(own)) < 0.3  # some without history: a query of someone unknown
+        lists += [requests.features[i] if blind[i] else requests.with_history(i) for i in requests.places]
+        gains += [requests.gains(i) for i in requests.places]
+        weights += [w / float(np.mean(own)) for w in own]
+    ranker = train_search_ranker(lists, gains, config.ranker, seed, weights)
+    export_ranker(ranker, width, folder / RANKER)
+    tested, by_attributes = collect(features, preset, recommend, search, catalogue, "test", config, seed)
+    if log is not None and taught is not None and len(taught) < len(log):
+        rest = log.part(len(taught), len(log))
+        found = logged(features, preset, recommend, search, rest, seen)
+        results["log"] = judged_log(rest, found, ranker) | {"seen": [round(float(s), 4) for s in seen[:10]]}
+    results |= {
+        "queries": kinds_of(tested, by_attributes, ranker), "diversity": diversity_costs(tested, ranker, vectors),
+        "features": width, "index_mib": round((lexical.bytes + vectors.nbytes) / 2**20, 1),
+    }  # fmt: skip
+    write_text(folder / "evaluation.json", json.dumps(results, indent=2))
+    return step.finish(time.monotonic() - started, **results)

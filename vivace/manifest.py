@@ -1,0 +1,159 @@
+"""Artifacts: one folder a step under ``artifacts/<name>/``, each with a manifest that says how it was made.
+
+A step whose manifest matches its configuration, seed and inputs is not run again. The manifest is written last, so a
+step that was interrupted has none and runs anew (training goes on from its own checkpoint).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[str], None]  # where a step says in one line what it does
+CHECKOUT = Path(__file__).resolve().parent.parent
+MANIFEST = "manifest.json"
+OWNER = "owner.key"  # whose a folder is that is not finished
+RECORDED = ("nvtabular", "merlin-models", "merlin-dataloader", "torch", "onnx", "onnxruntime", "numpy", "pandas")
+
+
+def commit() -> str:
+    """Commit of the checkout, with "+changes" if the tree is not clean; "unknown" outside git."""
+    run = lambda *a: subprocess.run(["git", "-C", str(CHECKOUT), *a], capture_output=True, text=True)  # noqa: E731
+    try:
+        head = run("rev-parse", "--short=12", "HEAD")
+        dirty = run("status", "--porcelain", "--untracked-files=no")
+    except FileNotFoundError:
+        return "unknown"
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in RECORDED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON would give it back, so that two configs can be compared."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    return json.loads(json.dumps(value, default=str))
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint_files(files: Iterable[Path]) -> str:
+    """SHA-256 over names and contents, read in blocks."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        total.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                total.update(block)
+    return total.hexdigest()[:16]
+
+
+class BusyError(RuntimeError):
+    """Another process is working on the same artifacts."""
+
+
+@dataclass
+class Step:
+    """One step's folder and what determines its content."""
+
+    folder: Path
+    name: str
+    config: Any
+    seed: int
+    inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of data and of earlier steps
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        path = self.folder / MANIFEST
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def key(self) -> str:
+        return digest({"step": self.name, "config": plain(self.config), "seed": self.seed, "inputs": self.inputs})
+
+    def done(self) -> bool:
+        manifest = self.manifest
+        return manifest is not None and manifest["key"] == self.key
+
+    def finish(self, seconds: float, **results: Any) -> dict[str, Any]:
+        """Writes the manifest; from here on the step counts as done."""
+        manifest = {
+            "step": self.name,
+            "key": self.key,
+            "config": plain(self.config),
+            "seed": self.seed,
+            "inputs": self.inputs,
+            "versions": versions(),
+            "commit": commit(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 1),
+            "results": plain(results),
+        }
+        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=2))
+        return manifest
+
+    def reset(self) -> None:
+        """Makes the folder and forgets an earlier manifest: from here on the step counts as not done."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+
+    def keep_only_own(self) -> None:
+        """The same, and empties the folder if another configuration, seed or data left something there: nothing of it
+        is taken up."""
+        mark = self.folder / OWNER
+        if self.folder.exists() and not (mark.exists() and mark.read_text() == self.key):
+            shutil.rmtree(self.folder)
+        self.reset()
+        mark.write_text(self.key)
+
+
+def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
+    """Manifest of an earlier step; raises FileNotFoundError that names the command to run."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise FileNotFoundError(f"{folder.name}: not there yet ({path}); run '{made_by}' first")
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Holds ``artifacts/<name>`` for one writer. The kernel drops the lock with the process, however it ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"{root}: another vivace is working on these artifacts; wait for it or use --name"
+            ) from None
+        yield

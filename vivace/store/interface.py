@@ -1,0 +1,35 @@
+"""The feature store as the request path sees it: what is known of a user, and the titles of items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Event:
+    """One interaction. ``timestamp_ms`` is Unix time in milliseconds."""
+
+    user_id: str
+    item_id: str
+    event_type: str = ""
+    timestamp_ms: int = 0
+
+
+class FeatureStore(Protocol):
+    """What the request path needs; every method takes many keys at once."""
+
+    def histories(self, user_ids: Sequence[str]) -> list[list[str] | None]:
+        """Item ids of each user, oldest first; None for a user who is not known."""
+
+    def timed_histories(self, user_ids: Sequence[str]) -> list[tuple[list[str], list[int]] | None]:
+        """The same with the times in ms."""
+
+    def append(self, events: Iterable[Event]) -> dict[str, int]:
+        """Adds events at the end of their users' histories; returns each user's new length. Durable on return."""
+
+    def titles(self, item_ids: Sequence[str]) -> list[str | None]:
+        """Title of each item; None where there is none."""
+
+    def close(self) -> None: ...
