@@ -21,6 +21,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # the served ensemble against the same graphs in process; ARGS="--name ml-1m-benchmark" for another data set
 bench: setup

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.data import batches as data
 from training.learn.adversarial import direction
 from training.metrics import metrics, ranks

@@ -26,7 +26,7 @@ import typer
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from preprocessing.prepare import CATALOGUE_FILE
+from preprocessing.features import CATALOGUE_FILE
 from preprocessing.requests import recorded
 from search.online import Wish
 from serving.launcher import ServerOptions, TritonServer

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.parity import Offline, offline_answers, served_answers
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from serving.launcher import ServerOptions
 from serving.service import service
 from training.checkpoints import load_ranker, load_retrieval

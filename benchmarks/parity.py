@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import typer
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from preprocessing.requests import OUT_OF_VOCABULARY
 from serving.launcher import ServerOptions
 from serving.service import service

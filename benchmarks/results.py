@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import typer
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.checkpoints import load_retrieval
 from training.data import batches as data
 from training.judge.evaluate import RANKED, RETRIEVAL, evaluate

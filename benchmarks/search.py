@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.peers.compare import memory_mib
 from loadtest.generate.open_loop import METHOD, complete, message
 from loadtest.generate.statistics import between, statistics
-from preprocessing.prepare import CATALOGUE_FILE
+from preprocessing.features import CATALOGUE_FILE
 from preprocessing.requests import recorded
 from serving.launcher import ServerOptions, TritonServer
 from serving.repository import write_configs

@@ -24,7 +24,7 @@ import torch
 import typer
 
 from benchmarks.results import ranks_of_test
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.data import batches as data
 from training.learn.retriever import train_retrieval
 from training.metrics import metrics

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from preprocessing.cleaning import (
     clean_searches,
     drop_duplicates,
 )
+from preprocessing.features import CATALOGUE_FILE, LAYOUT, SCHEMA_FILE, SEARCHES_FILE, Features
 from preprocessing.readers.base import SearchSource, Source
 from preprocessing.splits import SplitConfig, TimeSample, mark
 from preprocessing.workflow import (
@@ -42,14 +43,8 @@ from preprocessing.workflow import (
     training_rows,
 )
 from vivace import contract as c
-from vivace.manifest import Step, read_manifest
+from vivace.manifest import Progress, Step
 from vivace.store.lmdb_store import LmdbStore
-
-SCHEMA_FILE = "schema.json"
-CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of item ids: what search reads
-SEARCHES_FILE = "searches.parquet"  # the log of searches, where there is one; ITEM are ids
-LAYOUT = 2  # of the files: features of another layout are prepared again
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -64,43 +59,6 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.partitions < 1 or self.workers < 0:
             raise ValueError(f"PrepareConfig: expected partitions >= 1 and workers >= 0, got {self}")
-
-
-class Features:
-    """Paths and loaders of what ``prepare`` wrote under one folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.items_file = folder / "items.parquet"
-        self.transform = folder / "transform.onnx"
-        self.rejects = folder / "rejects.csv"
-
-    @property
-    def schema(self) -> c.DataSchema:
-        return c.DataSchema.load(self.folder / SCHEMA_FILE)
-
-    def files(self, part: str) -> list[Path]:
-        """Parquet files of "train", "valid" or "test". Raises ValueError if an earlier version wrote them."""
-        layout = read_manifest(self.folder, "vivace prepare")["config"].get("layout")
-        if layout != LAYOUT:
-            raise ValueError(
-                f"features: {self.folder} was written by another version of vivace (layout {layout}, expected "
-                f"{LAYOUT}); run 'vivace prepare' again"
-            )
-        return sorted((self.folder / part).glob("*.parquet"))
-
-    def items(self) -> pd.DataFrame:
-        """One row an item id from FIRST_ID on, in order: ITEM (raw), TITLE, TEXT, encoded attributes."""
-        return pd.read_parquet(self.items_file)
-
-    def searches(self) -> pd.DataFrame | None:
-        """The log of searches by time and list, ITEM as ids; None where there is none."""
-        path = self.folder / SEARCHES_FILE
-        return pd.read_parquet(path) if path.exists() else None
-
-    def item_count(self) -> int:
-        """V: item ids with the special ones."""
-        return pq.read_metadata(self.items_file).num_rows + c.FIRST_ID
 
 
 # -- 1. ingest -------------------------------------------------------------------------------------

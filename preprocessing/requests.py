@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from vivace import contract as c
 
 if TYPE_CHECKING:  # NVTabular, which a load test does without
-    from preprocessing.prepare import Features
+    from preprocessing.features import Features
 
 FILE = "requests.parquet"
 OUT_OF_VOCABULARY = "(out of vocabulary)"

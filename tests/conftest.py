@@ -9,7 +9,8 @@ import pytest
 
 warnings.filterwarnings("ignore")
 
-from preprocessing.prepare import Features, PrepareConfig, prepare  # noqa: E402
+from preprocessing.features import Features  # noqa: E402
+from preprocessing.prepare import PrepareConfig, prepare  # noqa: E402
 from preprocessing.readers.shop import Shop, ShopConfig  # noqa: E402
 from serving.launcher import ServerOptions  # noqa: E402
 from serving.service import service  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.data.counters import item_tables
 from training.models.item_table import item_attributes
 from training.models.ranking import RankingModel

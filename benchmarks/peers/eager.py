@@ -13,7 +13,7 @@ import torch
 
 warnings.filterwarnings("ignore")
 
-from preprocessing.prepare import Features  # noqa: E402
+from preprocessing.features import Features  # noqa: E402
 from training.checkpoints import load_ranker, load_retrieval  # noqa: E402
 from training.models.ranking import RankingGraph  # noqa: E402
 from training.models.retrieval import RetrievalGraph  # noqa: E402

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from preprocessing.requests import recorded
 from serving.runtime.stages import FeatureTransform, Row
 from training.checkpoints import WEIGHTS, load_ranker, load_retrieval

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.checkpoints import WEIGHTS, load_retrieval
 from training.compile.export import CompileConfig, compile_models
 from training.compile.prune import Target, measure, prune

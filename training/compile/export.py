@@ -16,7 +16,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from preprocessing.requests import FILE, record
 from search import published as search
 from serving import repository

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 from scipy.sparse.linalg import svds
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.models.ranking import ItemTables
 from vivace.contract import FIRST_ID, ITEM
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.checkpoints import device, load_ranker, load_retrieval
 from training.data import batches as data
 from training.data.counters import follower_matrix, popularity

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.data import batches as data
 from training.metrics import MISS, bootstrap, ndcg_of
 from vivace import contract

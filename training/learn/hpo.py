@@ -17,7 +17,7 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.checkpoints import load_retrieval
 from training.data import batches as data
 from training.learn.retriever import train_retrieval

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.checkpoints import device, finish_training, keep_only_own_checkpoint
 from training.data import batches as data
 from training.data.counters import popularity

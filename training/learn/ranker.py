@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.checkpoints import build_ranker, device, finish_training, keep_only_own_checkpoint, load_retrieval
 from training.data import batches as data
 from training.learn.loop import Loop, LoopConfig

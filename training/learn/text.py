@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.learn.loop import Loop, LoopConfig
 from training.models.text_encoder import (
     FIRST_TOKEN,

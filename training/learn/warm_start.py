@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.checkpoints import WEIGHTS
 from training.data.counters import cooccurrence_embeddings
 from training.models.item_table import nearest_seen

@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.models.encoders import EncoderConfig
 from vivace.contract import FIRST_ID, PADDING_ID, TEXT
 

@@ -26,7 +26,7 @@ import onnx
 import pandas as pd
 import torch
 
-from preprocessing.prepare import CATALOGUE_FILE, Features
+from preprocessing.features import CATALOGUE_FILE, Features
 from search.data import Catalogue
 from search.features import feature_names
 from search.hybrid import HybridIndex

@@ -38,7 +38,7 @@ def compile_(
     force: Force = False,
 ) -> None:
     """Export to ONNX, check against PyTorch (int8: by the quality gate), publish a new version of the repository."""
-    from preprocessing.prepare import Features
+    from preprocessing.features import Features
     from training.compile.export import CompileConfig, compile_models
     from vivace.manifest import exclusive
 

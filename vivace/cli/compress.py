@@ -46,7 +46,7 @@ def compress(
     force: Force = False,
 ) -> None:
     """Prune an evaluated run, let the whole model teach it, compile it, refuse it if it lost too much."""
-    from preprocessing.prepare import Features
+    from preprocessing.features import Features
     from training.compile.compress import FOLDER, Compression, SmallerRanker
     from training.compile.compress import compress as run
     from training.compile.prune import Target

@@ -40,7 +40,7 @@ def evaluate(
     if compare:
         compare_runs([artifacts / n for n in compare.split(",") if n], plot)
         return
-    from preprocessing.prepare import Features
+    from preprocessing.features import Features
     from training.judge.evaluate import evaluate as run
     from training.judge.evaluate import render
     from vivace.manifest import exclusive

@@ -34,7 +34,7 @@ def optimize(
 ) -> None:
     """Search the retriever's hyper-parameters on the validation requests; goes on with an earlier study."""
 
-    from preprocessing.prepare import Features
+    from preprocessing.features import Features
     from training.learn.hpo import optimize as run
     from vivace.manifest import exclusive
 

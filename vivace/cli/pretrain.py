@@ -33,7 +33,7 @@ def pretrain(
 ) -> None:
     """Train the encoder without next-item labels; then: vivace train --from artifacts/<name>/pretrained."""
     track(wandb)
-    from preprocessing.prepare import Features
+    from preprocessing.features import Features
     from training.learn.pretrain import Pretraining
     from training.learn.pretrain import pretrain as run
     from vivace.manifest import exclusive

@@ -47,7 +47,7 @@ def train(
         learn_search(artifacts / name, preset, seed)
         return
     track(wandb)
-    from preprocessing.prepare import Features
+    from preprocessing.features import Features
     from training import distributed
     from training.learn.ranker import train_ranker
     from training.learn.retriever import train_retrieval
@@ -77,7 +77,7 @@ def train(
 
 
 def learn_search(root: Path, preset: str, seed: int) -> None:
-    from preprocessing.prepare import Features
+    from preprocessing.features import Features
     from training.search.train import SearchTraining, train_search
     from vivace.manifest import exclusive
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.tables import Scoring
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from serving.runtime.tensorrt_plan import library
 from training.compile.export import (
     CompileConfig,

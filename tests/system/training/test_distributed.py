@@ -25,7 +25,7 @@ WORKER = """
 import json, sys, time
 from dataclasses import replace
 from pathlib import Path
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training import distributed
 from training.presets import tiny
 from training.learn.retriever import train_retrieval

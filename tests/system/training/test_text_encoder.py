@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.checkpoints import load_retrieval
 from training.learn.retriever import train_retrieval
 from training.learn.text import pretrain_text

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.cold_start import WithoutItems
-from preprocessing.prepare import Features
+from preprocessing.features import Features
 from training.data.counters import popularity
 from training.learn.warm_start import free_unseen
 from training.models.item_table import nearest_seen

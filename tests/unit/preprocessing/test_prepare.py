@@ -7,7 +7,8 @@ import json
 import pandas as pd
 import pytest
 
-from preprocessing.prepare import Features, PrepareConfig, prepare
+from preprocessing.features import Features
+from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers.shop import Shop, ShopConfig
 from preprocessing.splits import SplitConfig
 from preprocessing.workflow import VocabularyConfig

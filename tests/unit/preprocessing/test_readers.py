@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from preprocessing.prepare import Features, PrepareConfig, prepare
+from preprocessing.features import Features
+from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers import open_source
 from preprocessing.readers.shop import Shop, ShopConfig
 from preprocessing.splits import SplitConfig

@@ -1,0 +1,53 @@
+"""What ``vivace prepare`` wrote, for those who read it: training, evaluation, compilation. Needs no NVTabular."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from vivace import contract
+from vivace.manifest import read_manifest
+
+SCHEMA_FILE = "schema.json"
+CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of item ids: what search reads
+SEARCHES_FILE = "searches.parquet"  # the log of searches, where there is one; ITEM are ids
+LAYOUT = 2  # of the files: features of another layout are prepared again
+
+
+class Features:
+    """Paths and loaders of what ``prepare`` wrote under one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.items_file = folder / "items.parquet"
+        self.transform = folder / "transform.onnx"
+        self.rejects = folder / "rejects.csv"
+
+    @property
+    def schema(self) -> contract.DataSchema:
+        return contract.DataSchema.load(self.folder / SCHEMA_FILE)
+
+    def files(self, part: str) -> list[Path]:
+        """Parquet files of "train", "valid" or "test". Raises ValueError if an earlier version wrote them."""
+        layout = read_manifest(self.folder, "vivace prepare")["config"].get("layout")
+        if layout != LAYOUT:
+            raise ValueError(
+                f"features: {self.folder} was written by another version of vivace (layout {layout}, expected "
+                f"{LAYOUT}); run 'vivace prepare' again"
+            )
+        return sorted((self.folder / part).glob("*.parquet"))
+
+    def items(self) -> pd.DataFrame:
+        """One row an item id from FIRST_ID on, in order: ITEM (raw), TITLE, TEXT, encoded attributes."""
+        return pd.read_parquet(self.items_file)
+
+    def searches(self) -> pd.DataFrame | None:
+        """The log of searches by time and list, ITEM as ids; None where there is none."""
+        path = self.folder / SEARCHES_FILE
+        return pd.read_parquet(path) if path.exists() else None
+
+    def item_count(self) -> int:
+        """V: item ids with the special ones."""
+        return pq.read_metadata(self.items_file).num_rows + contract.FIRST_ID

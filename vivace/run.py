@@ -1,0 +1,180 @@
+"""One run: the folder ``artifacts/<name>``, its layout, and whether its parts still belong together.
+
+    run = Run(Path("artifacts/shop"))
+    run.graph(contract.RETRIEVAL)      # artifacts/shop/compiled/retrieval.onnx
+    run.manifest("retrieval")          # refused where the features are no longer those it was trained on
+
+A compressed variant, ``artifacts/<name>/compressed/<variant>``, is a run of its own that shares the features and the
+store of the whole one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vivace.contract import DataSchema, StageTensors
+from vivace.manifest import MANIFEST, read_manifest
+
+FEATURES, RETRIEVAL, RANKING, CONTROL = "features", "retrieval", "ranking", "ranking_control"
+TEXT, PRETRAINED, SEARCH, EVALUATION, COMPILED = "text", "pretrained", "query_search", "evaluation", "compiled"
+COMPRESSED = "compressed"
+
+MADE_BY = {
+    FEATURES: "vivace prepare",
+    TEXT: "vivace pretrain --objective text",
+    PRETRAINED: "vivace pretrain",
+    RETRIEVAL: "vivace train",
+    RANKING: "vivace train",
+    CONTROL: "vivace train --control",
+    SEARCH: "vivace train --task search",
+    EVALUATION: "vivace evaluate",
+    COMPILED: "vivace compile",
+}
+
+
+class StaleError(ValueError):
+    """A part of a run was made from another state of the part before it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths and records of ``artifacts/<name>``; ``root`` is that folder."""
+
+    root: Path
+
+    # -- folders of the steps ------------------------------------------------------------------------
+    @property
+    def whole(self) -> Run:
+        """The run that a compressed variant was made of; a whole run itself."""
+        return Run(self.root.parents[1]) if self.root.parent.name == COMPRESSED else self
+
+    @property
+    def features(self) -> Path:
+        return self.whole.root / FEATURES
+
+    @property
+    def feature_store(self) -> Path:
+        return self.whole.root / "feature_store"
+
+    @property
+    def retrieval(self) -> Path:
+        return self.root / RETRIEVAL
+
+    @property
+    def ranking(self) -> Path:
+        return self.root / RANKING
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / EVALUATION
+
+    @property
+    def compiled(self) -> Path:
+        return self.root / COMPILED
+
+    @property
+    def repository(self) -> Path:
+        """Triton's model repository."""
+        return self.root / "model_repository"
+
+    @property
+    def variants(self) -> Path:
+        """Folder of the compressed variants, each a run."""
+        return self.root / COMPRESSED
+
+    @property
+    def search(self) -> Path:
+        return self.root / SEARCH
+
+    @property
+    def text(self) -> Path:
+        return self.whole.root / TEXT
+
+    @property
+    def pretrained(self) -> Path:
+        return self.root / PRETRAINED
+
+    @property
+    def optimized(self) -> Path:
+        """Studies of ``vivace optimize``."""
+        return self.root / "optimized"
+
+    @property
+    def tuning(self) -> Path:
+        return self.root / "tuning"
+
+    # -- files ---------------------------------------------------------------------------------------
+    @property
+    def preset(self) -> Path:
+        return self.root / "preset.json"
+
+    @property
+    def server_log(self) -> Path:
+        return self.root / "triton.log"
+
+    @property
+    def card_file(self) -> Path:
+        return self.compiled / "model_card.json"
+
+    @property
+    def requests_file(self) -> Path:
+        """Recorded requests, for load tests and tuning."""
+        return self.compiled / "requests.parquet"
+
+    def graph(self, stage: str) -> Path:
+        """ONNX file of a compiled stage."""
+        return self.compiled / f"{stage}.onnx"
+
+    def step(self, name: str) -> Path:
+        """Folder of a step by the names of ``MADE_BY``."""
+        return {FEATURES: self.features, TEXT: self.text}.get(name, self.root / name)
+
+    # -- records -------------------------------------------------------------------------------------
+    def has(self, name: str) -> bool:
+        """Whether a step is finished."""
+        return (self.step(name) / MANIFEST).exists()
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """Manifest of a finished step whose inputs are still those it was made from, all the way back to the features.
+
+        Raises FileNotFoundError where the step is missing and StaleError where a part before it was made anew since;
+        both name the command to run.
+        """
+        record = read_manifest(self.step(name), MADE_BY[name])
+        for part, key in record["inputs"].items():
+            if part not in MADE_BY or part == name or not self.has(part):
+                continue
+            present = self.manifest(part)["key"]
+            if present != key:
+                raise StaleError(
+                    f"{self.step(name)}: made from other {part} (key {key}) than those that are there now (key "
+                    f"{present}); run '{MADE_BY[name]} --name {self.whole.root.name}' again"
+                )
+        return record
+
+    def schema(self) -> DataSchema:
+        """The data set's schema: as compiled, or as prepared where nothing is compiled yet."""
+        compiled = self.compiled / "schema.json"
+        return DataSchema.load(compiled if compiled.exists() else self.features / "schema.json")
+
+    def heads(self) -> list[str]:
+        """Names of the task heads; the first orders the answer."""
+        return [head.name for head in self.schema().heads]
+
+    def card(self) -> dict[str, Any]:
+        """The model card. Raises FileNotFoundError that names the command to run."""
+        if not self.card_file.exists():
+            raise FileNotFoundError(f"{self.card_file}: not there yet; run '{MADE_BY[COMPILED]}' first")
+        card: dict[str, Any] = json.loads(self.card_file.read_text())
+        return card
+
+    def shapes(self) -> StageTensors:
+        """The tensors between the compiled stages."""
+        return StageTensors(**self.card()["shapes"])
+
+    def version(self) -> int:
+        """The version that ``vivace compile`` published last."""
+        return int(read_manifest(self.compiled, MADE_BY[COMPILED])["results"]["version"])
