@@ -32,7 +32,7 @@ def test_the_client_call_answers_as_shown(root, served):
     code = USER.sub(recorded(root)[contract.USER][0], code)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT)
     assert out.returncode == 0, out.stderr
-    shape = re.compile(r"\['item-\d+'(, 'item-\d+'){2}\] \[ *[-\d.]+( +[-\d.]+){2}\] ok\n")
+    shape = re.compile(r"\['sku-\d+'(, 'sku-\d+'){2}\] \[ *[-\d.e]+( +[-\d.e]+){2} *\] ok\n")
     assert shape.fullmatch(out.stdout), out.stdout
     assert shape.search(README)
 
