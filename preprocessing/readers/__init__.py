@@ -8,7 +8,8 @@ from pathlib import Path
 
 from preprocessing.readers.base import Source
 
-SHOP, TABLES = "shop", "tables"
+SHOP = "shop"
+TABLES = "tables"
 FOLDERS = {  # where a data set lies under VIVACE_DATA, by default
     "ml-1m": "ml-1m",
     "ml-1m-benchmark": "ml-1m",

@@ -28,13 +28,13 @@ from vivace.cli.serve import serve
 from vivace.cli.train import train
 from vivace.cli.tune import tune
 
-HELP = """A real-time recommender: from a log of events to ranked answers of a Triton server.
-
-'vivace demo' goes the whole way on made-up data. Step by step: prepare, train, evaluate, compile, serve, query; each
-step ends with the command that follows.
-
-What a step makes lies in artifacts/RUN. Without --name, prepare calls the run after its data set (of tables: the name
-in the mapping); every other step takes the one run there is, or the one prepared last, and says which."""
+HELP = (
+    "A real-time recommender: from a log of events to ranked answers of a Triton server.\n\n"
+    "'vivace demo' goes the whole way on made-up data. Step by step: prepare, train, evaluate, compile, serve, query; "
+    "each step ends with the command that follows.\n\n"
+    "What a step makes lies in artifacts/RUN. Without --name, prepare calls the run after its data set (of tables: the "
+    "name in the mapping); every other step takes the one run there is, or the one prepared last, and says which."
+)
 
 PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Start": (demo, doctor),
@@ -84,7 +84,8 @@ def options(
 
 for panel, verbs in PANELS.items():
     for verb in verbs:
-        app.command(verb.__name__.rstrip("_"), rich_help_panel=panel)(verb)
+        text = " ".join((verb.__doc__ or "").split())  # Typer keeps the line breaks of a docstring
+        app.command(verb.__name__.rstrip("_"), rich_help_panel=panel, help=text)(verb)
 app.add_typer(reports, name="report", help="Pages that show what was measured.", rich_help_panel="Looking")
 reports.command("compress")(report_compress)
 

@@ -59,6 +59,8 @@ def values_of(owner: str) -> tuple[str, ...]:
     Literal, also as the annotation of a field ("training.presets:RetrievalTraining.loss")."""
     module, _, name = owner.partition(":")
     definitions = _definitions(module)
+    if name not in definitions:
+        raise LookupError(f"{owner}: expected a name of that module, which has {sorted(definitions)}")
     return _texts(definitions[name], definitions)
 
 
