@@ -45,14 +45,14 @@ def compile_(
     force: Force = False,
 ) -> None:
     """Export to ONNX, check against PyTorch (int8: by the quality gate), publish a new version of the repository."""
-    from preprocessing.features import Features
-    from training.compile.export import CompileConfig, compile_models
-
-    config = CompileConfig(
-        precision=precision, tables=tables, fold=fold, targets=tuple(target or ()), index=index, bound=bound,
-        force=force,
-    )  # fmt: skip
     with step(name, artifacts) as run:
+        from preprocessing.features import Features
+        from training.compile.export import CompileConfig, compile_models
+
+        config = CompileConfig(
+            precision=precision, tables=tables, fold=fold, targets=tuple(target or ()), index=index, bound=bound,
+            force=force,
+        )  # fmt: skip
         sizes = chosen_preset(preset, run.root)
         results = compile_models(Features(run.features), sizes, run.root, seed, say, config)["results"]
     for stage, values in results["parity"].items():

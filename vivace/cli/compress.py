@@ -20,6 +20,7 @@ from vivace.cli.options import (
 )
 from vivace.cli.runs import say_next, step
 from vivace.cli.values import choice, plain_name, values_of
+from vivace.run import Run
 
 MIXTURES = values_of("training.models.ranking:MIXTURES")
 
@@ -51,20 +52,19 @@ def compress(
     force: Force = False,
 ) -> None:
     """Prune an evaluated run, let the whole model teach it, compile it, refuse it if it lost too much."""
-    from preprocessing.features import Features
-    from training.compile.compress import Compression, SmallerRanker
-    from training.compile.compress import compress as compress_run
-    from training.compile.prune import Target
-    from training.learn.constraints import Constraint
-    from vivace.run import Run
-
-    config = Compression(
-        target=Target(layers=layers, heads=heads, ffn=ffn, width=width),
-        ranker=SmallerRanker(memory=memory, heads=ranker_heads, followers=followers, mixture=mixture),
-        fresh=fresh, constraint=Constraint(sparsity=sparsity, int8=qat), epochs=epochs, learning_rate=learning_rate,
-        dropout=dropout, precision=precision, bound=bound, force=force,
-    )  # fmt: skip
     with step(name, artifacts) as run:
+        from preprocessing.features import Features
+        from training.compile.compress import Compression, SmallerRanker
+        from training.compile.compress import compress as compress_run
+        from training.compile.prune import Target
+        from training.learn.constraints import Constraint
+
+        config = Compression(
+            target=Target(layers=layers, heads=heads, ffn=ffn, width=width),
+            ranker=SmallerRanker(memory=memory, heads=ranker_heads, followers=followers, mixture=mixture),
+            fresh=fresh, constraint=Constraint(sparsity=sparsity, int8=qat), epochs=epochs, learning_rate=learning_rate,
+            dropout=dropout, precision=precision, bound=bound, force=force,
+        )  # fmt: skip
         sizes = chosen_preset(preset, run.root)
         compress_run(Features(run.features), sizes, run.root, variant, config, seed, say)
     say("python -m benchmarks.graphs compares the speeds")

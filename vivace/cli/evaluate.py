@@ -45,11 +45,11 @@ def evaluate(
     if compare:
         compare_runs([find_run(artifacts, part).root for part in compare.split(",") if part], plot)
         return
-    from preprocessing.features import Features
-    from training.judge.evaluate import evaluate as judge
-    from training.judge.evaluate import render
-
     with step(name, artifacts) as run, console.status("ranking test requests") as status:
+        from preprocessing.features import Features
+        from training.judge.evaluate import evaluate as judge
+        from training.judge.evaluate import render
+
         sizes = chosen_preset(preset, run.root)
         manifest = judge(Features(run.features), sizes, run.root, seed, progress(status))
     for table in render(manifest, run.root.name):
@@ -58,11 +58,11 @@ def evaluate(
 
 
 def evaluate_search(name: str, artifacts: Path, data: str, path: Path | None, seed: int) -> None:
+    if path is None:
+        raise typer.BadParameter(f"--task search needs the folder of {data}", param_hint="--path")
     from search.data import read_esci
     from training.search.evaluate import FILE, esci_config, evaluate_step, render
 
-    if path is None:
-        raise typer.BadParameter(f"--task search needs the folder of {data}", param_hint="--path")
     with new_run(name, artifacts) as run:
         results = evaluate_step(*read_esci(path), esci_config(), run.root, seed, say)
     console.print(render(results, f"{data}: search, {results['queries']} judged queries, all items ranked"))

@@ -29,11 +29,11 @@ def load(
     qps: Annotated[float, typer.Option(help="with --shape: mean rate offered", min=0.01)] = 100.0,
 ) -> None:
     """Replay held-out requests with locust."""
-    from loadtest.generate.run_locust import run_locust
-
     run = find_run(artifacts, name)
     for kind, port in (("http", http_port), ("grpc", grpc_port)):
         if protocol in (kind, "both"):
             require_server(f"{host}:{port}", run)
+    from loadtest.generate.run_locust import run_locust
+
     code = run_locust(run.root, host, http_port, grpc_port, protocol, users, seconds, web, shape=shape, qps=qps)
     raise typer.Exit(code)

@@ -36,11 +36,11 @@ def optimize(
     ] = None,
 ) -> None:
     """Search the retriever's hyper-parameters on the validation requests; goes on with an earlier study."""
-    from preprocessing.features import Features
-    from training.learn.hpo import optimize as search_parameters
-
     ranges = json_file(space, "--space") if space else None
     with step(name, artifacts) as run:
+        from preprocessing.features import Features
+        from training.learn.hpo import optimize as search_parameters
+
         sizes = with_overrides(chosen_preset(preset, run.root, recorded=False), epochs)
         study = search_parameters(Features(run.features), sizes, run.root, seed, trials, say, ranges)
     say(f"{len(study.trials)} trials; best {study.best_value:.4f} with {study.best_params}")

@@ -114,9 +114,9 @@ def chosen_preset(name: str, root: Path, recorded: bool = True) -> Any:
 
 
 def track(wandb: bool) -> None:
-    from training.tracking import WANDB
-
     if wandb:
+        from training.tracking import WANDB
+
         os.environ[WANDB] = "1"
 
 

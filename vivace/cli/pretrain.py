@@ -45,11 +45,11 @@ def pretrain(
     objectives = tuple(part for part in objective.split(",") if part)
     if TEXT in objectives and len(objectives) > 1:
         raise typer.BadParameter(f"{TEXT} goes alone, got {objective!r}", param_hint="--objective")
-    from preprocessing.features import Features
-    from training.learn.pretrain import Pretraining
-    from training.learn.pretrain import pretrain as pretrain_encoder
-
     with step(name, artifacts) as run:
+        from preprocessing.features import Features
+        from training.learn.pretrain import Pretraining
+        from training.learn.pretrain import pretrain as pretrain_encoder
+
         features = Features(run.features)
         if TEXT in objectives:
             from training.learn.text import pretrain_text

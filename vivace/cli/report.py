@@ -21,9 +21,9 @@ def report_compress(
     openvino: Annotated[bool, typer.Option(help="measure OpenVINO too")] = True,
 ) -> None:
     """Quality against latency of a run and its compressed variants: compress.html and compress.png."""
+    run = find_run(artifacts, name)
     from loadtest.reports.compress import report
 
-    run = find_run(artifacts, name)
     folder = out or run.root / "report"
     with console.status("measuring"):
         report(run.root, folder, seconds, openvino)

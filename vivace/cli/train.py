@@ -56,6 +56,7 @@ def train(
         train_search(name, artifacts, preset, seed)
         return
     track(wandb)
+    run = find_run(artifacts, name)
     from preprocessing.features import Features
     from training import distributed
     from training.learn.ranker import train_ranker
@@ -64,7 +65,6 @@ def train(
 
     adaptation = Adaptation(method=adapt, rank=rank)
     with distributed.group() as world:
-        run = find_run(artifacts, name)
         sizes = with_overrides(chosen_preset(preset, run.root, recorded=False), epochs, loss)
         features = Features(run.features)
         with exclusive(run.root) if world.first else contextlib.nullcontext():
@@ -87,11 +87,11 @@ def train(
 
 
 def train_search(name: str, artifacts: Path, preset: str, seed: int) -> None:
-    from preprocessing.features import Features
-    from training.search.train import SearchTraining
-    from training.search.train import train_search as train_search_run
-
     with step(name, artifacts) as run:
+        from preprocessing.features import Features
+        from training.search.train import SearchTraining
+        from training.search.train import train_search as train_search_run
+
         sizes = chosen_preset(preset, run.root)
         manifest = train_search_run(Features(run.features), sizes, run.root, SearchTraining(), seed, say)
     for line in search_figures(manifest["results"]):

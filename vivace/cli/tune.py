@@ -31,14 +31,15 @@ def tune(
     restart: Annotated[bool, typer.Option(help="forget what an earlier search measured")] = False,
 ) -> None:
     """Find the configuration that answers the most requests within an objective; then: vivace serve --profile."""
-    from loadtest.tune.space import Objective
-    from loadtest.tune.tune import tune as search_profiles
-
-    objective = Objective.parse(slo, quality)
     values = json_file(space, "--space") if space else None
-    with step(name, artifacts) as run, console.status(str(objective)) as status:
-        show = progress(status)
-        decision = search_profiles(run.root, objective, save_as, budget * 60, say, show, values, seconds, restart)
+    with step(name, artifacts) as run:
+        from loadtest.tune.space import Objective
+        from loadtest.tune.tune import tune as search_profiles
+
+        objective = Objective.parse(slo, quality)
+        with console.status(str(objective)) as status:
+            show = progress(status)
+            decision = search_profiles(run.root, objective, save_as, budget * 60, say, show, values, seconds, restart)
     chosen = decision["chosen"]
     gain = f", {chosen['qps'] / decision['untuned']:.2f} times the untuned" if decision["untuned"] else ""
     say(f"{objective}: {chosen['qps']:.0f} requests a second{gain}: {chosen['trial']}")
