@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,10 +116,10 @@ def run_demo(
     run = prepare(data=data, path=path, artifacts=artifacts, seed=seed)
     clock.done("prepare")
     name = run_name(run, artifacts)
-    steps: list[tuple[str, Callable[..., None], dict[str, str]]] = [("train", train, {}), ("evaluate", evaluate, {})]
-    steps += [("search", train, {"task": "search"})] if search else []
-    for label, verb, more in (*steps, ("compile", compile_, {})):
-        verb(name=name, artifacts=artifacts, preset=preset, seed=seed, **more)
+    steps: list[tuple[str, Callable[..., None]]] = [("train", train), ("evaluate", evaluate)]
+    steps += [("search", partial(train, task="search"))] if search else []
+    for label, verb in (*steps, ("compile", compile_)):
+        verb(name=name, artifacts=artifacts, preset=preset, seed=seed)
         clock.done(label)
     options = ServerOptions(repository=run.repository, http_port=0, grpc_port=0, metrics_port=0, log=run.server_log)
     with service(options, say) as (server, _):

@@ -14,19 +14,17 @@ def presets() -> None:
     from training.presets import PRESETS
 
     table = Table(title="presets", title_justify="left")
-    for column in ("name", "for", "encoder", "history", "epochs", "loss", "candidates ranked"):
+    for column in ("name", "for", "sizes"):
         table.add_column(column)
     for name, make in PRESETS.items():
-        preset = make()
-        encoder = preset.encoder
+        sizes, purpose = make(), inspect.getdoc(make) or ""
+        encoder = sizes.encoder
         table.add_row(
             name,
-            " ".join(inspect.getdoc(make).split()).replace("``", "") if make.__doc__ else "",
-            f"{encoder.family}, width {encoder.width}, {encoder.layers} layers, {encoder.heads} heads",
-            str(encoder.history),
-            str(preset.retrieval.epochs),
-            preset.retrieval.loss,
-            str(preset.ranker.candidates),
+            " ".join(purpose.split()).replace("``", ""),
+            f"{encoder.family} {encoder.width} x {encoder.layers}, history {encoder.history}, "
+            f"{sizes.retrieval.epochs} epochs",
         )
     console.print(table)
+    say("sizes: family, width x layers of the encoder; events of the history that it reads; epochs of the retriever")
     say('one of your own is a JSON file: {"preset": "cpu", "encoder.width": 128}; vivace train --preset FILE.json')

@@ -72,7 +72,11 @@ def query(
             appended = client.append(user, append, event_type)
             status = getattr(appended, "status", "")
             say(f"{user}: history now has {appended} events" + (f"; STATUS {status}" if status else ""))
-        answer = client.recommend(user, history or [], top_k, text, filters=filters, diversity=diversity)
+        try:
+            answer = client.recommend(user, history or [], top_k, text, filters=filters, diversity=diversity)
+        except VivaceError as error:
+            hint = f"; is {address} the port of {protocol}?" if "failed to connect" in str(error) else ""
+            raise VivaceError(f"{error}{hint}") from None
     print_answer(run, user, history or [], answer)
 
 
