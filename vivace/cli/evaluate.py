@@ -20,8 +20,9 @@ from vivace.cli.options import (
     progress,
     say,
 )
-from vivace.cli.runs import find_run, new_run, say_next, step
+from vivace.cli.runs import find_run, new_run, run_name, say_next, step
 from vivace.cli.values import choice
+from vivace.run import EVALUATION, Run
 
 JUDGED = ("esci",)
 
@@ -43,7 +44,7 @@ def evaluate(
         evaluate_search(name or data, artifacts, data, path, seed)
         return
     if compare:
-        compare_runs([find_run(artifacts, part).root for part in compare.split(",") if part], plot)
+        compare_runs([find_run(artifacts, part) for part in compare.split(",") if part], artifacts, plot)
         return
     with step(name, artifacts) as run, console.status("ranking test requests") as status:
         from preprocessing.features import Features
@@ -69,10 +70,16 @@ def evaluate_search(name: str, artifacts: Path, data: str, path: Path | None, se
     say(f"figures {run.root / FILE}")
 
 
-def compare_runs(roots: list[Path], plot_file: Path) -> None:
+def compare_runs(runs: list[Run], artifacts: Path, plot_file: Path) -> None:
+    for run in runs:
+        if not run.has(EVALUATION):
+            name = run_name(run, artifacts)
+            raise FileNotFoundError(
+                f"--compare: {name} is not evaluated yet; run 'vivace evaluate --name {name}' first"
+            )
     from training.judge import compare
 
-    rows = compare.compare(roots)
+    rows = compare.compare([run.root for run in runs])
     console.print(compare.render(rows))
     compare.plot(rows, plot_file)
     compare.write_json(rows, plot_file.with_suffix(".json"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +21,7 @@ from vivace.cli.options import (
 )
 from vivace.cli.runs import say_next, step
 from vivace.cli.values import json_file
+from vivace.manifest import write_text
 
 
 def optimize(
@@ -41,9 +44,17 @@ def optimize(
         from preprocessing.features import Features
         from training.learn.hpo import optimize as search_parameters
 
-        sizes = with_overrides(chosen_preset(preset, run.root, recorded=False), epochs)
-        study = search_parameters(Features(run.features), sizes, run.root, seed, trials, say, ranges)
+        sizes = chosen_preset(preset, run.root, recorded=False)
+        features, trial_sizes = Features(run.features), with_overrides(sizes, epochs)
+        study = search_parameters(features, trial_sizes, run.root, seed, trials, say, ranges)
+        best = write_best(run.optimized / "preset.json", sizes, study.best_params)
     say(f"{len(study.trials)} trials; best {study.best_value:.4f} with {study.best_params}")
     say(f"study {run.optimized / 'study.log'}, plot {run.optimized / 'study.png'}")
-    say('to train with these values, write them into a JSON file beside "preset" and give it as --preset')
-    say_next("train --preset FILE.json", run, artifacts)
+    say_next(f"train --preset {best}", run, artifacts)
+
+
+def write_best(path: Path, sizes: Any, values: dict[str, Any]) -> Path:
+    """Writes ``sizes`` with the best values as a JSON file that --preset takes."""
+    record = {f"{part}.{key}": value for part, fields in asdict(sizes).items() for key, value in fields.items()}
+    write_text(path, json.dumps(record | values, indent=2))
+    return path

@@ -110,7 +110,7 @@ def chosen_preset(name: str, root: Path, recorded: bool = True) -> Any:
     try:
         return preset(name or ("shop" if data == "shop" else "cpu"))
     except TypeError as error:
-        raise typer.BadParameter(f"{name}: {error}", param_hint="--preset") from None
+        raise typer.BadParameter(f"{name}: a value of the wrong type ({error})", param_hint="--preset") from None
 
 
 def track(wandb: bool) -> None:
