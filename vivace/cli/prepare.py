@@ -44,16 +44,17 @@ def prepare(
     size = {key: value for key, value in given.items() if value is not None}
     if size and data != "shop":
         raise typer.BadParameter(f"is a size of the made-up shop, not of {data}", param_hint=f"--{next(iter(size))}")
+    from preprocessing.readers import open_source
+
+    source = open_source(data, path, size | {"seed": seed})
     from preprocessing.prepare import PrepareConfig
     from preprocessing.prepare import prepare as prepare_run
-    from preprocessing.readers import open_source
     from preprocessing.splits import SplitConfig
     from preprocessing.workflow import VocabularyConfig
     from vivace.contract import FIRST_ID
 
     vocabulary = VocabularyConfig(freq_threshold, max_items + FIRST_ID if max_items else 0, new_items)
     config = PrepareConfig(split=SplitConfig(kind=split), vocabulary=vocabulary, partitions=partitions, workers=workers)
-    source = open_source(data, path, size | {"seed": seed})
     with new_run(name or source.schema.name, artifacts) as run:
         results = prepare_run(source, config, run.root, seed, say)["results"]
         mark_prepared(run)

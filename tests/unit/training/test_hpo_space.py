@@ -48,12 +48,12 @@ def test_another_space_is_refused_with_what_differs(study, changed):
     "values", [0.5, "abc", [], [0.5], [0.5, 0.1], [0, 1, "ints"], ["a", "b"], {"a": 1}, [0.0, 1.0, "log"], ["choice"]]
 )
 def test_a_range_that_cannot_be_drawn_from_is_refused(values):
-    with pytest.raises(ValueError, match="encoder.dropout"):
+    with pytest.raises(ValueError, match=r"encoder\.dropout"):
         check_space(optuna.create_study(), {"encoder.dropout": values}, tiny(), FOLDER)
 
 
 def test_an_unknown_field_is_refused():
-    with pytest.raises(ValueError, match="encoder.depth"):
+    with pytest.raises(ValueError, match=r"encoder\.depth"):
         check_space(optuna.create_study(), {"encoder.depth": [1, 2]}, tiny(), FOLDER)
 
 
