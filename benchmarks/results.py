@@ -200,8 +200,7 @@ def main(
 
     if suite not in (*SUITES, "multitask"):
         raise typer.BadParameter(f"expected multitask or one of {sorted(SUITES)}, got {suite!r}")
-    root = artifacts / data_name
-    prepare(data=data_name, path=path, artifacts=artifacts, split=split)
+    root = prepare(data=data_name, path=path, artifacts=artifacts, split=split).root
     features = Features(root / "features")
     base = preset(preset_name) if preset_name else chosen_preset("", root)
     wanted = [int(s) for s in seeds.split(",")]

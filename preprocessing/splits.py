@@ -9,6 +9,7 @@ import pandas as pd
 
 from vivace.contract import TEST, TIME, TRAIN, USER, VALID
 
+SPLITS = ("leave-one-out", "time")
 SAMPLE = 1_000_000
 
 
@@ -23,8 +24,8 @@ class SplitConfig:
     test_share: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.kind not in ("leave-one-out", "time"):
-            raise ValueError(f"split: expected 'leave-one-out' or 'time', got {self.kind!r}")
+        if self.kind not in SPLITS:
+            raise ValueError(f"split: expected one of {SPLITS}, got {self.kind!r}")
         if not (self.valid_share > 0 and self.test_share > 0 and self.valid_share + self.test_share < 1):
             raise ValueError(f"split: expected shares above 0 that sum below 1, got {self}")
 

@@ -217,12 +217,15 @@ def from_json(record: dict[str, Any]) -> Preset:
 
 def with_values(preset: Preset, values: dict[str, Any]) -> Preset:
     """``preset`` with values by dotted name, such as "encoder.dropout". Raises ValueError for a name it lacks."""
+    parts: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         part, _, key = name.partition(".")
         known = part in {f.name for f in fields(preset)} and key in {f.name for f in fields(getattr(preset, part))}
         if not known:
             raise ValueError(f"{name}: no such field of a preset; expected for example 'encoder.dropout'")
-        preset = replace(preset, **{part: replace(getattr(preset, part), **{key: value})})
+        parts.setdefault(part, {})[key] = value
+    for part, changed in parts.items():  # all of a part at once: its sizes must fit each other, not those before
+        preset = replace(preset, **{part: replace(getattr(preset, part), **changed)})
     return preset
 
 

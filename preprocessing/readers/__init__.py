@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from importlib import import_module
 from pathlib import Path
 
 from preprocessing.readers.base import Source
 
+SHOP = "shop"
+TABLES = "tables"
+FOLDERS = {  # where a data set lies under VIVACE_DATA, by default
+    "ml-1m": "ml-1m",
+    "ml-1m-benchmark": "ml-1m",
+    "beauty": "beauty",
+    "globo": "globo",
+    "hm": "hm",
+    "retailrocket": "retailrocket",
+}
+DATA_SETS = (SHOP, *FOLDERS, TABLES)
+READERS = {
+    "ml-1m": "movielens.MovieLens",
+    "ml-1m-benchmark": "movielens.MovieLensBenchmark",
+    "beauty": "amazon.Beauty",
+    "globo": "globo.Globo",
+    "hm": "hm.HM",
+    "retailrocket": "retailrocket.Retailrocket",
+    TABLES: "tables.Tables",
+}
+DATA_FOLDER = "VIVACE_DATA"  # folder that holds the data sets
+
+
+def source_path(data: str, path: Path | None) -> Path:
+    """Where a data set is read from: ``path``, or its folder under $VIVACE_DATA. Raises ValueError where neither is
+    given, and FileNotFoundError, IsADirectoryError or NotADirectoryError where the path is not what ``data`` needs."""
+    if path is None and data in FOLDERS and os.environ.get(DATA_FOLDER):
+        path = Path(os.environ[DATA_FOLDER]) / FOLDERS[data]
+    if path is None:
+        what = (
+            "the TOML file of the mapping" if data == TABLES else f"its folder (or set {DATA_FOLDER} to the one above)"
+        )
+        raise ValueError(f"--data {data} needs --path: {what}")
+    if not path.exists():
+        raise FileNotFoundError(f"--path: no such file or folder: {path}")
+    if data == TABLES and path.is_dir():
+        raise IsADirectoryError(f"--path {path}: a folder; --data tables reads the TOML file of a mapping")
+    if data != TABLES and not path.is_dir():
+        raise NotADirectoryError(f"--path {path}: a file; --data {data} reads the folder of the data set")
+    return path
+
 
 def open_source(data: str, path: Path | None, size: dict[str, int] | None = None) -> Source:
-    """The reader of data set ``data``: shop, ml-1m, ml-1m-benchmark, beauty, globo, hm, retailrocket, or tables, whose
-    ``path`` is a TOML mapping.
+    """The reader of data set ``data``, one of ``DATA_SETS``; of tables, ``path`` is a TOML mapping.
 
-    ``size`` overrides sizes of the synthetic shop. Raises ValueError or FileNotFoundError with what to do.
+    ``size`` overrides sizes of the synthetic shop. Raises ValueError or OSError with what to do.
     """
-    from preprocessing.readers.amazon import Beauty
-    from preprocessing.readers.globo import Globo
-    from preprocessing.readers.hm import HM
-    from preprocessing.readers.movielens import MovieLens, MovieLensBenchmark
-    from preprocessing.readers.retailrocket import Retailrocket
-    from preprocessing.readers.shop import Shop, ShopConfig
-    from preprocessing.readers.tables import Tables
+    if data == SHOP:
+        from preprocessing.readers.shop import Shop, ShopConfig
 
-    if data == "shop":
         return Shop(ShopConfig(**(size or {})))
-    readers: dict[str, Callable[[Path], Source]] = {
-        "ml-1m": MovieLens,
-        "ml-1m-benchmark": MovieLensBenchmark,
-        "beauty": Beauty,
-        "globo": Globo,
-        "hm": HM,
-        "retailrocket": Retailrocket,
-        "tables": Tables,
-    }
-    if data not in readers:
-        raise ValueError(f"--data: expected one of {['shop', *readers]}, got {data!r}")
-    if path is None:
-        raise ValueError(f"--data {data} needs --path: the folder of the data set (for tables: the mapping file)")
-    return readers[data](path)
+    if data not in READERS:
+        raise ValueError(f"--data: expected one of {DATA_SETS}, got {data!r}")
+    module, _, reader = READERS[data].partition(".")
+    source: Source = getattr(import_module(f"preprocessing.readers.{module}"), reader)(source_path(data, path))
+    return source

@@ -37,6 +37,8 @@ from vivace.manifest import Progress, Step, read_manifest, write_text
 from vivace.onnx_session import open_session
 
 OPSET = 18
+TABLES = ("fp32", "int8")  # how items are kept
+INDEXES = ("HNSW32", "HNSW32_SQ8")  # FAISS indexes that ``--index`` builds
 CALIBRATION_BATCHES = 8
 SENSITIVITY_BATCHES = 2
 FOLD_ITEMS = 100_000  # items up to which the ranker's table of five numbers for one of the embedding is worth it
@@ -171,8 +173,8 @@ class CompileConfig:
         for target in self.targets:
             if target not in TARGETS:
                 raise ValueError(f"--target: expected one of {TARGETS}, got {target!r}")
-        if self.tables not in ("fp32", "int8"):
-            raise ValueError(f"--tables: expected fp32 or int8, got {self.tables!r}")
+        if self.tables not in TABLES:
+            raise ValueError(f"--tables: expected one of {TABLES}, got {self.tables!r}")
         if self.index and not (self.precision == self.tables == "fp32" and not self.targets):
             raise ValueError("--index goes with --precision fp32, --tables fp32 and no --target")
         if self.tables == "int8" and self.precision != "fp32":

@@ -53,6 +53,44 @@ def suggest(trial: optuna.Trial, space: dict[str, list]) -> dict[str, Any]:
     return found
 
 
+def check_values(name: str, values: Any, preset: Preset) -> None:
+    """Raises ValueError for a range that no value can be drawn from, or whose values ``preset`` refuses."""
+    match values:
+        case [int() | float() as low, int() | float() as high] if low <= high:
+            pass
+        case [int() | float() as low, int() | float() as high, "log" | "int" as kind] if low <= high:
+            if kind == "log" and low <= 0:
+                raise ValueError(f"hyper-parameter space: {name}: expected a low above 0 of a log range, got {low}")
+        case [_, *_, "choice"]:
+            pass
+        case _:
+            raise ValueError(
+                f'hyper-parameter space: {name}: expected [low, high], [low, high, "log"], [low, high, "int"] or '
+                f'[value, ..., "choice"], got {values!r}'
+            )
+    try:
+        with_values(preset, {name: values[0]})
+    except TypeError as error:
+        raise ValueError(f"hyper-parameter space: {name}: {values[0]!r} is not a value of it ({error})") from None
+
+
+def check_space(study: optuna.Study, space: dict[str, list], preset: Preset, folder: Path) -> None:
+    """Raises ValueError for a space that cannot be drawn from, and for one that differs from that of the study's
+    earlier trials, whose values it would mix with others."""
+    for name, values in space.items():
+        check_values(name, values, preset)
+    trial = optuna.create_study().ask()
+    suggest(trial, space)
+    for earlier in study.trials:
+        if earlier.distributions and earlier.distributions != trial.distributions:
+            names = sorted({*earlier.distributions, *trial.distributions})
+            changed = [n for n in names if earlier.distributions.get(n) != trial.distributions.get(n)]
+            raise ValueError(
+                f"the study in {folder} searched another space (it differs in {', '.join(changed)}): give that space "
+                f"again, or rename {folder} to begin a new study"
+            )
+
+
 def validation_ndcg(features: Features, preset: Preset, root: Path) -> float:
     """NDCG@10 of the retriever on the validation requests, all items ranked."""
     model = load_retrieval(features, preset, root)
@@ -87,6 +125,8 @@ def optimize(
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
         load_if_exists=True,
     )
+
+    check_space(study, wanted, preset, folder)
 
     def objective(trial: optuna.Trial) -> float:
         chosen = with_values(preset, suggest(trial, wanted))

@@ -17,13 +17,17 @@ from vivace.cli.options import (
     Seed,
     Tables,
     chosen_preset,
-    reported,
     say,
 )
+from vivace.cli.runs import say_next, step
+from vivace.cli.values import choice, one_of, values_of
+
+TARGETS = values_of("training.compile.targets:TARGETS")
+INDEXES = values_of("training.compile.export:INDEXES")
 
 
 def compile_(
-    name: Name = "shop",
+    name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     preset: PresetName = "",
     seed: Seed = 7,
@@ -31,23 +35,28 @@ def compile_(
     tables: Tables = "fp32",
     fold: Annotated[bool, typer.Option(help="what depends on an item alone becomes a table of the catalogue")] = True,
     target: Annotated[
-        list[str] | None, typer.Option(help="beside the CPU: openvino, cuda, tensorrt, tensorrt-rtx; may be repeated")
+        list[str] | None,
+        typer.Option(
+            help=f"beside the CPU: {', '.join(TARGETS)}; may be repeated", parser=one_of(TARGETS), metavar="NAME"
+        ),
     ] = None,
-    index: Annotated[str, typer.Option(help="candidates from a FAISS index: HNSW32 or HNSW32_SQ8 (else exact)")] = "",
+    index: Annotated[str, choice("--index", INDEXES, "candidates from a FAISS index (else exact)")] = "",
     bound: Bound = 0.01,
     force: Force = False,
 ) -> None:
     """Export to ONNX, check against PyTorch (int8: by the quality gate), publish a new version of the repository."""
-    from preprocessing.features import Features
-    from training.compile.export import CompileConfig, compile_models
-    from vivace.manifest import exclusive
+    with step(name, artifacts) as run:
+        from preprocessing.features import Features
+        from training.compile.export import CompileConfig, compile_models
 
-    with reported():
-        root = artifacts / name
-        config = CompileConfig(precision, tables, fold, tuple(target or ()), index, bound=bound, force=force)
-        with exclusive(root):
-            manifest = compile_models(Features(root / "features"), chosen_preset(preset, root), root, seed, say, config)
-        for stage, values in manifest["results"]["parity"].items():
-            say(f"{stage}: PyTorch against ONNX " + ", ".join(f"{k} {v:.2g}" for k, v in values.items()))
-        for kind, values in manifest["results"].get("targets", {}).items():
-            say(f"target {kind}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        config = CompileConfig(
+            precision=precision, tables=tables, fold=fold, targets=tuple(target or ()), index=index, bound=bound,
+            force=force,
+        )  # fmt: skip
+        sizes = chosen_preset(preset, run.root)
+        results = compile_models(Features(run.features), sizes, run.root, seed, say, config)["results"]
+    for stage, values in results["parity"].items():
+        say(f"{stage}: PyTorch against ONNX " + ", ".join(f"{k} {v:.2g}" for k, v in values.items()))
+    for kind, values in results.get("targets", {}).items():
+        say(f"target {kind}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+    say_next("serve", run, artifacts)

@@ -16,58 +16,56 @@ from vivace.cli.options import (
     PresetName,
     Seed,
     chosen_preset,
-    reported,
     say,
 )
+from vivace.cli.runs import say_next, step
+from vivace.cli.values import choice, plain_name, values_of
+from vivace.run import Run
+
+MIXTURES = values_of("training.models.ranking:MIXTURES")
 
 
 def compress(
-    name: Name = "shop",
+    name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     preset: PresetName = "",
     seed: Seed = 7,
-    variant: Annotated[str, typer.Option(help="folder under artifacts/<name>/compressed")] = "small",
-    layers: Annotated[int, typer.Option(help="layers left of the retriever (0: all)")] = 0,
-    heads: Annotated[int, typer.Option(help="attention heads left in each layer (0: all)")] = 0,
-    ffn: Annotated[int, typer.Option(help="feed-forward channels left (0: all)")] = 0,
-    width: Annotated[int, typer.Option(help="embedding dimensions left (0: all)")] = 0,
-    memory: Annotated[int, typer.Option(help="newest encoded events the ranker reads (0: all)")] = 0,
-    ranker_heads: Annotated[int, typer.Option(help="attention heads of the ranker (0: as before)")] = 0,
-    followers: Annotated[int, typer.Option(help="followers kept of an item for the ranker (0: as before)")] = 0,
-    mixture: Annotated[str, typer.Option(help='of the ranker\'s heads: "mmoe", "ple", "shared" ("": as before)')] = "",
-    learning_rate: Annotated[float, typer.Option(help="of the recovery")] = 3e-3,
-    dropout: Annotated[float, typer.Option(help="of the recovery")] = 0.1,
+    variant: Annotated[
+        str, typer.Option(help="folder under artifacts/RUN/compressed", parser=plain_name, metavar="NAME")
+    ] = "small",
+    layers: Annotated[int, typer.Option(help="layers left of the retriever (0: all)", min=0)] = 0,
+    heads: Annotated[int, typer.Option(help="attention heads left in each layer (0: all)", min=0)] = 0,
+    ffn: Annotated[int, typer.Option(help="feed-forward channels left (0: all)", min=0)] = 0,
+    width: Annotated[int, typer.Option(help="embedding dimensions left (0: all)", min=0)] = 0,
+    memory: Annotated[int, typer.Option(help="newest encoded events the ranker reads (0: all)", min=0)] = 0,
+    ranker_heads: Annotated[int, typer.Option(help="attention heads of the ranker (0: as before)", min=0)] = 0,
+    followers: Annotated[int, typer.Option(help="followers kept of an item for the ranker (0: as before)", min=0)] = 0,
+    mixture: Annotated[str, choice("--mixture", MIXTURES, "of the ranker's heads, as before if empty")] = "",
+    learning_rate: Annotated[float, typer.Option(help="of the recovery", min=1e-8, max=1.0)] = 3e-3,
+    dropout: Annotated[float, typer.Option(help="of the recovery", min=0.0, max=0.99)] = 0.1,
     sparsity: Annotated[str, typer.Option(help='of the encoder: "2:4", or a share of zeros such as 0.8')] = "",
     qat: Annotated[bool, typer.Option(help="recover with weights and activations rounded to eight bits")] = False,
     fresh: Annotated[bool, typer.Option(help="a new small model instead of the pruned one, taught likewise")] = False,
-    epochs: Annotated[int, typer.Option(help="of recovery training under the whole model's eye")] = 4,
+    epochs: Annotated[int, typer.Option(help="of recovery training under the whole model's eye", min=1)] = 4,
     precision: Precision = "fp32",
     bound: Bound = 0.01,
     force: Force = False,
 ) -> None:
     """Prune an evaluated run, let the whole model teach it, compile it, refuse it if it lost too much."""
-    from preprocessing.features import Features
-    from training.compile.compress import FOLDER, Compression, SmallerRanker
-    from training.compile.compress import compress as run
-    from training.compile.prune import Target
-    from training.learn.constraints import Constraint
-    from vivace.manifest import exclusive
+    with step(name, artifacts) as run:
+        from preprocessing.features import Features
+        from training.compile.compress import Compression, SmallerRanker
+        from training.compile.compress import compress as compress_run
+        from training.compile.prune import Target
+        from training.learn.constraints import Constraint
 
-    with reported():
-        root = artifacts / name
-        target, smaller = Target(layers, heads, ffn, width), SmallerRanker(memory, ranker_heads, followers, mixture)
         config = Compression(
-            target,
-            smaller,
-            fresh,
-            Constraint(sparsity, qat),
-            epochs,
-            learning_rate,
-            dropout,
-            precision=precision,
-            bound=bound,
-            force=force,
-        )
-        with exclusive(root):
-            run(Features(root / "features"), chosen_preset(preset, root), root, variant, config, seed, say)
-        say(f"vivace serve --name {name}/{FOLDER}/{variant}; python -m benchmarks.graphs compares the speeds")
+            target=Target(layers=layers, heads=heads, ffn=ffn, width=width),
+            ranker=SmallerRanker(memory=memory, heads=ranker_heads, followers=followers, mixture=mixture),
+            fresh=fresh, constraint=Constraint(sparsity=sparsity, int8=qat), epochs=epochs, learning_rate=learning_rate,
+            dropout=dropout, precision=precision, bound=bound, force=force,
+        )  # fmt: skip
+        sizes = chosen_preset(preset, run.root)
+        compress_run(Features(run.features), sizes, run.root, variant, config, seed, say)
+    say("python -m benchmarks.graphs compares the speeds")
+    say_next("serve", Run(run.variants / variant), artifacts)

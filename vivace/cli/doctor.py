@@ -13,6 +13,7 @@ import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, console
 from vivace.machine import cpu, gpu
@@ -78,8 +79,8 @@ def examine(console: Console, artifacts: Path) -> int:
         "lmdb",
         "locust",
     ):
-        found = _version(package)
-        rows.append((package, bool(found), found or "not installed: run 'make setup'"))
+        version = _version(package)
+        rows.append((package, bool(version), version or "not installed: run 'make setup'"))
     rows += [
         ("GPU", True if device else None, device or "none: training and serving use the CPU profile"),
         ("cuDF", True if _version("cudf-cu12") else None, "GPU pre-processing" if _version("cudf-cu12") else
@@ -91,7 +92,7 @@ def examine(console: Console, artifacts: Path) -> int:
         ("artifacts", None, _artifacts(artifacts)),
     ]  # fmt: skip
     table = Table(show_header=False)
-    marks = {True: "[green]ok[/green]", False: "[red]missing[/red]", None: "[dim]-[/dim]"}
+    marks = {True: Text("ok", style="green"), False: Text("missing", style="red"), None: Text("-", style="dim")}
     for what, ok, text in rows:
         table.add_row(what, marks[ok], text)
     console.print(table)

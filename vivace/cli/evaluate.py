@@ -9,6 +9,7 @@ import typer
 
 from vivace.cli.options import (
     DEFAULT_ARTIFACTS,
+    TASKS,
     Artifacts,
     DataPath,
     Name,
@@ -16,64 +17,70 @@ from vivace.cli.options import (
     Seed,
     chosen_preset,
     console,
-    reported,
+    progress,
     say,
 )
+from vivace.cli.runs import find_run, new_run, run_name, say_next, step
+from vivace.cli.values import choice
+from vivace.run import EVALUATION, Run
+
+JUDGED = ("esci",)
 
 
 def evaluate(
-    name: Name = "shop",
+    name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     preset: PresetName = "",
     seed: Seed = 7,
     compare: Annotated[str, typer.Option(help="names of evaluated runs, by commas: print them side by side")] = "",
-    plot: Annotated[Path, typer.Option(help="picture of --compare")] = Path("compare.png"),
-    task: Annotated[str, typer.Option(help="recommend, or search with --data esci and its --path")] = "recommend",
-    data: Annotated[str, typer.Option("--data", help="of --task search: esci")] = "esci",
+    plot: Annotated[Path, typer.Option(help="picture of --compare", dir_okay=False)] = Path("compare.png"),
+    task: Annotated[str, choice("--task", TASKS, "what is judged; search needs --path")] = "recommend",
+    data: Annotated[str, choice("--data", JUDGED, "judged queries, for --task search")] = "esci",
     path: DataPath = None,
 ) -> None:
     """Rank every item for every test request: baselines, retriever, ranker, control. --compare: several runs. --task
     search: BM25, dense, hybrid and ranker on judged queries."""
     if task == "search":
-        evaluate_search(artifacts / (name if name != "shop" else data), data, path, seed)
+        evaluate_search(name or data, artifacts, data, path, seed)
         return
     if compare:
-        compare_runs([artifacts / n for n in compare.split(",") if n], plot)
+        compare_runs([find_run(artifacts, part) for part in compare.split(",") if part], artifacts, plot)
         return
-    from preprocessing.features import Features
-    from training.judge.evaluate import evaluate as run
-    from training.judge.evaluate import render
-    from vivace.manifest import exclusive
+    with step(name, artifacts) as run, console.status("ranking test requests") as status:
+        from preprocessing.features import Features
+        from training.judge.evaluate import evaluate as judge
+        from training.judge.evaluate import render
 
-    with reported():
-        root = artifacts / name
-        with exclusive(root), console.status("ranking test requests") as status:
-            features = Features(root / "features")
-            manifest = run(features, chosen_preset(preset, root), root, seed, lambda text: status.update(text))
-        for table in render(manifest, name):
-            console.print(table)
+        sizes = chosen_preset(preset, run.root)
+        manifest = judge(Features(run.features), sizes, run.root, seed, progress(status))
+    for table in render(manifest, run.root.name):
+        console.print(table)
+    say_next("compile", run, artifacts)
 
 
-def evaluate_search(root: Path, data: str, path: Path | None, seed: int) -> None:
+def evaluate_search(name: str, artifacts: Path, data: str, path: Path | None, seed: int) -> None:
+    if path is None:
+        raise typer.BadParameter(f"--task search needs the folder of {data}", param_hint="--path")
     from search.data import read_esci
     from training.search.evaluate import FILE, esci_config, evaluate_step, render
-    from vivace.manifest import exclusive
 
-    with reported():
-        if data != "esci" or path is None:
-            raise ValueError("--task search: expected --data esci and --path, the folder of the data set")
-        with exclusive(root):
-            results = evaluate_step(*read_esci(path), esci_config(), root, seed, say)
-        console.print(render(results, f"{data}: search, {results['queries']} judged queries, all items ranked"))
-        say(f"figures {root / FILE}")
+    with new_run(name, artifacts) as run:
+        results = evaluate_step(*read_esci(path), esci_config(), run.root, seed, say)
+    console.print(render(results, f"{data}: search, {results['queries']} judged queries, all items ranked"))
+    say(f"figures {run.root / FILE}")
 
 
-def compare_runs(runs: list[Path], plot_file: Path) -> None:
+def compare_runs(runs: list[Run], artifacts: Path, plot_file: Path) -> None:
+    for run in runs:
+        if not run.has(EVALUATION):
+            name = run_name(run, artifacts)
+            raise FileNotFoundError(
+                f"--compare: {name} is not evaluated yet; run 'vivace evaluate --name {name}' first"
+            )
     from training.judge import compare
 
-    with reported():
-        rows = compare.compare(runs)
-        console.print(compare.render(rows))
-        compare.plot(rows, plot_file)
-        compare.write_json(rows, plot_file.with_suffix(".json"))
-        say(f"plot {plot_file}, figures {plot_file.with_suffix('.json')}")
+    rows = compare.compare([run.root for run in runs])
+    console.print(compare.render(rows))
+    compare.plot(rows, plot_file)
+    compare.write_json(rows, plot_file.with_suffix(".json"))
+    say(f"plot {plot_file}, figures {plot_file.with_suffix('.json')}")

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from vivace.cli.compile import compile_
 from vivace.cli.compress import compress
 from vivace.cli.demo import demo
 from vivace.cli.doctor import doctor
+from vivace.cli.errors import reported
 from vivace.cli.evaluate import evaluate
 from vivace.cli.load import load
 from vivace.cli.optimize import optimize
+from vivace.cli.options import console
 from vivace.cli.prepare import prepare
+from vivace.cli.presets import presets
 from vivace.cli.pretrain import pretrain
 from vivace.cli.query import query
 from vivace.cli.report import report_compress
@@ -22,21 +28,70 @@ from vivace.cli.serve import serve
 from vivace.cli.train import train
 from vivace.cli.tune import tune
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-reports = typer.Typer(no_args_is_help=True)
-app.add_typer(reports, name="report", help="Pages that show what was measured.")
-VERBS: tuple[Callable[..., None], ...] = (
-    prepare, train, pretrain, optimize, evaluate, compress, compile_, serve, tune, query, load, demo, doctor,
+HELP = (
+    "A real-time recommender: from a log of events to ranked answers of a Triton server.\n\n"
+    "'vivace demo' goes the whole way on made-up data. Step by step: prepare, train, evaluate, compile, serve, query; "
+    "each step ends with the command that follows.\n\n"
+    "What a step makes lies in artifacts/RUN. Without --name, prepare calls the run after its data set (of tables: the "
+    "name in the mapping); every other step takes the one run there is, or the one prepared last, and says which."
+)
+
+PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "Start": (demo, doctor),
+    "Data": (prepare,),
+    "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
+    "Serving": (serve, tune, load),
+    "Looking": (query,),
+}
+
+
+class Verbs(TyperGroup):
+    """The group of all verbs: what goes wrong in any of them is reported here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with reported(bool(ctx.params.get("traceback"))):
+            return super().invoke(ctx)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        from vivace.manifest import commit
+
+        console.print(f"vivace {version('vivace')}, commit {commit()}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )  # fmt: skip
-for verb in VERBS:
-    app.command(verb.__name__.rstrip("_"))(verb)
+reports = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print version and commit", is_eager=True, callback=_version)
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="show where an error came from; so does VIVACE_TRACEBACK=1")
+    ] = False,
+) -> None:
+    """Options of every verb: see ``Verbs``."""
+
+
+for panel, verbs in PANELS.items():
+    for verb in verbs:
+        text = " ".join((verb.__doc__ or "").split())  # Typer keeps the line breaks of a docstring
+        app.command(verb.__name__.rstrip("_"), rich_help_panel=panel, help=text)(verb)
+app.add_typer(reports, name="report", help="Pages that show what was measured.", rich_help_panel="Looking")
 reports.command("compress")(report_compress)
 
 
 def main() -> None:
     os.environ.setdefault("TQDM_MININTERVAL", "1")
-    import warnings
-
     warnings.filterwarnings("ignore", module="merlin|nvtabular|dask|cudf")
     app()
 

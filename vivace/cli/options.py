@@ -1,86 +1,122 @@
-"""What the verbs of the command line share: options, one way to say something, errors in one line."""
+"""What the verbs of the command line share: options, one way to say something, sizes by preset."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-console = Console(width=None if sys.stdout.isatty() else 120)
+from vivace.cli.values import choice, json_file, one_of, plain_name, run_name, values_of
 
-Data = Annotated[
-    str, typer.Option("--data", help="shop, ml-1m, ml-1m-benchmark, beauty, globo, hm, retailrocket or tables")
+# markup and emoji codes are off: titles, ids and messages are printed as they are, in tables as well
+console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False, highlight=False)
+errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+DATA_SETS = values_of("preprocessing.readers:DATA_SETS")
+PRESETS = values_of("training.presets:PRESETS")
+PRECISIONS = values_of("training.compile.quantize:PRECISIONS")
+PROTOCOLS = values_of("vivace.client:PROTOCOLS")
+TASKS = ("recommend", "search")
+
+Data = Annotated[str, choice("--data", DATA_SETS, "data set")]
+DataPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--path",
+        help="folder of the data set (default $VIVACE_DATA/<its folder>); of tables, the TOML file of their mapping",
+        exists=True,
+        readable=True,
+    ),
 ]
-DataPath = Annotated[Path | None, typer.Option("--path", help="folder of the data set; for tables the TOML mapping")]
-Name = Annotated[str, typer.Option("--name", help="folder under --artifacts; the data set's name if empty")]
-Artifacts = Annotated[Path, typer.Option("--artifacts", help="where artifacts go")]
+Name = Annotated[
+    str,
+    typer.Option("--name", help="run under --artifacts; default: see 'vivace --help'", parser=run_name, metavar="RUN"),
+]
+NewName = Annotated[
+    str,
+    typer.Option("--name", help="run to make; the data set's name if empty", parser=plain_name, metavar="RUN"),
+]
+Artifacts = Annotated[Path, typer.Option("--artifacts", help="where runs are kept", file_okay=False)]
 PresetName = Annotated[
-    str, typer.Option("--preset", help="sizes by name or JSON file; by the data set, or as trained, if empty")
+    str,
+    typer.Option(
+        "--preset",
+        help=f"sizes: {', '.join(PRESETS)} ('vivace presets' describes them) or a JSON file; as trained, or by the "
+        "data set, if empty",
+        parser=one_of(PRESETS, also_json=True),
+        metavar="NAME",
+    ),
 ]
-Seed = Annotated[int, typer.Option("--seed")]
-Profile = Annotated[str, typer.Option("--profile", help='configs/<profile>.pbtxt; "" is config.pbtxt')]
-Precision = Annotated[str, typer.Option("--precision", help="fp32, fp16, int8, int8-qdq or fp8: docs/compress.md")]
-Tables = Annotated[str, typer.Option("--tables", help="of items: fp32, or int8 for a quarter of the memory")]
-Bound = Annotated[float, typer.Option("--bound", help="relative fall of NDCG@10 that the quality gate lets through")]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+Profile = Annotated[
+    str,
+    typer.Option("--profile", help='configs/<profile>.pbtxt; "" is config.pbtxt', parser=plain_name, metavar="NAME"),
+]
+Precision = Annotated[str, choice("--precision", PRECISIONS, "of the graphs (docs/compress.md)")]
+Tables = Annotated[
+    str, choice("--tables", values_of("training.compile.export:TABLES"), "of items; int8 takes a quarter of the memory")
+]
+Bound = Annotated[
+    float, typer.Option("--bound", help="relative fall of NDCG@10 that the quality gate lets through", min=0, max=1)
+]
 Force = Annotated[bool, typer.Option("--force", help="publish what the quality gate refuses; it is recorded")]
 Wandb = Annotated[
     bool, typer.Option("--wandb", help="log to Weights & Biases too (offline without a key; WANDB_MODE decides)")
 ]
 Host = Annotated[str, typer.Option("--host", help="address to bind or to call")]
+Protocol = Annotated[str, choice("--protocol", PROTOCOLS, "of the call")]
 DEFAULT_ARTIFACTS = Path("artifacts")
+MAX_PORT = 65535
 
 
 def say(text: str) -> None:
-    console.print(f"[dim]·[/dim] {text}", highlight=False)
+    """One line of progress or result, printed as it is."""
+    console.print(Text("·", style="dim"), text, soft_wrap=True)
 
 
-@contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """Expected errors as one line and exit code 1; Ctrl-C as exit code 130. The rest shows its traceback."""
-    from serving.launcher import ServerError
-    from vivace.client import VivaceError
-    from vivace.manifest import BusyError
-
-    try:
-        yield
-    except (ValueError, FileNotFoundError, NotImplementedError, ServerError, BusyError, VivaceError) as error:
-        console.print(f"[red]vivace:[/red] {error}", highlight=False, markup=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print("stopped", highlight=False)
-        raise typer.Exit(130) from None
-
-
-def run_folder(artifacts: Path, name: str, data: str) -> Path:
-    """``name`` under ``artifacts``, or the data set's."""
-    return artifacts / (name or data)
+def progress(status: Any) -> Callable[[str], None]:
+    """Shows texts as they are in the line of ``console.status``."""
+    return lambda text: status.update(Text(text))
 
 
 def chosen_preset(name: str, root: Path, recorded: bool = True) -> Any:
-    """The preset ``name``; without one what the run was trained with (``recorded``), or that of its data set."""
-    from training.presets import PRESET, from_json, preset
-    from vivace.contract import DataSchema
+    """The preset ``name``; without one what the run was trained with (``recorded``), or that of its data set.
 
-    own = root / PRESET
-    if recorded and not name and own.exists():
-        return from_json(json.loads(own.read_text()))
-    schema = root / "features" / "schema.json"
-    known = DataSchema.load(schema).name if schema.exists() else ""
-    return preset(name or ("shop" if known == "shop" else "cpu"))
+    Raises BadParameter for a preset that cannot be read, ValueError where another version recorded the run's."""
+    from training.presets import from_json, preset
+    from vivace.contract import DataSchema
+    from vivace.run import Run
+
+    run = Run(root)
+    if recorded and not name and run.preset.exists():
+        try:
+            return from_json(json.loads(run.preset.read_text()))
+        except TypeError as error:
+            raise ValueError(
+                f"{run.preset}: sizes of another version of vivace ({error}); run 'vivace train' again"
+            ) from None
+    if name.endswith(".json"):
+        json_file(Path(name), "--preset")
+    schema = run.features / "schema.json"
+    data = DataSchema.load(schema).name if schema.exists() else ""
+    try:
+        return preset(name or ("shop" if data == "shop" else "cpu"))
+    except TypeError as error:
+        raise typer.BadParameter(f"{name}: a value of the wrong type ({error})", param_hint="--preset") from None
 
 
 def track(wandb: bool) -> None:
-    from training.tracking import WANDB
-
     if wandb:
+        from training.tracking import WANDB
+
         os.environ[WANDB] = "1"
 
 

@@ -14,41 +14,52 @@ from vivace.cli.options import (
     Seed,
     Wandb,
     chosen_preset,
-    reported,
     say,
     track,
 )
+from vivace.cli.runs import say_next, step
+from vivace.cli.values import one_of, values_of
+
+TEXT = "text"
+OBJECTIVES = values_of("training.learn.pretrain:OBJECTIVES")
 
 
 def pretrain(
-    name: Name = "shop",
+    name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     preset: PresetName = "",
     seed: Seed = 7,
     objective: Annotated[
-        str, typer.Option(help="by commas: masked, session, segment, contrastive; or text, for the text encoder")
+        str,
+        typer.Option(
+            help=f"by commas: {', '.join(OBJECTIVES)}; or {TEXT}, for the text encoder",
+            parser=one_of((*OBJECTIVES, TEXT), commas=True),
+            metavar="NAMES",
+        ),
     ] = "masked",
-    epochs: Annotated[int, typer.Option(help="0: 2, and 10 for text")] = 0,
+    epochs: Annotated[int, typer.Option(help="0: 2, and 10 for text", min=0)] = 0,
     wandb: Wandb = False,
 ) -> None:
-    """Train the encoder without next-item labels; then: vivace train --from artifacts/<name>/pretrained."""
+    """Train the encoder without next-item labels; 'vivace train --from' then starts from it."""
     track(wandb)
-    from preprocessing.features import Features
-    from training.learn.pretrain import Pretraining
-    from training.learn.pretrain import pretrain as run
-    from vivace.manifest import exclusive
+    objectives = tuple(part for part in objective.split(",") if part)
+    if TEXT in objectives and len(objectives) > 1:
+        raise typer.BadParameter(f"{TEXT} goes alone, got {objective!r}", param_hint="--objective")
+    with step(name, artifacts) as run:
+        from preprocessing.features import Features
+        from training.learn.pretrain import Pretraining
+        from training.learn.pretrain import pretrain as pretrain_encoder
 
-    with reported():
-        root = artifacts / name
-        features = Features(root / "features")
-        with exclusive(root):
-            if objective == "text":
-                from training.learn.text import pretrain_text
-                from training.models.text_encoder import TextConfig
+        features = Features(run.features)
+        if TEXT in objectives:
+            from training.learn.text import pretrain_text
+            from training.models.text_encoder import TextConfig
 
-                text = TextConfig(epochs=epochs) if epochs else TextConfig()
-                manifest = pretrain_text(features, text, root, seed, say)
-            else:
-                config = Pretraining(tuple(o for o in objective.split(",") if o), epochs or 2)
-                manifest = run(features, chosen_preset(preset, root, recorded=False), config, root, seed, say)
-        say(f"pretrained: {manifest['results']['parameters']:,} parameters, {manifest['seconds']:.0f} s")
+            config = TextConfig(epochs=epochs) if epochs else TextConfig()
+            manifest = pretrain_text(features, config, run.root, seed, say)
+        else:
+            sizes = chosen_preset(preset, run.root, recorded=False)
+            pretraining = Pretraining(objectives=objectives, epochs=epochs or 2)
+            manifest = pretrain_encoder(features, sizes, pretraining, run.root, seed, say)
+    say(f"pretrained: {manifest['results']['parameters']:,} parameters, {manifest['seconds']:.0f} s")
+    say_next("train" if TEXT in objectives else f"train --from {run.pretrained}", run, artifacts)

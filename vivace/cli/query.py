@@ -4,75 +4,152 @@ from __future__ import annotations
 
 import contextlib
 import json
-from pathlib import Path
+import socket
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, console, reported, say
+from vivace import contract
+from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, Protocol, console, say
+from vivace.cli.runs import find_run, run_name, runs
+from vivace.cli.values import json_object
+from vivace.client import Recommendation, VivaceClient, VivaceError
+from vivace.run import Run
+
+SHOWN_EVENTS = 5
+UNDERSTOOD = ("text", "corrected", "synonyms", "intents", "facets")  # of a query, in this order
+ADVICE = {  # by words of a STATUS: what it means for who asked
+    contract.STATUS_OK: "answered from all that was given",
+    "popular items": "nothing is known to go by, so these are what most people take; give --history, or --user as the "
+    "data writes it",
+    "HISTORY items are not in the catalogue": "these ids were left out: check how the data writes them",
+    "no search": "the run cannot search, so --text was left out; 'vivace train --task search' and 'vivace compile' "
+    "make it so",
+    "no word to search for": "--text was left out",
+}
 
 
 def query(
     user: Annotated[str, typer.Option(help="user id; the history comes from the feature store")] = "",
-    history: Annotated[str, typer.Option(help="item ids, oldest first, separated by commas")] = "",
-    top_k: int = 10,
-    name: Name = "shop",
+    history: Annotated[
+        list[str] | None, typer.Option(help="item id in place of the stored history; repeat it, oldest first")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="items to answer", min=1, max=contract.MAX_TOP_K)] = 10,
+    name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
-    url: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8001",
-    protocol: Annotated[str, typer.Option(help="grpc or http")] = "grpc",
-    append: Annotated[str, typer.Option(help="first add this item to the user's history")] = "",
+    url: Annotated[str, typer.Option(help="host:port")] = "",
+    protocol: Protocol = "grpc",
+    append: Annotated[str, typer.Option(help="first add this item to --user's history", metavar="ITEM")] = "",
+    event_type: Annotated[str, typer.Option(help="of --append, as the data names it, such as click")] = "",
     text: Annotated[str, typer.Option(help="search for this; needs a run with search")] = "",
     filters: Annotated[
-        str, typer.Option(help='{"values": {"brand": ["Alto"]}, "ranges": {"price": [5, null]}, "seen": false}')
+        Any,
+        typer.Option(
+            help='of --text: {"values": {"brand": ["Alto"]}, "ranges": {"price": [5, null]}, "seen": false}',
+            parser=json_object,
+            metavar="JSON",
+        ),
     ] = "",
-    diversity: Annotated[float, typer.Option(help="of --text: 0 by score, 1 as unlike each other as can be")] = 0.0,
+    diversity: Annotated[
+        float, typer.Option(help="of --text: 0 by score, 1 as unlike each other as can be", min=0, max=1)
+    ] = 0.0,
 ) -> None:
-    """Ask the running server and print titles; with --text what it understood and which branches found each item."""
-    from vivace.client import VivaceClient
-
-    with reported(), VivaceClient(url, protocol) as client:
+    """Ask the running server and print ids and titles; with --text what it understood and which branches found each
+    item."""
+    for flag, value, needed, present in (
+        ("--append", append, "--user", user), ("--event-type", event_type, "--append", append),
+        ("--filters", filters, "--text", text), ("--diversity", diversity, "--text", text),
+    ):  # fmt: skip
+        if value and not present:
+            raise typer.BadParameter(f"goes with {needed}", param_hint=flag)
+    run = find_run(artifacts, name) if name or runs(artifacts) else None
+    address = url or ("127.0.0.1:8001" if protocol == "grpc" else "127.0.0.1:8000")
+    require_server(address, run)
+    with VivaceClient(address, protocol) as client:
         if append:
-            say(f"{user}: history now has {client.append(user, append)} events")
-        items = [i for i in history.split(",") if i]
-        wanted = json.loads(filters) if filters else None
-        answer = client.recommend(user, items, top_k, text, filters=wanted, diversity=diversity)
-        print_answer(artifacts / name, user, items, answer)
+            appended = client.append(user, append, event_type)
+            status = getattr(appended, "status", "")
+            say(f"{user}: history now has {appended} events" + (f"; STATUS {status}" if status else ""))
+        try:
+            answer = client.recommend(user, history or [], top_k, text, filters=filters, diversity=diversity)
+        except VivaceError as error:
+            hint = f"; is {address} the port of {protocol}?" if "failed to connect" in str(error) else ""
+            raise VivaceError(f"{error}{hint}") from None
+    print_answer(run, user, history or [], answer)
 
 
-def titles(root: Path, items: list[str]) -> list[str]:
-    """Titles from the feature store; the id where there is none."""
+def require_server(url: str, run: Run | None = None) -> None:
+    """Raises VivaceError that names the command to run where nobody listens at host:port."""
+    host, _, port = url.rpartition(":")
+    if not host or not port.isdigit() or "/" in url:
+        raise typer.BadParameter(f"expected host:port such as 127.0.0.1:8001, got {url!r}", param_hint="--url")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        name = f" --name {run_name(run, run.root.parent)}" if run else ""
+        raise VivaceError(f"no server answers at {url} ({error}); start one: vivace serve{name}") from None
+
+
+def explained(status: str) -> str:
+    """What a STATUS means and what to do about it; "" where its own words say it."""
+    return "; ".join(advice for words, advice in ADVICE.items() if words in status)
+
+
+def titles(run: Run | None, items: Sequence[str]) -> list[str]:
+    """Titles from the feature store; "" where there is none."""
     from vivace.store.lmdb_store import LmdbStore
 
-    with contextlib.closing(LmdbStore(root / "feature_store", readonly=True)) as store:
-        return [t or i for t, i in zip(store.titles(items), items, strict=True)]
+    if run is None or not run.feature_store.is_dir():
+        return [""] * len(items)
+    with contextlib.closing(LmdbStore(run.feature_store, readonly=True)) as store:
+        return [title or "" for title in store.titles(items)]
 
 
-def print_answer(root: Path, user: str, history: list[str], answer: Any) -> None:
-    """History titles and recommended titles side by side with scores."""
+def stored_history(run: Run | None, user: str) -> list[str]:
+    """What the feature store has of a user, oldest first."""
     from vivace.store.lmdb_store import LmdbStore
 
-    with contextlib.closing(LmdbStore(root / "feature_store", readonly=True)) as store:
-        known = history or (store.histories([user])[0] if user else None) or []
-    past, found = titles(root, known[-5:]), titles(root, answer.items)
-    table = Table(title=f"user {user or '(anonymous)'}, STATUS {answer.status}", title_justify="left")
-    table.add_column("last in the history")
-    table.add_column("recommended")
-    table.add_column("score", justify="right")
-    for head in answer.heads:
-        table.add_column(f"P({head})", justify="right")
-    if answer.understood:
-        shown = {k: answer.understood[k] for k in ("text", "corrected", "synonyms", "intents", "facets")}
-        console.print(json.dumps(shown, ensure_ascii=False), highlight=False)
-        table.add_column("found by")
-    found_by = answer.understood.get("found_by", {})
-    for i in range(max(len(past), len(found))):
-        got = i < len(found)
-        table.add_row(
-            past[i] if i < len(past) else "",
-            found[i] if got else "",
-            f"{answer.scores[i]:.2f}" if got else "",
-            *(f"{p[i]:.3f}" if got else "" for p in answer.heads.values()),
-            *([", ".join(found_by.get(answer.items[i], [])) if got else ""] if answer.understood else []),
-        )
-    console.print(table)
+    if run is None or not user or not run.feature_store.is_dir():
+        return []
+    with contextlib.closing(LmdbStore(run.feature_store, readonly=True)) as store:
+        return list(store.histories([user])[0] or [])
+
+
+def print_answer(run: Run | None, user: str, history: list[str], answer: Recommendation) -> None:
+    """STATUS, the newest of the history, what a query was taken for, and a row an item."""
+    advice = explained(answer.status)
+    say(f"user {user or '(anonymous)'}, STATUS {answer.status}" + (f" ({advice})" if advice else ""))
+    events = history or stored_history(run, user)
+    newest = events[-SHOWN_EVENTS:]
+    if events:
+        shown = (f"{item} {title}".rstrip() for item, title in zip(newest, titles(run, newest), strict=True))
+        say(f"history of {len(events)}, newest last: {'; '.join(shown)}")
+    understood = {key: value for key in UNDERSTOOD if (value := answer.understood.get(key))}
+    if understood:
+        say(f"understood {json.dumps(understood, ensure_ascii=False)}")
+    if answer.items:
+        console.print(answer_table(answer, titles(run, answer.items)))
+    else:
+        say("no item")
+
+
+def answer_table(answer: Recommendation, names: Sequence[str]) -> Table:
+    """A row an item, best first; columns that would be empty are left out."""
+    branches = answer.understood.get("found_by", {})
+    table = Table()
+    table.add_column("", justify="right")
+    table.add_column("item")
+    columns: list[tuple[str, list[str]]] = []
+    if any(names):
+        columns.append(("title", list(names)))
+    columns.append(("score", [f"{score:.2f}" for score in answer.scores]))
+    columns += [(f"P({head})", [f"{p:.3f}" for p in values]) for head, values in answer.heads.items()]
+    if branches:
+        columns.append(("found by", [", ".join(branches.get(item, [])) for item in answer.items]))
+    for title, _ in columns:
+        table.add_column(title, justify="left" if title in ("title", "found by") else "right")
+    for row, item in enumerate(answer.items):
+        table.add_row(str(row + 1), item, *(values[row] for _, values in columns))
+    return table

@@ -4,101 +4,117 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vivace.cli.options import (
     DEFAULT_ARTIFACTS,
+    TASKS,
     Artifacts,
     Name,
     PresetName,
     Seed,
     Wandb,
     chosen_preset,
-    reported,
     say,
     track,
     with_overrides,
 )
+from vivace.cli.runs import find_run, say_next, step
+from vivace.cli.values import choice, values_of
+from vivace.manifest import exclusive
+
+LOSSES = values_of("training.presets:LOSSES")
+METHODS = values_of("training.models.adapters:METHODS")
 
 
 def train(
-    name: Name = "shop",
+    name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     preset: PresetName = "",
     seed: Seed = 7,
     control: Annotated[bool, typer.Option(help="also train the ranker without its extra label")] = False,
-    epochs: Annotated[int, typer.Option(help="epochs of the retriever (0: the preset's)")] = 0,
-    loss: Annotated[str, typer.Option(help='"full", "sampled" or "gbce" ("": the preset\'s)')] = "",
+    epochs: Annotated[int, typer.Option(help="epochs of the retriever (0: the preset's)", min=0)] = 0,
+    loss: Annotated[str, choice("--loss", LOSSES, "the preset's if empty")] = "",
     start_from: Annotated[
-        Path | None, typer.Option("--from", help="folder of a pretrained or trained retriever to start from")
+        Path | None,
+        typer.Option(
+            "--from", help="folder of a pretrained or trained retriever to start from", exists=True, file_okay=False
+        ),
     ] = None,
-    adapt: Annotated[str, typer.Option(help="with --from: full, lora or adapter")] = "full",
-    rank: Annotated[int, typer.Option(help="with --adapt lora: rank of the updates")] = 8,
+    adapt: Annotated[str, choice("--adapt", METHODS, "with --from, what is trained")] = "full",
+    rank: Annotated[int, typer.Option(help="with --adapt lora: rank of the updates", min=1)] = 8,
     wandb: Wandb = False,
-    task: Annotated[str, typer.Option(help="recommend, or search: what makes a trained run's catalogue searchable")] = (
-        "recommend"
-    ),
+    task: Annotated[
+        str, choice("--task", TASKS, "what is trained; search makes a trained run's catalogue searchable")
+    ] = "recommend",
 ) -> None:
     """Train the retriever, then the ranker; resumes from the last checkpoint. --task search: then the text encoder, the
     word index and the search ranker."""
     if task == "search":
-        learn_search(artifacts / name, preset, seed)
+        train_search(name, artifacts, preset, seed)
         return
     track(wandb)
+    run = find_run(artifacts, name)
     from preprocessing.features import Features
     from training import distributed
     from training.learn.ranker import train_ranker
     from training.learn.retriever import train_retrieval
     from training.models.adapters import Adaptation
-    from vivace.manifest import exclusive
 
-    with reported():
-        root = artifacts / name
-        chosen = with_overrides(chosen_preset(preset, root, recorded=False), epochs, loss)
-        features = Features(root / "features")
-        with distributed.group() as world, exclusive(root) if world.first else contextlib.nullcontext():
-            first = train_retrieval(
-                features, chosen, root, seed, say if world.first else lambda _: None,
-                start_from=start_from, adaptation=Adaptation(adapt, rank), world=world,
+    adaptation = Adaptation(method=adapt, rank=rank)
+    with distributed.group() as world:
+        sizes = with_overrides(chosen_preset(preset, run.root, recorded=False), epochs, loss)
+        features = Features(run.features)
+        with exclusive(run.root) if world.first else contextlib.nullcontext():
+            retriever = train_retrieval(
+                features, sizes, run.root, seed, say if world.first else lambda _: None,
+                start_from=start_from, adaptation=adaptation, world=world,
             )  # fmt: skip
             if not world.first:  # the ranker is small: the first process trains it alone
                 return
-            sizes = first["results"]
+            counts = retriever["results"]
             say(
-                f"retriever: {sizes['parameters']:,} parameters, {sizes['trained_parameters']:,} trained, "
-                f"{first['seconds']:.0f} s"
+                f"retriever: {counts['parameters']:,} parameters, {counts['trained_parameters']:,} trained, "
+                f"{retriever['seconds']:.0f} s"
             )
-            second = train_ranker(features, chosen, root, seed, say)
-            say(f"ranker: {second['results']['parameters']:,} parameters, {second['seconds']:.0f} s")
+            ranker = train_ranker(features, sizes, run.root, seed, say)
+            say(f"ranker: {ranker['results']['parameters']:,} parameters, {ranker['seconds']:.0f} s")
             if control:
-                train_ranker(features, chosen, root, seed, say, control=True)
+                train_ranker(features, sizes, run.root, seed, say, control=True)
+    say_next("evaluate", run, artifacts)
 
 
-def learn_search(root: Path, preset: str, seed: int) -> None:
-    from preprocessing.features import Features
-    from training.search.train import SearchTraining, train_search
-    from vivace.manifest import exclusive
+def train_search(name: str, artifacts: Path, preset: str, seed: int) -> None:
+    with step(name, artifacts) as run:
+        from preprocessing.features import Features
+        from training.search.train import SearchTraining
+        from training.search.train import train_search as train_search_run
 
-    with reported():
-        features = Features(root / "features")
-        with exclusive(root):
-            found = train_search(features, chosen_preset(preset, root), root, SearchTraining(), seed, say)["results"]
-        for kind, r in found["queries"].items():
-            low, high = r["gain_interval"]
-            say(
-                f"queries made of {kind}, {r['requests']:,} test requests, NDCG@10: fused {r['fused']:.4f}, ranked "
-                f"{r['ranked']:.4f}, with the user's history {r['with_history']:.4f} ({r['gain']:+.4f}, {low:+.4f} to "
-                f"{high:+.4f}); {r['found']:.1%} found"
-            )
-        if log := found.get("log"):
-            low, high = log["over_shown_interval"]
-            say(
-                f"{log['searches']:,} held-out searches of the log, NDCG@10 of clicks by inverse propensity: as shown "
-                f"{log['shown']:.4f}, fused {log['fused']:.4f}, ranked {log['ranked']:.4f}, with the user's history "
-                f"{log['with_history']:.4f} ({log['over_shown']:+.4f} over shown, {low:+.4f} to {high:+.4f})"
-            )
-        costs = (f"{d}: {r['NDCG@10']:.4f}, alike {r['alike']:.2f}" for d, r in found["diversity"].items())
-        say(f"by diversity: {'; '.join(costs)}")
-        say(f"vivace compile --name {root.name}, and QUERY is served")
+        sizes = chosen_preset(preset, run.root)
+        manifest = train_search_run(Features(run.features), sizes, run.root, SearchTraining(), seed, say)
+    for line in search_figures(manifest["results"]):
+        say(line)
+    say_next("compile", run, artifacts)
+
+
+def search_figures(results: dict[str, Any]) -> list[str]:
+    """What the search models reached, a line a kind of query."""
+    lines = []
+    for kind, figures in results["queries"].items():
+        low, high = figures["gain_interval"]
+        lines.append(
+            f"queries made of {kind}, {figures['requests']:,} test requests, NDCG@10: fused {figures['fused']:.4f}, "
+            f"ranked {figures['ranked']:.4f}, with the user's history {figures['with_history']:.4f} "
+            f"({figures['gain']:+.4f}, {low:+.4f} to {high:+.4f}); {figures['found']:.1%} found"
+        )
+    if log := results.get("log"):
+        low, high = log["over_shown_interval"]
+        lines.append(
+            f"{log['searches']:,} held-out searches of the log, NDCG@10 of clicks by inverse propensity: as shown "
+            f"{log['shown']:.4f}, fused {log['fused']:.4f}, ranked {log['ranked']:.4f}, with the user's history "
+            f"{log['with_history']:.4f} ({log['over_shown']:+.4f} over shown, {low:+.4f} to {high:+.4f})"
+        )
+    costs = (f"{d}: {r['NDCG@10']:.4f}, alike {r['alike']:.2f}" for d, r in results["diversity"].items())
+    return [*lines, f"by diversity: {'; '.join(costs)}"]

@@ -1,0 +1,82 @@
+"""Which run a step takes, and what is said where there is none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from vivace.cli import main
+from vivace.cli.runs import find_run, mark_prepared, say_next
+from vivace.manifest import MANIFEST
+from vivace.run import Run
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture
+def artifacts(tmp_path):
+    """Runs a and b, a prepared first; beside them a folder that is none."""
+    for seconds, name in enumerate("ab"):
+        folder = tmp_path / name / "features"
+        folder.mkdir(parents=True)
+        (folder / MANIFEST).write_text("{}")
+        os.utime(folder / MANIFEST, (seconds, seconds))
+    (tmp_path / "notes").mkdir()
+    return tmp_path
+
+
+def test_without_a_name_the_run_prepared_last_is_taken_and_named(artifacts, capsys):
+    assert find_run(artifacts).root.name == "b"
+    assert "run b: prepared last" in capsys.readouterr().out
+    mark_prepared(Run(artifacts / "a"))
+    assert find_run(artifacts).root.name == "a"
+
+
+def test_the_only_run_is_taken(artifacts, capsys):
+    (artifacts / "b" / "features" / MANIFEST).unlink()
+    assert find_run(artifacts).root.name == "a"
+    assert "the only one" in capsys.readouterr().out
+
+
+def test_a_compressed_variant_is_a_run_by_its_path(artifacts):
+    (artifacts / "a" / "compressed" / "small").mkdir(parents=True)
+    assert find_run(artifacts, "a/compressed/small").root == artifacts / "a" / "compressed" / "small"
+    with pytest.raises(FileNotFoundError, match="a/compressed/small"):
+        find_run(artifacts, "a/compressed/smal")
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "compile", "serve", "tune", "load", "optimize", "pretrain"])
+def test_an_unknown_run_is_refused_with_those_there_are(verb, artifacts):
+    out = RUNNER.invoke(main.app, [verb, "--name", "shop", "--artifacts", str(artifacts)])
+    assert out.exit_code == 1 and "b, a" in out.stderr, out.output
+    assert not (artifacts / "shop").exists()
+
+
+def test_without_any_run_the_command_that_makes_one_is_named(tmp_path):
+    out = RUNNER.invoke(main.app, ["train", "--artifacts", str(tmp_path)])
+    assert out.exit_code == 1 and "vivace prepare" in out.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_command_can_be_typed(artifacts, capsys):
+    say_next("train --epochs 2", Run(artifacts / "a"), artifacts)
+    assert capsys.readouterr().out.strip() == f"· next: vivace train --name a --artifacts {artifacts} --epochs 2"
+
+
+def test_tables_are_named_by_their_mapping(tmp_path):
+    """``name`` of the mapping is the folder, the default of the next step and the schema's name."""
+    rows = "".join(f"{user},{item},{time}\n" for user in "uvw" for time, item in enumerate("abcd", 1_700_000_000))
+    (tmp_path / "log.csv").write_text("user,item,time\n" + rows)
+    mapping = 'name = "my-books"\n[interactions]\nfiles = "log.csv"\nuser = "user"\nitem = "item"\ntime = "time"\n'
+    (tmp_path / "mapping.toml").write_text(mapping)
+    artifacts = tmp_path / "runs"
+    out = RUNNER.invoke(
+        main.app,
+        ["prepare", "--data", "tables", "--path", str(tmp_path / "mapping.toml"), "--artifacts", str(artifacts),
+         "--partitions", "1"],
+    )  # fmt: skip
+    assert out.exit_code == 0, out.output
+    assert f"next: vivace train --name my-books --artifacts {artifacts}" in out.output
+    assert find_run(artifacts).schema().name == "my-books"
