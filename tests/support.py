@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 
 from serving.launcher import ServerOptions
 from vivace.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError
+from vivace.manifest import CHECKOUT
 
 T = TypeVar("T")
 PATIENCE_S = 180.0  # far beyond what any machine takes: who waits so long has failed
@@ -18,6 +21,12 @@ WAITED_TOO_LONG = ("timeout expired", "exceeds maximum queue size")  # Triton's 
 
 def quiet(_: str) -> None:
     """For functions that report their progress."""
+
+
+def vivace(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line, run in the checkout to its end."""
+    command = [sys.executable, "-m", "vivace.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
 
 
 def wait_until(condition: Callable[[], T], expected: str, every_s: float = 0.05) -> T:
@@ -31,11 +40,12 @@ def wait_until(condition: Callable[[], T], expected: str, every_s: float = 0.05)
 
 def on_free_ports(repository: Path, **more: Any) -> ServerOptions:
     """A server of ``repository``; its log lies beside it where ``log`` does not say otherwise."""
+    more.setdefault("start_timeout_s", PATIENCE_S)
     more.setdefault("log", repository.parent / f"triton-{more.get('profile') or 'default'}.log")
     return ServerOptions(repository, http_port=0, grpc_port=0, metrics_port=0, **more)
 
 
-def waited_too_long(error: Exception) -> bool:
+def waited_too_long(error: Exception | str) -> bool:
     return any(sign in str(error).lower() for sign in WAITED_TOO_LONG)
 
 

@@ -7,12 +7,9 @@ import json
 import optuna
 import pytest
 
+from tests.support import quiet
 from training.learn.hpo import optimize
 from training.presets import tiny, with_values
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 def test_a_study_is_taken_up_and_plotted(features, root, tmp_path):
