@@ -25,7 +25,7 @@ def quiet(_: str) -> None:
 
 def vivace(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command line, run in the checkout to its end."""
-    command = [sys.executable, "-m", "vivace.cli", *arguments]
+    command = [sys.executable, "-m", "vivace.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
 
 

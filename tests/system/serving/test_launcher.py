@@ -132,7 +132,7 @@ def test_a_model_that_does_not_fit_its_config_is_refused(root, tmp_path):
 def test_serve_stops_cleanly_on_ctrl_c(root, tmp_path):
     log, status_port = tmp_path / "serve.log", free_port("127.0.0.1")
     command = [
-        sys.executable, "-m", "vivace.cli", "serve", "--name", root.name, "--artifacts", str(root.parent),
+        sys.executable, "-m", "vivace.cli.main", "serve", "--name", root.name, "--artifacts", str(root.parent),
         "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--status-port", str(status_port),
         "--log-file", str(tmp_path / "triton.log"),
     ]  # fmt: skip
