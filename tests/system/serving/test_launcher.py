@@ -102,7 +102,7 @@ def test_the_server_binds_to_loopback_only(served):
     process = psutil.Process(server.pid)
     addresses = {
         conn.laddr.ip.removeprefix("::ffff:")
-        for conn in process.connections("inet")
+        for conn in process.net_connections("inet")
         if conn.status == psutil.CONN_LISTEN
     }
     assert addresses == {"127.0.0.1"}
