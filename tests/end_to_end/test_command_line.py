@@ -77,7 +77,8 @@ def test_query_and_load_against_the_served_models(artifacts):
 def test_ctrl_c_in_the_middle_leaves_nothing_and_resumes(artifacts):
     """The demo is interrupted while it trains: no process, no lock, no segment; the next run goes on."""
     before = set(SHM.glob("vivace_*"))
-    command = [sys.executable, "-m", "vivace.cli.main", "demo", "--artifacts", str(artifacts / "demo"), "--preset", "tiny"]
+    options = ["--artifacts", str(artifacts / "demo"), "--preset", "tiny"]
+    command = [sys.executable, "-m", "vivace.cli.main", "demo", *options]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=CHECKOUT, start_new_session=True
     )
