@@ -96,7 +96,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing_and_resumes(artifacts):
     assert out.returncode == 0 and "nothing to do" in out.stdout, out.stdout
 
 
-def test_doctor(artifacts):
+def test_doctor_lists_what_this_machine_offers(artifacts):
     out = vivace("doctor", "--artifacts", str(artifacts))
     assert out.returncode == 0, out.stdout
     assert "tritonserver" in out.stdout and "ready to serve" in out.stdout

@@ -30,7 +30,7 @@ def test_arrivals_have_the_rate_and_the_shape_they_promise(kind):
         assert counts[::5].sum() == pytest.approx(12_000 / 2, rel=0.05)
 
 
-def test_what_counts_by_hand():
+def test_a_run_is_summarized_from_when_requests_were_due():
     records = [(0.0, 0.0, 0.010, ""), (0.1, 0.1, 0.130, ""), (0.2, 0.25, 0.260, ""), (0.3, 0.3, 0.305, "UNAVAILABLE")]
     r = summarize(records, 4, 1, slo_ms=20)
     assert r.answered == 3 and r.refused == {"UNAVAILABLE": 1} and r.attainment == 0.25 and r.goodput == 1

@@ -47,7 +47,7 @@ def test_the_queue_by_hand():
     assert knee(pairs, Batcher(1, 2), 1, 99, 4.9) == 0
 
 
-def test_what_was_measured_is_kept(tmp_path):
+def test_a_journal_keeps_what_was_measured_beyond_a_cut_line(tmp_path):
     path = tmp_path / "log.jsonl"
     first = Journal(path, 60)
     assert first(["run", 1], lambda: 3.5) == 3.5 and first(["run", 1], lambda: 0) == 3.5
@@ -97,7 +97,7 @@ def test_a_search_on_the_live_server(own):
     assert gains == pytest.approx(judged, abs=1e-3)
 
 
-def test_what_cannot_be_had_is_said(own):
+def test_an_objective_out_of_reach_names_the_nearest(own):
     with pytest.raises(ValueError, match=r"not reachable here\. Nearest: p99 of \d"):
         tune(own, Objective(99, 0.05, 0.5), "never", 600, quiet, quiet, {"layout": ["fused"]}, seconds=0.5)
     with pytest.raises(ValueError, match="what was measured is kept"):

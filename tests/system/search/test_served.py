@@ -65,7 +65,7 @@ def titles(features):
     return dict(zip(frame[contract.ITEM], frame[contract.TITLE], strict=True))
 
 
-def test_what_training_measured(searchable):
+def test_training_measures_both_kinds_of_queries_and_what_diversity_costs(searchable):
     """The figures of search: both kinds of queries, and what diversity costs."""
     found = read_manifest(searchable / FOLDER, "")["results"]
     kinds, costs = found["queries"], list(found["diversity"].values())
@@ -134,7 +134,7 @@ def test_the_answer_is_that_of_the_functions(client, searchable):
     )
 
 
-def test_filters_and_diversity(client, titles):
+def test_filters_narrow_and_diversity_spreads_the_answer(client, titles):
     narrow = client.recommend("", [], 10, "lamp", filters={"values": {"brand": ["Alto", "Brio"]}})
     assert len(narrow.items) == 10  # filled, though few lamps are of these brands
     assert all(titles[i].split()[0] in ("Alto", "Brio") for i in narrow.items)
@@ -172,7 +172,7 @@ def test_what_is_no_query_is_refused(client):
             client.recommend("", [], 5, query)
 
 
-def test_two_things_wrong_at_once(client):
+def test_two_inputs_wrong_at_once_are_refused_and_the_server_lives(client):
     """Triton's ensemble answers nothing more once two of its steps have failed side by side: one of them must not."""
     for _ in range(3):
         with pytest.raises(VivaceError, match=r"QUERY: expected at most 4096 bytes|diversity: expected"):

@@ -53,7 +53,7 @@ def _tensors(**changed):
     return list(base.values())
 
 
-def test_a_known_user(client, requests):
+def test_a_known_user_gets_ranked_items_and_probabilities(client, requests):
     user, _ = requests[0]
     answer = client.recommend(user, top_k=7)
     assert answer.status == contract.STATUS_OK and len(answer.items) == 7 == len(set(answer.items))
@@ -80,12 +80,12 @@ def test_unknown_items_are_said(client, requests):
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 10**6])
-def test_top_k_out_of_range(client, top_k):
+def test_top_k_out_of_range_is_refused(client, top_k):
     with pytest.raises(VivaceError, match=rf"TOP_K: expected 1\.\.100, got {top_k}"):
         client.recommend("someone", top_k=top_k)
 
 
-def test_a_history_of_ten_thousand_events(client, features):
+def test_a_history_of_ten_thousand_events_is_answered_without_its_items(client, features):
     names = features.items()[contract.ITEM].tolist()
     seen = names[:100]
     answer = client.recommend(history=(seen * 100)[:10_000], top_k=50)
@@ -118,16 +118,16 @@ class TestRefused:
             ({"HISTORY": ("BYTES", np.full((1, 100_001), b"x", object))}, "HISTORY: expected at most 100000 events"),
         ],
     )
-    def test_one_row(self, served, protocol, changed, message):
+    def test_a_row_with_a_bad_input(self, served, protocol, changed, message):
         with pytest.raises(Exception, match=message):
             _raw(served, protocol, _tensors(**changed))
 
-    def test_empty_batch(self, served, protocol):
+    def test_a_batch_without_rows(self, served, protocol):
         empty = [(t.name, t.datatype, v[:0]) for t, v in request_tensors("a", ["b"], 5)]
         with pytest.raises(Exception, match=r"USER_ID|TOP_K|QUERY|HISTORY|batch"):
             _raw(served, protocol, empty)
 
-    def test_missing_input(self, served, protocol):
+    def test_a_request_without_top_k(self, served, protocol):
         with pytest.raises(Exception, match=r"expected 4 inputs|TOP_K|missing"):
             _raw(served, protocol, _tensors()[:-1])
 
@@ -152,9 +152,9 @@ class TestRefused:
         items = result.as_numpy("ITEM_ID")
         assert items.shape == (3, 6)
         assert [b for b in items[1] if b] == []
-        for row, own, k in ((0, one, 3), (2, two, 6)):
+        for row, history_of_row, k in ((0, one, 3), (2, two, 6)):
             alone = read_answer(
-                _raw(served, protocol, [(t.name, t.datatype, v) for t, v in request_tensors("", own, k)])
+                _raw(served, protocol, [(t.name, t.datatype, v) for t, v in request_tensors("", history_of_row, k)])
             )
             assert [b.decode() for b in items[row] if b] == alone.items
 
@@ -225,7 +225,7 @@ def test_appends_from_many_clients_are_all_kept(served, features):
         assert client.append("busy", item) == 81
 
 
-def test_asyncio_over_http(served, requests):
+def test_the_asyncio_client_is_answered_over_http(served, requests):
     server, _ = served
 
     async def run():

@@ -108,7 +108,7 @@ def test_the_server_binds_to_loopback_only(served):
     assert addresses == {"127.0.0.1"}
 
 
-def test_what_is_wrong_is_said(root, tmp_path, served):
+def test_an_empty_repository_or_a_taken_port_is_named(root, tmp_path, served):
     with pytest.raises(ServerError, match="nothing to serve"), TritonServer(_options(tmp_path)):
         pass
     server, _ = served
