@@ -4,13 +4,17 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test setup bench quality lint clean
+.PHONY: demo test unit setup bench quality lint clean
 
 demo: setup
 	$(BIN)/vivace demo $(ARGS)
 
 test: setup lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# lint and what needs neither server nor trained shop: about a minute
+unit: setup lint
+	$(BIN)/python -m pytest tests/unit $(ARGS)
 
 setup: $(VENV)/.ready
 

@@ -1,47 +1,56 @@
-"""A small shop, prepared, trained, compiled and served once for the whole run, by the real Triton."""
+"""A small shop, prepared, trained, compiled and served once for the whole run, by the real Triton.
+
+Heavy modules are imported by the fixtures that need them: unit tests ask for none of these.
+"""
 
 from __future__ import annotations
 
-import warnings
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-warnings.filterwarnings("ignore")
+# One thread: the models are tiny, so a second one costs time, and beside other jobs OpenMP's threads wait by spinning
+# (20 times the processor time). Before torch is imported; what a test starts inherits it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from preprocessing.features import Features  # noqa: E402
-from preprocessing.prepare import PrepareConfig, prepare  # noqa: E402
-from preprocessing.readers.shop import Shop, ShopConfig  # noqa: E402
-from serving.launcher import ServerOptions  # noqa: E402
-from serving.service import service  # noqa: E402
-from training.compile.export import compile_models  # noqa: E402
-from training.judge.evaluate import evaluate  # noqa: E402
-from training.learn.ranker import train_ranker  # noqa: E402
-from training.learn.retriever import train_retrieval  # noqa: E402
-from training.presets import tiny  # noqa: E402
+if TYPE_CHECKING:
+    from preprocessing.features import Features
+    from serving.launcher import TritonServer
+    from serving.watchdog import Watchdog
+    from tests.support import PatientClient
 
-SMALL = ShopConfig(users=700, items=300, events=12_000, seed=3)
 SEED = 3
 
 
-def quiet(_: str) -> None:
-    pass
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if "gpu" in item.keywords]
+    if not on_gpu:
+        return
     import torch
 
     if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """artifacts/<name> of the small shop after prepare, train, evaluate and compile."""
+    from preprocessing.features import Features
+    from preprocessing.prepare import PrepareConfig, prepare
+    from preprocessing.readers.shop import Shop, ShopConfig
+    from tests.support import quiet
+    from training.compile.export import compile_models
+    from training.judge.evaluate import evaluate
+    from training.learn.ranker import train_ranker
+    from training.learn.retriever import train_retrieval
+    from training.presets import tiny
+
     root = tmp_path_factory.mktemp("artifacts") / "shop"
-    prepare(Shop(SMALL), PrepareConfig(partitions=3), root, SEED, quiet)
+    small = Shop(ShopConfig(users=700, items=300, events=12_000, seed=SEED))
+    prepare(small, PrepareConfig(partitions=3), root, SEED, quiet)
     features = Features(root / "features")
     train_retrieval(features, tiny(), root, SEED, quiet, quiet=True)
     train_ranker(features, tiny(), root, SEED, quiet, quiet=True)
@@ -52,24 +61,26 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def features(root: Path) -> Features:
+    from preprocessing.features import Features
+
     return Features(root / "features")
 
 
 @pytest.fixture(scope="session")
-def served(root: Path):
+def served(root: Path) -> tuple[TritonServer, Watchdog]:
     """(server, watchdog) of the small shop on free ports."""
-    options = ServerOptions(
-        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
-    )
-    with service(options, quiet) as running:
+    from serving.service import service
+    from tests.support import on_free_ports, quiet
+
+    with service(on_free_ports(root / "model_repository"), quiet) as running:
         yield running
 
 
 @pytest.fixture(params=["grpc", "http"])
-def client(request: pytest.FixtureRequest, served):
-    from vivace.client import VivaceClient
+def client(request: pytest.FixtureRequest, served: tuple[TritonServer, Watchdog]) -> PatientClient:
+    from tests.support import PatientClient
 
     server, _ = served
     port = server.grpc_port if request.param == "grpc" else server.http_port
-    with VivaceClient(f"{server.host}:{port}", request.param) as client:
+    with PatientClient(f"{server.host}:{port}", request.param) as client:
         yield client

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 
@@ -18,7 +17,7 @@ import yaml
 
 from loadtest.generate.open_loop import messages, run
 from serving.launcher import free_port
-from vivace.client import VivaceClient
+from tests.support import PATIENCE_S, PatientClient, wait_until
 from vivace.manifest import CHECKOUT
 
 COMPOSE = CHECKOUT / "docker-compose.yml"
@@ -92,18 +91,13 @@ def test_prometheus_answers_the_dashboards_queries(served, root, tmp_path):
     try:
         pool = messages(root)
         for _ in range(4):
-            run(f"{server.host}:{server.grpc_port}", pool[:100], np.arange(100) / 100, 1.0, 50.0)
-        with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
+            run(f"{server.host}:{server.grpc_port}", pool[:100], np.arange(100) / 100, 1.0, 50.0, PATIENCE_S)
+        with PatientClient(f"{server.host}:{server.grpc_port}") as client:
             client.recommend("", [], 3)
-        deadline = time.monotonic() + 30
-        silent = _silent(port)
-        while silent and time.monotonic() < deadline:
-            time.sleep(0.5)
-            silent = _silent(port)
-        assert not silent, f"queries without an answer: {silent}"
+        wait_until(lambda: _silent(port) == [], "an answer to each panel's query", 0.5)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE_S)
         log.close()
 
 

@@ -7,15 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from serving.launcher import ServerOptions
 from serving.runtime.item_index import ItemIndex
 from serving.service import service
+from tests.support import PatientClient, on_free_ports, quiet
 from training.compile.export import CompileConfig, Engine, compile_models, shapes
 from training.compile.index import recall, tune
 from training.judge.gate import GateError
 from training.presets import tiny
 from vivace import contract
-from vivace.client import VivaceClient
 from vivace.masks import seen_ids
 from vivace.store.lmdb_store import LmdbStore
 
@@ -52,7 +51,7 @@ def test_an_index_that_finds_too_little_is_refused():
 def indexed(features, root, tmp_path_factory):
     own = tmp_path_factory.mktemp("indexed") / "shop"
     shutil.copytree(root, own, ignore=shutil.ignore_patterns("compiled", "model_repository", "compressed", "*.log"))
-    return own, compile_models(features, tiny(), own, 3, lambda _: None, CompileConfig(index="HNSW32"))
+    return own, compile_models(features, tiny(), own, 3, quiet, CompileConfig(index="HNSW32"))
 
 
 def test_the_live_ensemble_answers_as_the_exact_one(features, root, served, indexed):
@@ -63,12 +62,12 @@ def test_the_live_ensemble_answers_as_the_exact_one(features, root, served, inde
     histories = {u: {e.item_id for e in store.events(u)} for u in users}
     store.close()
     exact, _ = served
-    with VivaceClient(f"{exact.host}:{exact.grpc_port}") as client:
+    with PatientClient(f"{exact.host}:{exact.grpc_port}") as client:
         expected = [client.recommend(u, top_k=10) for u in [*users, ""]]
-    options = ServerOptions(own / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=own / "triton.log")
+    options = on_free_ports(own / "model_repository")
     with (
-        service(options, lambda _: None) as (server, _),
-        VivaceClient(f"{server.host}:{server.grpc_port}") as client,
+        service(options, quiet) as (server, _),
+        PatientClient(f"{server.host}:{server.grpc_port}") as client,
     ):
         got = [client.recommend(u, top_k=10) for u in [*users, ""]]
     shared = [len(set(a.items) & set(b.items)) / 10 for a, b in zip(expected, got, strict=True)]

@@ -10,10 +10,11 @@ import torch
 
 from preprocessing.requests import recorded
 from serving.launcher import ServerError, ServerOptions, TritonServer
+from tests.support import PatientClient, on_free_ports, quiet
 from training.compile.export import CompileConfig, compile_models
 from training.presets import tiny
 from vivace import contract
-from vivace.client import Recommendation, VivaceClient
+from vivace.client import Recommendation
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +23,16 @@ def targets(features, root, tmp_path_factory):
     own = tmp_path_factory.mktemp("targets") / "shop"
     shutil.copytree(root, own, ignore=shutil.ignore_patterns("compiled", "model_repository", "compressed", "*.log"))
     kinds = ("openvino", "cuda", "tensorrt") if torch.cuda.is_available() else ("openvino", "tensorrt-rtx")
-    return own, compile_models(features, tiny(), own, 3, lambda _: None, CompileConfig(targets=kinds))
+    return own, compile_models(features, tiny(), own, 3, quiet, CompileConfig(targets=kinds))
 
 
 def options(root: Path, profile: str) -> ServerOptions:
-    return ServerOptions(
-        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile,
-        log=root / f"{profile}.log", start_timeout_s=60,
-    )  # fmt: skip
+    return on_free_ports(root / "model_repository", profile=profile)
 
 
 def answers(host: str, root: Path) -> list[Recommendation]:
     histories = recorded(root)[contract.ITEM].tolist()[:30]
-    with VivaceClient(host) as client:
+    with PatientClient(host) as client:
         return [client.recommend("", list(h), 10) for h in histories]
 
 

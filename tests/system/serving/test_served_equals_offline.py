@@ -8,6 +8,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 
 from benchmarks.parity import compare, offline_answers, served_answers
+from tests.support import patient
 from training.presets import tiny
 from vivace import contract
 from vivace.client import Recommendation
@@ -24,7 +25,7 @@ def offline(features, root):
 @pytest.fixture(scope="module")
 def answers(offline, served):
     server, _ = served
-    return served_answers(f"{server.host}:{server.grpc_port}", offline.histories)
+    return patient(lambda: served_answers(f"{server.host}:{server.grpc_port}", offline.histories))
 
 
 def test_items_and_order_are_equal_but_for_ties(offline, answers):

@@ -9,11 +9,11 @@ import pytest
 import tritonclient.grpc as grpcclient
 
 from loadtest.generate.statistics import cache_counts
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
 from serving.repository import PROFILES, model_configs
 from serving.watchdog import question
+from tests.support import PatientClient, on_free_ports
 from vivace import contract
-from vivace.client import VivaceClient
 from vivace.store.lmdb_store import LmdbStore
 
 
@@ -25,15 +25,12 @@ def test_only_a_new_event_pays_the_encoder(root, tmp_path, served):
     users = list({tuple(h or ()): u for u, h in zip(known, store.histories(known), strict=True)}.values())[:20]
     store.close()
     plain, _ = served
-    with VivaceClient(f"{plain.host}:{plain.grpc_port}") as client:
+    with PatientClient(f"{plain.host}:{plain.grpc_port}") as client:
         expected = [client.recommend(u, top_k=10) for u in users]
-    options = ServerOptions(
-        tmp_path / "model_repository", http_port=0, grpc_port=0, metrics_port=0, cache_bytes=64 << 20, profile="cached",
-        log=tmp_path / "triton.log",
-    )  # fmt: skip
+    options = on_free_ports(tmp_path / "model_repository", cache_bytes=64 << 20, profile="cached")
     with (
         TritonServer(options) as server,  # no watchdog: its questions would count
-        VivaceClient(f"{server.host}:{server.grpc_port}") as client,
+        PatientClient(f"{server.host}:{server.grpc_port}") as client,
         grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as inner,
     ):
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from serving.launcher import ServerOptions
 from serving.service import service
+from tests.support import PatientClient, on_free_ports, quiet
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.export import compile_models, shapes
 from training.data import batches as data
@@ -20,7 +20,6 @@ from training.learn.retriever import train_retrieval
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
 from training.presets import tiny
-from vivace.client import VivaceClient
 from vivace.contract import FIRST_ID
 from vivace.store.lmdb_store import LmdbStore
 
@@ -30,14 +29,14 @@ def test_stored_times_reach_the_retriever(features, root, tmp_path):
     own = tmp_path / "timed"
     for folder in ("features", "feature_store"):
         shutil.copytree(root / folder, own / folder)
-    train_retrieval(features, preset, own, 3, lambda _: None, quiet=True)
+    train_retrieval(features, preset, own, 3, quiet, quiet=True)
     weights = torch.load(own / "retrieval" / "weights.pt")
     with torch.no_grad():  # two epochs teach it little: make times matter
         weights["encoder.blocks.0.time.bias_RA"].copy_(torch.linspace(-15, 15, 64).reshape(32, 2))
     torch.save(weights, own / "retrieval" / "weights.pt")
-    train_ranker(features, preset, own, 3, lambda _: None, quiet=True)
-    compile_models(features, preset, own, 3, lambda _: None)
-    evaluate(features, preset, own, 3, lambda _: None)
+    train_ranker(features, preset, own, 3, quiet, quiet=True)
+    compile_models(features, preset, own, 3, quiet)
+    evaluate(features, preset, own, 3, quiet)
     with np.load(own / "evaluation" / RANKS) as ranks:  # the table says what a request without times gets
         for method in (RETRIEVAL, RANKED):
             assert (ranks[method] != ranks[method + WITHOUT_TIMES]).mean() > 0.2
@@ -61,10 +60,10 @@ def test_stored_times_reach_the_retriever(features, root, tmp_path):
 
     items, scores = answer(request.time_BT)
     blind, blind_scores = answer(torch.zeros_like(request.time_BT))
-    options = ServerOptions(own / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=own / "triton.log")
+    options = on_free_ports(own / "model_repository")
     with (
-        service(options, lambda _: None) as (server, _),
-        VivaceClient(f"{server.host}:{server.grpc_port}") as client,
+        service(options, quiet) as (server, _),
+        PatientClient(f"{server.host}:{server.grpc_port}") as client,
     ):
         for row, user in enumerate(users):
             got = client.recommend(user, top_k=10)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import tritonclient.grpc as grpcclient
 
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
+from tests.support import on_free_ports, wait_until
 from vivace import contract
 from vivace.client import request_tensors
 
@@ -37,13 +37,26 @@ def collector():
     server.shutdown()
 
 
+def traces(spans: list[dict]) -> dict[str, list[dict]]:
+    """Spans by the trace they belong to."""
+    by_id: dict[str, list[dict]] = {}
+    for span in list(spans):
+        by_id.setdefault(span["traceId"], []).append(span)
+    return by_id
+
+
+def is_tree_of(trace: list[dict], models: set[str]) -> bool:
+    """Whether the spans are of these models and all but one hang on another of them."""
+    attributes = [a for span in trace for a in span.get("attributes", []) if a["key"] == "triton.model_name"]
+    ids = {span["spanId"] for span in trace}
+    roots = sum(span.get("parentSpanId") not in ids for span in trace)
+    return {a["value"]["stringValue"] for a in attributes} == models and roots == 1
+
+
 @pytest.mark.parametrize("profile", ["", "fused"])
 def test_a_request_is_one_trace_of_all_its_stages_and_continues_the_callers(root, collector, profile):
     url, spans = collector
-    options = ServerOptions(
-        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile, trace_url=url,
-        trace_rate=1, log=root / "traced.log",
-    )  # fmt: skip
+    options = on_free_ports(root / "model_repository", profile=profile, trace_url=url, trace_rate=1)
     caller = "4bf92f3577b34da6a3ce929d0e0e4736"
     with TritonServer(options) as server, grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as own:
         for headers in ({}, {"traceparent": f"00-{caller}-00f067aa0ba902b7-01"}):
@@ -52,19 +65,10 @@ def test_a_request_is_one_trace_of_all_its_stages_and_continues_the_callers(root
                 inputs.append(grpcclient.InferInput(tensor.name, list(value.shape), tensor.datatype))
                 inputs[-1].set_data_from_numpy(value)
             own.infer(contract.ENSEMBLE, inputs, headers=headers)
-        deadline = time.monotonic() + 15
-        traces: dict = {}
-        while len(traces) < 2 or any(len(t) < 3 for t in traces.values()):
-            assert time.monotonic() < deadline, spans
-            time.sleep(0.2)
-            traces = {}
-            for span in list(spans):
-                traces.setdefault(span["traceId"], []).append(span)
-    time.sleep(0.2)
-    assert caller in traces and len(traces) == 2
-    for trace in traces.values():
-        attributes = [a for span in trace for a in span.get("attributes", []) if a["key"] == "triton.model_name"]
-        names = {a["value"]["stringValue"] for a in attributes}
-        assert names == ({*contract.STAGES, contract.ENSEMBLE} if not profile else {contract.ENSEMBLE})
-        ids = {span["spanId"] for span in trace}
-        assert sum(span.get("parentSpanId") not in ids for span in trace) == 1  # one tree
+        expected = {contract.ENSEMBLE} if profile else {*contract.STAGES, contract.ENSEMBLE}
+        wait_until(
+            lambda: len(traces(spans)) >= 2 and all(is_tree_of(t, expected) for t in traces(spans).values()),
+            f"two trees of {sorted(expected)}",
+        )
+    assert caller in traces(spans) and len(traces(spans)) == 2
+    assert all(is_tree_of(trace, expected) for trace in traces(spans).values())  # nothing came after

@@ -14,8 +14,8 @@ import tritonclient.grpc as grpcclient
 from onnx import numpy_helper
 
 from loadtest.reports.compress import report
-from serving.launcher import ServerOptions
 from serving.service import service
+from tests.support import on_free_ports, quiet
 from training.checkpoints import load_retrieval
 from training.compile.compress import Compression, SmallerRanker, compress, prune_retriever
 from training.compile.export import CompileConfig, Engine, compile_models, shapes
@@ -120,7 +120,7 @@ def variant(features, root):
         distillation=Distillation(1.0, 0.1, 0.1, positions=64),
         bound=0.5,
     )  # fmt: skip
-    manifest = compress(features, tiny(), root, "small", config, 3, lambda _: None, quiet=True)
+    manifest = compress(features, tiny(), root, "small", config, 3, quiet, quiet=True)
     return root / "compressed" / "small", manifest
 
 
@@ -161,14 +161,14 @@ def test_a_damaged_engine_is_refused_and_a_forced_one_says_so(features, root, va
     monkeypatch.setattr("training.compile.export.convert", damage)
     how = CompileConfig("int8", reference=root / "evaluation")
     with pytest.raises(GateError, match="not published"):
-        compile_models(features, preset, folder, 3, lambda _: None, how)
+        compile_models(features, preset, folder, 3, quiet, how)
     assert sorted(p.name for p in (folder / "model_repository" / contract.RETRIEVAL).iterdir()) == before
-    compile_models(features, preset, folder, 3, lambda _: None, replace(how, force=True))
+    compile_models(features, preset, folder, 3, quiet, replace(how, force=True))
     card = json.loads((folder / "compiled" / "model_card.json").read_text())
     assert card["gate"]["forced"] and not card["gate"]["passed"]
-    options = ServerOptions(folder / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=folder / "log")
+    options = on_free_ports(folder / "model_repository")
     with (
-        service(options, lambda _: None) as (server, _),
+        service(options, quiet) as (server, _),
         grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client,
     ):
         served = client.get_model_config(contract.ENSEMBLE, as_json=True)["config"]["parameters"]
@@ -188,10 +188,8 @@ def test_two_of_four_stay_by_hand():
 @pytest.mark.parametrize("constraint", [Constraint("2:4"), Constraint("0.8"), Constraint(int8=True)])
 def test_weights_keep_the_constraint_they_trained_under(features, root, tmp_path, constraint):
     start = tmp_path / "start"
-    prune_retriever(features, tiny(), root, start, Target(), 3, lambda _: None)
-    train_retrieval(
-        features, tiny(), tmp_path, 3, lambda _: None, True, start_from=start / "pruned", constraint=constraint
-    )
+    prune_retriever(features, tiny(), root, start, Target(), 3, quiet)
+    train_retrieval(features, tiny(), tmp_path, 3, quiet, True, start_from=start / "pruned", constraint=constraint)
     before = {n: m.weight for n, m in load_retrieval(features, tiny(), root).encoder.named_modules() if "up" in n}
     for name, layer in load_retrieval(features, tiny(), tmp_path).encoder.named_modules():
         if not isinstance(layer, torch.nn.Linear):

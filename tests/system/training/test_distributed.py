@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from tests.support import PATIENCE_S, wait_until
 from training import distributed
 from training.data import batches as data
 from training.learn.retriever import train_retrieval
@@ -47,7 +48,7 @@ def _start(features, root: Path, training: dict, *flags: str) -> subprocess.Pope
 
 
 def _finish(process: subprocess.Popen, root: Path) -> list[dict]:
-    out, _ = process.communicate(timeout=240)
+    out, _ = process.communicate(timeout=2 * PATIENCE_S)
     assert process.returncode == 0, out[-3000:]
     return json.loads((root / "retrieval" / "manifest.json").read_text())["results"]["epochs"]
 
@@ -79,10 +80,8 @@ def test_a_killed_process_comes_back_and_the_run_ends_as_well(features, tmp_path
     (tmp_path / "killed").mkdir()
     process = _start(features, tmp_path / "killed", training, "--max-restarts=2")
     checkpoint = tmp_path / "killed" / "retrieval" / "checkpoint.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: checkpoint.exists() or process.poll() is not None, "a checkpoint", 0.02)
+    assert process.poll() is None, process.communicate()[0][-3000:]
     victim = psutil.Process(process.pid).children()[-1]
     os.kill(victim.pid, signal.SIGKILL)
     epochs = _finish(process, tmp_path / "killed")
@@ -97,9 +96,9 @@ def test_processes_meet_in_a_store_that_the_dead_have_written_to():
     found = []
     for _ in range(3):  # starts of one run, all in the same store; the greeting of the last one is always there
         with ThreadPoolExecutor() as pool:
-            first = pool.submit(distributed.fresh_store, store, world[0], 20)
+            first = pool.submit(distributed.fresh_store, store, world[0], PATIENCE_S)
             time.sleep(0.1)
-            second = pool.submit(distributed.fresh_store, store, world[1], 20)
+            second = pool.submit(distributed.fresh_store, store, world[1], PATIENCE_S)
             stores = [first.result(), second.result()]
         stores[0].set("address", f"start {len(found)}")
         assert stores[1].get("address") == f"start {len(found)}".encode()

@@ -12,6 +12,7 @@ import torch
 from benchmarks.tables import Scoring
 from preprocessing.features import Features
 from serving.runtime.tensorrt_plan import library
+from tests.support import quiet
 from training.compile.export import (
     CompileConfig,
     Engine,
@@ -136,7 +137,7 @@ def test_int8_tables_are_compiled_judged_and_smaller(features, root, tmp_path):
     own = tmp_path / "shop"
     shutil.copytree(root, own, ignore=shutil.ignore_patterns("compiled", "model_repository", "compressed", "*.log"))
     mine = Features(own / "features")
-    found = compile_models(mine, tiny(), own, 3, lambda _: None, CompileConfig(tables="int8"))
+    found = compile_models(mine, tiny(), own, 3, quiet, CompileConfig(tables="int8"))
     assert found["results"]["gate"]["passed"] and found["results"]["parity"]["int8 tables"]["top-10 overlap"] > 0.95
     kinds = {}
     for tensor in onnx.load(own / "compiled" / "retrieval.onnx").graph.initializer:

@@ -7,12 +7,9 @@ import json
 import optuna
 import pytest
 
+from tests.support import quiet
 from training.learn.hpo import optimize
 from training.presets import tiny, with_values
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 def test_a_study_is_taken_up_and_plotted(features, root, tmp_path):
@@ -28,7 +25,7 @@ def test_a_study_is_taken_up_and_plotted(features, root, tmp_path):
     assert list((tmp_path / "optimized" / "trial-0" / "retrieval" / "tensorboard").glob("events*"))
 
 
-def test_values_by_dotted_name():
+def test_a_field_is_set_by_dotted_name_and_a_wrong_one_is_named():
     assert with_values(tiny(), {"encoder.dropout": 0.4}).encoder.dropout == 0.4
     with pytest.raises(ValueError, match=r"encoder\.dropuot: no such field"):
         with_values(tiny(), {"encoder.dropuot": 0.4})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import wait_until
 from training.data import batches as data
 from training.distributed import Parallel
 from training.learn.loop import Loop, LoopConfig
@@ -79,13 +79,13 @@ def _offline_losses(file: Path) -> list[float]:
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
-    store, found = DataStore(), []
+    store, losses = DataStore(), []
     store.open_for_scan(str(file))
     while (raw := store.scan_data()) is not None:
         record = wandb_internal_pb2.Record.FromString(raw)
         items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
-        found += [float(items["test/loss"])] if "test/loss" in items else []
-    return found
+        losses += [float(items["test/loss"])] if "test/loss" in items else []
+    return losses
 
 
 def test_epochs_are_tracked(features, tmp_path, monkeypatch):
@@ -98,7 +98,5 @@ def test_epochs_are_tracked(features, tmp_path, monkeypatch):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.value for e in events.Scalars("test/loss")] == pytest.approx(losses)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    deadline = time.monotonic() + 60  # another process writes it
-    while len(found := _offline_losses(file)) < len(losses) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert found == pytest.approx(losses)
+    wait_until(lambda: len(_offline_losses(file)) >= len(losses), "as many losses as epochs")  # another process writes
+    assert _offline_losses(file) == pytest.approx(losses)

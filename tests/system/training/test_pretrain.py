@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.support import quiet
 from training.checkpoints import load_retrieval
 from training.data.counters import popularity
 from training.learn.pretrain import OBJECTIVES, Pretraining, augment, halves, pretrain, sessions
@@ -17,10 +18,6 @@ from training.models.adapters import Adaptation, freeze_for, merge
 from training.models.retrieval import EncoderConfig, RetrievalModel
 from training.presets import tiny
 from vivace.contract import PADDING_ID
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")

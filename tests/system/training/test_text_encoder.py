@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from preprocessing.features import Features
+from tests.support import quiet
 from training.checkpoints import load_retrieval
 from training.learn.retriever import train_retrieval
 from training.learn.text import pretrain_text
@@ -60,7 +61,7 @@ def test_the_retriever_reads_the_pretrained_vectors(features, root, tmp_path):
     own = tmp_path / "shop"
     shutil.copytree(root / "features", own / "features")
     mine = Features(own / "features")
-    manifest = pretrain_text(mine, SMALL, own, 3, lambda _: None, quiet=True)
+    manifest = pretrain_text(mine, SMALL, own, 3, quiet, quiet=True)
     losses = [e["loss"] for e in manifest["results"]["epochs"]]
     assert losses[-1] < losses[0] - 0.2
     vectors = item_vectors(own)
@@ -69,9 +70,9 @@ def test_the_retriever_reads_the_pretrained_vectors(features, root, tmp_path):
     same = [i for i, t in enumerate(titles) if t == titles[0]]
     np.testing.assert_allclose(vectors[FIRST_ID + same[-1]], vectors[FIRST_ID], atol=1e-4)
     preset = replace(tiny(), encoder=replace(tiny().encoder, text_encoder=True))
-    train_retrieval(mine, preset, own, 3, lambda _: None, quiet=True)
+    train_retrieval(mine, preset, own, 3, quiet, quiet=True)
     model = load_retrieval(mine, preset, own)
     assert model.items.vector.weight.shape == (16, SMALL.width)
     blank = replace(preset, encoder=replace(preset.encoder, width=8))
     with pytest.raises(FileNotFoundError, match="vivace pretrain --objective text"):
-        train_retrieval(features, blank, tmp_path / "other", 3, lambda _: None, quiet=True)
+        train_retrieval(features, blank, tmp_path / "other", 3, quiet, quiet=True)

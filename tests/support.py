@@ -1,0 +1,91 @@
+"""What several test files need: patience with a busy machine, and a server on free ports."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from serving.launcher import ServerOptions
+from vivace.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError
+from vivace.manifest import CHECKOUT
+
+T = TypeVar("T")
+PATIENCE_S = 180.0  # far beyond what any machine takes: who waits so long has failed
+WAITED_TOO_LONG = ("timeout expired", "exceeds maximum queue size")  # Triton's words where a queue refuses
+
+
+def quiet(_: str) -> None:
+    """For functions that report their progress."""
+
+
+def vivace(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line, run in the checkout to its end."""
+    command = [sys.executable, "-m", "vivace.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
+
+
+def wait_until(condition: Callable[[], T], expected: str, every_s: float = 0.05) -> T:
+    """The first value of ``condition`` that is true; AssertionError with the last one after ``PATIENCE_S``."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"expected {expected} within {PATIENCE_S:.0f} s, got {value!r}"
+        time.sleep(every_s)
+    return value
+
+
+def on_free_ports(repository: Path, **more: Any) -> ServerOptions:
+    """A server of ``repository``; its log lies beside it where ``log`` does not say otherwise."""
+    more.setdefault("start_timeout_s", PATIENCE_S)
+    more.setdefault("log", repository.parent / f"triton-{more.get('profile') or 'default'}.log")
+    return ServerOptions(repository, http_port=0, grpc_port=0, metrics_port=0, **more)
+
+
+def waited_too_long(error: Exception | str) -> bool:
+    return any(sign in str(error).lower() for sign in WAITED_TOO_LONG)
+
+
+class PatientClient(VivaceClient):
+    """Asks again where a queue refused after its second of waiting: on a busy machine that says nothing of the answer.
+    What a queue refused was not executed, so an event is not appended twice."""
+
+    def __init__(self, url: str, protocol: str = "grpc") -> None:
+        super().__init__(url, protocol, timeout_s=PATIENCE_S)
+
+    def recommend(self, *arguments: Any, **named: Any) -> Recommendation:
+        return patient(lambda: super(PatientClient, self).recommend(*arguments, **named))
+
+    def append(self, *arguments: Any, **named: Any) -> int:
+        return patient(lambda: super(PatientClient, self).append(*arguments, **named))
+
+
+def patient(call: Callable[[], T]) -> T:
+    """The answer of ``call``, made again while a queue refuses it; any other error is raised."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not waited_too_long(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
+async def patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """``patient`` for asyncio."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return await call()
+        except VivaceError as error:
+            if not waited_too_long(error) or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.05)
+
+
+def patient_async_client(url: str, protocol: str = "grpc") -> AsyncVivaceClient:
+    return AsyncVivaceClient(url, protocol, timeout_s=PATIENCE_S)
