@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from preprocessing import times
 
-MAX_FLOAT32 = float(np.finfo(np.float32).max)
+LARGEST = 1e30  # of a number: sums of larger ones overflow the float32 of a column
 EXACT_FLOAT = 2**53  # from here on two whole numbers can be one float64
 TRUE_WORDS, FALSE_WORDS = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 _NUMBER = r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$"
@@ -165,7 +165,7 @@ def is_blank(array: pa.Array) -> np.ndarray:
 
 def numbers(array: pa.Array, where: str, decimal: str = ".") -> Numbers:
     """float64 of numbers, booleans (1 and 0), or text with ``decimal`` as its mark. Currency, units and thousands
-    marks are no numbers. What float32 cannot hold is not finite.
+    marks are no numbers. What is larger than LARGEST counts as not finite.
 
     Raises ValueError for what can be no number, such as lists and times.
     """
@@ -188,7 +188,7 @@ def numbers(array: pa.Array, where: str, decimal: str = ".") -> Numbers:
 
 def _finite(values: np.ndarray, unreadable: np.ndarray, not_finite: np.ndarray) -> Numbers:
     with np.errstate(invalid="ignore"):
-        not_finite = not_finite | (np.abs(values) > MAX_FLOAT32)
+        not_finite = not_finite | (np.abs(values) > LARGEST)
     return Numbers(np.where(not_finite, np.nan, values), unreadable, not_finite)
 
 
