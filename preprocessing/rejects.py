@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from preprocessing.readers.base import DETAIL, REASON, Chunk
 from vivace.contract import SOURCE_ROW
@@ -33,6 +34,16 @@ def _plain(value: Any) -> Any:
 
 def _json(record: dict[str, Any]) -> str:
     return json.dumps({k: _plain(v) for k, v in record.items()}, ensure_ascii=False, default=str)
+
+
+def _shown(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column that Python can hold: times as text, or as their number where no calendar has them."""
+    if not pa.types.is_temporal(column.type):
+        return column
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        return column.cast(pa.int64() if column.type.bit_width == 64 else pa.int32())
 
 
 @dataclass
@@ -92,7 +103,8 @@ class Rejects:
 
     def _records(self, frame: pd.DataFrame, chunk: Chunk | None, places: np.ndarray) -> list[str]:
         if chunk is not None and chunk.original is not None:
-            return [_json(r) for r in chunk.original.take(places).to_pylist()]
+            rows = chunk.original.take(places)
+            return [_json(r) for r in pa.table({n: _shown(rows[n]) for n in rows.column_names}).to_pylist()]
         records = frame.drop(columns=[SOURCE_ROW], errors="ignore").astype(object)
         return [_json(r) for r in records.where(records.notna(), None).to_dict("records")]
 

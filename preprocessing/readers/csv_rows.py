@@ -154,7 +154,11 @@ class CsvFile:
         except csv.Error as error:
             why = "it is never closed" if "unexpected end" in str(error) else str(error)
         else:
-            if further and width >= ROWS_LIKE and all(self._fields_of(x) == width for x in (line, *further)):
+            if further and width and len(record) != width:
+                why = f"it closes in line {number + len(further)}, and then {len(record)} fields are there, not {width}"
+            elif further and width >= ROWS_LIKE and self._is_row(line, width) and any(
+                self._is_row(x, width) for x in further
+            ):
                 why = f"it closes in line {number + len(further)}, over lines that are rows themselves"
             elif any(_UNDECODED.search(x) for x in further):
                 detail = f"not {self._encoding}: set encoding in the mapping"
@@ -164,9 +168,15 @@ class CsvFile:
         self._lines.give_back(further)
         return self._fault(number, line, QUOTE, f"a quote opens in line {number}: {why}")
 
-    def _fields_of(self, line: str) -> int:
-        """Fields of a line if its quotes are text."""
-        return line.count(self.form.delimiter) + 1
+    def _is_row(self, line: str, width: int) -> bool:
+        """Whether a line would be a row by itself, its quotes read as such or as text."""
+        if line.count(self.form.delimiter) + 1 == width:
+            return True
+        try:
+            alone = next(csv.reader([line], delimiter=self.form.delimiter, quotechar=self.form.quote, strict=True), [])
+        except csv.Error:
+            return False
+        return len(alone) == width
 
     def _fault(self, number: int, line: str, reason: str, detail: str) -> Malformed:
         shown = _bare(line)[:LONG_TEXT]

@@ -53,7 +53,7 @@ class Part:
 
     def change(self, reason: str, mask: np.ndarray) -> None:
         if mask.any():
-            self.changed[reason] = np.flatnonzero(mask)
+            self.changed[reason] = np.union1d(self.changed.get(reason, np.zeros(0, np.int64)), np.flatnonzero(mask))
 
     def text(self, column: str) -> pd.Series:
         """A column as text, None where missing."""
