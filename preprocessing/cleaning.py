@@ -96,9 +96,7 @@ def _reject(
     return good
 
 
-def clean_interactions(
-    chunk: Chunk, schema: DataSchema, catalogue: pd.Index | None, rejects: Rejects
-) -> pd.DataFrame:
+def clean_interactions(chunk: Chunk, schema: DataSchema, catalogue: pd.Index | None, rejects: Rejects) -> pd.DataFrame:
     """Checks one chunk: columns of the contract in, typed rows out; each bad row goes to ``rejects`` once."""
     rejects.take("interactions", chunk)
     frame = chunk.rows.reset_index(drop=True)

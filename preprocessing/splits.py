@@ -61,7 +61,6 @@ class TimeSample:
         valid, test = np.quantile(self._kept, shares)
         return int(valid), int(test)
 
-
     def doubts(self) -> list[str]:
         """A line if half of the events lie in 1970 or in the future: then the unit is probably another."""
         median = int(np.median(self._kept))

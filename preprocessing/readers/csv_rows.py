@@ -156,8 +156,11 @@ class CsvFile:
         else:
             if further and width and len(record) != width:
                 why = f"it closes in line {number + len(further)}, and then {len(record)} fields are there, not {width}"
-            elif further and width >= ROWS_LIKE and self._is_row(line, width) and any(
-                self._is_row(x, width) for x in further
+            elif (
+                further
+                and width >= ROWS_LIKE
+                and self._is_row(line, width)
+                and any(self._is_row(x, width) for x in further)
             ):
                 why = f"it closes in line {number + len(further)}, over lines that are rows themselves"
             elif any(_UNDECODED.search(x) for x in further):

@@ -141,7 +141,9 @@ def _form(sample: Sample) -> list[str]:
 
 
 def _key(key: str, column: str | None, check: str) -> str:
-    return f"{key} = {_toml(column)}  # check: {check}" if column else f'# {key} = ""  # {check}: no column looks like it'
+    return (
+        f"{key} = {_toml(column)}  # check: {check}" if column else f'# {key} = ""  # {check}: no column looks like it'
+    )
 
 
 def _interactions(sample: Sample, item_hint: str | None, folder: Path) -> list[str]:
@@ -166,7 +168,11 @@ def _interactions(sample: Sample, item_hint: str | None, folder: Path) -> list[s
     out += ['# time_zone = "Europe/Berlin"  # of times without an offset; UTC without it']
     if event:
         kinds = [str(k) for k in sample.table[event].unique().to_pylist() if k is not None][:10]
-        out += [_key("event_type", event, "what the user did"), "", "[interactions.weights]  # check: what each is worth"]
+        out += [
+            _key("event_type", event, "what the user did"),
+            "",
+            "[interactions.weights]  # check: what each is worth",
+        ]
         out += [f"{_toml(kind)} = 1" for kind in kinds]
     elif weight:
         out += [_key("weight", weight, "how much the event says")]

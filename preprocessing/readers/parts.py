@@ -19,7 +19,10 @@ from preprocessing.readers.csv_rows import ENCODING, CsvFile, Malformed
 from preprocessing.readers.mapping import Section
 from vivace.contract import SOURCE_ROW
 
-UNREADABLE, NOT_FINITE = "unreadable number in {}, taken as missing", "number that is not finite in {}, taken as missing"
+UNREADABLE, NOT_FINITE = (
+    "unreadable number in {}, taken as missing",
+    "number that is not finite in {}, taken as missing",
+)
 BLANKS, BOOLEAN_WORDS = "blanks around {} removed", "{} spelled as true or false"
 _PARQUET_MAGIC = b"PAR1"
 
@@ -96,9 +99,7 @@ class Part:
 
     def times(self, column: str) -> np.ndarray:
         section = self.section
-        return arrow_types.times_ms(
-            self.array(column), section.unit, section.zone, self.where(column), section.decimal
-        )
+        return arrow_types.times_ms(self.array(column), section.unit, section.zone, self.where(column), section.decimal)
 
     def chunk(self, rows: pd.DataFrame, base: int) -> Chunk:
         """``rows`` of this part for the reader to yield; SOURCE_ROW is set."""
@@ -107,9 +108,7 @@ class Part:
             [(m.text, base + m.line, m.reason, m.detail) for m in self.malformed],
             columns=[LINE, SOURCE_ROW, REASON, DETAIL],
         )
-        return Chunk(
-            rows, bad if len(bad) else None, self.file.name, base, self.table, self.changed, tuple(self.notes)
-        )
+        return Chunk(rows, bad if len(bad) else None, self.file.name, base, self.table, self.changed, tuple(self.notes))
 
     def last_line(self) -> int:
         return max([0, *self.lines[-1:].tolist(), *(m.line for m in self.malformed)])

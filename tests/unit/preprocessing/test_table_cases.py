@@ -30,7 +30,9 @@ def _ids(users: pa.Array, items: pa.Array | None = None, **more: pa.Array) -> pa
 
 # -- text is text ----------------------------------------------------------------------------------------
 def test_words_for_nothing_are_text_in_csv(tmp_path):
-    events = "user,item,ts,country\nnull,A,1700000000,NA\nNA,NA,1700000001,DE\nnan,NULL,1700000002,\nu1,n/a,1700000003,DE\n"
+    events = (
+        "user,item,ts,country\nnull,A,1700000000,NA\nNA,NA,1700000001,DE\nnan,NULL,1700000002,\nu1,n/a,1700000003,DE\n"
+    )
     items = "item,title,cat,price\nA,NA,NA,1.5\nNA,N/A Club,NA,2\nNULL,null,,3\nn/a,nan,nan,4\n"
     out = read(tmp_path, events, items, 'context = ["country"]')
     assert out.column(USER) == ["null", "NA", "nan", "u1"] and out.column("country") == ["NA", "DE", None, "DE"]
@@ -39,7 +41,9 @@ def test_words_for_nothing_are_text_in_csv(tmp_path):
 
 
 def test_words_that_mean_missing_are_a_key(tmp_path):
-    out = read(tmp_path, "user,item,ts,dev\nNA,A,1,x\nu,A,2,-\nu, NA ,3,x\n", keys='missing = ["NA", "-"]\ncontext = ["dev"]')
+    out = read(
+        tmp_path, "user,item,ts,dev\nNA,A,1,x\nu,A,2,-\nu, NA ,3,x\n", keys='missing = ["NA", "-"]\ncontext = ["dev"]'
+    )
     assert out.column("dev") == [None] and out.rejected() == {
         "interactions: missing user id": 1, "interactions: missing item id": 1,
     }  # fmt: skip
@@ -164,7 +168,9 @@ def test_titles_and_categories_of_every_type(tmp_path):
     assert out.items["price"][0] == 1.5 and np.isnan(out.items["price"][1])
 
 
-@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.struct([("a", pa.string())]), pa.map_(pa.string(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.string()), pa.struct([("a", pa.string())]), pa.map_(pa.string(), pa.string())]
+)
 def test_nested_columns_are_named(tmp_path, kind):
     value = {"a": "x"} if pa.types.is_struct(kind) else [("a", "x")] if pa.types.is_map(kind) else ["x", "y"]
     items = pa.table({"item": ["A"], "title": ["t"], "cat": pa.array([value], kind), "price": [1.0]})
@@ -210,7 +216,9 @@ def test_iso_8601_and_nothing_else(tmp_path):
     (pa.array([T0 * 10**3, -1, 253_402_300_800_000, -(2**60)], pa.timestamp("ms")), "s"),
 ])  # fmt: skip
 def test_one_rule_for_before_1970_and_after_9999(tmp_path, values, unit):
-    out = read(tmp_path, pa.table({"user": ["u"] * 4, "item": list("ABCD"), "ts": values}), keys=f'time_unit = "{unit}"')
+    out = read(
+        tmp_path, pa.table({"user": ["u"] * 4, "item": list("ABCD"), "ts": values}), keys=f'time_unit = "{unit}"'
+    )
     assert out.column(TIME) == [T0 * 1000]
     assert out.rejected() == {"interactions: time before 1970 or after 9999": 3}
 
@@ -252,7 +260,7 @@ def test_what_is_no_number_is_counted_and_named(tmp_path):
 
 
 def test_decimal_commas_are_a_key(tmp_path):
-    items = 'item;title;cat;price\nA;t;x;12,50\nB;t;x;1.299,00\nC;t;x;3\n'
+    items = "item;title;cat;price\nA;t;x;12,50\nB;t;x;1.299,00\nC;t;x;3\n"
     out = read(tmp_path, "user;item;ts\nu;A;1\n", items, top='delimiter = ";"\ndecimal = ","')
     assert np.array_equal(out.items["price"], [12.5, np.nan, 3], equal_nan=True)
 
@@ -263,7 +271,9 @@ def test_decimal_commas_are_a_key(tmp_path):
 ])  # fmt: skip
 def test_weights_may_be_true_and_false(tmp_path, clicked):
     if isinstance(clicked, str):
-        events: str | pa.Table = "user,item,ts,w\n" + "".join(f"u,A,{n},{v}\n" for n, v in enumerate(clicked.split(",")))
+        events: str | pa.Table = "user,item,ts,w\n" + "".join(
+            f"u,A,{n},{v}\n" for n, v in enumerate(clicked.split(","))
+        )
     else:
         events = _ids(pa.array(["u"] * 4), w=clicked)
     assert read(tmp_path, events, keys='weight = "w"').column(WEIGHT) == [1, 0, 1, 0]
@@ -306,7 +316,9 @@ def test_what_is_wrong_in_a_mapping_is_named(tmp_path, kind):
         Tables(tmp_path / "mapping.toml")
 
 
-@pytest.mark.parametrize("files", ['"e.csv"', '["e.csv"]', '"{here}/e.csv"', '"*.csv"', '"**/e.csv"', '["e.csv", "e*"]'])
+@pytest.mark.parametrize(
+    "files", ['"e.csv"', '["e.csv"]', '"{here}/e.csv"', '"*.csv"', '"**/e.csv"', '["e.csv", "e*"]']
+)
 def test_files_are_a_path_a_list_or_a_pattern(tmp_path, files):
     write(tmp_path, "e.csv", EVENTS)
     text = HEAD.format(events="X").replace('"X"', files.replace("{here}", str(tmp_path)))
@@ -338,7 +350,9 @@ def test_columns_with_taken_or_odd_names_can_be_renamed(tmp_path):
 # -- whole tables ----------------------------------------------------------------------------------------
 def _prepared(folder, events, items=CATALOGUE, **more):
     read(folder, events, items, **more)
-    return prepare(Tables(folder / "mapping.toml"), PrepareConfig(partitions=1), folder / "out", 0, lambda _: None)["results"]
+    return prepare(Tables(folder / "mapping.toml"), PrepareConfig(partitions=1), folder / "out", 0, lambda _: None)[
+        "results"
+    ]
 
 
 def test_all_null_columns_work(tmp_path):
@@ -354,7 +368,11 @@ def test_prepare_stops_where_nearly_all_rows_go_for_one_reason(tmp_path):
     with pytest.raises(ValueError, match=r"11 of 12 rows.*unparsable time; the first: e\.csv row 3.*now.*time_unit"):
         _prepared(tmp_path, events, keys='time_unit = "iso"')
     with pytest.raises(ValueError, match="unknown item.*unknown_items"):
-        _prepared(tmp_path, EVENTS, CATALOGUE.replace("A,T", "1,T").replace("B,T", "2,T").replace("C,T", "3,T").replace("D,T", "4,T"))
+        _prepared(
+            tmp_path,
+            EVENTS,
+            CATALOGUE.replace("A,T", "1,T").replace("B,T", "2,T").replace("C,T", "3,T").replace("D,T", "4,T"),
+        )
     with pytest.raises(ValueError, match=r"no row in .*i\.csv"):
         _prepared(tmp_path, EVENTS, "item,title,cat,price\n")
 
