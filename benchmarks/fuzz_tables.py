@@ -4,8 +4,8 @@
 
 Every table has users, items, times, a category, a weight, and a catalogue, each of a random type and spelling: words
 that look like nothing, quotes, line ends, encodings, delimiters, decimal marks, time zones, integers above 2^53,
-binary, dictionaries. A row comes back equal, or it is counted as rejected; a value comes back equal, or it is counted as
-changed. The last line of stdout is one JSON object; the first difference stops with the seed that gives it again.
+binary, dictionaries. A row comes back equal, or it is counted as rejected; a value comes back equal, or it is counted
+as changed. The last line of stdout is one JSON object; the first difference stops with the seed that gives it again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ODD = ["NA", "null", "nan", "None", "N/A", "0", "1", "1.0", "01", "1e5", "-1", "
 WIDE = ["é", "ü", "ß", "naïve"]
 WIDER = ["日本", "😀", "Ω", "٣"]
 T0 = 1_600_000_000
-UTC = datetime.timezone.utc
+UTC = datetime.UTC
 ZONES = (None, "UTC", "Europe/Berlin", "America/New_York", "+05:30")
 Form = dict[str, str]
 
@@ -92,7 +92,7 @@ def uuid_column(rng: random.Random, n: int, encoding: str, holes: float) -> Colu
 
 def boolean_column(rng: random.Random, n: int, encoding: str, holes: float) -> Column:
     values = with_holes(rng, [rng.random() < 0.5 for _ in range(n)], holes)
-    spell = rng.choice([str, lambda v: str(v).lower(), lambda v: str(v).upper()])
+    spell: Callable[[Any], str] = rng.choice([str, lambda v: str(v).lower(), lambda v: str(v).upper()])
     truth = [None if v is None else str(v).lower() for v in values]
     return Column(pa.array(values, pa.bool_()), [None if v is None else spell(v) for v in values], truth)
 
@@ -155,8 +155,8 @@ def time_column(rng: random.Random, n: int) -> tuple[Column, str, str | None]:
     walls = [_wall(t, zone) for t in ms]
     if unit == "typed":
         kind = pa.timestamp(rng.choice(["ms", "us", "ns"]), rng.choice([None, "UTC", "Asia/Tokyo"]))
-        naive = [datetime.datetime.fromtimestamp(t // 1000, UTC).replace(tzinfo=None) + datetime.timedelta(
-            milliseconds=t % 1000) if kind.tz else w.replace(tzinfo=None) for t, w in zip(ms, walls, strict=True)]  # fmt: skip
+        utc = [_wall(t, None).replace(tzinfo=None) for t in ms]
+        naive = utc if kind.tz else [w.replace(tzinfo=None) for w in walls]
         numbers = [round((v - datetime.datetime(1970, 1, 1)) / datetime.timedelta(milliseconds=1)) for v in naive]
         per = {"ms": 1, "us": 1000, "ns": 1_000_000}[kind.unit]
         array = pa.array([None if b else v * per for b, v in zip(bad, numbers, strict=True)], pa.int64()).cast(kind)
@@ -195,7 +195,8 @@ def random_case(rng: random.Random) -> Case:
     events = {"user": make(IDS, n, 0.05), "item": make(IDS, n, 0.05), "ts": when, "kind": make(CATEGORIES, n, 0.2),
               "w": number_column(rng, n, form["decimal"])}  # fmt: skip
     m = rng.randint(1, 20)
-    items = {"key": Column(pa.array([f"i{k}" for k in range(m)]), [f"i{k}" for k in range(m)], [f"i{k}" for k in range(m)]),
+    keys: list[Any] = [f"i{k}" for k in range(m)]
+    items = {"key": Column(pa.array(keys), keys, keys),
              "title": make((text_column, integer_column), m, 0.2), "cat": make(CATEGORIES, m, 0.3),
              "price": number_column(rng, m, form["decimal"])}  # fmt: skip
     d, q = form["delimiter"], form["quote"]
@@ -210,12 +211,16 @@ def random_case(rng: random.Random) -> Case:
 
 def csv_bytes(rng: random.Random, columns: dict[str, Column], form: Form, broken: list[str]) -> bytes:
     """The table as CSV with the ``broken`` lines somewhere between its rows."""
-    end, quoting = rng.choice(["\n", "\r\n"]), rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+    end, quote_all = rng.choice(["\n", "\r\n"]), rng.random() < 0.3
     rows = []
     for row in ([*columns], *zip(*(c.text for c in columns.values()), strict=True)):
         out = io.StringIO()
         csv.writer(
-            out, delimiter=form["delimiter"], quotechar=form["quote"], lineterminator=end, quoting=quoting
+            out,
+            delimiter=form["delimiter"],
+            quotechar=form["quote"],
+            lineterminator=end,
+            quoting=csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL,
         ).writerow(row)
         rows.append(out.getvalue())
     for line in broken:

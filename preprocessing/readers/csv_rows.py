@@ -1,7 +1,7 @@
 """CSV as people have it, cut into rows of text: what cannot be cut is handed out with its line, never dropped.
 
-A quoted value may hold line ends. A quote that opens a value and is not closed costs its own line alone: reading goes on
-with the next line.
+A quoted value may hold line ends. A quote that opens a value and is not closed costs its own line alone: reading goes
+on with the next line.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class CsvFile:
 
     def __init__(self, file: Path, form: CsvFormat) -> None:
         self.file, self.form = file, form
-        raw = cast(BinaryIO, gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
+        raw = cast(BinaryIO, gzip.open(file)) if file.suffix == ".gz" else file.open("rb")  # noqa: SIM115 - closed by close
         start = raw.read(4)
         raw.seek(0)
         utf8 = codecs.lookup(form.encoding).name == "utf-8"

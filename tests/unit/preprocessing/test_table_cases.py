@@ -367,7 +367,7 @@ def test_prepare_stops_where_nearly_all_rows_go_for_one_reason(tmp_path):
     events = "user,item,ts\n" + "".join(f"u,A,{t}\n" for t in ["2023", *["now"] * 11])
     with pytest.raises(ValueError, match=r"11 of 12 rows.*unparsable time; the first: e\.csv row 3.*now.*time_unit"):
         _prepared(tmp_path, events, keys='time_unit = "iso"')
-    with pytest.raises(ValueError, match="unknown item.*unknown_items"):
+    with pytest.raises(ValueError, match=r"unknown item.*unknown_items"):
         _prepared(
             tmp_path,
             EVENTS,
@@ -380,7 +380,7 @@ def test_prepare_stops_where_nearly_all_rows_go_for_one_reason(tmp_path):
 def test_labels_that_would_all_be_zero_are_refused_and_one_silent_head_is_said(tmp_path):
     events = EVENTS.replace("\n", ",view\n").replace("ts,view", "ts,act")
     weights, heads = 'event_type = "act"\n[interactions.weights]\nVIEW = 1\n', "[heads]\nclick = 0\nbuy = 3\n"
-    with pytest.raises(ValueError, match="every label would be 0.*no event has the type 'VIEW'"):
+    with pytest.raises(ValueError, match=r"every label would be 0.*no event has the type 'VIEW'"):
         _prepared(tmp_path, events, keys=weights, rest=heads)
     results = _prepared(tmp_path, events, keys=weights.replace("VIEW", "view"), rest=heads)
     assert results["notes"] == ["head 'buy': no event has a weight of 3 or more, so all its labels are 0"]
