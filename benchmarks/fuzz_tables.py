@@ -92,9 +92,9 @@ def uuid_column(rng: random.Random, n: int, encoding: str, holes: float) -> Colu
 
 def boolean_column(rng: random.Random, n: int, encoding: str, holes: float) -> Column:
     values = with_holes(rng, [rng.random() < 0.5 for _ in range(n)], holes)
-    spell: Callable[[Any], str] = rng.choice([str, lambda v: str(v).lower(), lambda v: str(v).upper()])
+    spell = rng.choice([str.title, str.lower, str.upper])
     truth = [None if v is None else str(v).lower() for v in values]
-    return Column(pa.array(values, pa.bool_()), [None if v is None else spell(v) for v in values], truth)
+    return Column(pa.array(values, pa.bool_()), [None if v is None else spell(str(v)) for v in values], truth)
 
 
 def date_column(rng: random.Random, n: int, encoding: str, holes: float) -> Column:

@@ -238,6 +238,14 @@ def times_ms(array: pa.Array, unit: str, zone: str | None, where: str, decimal: 
     raise ValueError(f"{where}: expected times, got {kind}; use a timestamp, a number with time_unit, or ISO 8601 text")
 
 
+def parse_time_ms(raw: pd.Series, unit: str) -> pd.Series:
+    """Unix time in ms as float64, NaN where it cannot be read, infinite before 1970 or after 9999. ``unit``: "s", "ms",
+    "us", "ns" or "iso" (ISO 8601, UTC assumed)."""
+    values = raw.astype(object).where(raw.notna(), None) if raw.dtype == object else raw
+    array = plain(pa.array(values, from_pandas=True))
+    return pd.Series(times_ms(array, unit, None, "time"), index=raw.index)
+
+
 def to_series(array: pa.Array) -> pd.Series:
     """Text as pandas' object column with None where missing."""
     return pd.Series(array.to_numpy(zero_copy_only=False), dtype=object)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
-from preprocessing import arrow_types
 from preprocessing.readers.base import Chunk
 from preprocessing.readers.csv_rows import ENCODING, QUOTE
 from preprocessing.rejects import MALFORMED, Rejects
@@ -60,14 +58,6 @@ ITEM_HINTS = {**_FILE_HINTS}
 SEARCH_HINTS = {**_FILE_HINTS, **{reason: "check the columns of [searches]" for reason in (
     NO_SEARCH, NO_QUERY, LONG_QUERY, BAD_TIME, OTHER_TIME, BAD_POSITION, BAD_CLICK, UNKNOWN_ITEM
 )}}  # fmt: skip
-
-
-def parse_time_ms(raw: pd.Series, unit: str) -> pd.Series:
-    """Unix time in ms as float64, NaN where it cannot be read, infinite before 1970 or after 9999. ``unit``: "s", "ms",
-    "us", "ns" or "iso" (ISO 8601, UTC assumed)."""
-    values = raw.astype(object).where(raw.notna(), None) if raw.dtype == object else raw
-    array = arrow_types.plain(pa.array(values, from_pandas=True))
-    return pd.Series(arrow_types.times_ms(array, unit, None, "time"), index=raw.index)
 
 
 def text_ids(raw: pd.Series) -> pd.Series:
