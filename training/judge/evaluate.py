@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 from preprocessing.features import Features
@@ -128,9 +127,7 @@ def render(manifest: dict[str, Any], data_name: str) -> list[Table]:
     """Tables for the terminal."""
     results = manifest["results"]
     columns = ["HR@1", "HR@5", "HR@10", "HR@50", "NDCG@5", "NDCG@10", "NDCG@50", "MRR@10"]
-    main = Table(
-        title=f"{escape(data_name)}: full ranking of {results['requests']:,} test requests, seed {manifest['seed']}"
-    )
+    main = Table(title=f"{data_name}: full ranking of {results['requests']:,} test requests, seed {manifest['seed']}")
     main.add_column("method")
     for name in columns:
         main.add_column(name, justify="right")
