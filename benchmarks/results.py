@@ -142,7 +142,9 @@ def print_multitask(rows: list[dict[str, Any]]) -> None:
     titles = ["row", "NDCG@10", *(f"GAUC {h}" for h in heads), *(f"ECE {h}" for h in heads), "seconds"]
     print(f"\nretrieval NDCG@10 {rows[0]['retrieval']:.4f}\n\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for r in rows:
-        cells = [f"{r['gauc'][h]:.4f}" for h in heads] + [f"{r['ece'][h]:.5f}" for h in heads]
+        cells = ["-" if r["gauc"][h] is None else f"{r['gauc'][h]:.4f}" for h in heads] + [
+            f"{r['ece'][h]:.5f}" for h in heads
+        ]
         print(f"| {r['row']} | {r['ndcg@10']:.4f} | {' | '.join(cells)} | {r['seconds']:.0f} |")
 
 

@@ -3,14 +3,12 @@ silently and never a crash."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
+from preprocessing.readers.base import Chunk
+from preprocessing.readers.csv_rows import ENCODING, QUOTE
+from preprocessing.rejects import MALFORMED, Rejects
 from vivace.contract import (
     CLICKED,
     EVENT,
@@ -23,16 +21,17 @@ from vivace.contract import (
     SOURCE_ROW,
     TEXT,
     TIME,
+    TITLE,
     USER,
     WEIGHT,
     DataSchema,
 )
 
-MALFORMED = "malformed row"
 NO_USER = "missing user id"
 NO_ITEM = "missing item id"
 LONG_ID = f"id longer than {MAX_ID_BYTES} bytes"
 BAD_TIME = "unparsable time"
+OTHER_TIME = "time before 1970 or after 9999"
 UNKNOWN_ITEM = "unknown item"
 DUPLICATE = "duplicate"
 NO_SEARCH, NO_QUERY = "missing search id", "missing query"
@@ -40,50 +39,25 @@ LONG_QUERY = f"query longer than {MAX_QUERY_BYTES} bytes"
 MAX_POSITION = 1000  # nobody looks further
 BAD_POSITION, BAD_CLICK = f"position not in 1..{MAX_POSITION}", "clicked neither 0 nor 1"
 
-TIME_UNITS = {"s": 1000.0, "ms": 1.0}
-MAX_TIME_MS = 253_402_300_800_000  # the year 10000
-
-
-@dataclass
-class Rejects:
-    """Collects rejected rows; ``counts`` by (table, reason). The file is CSV: table, row, reason, record (JSON)."""
-
-    path: Path
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("table,row,reason,record\n")
-
-    def add(self, table: str, reason: str, frame: pd.DataFrame) -> None:
-        if frame.empty:
-            return
-        self.counts[table, reason] += len(frame)
-        records = frame.drop(columns=[SOURCE_ROW], errors="ignore").astype(object)
-        records = records.where(records.notna(), None).to_dict("records")
-        out = pd.DataFrame(
-            {
-                "table": table,
-                "row": frame[SOURCE_ROW].to_numpy() if SOURCE_ROW in frame else -1,
-                "reason": reason,
-                "record": [json.dumps(r, ensure_ascii=False, default=str) for r in records],
-            }
-        )
-        out.to_csv(self.path, mode="a", header=False, index=False, errors="replace")
-
-    def summary(self) -> dict[str, int]:
-        return {f"{table}: {reason}": n for (table, reason), n in sorted(self.counts.items())}
-
-
-def parse_time_ms(raw: pd.Series, unit: str) -> pd.Series:
-    """Unix time in ms as float64, NaN where it cannot be read. ``unit``: "s", "ms" or "iso" (ISO 8601, UTC assumed)."""
-    if unit == "iso":
-        parsed = pd.to_datetime(raw, errors="coerce", utc=True)
-        return (parsed.astype("int64") // 1_000_000).where(parsed.notna()).astype(float)
-    if unit not in TIME_UNITS:
-        raise ValueError(f"time unit: expected one of {[*TIME_UNITS, 'iso']}, got {unit!r}")
-    ms = pd.to_numeric(raw, errors="coerce").astype(float) * TIME_UNITS[unit]
-    return ms.where(np.isfinite(ms) & (ms >= 0) & (ms < MAX_TIME_MS))
+_FILE_HINTS = {
+    MALFORMED: "check the delimiter",
+    ENCODING: "set encoding",
+    QUOTE: 'set quote = "" if quotes are text',
+    NO_ITEM: "check the column",
+    LONG_ID: "check the column",
+}
+EVENT_HINTS = {
+    **_FILE_HINTS,
+    NO_USER: "check the column user",
+    BAD_TIME: "check the column time and time_unit (s, ms, us, ns, or iso for ISO 8601)",
+    OTHER_TIME: "check time_unit",
+    UNKNOWN_ITEM: 'check the item columns of events and catalogue; unknown_items = "keep" keeps such events',
+    DUPLICATE: "rows of one user, item, time and type are one event; check these columns",
+}
+ITEM_HINTS = {**_FILE_HINTS}
+SEARCH_HINTS = {**_FILE_HINTS, **{reason: "check the columns of [searches]" for reason in (
+    NO_SEARCH, NO_QUERY, LONG_QUERY, BAD_TIME, OTHER_TIME, BAD_POSITION, BAD_CLICK, UNKNOWN_ITEM
+)}}  # fmt: skip
 
 
 def text_ids(raw: pd.Series) -> pd.Series:
@@ -96,28 +70,39 @@ def text_ids(raw: pd.Series) -> pd.Series:
 
 
 def _too_long(ids: pd.Series) -> pd.Series:
+    ids = ids.astype(object)
     return ids.str.len().mul(4).gt(MAX_ID_BYTES) & ids.map(lambda v: len(str(v).encode()) > MAX_ID_BYTES)
 
 
-def clean_interactions(
-    frame: pd.DataFrame, schema: DataSchema, catalogue: pd.Index | None, rejects: Rejects
-) -> pd.DataFrame:
+def _reject(
+    table: str, chunk: Chunk, frame: pd.DataFrame, checks: list[tuple[str, pd.Series]], rejects: Rejects
+) -> pd.Series:
+    """Each row that a check finds bad goes to ``rejects`` once, by the first reason; True where a row is good."""
+    good = pd.Series(True, index=frame.index)
+    for reason, bad in checks:
+        bad = bad.fillna(False).astype(bool)
+        rejects.add(table, reason, frame[good & bad], chunk)
+        good &= ~bad
+    return good
+
+
+def clean_interactions(chunk: Chunk, schema: DataSchema, catalogue: pd.Index | None, rejects: Rejects) -> pd.DataFrame:
     """Checks one chunk: columns of the contract in, typed rows out; each bad row goes to ``rejects`` once."""
-    frame = frame.reset_index(drop=True)
+    rejects.take("interactions", chunk)
+    frame = chunk.rows.reset_index(drop=True)
+    if frame.empty:
+        return frame
     frame[USER], frame[ITEM] = text_ids(frame[USER]), text_ids(frame[ITEM])
     checks = [
         (NO_USER, frame[USER].isna()),
         (NO_ITEM, frame[ITEM].isna()),
         (LONG_ID, _too_long(frame[USER]) | _too_long(frame[ITEM])),
         (BAD_TIME, frame[TIME].isna()),
+        (OTHER_TIME, np.isinf(frame[TIME])),
     ]
     if catalogue is not None and schema.unknown_items == "reject":
         checks.append((UNKNOWN_ITEM, ~frame[ITEM].isin(catalogue)))
-    good = pd.Series(True, index=frame.index)
-    for reason, bad in checks:
-        rejects.add("interactions", reason, frame[good & bad.fillna(False)])
-        good &= ~bad.fillna(False)
-    frame = frame[good]
+    frame = frame[_reject("interactions", chunk, frame, checks, rejects)]
     typed = {USER: frame[USER], ITEM: frame[ITEM], TIME: frame[TIME].astype("int64")}
     for name in schema.event_categoricals:
         typed[name] = text_ids(frame[name])
@@ -134,10 +119,11 @@ def _flag(raw: pd.Series) -> pd.Series:
     return value.where(value.isin([0, 1]))
 
 
-def clean_searches(frame: pd.DataFrame, known: pd.Index, rejects: Rejects) -> pd.DataFrame:
+def clean_searches(chunk: Chunk, known: pd.Index, rejects: Rejects) -> pd.DataFrame:
     """Checks one chunk of a log of searches: typed rows out, USER "" where there is none; each bad row goes to
     ``rejects`` once. ``known``: items that can be answered."""
-    frame = frame.reset_index(drop=True)
+    rejects.take("searches", chunk)
+    frame = chunk.rows.reset_index(drop=True)
     for name in (SEARCH, USER, QUERY_TEXT, ITEM):
         frame[name] = text_ids(frame[name])
     place, clicked = pd.to_numeric(frame[POSITION], errors="coerce"), _flag(frame[CLICKED])
@@ -148,14 +134,12 @@ def clean_searches(frame: pd.DataFrame, known: pd.Index, rejects: Rejects) -> pd
         (NO_ITEM, frame[ITEM].isna()),
         (LONG_ID, _too_long(frame[USER].fillna("")) | _too_long(frame[ITEM])),
         (BAD_TIME, frame[TIME].isna()),
+        (OTHER_TIME, np.isinf(frame[TIME])),
         (BAD_POSITION, ~((place >= 1) & (place <= MAX_POSITION) & (place % 1 == 0))),
         (BAD_CLICK, clicked.isna()),
         (UNKNOWN_ITEM, ~frame[ITEM].isin(known)),
     ]
-    good = pd.Series(True, index=frame.index)
-    for reason, bad in checks:
-        rejects.add("searches", reason, frame[good & bad.fillna(False)])
-        good &= ~bad.fillna(False)
+    good = _reject("searches", chunk, frame, checks, rejects)
     frame = frame[good]
     return pd.DataFrame({
         SEARCH: frame[SEARCH], USER: frame[USER].fillna(""), TIME: frame[TIME].astype("int64"),
@@ -172,28 +156,30 @@ def drop_duplicates(frame: pd.DataFrame, rejects: Rejects) -> pd.DataFrame:
     return frame[~again]
 
 
-def clean_items(frame: pd.DataFrame, schema: DataSchema, rejects: Rejects) -> pd.DataFrame:
+def clean_items(chunks: list[Chunk], schema: DataSchema, rejects: Rejects) -> pd.DataFrame:
     """The catalogue: one row an item, ids and attributes typed."""
-    frame = frame.reset_index(drop=True)
-    frame[SOURCE_ROW] = np.arange(len(frame))
-    frame[ITEM] = text_ids(frame[ITEM])
-    checks = [
-        (NO_ITEM, frame[ITEM].isna()),
-        (LONG_ID, _too_long(frame[ITEM])),
-        (DUPLICATE, frame[ITEM].notna() & frame.duplicated([ITEM], keep="first")),
-    ]
-    good = pd.Series(True, index=frame.index)
-    for reason, bad in checks:
-        rejects.add("items", reason, frame[good & bad.fillna(False)])
-        good &= ~bad.fillna(False)
-    frame = frame[good]
-    typed = {ITEM: frame[ITEM], schema.item_columns[0]: frame[schema.item_columns[0]].fillna("").astype(str)}
-    typed[TEXT] = frame[TEXT].fillna("").astype(str) if TEXT in frame else typed[schema.item_columns[0]]
-    for name in schema.item_categoricals:
-        typed[name] = text_ids(frame[name])
-    for name in schema.item_continuous:
-        typed[name] = pd.to_numeric(frame[name], errors="coerce").astype("float32")
-    return pd.DataFrame(typed).reset_index(drop=True)
+    known, parts = pd.Index([], dtype=object), []
+    for chunk in chunks:
+        rejects.take("items", chunk)
+        frame = chunk.rows.reset_index(drop=True)
+        if SOURCE_ROW not in frame:
+            frame[SOURCE_ROW] = np.arange(len(frame))
+        frame[ITEM] = text_ids(frame[ITEM])
+        checks = [
+            (NO_ITEM, frame[ITEM].isna()),
+            (LONG_ID, _too_long(frame[ITEM])),
+            (DUPLICATE, frame[ITEM].notna() & (frame.duplicated([ITEM], keep="first") | frame[ITEM].isin(known))),
+        ]
+        frame = frame[_reject("items", chunk, frame, checks, rejects)]
+        known = known.union(pd.Index(frame[ITEM], dtype=object), sort=False)
+        typed = {ITEM: frame[ITEM], TITLE: frame[TITLE].fillna("").astype(str)}
+        typed[TEXT] = frame[TEXT].fillna("").astype(str) if TEXT in frame else typed[TITLE]
+        for name in schema.item_categoricals:
+            typed[name] = text_ids(frame[name])
+        for name in schema.item_continuous:
+            typed[name] = pd.to_numeric(frame[name], errors="coerce").astype("float32")
+        parts.append(pd.DataFrame(typed))
+    return pd.concat(parts, ignore_index=True)
 
 
 def default_event_columns(frame: pd.DataFrame, event: str, weight: float) -> pd.DataFrame:

@@ -22,15 +22,17 @@ import pyarrow.parquet as pq
 
 from preprocessing.cleaning import (
     DUPLICATE,
-    MALFORMED,
-    Rejects,
+    EVENT_HINTS,
+    ITEM_HINTS,
+    SEARCH_HINTS,
     clean_interactions,
     clean_items,
     clean_searches,
     drop_duplicates,
 )
 from preprocessing.features import CATALOGUE_FILE, LAYOUT, SCHEMA_FILE, SEARCHES_FILE, Features
-from preprocessing.readers.base import SearchSource, Source
+from preprocessing.readers.base import Chunk, SearchSource, Source
+from preprocessing.rejects import Rejects
 from preprocessing.splits import SplitConfig, TimeSample, mark
 from preprocessing.workflow import (
     VocabularyConfig,
@@ -89,26 +91,34 @@ class _Partitions:
         return [self.files[i] for i in sorted(self._writers)]
 
 
+def _catalogue(source: Source, rejects: Rejects) -> tuple[pd.DataFrame, pd.Index | None]:
+    """(the catalogue, its item ids); an empty one and None where the data set has none."""
+    raw = source.items()
+    if raw is None:
+        return pd.DataFrame({name: pd.Series(dtype=object) for name in (c.ITEM, c.TITLE, c.TEXT)}), None
+    catalogue = clean_items(raw if isinstance(raw, list) else [Chunk(raw)], source.schema, rejects)
+    rejects.refuse_nearly_all("items", ITEM_HINTS)
+    return catalogue, pd.Index(catalogue[c.ITEM])
+
+
 def _ingest(
     source: Source, config: PrepareConfig, catalogue: pd.Index | None, folder: Path, rejects: Rejects, say: Progress
-) -> tuple[list[Path], TimeSample, int]:
-    partitions, times, read = _Partitions(folder, config.partitions), TimeSample(), 0
+) -> tuple[list[Path], TimeSample]:
+    partitions, times = _Partitions(folder, config.partitions), TimeSample()
     for chunk in source.interactions():
-        read += len(chunk.rows)
-        if chunk.malformed is not None:
-            read += len(chunk.malformed)
-            rejects.add("interactions", MALFORMED, chunk.malformed)
-        clean = clean_interactions(chunk.rows, source.schema, catalogue, rejects)
+        clean = clean_interactions(chunk, source.schema, catalogue, rejects)
         if len(clean):
             times.add(clean[c.TIME].to_numpy())
             partitions.add(clean)
-        say(f"read {read:,} rows, rejected {sum(rejects.counts.values()):,}")
-    files = partitions.close()
+        if chunk.read:
+            say(f"read {rejects.read['interactions']:,} rows, rejected {sum(rejects.counts.values()):,}")
+    files, read = partitions.close(), rejects.read["interactions"]
+    rejects.refuse_nearly_all("interactions", EVENT_HINTS)
     if not files:
         raise ValueError(
             f"interactions: no good row in {read:,}; rejected {rejects.summary()}; see {rejects.path} and the mapping"
         )
-    return files, times, read
+    return files, times
 
 
 def _events(
@@ -118,6 +128,7 @@ def _events(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     out, totals = [], {"events": 0, "users": 0}
+    positives = dict.fromkeys((h.name for h in schema.heads), 0)
     for file in files:
         frame = drop_duplicates(pd.read_parquet(file), rejects)
         frame = frame.sort_values([c.USER, c.TIME, c.SOURCE_ROW], kind="stable").reset_index(drop=True)
@@ -125,11 +136,27 @@ def _events(
         for head in schema.heads:
             weight = frame[c.WEIGHT].fillna(-np.inf) if c.WEIGHT in frame else pd.Series(0.0, index=frame.index)
             frame[c.label_column(head.name)] = (weight >= head.min_weight).astype("int64")
+            positives[head.name] += int(frame[c.label_column(head.name)].sum())
         frame.to_parquet(folder / file.name, row_group_size=max(len(frame), 1), index=False)
         out.append(folder / file.name)
         totals["events"] += len(frame)
         totals["users"] += frame[c.USER].nunique()
+    _check_labels(positives, schema, rejects)
     return out, totals
+
+
+def _check_labels(positives: dict[str, int], schema: c.DataSchema, rejects: Rejects) -> None:
+    """Notes each head that no event is a positive of. Raises ValueError where that is so of every head."""
+    least = {h.name: h.min_weight for h in schema.heads}
+    silent = [name for name, count in positives.items() if not count]
+    if len(silent) == len(positives):
+        raise ValueError(
+            f"heads: no event has the weight that any of {least} asks for, so every label would be 0; check weight or "
+            f"weights and [heads]; {'; '.join(rejects.notes) or 'changed ' + str(rejects.changes())}"
+        )
+    rejects.notes.extend(
+        f"head {name!r}: no event has a weight of {least[name]:g} or more, so all its labels are 0" for name in silent
+    )
 
 
 # -- 2. encoded sequences to training rows and requests ----------------------------------------------
@@ -234,9 +261,10 @@ def _searches(source: Source, items: pd.Series, folder: Path, rejects: Rejects, 
         return 0
     known, parts = pd.Index(items), []
     for chunk in log:
-        if chunk.malformed is not None:
-            rejects.add("searches", MALFORMED, chunk.malformed)
-        parts.append(clean_searches(chunk.rows, known, rejects))
+        parts.append(clean_searches(chunk, known, rejects))
+    rejects.refuse_nearly_all("searches", SEARCH_HINTS)
+    if not parts:
+        return 0
     frame = pd.concat(parts, ignore_index=True)
     again = frame.duplicated([c.SEARCH, c.ITEM], keep="first")
     rejects.add("searches", DUPLICATE, frame[again])
@@ -291,13 +319,11 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
         shutil.rmtree(folder / stale, ignore_errors=True)
     (folder / SCHEMA_FILE).write_text(json.dumps(schema.to_json(), indent=2))
     rejects = Rejects(folder / "rejects.csv")
-    raw_items = source.items()
-    catalogue = clean_items(raw_items, schema, rejects) if raw_items is not None else None
-    known = pd.Index(catalogue[c.ITEM]) if catalogue is not None else None
-    if catalogue is None:
-        catalogue = pd.DataFrame({name: pd.Series(dtype=object) for name in (c.ITEM, c.TITLE, c.TEXT)})
-    files, times, read = _ingest(source, config, known, scratch / "raw", rejects, say)
+    catalogue, known = _catalogue(source, rejects)
+    files, times = _ingest(source, config, known, scratch / "raw", rejects, say)
     events, totals = _events(files, scratch / "events", schema, config.split, times, rejects)
+    rejects.refuse_nearly_all("interactions", EVENT_HINTS)
+    rejects.notes.extend(times.doubts())
     say(f"{totals['events']:,} events of {totals['users']:,} users; fitting NVTabular")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -328,8 +354,11 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
     shutil.rmtree(scratch)
     return step.finish(
         time.monotonic() - started,
-        rows_read=read,
+        rows_read=rejects.read["interactions"],
+        read=rejects.read,
         rejected=rejects.summary(),
+        changed=rejects.changes(),
+        notes=rejects.notes,
         **totals,
         requests=counts,
         items_in_vocabulary=Features(folder).item_count() - c.FIRST_ID,

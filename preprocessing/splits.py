@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from vivace.contract import TEST, TIME, TRAIN, USER, VALID
 
 SPLITS = ("leave-one-out", "time")
 SAMPLE = 1_000_000
+DAY_MS, YEAR_MS = 86_400_000, 31_536_000_000
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,22 @@ class TimeSample:
         valid, test = np.quantile(self._kept, shares)
         return int(valid), int(test)
 
+    def doubts(self) -> list[str]:
+        """A line if half of the events lie in 1970 or in the future: then the unit is probably another."""
+        median = int(np.median(self._kept))
+        if YEAR_MS <= median <= time.time() * 1000 + DAY_MS:
+            return []
+        day = np.datetime64(median, "ms").astype("datetime64[D]")
+        where = "in 1970" if median < YEAR_MS else "in the future"
+        return [f"half of the events lie {where} (the median is {day}): if these are dates, time_unit is another"]
+
 
 def mark(frame: pd.DataFrame, config: SplitConfig, times: TimeSample) -> np.ndarray:
     """TRAIN, VALID or TEST for each event, int8; ``frame`` is sorted by user and time and holds whole users."""
     if config.kind == "time":
         first_valid, first_test = times.cuts(config)
-        time = frame[TIME].to_numpy()
-        return np.where(time >= first_test, TEST, np.where(time >= first_valid, VALID, TRAIN)).astype("int8")
+        time_ms = frame[TIME].to_numpy()
+        return np.where(time_ms >= first_test, TEST, np.where(time_ms >= first_valid, VALID, TRAIN)).astype("int8")
     from_end = frame.groupby(USER, sort=False).cumcount(ascending=False).to_numpy()
     size = frame.groupby(USER, sort=False)[USER].transform("size").to_numpy()
     split = np.where(from_end == 0, TEST, np.where(from_end == 1, VALID, TRAIN))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from vivace.contract import (
     FIRST_ID,
@@ -53,7 +54,16 @@ class EmptyToNull(ops.Operator):
 
 
 class Categorify(ops.Categorify):
-    """NVTabular's, except that a batch whose column is all null gives null ids (23.8 raises IndexError on CPU)."""
+    """NVTabular's, except that a column that is all null has an empty vocabulary (23.8 writes no file and stops), and
+    that a batch whose column is all null gives null ids (23.8 raises IndexError on CPU)."""
+
+    def fit_finalize(self, categories):  # noqa: ANN001, ANN201 - NVTabular's signature
+        super().fit_finalize(categories)
+        for name, path in self.categories.items():
+            if not Path(path).exists():
+                words = {name: np.array([], object), f"{name}_size": np.array([], np.int64)}
+                table = pd.DataFrame(words, index=pd.RangeIndex(FIRST_ID, FIRST_ID))
+                table.to_parquet(path, schema=pa.schema({name: pa.string(), f"{name}_size": pa.int64()}), index=True)
 
     def transform(self, col_selector, df):  # noqa: ANN001, ANN201 - NVTabular's signature
         empty = [name for name in col_selector.names if df[name].isna().all()]

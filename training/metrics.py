@@ -131,11 +131,12 @@ class Collected:
     def table(self) -> dict[str, dict[str, float]]:
         return {method: metrics(rank) for method, rank in self.ranks().items()}
 
-    def gauc(self) -> dict[str, dict[str, float]]:
+    def gauc(self) -> dict[str, dict[str, float | None]]:
+        """Mean AUC of each head, None where no list has both classes, and the number of lists that have."""
         out = {}
         for head, parts in self.auc.items():
             values = np.concatenate(parts)
-            out[head] = {"GAUC": float(values.mean()) if len(values) else float("nan"), "lists": len(values)}
+            out[head] = {"GAUC": float(values.mean()) if len(values) else None, "lists": len(values)}
         return out
 
 

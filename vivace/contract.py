@@ -249,9 +249,9 @@ class DataSchema:
             raise ValueError(f"DataSchema.unknown_items: expected 'reject' or 'keep', got {self.unknown_items!r}")
         if not self.heads:
             raise ValueError("DataSchema.heads: expected at least one task head, got none")
-        names = [*self.event_columns, *self.item_columns]
-        if len(set(names)) != len(names):
-            raise ValueError(f"DataSchema {self.name}: column names repeat: {sorted(names)}")
+        for names in (self.event_columns, (ITEM, TEXT, *self.item_columns)):  # two tables
+            if len(set(names)) != len(names):
+                raise ValueError(f"DataSchema {self.name}: column names repeat: {sorted(names)}")
 
     @property
     def event_columns(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from preprocessing.cleaning import parse_time_ms
+from preprocessing.arrow_types import parse_time_ms
 from preprocessing.readers.base import Chunk
 from vivace.contract import EVENT, ITEM, SOURCE_ROW, TIME, TITLE, USER, WEIGHT, DataSchema, TaskHead
 from vivace.manifest import fingerprint_files

@@ -159,7 +159,9 @@ def requests(
     back: int = 0,
 ) -> Iterator[Requests]:
     """Requests of "valid" or "test" files. ``back``: the files are training sequences, and the ``back``-th event from
-    the end of each (1: the last) is the one to predict from those before it."""
+    the end of each (1: the last) is the one to predict from those before it. No file, no request."""
+    if not files:
+        return
     columns = [ITEM, TIME, *(label_column(h) for h in heads)] + ([] if back else [TARGET])
     shuffle = shuffle_seed is not None
     for batch in _loader(files, columns, batch_size, shuffle, shuffle_seed or 0):

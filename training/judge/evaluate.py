@@ -106,6 +106,11 @@ def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Pro
         done += len(target)
         oov += int((request.target_B < FIRST_ID).sum())
         say(f"ranked {done:,} test requests")
+    if not done:
+        raise ValueError(
+            "evaluate: no test request: with --split leave-one-out no user has three events, with --split time no user "
+            "has an event on either side of the cut; prepare a longer log"
+        )
     table, gauc = found.table(), found.gauc()
     np.savez_compressed(step.folder / RANKS, **found.ranks())
     curves = found.reliability()
@@ -132,7 +137,8 @@ def render(manifest: dict[str, Any], data_name: str) -> list[Table]:
     for name in ("head", "GAUC", "lists", "ECE"):
         heads.add_column(name, justify="left" if name == "head" else "right")
     for head, values in results["gauc"].items():
-        heads.add_row(head, f"{values['GAUC']:.4f}", f"{values['lists']:,}", f"{results['ece'][head]:.5f}")
+        gauc = "-" if values["GAUC"] is None else f"{values['GAUC']:.4f}"
+        heads.add_row(head, gauc, f"{values['lists']:,}", f"{results['ece'][head]:.5f}")
     how = Table(title="protocol", show_header=False)
     for key, value in results["protocol"].items():
         how.add_row(key, str(value))

@@ -31,10 +31,12 @@ from vivace.manifest import Progress, Step, read_manifest
 
 class RankerData:
     """Ranker batches: requests of the last training events and then of the validation events, whose labels the
-    retriever has not seen; as a control of training events alone."""
+    retriever has not seen; as a control, or where there is no validation event, of training events alone."""
 
     def __init__(self, features: Features, retriever: RetrievalModel, preset: Preset, seed: int, control: bool) -> None:
-        self.features, self.retriever, self.preset, self.seed, self.control = features, retriever, preset, seed, control
+        self.features, self.retriever, self.preset, self.seed = features, retriever, preset, seed
+        self.without_validation = not features.files("valid")
+        self.control = control or self.without_validation
         self.schema = features.schema
         self.heads = [h.name for h in self.schema.heads]
         self.count = min(preset.ranker.candidates, features.item_count() - FIRST_ID)
@@ -123,6 +125,9 @@ def calibrate(model: RankingModel, batches: Iterator[tuple[Any, ...]]) -> dict[s
         w = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
         _fit_platt(w, x[:, head], y[:, head])
         with torch.no_grad():
+            if not torch.isfinite(w).all():  # one class alone: the share of positives is all there is to say
+                share = (y[:, head].sum() + 0.5) / (len(y) + 1)
+                w.copy_(torch.tensor([0.0, float(torch.logit(share))]))
             model.calibration[head] = w.detach().float().clamp(-100, 100)
         found[name] = [float(v) for v in w.detach()]
     return found
@@ -147,6 +152,9 @@ def train_ranker(
     model = build_ranker(features, preset, retriever).to(device())
     retriever.to(device())
     source, c = RankerData(features, retriever, preset, seed, control), preset.ranking
+
+    if source.without_validation:
+        say("no validation request (no user has three events): the ranker learns from the last training events")
 
     def metric() -> dict[str, float]:
         found, losses = [], []

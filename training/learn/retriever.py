@@ -138,6 +138,11 @@ def train_retrieval(
 
     steps = 0
     steps = world.smallest(sum(1 for _ in batches(0)))
+    if not steps:
+        raise ValueError(
+            "train: no user has two training events, so there is nothing to learn the next event from; "
+            "check the column user, or prepare a longer log"
+        )
     p = torch.tensor((counts + 1) ** c.negative_power)
     p[:FIRST_ID] = 1e-12
     log_expected = (c.negatives * p / p.sum()).log().float().to(device())

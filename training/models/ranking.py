@@ -100,7 +100,8 @@ class RankingModel(nn.Module):
         self.calibration: Tensor
         pop = torch.log1p(tables.popularity.float())
         known = pop[FIRST_ID:]
-        self.register_buffer("popularity", (pop - known.mean()) / known.std().clamp_min(1e-6))
+        spread = known.std() if len(known) > 1 else known.new_ones(())
+        self.register_buffer("popularity", (pop - known.mean()) / spread.clamp_min(1e-6))
         self.register_buffer("follower_ids", tables.follower_ids[:, : config.followers].to(torch.int32).contiguous())
         self.register_buffer("follower_weights", tables.follower_weights[:, : config.followers].float().contiguous())
         self.register_buffer("categories", tables.categories)

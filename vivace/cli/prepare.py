@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Data, DataPath, NewName, Seed, say
+from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Data, DataPath, NewName, Seed, console, say
 from vivace.cli.runs import mark_prepared, new_run, say_next
 from vivace.cli.values import choice, values_of
 from vivace.run import Run
@@ -62,9 +63,28 @@ def prepare(
         f"{results['events']:,} events, {results['users']:,} users, {results['items_in_vocabulary']:,} items; "
         f"requests {results['requests']}"
     )
-    for reason, count in results["rejected"].items():
-        say(f"rejected {reason}: {count:,} (see {run.features / 'rejects.csv'})")
     if results["licence"]:
         say(f"licence of the data: {results['licence']}")
+    for note in results["notes"]:
+        say(note)
+    console.print(rows_table(results))
+    if results["rejected"] or results["changed"]:
+        say(f"these rows: {run.features / 'rejects.csv'} and changed.csv beside it")
     say_next("train", run, artifacts)
     return run
+
+
+def rows_table(results: dict[str, Any]) -> Table:
+    """What became of the rows of each table: read, kept, rejected and changed by reason."""
+    table = Table(title="rows", title_justify="left")
+    for column in ("table", "what", "rows"):
+        table.add_column(column, justify="right" if column == "rows" else "left")
+    for name, read in results["read"].items():
+        lost = {k: n for k, n in results["rejected"].items() if k.startswith(f"{name}: ")}
+        changed = {k: n for k, n in results["changed"].items() if k.startswith(f"{name}: ")}
+        table.add_row(name, "read", f"{read:,}")
+        table.add_row("", "kept", f"{read - sum(lost.values()):,}")
+        for what, counts in (("rejected", lost), ("changed", changed)):
+            for reason, count in counts.items():
+                table.add_row("", f"{what}: {reason.removeprefix(f'{name}: ')}", f"{count:,}")
+    return table

@@ -1,0 +1,46 @@
+"""A first mapping guessed from a table can be used; the mapping shown in the docs is one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from preprocessing.readers.init_mapping import draft
+from preprocessing.readers.mapping import read_mapping
+from tests.unit.preprocessing.tables import taken, write
+from vivace.contract import EVENT, ITEM, TIME, TITLE, USER
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "preprocessing.md"
+
+
+def test_a_guessed_mapping_reads_its_tables(tmp_path):
+    rows = [("a", "X1", "2023-11-14 22:00:00", "view"), ("b", "X2", "2023-11-14 23:00:00", "buy")]
+    text = "customer_id;product_sku;Timestamp;action\n" + "".join(";".join(r) + "\n" for r in rows)
+    write(tmp_path, "e.csv", text)
+    items = "sku;name;cat;price\nX1;Café;a;12,50\nX2;Tee;a;1,5\nX3;T;a;2\n".encode("cp1252")
+    write(tmp_path, "i.csv", items)
+    write(tmp_path, "mapping.toml", draft(tmp_path / "e.csv", tmp_path / "i.csv", tmp_path))
+    out = taken(tmp_path / "mapping.toml")
+    assert out.column(USER) == ["a", "b"] and out.column(ITEM) == ["X1", "X2"] and out.column(EVENT) == ["view", "buy"]
+    assert out.column(TIME) == [1_699_999_200_000, 1_700_002_800_000]
+    assert out.items[TITLE].tolist() == ["Café", "Tee", "T"] and out.items["price"].tolist() == [12.5, 1.5, 2.0]
+
+
+@pytest.mark.parametrize(("times", "unit"), [
+    (pa.array([1_700_000_000]), "s"), (pa.array([1_700_000_000_000]), "ms"), (pa.array(["2023-11-14"]), "iso"),
+    (pa.array([1_700_000_000], pa.timestamp("s")), None),
+])  # fmt: skip
+def test_the_unit_of_times_is_guessed(tmp_path, times, unit):
+    write(tmp_path, "e.parquet", pa.table({"userId": ["u"], "movieId": ["A"], "rating": [4.0], "when": times}))
+    text = draft(tmp_path / "e.parquet", None, tmp_path)
+    assert ('time_unit = "' in text) == (unit is not None) and (unit is None or f'time_unit = "{unit}"' in text)
+    assert 'user = "userId"' in text and 'item = "movieId"' in text and 'weight = "rating"' in text
+
+
+def test_the_mapping_in_the_docs_is_one(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    write(tmp_path, "mapping.toml", text)
+    assert read_mapping(tmp_path / "mapping.toml").schema.event_categoricals == (EVENT, "os")
