@@ -72,26 +72,26 @@ class LmdbStore:
                 except lmdb.NotFoundError:  # a reader of a store that was filled before it had these
                     continue
 
-    def _begin(self, write: bool = False, buffers: bool = False) -> lmdb.Transaction:
+    def _begin(self, write: bool = False) -> lmdb.Transaction[bytes]:
         """A transaction; where readers that were killed hold every place, their places are freed first."""
         try:
-            return self._env.begin(write=write, buffers=buffers)
+            return self._env.begin(write=write)
         except lmdb.ReadersFullError:
             self._env.reader_check()
-            return self._env.begin(write=write, buffers=buffers)
+            return self._env.begin(write=write)
 
-    def _slot(self, transaction: lmdb.Transaction) -> int:
+    def _slot(self, transaction: lmdb.Transaction[bytes]) -> int:
         about = self._databases.get(_ABOUT)
         raw = None if about is None else transaction.get(_SLOT, db=about)
-        return 0 if raw is None else int(bytes(raw))
+        return 0 if raw is None else int(raw)
 
     @contextmanager
-    def _reading(self, names: tuple[bytes, bytes]) -> Iterator[tuple[lmdb.Transaction, lmdb._Database]]:
+    def _reading(self, names: tuple[bytes, bytes]) -> Iterator[tuple[lmdb.Transaction[bytes], lmdb._Database]]:
         """A transaction, and the one of the databases ``names`` that is in use in it."""
         if _ABOUT not in self._databases:
             self._open_databases()
         for _ in range(2):
-            with self._begin(buffers=True) as transaction:
+            with self._begin() as transaction:
                 database = self._databases.get(names[self._slot(transaction)])
                 if database is not None:
                     yield transaction, database
@@ -119,13 +119,13 @@ class LmdbStore:
         """Every user id stored under its own name (not those keyed by digest)."""
         with self._reading(_USERS) as (transaction, users):
             for key in transaction.cursor(db=users).iternext(values=False):
-                if bytes(key[:1]) != b"\xff":
-                    yield bytes(key).decode()
+                if key[:1] != b"\xff":
+                    yield key.decode()
 
     def titles(self, item_ids: Sequence[str]) -> list[str | None]:
         with self._reading(_ITEMS) as (transaction, items):
             raw = [transaction.get(_key(item), db=items) for item in item_ids]
-            return [None if r is None else bytes(r).decode() for r in raw]
+            return [None if r is None else r.decode() for r in raw]
 
     def event_types(self) -> set[str]:
         with self._reading(_USERS) as (transaction, _):
@@ -190,12 +190,12 @@ class LmdbStore:
             for names in (_USERS, _ITEMS):
                 transaction.drop(self._databases[names[1 - spare]], delete=False)
 
-    def _last_number(self, transaction: lmdb.Transaction) -> int:
+    def _last_number(self, transaction: lmdb.Transaction[bytes]) -> int:
         """Number of the newest event of the log; 0 if there is none."""
         cursor = transaction.cursor(db=self._databases[_LOG])
         return int.from_bytes(cursor.key(), "big") if cursor.last() else 0
 
-    def _log(self, transaction: lmdb.Transaction, first: int, last: int) -> dict[str, list[Event]]:
+    def _log(self, transaction: lmdb.Transaction[bytes], first: int, last: int) -> dict[str, list[Event]]:
         """Events of the log by user, in the order they came."""
         events: dict[str, list[Event]] = defaultdict(list)
         cursor = transaction.cursor(db=self._databases[_LOG])
@@ -231,7 +231,7 @@ def _events(user_id: str, packed: bytes) -> list[Event]:
     return [Event(user_id, *columns) for columns in zip(*msgpack.unpackb(packed), strict=True)]
 
 
-def _append_to_history(transaction: lmdb.Transaction, users: lmdb._Database, event: Event) -> int:
+def _append_to_history(transaction: lmdb.Transaction[bytes], users: lmdb._Database, event: Event) -> int:
     """Puts ``event`` behind its user's history; the history's new length."""
     key = _key(event.user_id)
     raw = transaction.get(key, db=users)

@@ -14,7 +14,8 @@ import tritonclient.grpc as grpcclient
 from loadtest.generate.open_loop import messages, run
 from preprocessing.requests import recorded
 from serving.runtime.by_length import chunks
-from serving.runtime.pipeline import Level, Overload, Pipeline
+from serving.runtime.overload import Level, Overload
+from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from serving.service import service, warm_up
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, patient, quiet, wait_until
@@ -134,7 +135,7 @@ def test_levels_leave_out_what_they_say(pipeline, root):
             live = row[row != contract.PADDING_ID]
             assert len(live) >= 5 and len(set(live)) == len(live) and not own[live].any()
     found = pipeline.retrieve(inputs)
-    few = pipeline.few(5, Level.FEWER)
+    few = pipeline.count_to_rank(5, Level.FEWER)
     assert few < full.shape[1]
     ranked = pipeline.rank(inputs[0], found, few)[0]
     assert [set(a) for a in ranked] == [set(a[:few]) for a in found[0]]  # the retriever's first, in another order
