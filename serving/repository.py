@@ -180,7 +180,7 @@ def model_configs(
     response = _base(
         contract.RESPONSE, "python", p, contract.response_inputs(s, heads), contract.response_outputs(s, heads)
     )
-    append = _base(contract.APPEND_EVENT, "python", p, contract.APPEND, (contract.HISTORY_LENGTH,))
+    append = _base(contract.APPEND_EVENT, "python", p, contract.APPEND, contract.APPEND_OUTPUTS)
     append.parameters["feature_store"].string_value = FEATURE_STORE
     search = {}
     if s.search:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from vivace.contract import (
+    APPEND_ITEM_ID,
+    EVENT_TYPE,
     FIRST_ID,
     HISTORY,
     ITEM,
@@ -35,9 +37,11 @@ from vivace.contract import (
 )
 from vivace.masks import excluded, seen_ids
 from vivace.onnx_session import open_session
-from vivace.store.interface import FeatureStore
+from vivace.store.interface import Event, FeatureStore
 
 NO_SUCH_ITEM = "\0"
+NO_SEARCH = f"no search in this run; {QUERY.name} was left out: 'vivace train --task search', then 'vivace compile'"
+SHOWN_TYPES = 20
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,34 @@ def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> 
     except ValueError:  # name the event at fault, or let over-long ids pass as unknown items
         items = [_history_item(raw, i) for i, raw in enumerate(history) if raw]
     return Row(user, items or None, int(top_k), text)
+
+
+def parse_event(user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms: int) -> Event:
+    """One event of the append call; raises ValueError naming the input, what was expected, what came."""
+    user = _text(user_id, USER_ID.name, MAX_ID_BYTES)
+    item = _text(item_id, APPEND_ITEM_ID.name, MAX_ID_BYTES)
+    if not user:
+        raise ValueError(f"{USER_ID.name}: expected a user id, got an empty string")
+    if not item:
+        raise ValueError(f"{APPEND_ITEM_ID.name}: expected an item id, got an empty string")
+    return Event(user, item, _text(event_type, EVENT_TYPE.name, MAX_ID_BYTES), timestamp_ms)
+
+
+def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
+    """STATUS of an event that was stored: whether the models know its item, by its id ``item_id``, and the data set its
+    type (``event_types``: those there are, none where the data set has no types)."""
+    status = STATUS_OK
+    if item_id < FIRST_ID:
+        status = with_reason(
+            status, f"stored, but {APPEND_ITEM_ID.name} {event.item_id[:64]!r} is not in the catalogue of the models"
+        )
+    if event.event_type and event_types and event.event_type not in event_types:
+        known = sorted(event_types)
+        shown = ", ".join(known[:SHOWN_TYPES]) + (", …" if len(known) > SHOWN_TYPES else "")
+        status = with_reason(
+            status, f"stored, but the data has no {EVENT_TYPE.name} {event.event_type[:64]!r}; it has {shown}"
+        )
+    return status
 
 
 def with_reason(status: str, reason: str) -> str:
@@ -180,6 +212,8 @@ class FeatureTransform:
             return with_reason(
                 self._status(replace(row, query=""), ids, known_user), f"{QUERY.name} has no word to search for"
             )
+        if row.query:
+            return with_reason(self._status(replace(row, query=""), ids, known_user), NO_SEARCH)
         unknown = int((ids <= OOV_ID).sum())
         recent_known = bool((ids[-self._shapes.history :] >= FIRST_ID).any())
         if recent_known:

@@ -16,8 +16,10 @@ import numpy as np
 from serving.runtime.stages import (
     NO_IDS,
     FeatureTransform,
+    ItemVocabulary,
     ResponseStage,
-    parse_row,
+    event_status,
+    parse_event,
     read_search_for,
     search_for,
 )
@@ -197,10 +199,12 @@ class ResponseModel(Stage):
 
 
 class AppendEventModel(Stage):
-    """USER_ID, ITEM_ID, EVENT_TYPE, TIMESTAMP_MS (0: now) into the feature store; answers the history's new length."""
+    """USER_ID, ITEM_ID, EVENT_TYPE, TIMESTAMP_MS (0: now) into the feature store; answers the history's new length, and
+    whether what was stored is known: an item to the models, an event type to the data set."""
 
     def setup(self) -> None:
         self.events = self.store(readonly=False)
+        self.item_ids = ItemVocabulary(self.beside(contract.FEATURE_TRANSFORM) / "transform.onnx")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         responses: list[Any] = [None] * len(requests)
@@ -210,22 +214,27 @@ class AppendEventModel(Stage):
                 accepted.append((i, self._events(request)))
             except ValueError as error:
                 responses[i] = refused(str(error))
-        lengths = self.events.append(event for _, events in accepted for event in events)
+        stored = [event for _, events in accepted for event in events]
+        lengths, statuses = self.events.append(stored), iter(self._statuses(stored))
         for i, events in accepted:
-            value = np.array([[lengths[e.user_id]] for e in events], np.int32)
-            responses[i] = answer(requests[i], [contract.HISTORY_LENGTH.name], [value])
+            length = np.array([[lengths[e.user_id]] for e in events], np.int32)
+            values = {
+                contract.HISTORY_LENGTH.name: length,
+                contract.STATUS.name: strings([next(statuses) for _ in events]),
+            }
+            names = [name for name in self.outputs if name in values]  # a repository of before STATUS has one
+            responses[i] = answer(requests[i], names, [values[name] for name in names])
         return responses
+
+    def _statuses(self, events: list[Event]) -> list[str]:
+        types, ids = self.events.event_types(), self.item_ids([event.item_id for event in events])
+        return [event_status(event, item_id, types) for event, item_id in zip(events, ids.tolist(), strict=True)]
 
     @staticmethod
     def _events(request: Any) -> list[Event]:
         columns = [tensor_of(request, t)[:, 0] for t in contract.APPEND]
         now_ms = int(time.time() * 1000)
-        events = []
-        for user, item, kind, timestamp in zip(*columns, strict=True):
-            row = parse_row(user, b"", np.array([item], object), 1)
-            if not row.user_id:
-                raise ValueError(f"{contract.USER_ID.name}: expected a user id, got an empty string")
-            if row.history is None:
-                raise ValueError(f"{contract.APPEND_ITEM_ID.name}: expected an item id, got an empty string")
-            events.append(Event(row.user_id, row.history[0], kind.decode(errors="replace"), int(timestamp) or now_ms))
-        return events
+        return [
+            parse_event(user, item, event_type, int(timestamp_ms) or now_ms)
+            for user, item, event_type, timestamp_ms in zip(*columns, strict=True)
+        ]

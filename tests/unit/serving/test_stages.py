@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from serving.runtime.stages import ResponseStage, parse_row, read_search_for, search_for
+from serving.runtime.stages import ResponseStage, event_status, parse_event, parse_row, read_search_for, search_for
 from vivace import contract
+from vivace.store.interface import Event
 
 
 def test_parse_row():
@@ -17,6 +18,31 @@ def test_parse_row():
     assert parse_row(b"", b"", np.array([b"", b""], object), 5).history is None
     with pytest.raises(ValueError, match=r"HISTORY\[2\]: expected UTF-8, got byte 0xff at offset 1"):
         parse_row(b"", b"", np.array([b"a", b"b", b"c\xff"], object), 5)
+
+
+def test_parse_event():
+    assert parse_event("ü".encode(), b"a", b"view", 5) == Event("ü", "a", "view", 5)
+    cases = {
+        "USER_ID: expected a user id": (b"", b"a", b""),
+        "ITEM_ID: expected an item id": (b"u", b"", b""),
+        "ITEM_ID: expected at most 1024 bytes, got 1025": (b"u", b"a" * 1025, b""),
+        "EVENT_TYPE: expected at most 1024 bytes": (b"u", b"a", b"v" * 2000),
+        "EVENT_TYPE: expected UTF-8, got byte 0xff": (b"u", b"a", b"\xff"),
+    }
+    for message, values in cases.items():
+        with pytest.raises(ValueError, match=message):
+            parse_event(*values, 1)
+
+
+def test_what_is_not_known_of_an_event_is_reported():
+    event = Event("u", "a", "view", 1)
+    assert event_status(event, contract.FIRST_ID, {"view"}) == "ok" == event_status(event, 3, set())
+    assert event_status(Event("u", "a"), 3, {"view"}) == "ok"  # no type was given
+    item = event_status(event, contract.OOV_ID, {"view"})
+    assert item == "degraded: stored, but ITEM_ID 'a' is not in the catalogue of the models"
+    kind = event_status(event, 3, {"buy", "click"})
+    assert kind == "degraded: stored, but the data has no EVENT_TYPE 'view'; it has buy, click"
+    assert event_status(event, contract.OOV_ID, {"buy", "click"}) == f"{item}; {kind.removeprefix('degraded: ')}"
 
 
 def test_what_a_search_is_told_is_read_back():
