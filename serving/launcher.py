@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 
 from serving.process import become_server, server_environment
-from serving.repository import models
+from serving.repository import check_profile, models
 
 SHM = Path("/dev/shm")
 
@@ -175,7 +175,8 @@ class TritonServer:
         return server_environment(env)
 
     def start(self) -> None:
-        """Starts and waits until the server and every model are ready. Raises ServerError with the log's end."""
+        """Starts and waits until the server and every model are ready. Raises ServerError with the log's end, and
+        ValueError for a profile that the repository does not have."""
         o = self.options
         try:
             metadata.distribution("vivace")
@@ -183,6 +184,7 @@ class TritonServer:
             raise ServerError("vivace is not installed in this environment; run 'make setup'") from None
         if not (o.repository / "recommend" / "config.pbtxt").exists():
             raise ServerError(f"model repository: nothing to serve in {o.repository}; run 'vivace compile' first")
+        check_profile(o.repository, o.profile)
         for name, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
             if port_in_use(self.host, port):
                 raise ServerError(f"{name} port {port} on {self.host} is taken; choose another with --{name}-port")

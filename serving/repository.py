@@ -208,8 +208,25 @@ def read_config(repository: Path, model: str, profile: str) -> pb.ModelConfig:
     return text_format.Parse(config_file(repository, model, profile).read_text(), pb.ModelConfig())
 
 
+def profiles(repository: Path) -> list[str]:
+    """Names of the profiles that a repository has configurations for, beside "", which is ``config.pbtxt``."""
+    return sorted({path.stem for path in repository.glob("*/configs/*.pbtxt")})
+
+
+def check_profile(repository: Path, profile: str) -> None:
+    """Raises ValueError that names the profiles there are where ``profile`` is none of them: Triton would serve
+    ``config.pbtxt`` in its place and say nothing."""
+    if profile and profile not in profiles(repository):
+        raise ValueError(
+            f"--profile: expected one of {', '.join(profiles(repository)) or 'none'}, or no --profile, got {profile!r} "
+            f"({repository})"
+        )
+
+
 def models(repository: Path, profile: str) -> list[str]:
-    """What a server loads under a profile: without an ensemble the stages stay where they are."""
+    """What a server loads under a profile: without an ensemble the stages stay where they are. Raises ValueError for a
+    profile that is not there."""
+    check_profile(repository, profile)
     names: tuple[str, ...] = ALL_MODELS
     if read_config(repository, contract.ENSEMBLE, profile).platform != "ensemble":
         names = (contract.APPEND_EVENT, contract.ENSEMBLE)
@@ -217,11 +234,18 @@ def models(repository: Path, profile: str) -> list[str]:
 
 
 def served_from(root: Path, profile: str) -> Path:
-    """Folder of the run that a tuned profile serves; ``root`` itself for a profile that was not tuned."""
+    """Folder of the run that a tuned profile serves; ``root`` itself for a profile that was not tuned. Raises
+    ValueError for a tuned profile whose configurations went with the graphs they were tuned for."""
     path = Run(root).tuning / f"{profile}.json"
     if not profile or not path.exists():
         return root
-    return root / str(json.loads(path.read_text())["chosen"]["trial"]["engine"])
+    served = root / str(json.loads(path.read_text())["chosen"]["trial"]["engine"])
+    if profile not in profiles(Run(served).repository):
+        raise ValueError(
+            f"--profile {profile}: tuned for graphs that were compiled anew since; run 'vivace tune --name {root.name} "
+            f"--save-as {profile}' again, or serve one of {', '.join(profiles(Run(served).repository)) or 'none'}"
+        )
+    return served
 
 
 def render(config: pb.ModelConfig) -> str:
