@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 
 _LENGTH, _PACK = struct.Struct("<I").unpack_from, struct.Struct("<I").pack
 
@@ -34,6 +33,8 @@ def write_strings(array: np.ndarray) -> bytes | tuple[()]:
 
 
 def install() -> None:
-    """From here on the stub uses these."""
+    """From here on the stub uses these. Only inside Triton's Python stub."""
+    import triton_python_backend_utils as pb_utils
+
     pb_utils.deserialize_bytes_tensor = read_strings
     pb_utils.serialize_byte_tensor = write_strings

@@ -55,6 +55,8 @@ def test_one_process_answers_as_the_ensemble_does(fused, served, root):
         for user, history in cases:
             a, b = ensemble.recommend(user, history, 7), one.recommend(user, history, 7)
             assert (a.items, a.status) == (b.items, b.status)
+            queried = one.recommend(user, history, 7, "red shoe")
+            assert queried.items == b.items and "no search in this run" in queried.status
             assert b.scores == pytest.approx(a.scores, abs=1e-4) and set(a.heads) == set(b.heads)
         with pytest.raises(VivaceError, match=r"TOP_K: expected 1..100, got 0"):
             one.recommend("", [], 0)
