@@ -14,7 +14,7 @@ import pytest
 
 from vivace.store.histories import MAX_STORED_EVENTS, merged
 from vivace.store.interface import Event
-from vivace.store.lmdb_store import MAX_READERS, LmdbStore
+from vivace.store.lmdb_store import FILL_ROWS, MAX_READERS, LmdbStore
 
 SPAWN = get_context("spawn")
 
@@ -124,6 +124,33 @@ def test_a_fill_that_fails_changes_nothing(store):
         with pytest.raises(ValueError, match="a broken file"):
             store.fill(broken(), [])
         assert store.histories(["u"]) == [["a"]] and store.titles(["a"]) == ["A"]
+
+
+def _fill_for_ever(path: Path, ready) -> None:
+    def rows():
+        for n in range(FILL_ROWS + 1):
+            yield f"u{n}", ["b"], ["view"], [1]
+        ready.put("one transaction is written")
+        signal.pause()
+
+    LmdbStore(path).fill(rows(), [])
+
+
+def test_a_fill_that_is_killed_changes_nothing(store, tmp_path):
+    store.fill([("u1", ["a"], ["view"], [1])], [])
+    ready = SPAWN.Queue()
+    other = SPAWN.Process(target=_fill_for_ever, args=(tmp_path / "store", ready))
+    other.start()
+    try:
+        ready.get(timeout=60)
+        assert store.append([Event("u1", "x", "view", 2)]) == {"u1": 2}
+    finally:
+        os.kill(other.pid, signal.SIGKILL)
+        other.join()
+    assert store.histories(["u1", "u2"]) == [["a", "x"], None]
+    assert store.append([Event("u1", "y", "view", 3)]) == {"u1": 3}
+    store.fill([("u2", ["c"], ["view"], [1])], [])
+    assert store.histories(["u1", "u2", "u3"]) == [["x", "y"], ["c"], None]
 
 
 def test_a_store_of_one_slot_is_read_and_filled(tmp_path):
