@@ -44,11 +44,11 @@ class Recommendation:
 
 class Appended(int):
     """The length of a user's history after an event was added. ``status``: "ok", or what of the event the served run
-    does not know; it is stored all the same."""
+    does not know; it is stored all the same. "" where the server does not say: a run compiled before it could."""
 
     status: str
 
-    def __new__(cls, length: int, status: str = contract.STATUS_OK) -> Appended:
+    def __new__(cls, length: int, status: str = "") -> Appended:
         appended = super().__new__(cls, length)
         appended.status = status
         return appended
@@ -189,7 +189,7 @@ def read_answer(result: Any) -> Recommendation:
 def read_appended(result: Any) -> Appended:
     """One row's answer of an ``append_event`` call."""
     statuses = result.as_numpy(contract.STATUS.name) if contract.STATUS.name in outputs_of(result) else None
-    status = contract.STATUS_OK if statuses is None else statuses[0, 0].decode()
+    status = "" if statuses is None else statuses[0, 0].decode()
     return Appended(int(result.as_numpy(contract.HISTORY_LENGTH.name)[0, 0]), status)
 
 

@@ -73,4 +73,4 @@ def test_kinds_of_numbers_and_text_that_are_right_pass():
 
 def test_a_new_length_is_an_int_with_a_status():
     appended = Appended(3, "degraded: x")
-    assert appended == 3 and appended + 1 == 4 and appended.status == "degraded: x" and Appended(1).status == "ok"
+    assert appended == 3 and appended + 1 == 4 and appended.status == "degraded: x" and Appended(1).status == ""
