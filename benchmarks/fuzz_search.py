@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from preprocessing.features import CATALOGUE_FILE
 from preprocessing.requests import recorded
-from search.online import Wish
+from search.online import SearchOptions
 from serving.launcher import ServerOptions, TritonServer
 from vivace import contract
 from vivace.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError, read_answer, request_tensors
@@ -94,7 +94,7 @@ class Fuzz:
         assert np.isfinite(answer.scores).all(), answer
         how = "searched" if answer.understood else "recommended"
         reached = (filters or "").partition("\0")[0]  # Triton hands parameters on as C strings
-        if answer.understood and not Wish.parse({contract.FILTERS: reached}).seen:
+        if answer.understood and not SearchOptions.parse({contract.FILTERS: reached}).seen:
             assert not set(answer.items) & set(history), answer
             how = "searched for what is new"
         self.seen[how] += 1

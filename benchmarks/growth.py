@@ -91,7 +91,7 @@ def models(history: int, candidates: int, folder: Path, seconds: float) -> tuple
     tables = ItemTables(torch.ones(CATALOGUE), followers, torch.rand(followers.shape), none.long(), (), none)
     heads = tuple(h.name for h in (TaskHead("click", float("-inf")), TaskHead("buy", 3.0)))
     ranker = RankingModel(replace(preset.ranker, candidates=candidates), tables, retriever, heads)
-    first, second = RetrievalGraph(retriever.eval(), candidates), RankingGraph(ranker.eval(), fold=True)
+    first, second = RetrievalGraph(retriever.eval(), candidates), RankingGraph(ranker.eval(), folded=True)
     ids = torch.randint(FIRST_ID, CATALOGUE, (2, history))
     inputs: tuple[torch.Tensor, ...] = (ids, torch.zeros(2, CATALOGUE, dtype=torch.bool))
     out = []

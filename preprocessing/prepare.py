@@ -46,7 +46,8 @@ from preprocessing.workflow import (
 )
 from vivace import contract as c
 from vivace.manifest import Progress, Step
-from vivace.store.lmdb_store import LmdbStore
+from vivace.run import Run
+from vivace.store.lmdb_store import fill_store
 
 
 @dataclass(frozen=True)
@@ -286,20 +287,6 @@ def _histories(file: Path) -> Iterator[tuple[str, list[str], list[str], list[int
         yield str(user), rows[c.ITEM].tolist(), rows[c.EVENT].tolist(), [int(t) for t in rows[c.TIME]]
 
 
-def fill_store(path: Path, files: list[Path], catalogue: pd.DataFrame) -> dict[str, int]:
-    """Writes a new feature store beside the old one and puts it in its place."""
-    fresh = path.with_name(path.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    store = LmdbStore(fresh, durable=False)
-    users = sum(store.put_histories(_histories(f)) for f in files)
-    titles = store.put_titles(zip(catalogue[c.ITEM], catalogue[c.TITLE], strict=True))
-    store.sync()
-    store.close()
-    shutil.rmtree(path, ignore_errors=True)
-    fresh.rename(path)
-    return {"users": users, "titles": titles}
-
-
 # -- the step -----------------------------------------------------------------------------------------
 def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: Progress) -> dict[str, Any]:
     """Runs the step unless its artifact is there; returns its manifest."""
@@ -350,7 +337,8 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
         columns = [c.ITEM, *schema.event_categoricals, *schema.event_continuous]
         save(compile_workflow(workflow, columns), folder / "transform.onnx")
         save(compile_workflow(workflow, [c.ITEM]), folder / "transform_request.onnx")
-    stored = fill_store(root / "feature_store", events, catalogue)
+    histories = (row for file in events for row in _histories(file))
+    stored = fill_store(Run(root).feature_store, histories, zip(catalogue[c.ITEM], catalogue[c.TITLE], strict=True))
     shutil.rmtree(scratch)
     return step.finish(
         time.monotonic() - started,

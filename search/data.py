@@ -60,15 +60,15 @@ def read_esci(folder: Path) -> tuple[Catalogue, Judgments]:
         raise FileNotFoundError(f"esci: expected {packed}; --path names the folder of the data set")
     with zipfile.ZipFile(packed) as z, z.open(z.namelist()[0]) as lines:
         rows = [r for r in map(json.loads, lines) if "index" not in r]
-    found = {str(r["asin"]): r for r in rows}
-    text = lambda name: [str(r.get(name) or "") for r in found.values()]  # noqa: E731
+    products = {str(r["asin"]): r for r in rows}
+    text = lambda name: [str(r.get(name) or "") for r in products.values()]  # noqa: E731
     catalogue = Catalogue(
-        list(found),
+        list(products),
         {"title": text("title"), "bullets": text("bullet_points"), "description": text("description"),
          "brand": text("brand"), "colour": text("color")},
         {"brand": text("brand"), "colour": text("color")},
-        {"price": np.array([float(r.get("price") or np.nan) for r in found.values()], np.float32)},
-        np.log1p(np.array([float(r.get("rating_count") or 0) for r in found.values()], np.float32)),
+        {"price": np.array([float(r.get("price") or np.nan) for r in products.values()], np.float32)},
+        np.log1p(np.array([float(r.get("rating_count") or 0) for r in products.values()], np.float32)),
     )  # fmt: skip
     record = json.loads((folder / "esci_us_judgments.json").read_text(encoding="utf-8"))["judgmentRatings"]
     gains = [{str(j["docId"]): GAINS[float(j["rating"])] for j in q["ratings"]} for q in record]

@@ -24,13 +24,13 @@ def feature_names(index: HybridIndex) -> list[str]:
             "popular", "terms", *PERSONAL]  # fmt: skip
 
 
-def features(index: HybridIndex, understood: Understood, vector_E: np.ndarray, found: Candidates) -> np.ndarray:
+def features(index: HybridIndex, understood: Understood, vector_E: np.ndarray, candidates: Candidates) -> np.ndarray:
     """float32 [N, X] in the order of ``feature_names``; the last ones, PERSONAL, are 0 until ``personal`` fills them
     in: they are known where query and history meet."""
-    rows, n = found.rows, len(found.rows)
-    whole_N = index.lexical.boosted(found.fields_FN)
+    rows, n = candidates.rows, len(candidates.rows)
+    whole_N = index.lexical.boosted(candidates.fields_FN)
     best = max(float(whole_N.max(initial=0.0)), 1e-6)
-    columns = [*found.fields_FN, whole_N, whole_N / best, index.vectors[rows] @ vector_E]
+    columns = [*candidates.fields_FN, whole_N, whole_N / best, index.vectors[rows] @ vector_E]
     columns += list(index.lexical.coverage(understood.terms, rows, understood.weights))
     columns += list(index.lexical.places(terms(understood.mended), rows).T)
     for a, codes in index.codes.items():
@@ -41,9 +41,9 @@ def features(index: HybridIndex, understood: Understood, vector_E: np.ndarray, f
                     chance[np.asarray(index.values[a]) == i.value] = i.probability
             columns.append(chance[codes[rows]])
     for b in index.branches:
-        r = found.rank.get(b, np.full(n, -1))
+        r = candidates.rank.get(b, np.full(n, -1))
         columns.append(np.where(r >= 0, NEAR / (NEAR + r), 0.0))
-    columns += [found.fused * 60, index.popularity[rows], np.full(n, len(understood.words))]
+    columns += [candidates.fused * 60, index.popularity[rows], np.full(n, len(understood.words))]
     columns += [np.zeros(n)] * len(PERSONAL)
     return np.stack([np.asarray(x, np.float32) for x in columns], 1)
 
@@ -53,8 +53,8 @@ def personal(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(features with PERSONAL filled in, place of each candidate in the recommendation int64 [N], -1 for none).
 
-    ``ids_N``: what the query found; ``ranked_M``, ``scores_M``: what the history recommends, best first. PERSONAL: how
-    far up a candidate stands there, and its score between the recommendation's worst (0) and best (1)."""
+    ``ids_N``: the query's candidates; ``ranked_M``, ``scores_M``: what the history recommends, best first. PERSONAL:
+    how far up a candidate stands there, and its score between the recommendation's worst (0) and best (1)."""
     place = {int(i): m for m, i in enumerate(ranked_M) if i != PADDING_ID}
     at_N = np.array([place.get(int(i), -1) for i in ids_N], np.int64)
     live = max(len(place), 1)

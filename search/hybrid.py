@@ -56,8 +56,8 @@ def top(scores_V: np.ndarray, count: int) -> np.ndarray:
         best = scores_V[: blocks * BLOCK].reshape(blocks, BLOCK).max(1)
         near = np.flatnonzero(scores_V >= np.partition(best, blocks - count)[blocks - count])
     near = near[np.isfinite(scores_V[near])]
-    found: np.ndarray = near[np.argsort(-scores_V[near], kind="stable")][:count]
-    return found
+    best_rows: np.ndarray = near[np.argsort(-scores_V[near], kind="stable")][:count]
+    return best_rows
 
 
 def fuse(
@@ -66,8 +66,8 @@ def fuse(
     """Reciprocal rank fusion of rows, best first, of each branch; an item that several found is there once."""
     rows = np.unique(np.concatenate([np.empty(0, np.int64), *branches.values()]))
     fused, rank = np.zeros(len(rows)), dict[str, np.ndarray]()
-    for name, own in branches.items():
-        at, place = np.searchsorted(rows, own), np.arange(len(own))
+    for name, branch in branches.items():
+        at, place = np.searchsorted(rows, branch), np.arange(len(branch))
         rank[name] = np.full(len(rows), -1, np.int64)
         rank[name][at] = place
         fused[at] += (weights or {}).get(name, 1.0) / (RRF + place + 1)
@@ -107,10 +107,10 @@ class HybridIndex:
     def allowed(self, filters: Filters) -> np.ndarray:
         """bool [V]. Raises ValueError for an attribute or number that the catalogue does not have."""
         out_V = np.ones(len(self.catalogue.items), bool)
-        for name, wanted in filters.values.items():
+        for name, values in filters.values.items():
             if name not in self.codes:
                 raise ValueError(f"filters: expected an attribute of {sorted(self.codes)}, got {name!r}")
-            known = np.isin(self.values[name], list(wanted))
+            known = np.isin(self.values[name], list(values))
             out_V &= known[self.codes[name]]
         for name, (low, high) in filters.ranges.items():
             if name not in self.catalogue.numbers:
@@ -153,9 +153,9 @@ class HybridIndex:
             branches[DENSE] = top(self._shut(self.vectors @ vector_E, shut), count)
         if max(map(len, branches.values()), default=0) < count:
             branches[POPULAR] = top(self._shut(self.popularity.copy(), shut), count)
-        found = fuse(branches, count, self.weights)
-        none_FN = np.zeros((len(self.lexical.fields), len(found.rows)), np.float32)
-        return replace(found, fields_FN=none_FN if fields_FV is None else fields_FV[:, found.rows], matches=matches)
+        fused = fuse(branches, count, self.weights)
+        none_FN = np.zeros((len(self.lexical.fields), len(fused.rows)), np.float32)
+        return replace(fused, fields_FN=none_FN if fields_FV is None else fields_FV[:, fused.rows], matches=matches)
 
     @staticmethod
     def _shut(scores_V: np.ndarray, shut_V: np.ndarray | None) -> np.ndarray:

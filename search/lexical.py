@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -61,18 +61,18 @@ class Lexical:
         at = {t: i for i, t in enumerate(vocabulary)}
         weights = []
         for f in fields:
-            own = [[at[t] for t in row] for row in cut[f.name]]
-            size = (len(vocabulary), len(own))
-            if not any(own):
+            documents = [[at[t] for t in row] for row in cut[f.name]]
+            size = (len(vocabulary), len(documents))
+            if not any(documents):
                 weights.append(sparse.csr_matrix(size, dtype=np.float32))
                 continue
             index = bm25s.BM25(k1=k1, b=f.b, method="lucene")
-            index.index((own, at), create_empty_token=False, show_progress=False)
+            index.index((documents, at), create_empty_token=False, show_progress=False)
             s = index.scores
             weights.append(sparse.csc_matrix((s["data"], s["indices"], s["indptr"]), shape=size[::-1]).T.tocsr())
         titles_VT = np.full((len(cut[fields[0].name]), TITLE_TERMS), -1, np.int32)
-        for row, found in zip(titles_VT, cut[fields[0].name], strict=True):
-            row[: len(found)] = [at[t] for t in found[:TITLE_TERMS]]
+        for row, title in zip(titles_VT, cut[fields[0].name], strict=True):
+            row[: len(title)] = [at[t] for t in title[:TITLE_TERMS]]
         return cls(fields, vocabulary, weights, titles_VT)
 
     def places(self, query: Sequence[str], rows_N: np.ndarray) -> np.ndarray:
@@ -111,9 +111,9 @@ class Lexical:
                 continue
             first, i = self.weights[0], self.row[t]
             for out_N, (indptr, indices) in zip(out_2N, ((first.indptr, first.indices), self._anywhere), strict=True):
-                own = indices[indptr[i] : indptr[i + 1]]  # in order
-                if len(own):
-                    out_N[own[np.minimum(np.searchsorted(own, rows_N), len(own) - 1)] == rows_N] += w / total
+                has = indices[indptr[i] : indptr[i + 1]]  # items with the term, in order
+                if len(has):
+                    out_N[has[np.minimum(np.searchsorted(has, rows_N), len(has) - 1)] == rows_N] += w / total
         return out_2N
 
     def covered(self, query: Sequence[str], weight: Sequence[float] | None = None) -> np.ndarray:
@@ -148,15 +148,15 @@ class Lexical:
 
     @property
     def bytes(self) -> int:
-        own = (*(a for m in self.weights for a in (m.data, m.indices, m.indptr)), *self._anywhere, self.titles_VT)
-        return sum(int(a.nbytes) for a in own)
+        arrays = (*(a for m in self.weights for a in (m.data, m.indices, m.indptr)), *self._anywhere, self.titles_VT)
+        return sum(int(a.nbytes) for a in arrays)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {f"{f.name}.{k}": getattr(m, k) for f, m in zip(self.fields, self.weights, strict=True)
                   for k in ("data", "indices", "indptr")}  # fmt: skip
         np.savez(folder / FILE, titles=self.titles_VT, **arrays)
-        record = {"fields": [f.__dict__ for f in self.fields], "vocabulary": self.vocabulary, "items": self.items}
+        record = {"fields": [asdict(f) for f in self.fields], "vocabulary": self.vocabulary, "items": self.items}
         (folder / "lexical.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
     @classmethod

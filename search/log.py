@@ -62,7 +62,9 @@ class SearchLog:
         ids = self.frame[contract.ITEM].to_numpy()
         cuts = self.starts[1:-1]
         parts = zip(np.split(ids, cuts), np.split(weight, cuts), strict=True)
-        return [{int(i): float(w) for i, w in zip(own, how, strict=True) if w} for own, how in parts]
+        return [
+            {int(i): float(w) for i, w in zip(ids_of_list, weights, strict=True) if w} for ids_of_list, weights in parts
+        ]
 
     def seen(self) -> np.ndarray:
         """Chance that each place is looked at, relative to the first, from what was shown at several."""

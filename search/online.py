@@ -36,21 +36,21 @@ RANKER_FILES = (RANKER, VECTORS)
 EXAMPLE = '{"values": {"brand": ["Alto"]}, "ranges": {"price": [5, null]}, "seen": false}'
 
 
-def asked(query: str) -> bool:
+def searchable(query: str) -> bool:
     """Whether a QUERY has anything to search for."""
     return bool(query) and bool(words(normalise(query)))
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a request asks of the answer beside its query."""
+class SearchOptions:
+    """What a request asks of the answer to its query."""
 
     filters: Filters = field(default_factory=Filters)
     diversity: float = 0.0
     seen: bool = True  # items of the history may be found
 
     @classmethod
-    def parse(cls, parameters: Mapping[str, Any]) -> Wish:
+    def parse(cls, parameters: Mapping[str, Any]) -> SearchOptions:
         """Of a request's parameters. Raises ValueError naming the parameter."""
         try:
             record = json.loads(parameters.get(contract.FILTERS) or "{}")
@@ -59,8 +59,8 @@ class Wish:
                 raise ValueError
             if not isinstance(seen, bool):
                 raise ValueError
-            found = Filters(
-                {str(a): [str(v) for v in own] for a, own in values.items()},
+            filters = Filters(
+                {str(a): [str(v) for v in allowed] for a, allowed in values.items()},
                 {str(n): (_number(low), _number(high)) for n, (low, high) in ranges.items()},
             )
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -74,7 +74,7 @@ class Wish:
             diversity = -1.0
         if not 0 <= diversity <= 1:
             raise ValueError(f"{contract.DIVERSITY}: expected 0..1, got {parameters.get(contract.DIVERSITY)!r}")
-        return cls(found, diversity, seen)
+        return cls(filters, diversity, seen)
 
 
 def _number(value: Any) -> float | None:
@@ -99,25 +99,28 @@ def read_catalogue(folder: Path) -> Catalogue:
     return Catalogue(record["items"], {}, record["attributes"], numbers, popularity)
 
 
-Found = tuple[np.ndarray, np.ndarray, str]  # ids int64 [n], best first; features float32 [n, X]; UNDERSTOOD
-NOTHING: Found = (np.empty(0, np.int64), np.empty((0, 0), np.float32), "")  # of a row without a query
+SearchResult = tuple[np.ndarray, np.ndarray, str]  # ids int64 [n], best first; features float32 [n, X]; UNDERSTOOD
+NOTHING: SearchResult = (np.empty(0, np.int64), np.empty((0, 0), np.float32), "")  # of a row without a query
 
 
-def pack(ids_N: np.ndarray, features_NX: np.ndarray, said: str) -> bytes:
+def pack(ids_N: np.ndarray, features_NX: np.ndarray, understood: str) -> bytes:
     """What a query found as one string: a line of n and UNDERSTOOD, then ids and features as they lie in memory; "" for
     NOTHING."""
-    return b"".join((f"{len(ids_N)} {said}\n".encode(), ids_N.tobytes(), features_NX.tobytes())) if said else b""
+    if not understood:
+        return b""
+    return b"".join((f"{len(ids_N)} {understood}\n".encode(), ids_N.tobytes(), features_NX.tobytes()))
 
 
-def unpack(packed: bytes) -> Found:
+def unpack(packed: bytes) -> SearchResult:
     """The reverse of ``pack``."""
     if not packed:
         return NOTHING
     head, _, rest = packed.partition(b"\n")
-    count, _, said = head.partition(b" ")
+    count, _, understood = head.partition(b" ")
     n = int(count)
     x = (len(rest) - 8 * n) // (4 * n) if n else 0
-    return np.frombuffer(rest, np.int64, n), np.frombuffer(rest, np.float32, n * x, 8 * n).reshape(n, x), said.decode()
+    features_NX = np.frombuffer(rest, np.float32, n * x, 8 * n).reshape(n, x)
+    return np.frombuffer(rest, np.int64, n), features_NX, understood.decode()
 
 
 class QuerySearch:
@@ -136,8 +139,8 @@ class QuerySearch:
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Vectors float32 [B, E] and intent logits float32 [B, K] of normalised texts."""
         tokens_BS = np.zeros((len(texts), self._length), np.int64)
-        for row, found in zip(tokens_BS, self._tokenizer.encode_batch(list(texts)), strict=True):
-            ids = found.ids[: self._length]
+        for row, encoding in zip(tokens_BS, self._tokenizer.encode_batch(list(texts)), strict=True):
+            ids = encoding.ids[: self._length]
             row[: len(ids)] = ids
         vectors, logits = self._encoder.run(None, {"TOKENS": tokens_BS})
         return vectors, logits
@@ -150,36 +153,49 @@ class QuerySearch:
         return full, vectors
 
     def __call__(
-        self, queries: Sequence[str], wishes: Sequence[Wish | None], histories: Sequence[np.ndarray] | None = None
-    ) -> list[Found]:
-        """What each of B queries found, up to N items. ``histories``: ids of each row, for wishes of nothing seen.
+        self,
+        queries: Sequence[str],
+        options: Sequence[SearchOptions | None],
+        histories: Sequence[np.ndarray] | None = None,
+    ) -> list[SearchResult]:
+        """What each of B queries finds, up to N items. ``histories``: ids of each row, for options of nothing seen.
 
-        A row without a query found NOTHING, and needs no wish. Raises ValueError for a filter that the catalogue does
-        not have.
+        A row without a query finds NOTHING, and needs no options. Raises ValueError for a filter that the catalogue
+        does not have.
         """
         out = [NOTHING] * len(queries)
-        rows = [i for i, q in enumerate(queries) if asked(q)]
+        rows = [i for i, q in enumerate(queries) if searchable(q)]
         if not rows:
             return out
         understood, vectors = self.understand([queries[i] for i in rows])
-        for i, u, v in zip(rows, understood, vectors, strict=True):
-            wish = wishes[i] or Wish()
-            f = wish.filters
-            if not wish.seen and histories is not None:
-                f = replace(
-                    f, without=[id_ - contract.FIRST_ID for id_ in histories[i].tolist() if id_ >= contract.FIRST_ID]
+        for i, meaning, vector_E in zip(rows, understood, vectors, strict=True):
+            option = options[i] or SearchOptions()
+            filters = option.filters
+            if not option.seen and histories is not None:
+                seen = histories[i].tolist()
+                filters = replace(
+                    filters, without=[id_ - contract.FIRST_ID for id_ in seen if id_ >= contract.FIRST_ID]
                 )
-            allowed = self.index.allowed(f) if f.values or f.ranges or f.without else None
-            found = self.index.candidates(u, v, self.candidates, allowed)
-            facets = self.index.facets(found.matches)
-            branches = [found.found_by(k) for k in range(min(len(found.rows), contract.MAX_TOP_K))]
-            by = {self.index.catalogue.items[r]: b for r, b in zip(found.rows, branches, strict=False)}
-            said = {**json.loads(u.to_json()), "facets": facets, "found_by": by}
-            out[i] = (
-                (found.rows + contract.FIRST_ID).astype(np.int64), features(self.index, u, v, found),
-                json.dumps(said, ensure_ascii=False, separators=(",", ":")),
-            )  # fmt: skip
+            out[i] = self._find(meaning, vector_E, filters)
         return out
+
+    def _find(self, understood: Understood, vector_E: np.ndarray, filters: Filters) -> SearchResult:
+        """What one query finds."""
+        constrained = filters.values or filters.ranges or filters.without
+        allowed = self.index.allowed(filters) if constrained else None
+        candidates = self.index.candidates(understood, vector_E, self.candidates, allowed)
+        rows = candidates.rows
+        branches = [candidates.found_by(k) for k in range(min(len(rows), contract.MAX_TOP_K))]
+        record = {
+            **json.loads(understood.to_json()),
+            "facets": self.index.facets(candidates.matches),
+            "found_by": {self.index.catalogue.items[r]: b for r, b in zip(rows, branches, strict=False)},
+        }
+        return (
+            (rows + contract.FIRST_ID).astype(np.int64),
+            features(self.index, understood, vector_E, candidates),
+            json.dumps(record, ensure_ascii=False, separators=(",", ":")),
+        )
 
 
 class SearchRanking:
@@ -190,16 +206,21 @@ class SearchRanking:
         self._vectors = np.load(folder / VECTORS, mmap_mode="r")
 
     def __call__(
-        self, query_N: np.ndarray, features_NX: np.ndarray, ranked_M: np.ndarray, values_CM: np.ndarray, wish: Wish
+        self,
+        query_N: np.ndarray,
+        features_NX: np.ndarray,
+        ranked_M: np.ndarray,
+        values_CM: np.ndarray,
+        options: SearchOptions,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 [N], best first, and values float32 [C, N] of one row: the score, and each head's probability
         where the recommendation knows the item (0 elsewhere)."""
         x, at_N = personal(features_NX, query_N, ranked_M, values_CM[0])
         scores = self._session.run(None, {"FEATURES": x[None]})[0][0]
         order = np.argsort(-scores, kind="stable")
-        if wish.diversity:
+        if options.diversity:
             vectors = np.asarray(self._vectors[query_N - contract.FIRST_ID])
-            order = diversify(scores, vectors, len(query_N), wish.diversity)
+            order = diversify(scores, vectors, len(query_N), options.diversity)
         values = np.zeros((len(values_CM), len(query_N)), np.float32)
         values[0] = scores[order]
         known = at_N[order] >= 0
@@ -207,19 +228,25 @@ class SearchRanking:
         return query_N[order], values
 
     def rows(
-        self, found: Sequence[Found], ranked_BM: np.ndarray, values_BCM: np.ndarray, wishes: Sequence[Wish | None]
+        self,
+        results: Sequence[SearchResult],
+        ranked_BM: np.ndarray,
+        values_BCM: np.ndarray,
+        options: Sequence[SearchOptions | None],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The same for a batch, PADDING_ID where a row has fewer; rows that found nothing stay as they were
+        """The same for a batch, PADDING_ID where a row has fewer; rows without a result stay as they were
         recommended."""
-        searched = [i for i, (ids, _, _) in enumerate(found) if len(ids)]
+        searched = [i for i, (ids, _, _) in enumerate(results) if len(ids)]
         if not searched:
             return ranked_BM, values_BCM
-        wide = max(ranked_BM.shape[1], *(len(found[i][0]) for i in searched))
+        wide = max(ranked_BM.shape[1], *(len(results[i][0]) for i in searched))
         ids = np.full((len(ranked_BM), wide), contract.PADDING_ID, np.int64)
         values = np.zeros((len(ranked_BM), values_BCM.shape[1], wide), np.float32)
         ids[:, : ranked_BM.shape[1]], values[:, :, : ranked_BM.shape[1]] = ranked_BM, values_BCM
         for i in searched:
-            n = len(found[i][0])
+            n = len(results[i][0])
             ids[i], values[i] = contract.PADDING_ID, 0
-            ids[i, :n], values[i, :, :n] = self(*found[i][:2], ranked_BM[i], values_BCM[i], wishes[i] or Wish())
+            ids[i, :n], values[i, :, :n] = self(
+                *results[i][:2], ranked_BM[i], values_BCM[i], options[i] or SearchOptions()
+            )
         return ids, values

@@ -114,10 +114,10 @@ def coclick_synonyms(
     vectors: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     together, counts = set[tuple[str, str]](), Counter[str]()
     for query, items in zip(queries, clicked, strict=True):
-        own = sorted({w for w in words(normalise(query)) if w not in STOP})
-        counts.update(own)
-        together |= {(a, b) for a in own for b in own}
-        for w in own:
+        distinct = sorted({w for w in words(normalise(query)) if w not in STOP})
+        counts.update(distinct)
+        together |= {(a, b) for a in distinct for b in distinct}
+        for w in distinct:
             for item, gain in items.items():
                 vectors[w][item] += gain
     known = sorted(w for w in counts if counts[w] >= least)
@@ -127,9 +127,9 @@ def coclick_synonyms(
         for item in vectors[w]:
             of_item[item].append(w)
     dots: dict[tuple[str, str], float] = defaultdict(float)
-    for item, own in of_item.items():
-        for i, a in enumerate(own):
-            for b in own[i + 1 :]:
+    for item, its_words in of_item.items():
+        for i, a in enumerate(its_words):
+            for b in its_words[i + 1 :]:
                 dots[a, b] += vectors[a][item] * vectors[b][item]
     out: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for (a, b), dot in dots.items():
@@ -137,7 +137,7 @@ def coclick_synonyms(
         if close >= similarity and (a, b) not in together:
             out[a].append((close, b))
             out[b].append((close, a))
-    return {w: [b for _, b in sorted(found, reverse=True)[:SYNONYMS_MOST]] for w, found in sorted(out.items())}
+    return {w: [b for _, b in sorted(near, reverse=True)[:SYNONYMS_MOST]] for w, near in sorted(out.items())}
 
 
 class QueryUnderstanding:
@@ -183,14 +183,14 @@ class QueryUnderstanding:
         if all(t in self._stems for t in term(word)):
             return word
         distance = 2 if len(word) >= TWO_FROM else 1
-        found = self._spelling.lookup(word, Verbosity.TOP, max_edit_distance=distance)
-        return str(found[0].term) if found else word
+        suggestions = self._spelling.lookup(word, Verbosity.TOP, max_edit_distance=distance)
+        return str(suggestions[0].term) if suggestions else word
 
     def __call__(self, query: str) -> Understood:
         text = normalise(query)
-        own = words(text)
-        corrected = {w: m for w in own if (m := self._mend(w)) != w}
-        mended = [corrected.get(w, w) for w in own]
+        query_words = words(text)
+        corrected = {w: m for w in query_words if (m := self._mend(w)) != w}
+        mended = [corrected.get(w, w) for w in query_words]
         synonyms = {w: s for w in mended if (s := self.synonyms.get(w))}
         weight: dict[str, float] = {}
 
@@ -198,7 +198,7 @@ class QueryUnderstanding:
             for t in term(word):
                 weight[t] = max(weight.get(t, 0.0), much)
 
-        for w in own:
+        for w in query_words:
             ask(w, 1.0)
             if w in corrected:
                 ask(corrected[w], MENDED)
@@ -207,7 +207,7 @@ class QueryUnderstanding:
                 for w in words(other):
                     ask(w, SYNONYM)
         named = tuple(self.named(mended))
-        return Understood(text, tuple(own), tuple(weight), tuple(weight.values()), corrected, synonyms, named)
+        return Understood(text, tuple(query_words), tuple(weight), tuple(weight.values()), corrected, synonyms, named)
 
     def named(self, mended: Sequence[str]) -> list[Intent]:
         """Attribute values whose whole name stands in the words, the longest names first; each word once."""

@@ -7,7 +7,6 @@ it stops; its shared-memory segments carry a prefix of their own, so that whatev
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import shutil
@@ -26,7 +25,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from serving.repository import models
+from serving.process import become_server, server_environment
+from serving.repository import check_profile, models
 
 SHM = Path("/dev/shm")
 
@@ -50,15 +50,6 @@ class ServerOptions:
     start_timeout_s: float = 120.0
     python: Path = Path(sys.executable)  # that of the Python workers
     extra: tuple[str, ...] = field(default=())
-
-
-# glibc gives blocks of 128 KiB and more back to the kernel at each free: tensors of a batch are of that size
-MALLOC = {  # the largest threshold that glibc takes is 32 MiB
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-    "MALLOC_TOP_PAD_": str(1 << 24),
-    "MALLOC_ARENA_MAX": "2",
-}
 
 
 class ServerError(RuntimeError):
@@ -95,26 +86,19 @@ def backend_folder(root: Path) -> Path:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
-        found = sorted(p.name for p in (wheel / "python_backend_stubs").iterdir())
-        raise ServerError(f"tritonserver: no Python backend stub for Python {version}; the wheel has {found}")
+        versions = sorted(p.name for p in (wheel / "python_backend_stubs").iterdir())
+        raise ServerError(f"tritonserver: no Python backend stub for Python {version}; the wheel has {versions}")
     python = root / "backends" / "python"
     python.mkdir(parents=True)
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
         shutil.copy(wheel / "backends" / "python" / name, python / name)
     shutil.copy(stub, python / stub.name)
     (python / stub.name).chmod(0o755)
-    for own in sorted((Path(__file__).parent / "triton" / "backends").glob("*/model.py")):
-        folder = root / "backends" / own.parent.name
+    for backend in sorted((Path(__file__).parent / "triton" / "backends").glob("*/model.py")):
+        folder = root / "backends" / backend.parent.name
         folder.mkdir()
-        shutil.copy(own, folder / "model.py")
+        shutil.copy(backend, folder / "model.py")
     return root / "backends"
-
-
-def _in_child() -> None:
-    """In the server's process before it starts: the kernel ends it if its launcher is killed outright (prctl
-    PR_SET_PDEATHSIG), and a thread of it that wakes up does not interrupt one that computes (SCHED_BATCH)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 class TritonServer:
@@ -188,13 +172,11 @@ class TritonServer:
         libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
         env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*libraries, env.get("LD_LIBRARY_PATH")]))
-        for name, value in MALLOC.items():
-            env.setdefault(name, value)
-        env["OMP_NUM_THREADS"] = "1"  # numpy's BLAS in every worker would otherwise start a pool of its own
-        return env
+        return server_environment(env)
 
     def start(self) -> None:
-        """Starts and waits until the server and every model are ready. Raises ServerError with the log's end."""
+        """Starts and waits until the server and every model are ready. Raises ServerError with the log's end, and
+        ValueError for a profile that the repository does not have."""
         o = self.options
         try:
             metadata.distribution("vivace")
@@ -202,6 +184,7 @@ class TritonServer:
             raise ServerError("vivace is not installed in this environment; run 'make setup'") from None
         if not (o.repository / "recommend" / "config.pbtxt").exists():
             raise ServerError(f"model repository: nothing to serve in {o.repository}; run 'vivace compile' first")
+        check_profile(o.repository, o.profile)
         for name, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
             if port_in_use(self.host, port):
                 raise ServerError(f"{name} port {port} on {self.host} is taken; choose another with --{name}-port")
@@ -216,7 +199,7 @@ class TritonServer:
                 stdin=subprocess.DEVNULL,
                 env=self.environment(),
                 start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
-                preexec_fn=_in_child,
+                preexec_fn=become_server,
             )
         deadline = time.monotonic() + o.start_timeout_s
         while not self.ready():
@@ -274,14 +257,14 @@ class TritonServer:
     # -- shared memory of workers that died ----------------------------------------------------------
     def segments(self, older_than_s: float = 0.0) -> set[str]:
         """Names of this server's shared memory segments that were made at least so long ago."""
-        now, found = time.time(), set()
+        now, names = time.time(), set()
         for path in SHM.glob(f"{self.shm_prefix}*"):
             try:
                 if now - path.stat().st_ctime >= older_than_s:
-                    found.add(path.name)
+                    names.add(path.name)
             except FileNotFoundError:
                 continue
-        return found
+        return names
 
     def sweep_shm(self, candidates: set[str], workers: Iterable[int]) -> list[str]:
         """Removes those of ``candidates`` that no living worker maps; returns their names.

@@ -16,12 +16,13 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from vivace import contract
+from vivace.run import Run
 
 CHECKOUT_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 INDEX_ADAPTER = Path(__file__).resolve().parent / "triton" / "adapters" / "indexed_retrieval.py"
 SEARCH_ADAPTER = Path(__file__).resolve().parent / "triton" / "adapters" / "query_search.py"
 FEATURE_STORE = "../feature_store"  # seen from the repository's folder
-TUNED = "tuning"  # folder of a run with the records of tuned profiles
+TUNED = Run(Path()).tuning.name  # folder of a run with the records of tuned profiles
 PYTHON_STAGES = (contract.FEATURE_TRANSFORM, contract.RESPONSE, contract.APPEND_EVENT)
 ONNX_STAGES = (contract.RETRIEVAL, contract.RANKING)
 ALL_MODELS = (*contract.STAGES, contract.QUERY_SEARCH, contract.APPEND_EVENT, contract.ENSEMBLE)
@@ -179,14 +180,14 @@ def model_configs(
     response = _base(
         contract.RESPONSE, "python", p, contract.response_inputs(s, heads), contract.response_outputs(s, heads)
     )
-    append = _base(contract.APPEND_EVENT, "python", p, contract.APPEND, (contract.HISTORY_LENGTH,))
+    append = _base(contract.APPEND_EVENT, "python", p, contract.APPEND, contract.APPEND_OUTPUTS)
     append.parameters["feature_store"].string_value = FEATURE_STORE
     search = {}
     if s.search:
-        own = _base(contract.QUERY_SEARCH, "python", p, contract.QUERY_SEARCH_INPUTS, contract.QUERY_SEARCH_OUTPUTS)
-        own.parameters["shapes"].string_value = json.dumps(asdict(s))
-        own.dynamic_batching.ClearField("default_queue_policy")  # it never refuses: SEARCH_FOR bounds its queue
-        search[contract.QUERY_SEARCH] = own
+        config = _base(contract.QUERY_SEARCH, "python", p, contract.QUERY_SEARCH_INPUTS, contract.QUERY_SEARCH_OUTPUTS)
+        config.parameters["shapes"].string_value = json.dumps(asdict(s))
+        config.dynamic_batching.ClearField("default_queue_policy")  # it never refuses: SEARCH_FOR bounds its queue
+        search[contract.QUERY_SEARCH] = config
     return search | {
         contract.FEATURE_TRANSFORM: transform,
         contract.RETRIEVAL: retrieval if s.indexed else _graph(retrieval, p),
@@ -199,28 +200,52 @@ def model_configs(
 
 def config_file(repository: Path, model: str, profile: str) -> Path:
     """The configuration that Triton takes for a model under a profile: the profile's own if there is one."""
-    own = repository / model / "configs" / f"{profile}.pbtxt"
-    return own if profile and own.exists() else repository / model / "config.pbtxt"
+    of_profile = repository / model / "configs" / f"{profile}.pbtxt"
+    return of_profile if profile and of_profile.exists() else repository / model / "config.pbtxt"
 
 
 def read_config(repository: Path, model: str, profile: str) -> pb.ModelConfig:
     return text_format.Parse(config_file(repository, model, profile).read_text(), pb.ModelConfig())
 
 
+def profiles(repository: Path) -> list[str]:
+    """Names of the profiles that a repository has configurations for, beside "", which is ``config.pbtxt``."""
+    return sorted({path.stem for path in repository.glob("*/configs/*.pbtxt")})
+
+
+def check_profile(repository: Path, profile: str) -> None:
+    """Raises ValueError that names the profiles there are where ``profile`` is none of them: Triton would serve
+    ``config.pbtxt`` in its place and say nothing."""
+    if profile and profile not in profiles(repository):
+        raise ValueError(
+            f"--profile: expected one of {', '.join(profiles(repository)) or 'none'}, or no --profile, got {profile!r} "
+            f"({repository})"
+        )
+
+
 def models(repository: Path, profile: str) -> list[str]:
-    """What a server loads under a profile: without an ensemble the stages stay where they are."""
-    wanted: tuple[str, ...] = ALL_MODELS
+    """What a server loads under a profile: without an ensemble the stages stay where they are. Raises ValueError for a
+    profile that is not there."""
+    check_profile(repository, profile)
+    names: tuple[str, ...] = ALL_MODELS
     if read_config(repository, contract.ENSEMBLE, profile).platform != "ensemble":
-        wanted = (contract.APPEND_EVENT, contract.ENSEMBLE)
-    return [name for name in wanted if (repository / name).is_dir()]
+        names = (contract.APPEND_EVENT, contract.ENSEMBLE)
+    return [name for name in names if (repository / name).is_dir()]
 
 
 def served_from(root: Path, profile: str) -> Path:
-    """Folder of the run that a tuned profile serves; ``root`` itself for a profile that was not tuned."""
-    path = root / TUNED / f"{profile}.json"
+    """Folder of the run that a tuned profile serves; ``root`` itself for a profile that was not tuned. Raises
+    ValueError for a tuned profile whose configurations went with the graphs they were tuned for."""
+    path = Run(root).tuning / f"{profile}.json"
     if not profile or not path.exists():
         return root
-    return root / str(json.loads(path.read_text())["chosen"]["trial"]["engine"])
+    served = root / str(json.loads(path.read_text())["chosen"]["trial"]["engine"])
+    if profile not in profiles(Run(served).repository):
+        raise ValueError(
+            f"--profile {profile}: tuned for graphs that were compiled anew since; run 'vivace tune --name {root.name} "
+            f"--save-as {profile}' again, or serve one of {', '.join(profiles(Run(served).repository)) or 'none'}"
+        )
+    return served
 
 
 def render(config: pb.ModelConfig) -> str:

@@ -28,10 +28,10 @@ def warm_up(server: TritonServer) -> float:
 
     What they are answered or refused does not matter; after ``WARM_S`` no more is waited for."""
     started, left, done = time.monotonic(), threading.Semaphore(0), 0
-    asked = inputs_of(grpcclient, request_tensors(history=["-"] * WARM_EVENTS))
+    question = inputs_of(grpcclient, request_tensors(history=["-"] * WARM_EVENTS))
     with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
         for _ in range(WARM_AT_ONCE):
-            client.async_infer(contract.ENSEMBLE, asked, lambda result, error: left.release(), client_timeout=WARM_S)
+            client.async_infer(contract.ENSEMBLE, question, lambda result, error: left.release(), client_timeout=WARM_S)
         while done < WARM_AT_ONCE and left.acquire(timeout=max(0.0, started + WARM_S - time.monotonic())):
             done += 1
     return time.monotonic() - started

@@ -132,7 +132,7 @@ class Watchdog:
 
     def workers(self) -> dict[int, str]:
         """Worker processes of the server: pid to the model it serves."""
-        found = {}
+        workers = {}
         try:
             children = psutil.Process(self.server.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -141,20 +141,20 @@ class Watchdog:
             try:
                 line = child.cmdline()
                 if line and STUB in line[0] and child.status() != psutil.STATUS_ZOMBIE:
-                    found[child.pid] = next((m for m in self._questions if any(f"/{m}/" in a for a in line)), "")
+                    workers[child.pid] = next((m for m in self._questions if any(f"/{m}/" in a for a in line)), "")
             except psutil.Error:
                 continue
-        return found
+        return workers
 
     def alive(self, model: str) -> bool:
         """Whether ``model`` answers its question."""
-        asked = self._questions[model]
+        inputs = self._questions[model]
         config, last = self._cached.get(model, (None, 0.0))
         if config is not None and time.monotonic() - last > self.ask_timeout_s:  # seldom: each answer takes up cache
             self._cached[model] = (config, time.monotonic())
-            asked = question(config, self._rng)
+            inputs = question(config, self._rng)
         try:
-            self._client.infer(model, asked, client_timeout=self.ask_timeout_s)
+            self._client.infer(model, inputs, client_timeout=self.ask_timeout_s)
         except InferenceServerException as error:
             if died(error):
                 return False
@@ -166,7 +166,7 @@ class Watchdog:
     def revive(self, model: str) -> float:
         """Unloads and loads ``model`` until it answers; returns the seconds it took."""
         started, segments = time.monotonic(), self.server.segments()
-        self._retired.update({pid: started for pid, own in self.workers().items() if own == model})
+        self._retired.update({pid: started for pid, served in self.workers().items() if served == model})
         self.metrics.healthy.labels(model).set(0)
         self._say(f"{model}: its worker died; reloading it")
         while not self._stop.is_set():

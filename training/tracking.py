@@ -8,8 +8,15 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-WANDB = "VIVACE_WANDB"  # set by --wandb; the processes of torchrun inherit it
+# An environment variable, as it must reach the training processes that torchrun and Optuna start; it can go when their
+# command lines carry --wandb. This module alone reads and writes it.
+WANDB = "VIVACE_WANDB"
 PROJECT = "vivace"
+
+
+def use_wandb() -> None:
+    """From here on this process and those that it starts log to Weights & Biases too."""
+    os.environ[WANDB] = "1"
 
 
 class Tracker:

@@ -8,10 +8,11 @@ with VivaceClient("127.0.0.1:8001") as client:
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -41,8 +42,16 @@ class Recommendation:
         return self.status != contract.STATUS_OK
 
 
-class _Result(Protocol):
-    def as_numpy(self, name: str) -> np.ndarray | None: ...
+class Appended(int):
+    """The length of a user's history after an event was added. ``status``: "ok", or what of the event the served run
+    does not know; it is stored all the same. "" where the server does not say: a run compiled before it could."""
+
+    status: str
+
+    def __new__(cls, length: int, status: str = "") -> Appended:
+        appended = super().__new__(cls, length)
+        appended.status = status
+        return appended
 
 
 def _module(protocol: str, asynchronous: bool) -> Any:
@@ -68,19 +77,62 @@ def inputs_of(module: Any, tensors: Sequence[tuple[contract.WireTensor, np.ndarr
     return inputs
 
 
-def _text(value: str | bytes) -> bytes:
-    return value if isinstance(value, bytes) else value.encode()
+# -- what callers give, checked: a wrong type is named before anything is sent --------------------------
+def _text(value: str | bytes, name: str) -> bytes:
+    """UTF-8 of ``value``; raises ValueError that names it."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a str, got {type(value).__name__} {value!r:.60}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected text that UTF-8 can hold, got {value[error.start]!r}") from None
+
+
+def _whole(value: int, name: str, bits: int) -> int:
+    """``value`` if it is a whole number that a signed integer of ``bits`` holds; raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name}: expected an int, got {type(value).__name__} {value!r:.60}")
+    if not -(1 << bits - 1) <= value < 1 << bits - 1:
+        raise ValueError(f"{name}: expected an int of {bits} bits, got {value}")
+    return int(value)
+
+
+def _number(value: float, name: str) -> float:
+    """``value`` if it is a finite number; raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a number, got {type(value).__name__} {value!r:.60}")
+    return float(value)
+
+
+def _items(history: Sequence[str | bytes]) -> np.ndarray:
+    """HISTORY of one row, object [1, H]; raises ValueError."""
+    if isinstance(history, str | bytes):
+        raise ValueError(f"history: expected a list of item ids, got {history!r:.60}; write [{history!r:.60}]")
+    if isinstance(history, Mapping) or not isinstance(history, Iterable):
+        raise ValueError(f"history: expected a list of item ids, got {type(history).__name__} {history!r:.60}")
+    return np.array([_text(item, f"history[{i}]") for i, item in enumerate(history)], object).reshape(1, -1)
+
+
+def _address(url: str) -> str:
+    """``url`` if it is host:port; raises ValueError."""
+    host, _, port = url.rpartition(":") if isinstance(url, str) else ("", "", "")
+    if not host or not port.isdecimal() or "/" in url:
+        example = url.partition("://")[2].rstrip("/") if isinstance(url, str) and "://" in url else "127.0.0.1:8001"
+        raise ValueError(f"url: expected host:port without a scheme or a path, such as {example!r}, got {url!r}")
+    return url
 
 
 def request_tensors(
     user_id: str | bytes = "", history: Sequence[str | bytes] = (), top_k: int = 10, query: str | bytes = ""
 ) -> list[tuple[contract.WireTensor, np.ndarray]]:
-    """The public call as arrays of one row."""
+    """The public call as arrays of one row. Raises ValueError for values of a wrong type."""
     return [
-        (contract.USER_ID, np.array([[_text(user_id)]], object)),
-        (contract.QUERY, np.array([[_text(query)]], object)),
-        (contract.HISTORY, np.array([_text(i) for i in history], object).reshape(1, -1)),
-        (contract.TOP_K, np.array([[top_k]], np.int32)),
+        (contract.USER_ID, np.array([[_text(user_id, "user_id")]], object)),
+        (contract.QUERY, np.array([[_text(query, "query")]], object)),
+        (contract.HISTORY, _items(history)),
+        (contract.TOP_K, np.array([[_whole(top_k, "top_k", 32)]], np.int32)),
     ]
 
 
@@ -89,10 +141,16 @@ def limits(within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, div
     it may wait in a queue (``timeout``, microseconds) and when it ends (parameter DEADLINE, Unix ms: client and server
     need the same time). Of an answer to a query: FILTERS and DIVERSITY."""
     parameters: dict[str, Any] = {}
+    within_ms, diversity = _number(within_ms, "within_ms"), _number(diversity, "diversity")
+    if filters is not None and not isinstance(filters, Mapping):
+        raise ValueError(f"filters: expected a dict, got {type(filters).__name__} {filters!r:.60}")
     if within_ms:
         parameters[contract.DEADLINE] = int(time.time() * 1000 + within_ms)
     if filters:
-        parameters[contract.FILTERS] = json.dumps(filters)
+        try:
+            parameters[contract.FILTERS] = json.dumps(filters)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"filters: expected what JSON can hold, got {filters!r:.200}: {error}") from None
     if diversity:
         parameters[contract.DIVERSITY] = str(diversity)
     timeout = {"timeout": int(within_ms * 1000)} if within_ms else {}
@@ -102,8 +160,11 @@ def limits(within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, div
 def append_tensors(
     user_id: str, item_id: str, event_type: str, timestamp_ms: int
 ) -> list[tuple[contract.WireTensor, np.ndarray]]:
-    text = [np.array([[_text(v)]], object) for v in (user_id, item_id, event_type)]
-    return list(zip(contract.APPEND, [*text, np.array([[timestamp_ms]], np.int64)], strict=True))
+    """The append call as arrays of one row. Raises ValueError for values of a wrong type."""
+    texts = {"user_id": user_id, "item_id": item_id, "event_type": event_type}
+    columns = [np.array([[_text(value, name)]], object) for name, value in texts.items()]
+    time_ms = np.array([[_whole(timestamp_ms, "timestamp_ms", 64)]], np.int64)
+    return list(zip(contract.APPEND, [*columns, time_ms], strict=True))
 
 
 def outputs_of(result: Any) -> list[str]:
@@ -120,9 +181,16 @@ def read_answer(result: Any) -> Recommendation:
     items = [i.decode() for i in arrays.pop(contract.ITEM_ID.name)[0]]
     scores = arrays.pop(contract.SCORE.name)[0]
     status = arrays.pop(contract.STATUS.name)[0, 0].decode()
-    said = arrays.pop(contract.UNDERSTOOD.name)[0, 0] if contract.UNDERSTOOD.name in arrays else b""
-    understood = json.loads(said) if said else {}
+    record = arrays.pop(contract.UNDERSTOOD.name)[0, 0] if contract.UNDERSTOOD.name in arrays else b""
+    understood = json.loads(record) if record else {}
     return Recommendation(items, scores, {n.lower(): a[0] for n, a in arrays.items()}, status, understood)
+
+
+def read_appended(result: Any) -> Appended:
+    """One row's answer of an ``append_event`` call."""
+    statuses = result.as_numpy(contract.STATUS.name) if contract.STATUS.name in outputs_of(result) else None
+    status = "" if statuses is None else statuses[0, 0].decode()
+    return Appended(int(result.as_numpy(contract.HISTORY_LENGTH.name)[0, 0]), status)
 
 
 def _failed(error: Exception) -> VivaceError:
@@ -136,7 +204,7 @@ class VivaceClient:
     def __init__(self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0) -> None:
         self._module = _module(protocol, asynchronous=False)
         http = {"connection_timeout": timeout_s, "network_timeout": timeout_s} if protocol == "http" else {}
-        self._client = self._module.InferenceServerClient(url, **http)
+        self._client = self._module.InferenceServerClient(_address(url), **http)
         self._options = {"client_timeout": timeout_s} if protocol == "grpc" else {}
 
     def _infer(self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], **limits: Any) -> Any:
@@ -157,14 +225,16 @@ class VivaceClient:
     ) -> Recommendation:
         """Items for a user; an empty ``history`` asks the feature store for the user's own. ``within_ms``: the server
         may give up afterwards (0: never). Of a ``query``: ``filters`` {"values": {attribute: [...]}, "ranges": {number:
-        [low, high]}, "seen": False} and ``diversity`` 0..1 of the answer. Raises VivaceError."""
+        [low, high]}, "seen": False} and ``diversity`` 0..1 of the answer. Raises VivaceError where the server refuses
+        or fails, and ValueError for values of a wrong type."""
         tensors = request_tensors(user_id, history, top_k, query)
         return read_answer(self._infer(contract.ENSEMBLE, tensors, **limits(within_ms, filters, diversity)))
 
-    def append(self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0) -> int:
-        """Adds an event to the user's stored history (time 0: now); returns its new length. Raises VivaceError."""
+    def append(self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0) -> Appended:
+        """Adds an event to the user's stored history (time 0: now); returns its new length, an int whose ``status``
+        says whether item and type are known. Raises VivaceError, and ValueError for values of a wrong type."""
         result = self._infer(contract.APPEND_EVENT, append_tensors(user_id, item_id, event_type, timestamp_ms))
-        return int(result.as_numpy(contract.HISTORY_LENGTH.name)[0, 0])
+        return read_appended(result)
 
     def close(self) -> None:
         self._client.close()
@@ -182,7 +252,7 @@ class AsyncVivaceClient:
     def __init__(self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0) -> None:
         self._module = _module(protocol, asynchronous=True)
         http = {"conn_timeout": timeout_s, "conn_limit": 512} if protocol == "http" else {}
-        self._client = self._module.InferenceServerClient(url, **http)
+        self._client = self._module.InferenceServerClient(_address(url), **http)
         self._options = {"client_timeout": timeout_s} if protocol == "grpc" else {}
 
     async def _infer(self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], **limits: Any) -> Any:
@@ -205,10 +275,10 @@ class AsyncVivaceClient:
         tensors = request_tensors(user_id, history, top_k, query)
         return read_answer(await self._infer(contract.ENSEMBLE, tensors, **limits(within_ms, filters, diversity)))
 
-    async def append(self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0) -> int:
+    async def append(self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0) -> Appended:
         """See ``VivaceClient.append``."""
         result = await self._infer(contract.APPEND_EVENT, append_tensors(user_id, item_id, event_type, timestamp_ms))
-        return int(result.as_numpy(contract.HISTORY_LENGTH.name)[0, 0])
+        return read_appended(result)
 
     async def close(self) -> None:
         await self._client.close()

@@ -104,6 +104,7 @@ EVENT_TYPE = WireTensor("EVENT_TYPE", "BYTES", (1,))
 TIMESTAMP_MS = WireTensor("TIMESTAMP_MS", "INT64", (1,))
 APPEND = (USER_ID, APPEND_ITEM_ID, EVENT_TYPE, TIMESTAMP_MS)
 HISTORY_LENGTH = WireTensor("HISTORY_LENGTH", "INT32", (1,))
+APPEND_OUTPUTS = (HISTORY_LENGTH, STATUS)  # STATUS: "ok", or what of the event is not known; it is stored all the same
 
 # -- models of the repository -----------------------------------------------------------------------
 ENSEMBLE = "recommend"

@@ -13,18 +13,18 @@ from vivace.contract import FIRST_ID, MAX_SEEN, PADDING_ID
 
 
 def excluded(histories: Sequence[np.ndarray], items: int) -> np.ndarray:
-    """bool [B, V], True at the special ids and at each row's own."""
+    """bool [B, V], True at the special ids and at those of each row's history."""
     out_BV = np.zeros((len(histories), items), bool)
     out_BV[:, :FIRST_ID] = True
-    for row, own in zip(out_BV, histories, strict=True):
-        row[own] = True
+    for row, history in zip(out_BV, histories, strict=True):
+        row[history] = True
     return out_BV
 
 
 def seen_ids(histories: Sequence[np.ndarray]) -> np.ndarray:
     """int64 [B, MAX_SEEN]: the newest distinct items of each row, newest last, padded on the left."""
     out_BS = np.full((len(histories), MAX_SEEN), PADDING_ID, np.int64)
-    for row, own in zip(out_BS, histories, strict=True):
-        distinct = list(dict.fromkeys(own[::-1].tolist()))[:MAX_SEEN][::-1]
+    for row, history in zip(out_BS, histories, strict=True):
+        distinct = list(dict.fromkeys(history[::-1].tolist()))[:MAX_SEEN][::-1]
         row[MAX_SEEN - len(distinct) :] = distinct
     return out_BS

@@ -36,6 +36,7 @@ from tritonclient.grpc import service_pb2
 
 from loadtest.generate.open_loop import (
     METHOD,
+    CallError,
     Run,
     best,
     complete,
@@ -107,25 +108,15 @@ class Http:
                 async with self.session.post(self.url, data=body, headers=headers) as reply:
                     answer = await reply.read()
                     if reply.status != 200:
-                        raise Refused(f"HTTP {reply.status}")
+                        raise CallError(f"HTTP {reply.status}")
                     return answer
             except (aiohttp.ClientError, TimeoutError) as error:
-                raise Refused(type(error).__name__) from None
+                raise CallError(type(error).__name__) from None
 
         return call
 
     async def __aexit__(self, *_: object) -> None:
         await self.session.close()
-
-
-class Refused(grpc.aio.AioRpcError):
-    """A failed HTTP call, as ``offer`` counts failures."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def code(self) -> Any:
-        return self
 
 
 class Grpc:

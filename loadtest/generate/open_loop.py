@@ -135,6 +135,14 @@ def with_deadline(sent: bytes, left_ms: float) -> bytes:
     return sent + bytes(more.SerializeToString())
 
 
+class CallError(Exception):
+    """A call by another protocol than gRPC that failed; ``code`` names how."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 async def offer(
     call: Callable[[bytes], Awaitable[Any]], due_s: np.ndarray, sent: Sequence[bytes], within_ms: float = 0.0
 ) -> list[Any]:
@@ -153,6 +161,8 @@ async def offer(
                 code = CODE_DEGRADED
         except grpc.aio.AioRpcError as error:
             code = error.code().name
+        except CallError as error:
+            code = error.code
         out[i] = (due_s[i], began, time.perf_counter() - start, code)
 
     for i, at in enumerate(due_s.tolist()):

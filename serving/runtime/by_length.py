@@ -19,11 +19,11 @@ def chunks(history_BT: np.ndarray, whole: bool = False) -> list[tuple[np.ndarray
     known = history_BT != PADDING_ID
     length_B = np.where(known.any(1), t - known.argmax(1), 0)
     order = np.arange(rows) if whole else np.argsort(length_B, kind="stable")
-    found = []
+    parts = []
     for places in np.array_split(order, max(1, -(-rows // CHUNK))):
         longest = t if whole else int(length_B[places].max(initial=1))
-        found.append((places, min(t, max(1, -(-longest // STEP)) * STEP)))
-    return found
+        parts.append((places, min(t, max(1, -(-longest // STEP)) * STEP)))
+    return parts
 
 
 def together(parts: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], rows: int, encoded: int = 0) -> list[np.ndarray]:
@@ -32,8 +32,8 @@ def together(parts: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], rows: int
     out = [np.zeros((rows, *v.shape[1:]), v.dtype) for v in parts[0][1]]
     if encoded:
         out[-1] = np.zeros((rows, encoded, out[-1].shape[2]), out[-1].dtype)
-    for places, own in parts:
-        for number, (all_rows, part) in enumerate(zip(out, own, strict=True)):
+    for places, outputs in parts:
+        for number, (all_rows, part) in enumerate(zip(out, outputs, strict=True)):
             if encoded and number == len(out) - 1:
                 all_rows[places, encoded - part.shape[1] :] = part
             else:

@@ -61,7 +61,7 @@ class ItemIndex:
         more = max((len(s) for s in seen), default=0) if seen is not None else 0
         queries = np.concatenate([states_BD, np.ones((len(states_BD), 1), np.float32)], 1).astype(np.float32)
         parameters = faiss.SearchParametersHNSW(efSearch=max(self.effort, count + more))  # type: ignore[attr-defined]
-        found, rows = self.index.search(queries, count + more, params=parameters)
+        found_scores, rows = self.index.search(queries, count + more, params=parameters)
         ids = np.where(rows < 0, PADDING_ID, rows + FIRST_ID)
         out, scores = np.full((len(ids), count), PADDING_ID, np.int64), np.full((len(ids), count), EXCLUDED, np.float32)
         for i, row in enumerate(ids):
@@ -69,7 +69,7 @@ class ItemIndex:
             if seen is not None and len(seen[i]):
                 live &= ~np.isin(row, seen[i])
             keep = np.flatnonzero(live)[:count]
-            out[i, : len(keep)], scores[i, : len(keep)] = row[keep], found[i, keep]
+            out[i, : len(keep)], scores[i, : len(keep)] = row[keep], found_scores[i, keep]
         return out, scores
 
 
@@ -89,8 +89,8 @@ class IndexedRetrieval:
         history_BT, seen_BS, *times = inputs
         names, parts = [i.name for i in self.encoder.get_inputs()], []
         for places, t in chunks(history_BT):
-            given = [v[places, -t:] for v in (history_BT, *times)]
-            parts.append((places, self.encoder.run(None, dict(zip(names, given, strict=True)))))
+            tensors = [v[places, -t:] for v in (history_BT, *times)]
+            parts.append((places, self.encoder.run(None, dict(zip(names, tensors, strict=True)))))
         encoded = together(parts, len(history_BT), self.shapes.memory or history_BT.shape[1])[0]
         count = self.shapes.candidates
         seen = [row[row != PADDING_ID] for row in seen_BS]

@@ -1,4 +1,4 @@
-"""The stages of the ensemble as functions of arrays in one process, and what they leave out when the load is too high.
+"""The stages of the ensemble as functions of arrays in one process.
 
 The profile ``fused`` serves them as one model: no tensor passes from process to process, and a stage can be skipped.
 Without Triton it is what load tests and the tuner compare the server with. Axis legend: B rows, T history events,
@@ -7,119 +7,25 @@ V item ids, N candidates, M encoded events, D width, C values of a candidate (it
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from serving.runtime.by_length import chunks, together
+from serving.runtime.overload import Level
 from serving.runtime.stages import FeatureTransform, ResponseStage, Row
 from vivace import contract
 from vivace.onnx_session import open_session, session_options
+from vivace.run import Run
 from vivace.store.interface import FeatureStore
 
 if TYPE_CHECKING:
-    from search.online import Wish
+    from search.online import SearchOptions
 
 FEWER = 4  # under load, one in so many of the candidates is ranked
-
-
-class Level(IntEnum):
-    """Steps of degradation, each cheaper than the one before."""
-
-    FULL = 0
-    FEWER = 1
-    RETRIEVED = 2
-    POPULAR = 3
-
-    def status(self, ranked: int, candidates: int) -> str:
-        """What STATUS says of it; "" for FULL."""
-        said = {
-            Level.FEWER: f"load: {ranked} of {candidates} candidates ranked",
-            Level.RETRIEVED: "load: retrieval order, not ranked",
-            Level.POPULAR: "load: popular items",
-        }
-        return said.get(self, "")
-
-
-def joined(status: str, reason: str) -> str:
-    """``status`` of a row with one more reason to be degraded; an error stays as it is."""
-    if not reason or status.startswith(contract.STATUS_ERROR):
-        return status
-    return f"{contract.STATUS_DEGRADED}{reason}" if status == contract.STATUS_OK else f"{status}; {reason}"
-
-
-class Overload:
-    """Which level to serve at, from the size of the batches that an instance is handed: they are what came while the
-    one before was worked on; and from how long batches took.
-
-    ``patience_s`` of nothing but batches of ``rows`` and more is one step down. ``calm_s`` without any is a step up, if
-    what came in that time would leave the level above some of the instance's time (``BUSY``). Against that estimate
-    a step up is tried after a longer calm, which doubles up to ``longest_s`` with each that does not last. ``rows`` 0:
-    always whole.
-    """
-
-    BUSY = 0.7
-
-    def __init__(self, rows: int, patience_s: float = 0.1, calm_s: float = 0.5, longest_s: float = 30.0) -> None:
-        self.on, self.rows = rows > 0, rows or sys.maxsize
-        self.patience_s, self.first_calm_s, self.longest_s = patience_s, calm_s, longest_s
-        self.level, self.calm_s = Level.FULL, calm_s
-        self.row_s: dict[Level, float] = {}
-        self.spread_s: dict[Level, float] = {}
-        self._full_since: float | None = None
-        self._calm_since: float | None = None
-        self._came = 0
-        self._raised_at = float("-inf")
-
-    def done(self, level: Level, rows: int, seconds: float) -> None:
-        """A batch of ``rows`` took ``seconds``. Small ones are left out: they cost more a row."""
-        if rows >= min(self.rows, 8):
-            row_s = seconds / rows
-            mean_s = self.row_s.get(level, row_s)
-            self.spread_s[level] = 0.75 * self.spread_s.get(level, 0.0) + 0.25 * abs(row_s - mean_s)
-            self.row_s[level] = 0.8 * mean_s + 0.2 * row_s
-
-    def needs(self, level: Level, rows: int) -> float:
-        """Seconds that a batch takes by the mean; 0 if none was seen."""
-        return self.row_s.get(level, 0.0) * rows
-
-    def at_worst(self, level: Level, rows: int) -> float:
-        """Seconds that few batches exceed: the mean and twice the mean deviation; 0 if none was seen."""
-        return (self.row_s.get(level, 0.0) + 2 * self.spread_s.get(level, 0.0)) * rows
-
-    def fitting(self, level: Level, rows: int, left_s: float) -> Level:
-        """``level``, or the first below it at which few batches take longer than ``left_s``."""
-        return next(
-            (Level(n) for n in range(level, Level.POPULAR) if self.at_worst(Level(n), rows) <= left_s), Level.POPULAR
-        )
-
-    def __call__(self, rows: int, now: float) -> Level:
-        """The level for a batch of ``rows`` that came at ``now`` (seconds of a clock that does not go back)."""
-        if rows >= self.rows:
-            self._calm_since = None
-            if self._full_since is None:
-                self._full_since = now
-            if now - self._full_since >= self.patience_s and self.level < Level.POPULAR:
-                lasted = now - self._raised_at
-                self.calm_s = min(2 * self.calm_s, self.longest_s) if lasted < self.calm_s else self.first_calm_s
-                self.level, self._full_since = Level(self.level + 1), now
-            return self.level
-        self._full_since = None
-        if self._calm_since is None:
-            self._calm_since, self._came = now, 0
-        self._came += rows
-        if self.level > Level.FULL:
-            above, calm = Level(self.level - 1), now - self._calm_since
-            fits = 0 < self.needs(above, self._came) <= self.BUSY * calm
-            if calm >= (self.first_calm_s if fits else self.calm_s):
-                self.level, self._calm_since, self._came, self._raised_at = above, now, 0, now
-        return self.level
 
 
 class Pipeline:
@@ -173,7 +79,7 @@ class Pipeline:
         self._retrieval_names = [t.name for t in contract.retrieval_inputs(shapes)]
         self._ranking_names = [t.name for t in contract.ranking_inputs(shapes)]
         inputs, _ = self.transform([Row("", None, 1)])
-        self._popular_N, self._popularity_N = (found[0] for found in self.retrieve(inputs)[:2])
+        self._popular_N, self._popularity_N = (values[0] for values in self.retrieve(inputs)[:2])
 
     @classmethod
     def published(
@@ -181,12 +87,9 @@ class Pipeline:
     ) -> Pipeline:
         """That of the version that ``artifacts/<name>`` published last. ``history``: newest events that are read (0:
         as many as were trained)."""
-        version = str(json.loads((root / "compiled" / "manifest.json").read_text())["results"]["version"])
-        repository = root / "model_repository"
-        card = json.loads((repository / contract.ENSEMBLE / version / "model_card.json").read_text())
-        seen = contract.DataSchema.load(root / "compiled" / "schema.json").exclude_seen
-        shapes = contract.StageTensors(**card["shapes"]).reading(history)
-        return cls(repository, version, shapes, store, seen, threads, ranked, whole)
+        run = Run(root)
+        shapes, seen = run.shapes().reading(history), run.schema().exclude_seen
+        return cls(run.repository, str(run.version()), shapes, store, seen, threads, ranked, whole)
 
     def retrieve(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Candidate ids int64 [B, N] and scores float32 [B, N], encoded history float32 [B, M, D]."""
@@ -195,19 +98,19 @@ class Pipeline:
         history_BT, exclude_BV, *times = inputs
         parts = []
         for places, t in chunks(history_BT, self.whole):
-            own = [history_BT[places, -t:], exclude_BV[places], *(v[places, -t:] for v in times)]
-            parts.append((places, self._retrieval.run(None, dict(zip(self._retrieval_names, own, strict=True)))))
+            tensors = [history_BT[places, -t:], exclude_BV[places], *(v[places, -t:] for v in times)]
+            parts.append((places, self._retrieval.run(None, dict(zip(self._retrieval_names, tensors, strict=True)))))
         return together(parts, len(history_BT), self.shapes.memory or history_BT.shape[1])
 
-    def rank(self, history_BT: np.ndarray, found: Sequence[np.ndarray], few: int) -> list[np.ndarray]:
-        """Ids int64 [B, N], best first, and their values float32 [B, C, N]: of the retriever's first ``few``."""
-        ids, scores, encoded = found
-        if few < ids.shape[1]:
-            ids, scores = np.ascontiguousarray(ids[:, :few]), np.ascontiguousarray(scores[:, :few])
+    def rank(self, history_BT: np.ndarray, retrieved: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        """Ids int64 [B, N], best first, and their values float32 [B, C, N]: of the retriever's first ``count``."""
+        ids, scores, encoded = retrieved
+        if count < ids.shape[1]:
+            ids, scores = np.ascontiguousarray(ids[:, :count]), np.ascontiguousarray(scores[:, :count])
         parts = []
         for places, t in chunks(history_BT, self.whole):
-            own = (history_BT[places, -t:], ids[places], scores[places], encoded[places, -t:])
-            parts.append((places, self._ranking.run(None, dict(zip(self._ranking_names, own, strict=True)))))
+            tensors = (history_BT[places, -t:], ids[places], scores[places], encoded[places, -t:])
+            parts.append((places, self._ranking.run(None, dict(zip(self._ranking_names, tensors, strict=True)))))
         return together(parts, len(history_BT))
 
     def unranked(self, ids_BN: np.ndarray, scores_BN: np.ndarray) -> list[np.ndarray]:
@@ -226,7 +129,7 @@ class Pipeline:
         ids = np.where(np.take_along_axis(taken_BN, order_BN, 1), contract.PADDING_ID, self._popular_N[order_BN])
         return self.unranked(ids, self._popularity_N[order_BN])
 
-    def few(self, top_k: int, level: Level = Level.FULL) -> int:
+    def count_to_rank(self, top_k: int, level: Level = Level.FULL) -> int:
         """How many candidates are ranked when up to ``top_k`` are asked for."""
         share = self.ranked // FEWER if level == Level.FEWER else self.ranked
         return min(self.shapes.candidates, max(share, top_k))
@@ -245,15 +148,15 @@ class Pipeline:
     def searched(
         self,
         queries: Sequence[str],
-        wishes: Sequence[Wish | None],
+        options: Sequence[SearchOptions | None],
         histories_BT: np.ndarray,
         ranked: tuple[np.ndarray, np.ndarray],
     ) -> tuple[list[np.ndarray], list[str]]:
-        """What was ``ranked``, with the rows that have a query answered by what it found; UNDERSTOOD of each row."""
+        """What was ``ranked``, with the rows that have a query answered by what it finds; UNDERSTOOD of each row."""
         if self.search is None or self.search_ranking is None:
             return list(ranked), [""] * len(queries)
-        found = self.search(queries, wishes, list(histories_BT))
-        return list(self.search_ranking.rows(found, *ranked, wishes)), [said for _, _, said in found]
+        results = self.search(queries, options, list(histories_BT))
+        return list(self.search_ranking.rows(results, *ranked, options)), [understood for _, _, understood in results]
 
     def __call__(
         self, rows: Sequence[Row], level: Level = Level.FULL
@@ -262,7 +165,8 @@ class Pipeline:
         inputs, status = self.transform(rows)
         if level == Level.POPULAR:
             return self.popular(inputs), list(inputs), status
-        found = self.retrieve(inputs)
+        retrieved = self.retrieve(inputs)
         if level == Level.RETRIEVED:
-            return self.unranked(*found[:2]), list(inputs), status
-        return self.rank(inputs[0], found, self.few(max(r.top_k for r in rows), level)), list(inputs), status
+            return self.unranked(*retrieved[:2]), list(inputs), status
+        count = self.count_to_rank(max(row.top_k for row in rows), level)
+        return self.rank(inputs[0], retrieved, count), list(inputs), status

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from vivace.contract import (
+    APPEND_ITEM_ID,
+    EVENT_TYPE,
     FIRST_ID,
     HISTORY,
     ITEM,
@@ -35,9 +37,11 @@ from vivace.contract import (
 )
 from vivace.masks import excluded, seen_ids
 from vivace.onnx_session import open_session
-from vivace.store.interface import FeatureStore
+from vivace.store.interface import Event, FeatureStore
 
 NO_SUCH_ITEM = "\0"
+NO_SEARCH = f"no search in this run; {QUERY.name} was left out: 'vivace train --task search', then 'vivace compile'"
+SHOWN_TYPES = 20
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,41 @@ def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> 
     return Row(user, items or None, int(top_k), text)
 
 
+def parse_event(user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms: int) -> Event:
+    """One event of the append call; raises ValueError naming the input, what was expected, what came."""
+    user = _text(user_id, USER_ID.name, MAX_ID_BYTES)
+    item = _text(item_id, APPEND_ITEM_ID.name, MAX_ID_BYTES)
+    if not user:
+        raise ValueError(f"{USER_ID.name}: expected a user id, got an empty string")
+    if not item:
+        raise ValueError(f"{APPEND_ITEM_ID.name}: expected an item id, got an empty string")
+    return Event(user, item, _text(event_type, EVENT_TYPE.name, MAX_ID_BYTES), timestamp_ms)
+
+
+def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
+    """STATUS of an event that was stored: whether the models know its item, by its id ``item_id``, and the data set its
+    type (``event_types``: those there are, none where the data set has no types)."""
+    status = STATUS_OK
+    if item_id < FIRST_ID:
+        status = with_reason(
+            status, f"stored, but {APPEND_ITEM_ID.name} {event.item_id[:64]!r} is not in the catalogue of the models"
+        )
+    if event.event_type and event_types and event.event_type not in event_types:
+        known = sorted(event_types)
+        shown = ", ".join(known[:SHOWN_TYPES]) + (", …" if len(known) > SHOWN_TYPES else "")
+        status = with_reason(
+            status, f"stored, but the data has no {EVENT_TYPE.name} {event.event_type[:64]!r}; it has {shown}"
+        )
+    return status
+
+
+def with_reason(status: str, reason: str) -> str:
+    """``status`` of a row with one more reason to be degraded ("": none); an error stays as it is."""
+    if not reason or status.startswith(STATUS_ERROR):
+        return status
+    return f"{STATUS_DEGRADED}{reason}" if status == STATUS_OK else f"{status}; {reason}"
+
+
 NO_IDS = np.empty(0, np.int64)
 
 
@@ -103,11 +142,25 @@ def read_search_for(raw: bytes) -> tuple[float, np.ndarray, str]:
     return float(until_ms), np.array(ids.split(",") if ids else [], np.int64), query
 
 
+class ItemVocabulary:
+    """Raw item ids to ids, by the compiled workflow: ``graph`` has one string input and one int64 output [events]."""
+
+    def __init__(self, graph: Path, threads: int = 1) -> None:
+        self._session = open_session(graph, threads)
+
+    def __call__(self, items: Sequence[str]) -> np.ndarray:
+        """Ids int64 [len(items)]; below FIRST_ID for an item that the models do not know."""
+        if not items:
+            return np.empty(0, np.int64)
+        ids: np.ndarray = self._session.run(None, {ITEM: np.array(items, object)})[0]
+        return ids
+
+
 class FeatureTransform:
     """Rows to the tensors of ``retrieval``.
 
     Args:
-        graph: path of ``transform.onnx`` with one string input [events] and one int64 output [events].
+        graph: path of ``transform.onnx``, see ``ItemVocabulary``.
         store: where histories live when the request carries none.
         shapes: T and V of the trained models.
         exclude_seen: whether items of the history may not be answered.
@@ -116,56 +169,51 @@ class FeatureTransform:
     def __init__(
         self, graph: Path, store: FeatureStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1
     ) -> None:
-        self._session = open_session(graph, threads)
+        self.item_ids = ItemVocabulary(graph, threads)
         self._store, self._shapes, self._exclude_seen = store, shapes, exclude_seen
-
-    def item_ids(self, items: Sequence[str]) -> np.ndarray:
-        """Ids int64 [len(items)] of raw item ids, by the compiled workflow."""
-        if not items:
-            return np.empty(0, np.int64)
-        ids: np.ndarray = self._session.run(None, {ITEM: np.array(items, object)})[0]
-        return ids
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[str]]:
         """(inputs of ``retrieval`` in the contract's order, status of each row): history ids int64 [B, T], exclude bool
         [B, V] (for an index seen ids int64 [B, S]) and, for timed shapes, times int64 [B, T]. Only histories of the
         feature store have times."""
         t = self._shapes.history
-        asked = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
-        found = self._store.timed_histories([rows[i].user_id for i in asked]) if asked else []
-        stored = dict(zip(asked, found, strict=True))
+        unsent = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
+        timed_histories = self._store.timed_histories([rows[i].user_id for i in unsent]) if unsent else []
+        stored = dict(zip(unsent, timed_histories, strict=True))
         histories = [
             row.history if row.history is not None else (stored.get(i) or [[]])[0] for i, row in enumerate(rows)
         ]
         ids = self.item_ids([item for history in histories for item in history])
         history_BT = np.full((len(rows), t), PADDING_ID, np.int64)
-        own_ids, status, start = [], [], 0
+        ids_to_exclude, status, start = [], [], 0
         for i, history in enumerate(histories):
-            own = ids[start : start + len(history)]
+            history_ids = ids[start : start + len(history)]
             start += len(history)
-            last = own[-t:]
-            history_BT[i, t - len(last) :] = last
-            own_ids.append(own if self._exclude_seen else own[:0])
-            status.append(self._status(rows[i], own, known_user=stored.get(i) is not None))
-        seen = seen_ids(own_ids) if self._shapes.indexed else excluded(own_ids, self._shapes.items)
+            newest = history_ids[-t:]
+            history_BT[i, t - len(newest) :] = newest
+            ids_to_exclude.append(history_ids if self._exclude_seen else history_ids[:0])
+            status.append(self._status(rows[i], history_ids, known_user=stored.get(i) is not None))
+        seen = seen_ids(ids_to_exclude) if self._shapes.indexed else excluded(ids_to_exclude, self._shapes.items)
         if not self._shapes.timed:
             return [history_BT, seen], status
         time_BT = np.zeros((len(rows), t), np.int64)
         for i, timed in stored.items():
             if timed is not None and timed[1]:
-                newest = timed[1][-t:]
-                time_BT[i, t - len(newest) :] = newest
+                times = timed[1][-t:]
+                time_BT[i, t - len(times) :] = times
         return [history_BT, seen, time_BT], status
 
     def _status(self, row: Row, ids: np.ndarray, known_user: bool) -> str:
         if row.query and self._shapes.search:
-            from search.online import asked  # its libraries, which a run without search does without
+            from search.online import searchable  # its libraries, which a run without search does without
 
-            if asked(row.query):
+            if searchable(row.query):
                 return STATUS_OK
-            status = self._status(replace(row, query=""), ids, known_user)
-            reason = "QUERY has no word to search for"
-            return f"{STATUS_DEGRADED}{reason}" if status == STATUS_OK else f"{status}; {reason}"
+            return with_reason(
+                self._status(replace(row, query=""), ids, known_user), f"{QUERY.name} has no word to search for"
+            )
+        if row.query:
+            return with_reason(self._status(replace(row, query=""), ids, known_user), NO_SEARCH)
         unknown = int((ids <= OOV_ID).sum())
         recent_known = bool((ids[-self._shapes.history :] >= FIRST_ID).any())
         if recent_known:

@@ -62,17 +62,17 @@ class Plan:
             "INT8": torch.int8, "UINT8": torch.uint8, "BOOL": torch.bool,
         }  # fmt: skip
         with torch.cuda.stream(self.stream):
-            given = {n: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for n, v in feed.items()}
-            for name, tensor in given.items():
+            device_inputs = {n: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for n, v in feed.items()}
+            for name, tensor in device_inputs.items():
                 self.context.set_input_shape(name, tuple(tensor.shape))
                 self.context.set_tensor_address(name, tensor.data_ptr())
-            found = {}
+            device_outputs = {}
             for name, (kind, _) in self.outputs.items():  # TensorRT wants an address for each
                 shape = tuple(self.context.get_tensor_shape(name))
-                found[name] = torch.empty(shape, dtype=kinds[kind], device=self.device)
-                self.context.set_tensor_address(name, found[name].data_ptr())
+                device_outputs[name] = torch.empty(shape, dtype=kinds[kind], device=self.device)
+                self.context.set_tensor_address(name, device_outputs[name].data_ptr())
             if not self.context.execute_async_v3(self.stream.cuda_stream):
                 raise RuntimeError("the engine did not run; Triton's log says why")
-            answers = {name: tensor.cpu() for name, tensor in found.items()}
+            answers = {name: tensor.cpu() for name, tensor in device_outputs.items()}
         self.stream.synchronize()
         return {name: tensor.numpy() for name, tensor in answers.items()}

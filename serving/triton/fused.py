@@ -5,21 +5,56 @@ Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils`
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 
-from serving.runtime.pipeline import Level, Overload, Pipeline, joined
-from serving.triton.graph_model import hopeless, refusal
-from serving.triton.stage import Ask, Counts, Stage, refused, strings, wish_of
+from serving.runtime.overload import Level, Overload
+from serving.runtime.pipeline import Pipeline
+from serving.runtime.stages import Row, with_reason
+from serving.triton.graph_model import answer, hopeless, refusal
+from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
 
 WAY_BACK_MS = 10  # from the answer to the client where processors are short
+
+
+class Batch:
+    """The requests of one call of ``execute`` that are still to be answered, on their way through the stages.
+
+    ``responses``: of all requests of the call, by place; None where there is none yet.
+    """
+
+    def __init__(self, requests: list[ParsedRequest], responses: list[Any], counts: Counts) -> None:
+        self.requests, self.responses, self.counts = requests, responses, counts
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for request in self.requests for row in request.rows]
+
+    def answer(self, request: ParsedRequest, response: Any) -> None:
+        self.responses[request.place] = response
+
+    def keep_unanswered(self) -> None:
+        self.requests = [r for r in self.requests if self.responses[r.place] is None]
+
+    def refuse_late(self, stage: str, arrays: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+        """Refuses requests whose deadline has passed before ``stage``; the others' rows of ``arrays``."""
+        now_ms = time.time() * 1000
+        in_time = [r.deadline >= now_ms for r in self.requests]
+        if all(in_time):
+            return list(arrays)
+        for request in self.requests:
+            if request.deadline < now_ms:
+                self.answer(request, refusal(now_ms - request.deadline, stage))
+                self.counts("deadline passed", len(request.rows))
+        rows_in_time = np.repeat(in_time, [len(r.rows) for r in self.requests])
+        self.keep_unanswered()
+        return [array[rows_in_time] for array in arrays]
 
 
 class RecommendModel(Stage):
@@ -30,137 +65,131 @@ class RecommendModel(Stage):
     """
 
     def setup(self) -> None:
-        shapes = contract.StageTensors(**json.loads(self.parameters["shapes"]))
         seen, threads = self.parameters["exclude_seen"] == "true", int(self.parameters["intra_op_thread_count"])
         repository, ranked = self.folder.parent.parent, int(self.parameters["ranked"])
-        self.pipeline = Pipeline(repository, self.folder.name, shapes, self.store(readonly=True), seen, threads, ranked)
+        self.pipeline = Pipeline(
+            repository, self.folder.name, self.shapes(), self.store(readonly=True), seen, threads, ranked
+        )
         self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), Counts()
         for level, seconds in self.pipeline.warm(self.largest):
             self.overload.done(level, self.largest, seconds)
 
-    def execute(self, requests: list) -> list:
-        asks = [Ask(i, request) for i, request in enumerate(requests)]
-        self.requests = requests
-        self.wishes: dict[int, Any] = {}  # of the requests with a query, by place
-        responses: list = [None] * len(requests)
-        rows, began = sum(len(a.rows) for a in asks), time.monotonic()
-        level = self._level(asks, rows, responses)
-        self._answer(requests, asks, level, responses)
-        answered = sum(len(a.rows) for a in asks if not responses[a.place].has_error())
+    def execute(self, requests: list[Any]) -> list[Any]:
+        parsed = [ParsedRequest(i, request) for i, request in enumerate(requests)]
+        batch = Batch(parsed, [None] * len(requests), self.counts)
+        rows, began = len(batch.rows), time.monotonic()
+        level = self._level(batch, rows)
+        self._answer(batch, level)
+        answered = sum(len(r.rows) for r in parsed if not batch.responses[r.place].has_error())
         self.overload.done(level, answered, time.monotonic() - began)
         self.counts.hand_over()
-        return responses
+        return batch.responses
 
-    def _level(self, asks: list[Ask], rows: int, responses: list) -> Level:
+    def _level(self, batch: Batch, rows: int) -> Level:
         """The level at which these are answered: under load, one at which half of those with a deadline keep it. The
         others, which cannot be answered in time, are refused."""
         level = self.overload(rows, time.monotonic())
-        if not self.overload.on or all(a.deadline == math.inf for a in asks):
+        if not self.overload.on or all(r.deadline == math.inf for r in batch.requests):
             return level
         now_ms = time.time() * 1000
-        left_ms = [a.deadline - now_ms - WAY_BACK_MS for a in asks]
+        left_ms = [r.deadline - now_ms - WAY_BACK_MS for r in batch.requests]
         level = self.overload.fitting(level, rows, statistics.median(left_ms) / 1000)
         needs_ms = self.overload.at_worst(level, rows) * 1000
-        for ask, left in zip(asks, left_ms, strict=True):
+        for request, left in zip(batch.requests, left_ms, strict=True):
             if -WAY_BACK_MS <= left < needs_ms:  # what is past has its own words
-                responses[ask.place] = hopeless(max(left, 0.0), needs_ms)
-                self.counts("deadline near", len(ask.rows))
+                batch.answer(request, hopeless(max(left, 0.0), needs_ms))
+                self.counts("deadline near", len(request.rows))
         return level
 
-    def _answer(self, requests: list, asks: list[Ask], level: Level, responses: list) -> None:
+    def _answer(self, batch: Batch, level: Level) -> None:
+        whole = list(batch.requests)
         try:
-            self._stages(requests, asks, level, responses)
+            self._stages(batch, level)
         except Exception as error:
-            if len(asks) > 1:  # find the request that is at fault: the others get their answers
-                for ask in asks:
-                    if responses[ask.place] is None:
-                        self._answer(requests, [ask], level, responses)
+            if len(whole) > 1:  # find the request that is at fault: the others get their answers
+                for request in whole:
+                    if batch.responses[request.place] is None:
+                        self._answer(Batch([request], batch.responses, self.counts), level)
                 return
-            responses[asks[0].place] = refused(f"{contract.ENSEMBLE}: {error}")
+            batch.answer(whole[0], refused(f"{contract.ENSEMBLE}: {error}"))
 
-    def _alive(self, asks: list[Ask], arrays: list[np.ndarray], stage: str, responses: list) -> tuple[list, list]:
-        """Those whose deadline has not passed, with their rows of ``arrays``."""
-        now_ms = time.time() * 1000
-        alive = [a.deadline >= now_ms for a in asks]
-        if all(alive):
-            return asks, arrays
-        for ask in asks:
-            if ask.deadline < now_ms:
-                responses[ask.place] = refusal(now_ms - ask.deadline, stage)
-                self.counts("deadline passed", len(ask.rows))
-        rows = np.repeat(alive, [len(a.rows) for a in asks])
-        return [a for a, own in zip(asks, alive, strict=True) if own], [v[rows] for v in arrays]
-
-    def _stages(self, requests: list, asks: list[Ask], level: Level, responses: list) -> None:
-        pipeline = self.pipeline
-        for ask in asks:
-            if responses[ask.place] is None and len(ask.rows) == 1 and ask.errors[0]:
-                responses[ask.place] = refused(ask.errors[0])
-        asks = [a for a in asks if responses[a.place] is None]
-        asks, _ = self._alive(asks, [], contract.FEATURE_TRANSFORM, responses)
-        if not asks:
+    def _stages(self, batch: Batch, level: Level) -> None:
+        for request in batch.requests:
+            if batch.responses[request.place] is None and len(request.rows) == 1 and request.errors[0]:
+                batch.answer(request, refused(request.errors[0]))
+        batch.keep_unanswered()
+        batch.refuse_late(contract.FEATURE_TRANSFORM)
+        self._read_search_options(batch)
+        if not batch.requests:
             return
-        asks = self._wished(asks, responses)
-        if not asks:
-            return
-        inputs, status = pipeline.transform([row for a in asks for row in a.rows])
-        said = np.array(status, object)
-        few, candidates, history = 0, pipeline.ranked, inputs[0]
+        inputs, statuses = self.pipeline.transform(batch.rows)
+        status_B, arrays = np.array(statuses, object), inputs
+        ranked_count = self.pipeline.ranked
         if level == Level.POPULAR:
-            ranked, values = pipeline.popular(inputs)
+            history_BT = inputs[0]
+            ranked_BN, values_BCN = self.pipeline.popular(inputs)
         else:
-            asks, (said, *inputs) = self._alive(asks, [said, *inputs], contract.RETRIEVAL, responses)
-            if not asks:
+            status_B, *arrays = batch.refuse_late(contract.RETRIEVAL, [status_B, *inputs])
+            if not batch.requests:
                 return
-            history, found = inputs[0], pipeline.retrieve(inputs)
+            history_BT, retrieved = arrays[0], self.pipeline.retrieve(arrays)
             if level == Level.RETRIEVED:
-                ranked, values = pipeline.unranked(*found[:2])
+                ranked_BN, values_BCN = self.pipeline.unranked(*retrieved[:2])
             else:
-                asks, (said, history, *found) = self._alive(asks, [said, history, *found], contract.RANKING, responses)
-                if not asks:
+                status_B, history_BT, *retrieved = batch.refuse_late(
+                    contract.RANKING, [status_B, history_BT, *retrieved]
+                )
+                if not batch.requests:
                     return
-                few = pipeline.few(max(r.top_k for a in asks for r in a.rows), level)
-                ranked, values = pipeline.rank(history, found, few)
-        if pipeline.search is not None:
-            rows = [row for a in asks for row in a.rows]
-            wishes = [self.wishes.get(a.place) for a in asks for _ in a.rows]
-            queries = [r.query for r in rows]
-            (ranked, values), understood = pipeline.searched(queries, wishes, history, (ranked, values))
-            for ask in asks:
-                ask.understood = [understood.pop(0) for _ in ask.rows]
-        asks, (said, ranked, values) = self._alive(asks, [said, ranked, values], contract.RESPONSE, responses)
-        self._respond(requests, asks, ranked, values, said, level.status(few, candidates), responses)
-        self.counts.answered(said, level.name.lower())
+                ranked_count = self.pipeline.count_to_rank(max(row.top_k for row in batch.rows), level)
+                ranked_BN, values_BCN = self.pipeline.rank(history_BT, retrieved, ranked_count)
+        ranked_BN, values_BCN = self._search(batch, history_BT, ranked_BN, values_BCN)
+        status_B, ranked_BN, values_BCN = batch.refuse_late(contract.RESPONSE, [status_B, ranked_BN, values_BCN])
+        self._respond(batch, ranked_BN, values_BCN, status_B, level.status(ranked_count, self.pipeline.ranked))
+        self.counts.answered(status_B, level.name.lower())
 
-    def _wished(self, asks: list[Ask], responses: list) -> list[Ask]:
-        """Those whose filters, if they have a query, can be met; the others get their errors."""
+    def _read_search_options(self, batch: Batch) -> None:
+        """Reads what requests with a query ask of its answer; those that cannot be met get their errors."""
         if self.pipeline.search is None:
-            return asks
-        alive = []
-        for ask in asks:
+            return
+        for request in batch.requests:
             try:
-                if any(r.query for r in ask.rows):
-                    self.wishes[ask.place] = wish_of(self.requests[ask.place])
-                    self.pipeline.search.index.allowed(self.wishes[ask.place].filters)
-                alive.append(ask)
+                if request.has_query:
+                    request.options = search_options(request.request)
+                    self.pipeline.search.index.allowed(request.options.filters)
             except ValueError as error:
-                responses[ask.place] = refused(str(error))
-        return alive
+                batch.answer(request, refused(str(error)))
+        batch.keep_unanswered()
 
-    def _respond(self, requests, asks, ranked, values, said, reason, responses) -> None:  # noqa: ANN001
+    def _search(
+        self, batch: Batch, history_BT: np.ndarray, ranked_BN: np.ndarray, values_BCN: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ranked ids and values, those of rows with a query from what the query finds."""
+        if self.pipeline.search is None:
+            return ranked_BN, values_BCN
+        options = [request.options for request in batch.requests for _ in request.rows]
+        queries = [row.query for row in batch.rows]
+        (ranked_BN, values_BCN), understood = self.pipeline.searched(
+            queries, options, history_BT, (ranked_BN, values_BCN)
+        )
+        texts = iter(understood)
+        for request in batch.requests:
+            request.understood = [next(texts) for _ in request.rows]
+        return ranked_BN, values_BCN
+
+    def _respond(
+        self, batch: Batch, ranked_BN: np.ndarray, values_BCN: np.ndarray, status_B: np.ndarray, reason: str
+    ) -> None:
         start = 0
-        for ask in asks:
-            stop = start + len(ask.rows)
-            errors = zip(ask.errors, said[start:stop], strict=True)
-            status = strings([f"{contract.STATUS_ERROR}{e}" if e else joined(s, reason) for e, s in errors])
-            top_k = np.array([r.top_k for r in ask.rows])
-            answer = self.pipeline.respond(ranked[start:stop], values[start:stop], top_k, status[:, 0])
-            more = [strings(ask.understood)] if self.pipeline.search is not None else []
-            wanted = requests[ask.place].requested_output_names()
-            tensors = [
-                pb_utils.Tensor(name, np.ascontiguousarray(value))
-                for name, value in zip(self.outputs, (*answer, *more, status), strict=True)
-                if name in wanted
-            ]
-            responses[ask.place] = pb_utils.InferenceResponse(tensors)
+        for request in batch.requests:
+            stop = start + len(request.rows)
+            rows = zip(request.errors, status_B[start:stop], strict=True)
+            status = strings(
+                [f"{contract.STATUS_ERROR}{error}" if error else with_reason(status, reason) for error, status in rows]
+            )
+            top_k = np.array([row.top_k for row in request.rows])
+            values = self.pipeline.respond(ranked_BN[start:stop], values_BCN[start:stop], top_k, status[:, 0])
+            if self.pipeline.search is not None:
+                values.append(strings(request.understood))
+            batch.answer(request, answer(request.request, self.outputs, [*values, status]))
             start = stop

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.process import give_way
 from vivace import contract
 
 
@@ -36,23 +36,25 @@ def parameters(config: dict[str, Any]) -> dict[str, str]:
 def check_signature(config: dict[str, Any], inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
     """Raises ValueError where the config and the graph disagree on a name, dtype or rank."""
     batched = int(config.get("max_batch_size", 0)) > 0
-    for side, found in (("input", inputs), ("output", outputs)):
+    for side, of_graph in (("input", inputs), ("output", outputs)):
         for tensor in config.get(side, []):
             name = tensor["name"]
-            if name not in found:
+            if name not in of_graph:
                 raise ValueError(
-                    f"model '{config['name']}': {side} '{name}' is in config.pbtxt but the graph has {sorted(found)}"
+                    f"model '{config['name']}': {side} '{name}' is in config.pbtxt but the graph has {sorted(of_graph)}"
                 )
-            want, got = tensor["data_type"], found[name].datatype
-            if want != got:
-                raise ValueError(f"model '{config['name']}': {side} '{name}': config says {want}, the graph says {got}")
+            datatype, of_config = of_graph[name].datatype, tensor["data_type"]
+            if datatype != of_config:
+                raise ValueError(
+                    f"model '{config['name']}': {side} '{name}': config says {of_config}, the graph says {datatype}"
+                )
             rank = len(tensor["dims"]) + batched
-            if rank != found[name].rank:
+            if rank != of_graph[name].rank:
                 raise ValueError(
                     f"model '{config['name']}': {side} '{name}': config says rank {rank} with the batch axis, "
-                    f"the graph says {found[name].rank}"
+                    f"the graph says {of_graph[name].rank}"
                 )
-        missing = set(found) - {t["name"] for t in config.get(side, [])}
+        missing = set(of_graph) - {t["name"] for t in config.get(side, [])}
         if side == "input" and missing:
             raise ValueError(f"model '{config['name']}': the graph needs inputs {sorted(missing)}, config.pbtxt lacks")
 
@@ -66,16 +68,10 @@ def decode(array: np.ndarray) -> np.ndarray:
 
 def deadline(request: Any) -> float:
     """When the client stops waiting, in Unix ms; infinity if it did not say."""
-    given = request.parameters()
-    if contract.DEADLINE not in given:
+    parameters_json = request.parameters()
+    if contract.DEADLINE not in parameters_json:
         return float("inf")
-    return float(json.loads(given)[contract.DEADLINE])
-
-
-def give_way() -> None:
-    """Lowers the priority of a worker: where processors are short, the server that takes, queues and refuses requests
-    comes first. Its threads inherit it."""
-    os.nice(5)
+    return float(json.loads(parameters_json)[contract.DEADLINE])
 
 
 def overdue(request: Any) -> float:
@@ -94,8 +90,22 @@ def hopeless(left_ms: float, needs_ms: float) -> Any:
 
 def refusal(ms: float, stage: str) -> Any:
     """The answer to a request whose deadline passed ``ms`` ago, before ``stage``."""
-    said = f"{contract.DEADLINE}: passed {ms:.0f} ms ago, before {stage}; ask with more time or fewer requests at once"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(said, pb_utils.TritonError.UNAVAILABLE))
+    reason = (
+        f"{contract.DEADLINE}: passed {ms:.0f} ms ago, before {stage}; ask with more time or fewer requests at once"
+    )
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(reason, pb_utils.TritonError.UNAVAILABLE))
+
+
+def answer(request: Any, names: Sequence[str], values: Sequence[np.ndarray]) -> Any:
+    """The response with those of the outputs ``names`` that the request wants."""
+    requested = set(request.requested_output_names())
+    return pb_utils.InferenceResponse(
+        [
+            pb_utils.Tensor(name, np.ascontiguousarray(value))
+            for name, value in zip(names, values, strict=True)
+            if name in requested
+        ]
+    )
 
 
 class GraphModel:
@@ -161,12 +171,7 @@ class GraphModel:
         responses, start = [], 0
         for row, request in enumerate(requests):
             stop = start + (len(columns[0][row]) if self.batched else 0)
-            wanted = request.requested_output_names()
-            tensors = [
-                pb_utils.Tensor(name, value[start:stop] if self.batched else value)
-                for name, value in zip(self.outputs, results, strict=True)
-                if name in wanted
-            ]
-            responses.append(pb_utils.InferenceResponse(tensors))
+            values = [value[start:stop] if self.batched else value for value in results]
+            responses.append(answer(request, self.outputs, values))
             start = stop
         return responses

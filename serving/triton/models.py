@@ -12,11 +12,19 @@ import time
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 
-from serving.runtime.stages import NO_IDS, FeatureTransform, ResponseStage, parse_row, read_search_for, search_for
-from serving.triton.graph_model import refusal
-from serving.triton.stage import Ask, Counts, Stage, new_only, refused, strings, tensor_of, wish_of
+from serving.runtime.stages import (
+    NO_IDS,
+    FeatureTransform,
+    ItemVocabulary,
+    ResponseStage,
+    event_status,
+    parse_event,
+    read_search_for,
+    search_for,
+)
+from serving.triton.graph_model import answer, refusal
+from serving.triton.stage import Counts, ParsedRequest, Stage, new_only, refused, search_options, strings, tensor_of
 from vivace import contract
 from vivace.store.interface import Event
 
@@ -29,43 +37,46 @@ class FeatureTransformModel(Stage):
     """
 
     def setup(self) -> None:
-        shapes = contract.StageTensors(**json.loads(self.parameters["shapes"]))
+        shapes = self.shapes()
         seen = self.parameters["exclude_seen"] == "true"
         self.transform = FeatureTransform(self.folder / "transform.onnx", self.store(readonly=True), shapes, seen)
         self.search, self.counts = bool(shapes.search), Counts()
 
-    def execute(self, requests: list) -> list:
-        parsed = [Ask(i, request) for i, request in enumerate(requests)]
+    def execute(self, requests: list[Any]) -> list[Any]:
+        parsed = [ParsedRequest(i, request) for i, request in enumerate(requests)]
         try:
-            inputs, status = self.transform([row for ask in parsed for row in ask.rows])
+            inputs, status = self.transform([row for request in parsed for row in request.rows])
         except Exception as error:
             return [refused(f"{contract.FEATURE_TRANSFORM}: {error}") for _ in requests]
         now_ms, responses, start = time.time() * 1000, [], 0
-        for ask in parsed:
-            errors = ask.errors
-            stop = start + len(errors)
-            if ask.deadline < now_ms:
-                responses.append(refusal(now_ms - ask.deadline, contract.RETRIEVAL))
-                self.counts("deadline passed", len(errors))
-            elif len(errors) == 1 and errors[0]:
-                responses.append(refused(errors[0]))
-            else:
-                text = [
-                    f"{contract.STATUS_ERROR}{e}" if e else s for e, s in zip(errors, status[start:stop], strict=True)
-                ]
-                values = [*(v[start:stop] for v in inputs), strings(text)]
-                if self.search:
-                    until_ms = min(ask.deadline, now_ms + self.waits_ms if self.waits_ms else math.inf)
-                    new = any(row.query for row in ask.rows) and new_only(requests[ask.place])
-                    unwanted = [own[own >= contract.FIRST_ID] if new else NO_IDS for own in inputs[0][start:stop]]
-                    asked = zip(unwanted, ask.rows, strict=True)
-                    values.append(strings([search_for(until_ms, ids, row.query) for ids, row in asked]))
-                tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, values, strict=True)]
-                responses.append(pb_utils.InferenceResponse(tensors))
-                self.counts.answered(status[start:stop], "full")
+        for request in parsed:
+            stop = start + len(request.rows)
+            responses.append(self._answer(request, [v[start:stop] for v in inputs], status[start:stop], now_ms))
             start = stop
         self.counts.hand_over()
         return responses
+
+    def _answer(self, request: ParsedRequest, inputs: list[np.ndarray], status: list[str], now_ms: float) -> Any:
+        errors = request.errors
+        if request.deadline < now_ms:
+            self.counts("deadline passed", len(errors))
+            return refusal(now_ms - request.deadline, contract.RETRIEVAL)
+        if len(errors) == 1 and errors[0]:
+            return refused(errors[0])
+        texts = [f"{contract.STATUS_ERROR}{e}" if e else s for e, s in zip(errors, status, strict=True)]
+        values = [*inputs, strings(texts)]
+        if self.search:
+            values.append(self._search_for(request, inputs[0], now_ms))
+        self.counts.answered(status, "full")
+        return answer(request.request, self.outputs, values)
+
+    def _search_for(self, request: ParsedRequest, history_BT: np.ndarray, now_ms: float) -> np.ndarray:
+        """SEARCH_FOR of each row."""
+        until_ms = min(request.deadline, now_ms + self.waits_ms if self.waits_ms else math.inf)
+        without_seen = request.has_query and new_only(request.request)
+        excluded = [ids[ids >= contract.FIRST_ID] if without_seen else NO_IDS for ids in history_BT]
+        rows = zip(excluded, request.rows, strict=True)
+        return strings([search_for(until_ms, ids, row.query) for ids, row in rows])
 
 
 class IndexedRetrievalModel(Stage):
@@ -74,22 +85,20 @@ class IndexedRetrievalModel(Stage):
     def setup(self) -> None:
         from serving.runtime.item_index import IndexedRetrieval  # FAISS, which the other stages do without
 
-        self.retrieve = IndexedRetrieval(self.folder, contract.StageTensors(**json.loads(self.parameters["shapes"])))
+        self.retrieve = IndexedRetrieval(self.folder, self.shapes())
 
-    def execute(self, requests: list) -> list:
+    def execute(self, requests: list[Any]) -> list[Any]:
         columns = [[tensor_of(r, name) for r in requests] for name in self.inputs]
         try:
-            found = self.retrieve([np.concatenate(parts) for parts in columns])
+            retrieved = self.retrieve([np.concatenate(parts) for parts in columns])
         except Exception as error:
             if len(requests) > 1:  # find the request that is at fault: the others get their answers
                 return [self.execute([request])[0] for request in requests]
             return [refused(f"{contract.RETRIEVAL}: {error}")]
         responses, start = [], 0
-        for rows in columns[0]:
+        for request, rows in zip(requests, columns[0], strict=True):
             stop = start + len(rows)
-            own = [np.ascontiguousarray(v[start:stop]) for v in found]
-            tensors = [pb_utils.Tensor(n, v) for n, v in zip(self.outputs, own, strict=True)]
-            responses.append(pb_utils.InferenceResponse(tensors))
+            responses.append(answer(request, self.outputs, [v[start:stop] for v in retrieved]))
             start = stop
         return responses
 
@@ -107,46 +116,50 @@ class QuerySearchModel(Stage):
     def setup(self) -> None:
         from search.online import QuerySearch, pack
 
-        shapes = contract.StageTensors(**json.loads(self.parameters["shapes"]))
-        self.search, self.pack = QuerySearch(self.folder, shapes.candidates), pack
+        self.search, self.pack = QuerySearch(self.folder, self.shapes().candidates), pack
 
-    def execute(self, requests: list) -> list:
-        queries, wishes, unwanted, now_ms = [], [], [], time.time() * 1000
-        failed: list[tuple[int, dict[str, Any]]] = []  # rows of each request, and what is wrong with it
+    def execute(self, requests: list[Any]) -> list[Any]:
+        queries: list[str] = []
+        options, excluded, now_ms = [], [], time.time() * 1000
+        outcomes: list[tuple[int, dict[str, Any]]] = []  # rows of each request, and what is wrong with it
         for request in requests:
-            asked = [read_search_for(raw) for raw in tensor_of(request, contract.SEARCH_FOR)[:, 0]]
-            own, wish = [query for _, _, query in asked], None
-            unwanted += [ids for _, ids, _ in asked]
+            rows = [read_search_for(raw) for raw in tensor_of(request, contract.SEARCH_FOR)[:, 0]]
+            excluded += [ids for _, ids, _ in rows]
             try:
-                if any(own):
-                    late_ms = now_ms - min(until_ms for until_ms, _, _ in asked)
-                    if late_ms > 0:
-                        raise TimeoutError(
-                            f"{contract.QUERY_SEARCH}: its turn came {late_ms:.0f} ms too late; ask fewer at once"
-                        )
-                    wish = wish_of(request)
-                    self.search.index.allowed(wish.filters)
-                failed.append((len(own), {}))
+                options += [self._options(request, rows, now_ms)] * len(rows)
+                queries += [query for _, _, query in rows]
+                outcomes.append((len(rows), {}))
             except Exception as error:
-                failed.append((len(own), {"error": str(error), "late": isinstance(error, TimeoutError)}))
-                own, wish = [""] * len(own), None
-            queries += own
-            wishes += [wish] * len(own)
+                options += [None] * len(rows)
+                queries += [""] * len(rows)
+                outcomes.append((len(rows), {"error": str(error), "late": isinstance(error, TimeoutError)}))
         try:
-            found = self.search(queries, wishes, unwanted)
+            results = self.search(queries, options, excluded)
         except Exception as error:
             if len(requests) > 1:  # find the request that is at fault: the others get their answers
                 return [self.execute([request])[0] for request in requests]
-            found = self.search([""] * len(queries), wishes)
-            failed = [(len(queries), {"error": f"{contract.QUERY_SEARCH}: {error}"})]
+            results = self.search([""] * len(queries), options)
+            outcomes = [(len(queries), {"error": f"{contract.QUERY_SEARCH}: {error}"})]
         responses, start = [], 0
-        for rows, wrong in failed:
-            stop = start + rows
-            packed = np.array([b""] * rows, object)
-            packed[:] = json.dumps(wrong).encode() if wrong else [self.pack(*row) for row in found[start:stop]]
-            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor(contract.FOUND.name, packed[:, None])]))
+        for request, (count, problem) in zip(requests, outcomes, strict=True):
+            stop = start + count
+            packed = np.array([b""] * count, object)
+            packed[:] = json.dumps(problem).encode() if problem else [self.pack(*row) for row in results[start:stop]]
+            responses.append(answer(request, [contract.FOUND.name], [packed[:, None]]))
             start = stop
         return responses
+
+    def _options(self, request: Any, rows: list[tuple[float, np.ndarray, str]], now_ms: float) -> Any:
+        """What the request asks of its answer; None without a query. Raises TimeoutError where nobody waits for it any
+        longer and ValueError for what the catalogue does not have."""
+        if not any(query for _, _, query in rows):
+            return None
+        late_ms = now_ms - min(until_ms for until_ms, _, _ in rows)
+        if late_ms > 0:
+            raise TimeoutError(f"{contract.QUERY_SEARCH}: its turn came {late_ms:.0f} ms too late; ask fewer at once")
+        options = search_options(request)
+        self.search.index.allowed(options.filters)
+        return options
 
 
 class ResponseModel(Stage):
@@ -162,59 +175,66 @@ class ResponseModel(Stage):
 
             self.search_ranking, self.unpack = SearchRanking(self.folder), unpack
 
-    def execute(self, requests: list) -> list:
-        responses = []
-        for request in requests:
-            ranked, values = tensor_of(request, self.ids), tensor_of(request, self.values)
-            status, top_k = tensor_of(request, contract.STATUS), tensor_of(request, contract.TOP_K)
-            more = []
-            if self.search_ranking is not None:
-                packed = tensor_of(request, contract.FOUND)[:, 0]
-                wrong = [p for p in packed if p.startswith(ERROR)]
-                if wrong:
-                    responses.append(refused(**json.loads(wrong[0])))
-                    continue
-                more = [packed[:, None]]
-                if any(packed):
-                    found = [self.unpack(p) for p in packed]
-                    ranked, values = self.search_ranking.rows(found, ranked, values, [wish_of(request)] * len(found))
-                    more = [strings([said for _, _, said in found])]
-            answer = (*self.respond(ranked, values, top_k[:, 0], status[:, 0]), *more)
-            tensors = [pb_utils.Tensor(n, np.ascontiguousarray(v)) for n, v in zip(self.outputs, answer, strict=True)]
-            responses.append(pb_utils.InferenceResponse(tensors))
-        return responses
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        ranked, values = tensor_of(request, self.ids), tensor_of(request, self.values)
+        status, top_k = tensor_of(request, contract.STATUS), tensor_of(request, contract.TOP_K)
+        understood = []
+        if self.search_ranking is not None:
+            packed = tensor_of(request, contract.FOUND)[:, 0]
+            problems = [p for p in packed if p.startswith(ERROR)]
+            if problems:
+                return refused(**json.loads(problems[0]))
+            understood = [packed[:, None]]
+            if any(packed):
+                results = [self.unpack(p) for p in packed]
+                options = [search_options(request)] * len(results)
+                ranked, values = self.search_ranking.rows(results, ranked, values, options)
+                understood = [strings([text for _, _, text in results])]
+        return answer(
+            request, self.outputs, [*self.respond(ranked, values, top_k[:, 0], status[:, 0]), *understood]
+        )  # fmt: skip
 
 
 class AppendEventModel(Stage):
-    """USER_ID, ITEM_ID, EVENT_TYPE, TIMESTAMP_MS (0: now) into the feature store; answers the history's new length."""
+    """USER_ID, ITEM_ID, EVENT_TYPE, TIMESTAMP_MS (0: now) into the feature store; answers the history's new length, and
+    whether what was stored is known: an item to the models, an event type to the data set."""
 
     def setup(self) -> None:
         self.events = self.store(readonly=False)
+        self.item_ids = ItemVocabulary(self.beside(contract.FEATURE_TRANSFORM) / "transform.onnx")
 
-    def execute(self, requests: list) -> list:
-        responses: list = [None] * len(requests)
+    def execute(self, requests: list[Any]) -> list[Any]:
+        responses: list[Any] = [None] * len(requests)
         accepted: list[tuple[int, list[Event]]] = []
         for i, request in enumerate(requests):
             try:
                 accepted.append((i, self._events(request)))
             except ValueError as error:
                 responses[i] = refused(str(error))
-        lengths = self.events.append(e for _, events in accepted for e in events)
+        stored = [event for _, events in accepted for event in events]
+        lengths, statuses = self.events.append(stored), iter(self._statuses(stored))
         for i, events in accepted:
-            value = np.array([[lengths[e.user_id]] for e in events], np.int32)
-            responses[i] = pb_utils.InferenceResponse([pb_utils.Tensor(contract.HISTORY_LENGTH.name, value)])
+            length = np.array([[lengths[e.user_id]] for e in events], np.int32)
+            values = {
+                contract.HISTORY_LENGTH.name: length,
+                contract.STATUS.name: strings([next(statuses) for _ in events]),
+            }
+            names = [name for name in self.outputs if name in values]  # a repository of before STATUS has one
+            responses[i] = answer(requests[i], names, [values[name] for name in names])
         return responses
 
+    def _statuses(self, events: list[Event]) -> list[str]:
+        types, ids = self.events.event_types(), self.item_ids([event.item_id for event in events])
+        return [event_status(event, item_id, types) for event, item_id in zip(events, ids.tolist(), strict=True)]
+
     @staticmethod
-    def _events(request) -> list[Event]:  # noqa: ANN001
+    def _events(request: Any) -> list[Event]:
         columns = [tensor_of(request, t)[:, 0] for t in contract.APPEND]
         now_ms = int(time.time() * 1000)
-        events = []
-        for user, item, kind, timestamp in zip(*columns, strict=True):
-            row = parse_row(user, b"", np.array([item], object), 1)
-            if not row.user_id:
-                raise ValueError(f"{contract.USER_ID.name}: expected a user id, got an empty string")
-            if row.history is None:
-                raise ValueError(f"{contract.APPEND_ITEM_ID.name}: expected an item id, got an empty string")
-            events.append(Event(row.user_id, row.history[0], kind.decode(errors="replace"), int(timestamp) or now_ms))
-        return events
+        return [
+            parse_event(user, item, event_type, int(timestamp_ms) or now_ms)
+            for user, item, event_type, timestamp_ms in zip(*columns, strict=True)
+        ]

@@ -7,48 +7,31 @@ from __future__ import annotations
 
 import gc
 import json
-import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.process import give_way
 from serving.runtime.stages import Row, parse_row
-from serving.triton.graph_model import deadline, give_way
+from serving.triton import byte_strings
+from serving.triton.graph_model import deadline
 from vivace import contract
 from vivace.store.lmdb_store import LmdbStore
 
-_LENGTH, _PACK = struct.Struct("<I").unpack_from, struct.Struct("<I").pack
+if TYPE_CHECKING:
+    from search.online import SearchOptions
 
-
-def read_strings(encoded: np.ndarray | bytes) -> np.ndarray:
-    """Elements of a serialized BYTES tensor, object [n]; cheaper than Triton's own for long histories."""
-    buffer = bytes(encoded)
-    values, offset, end = [], 0, len(buffer)
-    while offset < end:
-        start = offset + 4
-        offset = start + _LENGTH(buffer, offset)[0]
-        values.append(buffer[start:offset])
-    out = np.empty(len(values), object)
-    out[:] = values
-    return out
-
-
-def write_strings(array: np.ndarray) -> bytes | tuple[()]:
-    """The reverse for an object array of bytes; () for an empty one, as Triton's own gives."""
-    return b"".join([part for value in array.ravel().tolist() for part in (_PACK(len(value)), value)]) or ()
-
-
-# the stub looks them up at each call
-pb_utils.deserialize_bytes_tensor, pb_utils.serialize_byte_tensor = read_strings, write_strings
+byte_strings.install()
 
 
 def tensor_of(request: Any, tensor: contract.WireTensor | str) -> np.ndarray:
     """A request's input, whole."""
-    return pb_utils.get_input_tensor_by_name(request, getattr(tensor, "name", tensor)).as_numpy()
+    name = tensor if isinstance(tensor, str) else tensor.name
+    return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
 
 
 def refused(error: str, late: bool = False) -> Any:
@@ -65,7 +48,7 @@ def strings(values: list[str]) -> np.ndarray:
 class Stage:
     """Reads its own config: parameters and the shapes the repository was compiled for."""
 
-    def initialize(self, args: dict) -> None:
+    def initialize(self, args: dict[str, Any]) -> None:
         give_way()
         config = json.loads(args["model_config"])
         self.parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
@@ -81,9 +64,16 @@ class Stage:
 
     def setup(self) -> None: ...
 
+    def shapes(self) -> contract.StageTensors:
+        return contract.StageTensors(**json.loads(self.parameters["shapes"]))
+
     def store(self, readonly: bool) -> LmdbStore:
         path = Path(self.parameters["feature_store"])
         return LmdbStore(path if path.is_absolute() else self.folder.parent.parent / path, readonly=readonly)
+
+    def beside(self, model: str) -> Path:
+        """Folder of the same version of another model."""
+        return self.folder.parent.parent / model / self.folder.name
 
 
 COLD = f"{contract.STATUS_DEGRADED}popular items"
@@ -123,14 +113,20 @@ class Counts:
         self._waiting, self._last = {}, now
 
 
-class Ask:
+class ParsedRequest:
     """One request as it goes through the stages: its ``place`` among those at hand, its rows, what is wrong with each
-    ("" if nothing), its deadline."""
+    ("" if nothing), its deadline (Unix ms); ``options`` and ``understood`` (of each row) are for requests with a query.
+    """
 
     def __init__(self, place: int, request: Any) -> None:
-        self.place, self.deadline = place, deadline(request)
+        self.place, self.request, self.deadline = place, request, deadline(request)
         self.rows, self.errors = _parse(request)
+        self.options: SearchOptions | None = None
         self.understood = [""] * len(self.rows)
+
+    @property
+    def has_query(self) -> bool:
+        return any(row.query for row in self.rows)
 
 
 def _parse(request: Any) -> tuple[list[Row], list[str]]:
@@ -151,13 +147,13 @@ def new_only(request: Any) -> bool:
     if "seen" not in request.parameters():
         return False
     try:
-        return not wish_of(request).seen
-    except ValueError:  # for the stage that reads the whole wish to say
+        return not search_options(request).seen
+    except ValueError:  # for the stage that reads all options to report
         return False
 
 
-def wish_of(request: Any) -> Any:
+def search_options(request: Any) -> SearchOptions:
     """What the request's parameters ask of an answer to a query. Raises ValueError."""
-    from search.online import Wish
+    from search.online import SearchOptions  # its libraries, which a run without search does without
 
-    return Wish.parse(json.loads(request.parameters() or "{}"))
+    return SearchOptions.parse(json.loads(request.parameters() or "{}"))

@@ -151,7 +151,7 @@ def export_checked(
 class CompileConfig:
     """``precision``: see ``quantize``; products that it hurts are found by measurement and stay in float32. ``tables``:
     of items, "fp32" or "int8" (see ``int8_table``). ``fold``: parts of the ranker that depend on an item alone become a
-    table (see FoldedRanking), up to FOLD_ITEMS items and with float32 tables. ``targets``: see ``targets``. ``index``:
+    table (see FoldedItems), up to FOLD_ITEMS items and with float32 tables. ``targets``: see ``targets``. ``index``:
     candidates come from a FAISS index ("HNSW32" or "HNSW32_SQ8"; see ``index``) and not from scoring every item.
 
     The quality gate compares the engine with the evaluated run in ``reference``: always where it is not all float32
@@ -295,7 +295,7 @@ def compile_models(
     outputs = contract.ranking_outputs(s, schema.heads)
     plain = RankingGraph(ranker)
     fold = config.fold and config.tables == "fp32" and items <= FOLD_ITEMS
-    ranking = RankingGraph(ranker, fold=fold)
+    ranking = RankingGraph(ranker, folded=fold)
     parity[contract.RANKING] = export_checked(
         contract.RANKING, ranking, contract.ranking_inputs(s), outputs, rows, file, plain
     )

@@ -8,7 +8,8 @@ Axis legend: B windows, T events, V item ids, D width, A heads, E width of a hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,19 +98,23 @@ def measure(model: RetrievalModel, batches: Sequence[Tensor], loss: Loss) -> Imp
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         whole = sum(float(loss(model, b)) for b in batches)
-        lost = [sum(float(loss(without(model, i), b)) for b in batches) - whole for i in range(len(blocks))]
+        lost = []
+        for i in range(len(blocks)):
+            with without(model, i) as shorter:
+                lost.append(sum(float(loss(shorter, b)) for b in batches) - whole)
     return Importance(torch.tensor(lost), heads, ffn, width)
 
 
-def without(model: RetrievalModel, layer: int) -> RetrievalModel:
-    """A view of ``model`` that skips one layer; it shares all weights."""
-    other = object.__new__(type(model))
-    other.__dict__ = {**model.__dict__, "_modules": dict(model._modules)}
-    encoder = object.__new__(Attention)
-    encoder.__dict__ = {**model.encoder.__dict__, "_modules": dict(model.encoder._modules)}
-    encoder.blocks = nn.ModuleList(b for i, b in enumerate(_blocks(model)) if i != layer)
-    other._modules["encoder"] = encoder
-    return other
+@contextmanager
+def without(model: RetrievalModel, layer: int) -> Iterator[RetrievalModel]:
+    """``model`` as it is without one layer, inside the block."""
+    assert isinstance(model.encoder, Attention)
+    blocks = model.encoder.blocks
+    model.encoder.blocks = nn.ModuleList(block for i, block in enumerate(blocks) if i != layer)
+    try:
+        yield model
+    finally:
+        model.encoder.blocks = blocks
 
 
 def _best(importance: Tensor, keep: int) -> Tensor:

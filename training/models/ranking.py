@@ -122,6 +122,7 @@ class RankingModel(nn.Module):
         self.score = nn.ModuleDict(dict(zip(head_names, linears, strict=True)))
         self.task_weights = TaskWeights(len(head_names), weighting)
         self.retrieval_scale = nn.Parameter(torch.ones(()))
+        self.folded: FoldedItems | None = None  # what ``fold`` worked out of each item
         for i, linear in enumerate(linears):
             nn.init.zeros_(linear.weight)
             nn.init.constant_(linear.bias, -4.5 if i else 0.0)  # about one positive among the candidates
@@ -173,12 +174,16 @@ class RankingModel(nn.Module):
 
     def keys_and_values(self, encoded_BTD: Tensor, history_BT: Tensor) -> tuple[Tensor, Tensor]:
         """What the attention reads of each event, float32 [B, T, D] twice, of its encoding and its item."""
+        if self.folded is not None:
+            return self.folded.keys_and_values(encoded_BTD, history_BT)
         memory = torch.cat([encoded_BTD, self.item(history_BT)], dim=2)
         return self.key(memory), self.value(memory)
 
     def candidate_parts(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All that depends on a candidate alone: its own vector, its query and its embedding float32 [..., D], its
         popularity float32 [...] and its category int64 [...]."""
+        if self.folded is not None:
+            return *self.folded.candidate_parts(ids), self._category(ids)
         own = self.norm_own(self.own(self.describe(ids)))
         own = dropout(own, self.config.dropout, self.training)
         return own, self.query(own), self.item(ids), self.popularity[ids], self._category(ids)
@@ -226,19 +231,19 @@ class RankingModel(nn.Module):
         return torch.sigmoid(logits * self.calibration[:, 0] + self.calibration[:, 1])
 
 
-class FoldedRanking(RankingModel):
-    """A trained ranker whose parts that depend on an item alone are worked out for the whole catalogue: they become one
-    row to read instead of layers to run. The answers are the same but for rounding; the table has five numbers where
-    the item embedding has one."""
+class FoldedItems(nn.Module):
+    """What a trained ranker needs of an item alone, worked out for the whole catalogue: one row to read instead of
+    layers to run. The answers are the same but for rounding; the table has five numbers where the item embedding has
+    one."""
 
     candidate_VF: Tensor
     history_VE: Tensor
     key_value_ED: Tensor
 
     def __init__(self, model: RankingModel) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update({k: v for k, v in copy.deepcopy(model).__dict__.items()})
-        d, all_ids = self.width, torch.arange(len(model.popularity), device=model.popularity.device)
+        super().__init__()
+        self.width = d = model.width
+        all_ids = torch.arange(len(model.popularity), device=model.popularity.device)
         with torch.no_grad():
             *vectors, popularity, _ = model.eval().candidate_parts(all_ids)
             layers = (model.key, model.value)
@@ -247,26 +252,35 @@ class FoldedRanking(RankingModel):
             self.register_buffer("history_VE", torch.cat(of_item, 1))
             self.register_buffer("key_value_ED", torch.cat([layer.weight[:, :d] for layer in layers]).clone())
 
-    def candidate_parts(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def candidate_parts(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Vector, query, embedding and popularity of candidates: see ``RankingModel.candidate_parts``."""
         d = self.width
-        own, query, item, popularity = F.embedding(ids, self.candidate_VF).split([d, d, d, 1], -1)
-        return own, query, item, popularity.squeeze(-1), self._category(ids)
+        vector, query, item, popularity = F.embedding(ids, self.candidate_VF).split([d, d, d, 1], -1)
+        return vector, query, item, popularity.squeeze(-1)
 
     def keys_and_values(self, encoded_BTD: Tensor, history_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``RankingModel.keys_and_values``."""
         both = F.linear(encoded_BTD, self.key_value_ED) + F.embedding(history_BT, self.history_VE)
         key, value = both.split(self.width, -1)
         return key, value
 
 
+def fold(model: RankingModel) -> RankingModel:
+    """A copy of a trained ranker that reads ``FoldedItems``."""
+    folded = copy.deepcopy(model.eval())
+    folded.folded = FoldedItems(folded)
+    return folded
+
+
 class RankingGraph(nn.Module):
     """What is exported as ``ranking.onnx``: candidates sorted by the first head, with calibrated probabilities.
 
-    For a history without a known item the retriever's order (popularity) stays. ``fold``: see FoldedRanking.
+    For a history without a known item the retriever's order (popularity) stays. ``folded``: see ``FoldedItems``.
     """
 
-    def __init__(self, model: RankingModel, int8_table: bool = False, fold: bool = False) -> None:
+    def __init__(self, model: RankingModel, int8_table: bool = False, folded: bool = False) -> None:
         super().__init__()
-        self.model = FoldedRanking(model) if fold else model
+        self.model = fold(model) if folded else model
         if int8_table:
             assert isinstance(model.item, nn.Embedding)
             self.model = copy.deepcopy(model)

@@ -11,7 +11,7 @@ import numpy as np
 from search.features import personal
 from search.hybrid import diversify
 from search.log import SearchLog
-from search.online import Found
+from search.online import SearchResult
 from search.ranker import Ensemble
 from training.metrics import bootstrap
 from training.search.evaluate import ndcg
@@ -32,7 +32,7 @@ class Requests:
 
     @classmethod
     def of(
-        cls, gained: list[dict[int, float]], found: Sequence[Found], ranked_BM: np.ndarray, scores_BM: np.ndarray
+        cls, gained: list[dict[int, float]], found: Sequence[SearchResult], ranked_BM: np.ndarray, scores_BM: np.ndarray
     ) -> Requests:
         ids, features, _ = zip(*found, strict=True)
         return cls(gained, list(ids), list(features), list(ranked_BM), list(scores_BM))

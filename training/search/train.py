@@ -32,7 +32,7 @@ from search.features import feature_names
 from search.hybrid import HybridIndex
 from search.lexical import Field, Lexical
 from search.log import SearchLog
-from search.online import ENCODER, RANKER, VECTORS, Found, QuerySearch, Wish, write_catalogue
+from search.online import ENCODER, RANKER, VECTORS, QuerySearch, SearchOptions, SearchResult, write_catalogue
 from search.published import FOLDER, LAYOUT
 from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
@@ -152,7 +152,7 @@ def collect(
     """Of ``part``, "valid" or "test": the first requests whose target can be found at all, with a made query; and which
     queries were made of attributes, bool [R]."""
     make, rng = Questions(catalogue), np.random.default_rng([seed, len(part)])
-    parts, found = list[tuple[np.ndarray, ...]](), list[Found]()
+    parts, found = list[tuple[np.ndarray, ...]](), list[SearchResult]()
     total = 0
     heads = [h.name for h in features.schema.heads]
     for request in data.requests(features.files(part), heads, preset.encoder.history, BATCH):
@@ -163,7 +163,7 @@ def collect(
         made = [make.by_attributes if k else make for k in kinds]
         queries = [own(int(t) - contract.FIRST_ID, rng) for own, t in zip(made, targets, strict=True)]
         queries = [with_typos(q, config.typos, int(rng.integers(1 << 31))) for q in queries]
-        found += search(queries, [Wish()] * len(queries))
+        found += search(queries, [SearchOptions()] * len(queries))
         parts.append((kinds, targets, ranked[real], scores[real]))
         total += len(targets)
         if total >= config.requests:
@@ -192,12 +192,12 @@ def logged(
 ) -> Requests:
     """The lists of ``log`` as they would be found now, with what the users' histories recommended then."""
     before = histories_before(features, log.column(contract.USER), log.column(contract.TIME))
-    queries, parts, found = log.column(contract.QUERY_TEXT), [], list[Found]()
+    queries, parts, found = log.column(contract.QUERY_TEXT), [], list[SearchResult]()
     for start in range(0, len(log), BATCH):
         own = before[start : start + BATCH]
         request = data.of_sequences(own, preset.encoder.history, torch.zeros(len(own), dtype=torch.int64), {})
         asked = queries[start : start + BATCH]
-        found += search(asked, [Wish()] * len(asked))
+        found += search(asked, [SearchOptions()] * len(asked))
         parts.append(recommend(request))
     ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
     return Requests.of(log.gains(seen), found, ranked, scores)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -115,9 +114,9 @@ def chosen_preset(name: str, root: Path, recorded: bool = True) -> Any:
 
 def track(wandb: bool) -> None:
     if wandb:
-        from training.tracking import WANDB
+        from training.tracking import use_wandb
 
-        os.environ[WANDB] = "1"
+        use_wandb()
 
 
 def with_overrides(chosen: Any, epochs: int = 0, loss: str = "") -> Any:

@@ -27,7 +27,11 @@ class FeatureStore(Protocol):
         """The same with the times in ms."""
 
     def append(self, events: Iterable[Event]) -> dict[str, int]:
-        """Adds events at the end of their users' histories; returns each user's new length. Durable on return."""
+        """Adds events at the end of their users' histories; returns each user's new length. Durable on return, and kept
+        when the histories are replaced by those of another data set."""
+
+    def event_types(self) -> set[str]:
+        """Event types of the data set; empty if its events have none."""
 
     def titles(self, item_ids: Sequence[str]) -> list[str | None]:
         """Title of each item; None where there is none."""

@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks.fuzz_search import Fuzz
 from preprocessing.requests import recorded
-from search.online import QuerySearch, SearchRanking, Wish, asked, pack, unpack
+from search.online import QuerySearch, SearchOptions, SearchRanking, pack, unpack
+from search.online import searchable as has_words
 from search.published import FOLDER
 from search.ranker import RankerConfig
 from serving.launcher import TritonServer
@@ -115,7 +116,7 @@ def test_the_answer_is_that_of_the_functions(client, searchable):
     shapes = contract.StageTensors(**json.loads((searchable / "compiled" / "model_card.json").read_text())["shapes"])
     search, ranking = QuerySearch(searchable / FOLDER, shapes.candidates), SearchRanking(searchable / FOLDER)
     plain = client.recommend(user, history, contract.MAX_TOP_K)
-    (ids, x, said), nothing = search(["oak lamp", "😀"], [Wish(), None])
+    (ids, x, said), nothing = search(["oak lamp", "😀"], [SearchOptions(), None])
     assert not len(nothing[0]) and pack(*nothing) == b"" and unpack(b"")[2] == ""
     for packed, own in zip(unpack(pack(ids, x, said)), (ids, x, said), strict=True):
         np.testing.assert_array_equal(packed, own)
@@ -124,7 +125,7 @@ def test_the_answer_is_that_of_the_functions(client, searchable):
     ranked = np.array([place[i] for i in plain.items])
     values = np.stack([plain.scores, *plain.heads.values()])
     assert len(ranked) == shapes.candidates  # the whole recommendation was answered
-    expected, _ = ranking(ids, x, ranked, values, Wish())
+    expected, _ = ranking(ids, x, ranked, values, SearchOptions())
     answer = client.recommend(user, history, 10, "oak lamp")
     assert answer.items == [names[i] for i in expected[:10]]
     assert answer.understood == json.loads(said)
@@ -163,7 +164,7 @@ def test_filters_narrow_and_diversity_spreads_the_answer(client, titles):
 def test_any_query_is_answered(client, query, status):
     answer = client.recommend("", [], 5, query)
     assert status in answer.status and len(answer.items) == 5
-    assert bool(answer.understood) == asked(query)
+    assert bool(answer.understood) == has_words(query)
 
 
 def test_what_is_no_query_is_refused(client):

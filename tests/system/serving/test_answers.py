@@ -210,6 +210,16 @@ def test_a_new_click_changes_the_next_answer(client, features, request):
             client.append(*bad)
 
 
+def test_a_query_without_search_is_answered_and_reported(client, requests):
+    """The recommendation, and STATUS says that nothing was searched for; over both protocols."""
+    user, history = requests[0]
+    plain, searched = client.recommend(user, history, 5), client.recommend(user, history, 5, "red shoe")
+    assert plain.status == contract.STATUS_OK and searched.items == plain.items
+    assert searched.status.startswith("degraded: no search in this run; QUERY was left out")
+    anonymous = client.recommend(query="red shoe")
+    assert anonymous.status.startswith("degraded: popular items") and "no search in this run" in anonymous.status
+
+
 def test_appends_from_many_clients_are_all_kept(served, features):
     server, _ = served
     item = features.items()[contract.ITEM][0]

@@ -14,7 +14,8 @@ import tritonclient.grpc as grpcclient
 from loadtest.generate.open_loop import messages, run
 from preprocessing.requests import recorded
 from serving.runtime.by_length import chunks
-from serving.runtime.pipeline import Level, Overload, Pipeline
+from serving.runtime.overload import Level, Overload
+from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from serving.service import service, warm_up
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, patient, quiet, wait_until
@@ -54,6 +55,8 @@ def test_one_process_answers_as_the_ensemble_does(fused, served, root):
         for user, history in cases:
             a, b = ensemble.recommend(user, history, 7), one.recommend(user, history, 7)
             assert (a.items, a.status) == (b.items, b.status)
+            queried = one.recommend(user, history, 7, "red shoe")
+            assert queried.items == b.items and "no search in this run" in queried.status
             assert b.scores == pytest.approx(a.scores, abs=1e-4) and set(a.heads) == set(b.heads)
         with pytest.raises(VivaceError, match=r"TOP_K: expected 1..100, got 0"):
             one.recommend("", [], 0)
@@ -134,7 +137,7 @@ def test_levels_leave_out_what_they_say(pipeline, root):
             live = row[row != contract.PADDING_ID]
             assert len(live) >= 5 and len(set(live)) == len(live) and not own[live].any()
     found = pipeline.retrieve(inputs)
-    few = pipeline.few(5, Level.FEWER)
+    few = pipeline.count_to_rank(5, Level.FEWER)
     assert few < full.shape[1]
     ranked = pipeline.rank(inputs[0], found, few)[0]
     assert [set(a) for a in ranked] == [set(a[:few]) for a in found[0]]  # the retriever's first, in another order

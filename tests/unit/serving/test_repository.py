@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from serving import repository
 from vivace import contract
+from vivace.run import Run
 
 
 def test_committed_configs_are_the_rendered_ones(tmp_path):
@@ -47,6 +50,33 @@ def test_new_versions_replace_old_ones_but_the_last(tmp_path):
         "2",
         "3",
     ]
+
+
+def test_a_profile_that_is_not_there_is_refused(tmp_path):
+    run = Run(tmp_path / "shop")
+    repository.write_configs(run.repository, repository.DEFAULT_SHAPES, repository.DEFAULT_HEADS)
+    assert repository.profiles(run.repository) == sorted(set(repository.PROFILES) - {""})
+    for profile in repository.PROFILES:
+        assert contract.APPEND_EVENT in repository.models(run.repository, profile)
+        assert repository.served_from(run.root, profile) == run.root
+    for ask in (repository.models, repository.check_profile):
+        with pytest.raises(ValueError, match="one of cached, fused, gpu, openvino, tensorrt, or no --profile"):
+            ask(run.repository, "fast")
+
+
+def test_a_tuned_profile_goes_with_the_graphs_it_was_tuned_for(tmp_path):
+    run = Run(tmp_path / "shop")
+    engine = Run(run.variants / "small")
+    shapes, heads = repository.DEFAULT_SHAPES, repository.DEFAULT_HEADS
+    repository.write_configs(engine.repository, shapes, heads)
+    repository.write_profile(engine.repository, shapes, heads, "quick", repository.PROFILES["fused"])
+    run.tuning.mkdir()
+    record = {"chosen": {"trial": {"engine": "compressed/small"}}}
+    (run.tuning / "quick.json").write_text(json.dumps(record))
+    assert repository.served_from(run.root, "quick") == engine.root
+    repository.write_configs(engine.repository, shapes, heads)  # compiled anew
+    with pytest.raises(ValueError, match=r"compiled anew since; run 'vivace tune --name shop --save-as quick' again"):
+        repository.served_from(run.root, "quick")
 
 
 def test_more_candidates_than_items_is_refused():

@@ -1,19 +1,15 @@
-"""The Python stages as functions: status texts, padding, rows of unequal length, the feature store."""
+"""The Python stages as functions: status texts, padding, rows of unequal length."""
 
 from __future__ import annotations
 
 import math
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from serving.runtime.stages import ResponseStage, parse_row, read_search_for, search_for
+from serving.runtime.stages import ResponseStage, event_status, parse_event, parse_row, read_search_for, search_for
 from vivace import contract
 from vivace.store.interface import Event
-from vivace.store.lmdb_store import MAX_STORED_EVENTS, LmdbStore
 
 
 def test_parse_row():
@@ -22,6 +18,31 @@ def test_parse_row():
     assert parse_row(b"", b"", np.array([b"", b""], object), 5).history is None
     with pytest.raises(ValueError, match=r"HISTORY\[2\]: expected UTF-8, got byte 0xff at offset 1"):
         parse_row(b"", b"", np.array([b"a", b"b", b"c\xff"], object), 5)
+
+
+def test_parse_event():
+    assert parse_event("ü".encode(), b"a", b"view", 5) == Event("ü", "a", "view", 5)
+    cases = {
+        "USER_ID: expected a user id": (b"", b"a", b""),
+        "ITEM_ID: expected an item id": (b"u", b"", b""),
+        "ITEM_ID: expected at most 1024 bytes, got 1025": (b"u", b"a" * 1025, b""),
+        "EVENT_TYPE: expected at most 1024 bytes": (b"u", b"a", b"v" * 2000),
+        "EVENT_TYPE: expected UTF-8, got byte 0xff": (b"u", b"a", b"\xff"),
+    }
+    for message, values in cases.items():
+        with pytest.raises(ValueError, match=message):
+            parse_event(*values, 1)
+
+
+def test_what_is_not_known_of_an_event_is_reported():
+    event = Event("u", "a", "view", 1)
+    assert event_status(event, contract.FIRST_ID, {"view"}) == "ok" == event_status(event, 3, set())
+    assert event_status(Event("u", "a"), 3, {"view"}) == "ok"  # no type was given
+    item = event_status(event, contract.OOV_ID, {"view"})
+    assert item == "degraded: stored, but ITEM_ID 'a' is not in the catalogue of the models"
+    kind = event_status(event, 3, {"buy", "click"})
+    assert kind == "degraded: stored, but the data has no EVENT_TYPE 'view'; it has buy, click"
+    assert event_status(event, contract.OOV_ID, {"buy", "click"}) == f"{item}; {kind.removeprefix('degraded: ')}"
 
 
 def test_what_a_search_is_told_is_read_back():
@@ -42,34 +63,3 @@ def test_response_pads_rows_and_answers_no_failed_row():
     assert values.tolist() == [[3, 0, 0], [3, 2, 0], [0, 0, 0]]
     single, value = stage(ranked[1:2], scores[1:2, None], np.array([3]), [b"ok"])
     assert single.tolist() == [[b"A", b"B"]] and value.tolist() == [[3, 2]]
-
-
-def _read(path: Path) -> list[list[str] | None]:
-    store = LmdbStore(path, readonly=True)
-    try:
-        return store.histories(["u"])
-    finally:
-        store.close()
-
-
-def test_feature_store(tmp_path):
-    store = LmdbStore(tmp_path / "store")
-    long_id = "ü" * 400  # longer than LMDB's keys
-    assert store.append([Event("u", "a", "view", 1), Event("u", "b", "buy", 2), Event(long_id, "c")]) == {
-        "u": 2,
-        long_id: 1,
-    }
-    assert store.histories(["u", long_id, "nobody", ""]) == [["a", "b"], ["c"], None, None]
-    assert store.events("u") == [Event("u", "a", "view", 1), Event("u", "b", "buy", 2)]
-    store.put_titles([("a", "Ein Stück")])
-    assert store.titles(["a", "zzz"]) == ["Ein Stück", None]
-    store.append(Event("busy", str(i)) for i in range(MAX_STORED_EVENTS + 10))
-    (kept,) = store.histories(["busy"])
-    assert len(kept) == MAX_STORED_EVENTS and kept[-1] == str(MAX_STORED_EVENTS + 9)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:  # a reader in another process
-        assert other.submit(_read, tmp_path / "store").result() == [["a", "b"]]
-        store.append([Event("u", "c")])
-        assert other.submit(_read, tmp_path / "store").result() == [["a", "b", "c"]]
-    store.close()
-    with pytest.raises(FileNotFoundError, match="vivace prepare"):
-        LmdbStore(tmp_path / "none", readonly=True)

@@ -38,17 +38,17 @@ GRAPH_LEVELS = {
 
 def options_of(config: dict[str, Any]) -> ort.SessionOptions:
     """ONNX Runtime options of a Triton model config (its JSON form)."""
-    given = parameters(config)
+    settings = parameters(config)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = int(given.get("intra_op_thread_count", 0))
-    options.inter_op_num_threads = int(given.get("inter_op_thread_count", 0))
-    if int(given.get("execution_mode", 0)) == 1:
+    options.intra_op_num_threads = int(settings.get("intra_op_thread_count", 0))
+    options.inter_op_num_threads = int(settings.get("inter_op_thread_count", 0))
+    if int(settings.get("execution_mode", 0)) == 1:
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
     if level not in GRAPH_LEVELS:
         raise ValueError(f"optimization.graph.level: expected one of {sorted(GRAPH_LEVELS)}, got {level}")
     options.graph_optimization_level = GRAPH_LEVELS[level]
-    for key, value in given.items():
+    for key, value in settings.items():
         if key.startswith("session."):
             options.add_session_config_entry(key, value)
     return options
@@ -80,5 +80,5 @@ class TritonPythonModel(GraphModel):
         return inputs, outputs
 
     def run(self, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        found: list[np.ndarray] = self.session.run(outputs, feed)
-        return found
+        results: list[np.ndarray] = self.session.run(outputs, feed)
+        return results

@@ -43,5 +43,5 @@ class TritonPythonModel(GraphModel):
         return inputs, outputs
 
     def run(self, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        found = self.plan.run(feed)
-        return [found[name] for name in outputs]
+        results = self.plan.run(feed)
+        return [results[name] for name in outputs]
