@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 
-from loadtest.generate.open_loop import Run, best, due_times, knee, messages, picks, report_page, run, summarize
+from loadtest.generate.arrivals import due_times, picks
+from loadtest.generate.generator import LoadRun, best, knee, messages, run, summarize
+from loadtest.generate.open_loop import report_page
 from loadtest.generate.run_locust import results, run_locust
 from loadtest.generate.statistics import between, statistics
 from tests.support import PATIENCE_S, wait_until
@@ -39,9 +41,9 @@ def test_a_run_is_summarized_from_when_requests_were_due():
 
 
 def test_the_knee_is_found_between_the_rates_tried():
-    def measure(rate: float) -> Run:
+    def measure(rate: float) -> LoadRun:
         share = 1.0 if rate <= 730 else 0.5
-        return Run(rate, 1, 1, 1, {}, 1, 1, 1, 1, 0, 20, share, rate * share, 0, share)
+        return LoadRun(rate, 1, 1, 1, {}, 1, 1, 1, 1, 0, 20, share, rate * share, 0, share)
 
     runs = knee(measure, 100, steps=6)
     met = best(runs)

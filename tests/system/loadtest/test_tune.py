@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from loadtest.generate.run_locust import level
+from loadtest.tune.journal import BudgetError, Journal
 from loadtest.tune.queueing import Batcher, Service, knee, latencies
 from loadtest.tune.space import Objective, Trial, trials, untuned
-from loadtest.tune.tune import BudgetError, Journal, tune
+from loadtest.tune.tune import tune
 from preprocessing.requests import recorded
 from serving.launcher import TritonServer
 from serving.repository import served_from
@@ -81,16 +82,18 @@ def test_a_search_on_the_live_server(own):
     chosen = found["chosen"]
     assert chosen["qps"] > 0 and chosen["trial"]["layout"] == "fused" and chosen["trial"]["ranked"] == 20
     assert found["untuned"] and found["configurations"] == 2 and set(found["worth"]) >= {"layout", "ranked"}
-    assert "times the untuned" in (own / "tuning" / "tuned.html").read_text()
+    page = (own / "tuning" / "tuned.html").read_text()
+    assert "times the untuned" in page and "on validation requests alone" in page and found["judged_on"] == "valid"
 
     again = tune(own, objective, "tuned", 0, quiet, quiet, space, seconds=0.5)  # no budget: only the log
     assert again == found and found["runs"] > 0  # of its log, without another run
 
     options = on_free_ports(served_from(own, "tuned") / "model_repository", profile="tuned")
-    histories, targets = recorded(own)[contract.ITEM].tolist(), recorded(own)[contract.TARGET].tolist()
+    frame = recorded(own, "valid")
+    histories, targets = frame[contract.ITEM].tolist(), frame[contract.TARGET].tolist()
     with TritonServer(options) as server, PatientClient(f"{server.host}:{server.grpc_port}") as client:
         answers = [client.recommend("", list(h), 10).items for h in histories[:40]]
-    key = json.dumps(["quality", asdict(Trial(**chosen["trial"]).answer)])[:-1]
+    key = json.dumps(["quality", "valid", asdict(Trial(**chosen["trial"]).answer)])[:-1]
     journal = [json.loads(line) for line in (own / "tuning" / "quality.jsonl").read_text().splitlines()]
     judged = next(e["value"] for e in journal if e["key"].startswith(key))[:40]
     gains = [1 / np.log2(a.index(t) + 2) if t in a else 0.0 for a, t in zip(answers, targets, strict=False)]
