@@ -9,7 +9,6 @@ line of stdout is one JSON object.
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import numpy as np
 import torch
 import typer
 
+from loadtest.generate.local_server import grpc_address, on_free_ports
+from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from preprocessing.requests import OUT_OF_VOCABULARY
-from serving.launcher import ServerOptions
 from serving.service import service
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.export import shapes
@@ -31,7 +31,7 @@ from training.models.retrieval import RetrievalGraph
 from training.presets import Preset
 from vivace import contract
 from vivace.client import AsyncVivaceClient, Recommendation
-from vivace.manifest import commit
+from vivace.run import Run
 
 TIE = 1e-4  # scores nearer than this are a tie: float32 sums in another order differ by about 1e-5
 CONCURRENCY = 32
@@ -122,17 +122,10 @@ def main(name: str = "shop", artifacts: Path = Path("artifacts"), preset: str = 
     from vivace.cli.options import chosen_preset
 
     root = artifacts / name
-    offline = offline_answers(Features(root / "features"), chosen_preset(preset, root), root, users)
-    options = ServerOptions(
-        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
-    )
-    with service(options, print) as (server, _):
-        answers = served_answers(f"{server.host}:{server.grpc_port}", offline.histories)
-    print(
-        json.dumps(
-            {"benchmark": "served against evaluated", "data": name, **compare(offline, answers), "commit": commit()}
-        )
-    )
+    offline = offline_answers(Features(Run(root).features), chosen_preset(preset, root), root, users)
+    with service(on_free_ports(Run(root).repository, log=Run(root).server_log), print) as (server, _):
+        answers = served_answers(grpc_address(server), offline.histories)
+    print(record_line("served against evaluated", data=name, **compare(offline, answers)))
 
 
 if __name__ == "__main__":

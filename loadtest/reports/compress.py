@@ -52,7 +52,7 @@ def variants(root: Path) -> list[Variant]:
     folders = sorted(f for f in Run(root).variants.glob("*") if Run(f).card_file.exists())
     if not folders:
         raise FileNotFoundError(
-            f"{Run(root).variants}: expected compiled variants, got none; run 'vivace compress --name {root.name}' first"
+            f"{Run(root).variants}: expected compiled variants, got none; run 'vivace compress' first"
         )
     return [variant("whole model", root), *(variant(f.name, f) for f in folders)]
 
@@ -64,7 +64,12 @@ def picture(compared: list[Variant], speeds: list[Speed], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    products = [(v.name, s, n, share) for v in compared for s, shares in v.sensitivities.items() for n, share in shares.items()]
+    products = [
+        (v.name, stage, product, share)
+        for v in compared
+        for stage, shares in v.sensitivities.items()
+        for product, share in shares.items()
+    ]
     figure, axes = plt.subplots(1, 2 + bool(products), figsize=(6 * (2 + bool(products)), 5), constrained_layout=True)
     for axis, batch in zip(axes, BATCHES, strict=False):
         for v in compared:
@@ -115,7 +120,12 @@ def report(root: Path, target: Path, seconds: float = 1.0, openvino: bool = True
         for stage, shares in v.sensitivities.items()
         for name, share in sorted(shares.items(), key=lambda x: x[1])
     ]
-    targets = [[v.name, t, k, f"{x:.4g}"] for v in compared for t, values in v.targets.items() for k, x in values.items()]
+    targets = [
+        [v.name, kind, key, f"{value:.4g}"]
+        for v in compared
+        for kind, values in v.targets.items()
+        for key, value in values.items()
+    ]
     header = ["variant", "engine", "retriever's parameters", "NDCG@10", "change", "gate", "MiB"]
     parts = [
         image(png.read_bytes(), "quality over latency"),

@@ -136,7 +136,8 @@ def measure(
             except RuntimeError as error:
                 print(f"OpenVINO does not take {r}: {str(error).splitlines()[0]}")
     first, rng = runs[0], random.Random(0)
-    inputs = {(name, size): batches_of(Run(first).whole.root, g.shapes, size, 64) for name, g in graphs.items() for size in batches}
+    whole = Run(first).whole.root
+    inputs = {(name, size): batches_of(whole, g.shapes, size, 64) for name, g in graphs.items() for size in batches}
     times: dict[tuple[str, int], list[float]] = {}
     for _ in range(rounds):
         order = list(inputs)
