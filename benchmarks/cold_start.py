@@ -25,7 +25,7 @@ from training.checkpoints import load_retrieval
 from training.data import batches as data
 from training.learn.retriever import train_retrieval
 from training.metrics import bootstrap
-from training.presets import with_values
+from training.presets import Preset, with_values
 from training.scoring import SCORED, scored
 from vivace.contract import FIRST_ID, ITEM, TIME
 from vivace.run import Run
@@ -67,10 +67,10 @@ class WithoutItems(Features):
 
 
 def ranks_without(
-    features: Features, items: np.ndarray, preset_values: dict, base, root: Path, seed: int
-) -> np.ndarray:  # noqa: ANN001
+    features: Features, items: np.ndarray, values: dict[str, Any], base: Preset, root: Path, seed: int
+) -> np.ndarray:
     """Rank of every test request's target that is among ``items``, after training without them."""
-    chosen = with_values(base, preset_values)
+    chosen = with_values(base, values)
     train_retrieval(features, chosen, root, seed, lambda _: None, quiet=True)
     model, heads = load_retrieval(features, chosen, root), [h.name for h in features.schema.heads]
     out = []
