@@ -78,8 +78,8 @@ def main(
         frame_bytes = write_log(folder / "log.parquet", rows, users, items)
         (folder / "mapping.toml").write_text(MAPPING)
         command = [
-            sys.executable, "-m", "vivace.cli.main", "prepare", "--data", "tables", "--path", str(folder / "mapping.toml"),
-            "--artifacts", str(folder / "artifacts"), "--partitions", str(partitions), "--workers", str(workers),
+            sys.executable, "-m", "vivace.cli.main", "prepare", "--data", "tables",
+            "--path", str(folder / "mapping.toml"), "--artifacts", str(folder / "artifacts"), "--partitions", str(partitions), "--workers", str(workers),
         ]  # fmt: skip
         started = time.monotonic()
         process = subprocess.Popen(command)
