@@ -79,7 +79,8 @@ def main(
         (folder / "mapping.toml").write_text(MAPPING)
         command = [
             sys.executable, "-m", "vivace.cli.main", "prepare", "--data", "tables",
-            "--path", str(folder / "mapping.toml"), "--artifacts", str(folder / "artifacts"), "--partitions", str(partitions), "--workers", str(workers),
+            "--path", str(folder / "mapping.toml"), "--artifacts", str(folder / "artifacts"),
+            "--partitions", str(partitions), "--workers", str(workers),
         ]  # fmt: skip
         started = time.monotonic()
         process = subprocess.Popen(command)
