@@ -23,10 +23,8 @@ def in_turns(turns: int, systems: Sequence[T]) -> Iterator[tuple[int, T]]:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """The median of repeated turns, the least and the largest, and the turns themselves."""
-    return {
-        "median": float(np.median(values)), "least": float(min(values)), "largest": float(max(values)),
-        "turns": [float(v) for v in values],
-    }  # fmt: skip
+    rounded = [round(float(v), 4) for v in values]
+    return {"median": float(np.median(rounded)), "least": min(rounded), "largest": max(rounded), "turns": rounded}
 
 
 def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:

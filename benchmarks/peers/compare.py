@@ -189,9 +189,7 @@ def print_table(figures: dict[str, dict[str, Any]], ours: str, title: str) -> No
 
 def main(
     root: Annotated[Path, typer.Argument(help="the run, artifacts/<name>; its weights are what all serve")],
-    tuned: Annotated[list[str], typer.Option(help="profiles of ours beside the untuned; the last is compared")] = [
-        "fused"
-    ],
+    tuned: Annotated[list[str], typer.Option(help="profiles of ours; the last is compared")] = ["fused"],  # noqa: B006
     other: Annotated[list[str], typer.Option(help="profiles that may answer otherwise (compressed)")] = [],  # noqa: B006
     only: Annotated[list[str], typer.Option(help="these systems alone, by a part of their names")] = [],  # noqa: B006
     slo: Annotated[float, typer.Option(help="ms")] = 20.0,
@@ -214,10 +212,8 @@ def main(
         rows, failed = take_turns(systems, turns, check, slo, seconds)
     ours = [name for name in systems if name.startswith("Vivace")][-1]
     figures = by_system(rows, ours)
-    title = (
-        f"{root.name}: p99 within {slo:g} ms on {cpu()[0]}, {cores()} cores; median of {turns} turns (least to largest)"
-    )
-    print_table(figures, ours, title)
+    title = f"{root.name}: p99 within {slo:g} ms on {cpu()[0]}, {cores()} cores"
+    print_table(figures, ours, f"{title}; median of {turns} turns (least to largest)")
     record = record_line(
         "peers", data=root.name, slo_ms=slo, seconds=seconds, turns=turns, ours=ours, systems=figures, failed=failed,
         answers={name: asdict(same) for name, same in agreements.items()}, rows=[asdict(r) for r in rows],
