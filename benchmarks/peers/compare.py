@@ -30,9 +30,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.answers import Agreement, agreement
+from benchmarks.knees import seek
 from benchmarks.peers.systems import TOP_K, Served, fastapi, http_peer, litserve, merlin, reference, vivace
 from benchmarks.turns import in_turns, spread, with_spread
-from loadtest.generate.generator import LoadRun, at_rate, best, complete, knee, offer, summarize
+from loadtest.generate.generator import LoadRun, complete, offer, summarize
 from loadtest.reports.record import record_line
 from preprocessing.requests import recorded
 from vivace import contract
@@ -40,7 +41,6 @@ from vivace.machine import cores, cpu, memory_mib
 
 ALONE = 300  # requests one at a time
 LEAST_RIGHT = 0.999  # share of the places that a system must answer as the ensemble does
-FIRST_QPS, AGAIN, STEPS = 40.0, 0.7, 5  # where a knee is sought: at first, and later as a share of the last turn's
 
 console = Console(width=140)
 Systems = dict[str, Callable[[], Any]]
@@ -63,8 +63,8 @@ class Row:
 FIGURES = ("p50", "p99", "knee", "cpu_ms", "mib")
 
 
-def measure(system: str, turn: int, served: Served, slo: float, seconds: float, first: float) -> Row:
-    """One turn of a system; ``first``: the rate at which its knee is sought."""
+def measure(system: str, turn: int, served: Served, slo: float, seconds: float, last: float) -> Row:
+    """One turn of a system; ``last``: its knee in an earlier turn (0: none)."""
 
     def send(due: np.ndarray, sent: Sequence[bytes]) -> LoadRun:
         async def inside() -> list[Any]:
@@ -83,19 +83,9 @@ def measure(system: str, turn: int, served: Served, slo: float, seconds: float, 
                 times.append((time.perf_counter() - t) * 1000)
         return times[20:]
 
-    times = complete(alone())
-    cpu_ms: dict[float, float] = {}
-
-    def at(rate: float) -> LoadRun:
-        outcome, spent = at_rate(send, served.pid, served.sent, rate, seconds, 7 + turn)
-        cpu_ms[outcome.qps] = spent
-        return outcome
-
-    runs = knee(at, first, STEPS)
-    top = best(runs)
-    p50, p99 = (float(np.percentile(times, q)) for q in (50, 99))
-    rate, spent = (top.qps, cpu_ms[top.qps]) if top else (0.0, float("nan"))
-    return Row(system, turn, p50, p99, rate, spent, memory_mib(served.pid), runs)
+    p50, p99 = (float(p) for p in np.percentile(complete(alone()), [50, 99]))
+    at = seek(send, served.pid, served.sent, seconds, 7 + turn, last)
+    return Row(system, turn, p50, p99, at.rate, at.cpu_ms, memory_mib(served.pid), at.runs)
 
 
 def checked(system: str, served: Served, expected: Sequence[Any], histories: list[list[str]]) -> Agreement:
@@ -141,7 +131,7 @@ def take_turns(
             with systems[system]() as served:
                 if system not in rates:
                     check(system, served)
-                row = measure(system, turn, served, slo, seconds, max(rates.get(system, 0.0) * AGAIN, FIRST_QPS))
+                row = measure(system, turn, served, slo, seconds, rates.get(system, 0.0))
         except Exception as error:
             if system.startswith("Vivace"):
                 raise

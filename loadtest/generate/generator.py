@@ -183,26 +183,29 @@ def at_rate(
     return outcome, (processor_seconds(pid) - before) * 1000 / len(due)
 
 
-def knee(measure: Callable[[float], LoadRun], first: float, steps: int = 5, most: float = 100_000.0) -> list[LoadRun]:
-    """Runs at doubling rates until ``full`` falls below ATTAINED, then by halves between; all runs, by rate."""
+def knee(
+    measure: Callable[[float], LoadRun], first: float, steps: int = 5, most: float = 100_000.0,
+    attained: float = ATTAINED,
+) -> list[LoadRun]:  # fmt: skip
+    """Runs at doubling rates until ``full`` falls below ``attained``, then by halves between; all runs, by rate."""
     runs, low, high = [], 0.0, first
     while high <= most:
         runs.append(measure(high))
-        if runs[-1].full < ATTAINED:
+        if runs[-1].full < attained:
             break
         low, high = high, 2 * high
     for _ in range(steps):
         middle = (low + high) / 2
         runs.append(measure(middle))
-        low, high = (middle, high) if runs[-1].full >= ATTAINED else (low, middle)
+        low, high = (middle, high) if runs[-1].full >= attained else (low, middle)
     return sorted(runs, key=lambda r: r.qps)
 
 
-def best(runs: Sequence[LoadRun]) -> LoadRun | None:
+def best(runs: Sequence[LoadRun], attained: float = ATTAINED) -> LoadRun | None:
     """The largest offered rate that met the SLO before the first that did not."""
     met = None
     for r in sorted(runs, key=lambda r: r.qps):
-        if r.full < ATTAINED:
+        if r.full < attained:
             break
         met = r
     return met

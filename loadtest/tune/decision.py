@@ -35,8 +35,14 @@ def decision(tuner: Tuner, best: Knee | None, everything: Sequence[Trial]) -> di
         "objective": asdict(tuner.objective), "chosen": chosen, "runner_up": others[0] if others else None,
         "untuned": start.met if start else None, "trials": rows, "space": tuner.space,
         "configurations": len(everything), "configurations_run": len(tuner.knees),
-        "judged_on": PART, "judged_requests": judged, "seconds": tuner.seconds, **environment(),
+        "judged_on": PART, "judged_requests": judged,
+        "quality_shown": chosen is not None and shows(chosen["interval"], tuner.objective.quality), "seconds": tuner.seconds, **environment(),
     }  # fmt: skip
+
+
+def shows(interval: Sequence[float], bound: float) -> bool:
+    """Whether a share's 95 % interval shows that at least ``bound`` is kept: the whole of it must lie there."""
+    return interval[0] >= bound
 
 
 def quality_sentence(record: Mapping[str, Any]) -> str:
@@ -48,9 +54,9 @@ def quality_sentence(record: Mapping[str, Any]) -> str:
         f"NDCG@10 is {chosen['quality']:.1%} of the whole model's, 95 % interval {low:.1%} to {high:.1%}, on "
         f"{record['judged_requests']:,} validation requests"
     )
-    if low >= bound:
+    if shows(chosen["interval"], bound):
         return f"{sentence}: at least {bound:.1%} is kept"
-    return f"{sentence}: the interval reaches below {bound:.1%}, so this does not show that {bound:.1%} is kept"
+    return f"{sentence}: the interval reaches below {bound:.1%}, which this does not show to be kept"
 
 
 def worth(tuner: Tuner, best: Knee) -> dict[str, dict[str, Any]]:
