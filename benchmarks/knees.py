@@ -28,7 +28,7 @@ def seek(
     send: Callable[[np.ndarray, list[bytes]], LoadRun], pid: int, pool: Sequence[bytes], seconds: float, seed: int,
     last: float = 0.0, attained: float = ATTAINED,
 ) -> AtKnee:  # fmt: skip
-    """The knee of the system whose process is ``pid`` (``at_rate``); ``last``: the rate of an earlier turn (0: none)."""
+    """The knee of the system of process ``pid`` (``at_rate``); ``last``: the rate of an earlier turn (0: none)."""
     cpu_ms: dict[float, float] = {}
 
     def at(rate: float) -> LoadRun:

@@ -154,7 +154,8 @@ def print_tables(figures: dict[str, Any], judged: dict[str, dict[str, Any]], tit
         verdict = "shows" if q["shown"] else "does not show"
         console.print(
             f"NDCG@10 on {part}: {q['tuned']:.4f} of {q['whole_model']:.4f}, {q['share']:.1%} "
-            f"({q['interval'][0]:.1%} to {q['interval'][1]:.1%}, {q['requests']:,} requests): {verdict} {q['bound']:.1%}"
+            f"({q['interval'][0]:.1%} to {q['interval'][1]:.1%}, {q['requests']:,} requests): "
+            f"{verdict} {q['bound']:.1%}"
         )
 
 

@@ -26,7 +26,7 @@ def decision(tuner: Tuner, best: Knee | None, everything: Sequence[Trial]) -> di
         rows.append({
             "trial": asdict(k.trial), "qps": k.met, "failed_at": k.failed if math.isfinite(k.failed) else None,
             "p50": at.p50 if at else None, "p99": at.p99 if at else None, "quality": share,
-            "interval": interval, "runs": len(k.runs),
+            "interval": interval, "shown": shows(interval, tuner.objective.quality), "runs": len(k.runs),
         })  # fmt: skip
     chosen = next((r for r in rows if best and r["trial"] == asdict(best.trial)), None)
     others = [r for r in rows if r is not chosen and r["qps"]]
@@ -36,7 +36,7 @@ def decision(tuner: Tuner, best: Knee | None, everything: Sequence[Trial]) -> di
         "untuned": start.met if start else None, "trials": rows, "space": tuner.space,
         "configurations": len(everything), "configurations_run": len(tuner.knees),
         "judged_on": PART, "judged_requests": judged,
-        "quality_shown": chosen is not None and shows(chosen["interval"], tuner.objective.quality), "seconds": tuner.seconds, **environment(),
+        "seconds": tuner.seconds, **environment(),
     }  # fmt: skip
 
 
