@@ -138,7 +138,8 @@ def summary(outcomes: dict[str, list[tuple[AtKnee, float]]], profile: str) -> di
 
 
 def print_tables(figures: dict[str, Any], judged: dict[str, dict[str, Any]], title: str) -> None:
-    table = Table(title=title, title_justify="left")
+    console.print(title, highlight=False)
+    table = Table()
     for column in ("", "QPS within the objective", "CPU ms a request", "MiB"):
         table.add_column(column, justify="right" if column else "left")
     for name, f in figures.items():

@@ -51,8 +51,8 @@ def environment(name: str) -> Path:
         print(f"setting up the environment of {name}", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
         site = next((folder / "lib").glob("python*/site-packages"))
-        ours = next(p for p in sys.path if p.endswith("site-packages"))
-        (site / "beside.pth").write_text(f"{ours}\n{CHECKOUT}\n")
+        ours = [p for p in sys.path if p.endswith("site-packages")]
+        (site / "beside.pth").write_text("\n".join([*ours, str(CHECKOUT), ""]))
         subprocess.run([python, "-m", "pip", "install", "-q", "-r", HERE / f"{name}.txt"], check=True)
         done.write_text(packages)
     return python

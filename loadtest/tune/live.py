@@ -39,6 +39,36 @@ class Knee:
         return max((r for r in self.runs if r.qps <= self.met * 1.001), key=lambda r: r.qps, default=None)
 
 
+def close_in(
+    offered: Callable[[float], LoadRun], objective: Objective, guess: float, least: float = 0.0
+) -> tuple[float, float]:
+    """(largest rate that met the objective, smallest that did not): up from ``guess``, or down to ``least``, then
+    between the two."""
+    attained, low, high, count = objective.attained, 0.0, math.inf, 0
+    rate = max(least, 0.8 * guess, 5.0)
+    while count < MOST_RUNS:
+        outcome, count = offered(rate), count + 1
+        near = attained - 0.02 < outcome.full < attained  # chance may have decided
+        disturbed = outcome.full < attained and outcome.late > objective.ms * DISTURBED
+        if (near and not low) or disturbed:
+            outcome, count = max(outcome, offered(rate), key=lambda r: r.full), count + 1
+        if outcome.full >= attained:
+            low = max(low, outcome.qps)
+        else:
+            high = min(high, outcome.qps)
+        if not low and high <= least:
+            break
+        if high / max(low, 1e-9) < 1.06 or (high < 4 and not low):
+            break
+        if not math.isfinite(high):
+            rate = max(low * UP, min(guess, low * 2))
+        elif not low:
+            rate = max(high * (0.8 if outcome.full > 0.9 else 0.6), least)
+        else:
+            rate = math.sqrt(low * high)
+    return low, high
+
+
 class LiveTrials:
     """Puts servers of trials under load, ``seconds`` a run; what was measured is kept in ``journal``."""
 
@@ -107,32 +137,5 @@ class LiveTrials:
                     on_met(trial, cpu_ms)
                 return runs[-1]
 
-            met, failed = self._between(offered, guess, to_beat * MARGIN)
+            met, failed = close_in(offered, self.objective, guess, to_beat * MARGIN)
         return Knee(trial, met, failed, runs)
-
-    def _between(self, offered: Callable[[float], LoadRun], guess: float, least: float) -> tuple[float, float]:
-        """(largest rate that met the objective, smallest that did not): up from ``guess``, or down to ``least``, then
-        between the two."""
-        attained, low, high, count = self.objective.attained, 0.0, math.inf, 0
-        rate = max(least, 0.8 * guess, 5.0)
-        while count < MOST_RUNS:
-            outcome, count = offered(rate), count + 1
-            near = attained - 0.02 < outcome.full < attained  # chance may have decided
-            disturbed = outcome.full < attained and outcome.late > self.objective.ms * DISTURBED
-            if (near and not low) or disturbed:
-                outcome, count = max(outcome, offered(rate), key=lambda r: r.full), count + 1
-            if outcome.full >= attained:
-                low = max(low, outcome.qps)
-            else:
-                high = min(high, outcome.qps)
-            if not low and high <= least:
-                break
-            if high / max(low, 1e-9) < 1.06 or (high < 4 and not low):
-                break
-            if not math.isfinite(high):
-                rate = max(low * UP, min(guess, low * 2))
-            elif not low:
-                rate = max(high * (0.8 if outcome.full > 0.9 else 0.6), least)
-            else:
-                rate = math.sqrt(low * high)
-        return low, high

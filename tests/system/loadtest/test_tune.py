@@ -9,9 +9,6 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from loadtest.generate.run_locust import level
-from loadtest.tune.journal import BudgetError, Journal
-from loadtest.tune.queueing import Batcher, Service, knee, latencies
 from loadtest.tune.space import Objective, Trial, trials, untuned
 from loadtest.tune.tune import tune
 from preprocessing.requests import recorded
@@ -26,38 +23,6 @@ def own(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned") / "shop"
     shutil.copytree(root, folder, ignore=shutil.ignore_patterns("*.log"))
     return folder
-
-
-def test_objectives_are_read_or_refused():
-    assert Objective.parse("p99.9=5ms", 0.98) == Objective(99.9, 5, 0.98)
-    for slo, quality, said in (("99%=20", 1, "p99=20ms"), ("p100=20ms", 1, "p99=20ms"), ("p99=20ms", 1.2, "share")):
-        with pytest.raises(ValueError, match=said):
-            Objective.parse(slo, quality)
-
-
-def test_the_queue_by_hand():
-    """M/D/1 waits rho S / (2 (1 - rho)) on average (Pollaczek-Khinchine): 5 ms of work, 100 a second, 2.5 ms."""
-    one = Service({1: 5.0, 2: 6.0}, request=0.0, batch=0.0)
-    found = np.mean([latencies(one, 100, Batcher(1, 1), 1, seed).mean() for seed in range(8)])
-    assert found == pytest.approx(5 + 2.5, rel=0.06)
-    assert latencies(one, 0.01, Batcher(1, 2, 0, 3.0), 1).max() == pytest.approx(8)  # alone: the delay and the work
-    assert [Batcher(1, 16, 4).size(n) for n in (1, 3, 4, 7, 8, 15, 16, 40)] == [1, 3, 4, 4, 8, 8, 16, 16]
-    pairs = Service({1: 5.0, 2: 5.0}, 0.0, 0.0)
-    single, both = (knee(pairs, Batcher(1, b), 1, 99, 50) for b in (1, 2))
-    assert 150 < single < 200 and 1.8 * single < both < 400  # bounds: 200 and 400 a second
-    assert knee(pairs, Batcher(1, 2), 1, 99, 4.9) == 0
-
-
-def test_a_journal_keeps_what_was_measured_beyond_a_cut_line(tmp_path):
-    path = tmp_path / "log.jsonl"
-    first = Journal(path, 60)
-    assert first(["run", 1], lambda: 3.5) == 3.5 and first(["run", 1], lambda: 0) == 3.5
-    with path.open("a") as log:
-        log.write('{"key": "[\\"run\\", 2]", "val')  # cut off
-    again = Journal(path, -1)
-    assert again(["run", 1], lambda: 0) == 3.5
-    with pytest.raises(BudgetError):
-        again(["run", 2], lambda: 4)
 
 
 def test_spaces_are_checked(own):
@@ -108,9 +73,3 @@ def test_an_objective_out_of_reach_names_the_nearest(own):
     with pytest.raises(ValueError, match="every repository has"):
         tune(own, Objective(99, 50, 0.5), "fused", 0, quiet, quiet)
     assert not (own / "tuning" / "never.json").exists()
-
-
-def test_load_shapes_keep_their_mean():
-    for shape in ("constant", "burst", "diurnal"):
-        assert np.mean([level(shape, t / 100, 60) for t in range(6000)]) == pytest.approx(1, abs=0.01)
-    assert [level("ramp", t, 50) for t in (0, 10, 49)] == [0.2, 0.4, 1.0] and level("burst", 1, 60) == 2.5
