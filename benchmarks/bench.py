@@ -109,11 +109,11 @@ def measure(root: Path, profile: str, seconds: float, turns: int) -> Turns:
     with without_limits(root, profile) as (folder, name):
         graphs = graphs_of(root, folder, name)
         options = on_free_ports(Run(folder).repository, name, Run(root).server_log)
-        models = graphs.open()
         with (
             service(options, console.print) as (server, _),
             grpcclient.InferenceServerClient(grpc_address(server)) as client,
             Bound(graphs, rows, cores()) as bound,
+            graphs.opened() as models,
         ):
             perf_analyzer.measure(grpc_address(server), inputs, 4, 1.0, root, agree=100)  # warm-up
             for _turn in track(range(turns), description="bound and server in turn", console=console):

@@ -10,6 +10,8 @@ import itertools
 import multiprocessing
 import multiprocessing.synchronize
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,9 +37,13 @@ class Graphs:
     ranked: int
     whole: bool
 
-    def open(self) -> Pipeline:
+    @contextmanager
+    def opened(self) -> Iterator[Pipeline]:
         store = LmdbStore(Run(self.root).feature_store, readonly=True)
-        return Pipeline.published(self.folder, store, history=self.history, ranked=self.ranked, whole=self.whole)
+        try:
+            yield Pipeline.published(self.folder, store, history=self.history, ranked=self.ranked, whole=self.whole)
+        finally:
+            store.close()
 
 
 def alone(models: Pipeline, rows: list[Row], count: int) -> dict[str, float]:
@@ -57,7 +63,8 @@ _worker: dict[str, Any] = {}  # of a process of the pool: its graphs, its reques
 
 
 def _prepare(graphs: Graphs, rows: list[Row], together: multiprocessing.synchronize.Barrier) -> None:
-    _worker.update(models=graphs.open(), rows=rows, together=together)
+    stack = ExitStack()
+    _worker.update(models=stack.enter_context(graphs.opened()), stack=stack, rows=rows, together=together)
 
 
 def _work(task: tuple[int, int, float]) -> tuple[int, float, float]:
