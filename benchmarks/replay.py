@@ -30,6 +30,7 @@ from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
 
 PAUSE_MS = 30 * 60 * 1000
+PROFILE = "cached"  # that has a cache of encoded user states
 
 
 def main(
@@ -48,7 +49,7 @@ def main(
         copy = Run(Path(name) / root.name)  # the same models, an empty store
         shutil.copytree(Run(root).repository, copy.repository)
         LmdbStore(copy.feature_store).close()
-        options = on_free_ports(copy.repository, log=copy.server_log, cache_bytes=cache_mb << 20)
+        options = on_free_ports(copy.repository, PROFILE, copy.server_log, cache_bytes=cache_mb << 20)
         last: dict[str, int] = {}
         visits = pages = 0
         with TritonServer(options) as server:
@@ -64,7 +65,9 @@ def main(
                         pages += 1
                     last[e.user_id] = e.timestamp_ms
                 hits, misses = cache_counts(inner)
-    rate = hits / max(hits + misses, 1)
+    if not hits + misses:
+        raise ValueError(f"cache: expected Triton to count its look-ups, got none with the profile {PROFILE!r}")
+    rate = hits / (hits + misses)
     print(
         f"{len(events):,} events of {users:,} users: {pages:,} pages of items and {visits:,} returns; {hits:,} of "
         f"{hits + misses:,} requests ({rate:.1%}) paid no encoder, with {cache_mb} MiB of cache"
