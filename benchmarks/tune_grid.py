@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,19 +75,17 @@ def main(
     for name in (GRID, CHOICE, AGAIN) if restart else ():
         (Run(root).tuning / f"{name}.jsonl").unlink(missing_ok=True)
     everything = trials(values, root)
-    grid, search, again = (tuner(root, objective, name, values, seconds) for name in (GRID, CHOICE, AGAIN))
-    try:
+    with closing(tuner(root, objective, GRID, values, seconds)) as grid:  # one at a time: each opens the feature store
         met = run_grid(grid, everything)
-        best = max(met, key=lambda t: met[t])
+    best = max(met, key=lambda t: met[t])
+    with closing(tuner(root, objective, CHOICE, values, seconds)) as search:
         choice = search.choose(everything)
-        if choice is None:
-            raise ValueError(f"{objective}: the tuner found nothing that meets it")
-        chosen = choice.trial
-        say(f"the grid's best, {met[best]:.0f}: {best}\nthe tuner's choice: {chosen}")
+    if choice is None:
+        raise ValueError(f"{objective}: the tuner found no configuration that meets it")
+    chosen = choice.trial
+    say(f"the grid's best, {met[best]:.0f}: {best}\nthe tuner's choice: {chosen}")
+    with closing(tuner(root, objective, AGAIN, values, seconds)) as again:
         rates = again_in_turns(again, chosen, best, met, turns)
-    finally:
-        for each in (grid, search, again):
-            each.close()
     runs = live_runs(search.journal), live_runs(grid.journal)
     share = rates["chosen"]["median"] / max(rates["best"]["median"], 1e-9)
     say(f"the tuner's choice has {with_spread(rates['chosen'])} against the best's {with_spread(rates['best'])}: "
