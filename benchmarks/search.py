@@ -177,6 +177,11 @@ def main(
     seconds: Annotated[float, typer.Option(help="of each measurement")] = 5.0,
     rounds: int = 3,
 ) -> None:
+    if not Run(root).shapes().search:
+        raise ValueError(
+            f"{root}: expected a run compiled with search, got one without; run 'vivace train --task search', then "
+            "'vivace compile'"
+        )
     sent = kinds(root, 500)
     by_kind, stages, memory = measure(root, profile, sent, seconds, rounds)
     table = Table(title=f"{root.name}, profile {profile or 'default'}, {cpu()[0]}", title_justify="left")
