@@ -78,7 +78,7 @@ def main(
         frame_bytes = write_log(folder / "log.parquet", rows, users, items)
         (folder / "mapping.toml").write_text(MAPPING)
         command = [
-            sys.executable, "-m", "vivace.cli.main", "prepare", "--data", "tables",
+            sys.executable, "-m", "vivace.cli", "prepare", "--data", "tables",
             "--path", str(folder / "mapping.toml"), "--artifacts", str(folder / "artifacts"),
             "--partitions", str(partitions), "--workers", str(workers),
         ]  # fmt: skip
