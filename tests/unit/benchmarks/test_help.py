@@ -14,7 +14,7 @@ COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in ("benchmarks", "loadtest")
     for path in (ROOT / folder).rglob("*.py")
-    if "typer.run(main)" in path.read_text()
+    if "typer.run(main)" in path.read_text() or "app.command()(main)" in path.read_text()
 )
 
 
