@@ -8,7 +8,6 @@ ids, D width.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from training.data import batches as data
 from training.learn.adversarial import direction
@@ -25,7 +25,7 @@ from training.metrics import metrics, ranks
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
 from vivace.contract import FIRST_ID
-from vivace.manifest import commit
+from vivace.run import Run
 
 EPSILONS = "0.25,0.5,1"
 
@@ -48,14 +48,14 @@ def under_attack(
         gradient += torch.autograd.grad(loss, moved)[0]
 
     def ndcg(table: Tensor) -> float:
-        found = []
+        ranks_by_batch = []
         with torch.no_grad():
             for request in requests:
                 history = request.history_BT.to(where)
                 exclude = request.exclude(len(table), features.schema.exclude_seen).to(where)
                 scores = model.scores(history, model.encode(history, table, request.time_BT.to(where)), exclude, table)
-                found.append(ranks(scores, request.target_B.to(where)).cpu().numpy())
-        return metrics(np.concatenate(found))["NDCG@10"]
+                ranks_by_batch.append(ranks(scores, request.target_B.to(where)).cpu().numpy())
+        return metrics(np.concatenate(ranks_by_batch))["NDCG@10"]
 
     length, generator = plain[FIRST_ID:].norm(dim=1).mean(), torch.Generator().manual_seed(seed)
     out = {"0": {"attacked": ndcg(plain), "random": ndcg(plain)}}
@@ -78,11 +78,10 @@ def main(
     from vivace.cli.options import chosen_preset
 
     root = artifacts / name
-    features, chosen = Features(root / "features"), chosen_preset(preset, root)
+    features, chosen = Features(Run(root).features), chosen_preset(preset, root)
     model = load_retrieval(features, chosen, root)
-    found = under_attack(model, features, chosen, [float(e) for e in epsilons.split(",")])
-    print(json.dumps({"benchmark": "NDCG@10 under attack on item embeddings", "data": name, **found,
-                      "commit": commit()}))  # fmt: skip
+    by_epsilon = under_attack(model, features, chosen, [float(e) for e in epsilons.split(",")])
+    print(record_line("NDCG@10 under attack on item embeddings", data=name, by_epsilon=by_epsilon))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ all items. The last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,15 +19,16 @@ import pyarrow.parquet as pq
 import torch
 import typer
 
+from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from training.checkpoints import load_retrieval
 from training.data import batches as data
 from training.learn.retriever import train_retrieval
 from training.metrics import bootstrap
-from training.presets import with_values
+from training.presets import Preset, with_values
 from training.scoring import SCORED, scored
 from vivace.contract import FIRST_ID, ITEM, TIME
-from vivace.manifest import commit
+from vivace.run import Run
 
 CUTS = (10, 100)
 ROWS: dict[str, dict[str, Any]] = {
@@ -66,9 +66,11 @@ class WithoutItems(Features):
         return self._train if part == "train" else super().files(part)
 
 
-def found_at(features: Features, items: np.ndarray, preset_values: dict, base, root: Path, seed: int) -> np.ndarray:  # noqa: ANN001
+def ranks_without(
+    features: Features, items: np.ndarray, values: dict[str, Any], base: Preset, root: Path, seed: int
+) -> np.ndarray:
     """Rank of every test request's target that is among ``items``, after training without them."""
-    chosen = with_values(base, preset_values)
+    chosen = with_values(base, values)
     train_retrieval(features, chosen, root, seed, lambda _: None, quiet=True)
     model, heads = load_retrieval(features, chosen, root), [h.name for h in features.schema.heads]
     out = []
@@ -89,20 +91,21 @@ def main(
     from vivace.cli.options import chosen_preset
 
     root = artifacts / name
-    whole = Features(root / "features")
+    whole = Features(Run(root).features)
     count = whole.item_count() - FIRST_ID
     items = FIRST_ID + np.random.default_rng(seed).choice(count, round(share * count), replace=False)
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         features = WithoutItems(whole, items, Path(folder))
         for row, values in ROWS.items():
-            ranks = found_at(features, items, values, chosen_preset(preset, root), Path(folder) / row, seed)
+            ranks = ranks_without(features, items, values, chosen_preset(preset, root), Path(folder) / row, seed)
             rows[row] = {f"recall@{k}": round(float((ranks < k).mean()), 4) for k in CUTS}
             rows[row]["interval@100"] = [round(x, 4) for x in bootstrap((ranks < 100).astype(float))]
             rows[row]["requests"] = len(ranks)
             print(row, rows[row], flush=True)
-    print(json.dumps({"benchmark": "items without training events", "data": name, "held_out_items": len(items),
-                      "seed": seed, "rows": rows, "commit": commit()}))  # fmt: skip
+    print(record_line(
+        "items without training events", data=name, held_out_items=len(items), seed=seed, rows=rows
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ for data.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import torch
 import typer
 
+from loadtest.reports.record import record_line
 from training.models.retrieval import RetrievalModel
 from training.presets import PRESETS, Preset, preset
 
@@ -85,16 +85,16 @@ def main(
     peak: Annotated[float, typer.Option(help="TFLOPS of one GPU")] = 989.0,
     utilisation: Annotated[float, typer.Option(help="share of the peak that is reached")] = 0.35,
 ) -> None:
-    found = estimate(preset(name), items, events, gpus, peak, utilisation)
+    needed = estimate(preset(name), items, events, gpus, peak, utilisation)
     print(
         f"{name}, {items:,} items, {events:,.0f} events an epoch, {gpus} GPUs at {utilisation:.0%} of {peak:g} TFLOPS\n"
-        f"parameters  {found.encoder_parameters:,} and {found.item_parameters:,} of items\n"
-        f"a position  {found.flops / 1e6:,.1f} MFLOP\n"
-        f"a GPU       {found.memory_gib:.1f} GiB: states {found.states_gib:.1f}, put together "
-        f"{found.gathered_gib:.1f}, activations {found.activations_gib:.1f}\n"
-        f"time        {found.hours:,.1f} hours"
+        f"parameters  {needed.encoder_parameters:,} and {needed.item_parameters:,} of items\n"
+        f"a position  {needed.flops / 1e6:,.1f} MFLOP\n"
+        f"a GPU       {needed.memory_gib:.1f} GiB: states {needed.states_gib:.1f}, put together "
+        f"{needed.gathered_gib:.1f}, activations {needed.activations_gib:.1f}\n"
+        f"time        {needed.hours:,.1f} hours"
     )
-    print(json.dumps({"preset": name, "items": items, "events": events, "gpus": gpus, **asdict(found)}))
+    print(record_line("estimate", preset=name, items=items, events=events, gpus=gpus, **asdict(needed)))
 
 
 if __name__ == "__main__":

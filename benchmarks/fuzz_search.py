@@ -4,7 +4,7 @@
 
 Hypothesis makes the requests: any Unicode text, words of the catalogue cut and mixed with control characters, emoji,
 right-to-left marks, SQL and regular expressions, bytes that are no text, filters that are right, any JSON or none. What
-counts as found: an exception other than a named refusal, an answer that is short, a server that is not ready, an item
+counts as a fault: an exception other than a named refusal, an answer that is short, a server that is not ready, an item
 of the history where nothing seen was asked for, or a plain query whose answer has changed. Between the rounds there are
 storms: searches after a history, far more at once than the queues hold, half of them with deadlines. Each must be
 answered as it is alone (or cheaper, and say so) or refused with UNAVAILABLE, in whichever stage it is when another
@@ -26,13 +26,15 @@ import typer
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from loadtest.generate.local_server import grpc_address, on_free_ports
+from loadtest.reports.record import record_line
 from preprocessing.features import CATALOGUE_FILE
 from preprocessing.requests import recorded
 from search.online import SearchOptions
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
 from vivace import contract
 from vivace.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError, read_answer, request_tensors
-from vivace.manifest import commit
+from vivace.run import Run
 
 TOP_K, ROUND = 5, 200
 STORM, STORM_S = 1500, 180.0  # far beyond any queue: what is not answered by then is lost
@@ -85,8 +87,7 @@ class Fuzz:
             tensors = request_tensors("", history, TOP_K, query)
             answer = read_answer(self.client._infer(contract.ENSEMBLE, tensors, parameters=parameters))
         except VivaceError as error:
-            said = str(error)
-            assert any(r in said for r in REFUSALS), said
+            assert any(r in str(error) for r in REFUSALS), error
             self.seen["refused"] += 1
             return
         narrow = bool(filters)  # may leave fewer than TOP_K
@@ -146,15 +147,14 @@ def main(
     profile: str = "",
     first: Annotated[int, typer.Option(help="seed")] = 0,
 ) -> None:
-    catalogue = pd.read_parquet(root / "features" / CATALOGUE_FILE)
+    run = Run(root)
+    catalogue = pd.read_parquet(run.features / CATALOGUE_FILE)
     words = sorted({w for t in catalogue[contract.TITLE].head(2000) for w in str(t).split()})
     items = catalogue[contract.ITEM].head(2000).tolist()
-    options = ServerOptions(
-        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "fuzz.log"
-    )
-    with TritonServer(options) as server, VivaceClient(f"{server.host}:{server.grpc_port}") as client:
+    options = on_free_ports(run.repository, profile, root / "fuzz.log")
+    with TritonServer(options) as server, VivaceClient(grpc_address(server)) as client:
         fuzz, stop, rounds = Fuzz(client, str(catalogue[contract.TITLE][0])), time.monotonic() + minutes * 60, 0
-        url, rng = f"{server.host}:{server.grpc_port}", np.random.default_rng(first)
+        url, rng = grpc_address(server), np.random.default_rng(first)
         histories = [list(h) for h in recorded(root).head(50)[contract.ITEM]]
         asks = [(h, " ".join(rng.choice(words, 2))) for h in histories]
         rules = settings(
@@ -167,10 +167,10 @@ def main(
             fuzz.unchanged()
             rounds += 1
             print(f"{sum(fuzz.seen.values()):,} requests: {dict(fuzz.seen)}", flush=True)
-    print(json.dumps({
-        "benchmark": "fuzz of search", "data": root.name, "profile": profile, "minutes": minutes, "seed": first,
-        "rounds": rounds, "seen": dict(fuzz.seen), "found": 0, "commit": commit(),
-    }))  # fmt: skip
+    print(record_line(
+        "fuzz of search", data=root.name, profile=profile, minutes=minutes, seed=first, rounds=rounds,
+        seen=dict(fuzz.seen), faults=0,
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":

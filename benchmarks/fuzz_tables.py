@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
+from loadtest.reports.record import record_line
 from preprocessing.cleaning import clean_interactions, clean_items
 from preprocessing.readers.tables import Tables
 from preprocessing.rejects import Rejects
@@ -305,7 +306,7 @@ def fuzz(seed: int, go_on: Callable[[int], bool]) -> dict[str, int]:
 
 def main(minutes: float = 5.0, seed: int = 0) -> None:
     until = time.monotonic() + minutes * 60
-    print(json.dumps({"benchmark": "fuzz tables", **fuzz(seed, lambda _: time.monotonic() < until)}))
+    print(record_line("fuzz tables", **fuzz(seed, lambda _: time.monotonic() < until)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ object.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -18,8 +17,7 @@ from typing import Annotated
 import typer
 
 from loadtest.reports.graph_speed import measure
-from vivace.machine import cpu
-from vivace.manifest import commit
+from loadtest.reports.record import record_line
 
 
 def main(
@@ -31,13 +29,12 @@ def main(
     eager: Annotated[bool, typer.Option(help="PyTorch on the first run's models too")] = False,
     openvino: Annotated[bool, typer.Option(help="OpenVINO on the same graphs too")] = False,
 ) -> None:
-    found = measure(runs, batch, rounds, seconds, threads, eager, openvino)
-    for x in found:
+    speeds = measure(runs, batch, rounds, seconds, threads, eager, openvino)
+    for x in speeds:
         print(
             f"{x.run:60} batch {x.batch:3}  {x.ms:8.2f} ms  {x.ratio:5.2f} times the first  {x.bytes / 2**20:7.1f} MiB"
         )
-    rows = [asdict(x) for x in found]
-    print(json.dumps({"benchmark": "graphs", "threads": threads, "rows": rows, "cpu": cpu()[0], "commit": commit()}))
+    print(record_line("graphs", threads=threads, rows=[asdict(x) for x in speeds]))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ An exponent is the slope of the line through log(time) over log(size). The last 
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +23,8 @@ import torch
 import typer
 
 from benchmarks.tables import Scoring, catalogue
+from benchmarks.turns import milliseconds
+from loadtest.reports.record import record_line
 from serving.runtime.item_index import ItemIndex
 from training.compile.export import export
 from training.compile.index import tune
@@ -32,24 +32,9 @@ from training.models.ranking import ItemTables, RankingGraph, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import cpu as cpu_preset
 from vivace.contract import FIRST_ID, TaskHead
-from vivace.machine import cpu
-from vivace.manifest import commit
 from vivace.onnx_session import open_session
 
 CATALOGUE = 3000  # items of the models whose history and candidates grow
-
-
-def milliseconds(run: Callable[[int], object], rounds: int, seconds: float) -> float:
-    """Median over ``rounds`` of the mean time of a call within ``seconds / rounds``."""
-    run(0)
-    found = []
-    for _ in range(rounds):
-        began, done = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds / rounds:
-            run(done)
-            done += 1
-        found.append((time.perf_counter() - began) / done * 1000)
-    return float(np.median(found))
 
 
 def exponent(times: dict[int, float]) -> float:
@@ -66,7 +51,7 @@ def retrieval(sizes: list[int], candidates: int, folder: Path, seconds: float) -
         path = folder / f"{items}.onnx"
         export(Scoring(table, False, candidates), (states[:2],), ["STATES"], ["IDS", "SCORES"], path)
         graph, given = open_session(path), states.numpy()
-        exact[items] = milliseconds(lambda i: graph.run(None, {"STATES": given[[i % 512]]}), 5, seconds)  # noqa: B023
+        exact[items] = milliseconds(lambda i: graph.run(None, {"STATES": given[[i % 512]]}), seconds)  # noqa: B023
         best = np.concatenate([graph.run(None, {"STATES": given[i : i + 8]})[0] for i in range(0, 512, 8)])
         full = np.concatenate([np.zeros((FIRST_ID, 64), np.float32), table.numpy()])
         began = time.perf_counter()
@@ -74,9 +59,9 @@ def retrieval(sizes: list[int], candidates: int, folder: Path, seconds: float) -
         built = time.perf_counter() - began
         faiss.omp_set_num_threads(1)
         tuned = tune(index, given[:256], best[:256] + FIRST_ID)
-        found = index.search(given[256:], candidates)[0]
-        held_out = float(np.mean([np.isin(a + FIRST_ID, b).mean() for a, b in zip(best[256:], found, strict=True)]))
-        approximate[items] = milliseconds(lambda i: index.search(given[[i % 512]], candidates), 5, seconds)  # noqa: B023
+        nearest = index.search(given[256:], candidates)[0]
+        held_out = float(np.mean([np.isin(a + FIRST_ID, b).mean() for a, b in zip(best[256:], nearest, strict=True)]))
+        approximate[items] = milliseconds(lambda i: index.search(given[[i % 512]], candidates), seconds)  # noqa: B023
         notes[items] = {"effort": tuned.effort, "recall": round(held_out, 4), "built in s": round(built)}
         print(f"{items:>9,} items  exact {exact[items]:7.2f} ms  FAISS {approximate[items]:6.2f} ms  {notes[items]}")
     return {"exact": exact, "FAISS": approximate, "notes": notes}
@@ -103,7 +88,7 @@ def models(history: int, candidates: int, folder: Path, seconds: float) -> tuple
         export(graph, inputs, names, [f"O{i}" for i in range(len(answers))], path)
         ready = open_session(path)
         feed = {i.name: x[:1].numpy() for i, x in zip(ready.get_inputs(), inputs, strict=True)}
-        out.append(milliseconds(lambda _: ready.run(None, feed), 5, seconds))  # noqa: B023
+        out.append(milliseconds(lambda _: ready.run(None, feed), seconds))  # noqa: B023
         inputs = (ids, *answers)
     return out[0], out[1]
 
@@ -119,25 +104,25 @@ def main(
     torch.manual_seed(7)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = retrieval(items, candidates, folder, seconds)
+        times = retrieval(items, candidates, folder, seconds)
         by_candidates = {n: models(history, n, folder, seconds)[1] for n in sizes}
         by_history = {t: models(t, candidates, folder, seconds) for t in sizes}
     curves = {
-        "retrieval by items, exact": found["exact"],
-        "retrieval by items, FAISS": found["FAISS"],
+        "retrieval by items, exact": times["exact"],
+        "retrieval by items, FAISS": times["FAISS"],
         "ranking by candidates": by_candidates,
         "retrieval by history": {t: both[0] for t, both in by_history.items()},
         "ranking by history": {t: both[1] for t, both in by_history.items()},
     }
-    slopes = {name: round(exponent(times), 2) for name, times in curves.items()}
-    for name, times in curves.items():
-        row = "  ".join(f"{size:,}: {ms:.2f}" for size, ms in times.items())
+    slopes = {name: round(exponent(curve), 2) for name, curve in curves.items()}
+    for name, curve in curves.items():
+        row = "  ".join(f"{size:,}: {ms:.2f}" for size, ms in curve.items())
         print(f"{name:28} exponent {slopes[name]:5.2f}   ms at {row}")
     draw(curves, slopes, plot)
-    print(json.dumps({
-        "benchmark": "growth", "ms": {k: {str(s): round(t, 3) for s, t in v.items()} for k, v in curves.items()},
-        "exponents": slopes, "faiss": found["notes"], "cpu": cpu()[0], "commit": commit(),
-    }))  # fmt: skip
+    print(record_line(
+        "growth", ms={k: {str(s): round(t, 3) for s, t in v.items()} for k, v in curves.items()}, exponents=slopes,
+        faiss=times["notes"],
+    ))  # fmt: skip
 
 
 def draw(curves: dict[str, dict[int, float]], slopes: dict[str, float], path: Path) -> None:

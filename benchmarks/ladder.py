@@ -9,7 +9,6 @@ Scores are compared item by item, the first ten as sets, NDCG@10 on the same tar
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.parity import Offline, offline_answers, served_answers
+from loadtest.generate.local_server import grpc_address, on_free_ports
+from loadtest.reports.record import record_line
 from preprocessing.features import Features
-from serving.launcher import ServerOptions
 from serving.service import service
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.export import Engine, example_requests, export, shapes
@@ -33,8 +33,7 @@ from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
 from training.presets import Preset
 from vivace import contract
-from vivace.machine import cpu
-from vivace.manifest import commit
+from vivace.run import Run
 
 K = 10
 
@@ -95,17 +94,17 @@ def rung(name: str, kind: str, before: tuple[str, Answers], after: Answers, targ
     apart, common = 0.0, []
     for a, x, b, y in zip(old.items, old.scores, after.items, after.scores, strict=True):
         known = {item: score for item, score in zip(a, x, strict=True) if item}
-        own = {item: score for item, score in zip(b, y, strict=True) if item}
-        apart = max([apart, *(abs(float(known[i] - own[i])) for i in own if i in known)])
-        wanted = {i for i in a[:K] if i}
-        common.append(len(wanted & set(b[:K])) / len(wanted) if wanted else 1.0)
+        now = {item: score for item, score in zip(b, y, strict=True) if item}
+        apart = max([apart, *(abs(float(known[i] - now[i])) for i in now if i in known)])
+        first = {i for i in a[:K] if i}
+        common.append(len(first & set(b[:K])) / len(first) if first else 1.0)
     each, each_now = old.ndcg(targets), after.ndcg(targets)
-    was, now = max(float(each.mean()), 1e-12), float(each_now.mean())
-    change = (now - was) / was
+    was, ndcg = max(float(each.mean()), 1e-12), float(each_now.mean())
+    change = (ndcg - was) / was
     judged = bootstrap(each_now - each)[1] / was if kind == "fewer weights" else change
     overlap = float(np.mean(common))
     holds = apart <= t.score and overlap >= t.overlap and judged >= -t.ndcg
-    return Rung(name, against, kind, apart, overlap, now, change, holds)
+    return Rung(name, against, kind, apart, overlap, ndcg, change, holds)
 
 
 def _of(offline: Offline) -> Answers:
@@ -119,12 +118,12 @@ def _names(features: Features) -> np.ndarray:
 def climb(features: Features, preset: Preset, root: Path, users: int, whole: tuple[Preset, Path] | None) -> list[Rung]:
     """All rungs of a compiled run; ``whole``: preset and folder of the run that it was compressed from."""
     offline = offline_answers(features, preset, root, users)
-    targets, found, names = offline.targets, [], _names(features)
+    targets, rungs, names = offline.targets, [], _names(features)
     last = ("PyTorch", _of(offline))
     if whole is not None:
         first = ("PyTorch, whole model", _of(offline_answers(features, whole[0], whole[1], users)))
         last = ("PyTorch, compressed", last[1])
-        found.append(rung(last[0], "fewer weights", first, last[1], targets))
+        rungs.append(rung(last[0], "fewer weights", first, last[1], targets))
     s = shapes(preset, features.item_count())
     request = offline.requests
     feed = [request.history_BT.numpy(), request.exclude(s.items, features.schema.exclude_seen).numpy()]
@@ -134,37 +133,42 @@ def climb(features: Features, preset: Preset, root: Path, users: int, whole: tup
 
     def step(name: str, kind: str, ranked: list[np.ndarray], moves: bool = True) -> None:
         nonlocal last
-        found.append(rung(name, kind, last, answers(ranked), targets))
+        rungs.append(rung(name, kind, last, answers(ranked), targets))
         if moves:
             last = (name, answers(ranked))
 
     with tempfile.TemporaryDirectory() as folder:
         step("ONNX Runtime, float32", "same", plain(features, preset, root, Path(folder))(feed))
-    card = json.loads((root / "compiled" / "model_card.json").read_text())
+    run = Run(root)
+    card = run.card()
     exact = card["precision"] == card["tables"] == "fp32"
     kind = card["precision"] if card["tables"] == "fp32" else "int8 tables"
-    step(f"engine, {kind}", "same" if exact else "fewer bits", Engine(root / "compiled", s)(feed))
+    step(f"engine, {kind}", "same" if exact else "fewer bits", Engine(run.compiled, s)(feed))
     try:
-        runs = [on_openvino(root / "compiled" / f"{n}.onnx") for n in (contract.RETRIEVAL, contract.RANKING)]
-        inputs = [[t.name for t in side] for side in (contract.retrieval_inputs(s), contract.ranking_inputs(s))]
-        middle = runs[0](dict(zip(inputs[0], feed, strict=True)))
-        ranked = runs[1](dict(zip(inputs[1], (feed[0], *middle), strict=True)))
-        step("OpenVINO", "same" if exact else "fewer bits", ranked, moves=False)
+        step("OpenVINO", "same" if exact else "fewer bits", by_openvino(run, s, feed), moves=False)
     except (RuntimeError, ValueError) as error:
         Console(stderr=True).print(f"OpenVINO: {str(error).splitlines()[0]}")
-    options = ServerOptions(
-        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
-    )
-    with service(options, lambda _: None) as (server, _):
-        live = served_answers(f"{server.host}:{server.grpc_port}", offline.histories)
-    n = min(s.candidates, contract.MAX_TOP_K)
-    items, scores = np.full((len(live), n), "", object), np.zeros((len(live), n), np.float32)
+    served = by_server(run, offline.histories, min(s.candidates, contract.MAX_TOP_K))
+    rungs.append(rung("served", "batch" if card["precision"] == "int8" else "same", last, served, targets))
+    return rungs
+
+
+def by_openvino(run: Run, s: contract.StageTensors, feed: list[np.ndarray]) -> list[np.ndarray]:
+    """Outputs of the compiled ranking graph where OpenVINO runs both graphs."""
+    graphs = [on_openvino(run.graph(n)) for n in (contract.RETRIEVAL, contract.RANKING)]
+    inputs = [[t.name for t in side] for side in (contract.retrieval_inputs(s), contract.ranking_inputs(s))]
+    retrieved = graphs[0](dict(zip(inputs[0], feed, strict=True)))
+    return graphs[1](dict(zip(inputs[1], (feed[0], *retrieved), strict=True)))
+
+
+def by_server(run: Run, histories: list[list[str]], count: int) -> Answers:
+    """Answers of the live ensemble, padded to ``count`` items."""
+    with service(on_free_ports(run.repository, log=run.server_log), lambda _: None) as (server, _):
+        live = served_answers(grpc_address(server), histories)
+    items, scores = np.full((len(live), count), "", object), np.zeros((len(live), count), np.float32)
     for i, answer in enumerate(live):
         items[i, : len(answer.items)], scores[i, : len(answer.items)] = answer.items, answer.scores
-    found.append(
-        rung("served", "batch" if card["precision"] == "int8" else "same", last, Answers(items, scores), targets)
-    )
-    return found
+    return Answers(items, scores)
 
 
 def plain(features: Features, preset: Preset, root: Path, folder: Path) -> Engine:
@@ -191,23 +195,21 @@ def main(
     from vivace.cli.options import chosen_preset
 
     whole = None
-    if run.parent.name == "compressed":
-        whole = (chosen_preset("", run.parents[1]), run.parents[1])
-    found = climb(Features(run / "features"), chosen_preset("", run), run, users, whole)
+    root = Run(run).whole.root
+    if root != run:
+        whole = (chosen_preset("", root), root)
+    rungs = climb(Features(Run(run).features), chosen_preset("", run), run, users, whole)
     table = Table("rung", "against", "scores apart", "top 10 in common", "NDCG@10", "change", "allowed", "holds")
-    for r in found:
+    for r in rungs:
         t = TOLERANCES[r.kind]
         allowed = f"{t.score:g}, {t.overlap:.1%}, -{t.ndcg:.1%}"
         row = (f"{r.score:.2g}", f"{r.overlap:.2%}", f"{r.ndcg:.4f}", f"{r.change:+.2%}", allowed)
         table.add_row(r.name, r.against, *row, "yes" if r.holds else "NO")
     Console(width=140).print(table)
-    for kind in dict.fromkeys(r.kind for r in found):
+    for kind in dict.fromkeys(r.kind for r in rungs):
         print(f"{kind}: {TOLERANCES[kind].reason}")
-    print(json.dumps({
-        "benchmark": "parity ladder", "run": str(run), "users": users, "rungs": [asdict(r) for r in found],
-        "cpu": cpu()[0], "commit": commit(),
-    }))  # fmt: skip
-    if not all(r.holds for r in found):
+    print(record_line("parity ladder", run=str(run), users=users, rungs=[asdict(r) for r in rungs]))
+    if not all(r.holds for r in rungs):
         raise typer.Exit(1)
 
 

@@ -10,7 +10,6 @@ want it; tantivy finds the first 200. The last line of stdout is one JSON object
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,19 +21,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.turns import in_turns
+from loadtest.reports.record import record_line
 from search.data import Catalogue, read_esci
 from search.hybrid import top
 from search.lexical import Field, Lexical
 from search.text import terms
 from training.search.evaluate import CANDIDATES, ndcg
 from vivace.machine import cpu
-from vivace.manifest import commit
 
 console = Console(width=120)
 HM_TEXTS = {
     "title": ["prod_name", "product_type_name"], "attributes": ["colour_group_name", "graphical_appearance_name",
     "index_name", "section_name", "garment_group_name"], "description": ["detail_desc"],
 }  # fmt: skip
+HM_FIELDS = [Field("title", 3.0), Field("attributes", 1.0), Field("description", 0.5)]
+ESCI_FIELDS = [Field("title", 3.0), Field("bullets", 0.5), Field("description", 0.3), Field("brand", 0.5)]
 Ask = Callable[[list[str]], Sequence[int]]
 
 
@@ -48,7 +50,8 @@ def read_hm(folder: Path) -> Catalogue:
 def made_queries(folder: Path, count: int, seed: int) -> list[str]:
     """Colour and kind of random articles, as a shopper would name them."""
     frame = pd.read_parquet(folder / "articles.parquet").sample(count, random_state=seed)
-    return [f"{c} {k}".lower() for c, k in zip(frame["colour_group_name"], frame["product_type_name"], strict=True)]
+    pairs = zip(frame["colour_group_name"], frame["product_type_name"], strict=True)
+    return [f"{colour} {kind}".lower() for colour, kind in pairs]
 
 
 def ours(catalogue: Catalogue, fields: Sequence[Field]) -> tuple[Ask, float]:
@@ -93,6 +96,44 @@ def tantivy(catalogue: Catalogue, fields: Sequence[Field]) -> tuple[Ask, float |
     return ask, None  # it keeps the index in memory and does not say how large it is
 
 
+ENGINES: dict[str, Callable[[Catalogue, Sequence[Field]], tuple[Ask, float | None]]] = {
+    "ours, bm25s": ours,
+    "tantivy": tantivy,
+}
+
+
+def speed(catalogue: Catalogue, queries: Sequence[list[str]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Build time, size and ms of a query by engine; the engines take turns."""
+    record: dict[str, dict[str, Any]] = {}
+    asks, times = dict[str, Ask](), dict[str, list[float]]()
+    for name, build in ENGINES.items():
+        began = time.perf_counter()
+        asks[name], mib = build(catalogue, HM_FIELDS)
+        record[name] = {"build_s": round(time.perf_counter() - began, 1), "index_mib": mib and round(mib, 1)}
+    for _, name in in_turns(rounds, list(asks)):
+        for query in queries:
+            began = time.perf_counter()
+            asks[name](query)
+            times.setdefault(name, []).append((time.perf_counter() - began) * 1000)
+    for name, ms in times.items():
+        record[name] |= {f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 99)}
+    return record
+
+
+def quality(esci: Path) -> dict[str, float]:
+    """NDCG@10 of ESCI's judged queries by engine."""
+    products, judgments = read_esci(esci)
+    ndcg_by_engine = {}
+    for name, build in ENGINES.items():
+        ask, _ = build(products, ESCI_FIELDS)
+        each = [
+            ndcg([gains.get(products.items[row], 0.0) for row in ask(terms(query))[:10]], list(gains.values()))
+            for query, gains in zip(judgments.queries, judgments.gains, strict=True)
+        ]
+        ndcg_by_engine[name] = float(np.mean(each))
+    return ndcg_by_engine
+
+
 def main(
     hm: Annotated[Path, typer.Option(help="folder of H&M")],
     esci: Annotated[Path, typer.Option(help="folder of ESCI")],
@@ -100,39 +141,18 @@ def main(
     rounds: int = 3,
     seed: int = 7,
 ) -> None:
-    catalogue, asked = read_hm(hm), [terms(q) for q in made_queries(hm, queries, seed)]
-    fields = [Field("title", 3.0), Field("attributes", 1.0), Field("description", 0.5)]
-    engines = {"ours, bm25s": ours, "tantivy": tantivy}
-    record: dict[str, Any] = {}
-    asks: dict[str, Ask] = {}
-    for name, build in engines.items():
-        began = time.perf_counter()
-        asks[name], mib = build(catalogue, fields)
-        record[name] = {"build_s": round(time.perf_counter() - began, 1), "index_mib": mib and round(mib, 1), "ms": []}
-    for _ in range(rounds):
-        for name, ask in asks.items():
-            for q in asked:
-                began = time.perf_counter()
-                ask(q)
-                record[name]["ms"].append((time.perf_counter() - began) * 1000)
-    products, judgments = read_esci(esci)
-    own = [Field("title", 3.0), Field("bullets", 0.5), Field("description", 0.3), Field("brand", 0.5)]
+    catalogue = read_hm(hm)
+    record = speed(catalogue, [terms(q) for q in made_queries(hm, queries, seed)], rounds)
     table = Table(title=f"{len(catalogue.items):,} articles, {cpu()[0]}, one thread", title_justify="left")
     for column in ("", "build s", "index MiB", "p50 ms", "p99 ms", "NDCG@10, ESCI"):
         table.add_column(column, justify="right" if column else "left")
-    for name, build in engines.items():
-        ask, _ = build(products, own)
-        found = [
-            ndcg([g.get(products.items[r], 0.0) for r in ask(terms(q))[:10]], list(g.values()))
-            for q, g in zip(judgments.queries, judgments.gains, strict=True)
-        ]
-        r, ms = record[name], record[name].pop("ms")
-        r |= {"p50_ms": float(np.percentile(ms, 50)), "p99_ms": float(np.percentile(ms, 99)),
-              "esci_ndcg@10": float(np.mean(found))}  # fmt: skip
+    for name, ndcg_10 in quality(esci).items():
+        r = record[name]
+        r["esci_ndcg@10"] = ndcg_10
         table.add_row(name, str(r["build_s"]), str(r["index_mib"]), *(f"{r[k]:.2f}" for k in ("p50_ms", "p99_ms")),
-                      f"{r['esci_ndcg@10']:.4f}")  # fmt: skip
+                      f"{ndcg_10:.4f}")  # fmt: skip
     console.print(table)
-    print(json.dumps({"benchmark": "lexical engines", "engines": record, "cpu": cpu()[0], "commit": commit()}))
+    print(record_line("lexical engines", engines=record))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ generator is good for that rate at least. The last line of stdout is one JSON ob
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +16,16 @@ from typing import Annotated
 
 import typer
 
-from loadtest.generate.open_loop import HEADER, best, console, due_times, knee, message, row, run
-from serving.launcher import ServerOptions, TritonServer
+from loadtest.generate.arrivals import due_times
+from loadtest.generate.generator import LoadRun, best, knee, message, run
+from loadtest.generate.local_server import grpc_address, on_free_ports
+from loadtest.generate.open_loop import HEADER, console, row
+from loadtest.reports.record import record_line
+from serving.launcher import TritonServer
 from serving.repository import pb as model_config
 from serving.repository import render
 from vivace import contract
 from vivace.client import request_tensors
-from vivace.machine import cpu
-from vivace.manifest import commit
 
 MODEL = '''"""Answers one empty row."""
 import numpy as np
@@ -62,22 +63,20 @@ def main(
     first: float = 1000.0,
 ) -> None:
     sent = message(contract.ENSEMBLE, request_tensors("user-00001", [f"sku-{i:05}" for i in range(history)], 10))
-    with tempfile.TemporaryDirectory() as name:
-        options = ServerOptions(repository(Path(name)), http_port=0, grpc_port=0, metrics_port=0)
-        with TritonServer(options) as server:
+    with tempfile.TemporaryDirectory() as name, TritonServer(on_free_ports(repository(Path(name)))) as server:
 
-            def measure(rate: float):  # noqa: ANN202
-                due = due_times("poisson", rate, seconds, 7)
-                found = run(f"{server.host}:{server.grpc_port}", [sent] * len(due), due, seconds, slo)
-                console.print("  ".join(f"{h} {v}" for h, v in zip(HEADER, row(found), strict=True)))
-                return found
+        def measure(rate: float) -> LoadRun:
+            due = due_times("poisson", rate, seconds, 7)
+            outcome = run(grpc_address(server), [sent] * len(due), due, seconds, slo)
+            console.print("  ".join(f"{h} {v}" for h, v in zip(HEADER, row(outcome), strict=True)))
+            return outcome
 
-            runs = knee(measure, first)
+        runs = knee(measure, first)
     met = best(runs)
-    print(json.dumps({
-        "benchmark": "generator against a no-op model", "slo_ms": slo, "history": history,
-        "knee_qps": met.qps if met else None, "runs": [asdict(r) for r in runs], "cpu": cpu()[0], "commit": commit(),
-    }))  # fmt: skip
+    print(record_line(
+        "generator against a no-op model", slo_ms=slo, history=history, knee_qps=met.qps if met else None,
+        runs=[asdict(r) for r in runs],
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":

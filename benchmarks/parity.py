@@ -9,7 +9,6 @@ line of stdout is one JSON object.
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ import numpy as np
 import torch
 import typer
 
+from benchmarks.answers import agreement
+from loadtest.generate.local_server import grpc_address, on_free_ports
+from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from preprocessing.requests import OUT_OF_VOCABULARY
-from serving.launcher import ServerOptions
 from serving.service import service
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.export import shapes
@@ -31,9 +32,8 @@ from training.models.retrieval import RetrievalGraph
 from training.presets import Preset
 from vivace import contract
 from vivace.client import AsyncVivaceClient, Recommendation
-from vivace.manifest import commit
+from vivace.run import Run
 
-TIE = 1e-4  # scores nearer than this are a tie: float32 sums in another order differ by about 1e-5
 CONCURRENCY = 32
 
 
@@ -87,21 +87,14 @@ def served_answers(url: str, histories: list[list[str]]) -> list[Recommendation]
 
 def compare(offline: Offline, answers: list[Recommendation]) -> dict[str, Any]:
     """How the answers differ: rows equal in order, places that differ (tied or not), score difference, NDCG@10."""
-    same, tied, wrong, furthest = 0, 0, 0, 0.0
+    expected, furthest = [], 0.0
     for row, answer in enumerate(answers):
-        expected = [i for i in offline.ranked[row].tolist() if i][: contract.MAX_TOP_K]
-        score = offline.scores[row][: len(expected)]
-        if len(answer.items) != len(expected):
-            wrong += abs(len(answer.items) - len(expected))
-            continue
-        furthest = max(furthest, float(np.abs(answer.scores - score).max(initial=0.0)))
-        differing = [i for i, (a, b) in enumerate(zip(answer.items, expected, strict=True)) if a != b]
-        same += not differing
-        for place in differing:
-            is_tie = answer.items[place] in expected and (
-                abs(score[place] - score[expected.index(answer.items[place])]) < TIE
-            )
-            tied, wrong = tied + int(is_tie), wrong + int(not is_tie)
+        items = [i for i in offline.ranked[row].tolist() if i][: contract.MAX_TOP_K]
+        scores = offline.scores[row][: len(items)]
+        expected.append((items, scores))
+        if len(answer.items) == len(items):
+            furthest = max(furthest, float(np.abs(answer.scores - scores).max(initial=0.0)))
+    same = agreement(expected, [a.items for a in answers], contract.MAX_TOP_K)
 
     def ndcg(lists: list[list[str]]) -> float:
         rank = [i.index(t) if t in i else MISS for i, t in zip(lists, offline.targets, strict=True)]
@@ -109,9 +102,9 @@ def compare(offline: Offline, answers: list[Recommendation]) -> dict[str, Any]:
 
     return {
         "users": len(answers),
-        "rows_equal": same,
-        "places_tied": tied,
-        "places_wrong": wrong,
+        "rows_equal": same.answers_equal,
+        "places_tied": same.places_tied,
+        "places_wrong": same.places_wrong,
         "largest_score_difference": furthest,
         "ndcg@10_offline": ndcg([r.tolist() for r in offline.ranked]),
         "ndcg@10_served": ndcg([a.items for a in answers]),
@@ -122,17 +115,10 @@ def main(name: str = "shop", artifacts: Path = Path("artifacts"), preset: str = 
     from vivace.cli.options import chosen_preset
 
     root = artifacts / name
-    offline = offline_answers(Features(root / "features"), chosen_preset(preset, root), root, users)
-    options = ServerOptions(
-        root / "model_repository", http_port=0, grpc_port=0, metrics_port=0, log=root / "triton.log"
-    )
-    with service(options, print) as (server, _):
-        answers = served_answers(f"{server.host}:{server.grpc_port}", offline.histories)
-    print(
-        json.dumps(
-            {"benchmark": "served against evaluated", "data": name, **compare(offline, answers), "commit": commit()}
-        )
-    )
+    offline = offline_answers(Features(Run(root).features), chosen_preset(preset, root), root, users)
+    with service(on_free_ports(Run(root).repository, log=Run(root).server_log), print) as (server, _):
+        answers = served_answers(grpc_address(server), offline.histories)
+    print(record_line("served against evaluated", data=name, **compare(offline, answers)))
 
 
 if __name__ == "__main__":

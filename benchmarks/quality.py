@@ -8,20 +8,20 @@ The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from training.judge.evaluate import CONTROL, RANKED, RETRIEVAL
+from loadtest.reports.record import record_line
+from training.judge.evaluate import CONTROL, RANKED
+from training.judge.evaluate import RETRIEVAL as RETRIEVED
 from vivace.cli.evaluate import evaluate
 from vivace.cli.options import DEFAULT_ARTIFACTS
 from vivace.cli.prepare import prepare
 from vivace.cli.train import train
-from vivace.machine import cpu
-from vivace.manifest import commit
+from vivace.run import RANKING, RETRIEVAL, Run
 
 
 def main(
@@ -39,28 +39,24 @@ def main(
     if control:
         train(name=name, artifacts=artifacts, preset="cpu", seed=seed, control=True)
     evaluate(name=name, artifacts=artifacts, preset="cpu", seed=seed)
-    results = json.loads((root / "evaluation" / "metrics.json").read_text())
+    results = json.loads((Run(root).evaluation / "metrics.json").read_text())
     table = results["table"]
-    seconds = {n: json.loads((root / n / "manifest.json").read_text())["seconds"] for n in ("retrieval", "ranking")}
+    seconds = {n: Run(root).manifest(n)["seconds"] for n in (RETRIEVAL, RANKING)}
     summary = {
-        "benchmark": "ml-1m leave-one-out, full ranking",
-        "retrieval_ndcg@10": round(table[RETRIEVAL]["NDCG@10"], 4),
+        "retrieval_ndcg@10": round(table[RETRIEVED]["NDCG@10"], 4),
         "ranked_ndcg@10": round(table[RANKED]["NDCG@10"], 4),
-        "lift": round(table[RANKED]["NDCG@10"] / table[RETRIEVAL]["NDCG@10"] - 1, 4),
+        "lift": round(table[RANKED]["NDCG@10"] / table[RETRIEVED]["NDCG@10"] - 1, 4),
         "control_ndcg@10": round(table[CONTROL]["NDCG@10"], 4) if CONTROL in table else None,
-        "retrieval_hr@10": round(table[RETRIEVAL]["HR@10"], 4),
+        "retrieval_hr@10": round(table[RETRIEVED]["HR@10"], 4),
         "ranked_hr@10": round(table[RANKED]["HR@10"], 4),
         "ranked_hr@1": round(table[RANKED]["HR@1"], 4),
-        "retrieval_hr@1": round(table[RETRIEVAL]["HR@1"], 4),
+        "retrieval_hr@1": round(table[RETRIEVED]["HR@1"], 4),
         "training_cpu_minutes": round(busy / 60, 1),
         "seconds": {**seconds, "all": round(time.monotonic() - started)},
         "seed": seed,
         "protocol": results["protocol"],
-        "commit": commit(),
-        "cpu": cpu()[0],
-        "cores": len(os.sched_getaffinity(0)),
     }
-    print(json.dumps(summary))
+    print(record_line("ml-1m leave-one-out, full ranking", **summary))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ cache only where nothing happened since that user's last one. The last line of s
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import tempfile
@@ -21,15 +20,17 @@ import tritonclient.grpc as grpcclient
 import typer
 from rich.progress import track
 
+from loadtest.generate.local_server import grpc_address, on_free_ports
 from loadtest.generate.statistics import cache_counts
-from serving.launcher import ServerOptions, TritonServer
+from loadtest.reports.record import record_line
+from serving.launcher import TritonServer
 from vivace.client import VivaceClient
-from vivace.machine import cpu
-from vivace.manifest import commit
+from vivace.run import Run
 from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
 
 PAUSE_MS = 30 * 60 * 1000
+PROFILE = "cached"  # that has a cache of encoded user states
 
 
 def main(
@@ -40,22 +41,19 @@ def main(
     seed: int = 7,
 ) -> None:
     rng = random.Random(seed)
-    store = LmdbStore(root / "feature_store", readonly=True)
+    store = LmdbStore(Run(root).feature_store, readonly=True)
     chosen = rng.sample(sorted(store.users()), users)
     events: list[Event] = sorted((e for u in chosen for e in store.events(u)), key=lambda e: e.timestamp_ms)
     store.close()
     with tempfile.TemporaryDirectory() as name:
-        own = Path(name)
-        shutil.copytree(root / "model_repository", own / "model_repository")
-        LmdbStore(own / "feature_store").close()
-        options = ServerOptions(
-            own / "model_repository", http_port=0, grpc_port=0, metrics_port=0, cache_bytes=cache_mb << 20,
-            log=own / "triton.log",
-        )  # fmt: skip
+        copy = Run(Path(name) / root.name)  # the same models, an empty store
+        shutil.copytree(Run(root).repository, copy.repository)
+        LmdbStore(copy.feature_store).close()
+        options = on_free_ports(copy.repository, PROFILE, copy.server_log, cache_bytes=cache_mb << 20)
         last: dict[str, int] = {}
         visits = pages = 0
         with TritonServer(options) as server:
-            address = f"{server.host}:{server.grpc_port}"
+            address = grpc_address(server)
             with VivaceClient(address) as client, grpcclient.InferenceServerClient(address) as inner:
                 for e in track(events, "replaying"):
                     if e.user_id in last and e.timestamp_ms - last[e.user_id] > PAUSE_MS:
@@ -67,16 +65,17 @@ def main(
                         pages += 1
                     last[e.user_id] = e.timestamp_ms
                 hits, misses = cache_counts(inner)
-    rate = hits / max(hits + misses, 1)
+    if not hits + misses:
+        raise ValueError(f"cache: expected Triton to count its look-ups, got none with the profile {PROFILE!r}")
+    rate = hits / (hits + misses)
     print(
         f"{len(events):,} events of {users:,} users: {pages:,} pages of items and {visits:,} returns; {hits:,} of "
         f"{hits + misses:,} requests ({rate:.1%}) paid no encoder, with {cache_mb} MiB of cache"
     )
-    print(json.dumps({
-        "benchmark": "state cache", "data": root.name, "events": len(events), "users": users, "returns": visits,
-        "pages": pages, "reloads": reloads, "hits": hits, "misses": misses, "hit_rate": round(rate, 4),
-        "cache_mb": cache_mb, "seed": seed, "cpu": cpu()[0], "commit": commit(),
-    }))  # fmt: skip
+    print(record_line(
+        "state cache", data=root.name, events=len(events), users=users, returns=visits, pages=pages, reloads=reloads,
+        hits=hits, misses=misses, hit_rate=round(rate, 4), cache_mb=cache_mb, seed=seed,
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":

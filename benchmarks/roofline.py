@@ -11,10 +11,8 @@ taken. What cannot run on this machine is named, with the reason. The last line 
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +27,8 @@ import typer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.turns import milliseconds
+from loadtest.reports.record import record_line
 from serving.runtime.tensorrt_plan import Plan
 from training.compile.export import export
 from training.compile.quantize import convert, prepare
@@ -37,8 +37,6 @@ from training.models.ranking import ItemTables, RankingGraph, RankingModel
 from training.models.retrieval import RetrievalModel
 from training.presets import preset
 from vivace.contract import FIRST_ID
-from vivace.machine import cpu
-from vivace.manifest import commit
 from vivace.onnx_session import open_session
 
 NAMES = ["HISTORY_IDS", "CANDIDATE_IDS", "CANDIDATE_SCORES", "ENCODED_HISTORY"]
@@ -70,45 +68,32 @@ def inputs(batch: int, t: int, d: int, candidates: int, items: int) -> list[Tens
     ]
 
 
-def milliseconds(run: Callable[[], Any], seconds: float, rounds: int = 5) -> float:
-    for _ in range(3):
-        run()
-    found = []
-    for _ in range(rounds):
-        began, done = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds / rounds:
-            run()
-            done += 1
-        found.append((time.perf_counter() - began) / done * 1000)
-    return float(np.median(found))
-
-
 def ceilings(device: torch.device) -> dict[str, float]:
     """FLOPs a second of a large matrix product by format, and bytes a second of a copy (read and write)."""
     n = 8192 if device.type == "cuda" else 1536
     sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    found = {}
+    rates = {}
     for name, dtype in FORMATS.items():
         if device.type == "cpu" and dtype == torch.float16:
             continue  # no CPU here computes in it
         a = torch.randn(n, n, device=device).to(dtype)
 
-        def product(a: Tensor = a) -> None:
+        def product(_: int, a: Tensor = a) -> None:
             a @ a
             sync()
 
-        found[name] = 2 * n**3 / milliseconds(product, 1.0) * 1000
+        rates[name] = 2 * n**3 / milliseconds(product, 1.0) * 1000
     if device.type == "cpu":  # a format that the CPU lacks is computed in float32, by whoever does it better
-        found = {name: max(rate, found["fp32"]) for name, rate in found.items()}
+        rates = {name: max(rate, rates["fp32"]) for name, rate in rates.items()}
     block = torch.empty((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
     other = torch.empty_like(block)
 
-    def copy() -> None:
+    def copy(_: int) -> None:
         other.copy_(block)
         sync()
 
-    found["copy"] = 2 * block.numel() * 4 / milliseconds(copy, 1.0) * 1000
-    return found
+    rates["copy"] = 2 * block.numel() * 4 / milliseconds(copy, 1.0) * 1000
+    return rates
 
 
 def _session(session: ort.InferenceSession, given: list[np.ndarray]) -> Any:
@@ -128,15 +113,15 @@ def engines(
     compiled: bool = True,
 ) -> Iterator[tuple[str, str, Run]]:
     """(engine, format, run) of all that this machine can run; the rest goes into ``skip`` with the reason."""
-    own = graph.to(device)
+    moved = graph.to(device)
     for name, dtype in FORMATS.items():
         if device.type == "cpu" and name == "fp16":
             skip["PyTorch fp16"] = "no CPU computes in it"
             continue
         for kind in ("eager", *["compile"] * compiled):
-            called: Any = own
+            called: Any = moved
             if kind == "compile":
-                called = torch.compile(own, mode="reduce-overhead" if device.type == "cuda" else "default")
+                called = torch.compile(moved, mode="reduce-overhead" if device.type == "cuda" else "default")
 
             def run(given: list[np.ndarray], called: Any = called, dtype: torch.dtype = dtype) -> Any:
                 tensors = [torch.from_numpy(x).to(device) for x in given]
@@ -179,6 +164,44 @@ def engines(
             skip[f"TensorRT {name}"] = str(error).splitlines()[0][:150] + built
 
 
+def work(graph: RankingGraph, given: list[Tensor]) -> dict[str, float]:
+    """FLOPs of a batch, and bytes of its weights, inputs and outputs."""
+    weights = sum(p.numel() * 4 for name, p in graph.named_parameters() if ".item." not in name)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        out = graph(*given)
+    return {
+        "flop": float(counter.get_total_flops()),
+        "bytes": float(weights + sum(v.numel() * v.element_size() for v in (*given, *out))),
+    }
+
+
+def timed(
+    name: str, shape: tuple[int, int], batches: list[int], seconds: float, ceiling: dict[str, float],
+    where: torch.device, compiled: bool, skipped: dict[str, str],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Rows of a preset's ranker by every engine and batch. ``shape``: candidates and items."""
+    graph, t, d = ranker(name, *shape)
+    given = {b: inputs(b, t, d, *shape) for b in batches}
+    needed = {b: work(graph, x) for b, x in given.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        largest = given[max(batches)]
+        for engine, kind, run in engines(graph, where, largest, Path(folder), skipped, compiled):
+            for b, x in given.items():
+                arrays = [v.numpy() for v in x]
+                try:
+                    ms = milliseconds(lambda _: run(arrays), seconds)  # noqa: B023
+                except Exception as error:
+                    skipped[f"{engine} {kind}"] = str(error).splitlines()[0][:150]
+                    break
+                peak = ceiling.get(kind, ceiling.get("bf16" if kind in ("fp16", "fp8") else "fp32", 0.0))
+                least = max(needed[b]["flop"] / peak, needed[b]["bytes"] / ceiling["copy"]) * 1000
+                yield {
+                    "preset": name, "engine": engine, "format": kind, "batch": b, "ms": round(ms, 3),
+                    "gflop": round(needed[b]["flop"] / 1e9, 3), "mb": round(needed[b]["bytes"] / 1e6, 2),
+                    "share": round(least / ms, 7),
+                }  # fmt: skip
+
+
 def main(
     chosen: Annotated[list[str], typer.Option("--preset", help="whose ranker")] = ["base", "large"],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="requests at once")] = [1, 4, 16, 64, 256],  # noqa: B006
@@ -198,38 +221,18 @@ def main(
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     for name in chosen:
-        graph, t, d = ranker(name, candidates, items)
-        given = {b: inputs(b, t, d, candidates, items) for b in batch}
-        flops, moved = {}, {}
-        weights = sum(p.numel() * 4 for m, p in graph.named_parameters() if ".item." not in m)
-        for b, x in given.items():
-            with FlopCounterMode(display=False) as counter, torch.inference_mode():
-                out = graph(*x)
-            flops[b] = counter.get_total_flops()
-            moved[b] = weights + sum(v.numel() * v.element_size() for v in (*x, *out))
-        with tempfile.TemporaryDirectory() as folder:
-            largest = given[max(batch)]
-            for engine, kind, run in engines(graph, where, largest, Path(folder), skipped, compiled):
-                for b, x in given.items():
-                    arrays = [v.numpy() for v in x]
-                    try:
-                        ms = milliseconds(lambda: run(arrays), seconds)  # noqa: B023
-                    except Exception as error:
-                        skipped[f"{engine} {kind}"] = str(error).splitlines()[0][:150]
-                        break
-                    peak = best.get(kind, best.get("bf16" if kind in ("fp16", "fp8") else "fp32", 0.0))
-                    least = max(flops[b] / peak, moved[b] / best["copy"]) * 1000
-                    counts = {"gflop": round(flops[b] / 1e9, 3), "mb": round(moved[b] / 1e6, 2)}
-                    took = {"ms": round(ms, 3), **counts, "share": round(least / ms, 7)}
-                    rows.append({"preset": name, "engine": engine, "format": kind, "batch": b, **took})
-                    print(f"{name:6} {engine:16} {kind:9} batch {b:4} {ms:10.3f} ms  {least / ms:7.1%} of the ceiling")
+        for r in timed(name, (candidates, items), batch, seconds, best, where, compiled, skipped):
+            rows.append(r)
+            print(
+                f"{name:6} {r['engine']:16} {r['format']:9} batch {r['batch']:4} {r['ms']:10.3f} ms  "
+                f"{r['share']:7.1%} of the ceiling"
+            )
     for what, why in skipped.items():
         print(f"not run: {what}: {why}")
-    machine = torch.cuda.get_device_name() if where.type == "cuda" else cpu()[0]
-    print(json.dumps({
-        "benchmark": "roofline", "device": machine, "ceilings": best, "rows": rows, "not_run": skipped,
-        "candidates": candidates, "items": items, "threads": torch.get_num_threads(), "commit": commit(),
-    }))  # fmt: skip
+    print(record_line(
+        "roofline", device=str(where), ceilings=best, rows=rows, not_run=skipped, candidates=candidates, items=items,
+        threads=torch.get_num_threads(),
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ processes (PSS, shared pages once). The last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 import typer
 from rich.progress import track
 
-from vivace.manifest import commit
+from loadtest.reports.record import record_line
+from vivace.machine import memory_mib
 
 CHUNK = 500_000
 MAPPING = """
@@ -59,17 +60,12 @@ def write_log(file: Path, rows: int, users: int, items: int) -> int:
     return frame_bytes
 
 
-def peak_memory(process: subprocess.Popen[bytes]) -> int:
-    """Highest sum of PSS over the process and its children until it ends."""
-    peak, root = 0, psutil.Process(process.pid)
+def peak_memory_mib(process: subprocess.Popen[bytes]) -> float:
+    """Largest proportional set size of the process and its children together until it ends."""
+    peak = 0.0
     while process.poll() is None:
-        total = 0
-        try:
-            for p in [root, *root.children(recursive=True)]:
-                total += p.memory_full_info().pss
-        except psutil.Error:
-            pass
-        peak = max(peak, total)
+        with contextlib.suppress(psutil.Error):  # a process may end, or change its owner, while it is read
+            peak = max(peak, memory_mib(process.pid))
         time.sleep(0.3)
     return peak
 
@@ -82,27 +78,26 @@ def main(
         frame_bytes = write_log(folder / "log.parquet", rows, users, items)
         (folder / "mapping.toml").write_text(MAPPING)
         command = [
-            sys.executable, "-m", "vivace.cli", "prepare", "--data", "tables", "--path", str(folder / "mapping.toml"),
-            "--artifacts", str(folder / "artifacts"), "--partitions", str(partitions), "--workers", str(workers),
+            sys.executable, "-m", "vivace.cli", "prepare", "--data", "tables",
+            "--path", str(folder / "mapping.toml"), "--artifacts", str(folder / "artifacts"),
+            "--partitions", str(partitions), "--workers", str(workers),
         ]  # fmt: skip
         started = time.monotonic()
         process = subprocess.Popen(command)
-        peak = peak_memory(process)
+        peak = peak_memory_mib(process)
         seconds = time.monotonic() - started
         if process.returncode:
             raise SystemExit(process.returncode)
     summary = {
-        "benchmark": "prepare out of core",
         "rows": rows,
         "partitions": partitions,
         "workers": workers,
         "seconds": round(seconds),
         "rows_per_s": round(rows / seconds),
         "log_as_pandas_mib": round(frame_bytes / 2**20),
-        "peak_pss_mib": round(peak / 2**20),
-        "commit": commit(),
+        "peak_pss_mib": round(peak),
     }
-    print(json.dumps(summary))
+    print(record_line("prepare out of core", **summary))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ its longest path. The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import shutil
 import tempfile
@@ -29,17 +30,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.compare import memory_mib
-from loadtest.generate.open_loop import METHOD, complete, message
+from benchmarks.turns import in_turns, medians
+from loadtest.generate.generator import METHOD, complete, message
+from loadtest.generate.local_server import grpc_address, on_free_ports
 from loadtest.generate.statistics import between, statistics
+from loadtest.reports.record import record_line
 from preprocessing.features import CATALOGUE_FILE
 from preprocessing.requests import recorded
 from serving.launcher import ServerOptions, TritonServer
 from serving.repository import write_configs
 from vivace import contract
 from vivace.client import request_tensors
-from vivace.machine import cpu
-from vivace.manifest import commit
+from vivace.machine import cpu, memory_mib
+from vivace.run import Run
 
 console = Console(width=120)
 TOP_K = 10
@@ -49,7 +52,7 @@ PLAIN = "recommend, a server without search"
 def kinds(root: Path, count: int) -> dict[str, list[bytes]]:
     """The same users' requests without and with a query."""
     frame = recorded(root).head(count)
-    titles = pd.read_parquet(root / "features" / CATALOGUE_FILE).set_index(contract.ITEM)[contract.TITLE]
+    titles = pd.read_parquet(Run(root).features / CATALOGUE_FILE).set_index(contract.ITEM)[contract.TITLE]
     out: dict[str, list[bytes]] = {"recommend": [], "search": []}
     for user, history, target in zip(frame[contract.USER], frame[contract.ITEM], frame[contract.TARGET], strict=True):
         query = " ".join(str(titles.get(target, "lamp")).split()[:3])
@@ -95,8 +98,8 @@ def spans(records: Sequence[dict[str, Any]]) -> list[dict[str, tuple[float, floa
     out = []
     for whole in (i for i, n in name.items() if n == contract.ENSEMBLE):
         start = when[whole]["REQUEST_START"]
-        own = [whole, *(i for i, p in parent.items() if p == whole)]
-        edges = {name[i]: [(when[i][f"REQUEST_{e}"] - start) / 1e6 for e in ("START", "END")] for i in own}
+        parts = [whole, *(i for i, p in parent.items() if p == whole)]
+        edges = {name[i]: [(when[i][f"REQUEST_{e}"] - start) / 1e6 for e in ("START", "END")] for i in parts}
         out.append({n: (a, b) for n, (a, b) in edges.items()})
     return out
 
@@ -108,29 +111,64 @@ def traced(options: ServerOptions, sent: Sequence[bytes]) -> dict[str, Any]:
         file = Path(folder, "trace.json")
         settings = ("mode=triton", f"triton,file={file}", "rate=1", "level=TIMESTAMPS")
         with TritonServer(replace(options, extra=tuple(f"--trace-config={s}" for s in settings))) as server:
-            closed(f"{server.host}:{server.grpc_port}", list(sent), 1, 3.0)
-        found = spans(json.loads(file.read_text()))[20:]  # the first pay for what is set up late
-    stages = {n: [float(np.median([r[n][e] for r in found])) for e in (0, 1)] for n in found[0]}
+            closed(grpc_address(server), list(sent), 1, 3.0)
+        searches = spans(json.loads(file.read_text()))[20:]  # the first pay for what is set up late
+    stages = {n: [float(np.median([r[n][e] for r in searches])) for e in (0, 1)] for n in searches[0]}
     both = [
         min(r[contract.RANKING][1], r[contract.QUERY_SEARCH][1])
         - max(r[contract.RETRIEVAL][0], r[contract.QUERY_SEARCH][0])
-        for r in found
+        for r in searches
     ]
-    return {"requests": len(found), "stages_ms": stages, "both_at_work_ms": float(np.median(both))}
+    return {"requests": len(searches), "stages_ms": stages, "both_at_work_ms": float(np.median(both))}
 
 
 @contextmanager
 def without_search(root: Path) -> Iterator[Path]:
     """A copy of the run's repository whose configurations know no search."""
     with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder, "model_repository")
-        shutil.copytree(root / "model_repository", plain, ignore=shutil.ignore_patterns(contract.QUERY_SEARCH))
-        Path(folder, "feature_store").symlink_to((root / "feature_store").resolve())
-        card = json.loads((root / "compiled" / "model_card.json").read_text())
-        shapes = replace(contract.StageTensors(**card["shapes"]), search=0)
-        schema = contract.DataSchema.load(root / "compiled" / "schema.json")
-        write_configs(plain, shapes, schema.heads, schema.exclude_seen)
-        yield plain
+        run, copy = Run(root), Run(Path(folder))
+        shutil.copytree(run.repository, copy.repository, ignore=shutil.ignore_patterns(contract.QUERY_SEARCH))
+        copy.feature_store.symlink_to(run.feature_store.resolve())
+        schema = run.schema()
+        write_configs(copy.repository, replace(run.shapes(), search=0), schema.heads, schema.exclude_seen)
+        yield copy.repository
+
+
+def measure(
+    root: Path, profile: str, sent: dict[str, list[bytes]], seconds: float, rounds: int
+) -> tuple[dict[tuple[str, int], dict[str, float]], dict[str, dict[str, dict[str, float]]], float]:
+    """By kind and concurrency the medians of QPS and latencies, all kinds taking turns; by kind what each stage took
+    (at concurrency 1); MiB of the server with search."""
+    runs: dict[tuple[str, int], list[dict[str, float]]] = {}
+    stages: dict[str, dict[str, dict[str, float]]] = {}
+    run = Run(root)
+    with (
+        without_search(root) as folder,
+        TritonServer(on_free_ports(folder, profile, run.server_log)) as plain,
+        TritonServer(on_free_ports(run.repository, profile, run.server_log)) as server,
+    ):
+        url, other = grpc_address(server), grpc_address(plain)
+        closed(url, sent["search"], 4, 2.0)
+        closed(other, sent["recommend"], 4, 2.0)
+        with grpcclient.InferenceServerClient(url) as client:
+            for _, (kind, concurrency) in in_turns(rounds, list(itertools.product((PLAIN, *sent), (1, 16)))):
+                before = statistics(client)
+                address, messages = (other, sent["recommend"]) if kind == PLAIN else (url, sent[kind])
+                runs.setdefault((kind, concurrency), []).append(closed(address, messages, concurrency, seconds))
+                if concurrency == 1 and kind != PLAIN:
+                    stages[kind] = between(before, statistics(client))
+        return {key: medians(r) for key, r in runs.items()}, stages, memory_mib(server.pid)
+
+
+def stage_sentence(took: dict[str, float]) -> str:
+    """What a search takes in the server, by Triton's statistics: its first stage, the two branches, its last."""
+    first, last = took.get(contract.FEATURE_TRANSFORM, 0.0), took.get(contract.RESPONSE, 0.0)
+    history, query = took.get(contract.RETRIEVAL, 0.0) + took.get(contract.RANKING, 0.0), took[contract.QUERY_SEARCH]
+    return (
+        f"a search takes {took[contract.ENSEMBLE]:.2f} ms in the server: first {first:.2f}, the branches {history:.2f} "
+        f"(history) and {query:.2f} (query), then {last:.2f}: longest path {first + max(history, query) + last:.2f}, "
+        f"sum {first + history + query + last:.2f}"
+    )
 
 
 def main(
@@ -139,71 +177,39 @@ def main(
     seconds: Annotated[float, typer.Option(help="of each measurement")] = 5.0,
     rounds: int = 3,
 ) -> None:
-    own = lambda folder: ServerOptions(  # noqa: E731
-        folder, http_port=0, grpc_port=0, metrics_port=0, profile=profile, log=root / "triton.log"
-    )
-    found: dict[tuple[str, int], list[dict[str, float]]] = {}
-    stages: dict[str, Any] = {}
+    if not Run(root).shapes().search:
+        raise ValueError(
+            f"{root}: expected a run compiled with search, got one without; run 'vivace train --task search', then "
+            "'vivace compile'"
+        )
     sent = kinds(root, 500)
-    with (
-        without_search(root) as folder,
-        TritonServer(own(folder)) as plain,
-        TritonServer(own(root / "model_repository")) as server,
-    ):
-        url, other = (f"{s.host}:{s.grpc_port}" for s in (server, plain))
-        closed(url, sent["search"], 4, 2.0)
-        closed(other, sent["recommend"], 4, 2.0)
-        with grpcclient.InferenceServerClient(url) as client:
-            for _ in range(rounds):
-                for concurrency in (1, 16):
-                    run = closed(other, sent["recommend"], concurrency, seconds)
-                    found.setdefault((PLAIN, concurrency), []).append(run)
-                    for kind, messages in sent.items():
-                        before = statistics(client)
-                        found.setdefault((kind, concurrency), []).append(closed(url, messages, concurrency, seconds))
-                        if concurrency == 1:
-                            stages[kind] = between(before, statistics(client))
-        memory = memory_mib(server.pid)
-    middle = {k: {m: float(np.median([r[m] for r in runs])) for m in runs[0]} for k, runs in found.items()}
+    by_kind, stages, memory = measure(root, profile, sent, seconds, rounds)
     table = Table(title=f"{root.name}, profile {profile or 'default'}, {cpu()[0]}", title_justify="left")
     for name in ("", "concurrency", "QPS", "p50 ms", "p99 ms"):
         table.add_column(name, justify="right" if name else "left")
-    for (kind, concurrency), r in middle.items():
+    for (kind, concurrency), r in by_kind.items():
         table.add_row(kind, str(concurrency), f"{r['qps']:.0f}", f"{r['p50_ms']:.2f}", f"{r['p99_ms']:.2f}")
     console.print(table)
-    ratio = {str(n): middle["recommend", n]["p50_ms"] / middle[PLAIN, n]["p50_ms"] for n in (1, 16)}
+    ratio = {str(n): by_kind["recommend", n]["p50_ms"] / by_kind[PLAIN, n]["p50_ms"] for n in (1, 16)}
     console.print(
         f"a recommendation takes {ratio['1']:.2f} times (16 at once: {ratio['16']:.2f}) what it takes without search"
     )
-    trace = traced(own(root / "model_repository"), sent["search"]) if contract.RANKING in stages["search"] else None
-    if trace is not None:
+    trace = None
+    if contract.RANKING in stages["search"]:
+        options = on_free_ports(Run(root).repository, profile, Run(root).server_log)
+        trace = traced(options, sent["search"])
         parts = (f"{n} {a:.1f} to {b:.1f}" for n, (a, b) in trace["stages_ms"].items())
         console.print(
             f"Triton's trace of {trace['requests']} searches, ms: {', '.join(parts)}; both branches at work for "
             f"{trace['both_at_work_ms']:.1f}"
         )
     took = {m: s["total_ms"] for m, s in stages["search"].items() if s["total_ms"]}
-    first, last = (
-        took.get(contract.FEATURE_TRANSFORM, 0.0),
-        took.get(contract.RESPONSE, 0.0),
-    )  # the branches lie between them
-    history, query = (
-        took.get(contract.RETRIEVAL, 0.0) + took.get(contract.RANKING, 0.0),
-        took.get(contract.QUERY_SEARCH, 0.0),
-    )
-    if query:
-        console.print(
-            f"a search takes {took[contract.ENSEMBLE]:.2f} ms in the server: first {first:.2f}, "
-            f"the branches {history:.2f} "
-            f"(history) and {query:.2f} (query), then {last:.2f}: longest path "
-            f"{first + max(history, query) + last:.2f}, sum {first + history + query + last:.2f}"
-        )
-    print(json.dumps({
-        "benchmark": "search beside recommendation", "data": root.name, "profile": profile,
-        "p50_over_without": ratio, "trace": trace,
-        "runs": {f"{k} {n}": r for (k, n), r in middle.items()}, "stages_ms": took, "memory_mib": round(memory),
-        "cpu": cpu()[0], "commit": commit(),
-    }))  # fmt: skip
+    if took.get(contract.QUERY_SEARCH):
+        console.print(stage_sentence(took))
+    print(record_line(
+        "search beside recommendation", data=root.name, profile=profile, p50_over_without=ratio, trace=trace,
+        runs={f"{kind} {n}": r for (kind, n), r in by_kind.items()}, stages_ms=took, memory_mib=round(memory),
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":

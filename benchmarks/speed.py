@@ -24,13 +24,13 @@ import torch
 import typer
 
 from benchmarks.results import ranks_of_test
+from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from training.data import batches as data
 from training.learn.retriever import train_retrieval
 from training.metrics import metrics
 from vivace.contract import ITEM, TARGET, USER
-from vivace.machine import cpu
-from vivace.manifest import commit
+from vivace.run import Run
 
 PEER = Path(__file__).resolve().parent / "peers" / "rectools_sasrec.py"
 
@@ -67,7 +67,7 @@ def main(
     from vivace.cli.options import chosen_preset
 
     root = artifacts / name
-    features, chosen = Features(root / "features"), chosen_preset(preset, root)
+    features, chosen = Features(Run(root).features), chosen_preset(preset, root)
     chosen = replace(chosen, retrieval=replace(chosen.retrieval, epochs=epochs, probe_users=0))
     e, t = chosen.encoder, chosen.retrieval
     sizes = {
@@ -82,13 +82,13 @@ def main(
         started = time.process_time()
         manifest = train_retrieval(features, chosen, folder / "ours", seed, lambda _: None, quiet=True)
         minutes = (time.process_time() - started) / 60
-        found = metrics(ranks_of_test(features, chosen, folder / "ours"))
+        ours_table = metrics(ranks_of_test(features, chosen, folder / "ours"))
         ours = {
             "positions_per_second": positions * len(manifest["results"]["epochs"]) / manifest["seconds"],
             "seconds": manifest["seconds"],
             "cpu_minutes": minutes,
-            "ndcg@10": found["NDCG@10"],
-            "hr@10": found["HR@10"],
+            "ndcg@10": ours_table["NDCG@10"],
+            "hr@10": ours_table["HR@10"],
             "epochs": epochs,
         }
         out = folder / "peer.json"
@@ -104,11 +104,11 @@ def main(
             f"NDCG@10 {r['ndcg@10']:.4f}"
         )
     record = {
-        "benchmark": "training speed, positions a second", "data": name, "ours": ours, "rectools": other,
+        "data": name, "ours": ours, "rectools": other,
         "ratio": round(ours["positions_per_second"] / other["positions_per_second"], 2),
-        "threads": torch.get_num_threads(), "cpu": cpu()[0], "commit": commit(),
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
-    print(json.dumps(record))
+    print(record_line("training speed, positions a second", **record))
 
 
 if __name__ == "__main__":

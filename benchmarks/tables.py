@@ -9,7 +9,6 @@ whose weights are loaded as they are. The last line of stdout is one JSON object
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -20,11 +19,10 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from loadtest.reports.record import record_line
 from training.compile.export import export
 from training.metrics import MISS, bootstrap, ndcg_of
 from training.models.int8_table import Int8Table
-from vivace.machine import cpu
-from vivace.manifest import commit
 from vivace.onnx_session import open_session
 
 TOP = 100
@@ -53,9 +51,9 @@ def catalogue(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(item embeddings [V, D], states of requests [R, D], the item that each asks for [R])."""
     g = torch.Generator().manual_seed(seed)
-    own = torch.randn(items, width, generator=g)
+    offsets_VD = torch.randn(items, width, generator=g)
     middle = torch.randn(centres, width, generator=g)
-    table = middle[torch.randint(centres, (items,), generator=g)] + 0.6 * own
+    table = middle[torch.randint(centres, (items,), generator=g)] + 0.6 * offsets_VD
     table *= torch.rand(items, 1, generator=g) + 0.5  # lengths differ, as popularity makes them
     target = torch.randint(items, (requests,), generator=g)
     unit = torch.nn.functional.normalize(table, dim=1)
@@ -67,7 +65,7 @@ def main(
     items: int = 1_000_000,
     width: int = 64,
     centres: Annotated[int, typer.Option(help="of the synthetic catalogue")] = 5000,
-    noise: Annotated[float, typer.Option(help="of a state around its item, in lengths of an item's own part")] = 1.2,
+    noise: Annotated[float, typer.Option(help="of a state around its item, in lengths of an item's offset")] = 1.2,
     requests: int = 2000,
     batch: int = 8,
     seed: int = 7,
@@ -95,7 +93,7 @@ def main(
     exact = float(ndcg["fp32"].mean())
     low, high = bootstrap(ndcg["int8"] - ndcg["fp32"])
     result = {
-        "benchmark": "int8 item table", "items": items, "width": width, "requests": requests, "seed": seed,
+        "items": items, "width": width, "requests": requests, "seed": seed,
         "mib": {n: round(s / 2**20, 1) for n, s in sizes.items()},
         "smaller": round(sizes["fp32"] / sizes["int8"], 2),
         "ndcg@10": {n: round(float(v.mean()), 4) for n, v in ndcg.items()},
@@ -103,11 +101,10 @@ def main(
         "interval": [round(x / exact, 5) for x in (low, high)],
         "ms_a_request": {n: round(float(np.median(t)) / batch * 1000, 2) for n, t in spent.items()},
         "faster": round(float(np.median(np.array(spent["fp32"]) / np.array(spent["int8"]))), 2),
-        "cpu": cpu()[0], "commit": commit(),
     }  # fmt: skip
     for key in ("mib", "smaller", "ndcg@10", "change", "interval", "ms_a_request", "faster"):
         print(f"{key:14} {result[key]}")
-    print(json.dumps(result))
+    print(record_line("int8 item table", **result))
 
 
 if __name__ == "__main__":

@@ -12,20 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vivace import contract as c
+from vivace.run import Run
 
 if TYPE_CHECKING:  # NVTabular, which a load test does without
     from preprocessing.features import Features
 
-FILE = "requests.parquet"
 OUT_OF_VOCABULARY = "(out of vocabulary)"
 
 
-def record(features: Features, path: Path, limit: int, seed: int) -> int:
-    """Writes ``limit`` random test requests: USER, HISTORY (raw ids before the held-out event) and the target item."""
+def record(features: Features, path: Path, limit: int, seed: int, part: str = "test") -> int:
+    """Writes ``limit`` random requests of a part of the split: USER, HISTORY (raw ids before the held-out event) and
+    the target item. Load tests and parity replay those of "test"; what is chosen by quality is chosen on those of
+    "valid"."""
     names = np.array([""] * c.OOV_ID + [OUT_OF_VOCABULARY, *features.items()[c.ITEM]], object)
     names[c.NULL_ID] = OUT_OF_VOCABULARY
     table = pa.concat_tables(
-        pq.read_table(f, columns=[c.USER, c.ITEM, c.TARGET]).combine_chunks() for f in features.files("test")
+        pq.read_table(f, columns=[c.USER, c.ITEM, c.TARGET]).combine_chunks() for f in features.files(part)
     )
     chosen = np.random.default_rng(seed).permutation(len(table))[:limit]
     frame = table.take(pa.array(chosen)).to_pandas()
@@ -40,11 +42,13 @@ def record(features: Features, path: Path, limit: int, seed: int) -> int:
     return len(out)
 
 
-def recorded(root: Path) -> pd.DataFrame:
+def recorded(root: Path, part: str = "test") -> pd.DataFrame:
     """Recorded requests of ``artifacts/<name>``: columns USER, ITEM (list of raw ids) and TARGET."""
-    path = root / "compiled" / FILE
+    path = Run(root).requests_file(part)
     if not path.exists():
-        raise FileNotFoundError(f"recorded requests: none at {path}; run 'vivace compile' first")
+        raise FileNotFoundError(
+            f"recorded requests of the part {part!r}: none at {path}; run 'vivace compile --name {root.name}' first"
+        )
     return pd.read_parquet(path)
 
 

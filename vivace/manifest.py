@@ -20,11 +20,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vivace import machine
+
 Progress = Callable[[str], None]  # where a step says in one line what it does
 CHECKOUT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
 OWNER = "owner.key"  # whose a folder is that is not finished
-RECORDED = ("nvtabular", "merlin-models", "merlin-dataloader", "torch", "onnx", "onnxruntime", "numpy", "pandas")
+RECORDED = (
+    "nvtabular", "merlin-models", "merlin-dataloader", "torch", "onnx", "onnxruntime", "numpy", "pandas",
+    "nvidia-pytriton",
+)  # fmt: skip
 
 
 def commit() -> str:
@@ -46,6 +51,20 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def environment() -> dict[str, Any]:
+    """What every measured figure is recorded with: commit, date (UTC), processor, cores, GPU and versions."""
+    name, extensions = machine.cpu()
+    return {
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "cpu": name,
+        "cpu_extensions": extensions,
+        "cores": machine.cores(),
+        "gpu": machine.gpu(),
+        "versions": versions(),
+    }
 
 
 def plain(value: Any) -> Any:

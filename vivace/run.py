@@ -22,6 +22,8 @@ FEATURES, RETRIEVAL, RANKING, CONTROL = "features", "retrieval", "ranking", "ran
 TEXT, PRETRAINED, SEARCH, EVALUATION, COMPILED = "text", "pretrained", "query_search", "evaluation", "compiled"
 COMPRESSED = "compressed"
 
+RECORDED_PARTS = ("test", "valid")  # of the split: what ``vivace compile`` records requests of
+
 MADE_BY = {
     FEATURES: "vivace prepare",
     TEXT: "vivace pretrain --objective text",
@@ -119,10 +121,12 @@ class Run:
     def card_file(self) -> Path:
         return self.compiled / "model_card.json"
 
-    @property
-    def requests_file(self) -> Path:
-        """Recorded requests, for load tests and tuning."""
-        return self.compiled / "requests.parquet"
+    def requests_file(self, part: str = "test") -> Path:
+        """Recorded requests of a part of the split: "test" for load and parity, "valid" for what is chosen by
+        quality. Raises ValueError for another."""
+        if part not in RECORDED_PARTS:
+            raise ValueError(f"recorded requests: expected one of {RECORDED_PARTS}, got {part!r}")
+        return self.compiled / ("requests.parquet" if part == "test" else f"requests_{part}.parquet")
 
     def graph(self, stage: str) -> Path:
         """ONNX file of a compiled stage."""

@@ -25,17 +25,17 @@ class TritonPythonModel:
 
     def execute(self, requests: list) -> list:
         rows = [pb_utils.get_input_tensor_by_name(r, "item_id").as_numpy() for r in requests]
-        own = [row for rows_of in rows for row in rows_of]
-        values = np.concatenate(own).astype(str) if own else np.empty(0, str)
-        offsets = np.cumsum([0] + [len(v) for v in own]).astype(np.int64)
+        histories = [row for rows_of in rows for row in rows_of]
+        values = np.concatenate(histories).astype(str) if histories else np.empty(0, str)
+        offsets = np.cumsum([0] + [len(v) for v in histories]).astype(np.int64)
         ids = self.categorify.transform(None, {"item_id": values})["item_id"] if len(values) else np.empty(0, np.int64)
         with torch.inference_mode():
-            found = self.model(torch.from_numpy(np.ascontiguousarray(ids, np.int64)), torch.from_numpy(offsets))
-        found = [v.numpy() for v in found]
+            ranked = self.model(torch.from_numpy(np.ascontiguousarray(ids, np.int64)), torch.from_numpy(offsets))
+        arrays = [v.numpy() for v in ranked]
         answers, start = [], 0
         for rows_of in rows:
             stop = start + len(rows_of)
-            tensors = [pb_utils.Tensor(n, v[start:stop]) for n, v in zip(("ids", "score"), found, strict=True)]
+            tensors = [pb_utils.Tensor(n, v[start:stop]) for n, v in zip(("ids", "score"), arrays, strict=True)]
             answers.append(pb_utils.InferenceResponse(tensors))
             start = stop
         return answers

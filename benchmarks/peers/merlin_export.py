@@ -41,18 +41,18 @@ class Ranked(torch.nn.Module):
         history[:, -3:] = torch.tensor([[3, 4, 5], [6, 7, 8]])
         exclude = torch.zeros(2, self.items, dtype=torch.bool)
         with torch.inference_mode(False), torch.no_grad():
-            found = model.retrieval(history, exclude)
+            retrieved = model.retrieval(history, exclude)
             self.retrieval = torch.jit.trace(model.retrieval, (history, exclude), check_trace=False)
-            self.ranking = torch.jit.trace(model.ranking, (history, *found), check_trace=False)
+            self.ranking = torch.jit.trace(model.ranking, (history, *retrieved), check_trace=False)
 
     def forward(self, values: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = offsets.size(0) - 1
         history = torch.zeros([rows, self.length], dtype=torch.int64)
         exclude = torch.zeros([rows, self.items], dtype=torch.bool)
         for i in range(rows):
-            own = values[int(offsets[i]) : int(offsets[i + 1])].to(torch.int64)
-            exclude[i, own] = True
-            last = own[-self.length :]
+            row = values[int(offsets[i]) : int(offsets[i + 1])].to(torch.int64)
+            exclude[i, row] = True
+            last = row[-self.length :]
             if last.size(0) > 0:
                 history[i, self.length - last.size(0) :] = last
         exclude[:, :3] = False  # padding, null and out of vocabulary are nobody's items
@@ -87,13 +87,13 @@ def stock(root: Path, out: Path) -> None:
     from merlin.systems.dag.ops.workflow import TransformWorkflow
 
     model = EagerRecommender(root)
-    own = workflow(model)
+    steps_of_ids = workflow(model)
     scripted = torch.jit.script(Ranked(model))
     kinds = {"ids": np.int64, "score": np.float32}
     outputs = Schema([ColumnSchema(n, dtype=kind, dims=(None, TOP_K)) for n, kind in kinds.items()])
-    predict = PredictPyTorch(scripted, own.output_schema, outputs)
-    steps = own.input_schema.column_names >> TransformWorkflow(own) >> predict
-    Ensemble(steps, own.input_schema).export(str(out), name=MODEL)
+    predict = PredictPyTorch(scripted, steps_of_ids.output_schema, outputs)
+    steps = steps_of_ids.input_schema.column_names >> TransformWorkflow(steps_of_ids) >> predict
+    Ensemble(steps, steps_of_ids.input_schema).export(str(out), name=MODEL)
     (torch_stage,) = out.glob("*_predictpytorchtriton")
     shutil.copy(HERE / "merlin_torch.py", torch_stage / "1" / "model.py")
     (torch_stage / "config.pbtxt").write_text(text_format.MessageToString(python_config(torch_stage)))

@@ -20,7 +20,7 @@ class TritonPythonModel:
             tensors = {n: pb_utils.get_input_tensor_by_name(request, n).as_numpy() for n in self.inputs}
             values, offsets = (next(v for n, v in tensors.items() if n.endswith(e)) for e in ("__values", "__offsets"))
             with torch.inference_mode():
-                found = self.model(torch.from_numpy(values), torch.from_numpy(offsets))
-            out = [pb_utils.Tensor(n, v.numpy()) for n, v in zip(self.outputs, found, strict=True)]
+                answer = self.model(torch.from_numpy(values), torch.from_numpy(offsets))
+            out = [pb_utils.Tensor(n, v.numpy()) for n, v in zip(self.outputs, answer, strict=True)]
             answers.append(pb_utils.InferenceResponse(out))
         return answers

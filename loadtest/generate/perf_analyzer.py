@@ -14,9 +14,10 @@ from pathlib import Path
 
 from serving.launcher import wheel_folder
 from vivace import contract
+from vivace.manifest import CHECKOUT
 
 WHEEL = "tritonclient==2.51.0"
-TOOLS = Path(__file__).resolve().parents[2] / ".tools" / "perf_analyzer-2.51.0"
+TOOLS = CHECKOUT / ".tools" / "perf_analyzer-2.51.0"
 LIBRARIES = {"libb64": "libb64.so.0d", "libcudart": "libcudart.so.12"}  # what the binary asks for by these names
 
 
@@ -41,8 +42,8 @@ def binary() -> Path:
         partial.write_bytes(archive.read(name))
     wheels[0].unlink()
     for library in (wheel_folder().parent / "nvidia_pytriton.libs").iterdir():
-        for prefix, wanted in LIBRARIES.items():
-            link = TOOLS / wanted
+        for prefix, name_in_binary in LIBRARIES.items():
+            link = TOOLS / name_in_binary
             if library.name.startswith(f"{prefix}-"):
                 link.unlink(missing_ok=True)
                 link.symlink_to(library)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from preprocessing.requests import recorded
+from vivace.manifest import CHECKOUT
 
 FILE = Path(__file__).with_name("locustfile.py")
 OPEN = Path(__file__).with_name("locust_open.py")
@@ -62,8 +63,7 @@ def run_locust(
     line = command(root, host, http_port, grpc_port, protocol, users, seconds, web, shape, qps)
     if quiet:
         line += ["--only-summary", "--loglevel", "WARNING"]
-    checkout = str(FILE.parent.parent)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))}
     (root / STATS).unlink(missing_ok=True)
     limit = None if web else seconds + GRACE_S
     try:

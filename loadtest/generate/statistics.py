@@ -17,29 +17,29 @@ _LINE = re.compile(r"^nv_inference_(\w+)_summary_us\{(?P<labels>[^}]*)\} (?P<val
 
 def statistics(client: grpcclient.InferenceServerClient) -> dict[str, dict[str, float]]:
     """Counters of every model that is loaded, since it was: requests, executions, and nanoseconds by phase."""
-    found = {}
+    counters = {}
     loaded = {m["name"]: m for m in client.get_inference_statistics(as_json=True)["model_stats"]}
     for model in (m for m in MODELS if m in loaded):
         stats = loaded[model]
         inference = stats.get("inference_stats", {})
         phase = lambda name, inference=inference: float(inference.get(name, {}).get("ns", 0))  # noqa: E731
-        found[model] = {
+        counters[model] = {
             "requests": float(stats.get("inference_count", 0)),
             "executions": float(stats.get("execution_count", 0)),
             **{f"{p}_ns": phase(p) for p in ("queue", "compute_input", "compute_infer", "compute_output")},
             "success": float(inference.get("success", {}).get("count", 0)),
             "success_ns": phase("success"),
         }
-    return found
+    return counters
 
 
 def largest_batches(client: grpcclient.InferenceServerClient) -> dict[str, int]:
     """The largest batch each stage has executed since it was loaded."""
-    found = {}
+    largest = {}
     for model in contract.STAGES:
         stats = client.get_inference_statistics(model, as_json=True)["model_stats"][-1]
-        found[model] = max((int(b.get("batch_size", 0)) for b in stats.get("batch_stats", [])), default=0)
-    return found
+        largest[model] = max((int(b.get("batch_size", 0)) for b in stats.get("batch_stats", [])), default=0)
+    return largest
 
 
 def between(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -62,7 +62,7 @@ def quantiles(host: str, metrics_port: int) -> dict[str, dict[str, float]]:
     """Latency in ms at p50, p95 and p99 of each model over Triton's sliding window, from its metrics page."""
     with urllib.request.urlopen(f"http://{host}:{metrics_port}/metrics", timeout=5) as answer:
         text = answer.read().decode()
-    found: dict[str, dict[str, float]] = {}
+    latencies: dict[str, dict[str, float]] = {}
     for line in text.splitlines():
         match = _LINE.match(line)
         if not match or match.group(1) != "request":
@@ -71,8 +71,8 @@ def quantiles(host: str, metrics_port: int) -> dict[str, dict[str, float]]:
         value_us = float(match.group("value"))
         if "quantile" in labels and not math.isnan(value_us):  # a model that nobody asked lately has none
             name = f"p{float(labels['quantile']) * 100:.0f}"
-            found.setdefault(labels["model"], {})[name] = value_us / 1000
-    return found
+            latencies.setdefault(labels["model"], {})[name] = value_us / 1000
+    return latencies
 
 
 def cache_counts(client: grpcclient.InferenceServerClient, model: str = contract.RETRIEVAL) -> tuple[int, int]:

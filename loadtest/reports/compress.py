@@ -7,14 +7,13 @@ that of the evaluated models). Speed is measured on the spot, all engines taking
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.reports.graph_speed import Speed, measure
 from loadtest.reports.html import image, page, table
 from training.judge.evaluate import RANKED
-from vivace.manifest import read_manifest
+from vivace.run import COMPILED, EVALUATION, RETRIEVAL, Run
 
 BATCHES = (1, 16)
 
@@ -36,12 +35,11 @@ class Variant:
 
 
 def variant(name: str, root: Path) -> Variant:
-    manifest = read_manifest(root / "compiled", "vivace compile")
-    card = json.loads((root / "compiled" / "model_card.json").read_text())
-    gate, results = card["gate"], manifest["results"]
-    evaluated = read_manifest(root / "evaluation", "vivace evaluate")["results"]["table"][RANKED]["NDCG@10"]
+    run = Run(root)
+    card, results = run.card(), run.manifest(COMPILED)["results"]
+    gate, evaluated = card["gate"], run.manifest(EVALUATION)["results"]["table"][RANKED]["NDCG@10"]
     judged = gate if isinstance(gate, dict) else {"engine": evaluated, "change": 0.0, "interval": (0.0, 0.0)}
-    parameters = read_manifest(root / "retrieval", "vivace train")["results"].get("parameters", 0)
+    parameters = run.manifest(RETRIEVAL)["results"].get("parameters", 0)
     return Variant(
         name, root, judged["engine"], judged["change"], tuple(judged["interval"]), bool(judged.get("forced")),
         card["precision"] if card["tables"] == "fp32" else f"{card['tables']} tables", parameters,
@@ -51,23 +49,30 @@ def variant(name: str, root: Path) -> Variant:
 
 def variants(root: Path) -> list[Variant]:
     """The run itself, then every compiled variant under ``compressed``. Raises FileNotFoundError if it has none."""
-    folders = sorted(p.parent for p in (root / "compressed").glob("*/compiled") if (p / "model_card.json").exists())
+    folders = sorted(f for f in Run(root).variants.glob("*") if Run(f).card_file.exists())
     if not folders:
-        raise FileNotFoundError(f"{root}/compressed: expected compiled variants, found none; run vivace compress")
+        raise FileNotFoundError(
+            f"{Run(root).variants}: expected compiled variants, got none; run 'vivace compress' first"
+        )
     return [variant("whole model", root), *(variant(f.name, f) for f in folders)]
 
 
-def picture(found: list[Variant], speeds: list[Speed], path: Path) -> None:
+def picture(compared: list[Variant], speeds: list[Speed], path: Path) -> None:
     """Quality over latency by batch size, and the share of the top 10 that each quantized product leaves."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    products = [(v.name, s, n, share) for v in found for s, own in v.sensitivities.items() for n, share in own.items()]
+    products = [
+        (v.name, stage, product, share)
+        for v in compared
+        for stage, shares in v.sensitivities.items()
+        for product, share in shares.items()
+    ]
     figure, axes = plt.subplots(1, 2 + bool(products), figsize=(6 * (2 + bool(products)), 5), constrained_layout=True)
     for axis, batch in zip(axes, BATCHES, strict=False):
-        for v in found:
+        for v in compared:
             speed = next(s for s in speeds if s.run == str(v.root) and s.batch == batch)
             low, high = (max(0.0, abs(v.change - x)) * v.ndcg for x in v.interval)
             axis.errorbar(speed.ms, v.ndcg, yerr=[[low], [high]], fmt="o", capsize=3)
@@ -88,11 +93,11 @@ def picture(found: list[Variant], speeds: list[Speed], path: Path) -> None:
 
 def report(root: Path, target: Path, seconds: float = 1.0, openvino: bool = True) -> list[Speed]:
     """Writes ``target``/compress.html and compress.png of ``artifacts/<name>``; returns the speeds measured."""
-    found = variants(root)
-    speeds = measure([v.root for v in found], BATCHES, 5, seconds, eager=True, openvino=openvino)
+    compared = variants(root)
+    speeds = measure([v.root for v in compared], BATCHES, 5, seconds, eager=True, openvino=openvino)
     target.mkdir(parents=True, exist_ok=True)
     png = target / "compress.png"
-    picture(found, speeds, png)
+    picture(compared, speeds, png)
     quality = [
         [
             v.name, v.precision, f"{v.parameters:,}", f"{v.ndcg:.4f}",
@@ -100,9 +105,9 @@ def report(root: Path, target: Path, seconds: float = 1.0, openvino: bool = True
             "forced" if v.forced else "",
             f"{next(s.bytes for s in speeds if s.run == str(v.root)) / 2**20:.1f}",
         ]
-        for v in found
+        for v in compared
     ]  # fmt: skip
-    names = {str(v.root): v.name for v in found}
+    names = {str(v.root): v.name for v in compared}
 
     def label(run: str) -> str:
         kind, _, path = run.rpartition(" ")
@@ -111,11 +116,16 @@ def report(root: Path, target: Path, seconds: float = 1.0, openvino: bool = True
     times = [[label(s.run), s.batch, f"{s.ms:.2f}", f"{s.ratio:.2f}"] for s in speeds]
     products = [
         [v.name, stage, name, f"{share:.1%}"]
-        for v in found
-        for stage, own in v.sensitivities.items()
-        for name, share in sorted(own.items(), key=lambda x: x[1])
+        for v in compared
+        for stage, shares in v.sensitivities.items()
+        for name, share in sorted(shares.items(), key=lambda x: x[1])
     ]
-    targets = [[v.name, t, k, f"{x:.4g}"] for v in found for t, own in v.targets.items() for k, x in own.items()]
+    targets = [
+        [v.name, kind, key, f"{value:.4g}"]
+        for v in compared
+        for kind, values in v.targets.items()
+        for key, value in values.items()
+    ]
     header = ["variant", "engine", "retriever's parameters", "NDCG@10", "change", "gate", "MiB"]
     parts = [
         image(png.read_bytes(), "quality over latency"),

@@ -19,10 +19,10 @@ from training.checkpoints import WEIGHTS, load_ranker, load_retrieval
 from training.compile.targets import on_openvino
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
-from training.presets import PRESET, from_json
+from training.presets import from_json
 from vivace import contract
-from vivace.manifest import read_manifest
 from vivace.onnx_session import open_session
+from vivace.run import COMPILED, Run
 from vivace.store.lmdb_store import LmdbStore
 
 
@@ -30,20 +30,18 @@ class Graphs:
     """The two graphs of a compiled run. ``graphs(inputs)`` answers a batch of ready tensors."""
 
     def __init__(self, root: Path, threads: int) -> None:
-        read_manifest(root / "compiled", "vivace compile")
-        card = json.loads((root / "compiled" / "model_card.json").read_text())
-        self.shapes = contract.StageTensors(**card["shapes"])
-        self.retrieval = open_session(root / "compiled" / "retrieval.onnx", threads)
-        self.ranking = open_session(root / "compiled" / "ranking.onnx", threads)
-        self.bytes = sum(
-            (root / "compiled" / f"{n}.onnx").stat().st_size for n in (contract.RETRIEVAL, contract.RANKING)
-        )
+        run = Run(root)
+        run.manifest(COMPILED)
+        self.shapes = run.shapes()
+        files = [run.graph(n) for n in (contract.RETRIEVAL, contract.RANKING)]
+        self.retrieval, self.ranking = (open_session(f, threads) for f in files)
+        self.bytes = sum(f.stat().st_size for f in files)
 
     def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         names = [t.name for t in contract.retrieval_inputs(self.shapes)]
-        found = self.retrieval.run(None, dict(zip(names, inputs, strict=True)))
+        retrieved = self.retrieval.run(None, dict(zip(names, inputs, strict=True)))
         names = [t.name for t in contract.ranking_inputs(self.shapes)]
-        ranked: list[np.ndarray] = self.ranking.run(None, dict(zip(names, (inputs[0], *found), strict=True)))
+        ranked: list[np.ndarray] = self.ranking.run(None, dict(zip(names, (inputs[0], *retrieved), strict=True)))
         return ranked
 
 
@@ -51,7 +49,7 @@ class Eager:
     """The same two graphs of a run by PyTorch, as it runs them without compilation."""
 
     def __init__(self, root: Path, threads: int, like: Graphs) -> None:
-        preset, features = from_json(json.loads((root / PRESET).read_text())), Features(root / "features")
+        preset, features = from_json(json.loads(Run(root).preset.read_text())), Features(Run(root).features)
         torch.set_num_threads(threads)
         s = self.shapes = like.shapes
         self.retrieval = RetrievalGraph(load_retrieval(features, preset, root).cpu(), s.candidates, s.memory).eval()
@@ -69,16 +67,15 @@ class OpenVino:
     """The two graphs of a compiled run under OpenVINO, in float32."""
 
     def __init__(self, root: Path, threads: int) -> None:
-        card = json.loads((root / "compiled" / "model_card.json").read_text())
-        s = self.shapes = contract.StageTensors(**card["shapes"])
-        files = [root / "compiled" / f"{n}.onnx" for n in (contract.RETRIEVAL, contract.RANKING)]
+        s = self.shapes = Run(root).shapes()
+        files = [Run(root).graph(n) for n in (contract.RETRIEVAL, contract.RANKING)]
         self.runs = [on_openvino(f, threads) for f in files]
         self.names = [[t.name for t in side] for side in (contract.retrieval_inputs(s), contract.ranking_inputs(s))]
         self.bytes = sum(f.stat().st_size for f in files)
 
     def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        found = self.runs[0](dict(zip(self.names[0], inputs, strict=True)))
-        return self.runs[1](dict(zip(self.names[1], (inputs[0], *found), strict=True)))
+        retrieved = self.runs[0](dict(zip(self.names[0], inputs, strict=True)))
+        return self.runs[1](dict(zip(self.names[1], (inputs[0], *retrieved), strict=True)))
 
 
 Engines = Graphs | Eager | OpenVino
@@ -86,9 +83,9 @@ Engines = Graphs | Eager | OpenVino
 
 def batches_of(root: Path, shapes: contract.StageTensors, batch: int, count: int) -> list[list[np.ndarray]]:
     """Inputs of the retrieval graph for recorded requests."""
-    store = LmdbStore(root / "feature_store", readonly=True)
-    seen = contract.DataSchema.load(root / "compiled" / "schema.json").exclude_seen
-    transform = FeatureTransform(root / "features" / "transform_request.onnx", store, shapes, seen)
+    run = Run(root)
+    store = LmdbStore(run.feature_store, readonly=True)
+    transform = FeatureTransform(run.features / "transform_request.onnx", store, shapes, run.schema().exclude_seen)
     histories = recorded(root)[contract.ITEM].tolist()
     rows = [Row("", list(h) or None, 10) for h in histories]
     picked = [[rows[(i * batch + j) % len(rows)] for j in range(batch)] for i in range(count)]
@@ -139,18 +136,18 @@ def measure(
             except RuntimeError as error:
                 print(f"OpenVINO does not take {r}: {str(error).splitlines()[0]}")
     first, rng = runs[0], random.Random(0)
-    store = first if (first / "feature_store").exists() else first.parents[1]
-    inputs = {(name, size): batches_of(store, g.shapes, size, 64) for name, g in graphs.items() for size in batches}
+    whole = Run(first).whole.root
+    inputs = {(name, size): batches_of(whole, g.shapes, size, 64) for name, g in graphs.items() for size in batches}
     times: dict[tuple[str, int], list[float]] = {}
     for _ in range(rounds):
         order = list(inputs)
         rng.shuffle(order)
         for name, size in order:
             times.setdefault((name, size), []).append(milliseconds(graphs[name], inputs[name, size], seconds))
-    found = []
+    speeds = []
     for name, g in graphs.items():
         for size in batches:
-            own = np.array(times[name, size])
-            ratio = float(np.median(np.array(times[str(first), size]) / own))
-            found.append(Speed(name, size, round(float(np.median(own)), 3), round(ratio, 2), g.bytes))
-    return found
+            ms = np.array(times[name, size])
+            ratio = float(np.median(np.array(times[str(first), size]) / ms))
+            speeds.append(Speed(name, size, round(float(np.median(ms)), 3), round(ratio, 2), g.bytes))
+    return speeds

@@ -12,31 +12,40 @@ from loadtest.tune.space import TOP_K
 from preprocessing.requests import recorded
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
-from training.metrics import MISS, ndcg_of
+from training.metrics import MISS, bootstrap, ndcg_of
 from vivace import contract
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 
 
-def gains(pipeline: Pipeline, root: Path) -> list[float]:
-    """NDCG@10 of each recorded request's target in the answers of the served graphs."""
-    frame, out = recorded(root), []
+def gains(pipeline: Pipeline, root: Path, part: str = "valid") -> list[float]:
+    """NDCG@10 of each recorded request's target in the answers of the served graphs. What is chosen is chosen on the
+    validation requests; those of the "test" are for a last look at what was chosen."""
+    frame, ranks = recorded(root, part), []
     targets = pipeline.transform.item_ids(frame[contract.TARGET].tolist())
     histories = frame[contract.ITEM].tolist()
     for start in range(0, len(frame), 32):
         rows = [Row("", list(h) or None, TOP_K) for h in histories[start : start + 32]]
         (ids, _), _, _ = pipeline(rows)
-        own = targets[start : start + 32]
-        hit = (ids[:, :TOP_K] == own[:, None]) & (own >= contract.FIRST_ID)[:, None]
-        out.append(np.where(hit.any(1), hit.argmax(1), MISS))
-    return [round(float(g), 4) for g in ndcg_of(np.concatenate(out))]
+        target_B = targets[start : start + 32]
+        hit_BK = (ids[:, :TOP_K] == target_B[:, None]) & (target_B >= contract.FIRST_ID)[:, None]
+        ranks.append(np.where(hit_BK.any(1), hit_BK.argmax(1), MISS))
+    return [round(float(g), 4) for g in ndcg_of(np.concatenate(ranks))]
+
+
+def share_kept(whole: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """NDCG@10 of ``other`` as a share of ``whole``'s, with its 95 % interval: float64 gains of the same requests, in
+    the same order; the interval is that of their differences, request by request."""
+    low, high = bootstrap(other - whole)
+    mean = max(float(whole.mean()), 1e-12)
+    return 1 + float((other - whole).mean()) / mean, (1 + low / mean, 1 + high / mean)
 
 
 def service_times(pipeline: Pipeline, root: Path) -> dict[str, float]:
     """Milliseconds of a batch by its size, alone in this process: the median of repeats."""
     frame = recorded(root).head(200)
     rows = [Row("", list(h) or None, TOP_K) for h in frame[contract.ITEM]]
-    found = {}
+    times_by_size = {}
     for size in BATCHES:
         batch = list(itertools.islice(itertools.cycle(rows), size))
         pipeline(batch)
@@ -46,5 +55,5 @@ def service_times(pipeline: Pipeline, root: Path) -> dict[str, float]:
             t = time.perf_counter()
             pipeline(batch)
             times.append((time.perf_counter() - t) * 1000)
-        found[str(size)] = round(float(np.median(times)), 4)
-    return found
+        times_by_size[str(size)] = round(float(np.median(times)), 4)
+    return times_by_size

@@ -27,11 +27,11 @@ class Service:
     def table(self, largest: int) -> np.ndarray:
         """Time of a batch of 0..largest."""
         sizes = sorted(self.batches)
-        found = np.interp(np.arange(largest + 1), sizes, [self.batches[s] for s in sizes])
+        graphs = np.interp(np.arange(largest + 1), sizes, [self.batches[s] for s in sizes])
         if largest > sizes[-1]:
-            found[sizes[-1] + 1 :] = self.batches[sizes[-1]] / sizes[-1] * np.arange(sizes[-1] + 1, largest + 1)
-        own: np.ndarray = found + self.request * np.arange(largest + 1) + self.batch
-        return own
+            graphs[sizes[-1] + 1 :] = self.batches[sizes[-1]] / sizes[-1] * np.arange(sizes[-1] + 1, largest + 1)
+        times: np.ndarray = graphs + self.request * np.arange(largest + 1) + self.batch
+        return times
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def latencies(service: Service, qps: float, batcher: Batcher, cores: int, seed: 
 
 def knee(service: Service, batcher: Batcher, cores: int, percentile: float, ms: float) -> float:
     """The largest rate at which ``percentile`` of the latencies stays within ``ms``; 0 if none does."""
-    own = service.table(batcher.largest)
-    high = min(batcher.instances, cores) * batcher.largest / own[batcher.largest] * 1000 * 1.05
+    times = service.table(batcher.largest)
+    high = min(batcher.instances, cores) * batcher.largest / times[batcher.largest] * 1000 * 1.05
     low = 0.0
     for _ in range(9):
         middle = (low + high) / 2

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.reports.html import drawn, image, page, table
+from loadtest.tune.decision import quality_sentence
 
 SHOWN = ("engine", "history", "ranked", "layout", "instances", "threads", "batch", "preferred", "delay_us")
 
@@ -39,7 +40,7 @@ def picture(decision: dict[str, Any]) -> bytes:
         left.scatter([best["qps"]], [best["quality"]], s=180, facecolors="none", edgecolors="red", label="chosen")
         left.axhline(decision["objective"]["quality"], color="grey", linestyle="--")
         left.set_xlabel("requests a second within the objective")
-        left.set_ylabel("NDCG@10, share of the whole model's")
+        left.set_ylabel("NDCG@10 on validation, share of the whole model's")
         left.legend()
         left.grid(True, alpha=0.3)
         figure.colorbar(dots, ax=left, label="p99 ms at that rate")
@@ -58,11 +59,11 @@ def reasons(decision: dict[str, Any]) -> list[str]:
     trial, times = chosen["trial"], {int(k): v for k, v in decision["service_ms"].items()}
     size = max(b for b in times if b <= max(trial["batch"], 1))
     taken = times[size] + decision["overhead_ms"] * size
-    said = [
+    sentences = [
         f"A batch of {size} takes {taken:.1f} ms of one core, graphs and server; of {o['ms']:g} ms that leaves "
         f"{max(0.0, o['ms'] - taken):.1f} ms to wait."
     ]
-    said += [
+    sentences += [
         f"A larger batch, {b}, would take {times[b] + decision['overhead_ms'] * b:.1f} ms: "
         + ("too long for the objective." if times[b] + decision["overhead_ms"] * b > o["ms"] else "it still fits.")
         for b in sorted(times)
@@ -71,13 +72,13 @@ def reasons(decision: dict[str, Any]) -> list[str]:
     worth = sorted(decision.get("worth", {}).items(), key=lambda kv: kv[1]["qps"])
     for knob, value in worth[:3]:
         if value["qps"]:
-            said.append(
+            sentences.append(
                 f"{knob}: {shown(value['value'])} for {shown(value['untuned'])} is worth "
                 f"{chosen['qps'] / value['qps']:.2f} times the requests."
             )
         else:
-            said.append(f"{knob}: with {shown(value['untuned'])} the objective is not met at any rate tried.")
-    return said
+            sentences.append(f"{knob}: with {shown(value['untuned'])} the objective is not met at any rate tried.")
+    return sentences
 
 
 def write(decision: dict[str, Any], path: Path, data: str) -> None:
@@ -92,14 +93,19 @@ def write(decision: dict[str, Any], path: Path, data: str) -> None:
     gain = f", {chosen['qps'] / start:.2f} times the untuned {start:.0f}" if start else ""
     head = (
         f"<p>Objective: p{o['percentile']:g} within {o['ms']:g} ms, NDCG@10 at least {o['quality']:.1%} of the whole "
-        f"model's. <b>{chosen['qps']:.0f} requests a second</b>{gain}. {decision['configurations_run']} of "
+        "model's on either half of the validation requests. <b>"
+        f"{chosen['qps']:.0f} requests a second</b>{gain}. {decision['configurations_run']} of "
         f"{decision['configurations']} configurations were run.</p>"
     )
-    parts = [head, "<ul>" + "".join(f"<li>{escape(s)}</li>" for s in reasons(decision)) + "</ul>"]
+    judged = (
+        f"<p>{escape(quality_sentence(decision))}. Quality is judged on validation requests alone; the test requests "
+        "make the load, and their targets were not read.</p>"
+    )
+    parts = [head, judged, "<ul>" + "".join(f"<li>{escape(s)}</li>" for s in reasons(decision)) + "</ul>"]
     if second:
         parts.append(f"<p>Runner-up: {second['qps']:.0f} requests a second, {escape(str(second['trial']))}.</p>")
     parts.append(image(picture(decision), "quality over rate; worth of each knob"))
-    header = [*SHOWN, "requests a second", "p50 ms", "p99 ms", "quality", "runs"]
+    header = [*SHOWN, "requests a second", "p50 ms", "p99 ms", "quality (95 % interval)", "runs"]
     parts.append("<h2>What was run</h2><p>0 requests a second: it did not reach the best of its time.</p>")
     parts.append(table(header, rows))
     path.write_text(page(f"Tuning of {data}", parts), encoding="utf-8")

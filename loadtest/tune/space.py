@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from serving import repository
-from vivace import contract
-from vivace.manifest import read_manifest
+from vivace import contract, machine
+from vivace.run import COMPILED, COMPRESSED, Run
 
 TOP_K = 10
 LIMITS = (1, 2, 4, 0)  # how wide the limits under overload are, in the order that they are tried
@@ -32,15 +30,16 @@ class Objective:
     @classmethod
     def parse(cls, slo: str, quality: float) -> Objective:
         """Of "p99=20ms". Raises ValueError."""
-        found = re.fullmatch(r"p(\d+(?:\.\d+)?)=(\d+(?:\.\d+)?)ms", slo.strip())
-        if not found or not 0 < float(found[1]) < 100 or not float(found[2]) > 0:
+        match = re.fullmatch(r"p(\d+(?:\.\d+)?)=(\d+(?:\.\d+)?)ms", slo.strip())
+        if not match or not 0 < float(match[1]) < 100 or not float(match[2]) > 0:
             raise ValueError(f"--slo: expected such as p99=20ms, got {slo!r}")
         if not 0 < quality <= 1:
             raise ValueError(f"--quality: expected a share of the best in (0, 1], got {quality}")
-        return cls(float(found[1]), float(found[2]), quality)
+        return cls(float(match[1]), float(match[2]), quality)
 
     @property
-    def wanted(self) -> float:
+    def attained(self) -> float:
+        """Least share of the requests that must be answered in time."""
         return self.percentile / 100
 
     def __str__(self) -> str:
@@ -105,18 +104,15 @@ KNOBS = tuple(f.name for f in fields(Trial))
 
 def engines(root: Path) -> dict[str, Path]:
     """Compiled runs that may serve in this one's place, by folder: itself and its compressed variants."""
-    read_manifest(root / "compiled", "vivace compile")
-    others = sorted(p.parent for p in (root / "compressed").glob("*/compiled/model_card.json"))
-    return {"": root} | {f"compressed/{p.parent.name}": p.parent for p in others}
-
-
-def shapes_of(root: Path) -> contract.StageTensors:
-    return contract.StageTensors(**json.loads((root / "compiled" / "model_card.json").read_text())["shapes"])
+    run = Run(root)
+    run.manifest(COMPILED)
+    variants = (Run(folder) for folder in sorted(run.variants.glob("*")) if Run(folder).card_file.exists())
+    return {"": root} | {f"{COMPRESSED}/{variant.root.name}": variant.root for variant in variants}
 
 
 def default_space(root: Path) -> dict[str, list[Any]]:
     """What is searched. Values of histories and candidates that an engine does not have are left out."""
-    s, cores = shapes_of(root), len(os.sched_getaffinity(0))
+    s, cores = Run(root).shapes(), machine.cores()
     return {
         "engine": list(engines(root)),
         "history": [s.history, s.history // 2, s.history // 4],
@@ -132,7 +128,7 @@ def default_space(root: Path) -> dict[str, list[Any]]:
 
 def untuned(root: Path) -> Trial:
     """What ``vivace serve`` runs without a profile."""
-    s, p = shapes_of(root), repository.PROFILES[""]
+    s, p = Run(root).shapes(), repository.PROFILES[""]
     return Trial(
         "", s.history, s.candidates, "ensemble", p.retrieval_instances, p.threads, p.max_batch_size, p.preferred_batch,
         p.queue_delay_us,
@@ -144,7 +140,7 @@ def trials(space: Mapping[str, Sequence[Any]], root: Path) -> list[Trial]:
     unknown = set(space) - set(KNOBS)
     if unknown:
         raise ValueError(f"--space: expected knobs of {KNOBS}, got {sorted(unknown)}")
-    start, found = asdict(untuned(root)), []
+    start, possible = asdict(untuned(root)), []
     known = engines(root)
     for values in itertools.product(*(space.get(k, [start[k]]) for k in KNOBS)):
         trial = Trial(*values)
@@ -152,29 +148,30 @@ def trials(space: Mapping[str, Sequence[Any]], root: Path) -> list[Trial]:
             raise ValueError(f"--space: engine: expected one of {sorted(known)}, got {trial.engine!r}")
         if trial.layout not in ("fused", "ensemble"):
             raise ValueError(f"--space: layout: expected fused or ensemble, got {trial.layout!r}")
-        s = shapes_of(known[trial.engine])
+        s = Run(known[trial.engine]).shapes()
         if trial.history > s.history or trial.ranked > s.candidates or trial.ranked < TOP_K or trial.history < 1:
             continue
         if trial.layout == "ensemble" and trial.ranked != s.candidates:
             continue  # the ensemble ranks all
         if trial.preferred and (not trial.delay_us or trial.preferred >= trial.batch):
             continue  # nothing waits for it
-        found.append(trial)
-    if not found:
+        possible.append(trial)
+    if not possible:
         raise ValueError("--space: expected at least one configuration that the engines can run, got none")
-    return found
+    return possible
 
 
 def write_profile(folder: Path, name: str, profile: repository.ServingProfile) -> None:
     """``configs/<name>.pbtxt`` of every model of a compiled run."""
-    schema, target = contract.DataSchema.load(folder / "compiled" / "schema.json"), folder / "model_repository"
+    run = Run(folder)
+    schema, target = run.schema(), run.repository
     served = repository.read_config(target, contract.ENSEMBLE, "").parameters
     metadata = {key: served[key].string_value for key in ("precision", "tables", "gate") if key in served}
-    repository.write_profile(target, shapes_of(folder), schema.heads, name, profile, schema.exclude_seen, metadata)
+    repository.write_profile(target, run.shapes(), schema.heads, name, profile, schema.exclude_seen, metadata)
 
 
 def drop_profile(folder: Path, name: str) -> None:
-    for path in (folder / "model_repository").glob(f"*/configs/{name}.pbtxt"):
+    for path in Run(folder).repository.glob(f"*/configs/{name}.pbtxt"):
         path.unlink()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.features import Features
-from preprocessing.requests import FILE, record
+from preprocessing.requests import record
 from search import published as search
 from serving import repository
 from serving.runtime.item_index import ENCODER, INDEX, POPULAR, IndexedRetrieval
@@ -35,6 +35,7 @@ from training.presets import Preset
 from vivace import contract
 from vivace.manifest import Progress, Step, read_manifest, write_text
 from vivace.onnx_session import open_session
+from vivace.run import RECORDED_PARTS, Run
 
 OPSET = 18
 TABLES = ("fp32", "int8")  # how items are kept
@@ -43,7 +44,7 @@ CALIBRATION_BATCHES = 8
 SENSITIVITY_BATCHES = 2
 FOLD_ITEMS = 100_000  # items up to which the ranker's table of five numbers for one of the embedding is worth it
 TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
-LAYOUT = 6  # of the stages' tensors: a repository of another layout is compiled again
+LAYOUT = 7  # of the stages' tensors and the recorded requests: what has another layout is compiled again
 EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
 RECORDED_REQUESTS = 5000
@@ -348,7 +349,8 @@ def compile_models(
             contract.RANKING: dict(zip(_names(contract.ranking_inputs(s)), (x.numpy() for x in rows), strict=True)),
         }
         made[kind] = make(kind, step.folder, feeds, (1, 16, repository.PROFILES["gpu"].max_batch_size))
-    record(features, step.folder / FILE, RECORDED_REQUESTS, seed)
+    for part in RECORDED_PARTS:
+        record(features, Run(root).requests_file(part), RECORDED_REQUESTS, seed, part)
     s = replace(s, search=search.features_of(root))
     items_file = step.folder / "items.json"
     write_text(items_file, json.dumps(features.items()[contract.ITEM].tolist(), ensure_ascii=False))

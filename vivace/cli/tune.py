@@ -33,6 +33,7 @@ def tune(
     """Find the configuration that answers the most requests within an objective; then: vivace serve --profile."""
     values = json_file(space, "--space") if space else None
     with step(name, artifacts) as run:
+        from loadtest.tune.decision import quality_sentence
         from loadtest.tune.space import Objective
         from loadtest.tune.tune import tune as search_profiles
 
@@ -43,5 +44,6 @@ def tune(
     chosen = decision["chosen"]
     gain = f", {chosen['qps'] / decision['untuned']:.2f} times the untuned" if decision["untuned"] else ""
     say(f"{objective}: {chosen['qps']:.0f} requests a second{gain}: {chosen['trial']}")
+    say(quality_sentence(decision))
     say(f"report {run.tuning / save_as}.html")
     say_next(f"serve --profile {save_as}", run, artifacts)

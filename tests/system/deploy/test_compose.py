@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from loadtest.generate.open_loop import messages, run
+from loadtest.generate.generator import messages, run
 from serving.launcher import free_port
 from tests.support import PATIENCE_S, PatientClient, wait_until
 from vivace.manifest import CHECKOUT

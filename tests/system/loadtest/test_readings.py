@@ -6,13 +6,12 @@ import json
 
 import tritonclient.grpc as grpcclient
 
+from benchmarks.bound import Bound, Graphs
 from loadtest.generate.statistics import between, quantiles, statistics
 from preprocessing.requests import recorded, replay
-from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from tests.support import PatientClient, wait_until
 from vivace import contract
-from vivace.store.lmdb_store import LmdbStore
 
 
 def test_statistics_count_what_was_asked(served, root):
@@ -37,14 +36,16 @@ def test_statistics_count_what_was_asked(served, root):
 
 
 def test_the_bound_runs_the_served_graphs(served, root):
-    """What ``make bench`` calls the in-process bound gives the served answer."""
+    """What ``make bench`` calls the bound gives the served answer, and every process of it does its part."""
     server, _ = served
     frame = recorded(root)
     names = [""] * contract.FIRST_ID + json.loads((root / "compiled" / "items.json").read_text())
-    store = LmdbStore(root / "feature_store", readonly=True)
-    bound = Pipeline.published(root, store)
-    with PatientClient(f"{server.host}:{server.grpc_port}") as client:
+    graphs = Graphs(root, root, 0, 0, whole=True)
+    with graphs.opened() as bound, PatientClient(f"{server.host}:{server.grpc_port}") as client:
         for user, history in list(zip(frame[contract.USER], frame[contract.ITEM], strict=True))[:5]:
             ids = bound([Row(user, list(history), 10)])[0][0][0]
             assert [names[i] for i in ids[:10]] == client.recommend(user, list(history), 10).items
-    store.close()
+    rows = [Row("", list(h), 10) for h in frame[contract.ITEM].head(50)]
+    with Bound(graphs, rows, 2) as processes:
+        both = processes.throughput(4, 0.3)
+    assert both["qps"] > 0 and 0 < both["cpu_ms"] < 1000

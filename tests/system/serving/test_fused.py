@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 
-from loadtest.generate.open_loop import messages, run
+from loadtest.generate.generator import messages, run
 from preprocessing.requests import recorded
 from serving.runtime.by_length import chunks
 from serving.runtime.overload import Level, Overload

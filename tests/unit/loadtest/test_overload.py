@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.overload import AFTER_S, CALM_S, by_second, recovery, timetable
-from loadtest.generate.open_loop import CODE_DEGRADED
+from loadtest.generate.generator import CODE_DEGRADED
 
 
 def test_the_timetable_is_calm_then_not_then_calm():
