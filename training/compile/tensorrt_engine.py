@@ -59,7 +59,7 @@ def build(
     for flag in ["SPARSE_WEIGHTS"] * sparse + ["VERSION_COMPATIBLE"] * (trt.__name__ == "tensorrt"):
         if hasattr(trt.BuilderFlag, flag):
             config.set_flag(getattr(trt.BuilderFlag, flag))
-    keep = timings is not None and hasattr(config, "create_timing_cache")
+    keep = timings is not None and trt.__name__ == "tensorrt"  # in TensorRT-RTX a timing cache does nothing
     if keep and timings is not None:
         known = timings.read_bytes() if timings.exists() else b""
         config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)

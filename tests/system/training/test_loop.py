@@ -85,6 +85,7 @@ def _offline_losses(file: Path) -> list[float]:
         record = wandb_internal_pb2.Record.FromString(raw)
         items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
         losses += [float(items["test/loss"])] if "test/loss" in items else []
+    store.close()
     return losses
 
 
