@@ -49,7 +49,7 @@ def protocol(features: Features) -> dict[str, Any]:
         "split": prepared["results"]["split"],
         "candidates ranked": f"all {features.item_count() - FIRST_ID} items of the vocabulary",
         "seen items": "filtered" if features.schema.exclude_seen else "not filtered",
-        "ties": "stable, smaller id first",
+        "ties": "broken at random, seeded by the request",
         "validation event": "label of the ranker only; input of both at test time",
         "targets out of vocabulary": "counted as misses",
         "sampled metrics": "none",
@@ -77,7 +77,7 @@ def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Pro
     count = min(preset.ranker.candidates, items - FIRST_ID)
     for request in data.requests(features.files("test"), heads, preset.encoder.history, 256):
         for name, scores in _baselines(features, request, counts, followers).items():
-            found.add_ranks(name, ranks(scores, request.target_B))
+            found.add_ranks(name, ranks(scores, request.target_B, request.number_B))
         rank, ids, scores, encoded = candidates(
             retriever, request, count, features.schema.exclude_seen, preset.ranker.memory
         )
@@ -87,7 +87,7 @@ def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Pro
         for name, label in names.items():
             with torch.no_grad():
                 logits = rankers[name](request.history_BT.to(ids.device), ids, scores, encoded)
-            found.add_ranks(label, ranks_after(logits[..., 0], ids, target, rank))
+            found.add_ranks(label, ranks_after(logits[..., 0], ids, target, rank, request.number_B))
             if name == "ranking":
                 probability = rankers[name].probabilities(logits)
                 for i, head in enumerate(heads):
@@ -102,7 +102,7 @@ def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Pro
             with torch.no_grad():
                 logits = rankers["ranking"](request.history_BT.to(ids.device), ids, scores, encoded)
             found.add_ranks(RETRIEVAL + WITHOUT_TIMES, rank)
-            found.add_ranks(RANKED + WITHOUT_TIMES, ranks_after(logits[..., 0], ids, target, rank))
+            found.add_ranks(RANKED + WITHOUT_TIMES, ranks_after(logits[..., 0], ids, target, rank, request.number_B))
         done += len(target)
         oov += int((request.target_B < FIRST_ID).sum())
         say(f"ranked {done:,} test requests")

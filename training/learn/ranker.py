@@ -69,7 +69,8 @@ class RankerData:
 
     def batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[tuple[Any, ...]]:
         """(history [B, T], ids, scores, encoded, hit bool [B, N], labels [B, heads]) of requests whose target is among
-        the candidates (training), or of all of them (held out); the retriever's rank and the target come last."""
+        the candidates (training), or of all of them (held out); the retriever's rank, the target and the request's
+        number come last."""
         for request in self._requests(held_out, shuffle_seed, batch_size):
             rank, ids, scores, encoded = candidates(
                 self.retriever, request, self.count, self.schema.exclude_seen, self.preset.ranker.memory
@@ -80,9 +81,9 @@ class RankerData:
             if not held_out:
                 keep &= hit.any(1)
             labels = torch.stack([request.labels[h] for h in self.heads], 1).to(ids.device)
-            history = request.history_BT.to(ids.device)
+            history, number = request.history_BT.to(ids.device), request.number_B.to(ids.device)
             if keep.any():
-                yield tuple(x[keep] for x in (history, ids, scores, encoded, hit, labels, rank, target))
+                yield tuple(x[keep] for x in (history, ids, scores, encoded, hit, labels, rank, target, number))
 
 
 def ranker_loss(model: RankingModel, batch: tuple[Any, ...]) -> Tensor:
@@ -159,9 +160,9 @@ def train_ranker(
     def metric() -> dict[str, float]:
         found, losses = [], []
         with torch.no_grad():
-            for history, ids, scores, encoded, hit_BN, _, rank, target in source.batches(True, None, SCORED):
+            for history, ids, scores, encoded, hit_BN, _, rank, target, number in source.batches(True, None, SCORED):
                 logits = model(history, ids, scores, encoded)[..., 0]
-                found.append(ranks_after(logits, ids, target, rank))
+                found.append(ranks_after(logits, ids, target, rank, number))
                 among = hit_BN.any(1)
                 losses.append(F.cross_entropy(logits[among], hit_BN[among].to(torch.int64).argmax(1), reduction="none"))
         if not found or not sum(len(x) for x in losses):

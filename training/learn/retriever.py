@@ -47,7 +47,7 @@ def _probe_metric(
             for start in range(0, len(probes), SCORED):
                 part = probes[start : start + SCORED]
                 targets = torch.tensor([int(p[-1, 0]) for p in part])
-                request = data.of_sequences([p[:-1] for p in part], model.config.history, targets, {})
+                request = data.of_sequences([p[:-1] for p in part], model.config.history, targets, {}, start)
                 rank, scores, _ = scored(model, request, exclude_seen)
                 found.append(rank)
                 losses.append(F.cross_entropy(scores, request.target_B.to(scores.device), reduction="none"))
