@@ -25,7 +25,7 @@ from training.judge.evaluate import evaluate
 from training.judge.gate import BOUND
 from training.learn.constraints import Constraint
 from training.learn.distill import Distillation, Teacher
-from training.learn.objectives import retrieval_loss
+from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
 from training.models.ranking import RankerConfig
@@ -85,8 +85,7 @@ def prune_retriever(
     step.reset()
     model, c = load_retrieval(features, preset, root), preset.retrieval
     counts = torch.tensor(popularity(features.files("train"), features.item_count()))
-    p = (counts + 1.0) ** c.negative_power
-    log_expected = (c.negatives * p / p.sum()).log().float().to(model.bias.device)
+    log_expected = log_expected_counts(counts, c).to(model.bias.device)
     plain = replace(c, adversarial=0.0)
     epoch = data.training_batches(
         features.files("train"), preset.encoder.history, c.batch_size, seed, 0, timed=preset.encoder.time_bias

@@ -26,7 +26,7 @@ from training.distributed import World, whole
 from training.learn.constraints import Constraint, constrain, release
 from training.learn.distill import Teacher
 from training.learn.loop import Loop, LoopConfig
-from training.learn.objectives import retrieval_loss
+from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.warm_start import free_unseen, start_from_counts, take_up
 from training.metrics import mean_ndcg
 from training.models.adapters import Adaptation, freeze_for, merge
@@ -34,7 +34,6 @@ from training.models.item_table import item_attributes
 from training.models.retrieval import EXCLUDED, RetrievalModel
 from training.presets import PRESET, Preset
 from training.scoring import SCORED, scored
-from vivace.contract import FIRST_ID
 from vivace.manifest import Progress, Step, read_manifest, write_text
 
 
@@ -143,9 +142,7 @@ def train_retrieval(
             "train: no user has two training events, so there is nothing to learn the next event from; "
             "check the column user, or prepare a longer log"
         )
-    p = torch.tensor((counts + 1) ** c.negative_power)
-    p[:FIRST_ID] = 1e-12
-    log_expected = (c.negatives * p / p.sum()).log().float().to(device())
+    log_expected = log_expected_counts(torch.tensor(counts), c).to(device())
     loop = Loop(
         model,
         LoopConfig(

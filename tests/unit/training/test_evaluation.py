@@ -83,7 +83,7 @@ def test_a_constant_model_is_as_good_as_chance_however_popular_the_small_ids():
     gains = np.array([1 / math.log2(r + 2) if r < 10 else 0.0 for r in range(items)])  # each rank has chance 1 / 200
     noise = gains.std() / math.sqrt(requests)
     assert abs(found - gains.mean()) < 4 * noise
-    assert metrics((popular - FIRST_ID).numpy())["NDCG@10"] > 20 * gains.mean()  # what ids as a rule of ties would give
+    assert metrics((popular - FIRST_ID).numpy())["NDCG@10"] > 10 * gains.mean()  # what ids as a rule of ties would give
 
 
 def test_renaming_items_moves_no_metric_beyond_noise():
