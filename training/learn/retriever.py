@@ -35,6 +35,7 @@ from training.models.retrieval import EXCLUDED, RetrievalModel
 from training.presets import PRESET, Preset
 from training.scoring import SCORED, scored
 from vivace.manifest import Progress, Step, read_manifest, write_text
+from vivace.run import TEXT, Run
 
 
 def _probe_metric(
@@ -99,7 +100,7 @@ def train_retrieval(
     if start_from is not None:
         inputs["from"] = read_manifest(start_from, "vivace pretrain")["key"]
     if preset.encoder.text_encoder:
-        inputs["text"] = read_manifest(features.folder.parent / "text", "vivace pretrain --objective text")["key"]
+        inputs["text"] = Run(root, features.folder).key(TEXT)
     step = Step(root / "retrieval", "train retrieval", config, seed, inputs)
     if world.first:
         root.mkdir(parents=True, exist_ok=True)
