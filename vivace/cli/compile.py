@@ -23,7 +23,7 @@ from vivace.cli.runs import say_next, step
 from vivace.cli.values import choice, one_of, values_of
 
 TARGETS = values_of("training.compile.targets:TARGETS")
-INDEXES = values_of("training.compile.export:INDEXES")
+INDEXES = values_of("training.compile.compiler:INDEXES")
 
 
 def compile_(
@@ -47,7 +47,7 @@ def compile_(
     """Export to ONNX, check against PyTorch (int8: by the quality gate), publish a new version of the repository."""
     with step(name, artifacts) as run:
         from preprocessing.features import Features
-        from training.compile.export import CompileConfig, compile_models
+        from training.compile.compiler import CompileConfig, compile_models
 
         config = CompileConfig(
             precision=precision, tables=tables, fold=fold, targets=tuple(target or ()), index=index, bound=bound,
