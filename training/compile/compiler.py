@@ -200,7 +200,7 @@ class Compilation:
 
     def make_targets(self) -> dict[str, dict[str, float]]:
         """What each target records."""
-        s, records = self.tensors, {}
+        s, records = self.tensors, dict[str, dict[str, float]]()
         feeds: dict[str, dict[str, np.ndarray]] = {
             stage: {t.name: x.numpy() for t, x in zip(tensors, values, strict=True)}
             for stage, tensors, values in (

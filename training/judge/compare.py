@@ -37,8 +37,8 @@ class Row:
 
 
 def compare(runs: Sequence[Path], methods: Sequence[str] = METHODS) -> list[Row]:
-    """Rows of ``runs`` (folders under artifacts, each evaluated). Raises FileNotFoundError or StaleError, which name the
-    step to run."""
+    """Rows of ``runs`` (folders under artifacts, each evaluated). Raises FileNotFoundError or StaleError, which name
+    the step to run."""
     rows: list[Row] = []
     first: dict[str, np.ndarray] = {}
     for number, root in enumerate(runs):
