@@ -185,6 +185,14 @@ class Run:
         """Key of a finished step whose inputs are still those it was made from: see ``manifest``."""
         return str(self.manifest(name)["key"])
 
+    def doubt(self) -> str:
+        """Why what is published no longer fits the features and models that are there; "" where it does."""
+        try:
+            self.manifest(COMPILED)
+        except (StaleError, FileNotFoundError) as error:
+            return str(error)
+        return ""
+
     def schema(self) -> DataSchema:
         """The data set's schema: as compiled, or as prepared where nothing is compiled yet."""
         compiled = self.compiled / "schema.json"
