@@ -1,7 +1,6 @@
 """``vivace evaluate``: baselines, retriever, ranker and controls in one table, by full ranking of the test requests.
 
-This step alone reads the test requests' targets. It ranks the validation requests too: by those engines are chosen
-(``gate``). Axis legend: B requests, V item ids, N candidates.
+It ranks the validation requests too: engines are chosen by those (``gate``), never by the test. Axis legend: B requests, V item ids, N candidates.
 """
 
 from __future__ import annotations
