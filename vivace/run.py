@@ -168,16 +168,13 @@ class Run:
         before it was made anew since; both name the command to run.
         """
         record = read_manifest(self.step(name), self.command(name))
-        for part, key in record["inputs"].items():
-            source = self._source(part)
-            if source is None:
-                continue
-            run, step = source
-            present = run.manifest(step)["key"]
-            if present != key:
+        sources = {part: source for part in record["inputs"] if (source := self._source(part)) is not None}
+        keys = {part: run.key(step) for part, (run, step) in sources.items()}  # the earliest step to run is named first
+        for part, (run, step) in sources.items():
+            if keys[part] != record["inputs"][part]:
                 raise StaleError(
-                    f"{self.step(name)}: made from other {part} (key {key}) than what {run.step(step)} holds now (key "
-                    f"{present}); run '{self.command(name)}' again"
+                    f"{self.step(name)}: made from other {part} (key {record['inputs'][part]}) than what "
+                    f"{run.step(step)} holds now (key {keys[part]}); run '{self.command(name)}' again"
                 )
         return record
 
