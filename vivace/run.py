@@ -183,11 +183,14 @@ class Run:
         return str(self.manifest(name)["key"])
 
     def doubt(self) -> str:
-        """Why what is published no longer fits the features and models that are there; "" where it does."""
+        """Why what is published no longer fits the features and models that are there; "" where it does, and where the
+        repository came alone."""
         try:
             self.manifest(COMPILED)
-        except (StaleError, FileNotFoundError) as error:
+        except StaleError as error:
             return str(error)
+        except FileNotFoundError:
+            pass
         return ""
 
     def schema(self) -> DataSchema:

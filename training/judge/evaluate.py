@@ -1,6 +1,7 @@
 """``vivace evaluate``: baselines, retriever, ranker and controls in one table, by full ranking of the test requests.
 
-It ranks the validation requests too: engines are chosen by those (``gate``), never by the test. Axis legend: B requests, V item ids, N candidates.
+It ranks the validation requests too: engines are chosen by those (``gate``), never by the test.
+Axis legend: B requests, V item ids, N candidates.
 """
 
 from __future__ import annotations
