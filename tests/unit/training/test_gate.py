@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from training.judge.gate import HELD_OUT_USERS, GateError, judge
+from training.judge.gate import HELD_OUT_USERS, GateError, graph_ranks, judge
 from training.metrics import MISS, Collected
+from vivace import contract
 from vivace.manifest import Step, write_json
 
 BEFORE = np.array([0, 1, 5, MISS] * 500)
@@ -82,3 +86,25 @@ def test_records_hold_no_nan(tmp_path):
     assert manifest["results"]["gauc"] == {"buy": {"GAUC": None, "lists": 0}}
     assert manifest["results"]["gate"]["change"] is None
     assert strict((tmp_path / "step" / "manifest.json").read_text()) == manifest
+
+
+def test_graphs_of_one_score_gain_nothing_from_the_order_of_their_answer(tmp_path):
+    """Forty items; the target always comes first among ten of one score, or is not there, or has the best score."""
+    ids, requests = pa.array([[3, 4]] * 900, pa.list_(pa.int64())), 900
+    columns = {contract.ITEM: ids, contract.TIME: ids, contract.TARGET: pa.array([5, 39, 6] * 300)}
+    pq.write_table(pa.table(columns), tmp_path / "part.parquet")
+    features = SimpleNamespace(
+        files=lambda part: [tmp_path / "part.parquet"], schema=SimpleNamespace(heads=(), exclude_seen=True)
+    )
+    tensors = contract.StageTensors(2, 10, 43, 8, False, 0)
+
+    def answer(inputs):
+        rows = len(inputs[0])
+        scores = np.ones((rows, 1, 10), np.float32)
+        scores[:, :, 1] = 2.0
+        return [np.tile(np.arange(5, 15), (rows, 1)), scores]
+
+    rank = graph_ranks(features, tensors, answer)
+    assert len(rank) == requests and (rank[1::3] == MISS).all() and (rank[2::3] == 0).all()
+    tied = rank[::3]  # places 1 to 9 come alike
+    assert set(tied) == set(range(1, 10)) and tied.mean() == pytest.approx(5, abs=4 * np.sqrt(60 / 9 / 300))
