@@ -47,7 +47,7 @@ RECORDED_REQUESTS = 5000
 Tables = Literal["fp32", "int8"]
 Index = Literal["", "HNSW32", "HNSW32_SQ8"]
 TABLES: tuple[Tables, ...] = get_args(Tables)  # how items are kept
-INDEXES: tuple[Index, ...] = get_args(Index)[1:]  # FAISS indexes that ``--index`` builds
+INDEXES = ("HNSW32", "HNSW32_SQ8")  # FAISS indexes that ``--index`` builds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,10 +49,9 @@ def compile_(
         from preprocessing.features import Features
         from training.compile.compiler import CompileConfig, compile_models
 
-        config = CompileConfig(
-            precision=precision, tables=tables, fold=fold, targets=tuple(target or ()), index=index, bound=bound,
-            force=force,
-        )  # fmt: skip
+        chosen: dict[str, Any] = {"precision": precision, "tables": tables, "index": index}  # each is one of its values
+        targets: tuple[Any, ...] = tuple(target or ())
+        config = CompileConfig(fold=fold, targets=targets, bound=bound, force=force, **chosen)
         sizes = chosen_preset(preset, run.root)
         results = compile_models(Features(run.features), sizes, run.root, seed, say, config)["results"]
     for stage, values in results["parity"].items():
