@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.reports.compress import variant
+from loadtest.tune.space import engines
 from preprocessing.features import Features
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.compress import Compression, compress
@@ -92,6 +94,8 @@ STEPS = {  # what each step reads, and how it is called
         (FEATURES, RETRIEVAL, RANKING, SEARCH, EVALUATION),
         lambda run, features: compile_models(features, tiny(), run.root, 1, quiet, CompileConfig(precision="int8")),
     ),
+    "tune": ((COMPILED,), lambda run, features: engines(run.root)),
+    "report": ((COMPILED, EVALUATION, RETRIEVAL), lambda run, features: variant("whole model", run.root)),
     "compress": (
         (EVALUATION, RETRIEVAL, FEATURES),
         lambda run, features: compress(features, tiny(), run.root, "small", Compression(), 1, quiet, True),
@@ -105,11 +109,16 @@ def test_a_step_refuses_what_was_made_from_something_else(run, step, remade):
     reads, call = STEPS[step]
     make(run, remade, seed=1)
     stale = [part for part in reads if remade in made_from(part)]
-    with pytest.raises(Exception) as error:  # there is no data: a step that takes its inputs fails later
+    refusal = ""
+    try:
         call(run, Features(run.features))
-    assert isinstance(error.value, StaleError) == bool(stale), error.value
+    except StaleError as error:
+        refusal = str(error)
+    except (OSError, ValueError, KeyError):  # there is no data: a step that takes its inputs may fail later
+        pass
+    assert bool(refusal) == bool(stale), refusal
     if stale:
-        assert "run 'vivace " in str(error.value) and "--name shop' again" in str(error.value)
+        assert "run 'vivace " in refusal and "--name shop' again" in refusal
 
 
 @pytest.mark.parametrize("lost", [FEATURES, RETRIEVAL, RANKING])
