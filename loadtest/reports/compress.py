@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loadtest.reports.graph_speed import Speed, measure
 from loadtest.reports.html import image, page, table
@@ -37,13 +38,15 @@ class Variant:
 
 def variant(name: str, root: Path) -> Variant:
     run = Run(root)
-    card, results = run.card(), run.manifest(COMPILED)["results"]
+    results = run.manifest(COMPILED)["results"]
+    card = run.card()
     gate, evaluated = card["gate"], float(ndcg_of(reference_ranks(run)).mean())
-    judged = gate if isinstance(gate, dict) else {"engine": evaluated, "change": 0.0, "interval": (0.0, 0.0)}
-    change, *interval = (0.0 if x is None else x for x in (judged["change"], *judged["interval"]))  # None: unknown
+    judged: dict[str, Any] = {"engine": evaluated, "change": 0.0, "interval": (0.0, 0.0)}
+    judged |= gate if isinstance(gate, dict) else {}
+    change, low, high = (float(x or 0.0) for x in (judged["change"], *judged["interval"]))  # None: unknown
     parameters = run.manifest(RETRIEVAL)["results"].get("parameters", 0)
     return Variant(
-        name, root, judged["engine"], change, (interval[0], interval[1]), bool(judged.get("forced")),
+        name, root, judged["engine"], change, (low, high), bool(judged.get("forced")),
         card["precision"] if card["tables"] == "fp32" else f"{card['tables']} tables", parameters,
         results.get("sensitivities", {}), results.get("targets", {}),
     )  # fmt: skip
