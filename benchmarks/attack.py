@@ -54,7 +54,7 @@ def under_attack(
                 history = request.history_BT.to(where)
                 exclude = request.exclude(len(table), features.schema.exclude_seen).to(where)
                 scores = model.scores(history, model.encode(history, table, request.time_BT.to(where)), exclude, table)
-                ranks_by_batch.append(ranks(scores, request.target_B.to(where)).cpu().numpy())
+                ranks_by_batch.append(ranks(scores, request.target_B.to(where), request.number_B).cpu().numpy())
         return metrics(np.concatenate(ranks_by_batch))["NDCG@10"]
 
     length, generator = plain[FIRST_ID:].norm(dim=1).mean(), torch.Generator().manual_seed(seed)

@@ -26,8 +26,8 @@ from benchmarks.tables import Scoring, catalogue
 from benchmarks.turns import milliseconds
 from loadtest.reports.record import record_line
 from serving.runtime.item_index import ItemIndex
-from training.compile.export import export
 from training.compile.index import tune
+from training.compile.onnx_export import export
 from training.models.ranking import ItemTables, RankingGraph, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import cpu as cpu_preset

@@ -25,7 +25,8 @@ from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from serving.service import service
 from training.checkpoints import load_ranker, load_retrieval
-from training.compile.export import Engine, example_requests, export, shapes
+from training.compile.engine import Engine
+from training.compile.onnx_export import example_requests, export, shapes
 from training.compile.targets import on_openvino
 from training.judge.gate import BOUND
 from training.metrics import MISS, bootstrap, ndcg_of

@@ -24,7 +24,7 @@ from preprocessing.features import Features
 from preprocessing.requests import OUT_OF_VOCABULARY
 from serving.service import service
 from training.checkpoints import load_ranker, load_retrieval
-from training.compile.export import shapes
+from training.compile.onnx_export import shapes
 from training.data import batches as data
 from training.metrics import MISS, metrics
 from training.models.ranking import RankingGraph

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.turns import milliseconds
 from loadtest.reports.record import record_line
 from serving.runtime.tensorrt_plan import Plan
-from training.compile.export import export
+from training.compile.onnx_export import export
 from training.compile.quantize import convert, prepare
 from training.compile.tensorrt_engine import build
 from training.models.ranking import ItemTables, RankingGraph, RankingModel

@@ -20,7 +20,7 @@ import typer
 from torch import Tensor, nn
 
 from loadtest.reports.record import record_line
-from training.compile.export import export
+from training.compile.onnx_export import export
 from training.metrics import MISS, bootstrap, ndcg_of
 from training.models.int8_table import Int8Table
 from vivace.onnx_session import open_session

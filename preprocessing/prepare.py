@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from preprocessing.workflow import (
     training_rows,
 )
 from vivace import contract as c
-from vivace.manifest import Progress, Step
+from vivace.manifest import Progress, Step, replaced
 from vivace.run import Run
 from vivace.store.lmdb_store import fill_store
 
@@ -299,11 +299,15 @@ def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: P
         say("features are there: nothing to do")
         assert step.manifest is not None
         return step.manifest
-    started = time.monotonic()
+    with replaced(step.folder) as folder:  # features that are there stay whole until the new ones are
+        return _build(source, config, root, replace(step, folder=folder), say)
+
+
+def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: Progress) -> dict[str, Any]:
+    """Writes ``step``'s folder and the feature store; returns the manifest."""
+    schema, started = source.schema, time.monotonic()
     folder, scratch = step.folder, step.folder / "scratch"
     step.reset()
-    for stale in ("train", "valid", "test", "scratch", "workflow", "item_workflow"):
-        shutil.rmtree(folder / stale, ignore_errors=True)
     (folder / SCHEMA_FILE).write_text(json.dumps(schema.to_json(), indent=2))
     rejects = Rejects(folder / "rejects.csv")
     catalogue, known = _catalogue(source, rejects)

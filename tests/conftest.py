@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from preprocessing.prepare import PrepareConfig, prepare
     from preprocessing.readers.shop import Shop, ShopConfig
     from tests.support import quiet
-    from training.compile.export import compile_models
+    from training.compile.compiler import compile_models
     from training.judge.evaluate import evaluate
     from training.learn.ranker import train_ranker
     from training.learn.retriever import train_retrieval

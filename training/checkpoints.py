@@ -14,7 +14,8 @@ from training.models.item_table import item_attributes
 from training.models.ranking import RankingModel
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
-from vivace.manifest import Step, read_manifest
+from vivace.manifest import Step
+from vivace.run import RANKING, RETRIEVAL, Run
 
 WEIGHTS = "weights.pt"
 
@@ -41,10 +42,12 @@ def finish_training(step: Step, model: torch.nn.Module, report: dict[str, Any], 
 
 
 def load_retrieval(features: Features, preset: Preset, root: Path) -> RetrievalModel:
-    read_manifest(root / "retrieval", "vivace train")
+    """The trained retriever of a run. Raises StaleError if it was trained on other features than ``features``."""
+    run = Run(root, features.folder)
+    run.manifest(RETRIEVAL)
     items = features.item_count()
     model = RetrievalModel(preset.encoder, items, torch.zeros(items), item_attributes(features, preset.encoder))
-    model.load_state_dict(torch.load(root / "retrieval" / WEIGHTS, weights_only=True, map_location="cpu"))
+    model.load_state_dict(torch.load(run.retrieval / WEIGHTS, weights_only=True, map_location="cpu"))
     return model.eval().to(device())
 
 
@@ -54,9 +57,11 @@ def build_ranker(features: Features, preset: Preset, retriever: RetrievalModel) 
     return RankingModel(preset.ranker, tables, retriever.cpu(), names, preset.ranking.weighting)
 
 
-def load_ranker(features: Features, preset: Preset, root: Path, name: str = "ranking") -> RankingModel:
-    read_manifest(root / name, "vivace train")
+def load_ranker(features: Features, preset: Preset, root: Path, name: str = RANKING) -> RankingModel:
+    """The trained ranker of a run. Raises StaleError if it was trained on another retriever or other features."""
+    run = Run(root, features.folder)
+    run.manifest(name)
     retriever = load_retrieval(features, preset, root)
     model = build_ranker(features, preset, retriever)
-    model.load_state_dict(torch.load(root / name / WEIGHTS, weights_only=True, map_location="cpu"))
+    model.load_state_dict(torch.load(run.step(name) / WEIGHTS, weights_only=True, map_location="cpu"))
     return model.eval().to(device())

@@ -1,7 +1,8 @@
 """Full-ranking evaluation: every item of the vocabulary is ranked, no sampled negatives.
 
-A target that is excluded or out of vocabulary counts as a miss. Ties go to the smaller id (stable).
-Axis legend: B requests, V item ids, N candidates.
+A target that is excluded, out of vocabulary or scored NaN counts as a miss. Ties are broken at random, seeded by the
+request: item ids are sorted by frequency, so any rule that goes by ids would give a constant model the quality of
+popularity. Axis legend: B requests, V item ids, N candidates.
 """
 
 from __future__ import annotations
@@ -19,27 +20,55 @@ from vivace.contract import FIRST_ID
 BINS = 15  # of a reliability curve
 CUTS = (1, 5, 10, 50)
 MISS = 1 << 30  # the rank of a target that cannot be answered
+STREAMS = 2
+ALL_ITEMS, CANDIDATES = range(STREAMS)  # streams of random places: a second draw must not repeat the first
 
 
-def ranks(scores_BV: Tensor, target_B: Tensor) -> Tensor:
-    """Rank of each target from 0, int64 [B]: items that score higher, or equal with a smaller id; MISS if excluded."""
-    own_B1 = scores_BV.gather(1, target_B[:, None])
-    higher = (scores_BV > own_B1).sum(1)
-    ids = torch.arange(scores_BV.shape[1], device=scores_BV.device)
-    ties = ((scores_BV == own_B1) & (ids[None] < target_B[:, None])).sum(1)
-    dead = (own_B1[:, 0] <= EXCLUDED / 2) | (target_B < FIRST_ID)
-    return torch.where(dead, MISS, higher + ties)
+def uniform(request_B: Tensor, stream: int) -> Tensor:
+    """One number in [0, 1) for each request, float64 [B]: a hash (SplitMix64, Steele et al. 2014) of its number int64
+    [B] in the order of the file, which says nothing about items. Numbers of different ``stream``s are independent."""
+    with np.errstate(over="ignore"):
+        x = request_B.cpu().numpy().astype(np.uint64) * np.uint64(STREAMS) + np.uint64(stream + 1)
+        x *= np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return torch.from_numpy((x >> np.uint64(11)).astype(np.float64) / 2.0**53)
 
 
-def ranks_after(logits_BN: Tensor, candidates_BN: Tensor, target_B: Tensor, before_B: Tensor) -> Tensor:
-    """Rank of each target when the candidates are re-ordered by ``logits_BN`` and the rest keeps its place."""
+def place(higher_B: Tensor, ties_B: Tensor, request_B: Tensor, stream: int) -> Tensor:
+    """Rank from 0, int64 [B], behind ``higher_B`` items and at a random place among ``ties_B`` equal others."""
+    before = (uniform(request_B, stream).to(ties_B.device) * (ties_B + 1)).long()
+    return higher_B + torch.minimum(before, ties_B)
+
+
+def ranks(scores_BV: Tensor, target_B: Tensor, request_B: Tensor) -> Tensor:
+    """Rank of each target from 0, int64 [B]; MISS if it is excluded, out of vocabulary or scored NaN.
+
+    ``request_B``: number of each request, int64, which seeds the order of items of equal score."""
+    target_score_B1 = scores_BV.gather(1, target_B[:, None])
+    higher = (~(scores_BV <= target_score_B1)).sum(1)  # NaN counts as higher: a broken model gains nothing
+    ties = (scores_BV == target_score_B1).sum(1) - 1
+    score_B = target_score_B1[:, 0]
+    dead = (score_B <= EXCLUDED / 2) | score_B.isnan() | (target_B < FIRST_ID)
+    return torch.where(dead, MISS, place(higher, ties.clamp_min(0), request_B, ALL_ITEMS))
+
+
+def ranks_after(
+    logits_BN: Tensor, candidates_BN: Tensor, target_B: Tensor, before_B: Tensor, request_B: Tensor
+) -> Tensor:
+    """Rank of each target, int64 [B], when the candidates are re-ordered by ``logits_BN`` and the rest keeps its place.
+
+    ``before_B``: the retriever's ranks. A target that its random place among equals puts behind the candidates is none,
+    even if it was picked as one for its smaller id. ``request_B``: as in ``ranks``."""
     hit_BN = candidates_BN == target_B[:, None]
-    own = torch.where(hit_BN, logits_BN, torch.full_like(logits_BN, EXCLUDED)).amax(1, keepdim=True)
-    higher = (logits_BN > own).sum(1)
-    place = hit_BN.to(torch.int64).argmax(1, keepdim=True)
-    index = torch.arange(logits_BN.shape[1], device=logits_BN.device)
-    ties = ((logits_BN == own) & (index[None] < place)).sum(1)
-    return torch.where(hit_BN.any(1), higher + ties, before_B)
+    among_B = hit_BN.any(1) & (before_B < candidates_BN.shape[1])
+    target_logit_B1 = torch.where(hit_BN, logits_BN, torch.full_like(logits_BN, EXCLUDED)).amax(1, keepdim=True)
+    higher = (~(logits_BN <= target_logit_B1)).sum(1)
+    ties = (logits_BN == target_logit_B1).sum(1) - 1
+    after_B = place(higher, ties.clamp_min(0), request_B, CANDIDATES)
+    after_B = torch.where(target_logit_B1[:, 0].isnan(), MISS, after_B)
+    return torch.where(among_B, after_B, before_B)
 
 
 def ndcg_of(rank: np.ndarray, k: int = 10) -> np.ndarray:
@@ -132,8 +161,8 @@ class Collected:
         return {method: metrics(rank) for method, rank in self.ranks().items()}
 
     def gauc(self) -> dict[str, dict[str, float | None]]:
-        """Mean AUC of each head, None where no list has both classes, and the number of lists that have."""
-        out = {}
+        """Mean AUC over the lists of each head that have both classes, None where there is no such list."""
+        out: dict[str, dict[str, float | None]] = {}
         for head, parts in self.auc.items():
             values = np.concatenate(parts)
             out[head] = {"GAUC": float(values.mean()) if len(values) else None, "lists": len(values)}

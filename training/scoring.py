@@ -20,7 +20,7 @@ def scored(model: RetrievalModel, request: data.Requests, exclude_seen: bool) ->
     exclude = request.exclude(len(model.bias), exclude_seen).to(where)
     encoded = model.encode(history, times=request.time_BT.to(where))
     scores = model.scores(history, encoded, exclude)
-    return ranks(scores, request.target_B.to(where)), scores, encoded
+    return ranks(scores, request.target_B.to(where), request.number_B), scores, encoded
 
 
 def candidates(

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -46,11 +47,11 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for name in RECORDED:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            by_package[name] = metadata.version(name)
+    return by_package
 
 
 def environment() -> dict[str, Any]:
@@ -72,6 +73,15 @@ def plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     return json.loads(json.dumps(value, default=str))
+
+
+def finite(value: Any) -> Any:
+    """``value``, a tree of JSON, with None for numbers that JSON does not know (NaN and the infinities)."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(value: Any) -> str:
@@ -130,7 +140,8 @@ class Step:
             "seconds": round(seconds, 1),
             "results": plain(results),
         }
-        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=2))
+        manifest = finite(manifest)
+        write_json(self.folder / MANIFEST, manifest)
         return manifest
 
     def reset(self) -> None:
@@ -162,6 +173,28 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file whole or not at all; NaN and the infinities become null, which every reader of JSON knows."""
+    write_text(path, json.dumps(finite(plain(value)), indent=2, allow_nan=False, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder`` to build in, which takes its place at the end of the block. Where the block
+    raises, ``folder`` stays as it was, and ``<folder>.partial`` holds what was built."""
+    fresh, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    if old.exists() and not folder.exists():  # stopped between the two renames
+        old.rename(folder)
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

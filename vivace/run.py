@@ -21,6 +21,7 @@ from vivace.manifest import MANIFEST, read_manifest
 FEATURES, RETRIEVAL, RANKING, CONTROL = "features", "retrieval", "ranking", "ranking_control"
 TEXT, PRETRAINED, SEARCH, EVALUATION, COMPILED = "text", "pretrained", "query_search", "evaluation", "compiled"
 COMPRESSED = "compressed"
+TEACHER, REFERENCE = "teacher", "reference"  # of a variant: the whole run's retriever, and its evaluation
 
 RECORDED_PARTS = ("test", "valid")  # of the split: what ``vivace compile`` records requests of
 
@@ -43,19 +44,23 @@ class StaleError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """Paths and records of ``artifacts/<name>``; ``root`` is that folder."""
+    """Paths and records of ``artifacts/<name>``; ``root`` is that folder. ``features_at``: features that lie elsewhere,
+    for experiments that share them."""
 
     root: Path
+    features_at: Path | None = None
 
     # -- folders of the steps ------------------------------------------------------------------------
     @property
     def whole(self) -> Run:
         """The run that a compressed variant was made of; a whole run itself."""
-        return Run(self.root.parents[1]) if self.root.parent.name == COMPRESSED else self
+        if self.root.parent.name != COMPRESSED:
+            return self
+        return Run(self.root.parents[1], self.features_at)
 
     @property
     def features(self) -> Path:
-        return self.whole.root / FEATURES
+        return self.features_at or self.whole.root / FEATURES
 
     @property
     def feature_store(self) -> Path:
@@ -93,7 +98,7 @@ class Run:
 
     @property
     def text(self) -> Path:
-        return self.whole.root / TEXT
+        return self.features.parent / TEXT
 
     @property
     def pretrained(self) -> Path:
@@ -141,23 +146,52 @@ class Run:
         """Whether a step is finished."""
         return (self.step(name) / MANIFEST).exists()
 
+    def command(self, name: str) -> str:
+        """What to type to make a step."""
+        if self.whole == self or name in (FEATURES, TEXT):
+            return f"{MADE_BY[name]} --name {self.whole.root.name}"
+        return f"vivace compress --name {self.whole.root.name} --variant {self.root.name}"
+
+    def _source(self, part: str) -> tuple[Run, str] | None:
+        """The run and the step that an input of a manifest names; None for one that no step of a run makes."""
+        if part in MADE_BY:
+            return self, part
+        of_variant = {TEACHER: RETRIEVAL, REFERENCE: EVALUATION}
+        if part in of_variant and self.whole != self:
+            return self.whole, of_variant[part]
+        return None
+
     def manifest(self, name: str) -> dict[str, Any]:
         """Manifest of a finished step whose inputs are still those it was made from, all the way back to the features.
 
-        Raises FileNotFoundError where the step is missing and StaleError where a part before it was made anew since;
-        both name the command to run.
+        Raises FileNotFoundError where the step or one that it was made from is missing and StaleError where a part
+        before it was made anew since; both name the command to run.
         """
-        record = read_manifest(self.step(name), MADE_BY[name])
-        for part, key in record["inputs"].items():
-            if part not in MADE_BY or part == name or not self.has(part):
-                continue
-            present = self.manifest(part)["key"]
-            if present != key:
+        record = read_manifest(self.step(name), self.command(name))
+        sources = {part: source for part in record["inputs"] if (source := self._source(part)) is not None}
+        keys = {part: run.key(step) for part, (run, step) in sources.items()}  # the earliest step to run is named first
+        for part, (run, step) in sources.items():
+            if keys[part] != record["inputs"][part]:
                 raise StaleError(
-                    f"{self.step(name)}: made from other {part} (key {key}) than those that are there now (key "
-                    f"{present}); run '{MADE_BY[name]} --name {self.whole.root.name}' again"
+                    f"{self.step(name)}: made from other {part} (key {record['inputs'][part]}) than what "
+                    f"{run.step(step)} holds now (key {keys[part]}); run '{self.command(name)}' again"
                 )
         return record
+
+    def key(self, name: str) -> str:
+        """Key of a finished step whose inputs are still those it was made from: see ``manifest``."""
+        return str(self.manifest(name)["key"])
+
+    def doubt(self) -> str:
+        """Why what is published no longer fits the features and models that are there; "" where it does, and where the
+        repository came alone."""
+        try:
+            self.manifest(COMPILED)
+        except StaleError as error:
+            return str(error)
+        except FileNotFoundError:
+            pass
+        return ""
 
     def schema(self) -> DataSchema:
         """The data set's schema: as compiled, or as prepared where nothing is compiled yet."""
@@ -181,4 +215,4 @@ class Run:
 
     def version(self) -> int:
         """The version that ``vivace compile`` published last."""
-        return int(read_manifest(self.compiled, MADE_BY[COMPILED])["results"]["version"])
+        return int(read_manifest(self.compiled, self.command(COMPILED))["results"]["version"])

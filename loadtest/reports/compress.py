@@ -1,19 +1,21 @@
 """``vivace report compress``: what compression brought to a run and its variants, as one HTML page and a picture.
 
-Quality is that of the compiled graphs on the test requests (the gate's figure; where a float32 engine was not judged,
-that of the evaluated models). Speed is measured on the spot, all engines taking turns
-(``loadtest.reports.graph_speed``).
+Quality is that of the compiled graphs on validation requests (the gate's figure; where a float32 engine was not judged,
+that of the evaluated models). A variant is judged by held-out users alone, so compare its change, not its NDCG.
+Speed is measured on the spot, all engines taking turns (``loadtest.reports.graph_speed``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loadtest.reports.graph_speed import Speed, measure
 from loadtest.reports.html import image, page, table
-from training.judge.evaluate import RANKED
-from vivace.run import COMPILED, EVALUATION, RETRIEVAL, Run
+from training.judge.gate import reference_ranks
+from training.metrics import ndcg_of
+from vivace.run import COMPILED, RETRIEVAL, Run
 
 BATCHES = (1, 16)
 
@@ -36,12 +38,15 @@ class Variant:
 
 def variant(name: str, root: Path) -> Variant:
     run = Run(root)
-    card, results = run.card(), run.manifest(COMPILED)["results"]
-    gate, evaluated = card["gate"], run.manifest(EVALUATION)["results"]["table"][RANKED]["NDCG@10"]
-    judged = gate if isinstance(gate, dict) else {"engine": evaluated, "change": 0.0, "interval": (0.0, 0.0)}
+    results = run.manifest(COMPILED)["results"]
+    card = run.card()
+    gate, evaluated = card["gate"], float(ndcg_of(reference_ranks(run)).mean())
+    judged: dict[str, Any] = {"engine": evaluated, "change": 0.0, "interval": (0.0, 0.0)}
+    judged |= gate if isinstance(gate, dict) else {}
+    change, low, high = (float(x or 0.0) for x in (judged["change"], *judged["interval"]))  # None: unknown
     parameters = run.manifest(RETRIEVAL)["results"].get("parameters", 0)
     return Variant(
-        name, root, judged["engine"], judged["change"], tuple(judged["interval"]), bool(judged.get("forced")),
+        name, root, judged["engine"], change, (low, high), bool(judged.get("forced")),
         card["precision"] if card["tables"] == "fp32" else f"{card['tables']} tables", parameters,
         results.get("sensitivities", {}), results.get("targets", {}),
     )  # fmt: skip
@@ -74,11 +79,12 @@ def picture(compared: list[Variant], speeds: list[Speed], path: Path) -> None:
     for axis, batch in zip(axes, BATCHES, strict=False):
         for v in compared:
             speed = next(s for s in speeds if s.run == str(v.root) and s.batch == batch)
-            low, high = (max(0.0, abs(v.change - x)) * v.ndcg for x in v.interval)
-            axis.errorbar(speed.ms, v.ndcg, yerr=[[low], [high]], fmt="o", capsize=3)
-            axis.annotate(f"{v.name}, {v.precision}", (speed.ms, v.ndcg), xytext=(4, 6), textcoords="offset points")
+            low, high = (100 * abs(v.change - x) for x in v.interval)
+            axis.errorbar(speed.ms, 100 * v.change, yerr=[[low], [high]], fmt="o", capsize=3)
+            at = (speed.ms, 100 * v.change)
+            axis.annotate(f"{v.name}, {v.precision}", at, xytext=(4, 6), textcoords="offset points")
         axis.set_xlabel(f"ms a batch of {batch}, one thread")
-        axis.set_ylabel("NDCG@10")
+        axis.set_ylabel("change of NDCG@10 on validation requests, %")
         axis.margins(x=0.3, y=0.2)
         axis.grid(True, alpha=0.3)
     if products:
@@ -126,7 +132,7 @@ def report(root: Path, target: Path, seconds: float = 1.0, openvino: bool = True
         for kind, values in v.targets.items()
         for key, value in values.items()
     ]
-    header = ["variant", "engine", "retriever's parameters", "NDCG@10", "change", "gate", "MiB"]
+    header = ["variant", "engine", "retriever's parameters", "NDCG@10, validation", "change", "gate", "MiB"]
     parts = [
         image(png.read_bytes(), "quality over latency"),
         "<h2>Quality and size</h2>" + table(header, quality),

@@ -11,62 +11,103 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from preprocessing.features import Features
 from training.checkpoints import WEIGHTS, load_retrieval
-from training.compile.export import CompileConfig, compile_models
-from training.compile.prune import Target, measure, prune
+from training.compile.compiler import CompileConfig, compile_models
+from training.compile.prune import Importance, Target, measure, prune
+from training.compile.quantize import Precision
 from training.data import batches as data
 from training.data.counters import popularity
 from training.judge.evaluate import evaluate
 from training.judge.gate import BOUND
 from training.learn.constraints import Constraint
 from training.learn.distill import Distillation, Teacher
-from training.learn.objectives import retrieval_loss
+from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
 from training.models.ranking import RankerConfig
+from training.models.retrieval import RetrievalModel
 from training.presets import Preset
-from vivace.manifest import Progress, Step, read_manifest
+from vivace.choices import check_choices
+from vivace.manifest import Progress, Step
+from vivace.run import EVALUATION, FEATURES, RETRIEVAL, Run
 
-FOLDER = "compressed"
 MEASURED_BATCHES = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SmallerRanker:
     """Sizes of the ranker (see RankerConfig), which is trained anew on the smaller retriever; 0 or "": as before."""
 
     memory: int = 0
+    """Newest encoded events that it reads."""
     heads: int = 0
+    """Attention heads."""
     followers: int = 0
-    mixture: str = ""
+    """Followers that are kept of an item."""
+    mixture: Literal["", "mmoe", "ple", "shared"] = ""
+    """How the task heads share experts."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def of(self, config: RankerConfig) -> RankerConfig:
         return replace(config, **{name: value for name, value in asdict(self).items() if value})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compression:
-    """What becomes of a run. ``target`` sizes of the retriever and ``ranker`` sizes of the ranker; ``fresh``: the small
-    retriever starts as a new one does and not from the slices of the large one; ``constraint`` on its matrices;
-    ``epochs`` of recovery under ``distillation``, with ``learning_rate`` and ``dropout`` (a pruned model has less to
-    spare); ``precision`` of the engine; ``bound`` of the quality gate."""
+    """What becomes of a run."""
 
     target: Target = field(default_factory=Target)
+    """Sizes of the retriever."""
     ranker: SmallerRanker = field(default_factory=SmallerRanker)
+    """Sizes of the ranker."""
     fresh: bool = False
+    """Whether the small retriever starts as a new one does and not from the slices of the large one."""
     constraint: Constraint = field(default_factory=Constraint)
+    """What the matrices of the retriever must be: sparse, or ready for eight bits."""
     epochs: int = 4
+    """Epochs of recovery training."""
     learning_rate: float = 3e-3
+    """Of the recovery."""
     dropout: float = 0.1
+    """Of the recovery: a pruned model has less to spare."""
     distillation: Distillation = field(default_factory=Distillation)
-    precision: str = "fp32"
+    """What the whole model teaches beside the data."""
+    precision: Precision = "fp32"
+    """Number format of the engine."""
     bound: float = BOUND
+    """Relative fall of NDCG@10, 0 to 1, that the quality gate lets through."""
     force: bool = False
+    """Whether to publish what the gate refuses."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    def preset(self, whole: Preset) -> Preset:
+        """The sizes and the recovery training of the variant of a run of ``whole``."""
+        encoder = replace(self.target.of(whole.encoder), dropout=self.dropout)
+        if self.fresh and encoder.width % encoder.heads == 0:
+            encoder = replace(encoder, head_width=0)  # the heads of a large model are too wide for a small one
+        training = replace(whole.retrieval, epochs=self.epochs, learning_rate=self.learning_rate)
+        return replace(whole, encoder=encoder, retrieval=training, ranker=self.ranker.of(whole.ranker))
+
+
+def _importance(features: Features, preset: Preset, model: RetrievalModel, seed: int) -> Importance:
+    """What every part of a trained retriever is worth on the first batches of its training."""
+    config = replace(preset.retrieval, adversarial=0.0)
+    counts = torch.tensor(popularity(features.files("train"), features.item_count()))
+    log_expected = log_expected_counts(counts, config).to(model.bias.device)
+    epoch = data.training_batches(
+        features.files("train"), preset.encoder.history, config.batch_size, seed, 0, timed=preset.encoder.time_bias
+    )
+    windows = list(itertools.islice(epoch, MEASURED_BATCHES))
+    return measure(model, windows, lambda part, batch: retrieval_loss(part, config, log_expected)(batch)[0])
 
 
 def prune_retriever(
@@ -74,32 +115,33 @@ def prune_retriever(
 ) -> dict[str, Any]:
     """Measures what every part of ``root``'s retriever is worth and writes the pruned one to ``out``/pruned, to be
     taken up by training; returns its manifest, with the importance of layers and heads."""
-    inputs = {"features": read_manifest(features.folder, "vivace prepare")["key"]}
-    inputs["retrieval"] = read_manifest(root / "retrieval", "vivace train")["key"]
-    config = target.of(preset.encoder)
+    run, config = Run(root, features.folder), target.of(preset.encoder)
+    inputs = {name: run.key(name) for name in (FEATURES, RETRIEVAL)}
     step = Step(out / "pruned", "prune", {"encoder": asdict(config), "target": asdict(target)}, seed, inputs)
     if step.done():
         assert step.manifest is not None
         return step.manifest
     started = time.monotonic()
     step.reset()
-    model, c = load_retrieval(features, preset, root), preset.retrieval
-    counts = torch.tensor(popularity(features.files("train"), features.item_count()))
-    p = (counts + 1.0) ** c.negative_power
-    log_expected = (c.negatives * p / p.sum()).log().float().to(model.bias.device)
-    plain = replace(c, adversarial=0.0)
-    epoch = data.training_batches(
-        features.files("train"), preset.encoder.history, c.batch_size, seed, 0, timed=preset.encoder.time_bias
-    )
-    batches = list(itertools.islice(epoch, MEASURED_BATCHES))
-    found = measure(model, batches, lambda m, batch: retrieval_loss(m, plain, log_expected)(batch)[0])
-    small = prune(model, found, target)
+    model = load_retrieval(features, preset, root)
+    importance = _importance(features, preset, model, seed)
+    small = prune(model, importance, target)
     torch.save(small.state_dict(), step.folder / WEIGHTS)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     say(f"pruned: {before:,} to {after:,} parameters")
     return step.finish(
-        time.monotonic() - started, parameters=after, layers=found.layers.tolist(), heads=found.heads.tolist()
+        time.monotonic() - started, parameters=after, layers=importance.layers.tolist(), heads=importance.heads.tolist()
     )
+
+
+def _share(run: Run, variant: Run) -> None:
+    """Makes the variant's folder, in which features and feature store are those of the whole run."""
+    variant.root.mkdir(parents=True, exist_ok=True)
+    for shared in (run.root / FEATURES, run.feature_store):
+        link = variant.root / shared.name
+        if not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(shared, variant.root))
 
 
 def compress(
@@ -113,34 +155,21 @@ def compress(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Makes (or finds) the variant and publishes it in its own model repository; returns what ``compile`` recorded.
-    Raises GateError where it lost more than ``config.bound``."""
-    read_manifest(root / "evaluation", "vivace evaluate")  # the reference of the gate
-    out = root / FOLDER / variant
-    out.mkdir(parents=True, exist_ok=True)
-    for shared in ("features", "feature_store"):
-        link = out / shared
-        if not link.exists():
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(root / shared, out))
+    Raises GateError where it lost more than ``config.bound``, StaleError where the run was made from other features."""
+    run = Run(root, features.folder)
+    run.manifest(EVALUATION)  # the reference of the gate
+    out = run.variants / variant
+    _share(run, Run(out, features.folder))
     start_from = None
     if not config.fresh:
         prune_retriever(features, preset, root, out, config.target, seed, say)
         start_from = out / "pruned"
-    encoder = replace(config.target.of(preset.encoder), dropout=config.dropout)
-    if config.fresh and encoder.width % encoder.heads == 0:
-        encoder = replace(encoder, head_width=0)  # the heads of a large model are too wide for a small one
-    small = replace(
-        preset,
-        encoder=encoder,
-        retrieval=replace(preset.retrieval, epochs=config.epochs, learning_rate=config.learning_rate),
-        ranker=config.ranker.of(preset.ranker),
-    )
-    key = read_manifest(root / "retrieval", "vivace train")["key"]
-    teacher = Teacher(load_retrieval(features, preset, root), config.distillation, key)
+    small = config.preset(preset)
+    teacher = Teacher(load_retrieval(features, preset, root), config.distillation, run.key(RETRIEVAL))
     train_retrieval(
         features, small, out, seed, say, quiet, start_from=start_from, teacher=teacher, constraint=config.constraint
     )
     train_ranker(features, small, out, seed, say, quiet=quiet)
     evaluate(features, small, out, seed, say)
-    how = CompileConfig(config.precision, reference=root / "evaluation", bound=config.bound, force=config.force)
+    how = CompileConfig(precision=config.precision, reference=root, bound=config.bound, force=config.force)
     return compile_models(features, small, out, seed, say, how)

@@ -22,10 +22,11 @@ def difference(expected: Sequence[np.ndarray], got: Sequence[np.ndarray], names:
     reference, answer = list(expected), list(got)
     equal = reference[0] == answer[0]
     if len(reference) > 1:
-        wanted, own = (x[1] if x[1].ndim == 2 else x[1][:, 0] for x in (reference, answer))
-        near = np.abs(np.diff(wanted, axis=1)) <= TIED
-        equal |= (np.pad(near, ((0, 0), (1, 0))) | np.pad(near, ((0, 0), (0, 1)))) & (np.abs(wanted - own) <= TIED)
-    found = {names[0]: float(equal.mean())}
+        score_BN, other_BN = (x[1] if x[1].ndim == 2 else x[1][:, 0] for x in (reference, answer))
+        near = np.abs(np.diff(score_BN, axis=1)) <= TIED
+        tied = np.pad(near, ((0, 0), (1, 0))) | np.pad(near, ((0, 0), (0, 1)))
+        equal |= tied & (np.abs(score_BN - other_BN) <= TIED)
+    apart = {names[0]: float(equal.mean())}
     orders = [np.argsort(ids, axis=1, kind="stable") for ids in (reference[0], answer[0])]
     same = np.take_along_axis(reference[0], orders[0], 1) == np.take_along_axis(answer[0], orders[1], 1)
     same &= np.take_along_axis(reference[0], orders[0], 1) != contract.PADDING_ID
@@ -36,5 +37,5 @@ def difference(expected: Sequence[np.ndarray], got: Sequence[np.ndarray], names:
                 np.take_along_axis(x.reshape(b, rows, n), o[:, None], 2).swapaxes(1, 2)[same]
                 for x, o in zip((e, g), orders, strict=True)
             )
-        found[name] = float(np.abs(e - g).max(initial=0.0))
-    return found
+        apart[name] = float(np.abs(e - g).max(initial=0.0))
+    return apart

@@ -16,28 +16,33 @@ import torch
 from torch import Tensor, nn
 
 from training.models.encoders import Attention, EncoderConfig
+from training.models.item_table import ItemAttributes
 from training.models.retrieval import RetrievalModel
 
 Loss = Callable[[RetrievalModel, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is to be left of a model: 0 leaves a size as it is."""
+    """What is to be left of a retriever: 0 leaves a size as it is."""
 
     layers: int = 0
+    """Layers of the encoder."""
     heads: int = 0
+    """Attention heads in each layer."""
     ffn: int = 0
+    """Feed-forward channels in each layer."""
     width: int = 0
+    """Embedding dimensions."""
 
     def of(self, config: EncoderConfig) -> EncoderConfig:
         """The smaller configuration. Raises ValueError where it is not smaller or the family cannot be pruned."""
         if config.family not in ("sasrec", "bert4rec") or config.adapter:
             raise ValueError(f"pruning: expected a sasrec or bert4rec encoder without adapters, got {config.family!r}")
-        asked = {"layers": config.layers, "heads": config.heads, "ffn": config.of_ffn, "width": config.width}
-        for name, now in asked.items():
-            if not 0 <= getattr(self, name) <= now:
-                raise ValueError(f"pruning: {name}: expected 1 to {now}, or 0 to leave it, got {getattr(self, name)}")
+        whole = {"layers": config.layers, "heads": config.heads, "ffn": config.of_ffn, "width": config.width}
+        for name, size in whole.items():
+            if not 0 <= getattr(self, name) <= size:
+                raise ValueError(f"pruning: {name}: expected 1 to {size}, or 0 to leave it, got {getattr(self, name)}")
         return replace(
             config, layers=self.layers or config.layers, heads=self.heads or config.heads, head_width=config.of_head,
             ffn_width=self.ffn or config.of_ffn, width=self.width or config.width,
@@ -84,17 +89,17 @@ def measure(model: RetrievalModel, batches: Sequence[Tensor], loss: Loss) -> Imp
         with torch.no_grad():
             taylor = {n: (p * p.grad).cpu() for n, p in model.named_parameters() if p.grad is not None}
             for i in range(len(blocks)):
-                own = f"encoder.blocks.{i}."
-                qkv = taylor[own + "qkv.weight"].sum(1) + taylor[own + "qkv.bias"]
-                out = taylor[own + "out.weight"].sum(0)
+                block = f"encoder.blocks.{i}."
+                qkv = taylor[block + "qkv.weight"].sum(1) + taylor[block + "qkv.bias"]
+                out = taylor[block + "out.weight"].sum(0)
                 heads[i] += (qkv.view(3, a, e).sum((0, 2)) + out.view(a, e).sum(1)).abs()
-                up = taylor[own + "up.weight"].sum(1) + taylor[own + "up.bias"]
-                ffn[i] += (up + taylor[own + "down.weight"].sum(0)).abs()
-            found = torch.zeros(config.width)
+                up = taylor[block + "up.weight"].sum(1) + taylor[block + "up.bias"]
+                ffn[i] += (up + taylor[block + "down.weight"].sum(0)).abs()
+            change_D = torch.zeros(config.width)
             for name, value in taylor.items():
                 for axis in width_axes(name, value.shape, config.width):
-                    found += value.sum([x for x in range(value.dim()) if x != axis]) if value.dim() > 1 else value
-            width += found.abs()
+                    change_D += value.sum([x for x in range(value.dim()) if x != axis]) if value.dim() > 1 else value
+            width += change_D.abs()
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         whole = sum(float(loss(model, b)) for b in batches)
@@ -122,45 +127,51 @@ def _best(importance: Tensor, keep: int) -> Tensor:
     return importance.topk(keep).indices.sort().values
 
 
-def prune(model: RetrievalModel, importance: Importance, target: Target) -> RetrievalModel:
-    """A smaller model with the most important parts of ``model``; its weights are slices."""
-    config = target.of(model.config)
-    a, e = model.config.heads, model.config.of_head
-    layers, dims = _best(importance.layers, config.layers), _best(importance.width, config.width)
-    attributes = None
-    if model.items.known:
-        from training.models.item_table import ItemAttributes
-
-        items = model.items
+def _smaller(model: RetrievalModel, config: EncoderConfig) -> RetrievalModel:
+    """An untrained model of the smaller configuration over the same items."""
+    attributes, items = None, model.items
+    if items.known:
         sizes = tuple(len(category.weight) for category in items.category)  # type: ignore[arg-type]
         words = items.word.num_embeddings if items.word is not None else 1
         attributes = ItemAttributes(items.categories, sizes, items.numbers, items.words, words, items.vectors)
-    small = RetrievalModel(config, len(model.bias), model.popularity.clone(), attributes)
-    given = model.state_dict()
-    own, fixed = small.state_dict(), {name for name, _ in small.named_buffers()}
-    for name, value in own.items():
-        source = name
-        keep: dict[int, Tensor] = {}
+    return RetrievalModel(config, len(model.bias), model.popularity.clone(), attributes)
+
+
+def _kept_in_block(
+    part: str, layer: int, model: EncoderConfig, small: EncoderConfig, importance: Importance
+) -> dict[int, Tensor]:
+    """Places that are kept of parameter ``part`` of the large model's ``layer``, by axis: of heads and channels."""
+    a, e = model.heads, model.of_head
+    heads, channels = _best(importance.heads[layer], small.heads), _best(importance.ffn[layer], small.of_ffn)
+    columns = (heads[:, None] * e + torch.arange(e)).reshape(-1)
+    if part.startswith("qkv"):
+        return {0: torch.cat([third * a * e + columns for third in range(3)])}
+    if part == "out.weight":
+        return {1: columns}
+    if part.startswith("up"):
+        return {0: channels}
+    if part == "down.weight":
+        return {1: channels}
+    return {1: heads} if part.endswith("bias_RA") else {}
+
+
+def prune(model: RetrievalModel, importance: Importance, target: Target) -> RetrievalModel:
+    """A smaller model with the most important parts of ``model``; its weights are slices."""
+    config = target.of(model.config)
+    layers, dimensions = _best(importance.layers, config.layers), _best(importance.width, config.width)
+    small, given = _smaller(model, config), model.state_dict()
+    fixed = {name for name, _ in small.named_buffers()}
+    for name, value in small.state_dict().items():
+        source, kept = name, dict[int, Tensor]()
         if name.startswith("encoder.blocks."):
-            number, rest = name.removeprefix("encoder.blocks.").split(".", 1)
+            number, part = name.removeprefix("encoder.blocks.").split(".", 1)
             layer = int(layers[int(number)])
-            source = f"encoder.blocks.{layer}.{rest}"
-            heads, channels = _best(importance.heads[layer], config.heads), _best(importance.ffn[layer], config.of_ffn)
-            columns = (heads[:, None] * e + torch.arange(e)).reshape(-1)
-            if rest.startswith("qkv"):
-                keep[0] = torch.cat([part * a * e + columns for part in range(3)])
-            elif rest == "out.weight":
-                keep[1] = columns
-            elif rest.startswith("up"):
-                keep[0] = channels
-            elif rest == "down.weight":
-                keep[1] = channels
-            elif rest.endswith("bias_RA"):
-                keep[1] = heads
+            source = f"encoder.blocks.{layer}.{part}"
+            kept = _kept_in_block(part, layer, model.config, config, importance)
         full = given[source]
         for axis in width_axes(name, full.shape, model.config.width) if name not in fixed else []:
-            keep[axis] = dims
-        for axis, places in keep.items():
+            kept[axis] = dimensions
+        for axis, places in kept.items():
             full = full.index_select(axis, places.to(full.device))
         if full.shape != value.shape:
             raise ValueError(f"pruning: {name}: expected shape {list(value.shape)}, got {list(full.shape)}")

@@ -13,9 +13,11 @@ Without VNNI two products of eight bits may overflow sixteen, so int8 weights ge
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import onnx
@@ -30,8 +32,18 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq", "fp8")
+from preprocessing.features import Features
+from training.compile.engine import Engine
+from training.compile.onnx_export import PARITY_REQUESTS
+from training.data import batches as data
+from vivace import contract
+from vivace.onnx_session import open_session
+
+Precision = Literal["fp32", "fp16", "int8", "int8-qdq", "fp8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 PRODUCTS = ["MatMul", "Gemm"]
+CALIBRATION_BATCHES = 8
+SENSITIVITY_BATCHES = 2
 OVERLAP = 0.97  # a product whose quantization alone changes more of the top 10 than this leaves stays in float32
 
 Feed = Mapping[str, np.ndarray]
@@ -121,9 +133,43 @@ def sensitivities(
     """For each product of the prepared graph: the top-10 overlap with float32 if it alone is quantized. ``run`` gives
     the ids [B, N], best first, that a graph answers."""
     expected = [run(source, f) for f in feeds]
-    found = {}
+    kept = {}
     for name in products(source):
         convert(source, scratch, precision, feeds, only=[name])
-        found[name] = float(np.mean([overlap(e, run(scratch, f)) for e, f in zip(expected, feeds, strict=True)]))
+        kept[name] = float(np.mean([overlap(e, run(scratch, f)) for e, f in zip(expected, feeds, strict=True)]))
     scratch.unlink(missing_ok=True)
-    return found
+    return kept
+
+
+def calibration_feeds(features: Features, tensors: contract.StageTensors, engine: Engine) -> dict[str, list[Feed]]:
+    """Inputs of both graphs, by stage, of validation requests."""
+    heads = [h.name for h in features.schema.heads]
+    feeds: dict[str, list[Feed]] = {contract.RETRIEVAL: [], contract.RANKING: []}
+    requests = data.requests(features.files("valid"), heads, tensors.history, PARITY_REQUESTS)
+    for request in itertools.islice(requests, CALIBRATION_BATCHES):
+        inputs = request.inputs(tensors, features.schema.exclude_seen)
+        rows = (inputs[0], *engine.retrieve(inputs))
+        feeds[contract.RETRIEVAL].append(dict(zip(engine.names[0], inputs, strict=True)))
+        feeds[contract.RANKING].append(dict(zip(engine.names[1], rows, strict=True)))
+    return feeds
+
+
+def reduce_precision(
+    features: Features, tensors: contract.StageTensors, exact: Path, target: Path, precision: Precision
+) -> dict[str, dict[str, float]]:
+    """Writes both graphs of the folder ``exact`` in ``precision`` to ``target``, calibrated on validation requests;
+    returns for each stage and product the share of the top 10 that stays if it alone is quantized. Products below
+    OVERLAP stayed in float32."""
+    by_stage: dict[str, dict[str, float]] = {}
+    for stage, feeds in calibration_feeds(features, tensors, Engine(exact, tensors)).items():
+        ready, scratch = target / f"{stage}.ready.onnx", target / f"{stage}.scratch.onnx"
+        prepare(exact / f"{stage}.onnx", ready)
+        alone: dict[str, float] = {}
+        if precision != "fp16":
+            answer = lambda path, feed: open_session(path).run(None, dict(feed))[0]  # noqa: E731
+            alone = sensitivities(ready, precision, feeds[:SENSITIVITY_BATCHES], answer, scratch)
+        sensitive = [name for name, share in alone.items() if share < OVERLAP]
+        convert(ready, target / f"{stage}.onnx", precision, feeds, sensitive)
+        ready.unlink()
+        by_stage[stage] = alone
+    return by_stage

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import onnxruntime as ort
@@ -22,7 +23,8 @@ from training.compile.tensorrt_engine import build
 from vivace import contract
 from vivace.onnx_session import open_session
 
-TARGETS = ("openvino", "cuda", "tensorrt", "tensorrt-rtx")
+TargetName = Literal["openvino", "cuda", "tensorrt", "tensorrt-rtx"]
+TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 PLAN = "model.plan"
 
 Run = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
@@ -79,14 +81,14 @@ def make(
             f"{n} bytes": build(folder / f"{n}.onnx", folder / f"{n}.plan", batches, library, axes=spread[n])
             for n in feeds
         }
-    found: dict[str, float] = {}
+    apart: dict[str, float] = {}
     for name, feed in feeds.items():
         run = (on_openvino if target == "openvino" else on_cuda)(folder / f"{name}.onnx")
         expected = open_session(folder / f"{name}.onnx", threads=0)
         names = [t.name for t in expected.get_outputs()]
-        apart = difference(expected.run(None, dict(feed)), run(feed), names)
-        found |= {f"{name}, {tensor}": value for tensor, value in apart.items()}
-    return found
+        by_tensor = difference(expected.run(None, dict(feed)), run(feed), names)
+        apart |= {f"{name}, {tensor}": value for tensor, value in by_tensor.items()}
+    return apart
 
 
 def has_gpu() -> bool:

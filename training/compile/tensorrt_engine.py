@@ -27,7 +27,7 @@ def build(
     for what they are; ``timings``: file of TensorRT's timing cache, read and written. Plans run on later versions too
     where the library can write such. Raises ValueError with TensorRT's own words if a graph does not parse or build."""
     trt = library(name)
-    said: list[str] = []
+    errors: list[str] = []
 
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
@@ -35,7 +35,7 @@ def build(
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                said.append(message)
+                errors.append(message)
 
     log = Log()
     builder = trt.Builder(log)
@@ -65,7 +65,7 @@ def build(
         config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise ValueError(f"TensorRT built no engine of {source.name}: {'; '.join(said)[:500]}")
+        raise ValueError(f"TensorRT built no engine of {source.name}: {'; '.join(errors)[:500]}")
     target.write_bytes(engine)
     if keep and timings is not None:
         timings.write_bytes(config.get_timing_cache().serialize())

@@ -125,13 +125,15 @@ def training_batches(
 @dataclass(frozen=True)
 class Requests:
     """Held-out requests: ``histories`` whole (for the seen filter), ``history_BT`` as the encoder reads them,
-    ``time_BT`` ms of its events (0 where padded), ``target_B`` item ids, ``labels`` float [B] by head."""
+    ``time_BT`` ms of its events (0 where padded), ``target_B`` item ids, ``labels`` float [B] by head, ``number_B``
+    int64: which request of the pass it is, from 0."""
 
     histories: list[np.ndarray]
     history_BT: Tensor
     time_BT: Tensor
     target_B: Tensor
     labels: dict[str, Tensor]
+    number_B: Tensor
 
     def exclude(self, items: int, exclude_seen: bool) -> Tensor:
         """bool [B, V], True where an item must not be answered."""
@@ -144,10 +146,13 @@ class Requests:
         return [self.history_BT.numpy(), seen, *([self.time_BT.numpy()] if s.timed else [])]
 
 
-def of_sequences(sequences: list[np.ndarray], history: int, target_B: Tensor, labels: dict[str, Tensor]) -> Requests:
-    """Requests after ``sequences`` of ids and times, int64 [n, 2] each."""
+def of_sequences(
+    sequences: list[np.ndarray], history: int, target_B: Tensor, labels: dict[str, Tensor], first: int = 0
+) -> Requests:
+    """Requests after ``sequences`` of ids and times, int64 [n, 2] each, numbered from ``first`` on."""
     padded = pad_left(sequences, history)
-    return Requests([s[:, 0] for s in sequences], padded[..., 0], padded[..., 1], target_B, labels)
+    number_B = torch.arange(first, first + len(sequences))
+    return Requests([s[:, 0] for s in sequences], padded[..., 0], padded[..., 1], target_B, labels, number_B)
 
 
 def requests(
@@ -163,7 +168,7 @@ def requests(
     if not files:
         return
     columns = [ITEM, TIME, *(label_column(h) for h in heads)] + ([] if back else [TARGET])
-    shuffle = shuffle_seed is not None
+    shuffle, passed = shuffle_seed is not None, 0
     for batch in _loader(files, columns, batch_size, shuffle, shuffle_seed or 0):
         sequences = _timed(batch)
         if back:
@@ -178,4 +183,5 @@ def requests(
             labels = {h: batch[label_column(h)].float().reshape(-1) for h in heads}
             target = batch[TARGET].reshape(-1)
         if sequences:
-            yield of_sequences(sequences, history, target, labels)
+            yield of_sequences(sequences, history, target, labels, passed)
+            passed += len(sequences)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ from rich.table import Table
 
 from training.judge.evaluate import RANKED, RANKS, RETRIEVAL, WITHOUT_TIMES
 from training.metrics import bootstrap, metrics, ndcg_of
-from vivace.manifest import read_manifest
+from vivace.manifest import write_json
+from vivace.run import EVALUATION, RANKING, Run
+from vivace.run import RETRIEVAL as RETRIEVAL_STEP
 
 METHODS = (RETRIEVAL, RANKED, RETRIEVAL + WITHOUT_TIMES, RANKED + WITHOUT_TIMES)
 
@@ -36,31 +37,30 @@ class Row:
 
 
 def compare(runs: Sequence[Path], methods: Sequence[str] = METHODS) -> list[Row]:
-    """Rows of ``runs`` (folders under artifacts, each evaluated). Raises FileNotFoundError naming the step to run."""
+    """Rows of ``runs`` (folders under artifacts, each evaluated). Raises FileNotFoundError or StaleError, which name
+    the step to run."""
     rows: list[Row] = []
     first: dict[str, np.ndarray] = {}
-    for number, run in enumerate(runs):
-        manifest = read_manifest(run / "evaluation", "vivace evaluate")
-        parts = [run / name / "manifest.json" for name in ("retrieval", "ranking")]
-        minutes = sum(json.loads(p.read_text())["seconds"] for p in parts if p.exists()) / 60
-        with np.load(run / "evaluation" / RANKS) as saved:
-            for method in methods:
-                if method not in saved:
-                    continue
-                rank = saved[method]
-                values, found = ndcg_of(rank), metrics(rank)
-                gain = interval = None
-                if number == 0:
-                    first[method] = values
-                elif method in first and len(first[method]) == len(values):
-                    difference = values - first[method]
-                    gain, interval = float(difference.mean()), bootstrap(difference)
-                rows.append(
-                    Row(
-                        run.name, method, len(rank), found["HR@10"], found["NDCG@10"], bootstrap(values), gain,
-                        interval, round(minutes, 1), manifest["commit"], manifest["seed"],
-                    )
-                )  # fmt: skip
+    for number, root in enumerate(runs):
+        run = Run(root)
+        manifest = run.manifest(EVALUATION)
+        minutes = sum(run.manifest(name)["seconds"] for name in (RETRIEVAL_STEP, RANKING)) / 60
+        with np.load(run.evaluation / RANKS) as saved:
+            ranks = {method: saved[method] for method in methods if method in saved}
+        for method, rank in ranks.items():
+            values = ndcg_of(rank)
+            gain = interval = None
+            if number == 0:
+                first[method] = values
+            elif method in first and len(first[method]) == len(values):
+                difference = values - first[method]
+                gain, interval = float(difference.mean()), bootstrap(difference)
+            rows.append(
+                Row(
+                    root.name, method, len(rank), metrics(rank)["HR@10"], float(values.mean()), bootstrap(values),
+                    gain, interval, round(minutes, 1), manifest["commit"], manifest["seed"],
+                )
+            )  # fmt: skip
     return rows
 
 
@@ -94,5 +94,5 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_json(rows: Sequence[Row], path: Path) -> None:
-    path.write_text(json.dumps([asdict(r) for r in rows], indent=2))
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    write_json(path, [asdict(row) for row in rows])

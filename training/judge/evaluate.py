@@ -1,160 +1,202 @@
-"""``vivace evaluate``: baselines, retriever, ranker and controls in one table, by full ranking of the test requests."""
+"""``vivace evaluate``: baselines, retriever, ranker and controls in one table, by full ranking of the test requests.
+
+It ranks the validation requests too: engines are chosen by those (``gate``), never by the test.
+Axis legend: B requests, V item ids, N candidates.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
-from rich.table import Table
+from torch import Tensor
 
 from preprocessing.features import Features
 from training.checkpoints import device, load_ranker, load_retrieval
 from training.data import batches as data
 from training.data.counters import follower_matrix, popularity
+from training.judge.tables import plot_reliability
 from training.learn.ranker import head_auc
 from training.metrics import Collected, ranks, ranks_after
+from training.models.ranking import RankingModel
 from training.models.retrieval import EXCLUDED
 from training.presets import Preset
-from training.scoring import candidates
+from training.scoring import SCORED, candidates
 from vivace.contract import FIRST_ID
-from vivace.manifest import Progress, Step, read_manifest
+from vivace.manifest import Progress, Step, write_json
+from vivace.run import CONTROL as CONTROL_STEP
+from vivace.run import FEATURES, RANKING, Run
+from vivace.run import RETRIEVAL as RETRIEVAL_STEP
 
 RANKS = "ranks.npz"  # rank of every test request's target by method
+VALIDATION_RANKS = "validation_ranks.npz"  # the same of the validation requests, of the models alone
+LAYOUT = 2  # of these files: an evaluation of another layout is made again
 POPULARITY, NEIGHBOUR = "popularity", "last-item neighbour"
 RETRIEVAL, RANKED, CONTROL = "retrieval", "retrieval + ranking", "control: ranker without the extra label"
 WITHOUT_TIMES = ", HISTORY without times"  # what a request that carries its own HISTORY gets of an encoder with times
 
 
-def _baselines(
-    features: Features, requests: data.Requests, counts: torch.Tensor, followers: Any
-) -> dict[str, torch.Tensor]:
-    """Scores [B, V] of the two baselines under the same exclusions; popularity breaks the neighbour's ties."""
-    dead = requests.exclude(len(counts), features.schema.exclude_seen)
-    popular = counts[None].expand(len(requests.histories), -1)
-    last = np.array([int(h[-1]) for h in requests.histories])
-    near = torch.from_numpy(np.asarray(followers[last].todense(), np.float32)) + popular * 1e-9
-    return {
-        n: torch.where(dead, torch.full_like(s, EXCLUDED), s) for n, s in ((POPULARITY, popular), (NEIGHBOUR, near))
-    }
-
-
 def protocol(features: Features) -> dict[str, Any]:
     """The choices that move figures more than most models do."""
-    prepared = read_manifest(features.folder, "vivace prepare")
+    prepared = Run(features.folder.parent, features.folder).manifest(FEATURES)
     return {
         "split": prepared["results"]["split"],
         "candidates ranked": f"all {features.item_count() - FIRST_ID} items of the vocabulary",
         "seen items": "filtered" if features.schema.exclude_seen else "not filtered",
-        "ties": "stable, smaller id first",
+        "ties": "broken at random, seeded by the request",
         "validation event": "label of the ranker only; input of both at test time",
         "targets out of vocabulary": "counted as misses",
         "sampled metrics": "none",
     }
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What a retriever proposes for a batch: ranks of the targets int64 [B], ids int64 and scores float32 [B, N],
+    encoded histories [B, memory, D]."""
+
+    rank_B: Tensor
+    ids_BN: Tensor
+    scores_BN: Tensor
+    encoded_BMD: Tensor
+
+
+class Baselines:
+    """Popularity, and what most often came after the last item; popularity breaks the latter's ties."""
+
+    def __init__(self, features: Features) -> None:
+        files, items = features.files("train"), features.item_count()
+        self.exclude_seen = features.schema.exclude_seen
+        self.counts_V = torch.tensor(popularity(files, items), dtype=torch.float32)
+        self.followers_VV: sp.csr_matrix = follower_matrix(files, items)
+
+    def scores(self, request: data.Requests) -> dict[str, Tensor]:
+        """Scores float32 [B, V] by method, under the same exclusions as the models'."""
+        excluded_BV = request.exclude(len(self.counts_V), self.exclude_seen)
+        popular_BV = self.counts_V[None].expand(len(request.histories), -1)
+        last = np.array([int(h[-1]) for h in request.histories])
+        near_BV = torch.from_numpy(np.asarray(self.followers_VV[last].todense(), np.float32)) + popular_BV * 1e-9
+        return {
+            name: torch.where(excluded_BV, torch.full_like(scores_BV, EXCLUDED), scores_BV)
+            for name, scores_BV in ((POPULARITY, popular_BV), (NEIGHBOUR, near_BV))
+        }
+
+
+class Models:
+    """A run's retriever and rankers, by the names of their steps."""
+
+    def __init__(self, features: Features, preset: Preset, root: Path, rankers: list[str]) -> None:
+        self.features, self.preset = features, preset
+        self.heads = [head.name for head in features.schema.heads]
+        self.count = min(preset.ranker.candidates, features.item_count() - FIRST_ID)
+        self.retriever = load_retrieval(features, preset, root)
+        self.rankers = {name: load_ranker(features, preset, root, name) for name in rankers}
+
+    @property
+    def ranker(self) -> RankingModel:
+        return self.rankers[RANKING]
+
+    def requests(self, part: str) -> Iterator[data.Requests]:
+        return data.requests(self.features.files(part), self.heads, self.preset.encoder.history, SCORED)
+
+    def retrieve(self, request: data.Requests) -> Candidates:
+        exclude_seen = self.features.schema.exclude_seen
+        return Candidates(*candidates(self.retriever, request, self.count, exclude_seen, self.preset.ranker.memory))
+
+    def logits(self, request: data.Requests, proposed: Candidates, name: str = RANKING) -> Tensor:
+        """Logits float32 [B, N, heads] of a ranker for the candidates."""
+        history_BT = request.history_BT.to(proposed.ids_BN.device)
+        with torch.no_grad():
+            logits: Tensor = self.rankers[name](history_BT, proposed.ids_BN, proposed.scores_BN, proposed.encoded_BMD)
+        return logits
+
+    def ranked(self, request: data.Requests, proposed: Candidates, logits_BNH: Tensor) -> Tensor:
+        """Ranks of the targets int64 [B] when the first head's logits order the candidates."""
+        ids_BN = proposed.ids_BN
+        target_B = request.target_B.to(ids_BN.device)
+        return ranks_after(logits_BNH[..., 0], ids_BN, target_B, proposed.rank_B, request.number_B)
+
+
+def _add_heads(collected: Collected, models: Models, request: data.Requests, ids_BN: Tensor, logits: Tensor) -> None:
+    """Adds calibration and AUC of each task head within the candidates."""
+    hit_BN = ids_BN == request.target_B.to(ids_BN.device)[:, None]
+    probability_BNH = models.ranker.probabilities(logits)
+    for number, head in enumerate(models.heads):
+        label_B = request.labels[head].to(ids_BN.device)
+        collected.add_calibration(head, probability_BNH[..., number], hit_BN & (label_B[:, None] > 0))
+        collected.add_auc(head, head_auc(logits[..., number], hit_BN, label_B))
+
+
+def _rank_test(models: Models, baselines: Baselines, say: Progress) -> tuple[Collected, int, int]:
+    """(everything about the test requests, how many there are, how many targets are out of vocabulary)."""
+    labels = {RANKING: RANKED, CONTROL_STEP: CONTROL}
+    collected, done, unknown = Collected(), 0, 0
+    for request in models.requests("test"):
+        for method, scores_BV in baselines.scores(request).items():
+            collected.add_ranks(method, ranks(scores_BV, request.target_B, request.number_B))
+        proposed = models.retrieve(request)
+        collected.add_ranks(RETRIEVAL, proposed.rank_B)
+        for name in models.rankers:
+            logits = models.logits(request, proposed, name)
+            collected.add_ranks(labels[name], models.ranked(request, proposed, logits))
+            if name == RANKING:
+                _add_heads(collected, models, request, proposed.ids_BN, logits)
+        if models.preset.encoder.time_bias:
+            timeless = replace(request, time_BT=torch.zeros_like(request.time_BT))
+            proposed = models.retrieve(timeless)
+            collected.add_ranks(RETRIEVAL + WITHOUT_TIMES, proposed.rank_B)
+            ranked_B = models.ranked(timeless, proposed, models.logits(timeless, proposed))
+            collected.add_ranks(RANKED + WITHOUT_TIMES, ranked_B)
+        done += len(request.target_B)
+        unknown += int((request.target_B < FIRST_ID).sum())
+        say(f"ranked {done:,} test requests")
+    return collected, done, unknown
+
+
+def _rank_validation(models: Models, say: Progress) -> dict[str, np.ndarray]:
+    """Ranks of the validation requests' targets int64 by method, in the order of the requests."""
+    collected, done = Collected(), 0
+    for request in models.requests("valid"):
+        proposed = models.retrieve(request)
+        collected.add_ranks(RETRIEVAL, proposed.rank_B)
+        collected.add_ranks(RANKED, models.ranked(request, proposed, models.logits(request, proposed)))
+        done += len(request.target_B)
+        say(f"ranked {done:,} validation requests")
+    return collected.ranks() or {method: np.empty(0, np.int64) for method in (RETRIEVAL, RANKED)}
+
+
 def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Progress) -> dict[str, Any]:
-    """Runs the step unless its artifact is there; returns its manifest with ``results`` table, gauc and protocol."""
-    inputs = {n: read_manifest(root / n, "vivace train")["key"] for n in ("retrieval", "ranking")}
-    names = {"ranking": RANKED}
-    if (root / "ranking_control" / "manifest.json").exists():
-        names["ranking_control"] = CONTROL
-        inputs["ranking_control"] = read_manifest(root / "ranking_control", "vivace train")["key"]
-    step = Step(root / "evaluation", "evaluate", {}, seed, inputs)
+    """Runs the step unless its artifact is there; returns its manifest with ``results`` table, gauc and protocol.
+    Raises StaleError where the models were made from other features."""
+    run = Run(root, features.folder)
+    rankers = [RANKING] + [CONTROL_STEP] * run.has(CONTROL_STEP)
+    inputs = {name: run.key(name) for name in (RETRIEVAL_STEP, *rankers)}
+    step = Step(run.evaluation, "evaluate", {"layout": LAYOUT}, seed, inputs)
     if step.done():
         assert step.manifest is not None
         return step.manifest
+    started = time.monotonic()
     step.reset()
-    retriever = load_retrieval(features, preset, root)
-    rankers = {n: load_ranker(features, preset, root, n) for n in names}
-    items, heads = features.item_count(), [h.name for h in features.schema.heads]
-    counts = torch.tensor(popularity(features.files("train"), items), dtype=torch.float32)
-    followers = follower_matrix(features.files("train"), items)
-    found, done, oov = Collected(), 0, 0
-    count = min(preset.ranker.candidates, items - FIRST_ID)
-    for request in data.requests(features.files("test"), heads, preset.encoder.history, 256):
-        for name, scores in _baselines(features, request, counts, followers).items():
-            found.add_ranks(name, ranks(scores, request.target_B))
-        rank, ids, scores, encoded = candidates(
-            retriever, request, count, features.schema.exclude_seen, preset.ranker.memory
-        )
-        found.add_ranks(RETRIEVAL, rank)
-        target = request.target_B.to(ids.device)
-        hit = ids == target[:, None]
-        for name, label in names.items():
-            with torch.no_grad():
-                logits = rankers[name](request.history_BT.to(ids.device), ids, scores, encoded)
-            found.add_ranks(label, ranks_after(logits[..., 0], ids, target, rank))
-            if name == "ranking":
-                probability = rankers[name].probabilities(logits)
-                for i, head in enumerate(heads):
-                    positive = hit & (request.labels[head].to(ids.device)[:, None] > 0)
-                    found.add_calibration(head, probability[..., i], positive)
-                    found.add_auc(head, head_auc(logits[..., i], hit, request.labels[head].to(ids.device)))
-        if preset.encoder.time_bias:
-            timeless = replace(request, time_BT=torch.zeros_like(request.time_BT))
-            rank, ids, scores, encoded = candidates(
-                retriever, timeless, count, features.schema.exclude_seen, preset.ranker.memory
-            )
-            with torch.no_grad():
-                logits = rankers["ranking"](request.history_BT.to(ids.device), ids, scores, encoded)
-            found.add_ranks(RETRIEVAL + WITHOUT_TIMES, rank)
-            found.add_ranks(RANKED + WITHOUT_TIMES, ranks_after(logits[..., 0], ids, target, rank))
-        done += len(target)
-        oov += int((request.target_B < FIRST_ID).sum())
-        say(f"ranked {done:,} test requests")
+    models = Models(features, preset, root, rankers)
+    collected, done, unknown = _rank_test(models, Baselines(features), say)
     if not done:
         raise ValueError(
-            "evaluate: no test request: with --split leave-one-out no user has three events, with --split time no user "
-            "has an event on either side of the cut; prepare a longer log"
+            f"evaluate: expected test requests in {features.folder}, found none: no user has a test event after "
+            "training events; prepare more data, or with another split"
         )
-    table, gauc = found.table(), found.gauc()
-    np.savez_compressed(step.folder / RANKS, **found.ranks())
-    curves = found.reliability()
-    plot_reliability(curves, step.folder / "reliability.png")
+    table = collected.table()
+    np.savez_compressed(step.folder / RANKS, **collected.ranks())
+    np.savez_compressed(step.folder / VALIDATION_RANKS, **_rank_validation(models, say))
+    plot_reliability(collected.reliability(), step.folder / "reliability.png")
     manifest = step.finish(
-        0, table=table, gauc=gauc, ece=found.ece(), protocol=protocol(features), requests=done,
-        targets_out_of_vocabulary=oov, device=str(device()),
+        time.monotonic() - started, table=table, gauc=collected.gauc(), ece=collected.ece(),
+        protocol=protocol(features), requests=done, targets_out_of_vocabulary=unknown, device=str(device()),
     )  # fmt: skip
-    (step.folder / "metrics.json").write_text(json.dumps(manifest["results"], indent=2))
+    write_json(step.folder / "metrics.json", manifest["results"])
     return manifest
-
-
-def render(manifest: dict[str, Any], data_name: str) -> list[Table]:
-    """Tables for the terminal."""
-    results = manifest["results"]
-    columns = ["HR@1", "HR@5", "HR@10", "HR@50", "NDCG@5", "NDCG@10", "NDCG@50", "MRR@10"]
-    main = Table(title=f"{data_name}: full ranking of {results['requests']:,} test requests, seed {manifest['seed']}")
-    main.add_column("method")
-    for name in columns:
-        main.add_column(name, justify="right")
-    for method, values in results["table"].items():
-        main.add_row(method, *(f"{values[c]:.4f}" for c in columns))
-    heads = Table(title="within the candidates, by task head")
-    for name in ("head", "GAUC", "lists", "ECE"):
-        heads.add_column(name, justify="left" if name == "head" else "right")
-    for head, values in results["gauc"].items():
-        gauc = "-" if values["GAUC"] is None else f"{values['GAUC']:.4f}"
-        heads.add_row(head, gauc, f"{values['lists']:,}", f"{results['ece'][head]:.5f}")
-    how = Table(title="protocol", show_header=False)
-    for key, value in results["protocol"].items():
-        how.add_row(key, str(value))
-    return [main, heads, how]
-
-
-def plot_reliability(curves: dict[str, np.ndarray], path: Path) -> None:
-    """Reliability diagram of every head: predicted against observed, both on logarithmic axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axis = figure.add_subplot()
-    low = min(max(float(c[:, :2].min()), 1e-5) for c in curves.values())
-    axis.plot([low, 1], [low, 1], color="gray", linewidth=1)
-    for head, curve in curves.items():
-        axis.plot(curve[:, 0].clip(low), curve[:, 1].clip(low), marker="o", label=head)
-    axis.set(xscale="log", yscale="log", xlabel="predicted probability", ylabel="observed share")
-    axis.legend()
-    figure.savefig(path, dpi=120)

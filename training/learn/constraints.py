@@ -19,10 +19,14 @@ LEVELS = 127.0
 MEMORY = 0.99  # of the running range of an activation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Constraint:
+    """What the matrices of an encoder's layers must be; by default anything."""
+
     sparsity: str = ""
+    """"2:4", or a share of zeros between 0 and 1 such as "0.8"; "": dense."""
     int8: bool = False
+    """Whether it trains with weights and activations rounded to eight bits."""
 
     def __post_init__(self) -> None:
         if self.sparsity not in ("", "2:4"):

@@ -22,12 +22,21 @@ from vivace.contract import FIRST_ID, PADDING_ID
 LAST_ONLY = 0.2  # share of the masked encoder's windows that hide only the newest item
 
 
+def log_expected_counts(popularity_V: Tensor, config: RetrievalTraining) -> Tensor:
+    """Log of how often each item id is expected among a batch's sampled negatives, float32 [V]: by its events to the
+    power of ``negative_power``; -inf for the special ids, which are never drawn."""
+    weight_V = (popularity_V.double() + 1.0) ** config.negative_power
+    weight_V[:FIRST_ID] = 0.0
+    return (config.negatives * weight_V / weight_V.sum()).log().float()
+
+
 def item_loss(
     model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Loss of predicting items ``t`` int64 [P] from encodings ``h`` [P, D] with the item table [V, D]. An item without
     a training event is no negative: it would be pushed down, and its words with it."""
     sampling_V, items = log_expected_V.exp(), len(log_expected_V)
+    assert not sampling_V[:FIRST_ID].any(), "special ids are no negatives: see log_expected_counts"
     unseen_V = torch.where(model.popularity > 0, 0.0, MASKED).to(log_expected_V.device)
     unseen_V[:FIRST_ID] = 0.0
 

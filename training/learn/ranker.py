@@ -26,7 +26,15 @@ from training.models.retrieval import RetrievalModel
 from training.presets import Preset
 from training.scoring import SCORED, candidates
 from vivace.contract import FIRST_ID
-from vivace.manifest import Progress, Step, read_manifest
+from vivace.manifest import Progress, Step
+from vivace.run import CONTROL, RANKING, RETRIEVAL, Run
+
+
+def held_out_users(request: data.Requests, share: float, seed: int) -> np.ndarray:
+    """bool [B]: whether a request's user is held out of a ranker's training. The same requests always: by a hash of the
+    history, which stays with the user."""
+    mix = np.array([(int(h.sum()) * 2654435761 + len(h) * 40503 + seed) % 1000 for h in request.histories])
+    return mix < share * 1000
 
 
 class RankerData:
@@ -63,13 +71,12 @@ class RankerData:
             yield from data.requests(files, self.heads, history, batch_size, shuffle_seed, back)
 
     def held_out_mask(self, request: data.Requests) -> np.ndarray:
-        """The same requests always: by a hash of the history, which stays with the user."""
-        mix = np.array([(int(h.sum()) * 2654435761 + len(h) * 40503 + self.seed) % 1000 for h in request.histories])
-        return mix < self.preset.ranking.held_out * 1000
+        return held_out_users(request, self.preset.ranking.held_out, self.seed)
 
     def batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[tuple[Any, ...]]:
         """(history [B, T], ids, scores, encoded, hit bool [B, N], labels [B, heads]) of requests whose target is among
-        the candidates (training), or of all of them (held out); the retriever's rank and the target come last."""
+        the candidates (training), or of all of them (held out); the retriever's rank, the target and the request's
+        number come last."""
         for request in self._requests(held_out, shuffle_seed, batch_size):
             rank, ids, scores, encoded = candidates(
                 self.retriever, request, self.count, self.schema.exclude_seen, self.preset.ranker.memory
@@ -80,9 +87,9 @@ class RankerData:
             if not held_out:
                 keep &= hit.any(1)
             labels = torch.stack([request.labels[h] for h in self.heads], 1).to(ids.device)
-            history = request.history_BT.to(ids.device)
+            history, number = request.history_BT.to(ids.device), request.number_B.to(ids.device)
             if keep.any():
-                yield tuple(x[keep] for x in (history, ids, scores, encoded, hit, labels, rank, target))
+                yield tuple(x[keep] for x in (history, ids, scores, encoded, hit, labels, rank, target, number))
 
 
 def ranker_loss(model: RankingModel, batch: tuple[Any, ...]) -> Tensor:
@@ -138,10 +145,10 @@ def train_ranker(
 ) -> dict[str, Any]:
     """Trains ``artifacts/<name>/ranking``. ``control``: on the last training event instead of the validation event,
     so without a label that the retriever has not seen (``ranking_control``)."""
-    retrieval = read_manifest(root / "retrieval", "vivace train")
-    name = "ranking_control" if control else "ranking"
+    run = Run(root, features.folder)
+    name = CONTROL if control else RANKING
     config = {"ranker": asdict(preset.ranker), "training": asdict(preset.ranking), "control": control}
-    step = Step(root / name, "train ranking", config, seed, {"retrieval": retrieval["key"]})
+    step = Step(run.step(name), "train ranking", config, seed, {RETRIEVAL: run.key(RETRIEVAL)})
     if step.done():
         say("ranker is there: nothing to do")
         assert step.manifest is not None
@@ -159,9 +166,9 @@ def train_ranker(
     def metric() -> dict[str, float]:
         found, losses = [], []
         with torch.no_grad():
-            for history, ids, scores, encoded, hit_BN, _, rank, target in source.batches(True, None, SCORED):
+            for history, ids, scores, encoded, hit_BN, _, rank, target, number in source.batches(True, None, SCORED):
                 logits = model(history, ids, scores, encoded)[..., 0]
-                found.append(ranks_after(logits, ids, target, rank))
+                found.append(ranks_after(logits, ids, target, rank, number))
                 among = hit_BN.any(1)
                 losses.append(F.cross_entropy(logits[among], hit_BN[among].to(torch.int64).argmax(1), reduction="none"))
         if not found or not sum(len(x) for x in losses):

@@ -26,7 +26,7 @@ from training.distributed import World, whole
 from training.learn.constraints import Constraint, constrain, release
 from training.learn.distill import Teacher
 from training.learn.loop import Loop, LoopConfig
-from training.learn.objectives import retrieval_loss
+from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.warm_start import free_unseen, start_from_counts, take_up
 from training.metrics import mean_ndcg
 from training.models.adapters import Adaptation, freeze_for, merge
@@ -34,8 +34,8 @@ from training.models.item_table import item_attributes
 from training.models.retrieval import EXCLUDED, RetrievalModel
 from training.presets import PRESET, Preset
 from training.scoring import SCORED, scored
-from vivace.contract import FIRST_ID
 from vivace.manifest import Progress, Step, read_manifest, write_text
+from vivace.run import TEXT, Run
 
 
 def _probe_metric(
@@ -47,7 +47,7 @@ def _probe_metric(
             for start in range(0, len(probes), SCORED):
                 part = probes[start : start + SCORED]
                 targets = torch.tensor([int(p[-1, 0]) for p in part])
-                request = data.of_sequences([p[:-1] for p in part], model.config.history, targets, {})
+                request = data.of_sequences([p[:-1] for p in part], model.config.history, targets, {}, start)
                 rank, scores, _ = scored(model, request, exclude_seen)
                 found.append(rank)
                 losses.append(F.cross_entropy(scores, request.target_B.to(scores.device), reduction="none"))
@@ -100,7 +100,7 @@ def train_retrieval(
     if start_from is not None:
         inputs["from"] = read_manifest(start_from, "vivace pretrain")["key"]
     if preset.encoder.text_encoder:
-        inputs["text"] = read_manifest(features.folder.parent / "text", "vivace pretrain --objective text")["key"]
+        inputs["text"] = Run(root, features.folder).key(TEXT)
     step = Step(root / "retrieval", "train retrieval", config, seed, inputs)
     if world.first:
         root.mkdir(parents=True, exist_ok=True)
@@ -143,9 +143,7 @@ def train_retrieval(
             "train: no user has two training events, so there is nothing to learn the next event from; "
             "check the column user, or prepare a longer log"
         )
-    p = torch.tensor((counts + 1) ** c.negative_power)
-    p[:FIRST_ID] = 1e-12
-    log_expected = (c.negatives * p / p.sum()).log().float().to(device())
+    log_expected = log_expected_counts(torch.tensor(counts), c).to(device())
     loop = Loop(
         model,
         LoopConfig(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from training.losses import full_softmax
 from training.models.encoders import EncoderConfig, build_encoder
-from vivace.manifest import read_manifest
+from vivace.run import TEXT, Run
 
 FOLDER, VECTORS, TOKENIZER, WEIGHTS = "text", "vectors.npy", "tokenizer.json", "weights.pt"
 PAD, UNKNOWN, MASK, FIRST_TOKEN = 0, 1, 2, 3
@@ -108,6 +108,6 @@ def standardise(vectors: Tensor, real: Tensor) -> Tensor:
 
 def item_vectors(root: Path) -> np.ndarray:
     """Vectors of all item ids float32 [V, D] that ``pretrain_text`` wrote."""
-    read_manifest(root / FOLDER, "vivace pretrain --objective text")
+    Run(root).manifest(TEXT)
     found: np.ndarray = np.load(root / FOLDER / VECTORS)
     return found

@@ -33,7 +33,7 @@ from search.hybrid import HybridIndex
 from search.lexical import Field, Lexical
 from search.log import SearchLog
 from search.online import ENCODER, RANKER, VECTORS, QuerySearch, SearchOptions, SearchResult, write_catalogue
-from search.published import FOLDER, LAYOUT
+from search.published import LAYOUT
 from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
 from training.checkpoints import load_ranker, load_retrieval
@@ -44,7 +44,8 @@ from training.presets import Preset
 from training.search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
 from training.search.judging import Requests, diversity_costs, judged_log, kinds_of
 from vivace import contract
-from vivace.manifest import Step, read_manifest, write_text
+from vivace.manifest import Step, write_text
+from vivace.run import FEATURES, RANKING, RETRIEVAL, Run
 
 OPSET = 17
 BATCH = 64
@@ -208,8 +209,9 @@ def train_search(
     quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains unless it is there; returns the manifest."""
-    inputs = {n: read_manifest(root / n, "vivace train")["key"] for n in ("features", "retrieval", "ranking")}
-    step = Step(root / FOLDER, "train search", asdict(config) | {"layout": LAYOUT}, seed, inputs)
+    run = Run(root, features.folder)
+    inputs = {name: run.key(name) for name in (FEATURES, RETRIEVAL, RANKING)}
+    step = Step(run.search, "train search", asdict(config) | {"layout": LAYOUT}, seed, inputs)
     if step.done():
         say("search is there: nothing to do")
         assert step.manifest is not None

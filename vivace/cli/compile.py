@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ from vivace.cli.runs import say_next, step
 from vivace.cli.values import choice, one_of, values_of
 
 TARGETS = values_of("training.compile.targets:TARGETS")
-INDEXES = values_of("training.compile.export:INDEXES")
+INDEXES = values_of("training.compile.compiler:INDEXES")
 
 
 def compile_(
@@ -47,12 +47,11 @@ def compile_(
     """Export to ONNX, check against PyTorch (int8: by the quality gate), publish a new version of the repository."""
     with step(name, artifacts) as run:
         from preprocessing.features import Features
-        from training.compile.export import CompileConfig, compile_models
+        from training.compile.compiler import CompileConfig, compile_models
 
-        config = CompileConfig(
-            precision=precision, tables=tables, fold=fold, targets=tuple(target or ()), index=index, bound=bound,
-            force=force,
-        )  # fmt: skip
+        chosen: dict[str, Any] = {"precision": precision, "tables": tables, "index": index}  # each is one of its values
+        targets: tuple[Any, ...] = tuple(target or ())
+        config = CompileConfig(fold=fold, targets=targets, bound=bound, force=force, **chosen)
         sizes = chosen_preset(preset, run.root)
         results = compile_models(Features(run.features), sizes, run.root, seed, say, config)["results"]
     for stage, values in results["parity"].items():

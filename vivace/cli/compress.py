@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,12 +59,17 @@ def compress(
         from training.compile.prune import Target
         from training.learn.constraints import Constraint
 
+        sizes_of_ranker: dict[str, Any] = {"heads": ranker_heads, "followers": followers, "mixture": mixture}
+        chosen: dict[str, Any] = {"precision": precision, "epochs": epochs, "bound": bound, "force": force}
         config = Compression(
             target=Target(layers=layers, heads=heads, ffn=ffn, width=width),
-            ranker=SmallerRanker(memory=memory, heads=ranker_heads, followers=followers, mixture=mixture),
-            fresh=fresh, constraint=Constraint(sparsity=sparsity, int8=qat), epochs=epochs, learning_rate=learning_rate,
-            dropout=dropout, precision=precision, bound=bound, force=force,
-        )  # fmt: skip
+            ranker=SmallerRanker(memory=memory, **sizes_of_ranker),
+            fresh=fresh,
+            constraint=Constraint(sparsity=sparsity, int8=qat),
+            learning_rate=learning_rate,
+            dropout=dropout,
+            **chosen,
+        )
         sizes = chosen_preset(preset, run.root)
         compress_run(Features(run.features), sizes, run.root, variant, config, seed, say)
     say("python -m benchmarks.graphs compares the speeds")

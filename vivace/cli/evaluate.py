@@ -49,7 +49,7 @@ def evaluate(
     with step(name, artifacts) as run, console.status("ranking test requests") as status:
         from preprocessing.features import Features
         from training.judge.evaluate import evaluate as judge
-        from training.judge.evaluate import render
+        from training.judge.tables import render
 
         sizes = chosen_preset(preset, run.root)
         manifest = judge(Features(run.features), sizes, run.root, seed, progress(status))
@@ -82,5 +82,5 @@ def compare_runs(runs: list[Run], artifacts: Path, plot_file: Path) -> None:
     rows = compare.compare([run.root for run in runs])
     console.print(compare.render(rows))
     compare.plot(rows, plot_file)
-    compare.write_json(rows, plot_file.with_suffix(".json"))
+    compare.write_rows(rows, plot_file.with_suffix(".json"))
     say(f"plot {plot_file}, figures {plot_file.with_suffix('.json')}")

@@ -61,7 +61,8 @@ Profile = Annotated[
 ]
 Precision = Annotated[str, choice("--precision", PRECISIONS, "of the graphs (docs/compress.md)")]
 Tables = Annotated[
-    str, choice("--tables", values_of("training.compile.export:TABLES"), "of items; int8 takes a quarter of the memory")
+    str,
+    choice("--tables", values_of("training.compile.compiler:TABLES"), "of items; int8 takes a quarter of the memory"),
 ]
 Bound = Annotated[
     float, typer.Option("--bound", help="relative fall of NDCG@10 that the quality gate lets through", min=0, max=1)

@@ -45,6 +45,8 @@ def serve(
     served = Run(served_from(run.root, profile))
     if served != run:
         say(f"profile {profile} serves {served.root}")
+    if doubt := served.doubt():
+        say(f"serving what was published before: {doubt}")
     options = ServerOptions(
         repository=served.repository,
         host=host,

@@ -17,7 +17,7 @@ from search.published import FOLDER
 from search.ranker import RankerConfig
 from serving.launcher import TritonServer
 from tests.support import PatientClient, on_free_ports, quiet
-from training.compile.export import compile_models
+from training.compile.compiler import compile_models
 from training.models.text_encoder import TextConfig
 from training.presets import tiny
 from training.search.encoder import SearchEncoderConfig

@@ -19,7 +19,7 @@ from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from serving.service import service, warm_up
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, patient, quiet, wait_until
-from training.compile.export import shapes
+from training.compile.onnx_export import shapes
 from training.presets import tiny
 from vivace import contract
 from vivace.client import VivaceError, request_tensors

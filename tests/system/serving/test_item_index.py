@@ -10,8 +10,10 @@ import pytest
 from serving.runtime.item_index import ItemIndex
 from serving.service import service
 from tests.support import PatientClient, on_free_ports, quiet
-from training.compile.export import CompileConfig, Engine, compile_models, shapes
+from training.compile.compiler import CompileConfig, compile_models
+from training.compile.engine import Engine
 from training.compile.index import recall, tune
+from training.compile.onnx_export import shapes
 from training.judge.gate import GateError
 from training.presets import tiny
 from vivace import contract

@@ -11,7 +11,7 @@ import torch
 from preprocessing.requests import recorded
 from serving.launcher import ServerError, ServerOptions, TritonServer
 from tests.support import PatientClient, on_free_ports, quiet
-from training.compile.export import CompileConfig, compile_models
+from training.compile.compiler import CompileConfig, compile_models
 from training.presets import tiny
 from vivace import contract
 from vivace.client import Recommendation

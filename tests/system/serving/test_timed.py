@@ -12,7 +12,8 @@ import torch
 from serving.service import service
 from tests.support import PatientClient, on_free_ports, quiet
 from training.checkpoints import load_ranker, load_retrieval
-from training.compile.export import compile_models, shapes
+from training.compile.compiler import compile_models
+from training.compile.onnx_export import shapes
 from training.data import batches as data
 from training.judge.evaluate import RANKED, RANKS, RETRIEVAL, WITHOUT_TIMES, evaluate
 from training.learn.ranker import train_ranker

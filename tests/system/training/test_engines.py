@@ -13,16 +13,10 @@ from benchmarks.tables import Scoring
 from preprocessing.features import Features
 from serving.runtime.tensorrt_plan import library
 from tests.support import quiet
-from training.compile.export import (
-    CompileConfig,
-    Engine,
-    compile_models,
-    example_requests,
-    export,
-    reduce_precision,
-    shapes,
-)
-from training.compile.quantize import PRECISIONS, convert, overlap, prepare, products, sensitivities
+from training.compile.compiler import CompileConfig, compile_models
+from training.compile.engine import Engine
+from training.compile.onnx_export import example_requests, export, shapes
+from training.compile.quantize import PRECISIONS, convert, overlap, prepare, products, reduce_precision, sensitivities
 from training.compile.tensorrt_engine import build
 from training.models.int8_table import Int8Table, quantize_rows
 from training.presets import tiny

@@ -27,7 +27,7 @@ def test_retrieval_on_cuda_equals_cpu():
 def test_retrieval_graph_under_onnx_runtime_cuda(tmp_path):
     import onnxruntime as ort
 
-    from training.compile.export import export
+    from training.compile.onnx_export import export
 
     path, model = tmp_path / "r.onnx", _model()
     example = (torch.randint(3, 60, (4, 12)), torch.zeros(4, 60, dtype=torch.bool))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.compile.export import export
+from training.compile.onnx_export import export
 from training.losses import full_softmax, gbce, sampled_softmax
 from training.models.encoders import BUCKETS, dropout, time_buckets
 from training.models.item_table import ItemAttributes, words_of

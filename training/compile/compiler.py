@@ -1,0 +1,279 @@
+"""``vivace compile``: trained models to ONNX, checked against PyTorch on real requests, into a servable repository."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preprocessing.features import Features
+from preprocessing.requests import record
+from search import published as search
+from serving import repository
+from serving.runtime.item_index import ENCODER
+from training.checkpoints import load_ranker, load_retrieval
+from training.compile.engine import Engine
+from training.compile.index import EncoderGraph, Tuned, build_index, validation_states
+from training.compile.onnx_export import (
+    OPSET,
+    RANKING_AXES,
+    RETRIEVAL_AXES,
+    example_requests,
+    export,
+    export_checked,
+    names_of,
+    shapes,
+)
+from training.compile.publish import model_card, publish
+from training.compile.quantize import OVERLAP, Precision, overlap, reduce_precision
+from training.compile.targets import TargetName, make
+from training.judge.gate import BOUND, Verdict, judge_engine
+from training.models.ranking import RankingGraph, RankingModel
+from training.models.retrieval import RetrievalGraph, RetrievalModel
+from training.presets import Preset
+from vivace import contract
+from vivace.choices import check_choices
+from vivace.manifest import Progress, Step, replaced
+from vivace.run import EVALUATION, FEATURES, RANKING, RECORDED_PARTS, REFERENCE, RETRIEVAL, SEARCH, Run
+
+FOLD_ITEMS = 100_000  # items up to which the ranker's table of five numbers for one of the embedding is worth it
+LAYOUT = 7  # of the stages' tensors and the recorded requests: what has another layout is compiled again
+RECORDED_REQUESTS = 5000
+Tables = Literal["fp32", "int8"]
+Index = Literal["", "HNSW32", "HNSW32_SQ8"]
+TABLES: tuple[Tables, ...] = get_args(Tables)  # how items are kept
+INDEXES = ("HNSW32", "HNSW32_SQ8")  # FAISS indexes that ``--index`` builds
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """How a trained run is compiled."""
+
+    precision: Precision = "fp32"
+    """Number format of the graphs' products (see ``quantize``); products that it hurts stay in float32."""
+    tables: Tables = "fp32"
+    """Number format of the tables of items (see ``int8_table``)."""
+    fold: bool = True
+    """Whether parts of the ranker that depend on an item alone become a table (see ``FoldedItems``): up to FOLD_ITEMS
+    items and with float32 tables."""
+    targets: tuple[TargetName, ...] = ()
+    """What it is made ready for beside ONNX Runtime on the CPU (see ``targets``)."""
+    index: Index = ""
+    """FAISS index that finds the candidates (see ``index``); "": every item is scored."""
+    reference: Path | None = None
+    """Folder of the evaluated run that the quality gate compares with. None: this run itself, where the engine is not
+    all float32; an all float32 one is not judged then, as it must equal PyTorch."""
+    bound: float = BOUND
+    """Relative fall of NDCG@10, 0 to 1, that the gate lets through."""
+    force: bool = False
+    """Whether to publish what the gate refuses: the model card and the server's metadata say so."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.index and not (self.precision == self.tables == "fp32" and not self.targets):
+            raise ValueError("--index goes with --precision fp32, --tables fp32 and no --target")
+        if self.tables == "int8" and self.precision != "fp32":
+            raise ValueError(f"--tables int8 goes with --precision fp32, got {self.precision!r}")
+
+    @property
+    def exact(self) -> bool:
+        """Whether ONNX must equal PyTorch but for rounding."""
+        return self.precision == self.tables == "fp32"
+
+    @property
+    def judged(self) -> bool:
+        """Whether the quality gate is asked."""
+        return not self.exact or bool(self.index) or self.reference is not None
+
+    @property
+    def kind(self) -> str:
+        """Number format in words."""
+        return "int8 tables" if self.tables == "int8" else self.precision
+
+
+@dataclass
+class Compilation:
+    """One run of the step: what its parts share, and what they leave for the record."""
+
+    features: Features
+    preset: Preset
+    run: Run
+    config: CompileConfig
+    folder: Path
+    say: Progress
+    retriever: RetrievalModel
+    ranker: RankingModel
+    tensors: contract.StageTensors
+    example: tuple[Tensor, ...]
+    """Inputs of the retrieval graph: real requests."""
+    candidates: tuple[Tensor, ...] = ()
+    """Inputs of the ranking graph after them."""
+    parity: dict[str, dict[str, float]] = field(default_factory=dict)
+    sensitivities: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, features: Features, preset: Preset, run: Run, config: CompileConfig, folder: Path, say: Progress
+    ) -> Compilation:
+        retriever = load_retrieval(features, preset, run.root).cpu()
+        ranker = load_ranker(features, preset, run.root).cpu()
+        tensors = shapes(preset, features.item_count())
+        example = example_requests(features, preset)
+        return cls(features, preset, run, config, folder, say, retriever, ranker, tensors, example)
+
+    @property
+    def exact_folder(self) -> Path:
+        """Where the float32 graphs go."""
+        return self.folder if self.config.exact else self.folder / "fp32"
+
+    @property
+    def ranking_outputs(self) -> tuple[contract.WireTensor, ...]:
+        return contract.ranking_outputs(self.tensors, self.features.schema.heads)
+
+    def export_exact(self) -> None:
+        """Both graphs in float32, checked against PyTorch."""
+        self.exact_folder.mkdir(exist_ok=True)
+        s, config = self.tensors, self.config
+        self.say("exporting retrieval")
+        graph = RetrievalGraph(self.retriever, s.candidates, s.memory)
+        self.parity[contract.RETRIEVAL] = export_checked(
+            contract.RETRIEVAL, graph, contract.retrieval_inputs(s), contract.retrieval_outputs(s), self.example,
+            self.exact_folder / "retrieval.onnx",
+        )  # fmt: skip
+        with torch.no_grad():
+            self.candidates = (self.example[0], *graph(*self.example))
+        self.say("exporting ranking")
+        fold = config.fold and config.tables == "fp32" and s.items <= FOLD_ITEMS
+        self.parity[contract.RANKING] = export_checked(
+            contract.RANKING, RankingGraph(self.ranker, folded=fold), contract.ranking_inputs(s), self.ranking_outputs,
+            self.candidates, self.exact_folder / "ranking.onnx", RankingGraph(self.ranker),
+        )  # fmt: skip
+
+    def export_reduced(self) -> None:
+        """Both graphs in the number format that the configuration names."""
+        s, config = self.tensors, self.config
+        self.say(f"converting to {config.kind}")
+        if config.tables == "int8":
+            names = names_of(contract.retrieval_inputs(s)), names_of(contract.retrieval_outputs(s))
+            retrieval = RetrievalGraph(self.retriever, s.candidates, s.memory, int8_table=True)
+            export(retrieval, self.example, *names, self.folder / "retrieval.onnx", RETRIEVAL_AXES)
+            names = names_of(contract.ranking_inputs(s)), names_of(self.ranking_outputs)
+            ranking = RankingGraph(self.ranker, int8_table=True)
+            export(ranking, self.candidates, *names, self.folder / "ranking.onnx", RANKING_AXES)
+        else:
+            self.sensitivities = reduce_precision(self.features, s, self.exact_folder, self.folder, config.precision)
+        inputs = [x.numpy() for x in self.example]
+        same = overlap(Engine(self.exact_folder, s)(inputs)[0], Engine(self.folder, s)(inputs)[0])
+        left = {n: sum(share < OVERLAP for share in alone.values()) for n, alone in self.sensitivities.items()}
+        self.parity[config.kind] = {"top-10 overlap": same, **{f"{n} in float32": count for n, count in left.items()}}
+
+    def export_index(self) -> Tuned:
+        """The encoder alone and the index of the items; from here on ``tensors`` are those of an indexed run."""
+        s = self.tensors
+        self.say(f"building the index {self.config.index}")
+        export(
+            EncoderGraph(self.retriever, s.memory),
+            (self.example[0], *self.example[2:]),
+            [name for name in names_of(contract.retrieval_inputs(s)) if name != s.exclude],
+            [contract.ENCODED_HISTORY],
+            self.folder / ENCODER,
+            RETRIEVAL_AXES,
+        )
+        states_BD = validation_states(self.features, self.preset, self.retriever)
+        tuned = build_index(self.retriever, states_BD, s.candidates, self.config.index, self.folder)
+        self.say(f"index: effort {tuned.effort} finds {tuned.recall:.4f} of the exact candidates")
+        self.tensors = replace(s, indexed=True)
+        return tuned
+
+    def judge(self, reference: Run) -> Verdict:
+        """Raises GateError where the engine lost too much."""
+        self.say("ranking the validation requests by the compiled graphs")
+        engine, config = Engine(self.folder, self.tensors), self.config
+        verdict = judge_engine(self.features, self.tensors, engine, self.run, reference, config.bound, config.force)
+        self.say(verdict.sentence())
+        return verdict
+
+    def make_targets(self) -> dict[str, dict[str, float]]:
+        """What each target records."""
+        s, records = self.tensors, dict[str, dict[str, float]]()
+        feeds: dict[str, dict[str, np.ndarray]] = {
+            stage: {t.name: x.numpy() for t, x in zip(tensors, values, strict=True)}
+            for stage, tensors, values in (
+                (contract.RETRIEVAL, contract.retrieval_inputs(s), self.example),
+                (contract.RANKING, contract.ranking_inputs(s), self.candidates),
+            )
+        }
+        for target in self.config.targets:
+            self.say(f"target {target}")
+            records[target] = make(target, self.folder, feeds, (1, 16, repository.PROFILES["gpu"].max_batch_size))
+        return records
+
+
+def _step(features: Features, preset: Preset, run: Run, reference: Run, seed: int, config: CompileConfig) -> Step:
+    """The step with the keys of all that it is made from. Raises StaleError where those do not belong together."""
+    inputs = {name: run.key(name) for name in (FEATURES, RETRIEVAL, RANKING)}
+    if search.features_of(run.root):
+        inputs[SEARCH] = run.key(SEARCH)
+    if config.judged:
+        inputs[EVALUATION if reference == run else REFERENCE] = reference.key(EVALUATION)
+    settings = {
+        "opset": OPSET,
+        "layout": LAYOUT,
+        "shapes": shapes(preset, features.item_count()),
+        "profiles": {name: repr(profile) for name, profile in repository.PROFILES.items()},
+        **{name: value for name, value in asdict(config).items() if name != "reference"},
+    }
+    return Step(run.compiled, "compile", settings, seed, inputs)
+
+
+def compile_models(
+    features: Features, preset: Preset, root: Path, seed: int, say: Progress, config: CompileConfig | None = None
+) -> dict[str, Any]:
+    """Writes ``artifacts/<name>/compiled`` and publishes a new version in ``artifacts/<name>/model_repository``. Raises
+    StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ, GateError where
+    the engine lost more quality than the bound."""
+    config = config or CompileConfig()
+    run = Run(root, features.folder)
+    reference = Run(config.reference, features.folder) if config.reference is not None else run
+    step = _step(features, preset, run, reference, seed, config)
+    if step.done() and run.repository.is_dir():
+        say("compiled models are there: nothing to do")
+        assert step.manifest is not None
+        return step.manifest
+    with replaced(step.folder) as folder:  # what is compiled stays whole, and what it left behind is not taken up
+        work = Compilation.of(features, preset, run, config, folder, say)
+        return _compile(work, reference, replace(step, folder=folder))
+
+
+def _compile(work: Compilation, reference: Run, step: Step) -> dict[str, Any]:
+    """Makes, judges and publishes; returns the manifest."""
+    started, config, run = time.monotonic(), work.config, work.run
+    work.export_exact()
+    if not config.exact:
+        work.export_reduced()
+    tuned = work.export_index() if config.index else None
+    verdict = work.judge(reference) if config.judged else None
+    targets = work.make_targets()
+    for part in filter(work.features.files, RECORDED_PARTS):
+        record(work.features, step.folder / run.requests_file(part).name, RECORDED_REQUESTS, step.seed, part)
+    tensors = replace(work.tensors, search=search.features_of(run.root))
+    gate = verdict.record() if verdict else "not asked: float32, by parity"
+    card = model_card(work.features, run, tensors, step.seed, work.parity)
+    card |= {"precision": config.precision, "tables": config.tables, "gate": gate}
+    version = publish(work.features, run, step.folder, tensors, card)
+    work.say(f"published version {version} in {run.repository}")
+    return step.finish(
+        time.monotonic() - started,
+        parity=work.parity,
+        version=version,
+        repository=run.repository.name,
+        gate=gate,
+        targets=targets,
+        sensitivities=work.sensitivities,
+        index=asdict(tuned) if tuned else {},
+    )

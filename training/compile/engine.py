@@ -1,0 +1,37 @@
+"""The compiled graphs of a run as one function, run here as the server runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from serving.runtime.item_index import IndexedRetrieval
+from training.compile.onnx_export import names_of
+from vivace import contract
+from vivace.onnx_session import open_session
+
+
+class Engine:
+    """Two compiled graphs as one function of the retrieval graph's inputs."""
+
+    def __init__(self, folder: Path, tensors: contract.StageTensors, threads: int = 1) -> None:
+        self.index = IndexedRetrieval(folder, tensors, threads) if tensors.indexed else None
+        self.retrieval = None if tensors.indexed else open_session(folder / f"{contract.RETRIEVAL}.onnx", threads)
+        self.ranking = open_session(folder / f"{contract.RANKING}.onnx", threads)
+        self.names = [names_of(contract.retrieval_inputs(tensors)), names_of(contract.ranking_inputs(tensors))]
+
+    def retrieve(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs of the retrieval stage: candidate ids and scores, the encoded history."""
+        if self.index is not None:
+            return self.index(inputs)
+        assert self.retrieval is not None
+        candidates: list[np.ndarray] = self.retrieval.run(None, dict(zip(self.names[0], inputs, strict=True)))
+        return candidates
+
+    def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs of the ranking graph: ids best first, values."""
+        rows = (inputs[0], *self.retrieve(inputs))
+        ranked: list[np.ndarray] = self.ranking.run(None, dict(zip(self.names[1], rows, strict=True)))
+        return ranked

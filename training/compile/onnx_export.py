@@ -1,0 +1,123 @@
+"""PyTorch graphs to ONNX files, checked against PyTorch on real requests.
+
+Axis legend: B requests, T history events, V item ids.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from preprocessing.features import Features
+from training.compile.parity import difference
+from training.data import batches as data
+from training.presets import Preset
+from vivace import contract
+from vivace.onnx_session import open_session
+
+OPSET = 18
+TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
+EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
+PARITY_REQUESTS = 64
+
+# axes that are free beside the batch, by tensor: a server may read less of the history and rank fewer candidates
+RETRIEVAL_AXES = {t: (1, "history") for t in ("HISTORY_IDS", "HISTORY_TIMES")} | {
+    contract.ENCODED_HISTORY: (1, "encoded")
+}
+RANKING_AXES = RETRIEVAL_AXES | {
+    **{t: (1, "candidates") for t in ("CANDIDATE_IDS", "CANDIDATE_SCORES", "RANKED_IDS")},
+    "RANKED_VALUES": (2, "candidates"),
+}
+
+
+def shapes(preset: Preset, items: int) -> contract.StageTensors:
+    """The tensors between the stages for a preset and a vocabulary."""
+    count = min(preset.ranker.candidates, items - contract.FIRST_ID)
+    e = preset.encoder
+    return contract.StageTensors(e.history, count, items, e.width, e.time_bias, preset.ranker.memory)
+
+
+def names_of(tensors: Sequence[contract.WireTensor]) -> list[str]:
+    return [t.name for t in tensors]
+
+
+def example_requests(features: Features, preset: Preset, count: int = PARITY_REQUESTS) -> tuple[Tensor, ...]:
+    """(history ids [B, T], exclude [B, V]), and times [B, T] if the encoder reads them, of validation requests, the
+    last one with an empty history: inputs of the retrieval graph."""
+    heads = [h.name for h in features.schema.heads]
+    files = features.files("valid") or features.files("test")  # short logs have no validation; targets are not read
+    request = next(iter(data.requests(files, heads, preset.encoder.history, count)))
+    history, times = request.history_BT.clone(), request.time_BT.clone()
+    history[-1] = times[-1] = contract.PADDING_ID
+    exclude = request.exclude(features.item_count(), features.schema.exclude_seen)
+    return (history, exclude, times) if preset.encoder.time_bias else (history, exclude)
+
+
+def export(
+    graph: nn.Module,
+    example: tuple[Tensor, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    path: Path,
+    free: Mapping[str, tuple[int, str]] | None = None,
+) -> None:
+    """One ONNX file with a free batch axis on every tensor; raises if the checker finds fault. ``free``: one more axis
+    of tensors by name, and what it is called."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes = {name: {0: "batch"} for name in (*inputs, *outputs)}
+    for name, (axis, called) in (free or {}).items():
+        if name in axes:
+            axes[name][axis] = called
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        # the TorchScript exporter is the one Merlin's expert blocks were known to export with; the newer was not tried
+        torch.onnx.export(
+            graph.eval().cpu(),
+            tuple(x.cpu() for x in example),
+            str(path),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    onnx.checker.check_model(str(path))
+
+
+def _check(stage: str, apart: Mapping[str, float]) -> None:
+    ids, *values = apart.items()
+    if not ids[1] >= EQUAL_IDS:
+        raise ValueError(
+            f"{stage}: {ids[0]}: {ids[1]:.4f} of the ids equal PyTorch's, expected {EQUAL_IDS}; not published"
+        )
+    for name, value in values:
+        if not value <= TOLERANCE:
+            raise ValueError(
+                f"{stage}: {name}: PyTorch and ONNX differ by {value:.3g}, expected at most {TOLERANCE}; not published"
+            )
+
+
+def export_checked(
+    stage: str,
+    graph: nn.Module,
+    inputs: tuple[contract.WireTensor, ...],
+    outputs: tuple[contract.WireTensor, ...],
+    example: tuple[Tensor, ...],
+    path: Path,
+    reference: nn.Module | None = None,
+) -> dict[str, float]:
+    """Exports a stage and compares it with PyTorch (``reference``; the graph itself if none) on ``example``; the
+    differences. Raises ValueError beyond them, also where they are NaN."""
+    names_in, names_out = names_of(inputs), names_of(outputs)
+    export(graph, example, names_in, names_out, path, RANKING_AXES if stage == contract.RANKING else RETRIEVAL_AXES)
+    with torch.no_grad():
+        expected = (reference or graph).eval()(*example)
+    answer = open_session(path).run(names_out, {n: x.numpy() for n, x in zip(names_in, example, strict=True)})
+    apart = difference([e.numpy() for e in expected], answer, names_out)
+    _check(stage, apart)
+    return apart

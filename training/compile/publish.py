@@ -1,0 +1,81 @@
+"""A compiled run as a new version of its model repository, with a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from preprocessing.features import Features
+from search import published as search
+from serving import repository
+from serving.runtime.item_index import ENCODER, INDEX, POPULAR
+from training.compile.targets import files as plans
+from vivace import contract
+from vivace.manifest import finite, plain, write_json, write_text
+from vivace.run import EVALUATION, FEATURES, RANKING, RETRIEVAL, Run, StaleError
+
+ITEMS_FILE, SCHEMA_FILE = "items.json", "schema.json"
+
+
+def _quality(run: Run) -> dict[str, Any] | str:
+    """What ``vivace evaluate`` found of the very models that are compiled."""
+    try:
+        results: dict[str, Any] = run.manifest(EVALUATION)["results"]
+    except FileNotFoundError:
+        return "not evaluated"
+    except StaleError:
+        return "not evaluated: the evaluation that is there is of other models"
+    return results
+
+
+def model_card(
+    features: Features, run: Run, tensors: contract.StageTensors, seed: int, parity: dict[str, Any]
+) -> dict[str, Any]:
+    """Data, configuration, seed, commit and quality of what is served, beside the models."""
+    manifests = {name: run.manifest(name) for name in (FEATURES, RETRIEVAL, RANKING)}
+    return {
+        "data": features.schema.name,
+        "licence": features.schema.licence,
+        "shapes": tensors.__dict__,
+        "seed": seed,
+        "parity": parity,
+        "quality": _quality(run),
+        **{n: {k: m[k] for k in ("key", "config", "commit", "versions", "finished")} for n, m in manifests.items()},
+    }
+
+
+def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTensors) -> dict[str, dict[str, Path]]:
+    """What goes into the new version, by model and name."""
+    built, of_search = plans(folder), search.files_of(run.root)
+    if tensors.indexed:
+        retrieval = {name: folder / name for name in (ENCODER, INDEX, POPULAR)}
+    else:
+        retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
+    response = {ITEMS_FILE: folder / ITEMS_FILE, **of_search.pop(contract.RESPONSE, {})}
+    return {
+        contract.FEATURE_TRANSFORM: {"transform.onnx": features.folder / "transform_request.onnx"},
+        contract.RETRIEVAL: retrieval,
+        contract.RANKING: {"model.onnx": folder / "ranking.onnx", **built.get(contract.RANKING, {})},
+        contract.RESPONSE: response,
+        **of_search,
+        contract.ENSEMBLE: {run.card_file.name: folder / run.card_file.name},
+    }
+
+
+def publish(features: Features, run: Run, folder: Path, tensors: contract.StageTensors, card: dict[str, Any]) -> int:
+    """Writes items, schema and card beside the graphs in ``folder`` and puts all into the model repository; returns the
+    version."""
+    schema, gate = features.schema, finite(plain(card["gate"]))
+    write_text(folder / ITEMS_FILE, json.dumps(features.items()[contract.ITEM].tolist(), ensure_ascii=False))
+    write_text(folder / SCHEMA_FILE, json.dumps(schema.to_json()))
+    write_json(folder / run.card_file.name, card)
+    metadata = {"precision": card["precision"], "tables": card["tables"], "gate": json.dumps(gate)}
+    return repository.assemble(
+        run.repository,
+        tensors,
+        schema.heads,
+        _files(features, run, folder, tensors),
+        exclude_seen=schema.exclude_seen,
+        metadata=metadata,
+    )
