@@ -21,12 +21,12 @@ from search.data import Catalogue, Judgments
 from search.features import features
 from search.hybrid import MATCHED, HybridIndex, top
 from search.lexical import Field, Lexical
-from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.text import normalise
 from search.understanding import QueryUnderstanding, Understood, with_typos
 from training.metrics import bootstrap
 from training.models.text_encoder import TOKENIZER
 from training.search.encoder import EncoderTraining, SearchEncoderConfig, TextSearchEncoder, item_texts
+from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
 from vivace.manifest import Step, digest, write_text
 
 CANDIDATES, K, DEEP = 200, 10, 100
@@ -72,7 +72,7 @@ class SearchConfig:
 
     fields: tuple[Field, ...]
     encoder: SearchEncoderConfig
-    ranker: RankerConfig = field(default_factory=RankerConfig)
+    ranker: SearchRankerConfig = field(default_factory=SearchRankerConfig)
     folds: int = 5
     matched: float = 1.0
 

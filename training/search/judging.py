@@ -12,9 +12,9 @@ from search.features import personal
 from search.hybrid import diversify
 from search.log import SearchLog
 from search.online import SearchResult
-from search.ranker import Ensemble
 from training.metrics import bootstrap
 from training.search.evaluate import ndcg
+from training.search.ranker import Ensemble
 from vivace import contract
 
 DIVERSITIES = (0.0, 0.25, 0.5, 0.75)

@@ -34,7 +34,6 @@ from search.lexical import Field, Lexical
 from search.log import SearchLog
 from search.online import ENCODER, RANKER, VECTORS, QuerySearch, SearchOptions, SearchResult, write_catalogue
 from search.published import LAYOUT
-from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
 from training.checkpoints import load_ranker, load_retrieval
 from training.data import batches as data
@@ -43,6 +42,7 @@ from training.models.retrieval import RetrievalGraph
 from training.presets import Preset
 from training.search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
 from training.search.judging import Requests, diversity_costs, judged_log, kinds_of
+from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
 from vivace import contract
 from vivace.manifest import Step, write_text
 from vivace.run import FEATURES, RANKING, RETRIEVAL, Run
@@ -58,7 +58,7 @@ class SearchTraining:
     and the others teach the ranker; ``clicked``: newest of those that also fine-tune the encoder."""
 
     encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
-    ranker: RankerConfig = field(default_factory=lambda: RankerConfig(epochs=15, batch_size=32, members=4))
+    ranker: SearchRankerConfig = field(default_factory=lambda: SearchRankerConfig(epochs=15, batch_size=32, members=4))
     requests: int = 2000
     typos: float = 0.1
     searches: int = 2000
