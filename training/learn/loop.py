@@ -25,21 +25,30 @@ from training.tracking import Tracker
 Batch = Any
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """``steps_per_epoch`` sets the schedule; ``patience`` epochs without a better metric stop the run (0: never).
-    ``ema``: decay a step of the average of the weights, which is what is measured and kept (0: the weights)."""
+    """Steps, optimizer and schedule of one training run."""
 
     epochs: int
+    """Passes over the data at most."""
     steps_per_epoch: int
+    """Batches of an epoch, which the schedule is made for."""
     learning_rate: float
-    weight_decay: float
-    warmup_steps: int
-    clip_norm: float
-    patience: int
-    checkpoint_s: float
+    """Peak of the schedule."""
+    weight_decay: float = 0.0
+    """Of AdamW, on matrices of layers."""
+    warmup_steps: int = 100
+    """Steps until the peak, at most a tenth of all."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    patience: int = 0
+    """Epochs without a smaller log loss before the run stops (0: never)."""
+    checkpoint_s: float = 30.0
+    """Seconds between checkpoints."""
     seed: int
+    """Of the random numbers of processes that a restart starts anew."""
     ema: float = 0.0
+    """Decay a step of the average of the weights, which is what is measured and kept (0: the weights)."""
 
 
 def cosine(config: LoopConfig) -> Callable[[int], float]:

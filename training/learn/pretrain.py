@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,34 +27,42 @@ from training.losses import full_softmax
 from training.models.item_table import item_attributes
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
+from vivace.checks import check_fields, check_minimum, check_positive, check_shares
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.manifest import Progress, Step, read_manifest
 
-OBJECTIVES = ("masked", "segment", "session", "contrastive")
+Objective = Literal["masked", "segment", "session", "contrastive"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 FOLDER = "pretrained"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """``objectives``, summed: "masked" guesses hidden items (Sun et al. 2019; causal families see the past only);
-    "session" tells which session followed which past, among the batch: next-session prediction, cut at a random pause
-    of at least ``session_gap_s``; "segment" the same with sequences cut in the middle, for logs whose times tell no
-    sessions; "contrastive" draws two augmentations of a sequence together (CL4SRec, Xie et al. 2022,
-    eq. 2). ``temperature`` of the two contrasts; ``share`` of events hidden, cropped or re-ordered.
-    """
+    """What the encoder learns before it learns to predict the next item."""
 
-    objectives: tuple[str, ...] = ("masked",)
+    objectives: tuple[Objective, ...] = ("masked",)
+    """Summed. "masked" guesses hidden items (Sun et al. 2019; causal families see the past only); "session" tells which
+    session followed which past, among the batch: next-session prediction; "segment" the same with sequences cut in the
+    middle, for logs whose times tell no sessions; "contrastive" draws two augmentations of a sequence together
+    (CL4SRec, Xie et al. 2022, eq. 2)."""
     epochs: int = 2
+    """Passes over the training windows."""
     batch_size: int = 64
+    """Windows a step."""
     learning_rate: float = 4e-3
+    """Peak of the schedule."""
     temperature: float = 0.2
+    """Of the contrasts, above 0."""
     share: float = 0.3
+    """Of a window's events that are hidden, cropped or re-ordered; 0 <= x < 1."""
     session_gap_s: int = 1800
+    """Seconds of pause that end a session."""
 
     def __post_init__(self) -> None:
-        unknown = [o for o in self.objectives if o not in OBJECTIVES]
-        if unknown or not self.objectives:
-            raise ValueError(f"pretraining objectives: expected some of {OBJECTIVES}, got {list(self.objectives)}")
+        check_fields(self, {"objectives": "pretraining objectives"})
+        check_minimum(self, 1, "epochs", "batch_size", "session_gap_s")
+        check_positive(self, "learning_rate", "temperature")
+        check_shares(self, "share")
 
 
 def augment(window_BT: Tensor, share: float) -> Tensor:
@@ -196,7 +204,7 @@ def pretrain(
 
     loop = Loop(
         model,
-        LoopConfig(config.epochs, steps, config.learning_rate, 0.0, 100, 1.0, 0, 30.0, seed),
+        LoopConfig(epochs=config.epochs, steps_per_epoch=steps, learning_rate=config.learning_rate, seed=seed),
         step.folder,
         "pretraining",
         lambda epoch: data.training_batches(files, history, config.batch_size, seed, epoch, timed=True),

@@ -147,8 +147,9 @@ def train_retrieval(
     loop = Loop(
         model,
         LoopConfig(
-            c.epochs, steps, c.learning_rate, c.weight_decay, c.warmup_steps, c.clip_norm, c.patience,
-            c.checkpoint_s, seed, c.ema,
+            epochs=c.epochs, steps_per_epoch=steps, learning_rate=c.learning_rate, weight_decay=c.weight_decay,
+            warmup_steps=c.warmup_steps, clip_norm=c.clip_norm, patience=c.patience, checkpoint_s=c.checkpoint_s,
+            seed=seed, ema=c.ema,
         ),
         step.folder,
         "retrieval",

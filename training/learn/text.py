@@ -78,7 +78,12 @@ def pretrain_text(
 
     steps = -(-len(learned) // config.batch_size)
     loop = Loop(
-        model, LoopConfig(config.epochs, steps, config.learning_rate, 0.01, 200, 1.0, 0, 30.0, seed), step.folder,
+        model,
+        LoopConfig(
+            epochs=config.epochs, steps_per_epoch=steps, learning_rate=config.learning_rate, weight_decay=0.01,
+            warmup_steps=200, seed=seed,
+        ),
+        step.folder,
         "text", batches, lambda batch: model.loss(batch, config.share), metric, quiet,
     )  # fmt: skip
     if loop.resume():

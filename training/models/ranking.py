@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
+from vivace.checks import check_fields, check_minimum, check_shares
 from vivace.contract import FIRST_ID, PADDING_ID
 
 with warnings.catch_warnings():
@@ -28,33 +30,39 @@ with warnings.catch_warnings():
     import merlin.models.torch as mm
 
 
-MIXTURES = ("mmoe", "ple", "shared")
+Mixture = Literal["mmoe", "ple", "shared"]
+MIXTURES: tuple[Mixture, ...] = get_args(Mixture)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankerConfig:
-    """Shape of the ranker. ``candidates`` N; ``lags`` L; ``followers`` K of the co-occurrence table; ``memory``: newest
-    encoded events that the candidates attend to (0: all).
-
-    ``mixture``: how the heads share: "mmoe" a gate each over common experts (Ma et al. 2018), "ple" experts of their
-    own beside common ones in two layers (Tang et al. 2020), "shared" one common layer.
-    """
+    """Shape of the ranker."""
 
     candidates: int = 100
+    """N, items of the retriever that are ordered anew."""
     memory: int = 0
+    """Newest encoded events that the candidates attend to (0: all)."""
     heads: int = 4
+    """Attention heads from candidates to events."""
     experts: int = 3
+    """Experts of the mixture, all or those in common ("ple")."""
     expert_width: int = 64
+    """Width of an expert."""
     dropout: float = 0.2
+    """Probability, 0 <= p < 1."""
     lags: int = 10
+    """L, newest events whose co-occurrence with a candidate is a feature each."""
     followers: int = 64
-    mixture: str = "mmoe"
+    """K, items of the co-occurrence table kept for each item."""
+    mixture: Mixture = "mmoe"
+    """How the task heads share: "mmoe" a gate each over common experts (Ma et al. 2018), "ple" experts of their own
+    beside common ones in two layers (Tang et al. 2020), "shared" one common layer."""
 
     def __post_init__(self) -> None:
-        if self.mixture not in MIXTURES:
-            raise ValueError(f"RankerConfig.mixture: expected one of {MIXTURES}, got {self.mixture!r}")
-        if self.candidates < 1 or self.lags < 1 or self.followers < 1:
-            raise ValueError(f"RankerConfig: expected positive sizes, got {self}")
+        check_fields(self)
+        check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
+        check_minimum(self, 0, "memory")
+        check_shares(self, "dropout")
 
 
 @dataclass(frozen=True)

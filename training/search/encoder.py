@@ -40,31 +40,49 @@ from training.models.text_encoder import (
     tokens_of,
     train_tokenizer,
 )
+from vivace.checks import check_fields, check_minimum, check_positive
 
 SEPARATOR = "[SEP]"
 FILE, WEIGHTS = "encoder.json", "encoder.pt"
 _WORD = re.compile(r"\w+(?:[.'-]\w+)*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchEncoderConfig:
-    """Sizes and training. ``query_tokens`` S of a query; ``values`` most frequent values of each attribute that are
-    told apart; ``epochs`` of language modelling, of made questions, of judgments; ``epoch_items``: of a larger
-    catalogue an epoch draws so many items anew."""
+    """Sizes and training of the encoder of queries and items."""
 
     text: TextConfig = field(default_factory=lambda: TextConfig(vocabulary=12_000))
+    """The Transformer that queries and items share."""
     query_tokens: int = 24
+    """S of a query."""
     vector: int = 128
+    """E, width of the vectors."""
     values: int = 200
+    """Most frequent values of each attribute that are told apart."""
     temperature: float = 0.05
+    """Of the contrastive loss, above 0."""
     language_epochs: int = 2
+    """Of language modelling on the catalogue's text."""
     question_epochs: int = 6
+    """Of questions made of the items' text."""
     judged_epochs: int = 4
+    """Of judgments or clicks."""
     epoch_items: int = 16_384
+    """Items of an epoch; of a larger catalogue so many are drawn anew each time."""
     batch_size: int = 128
+    """Texts a step."""
     learning_rate: float = 1e-3
+    """Peak of the schedule of the first two stages."""
     judged_learning_rate: float = 2e-4
+    """Peak of the schedule of judgments or clicks."""
     hard: int = 2
+    """Hard negatives drawn for each judged pair."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_minimum(self, 1, "query_tokens", "vector", "values", "epoch_items", "batch_size")
+        check_minimum(self, 0, "language_epochs", "question_epochs", "judged_epochs", "hard")
+        check_positive(self, "temperature", "learning_rate", "judged_learning_rate")
 
 
 class SearchEncoder(nn.Module):
@@ -164,8 +182,11 @@ class EncoderTraining:
         return torch.tensor(columns, dtype=torch.long).t() if columns else torch.zeros(len(self.texts), 0).long()
 
     def _loop(self, name: str, epochs: int, steps: int, rate: float, batches: Any, loss: Any) -> Loop:
-        c = LoopConfig(epochs, steps, rate, 0.01, 100, 1.0, 0, 60.0, self.seed)
-        loop = Loop(self.model, c, self.folder / name, name, batches, loss, dict, self.quiet)
+        config = LoopConfig(
+            epochs=epochs, steps_per_epoch=steps, learning_rate=rate, weight_decay=0.01, checkpoint_s=60.0,
+            seed=self.seed,
+        )  # fmt: skip
+        loop = Loop(self.model, config, self.folder / name, name, batches, loss, dict, self.quiet)
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         loop.resume()
         return loop

@@ -27,6 +27,7 @@ from training.metrics import bootstrap
 from training.models.text_encoder import TOKENIZER
 from training.search.encoder import EncoderTraining, SearchEncoderConfig, TextSearchEncoder, item_texts
 from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
+from vivace.checks import check_fields, check_minimum
 from vivace.manifest import Step, digest, write_text
 
 CANDIDATES, K, DEEP = 200, 10, 100
@@ -65,23 +66,32 @@ def group(query: str) -> str:
     return "1-2 words" if n <= 2 else "3-4 words" if n <= 4 else "5 words and more"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """``fields`` of the catalogue with their boosts; ``matched``: weight of what is popular among the matches, less
-    than a shop's own: what is known is how many have rated an item, not what is bought here."""
+    """What is trained and judged on a catalogue with judgments."""
 
     fields: tuple[Field, ...]
-    encoder: SearchEncoderConfig
+    """Of the catalogue, with their boosts."""
+    encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
+    """The encoder of queries and items."""
     ranker: SearchRankerConfig = field(default_factory=SearchRankerConfig)
+    """The ranker of what was found."""
     folds: int = 5
+    """Of the cross-validation by query, at least 2."""
     matched: float = 1.0
+    """Weight of what is popular among the matches, less than a shop's own: what is known is how many have rated an
+    item, not what is bought here."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_minimum(self, 2, "folds")
+        check_minimum(self, 0, "matched")
 
 
 def esci_config() -> SearchConfig:
     """For Amazon's products."""
-    fields = (Field("title", 3.0), Field("bullets", 0.5), Field("description", 0.3), Field("brand", 0.5),
-              Field("colour", 0.3))  # fmt: skip
-    return SearchConfig(fields, SearchEncoderConfig())
+    boosts = {"title": 3.0, "bullets": 0.5, "description": 0.3, "brand": 0.5, "colour": 0.3}
+    return SearchConfig(fields=tuple(Field(name, boost) for name, boost in boosts.items()))
 
 
 class Asked:

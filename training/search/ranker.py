@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vivace.checks import check_fields, check_minimum, check_positive, check_shares
+
 FOLDS = 5
 LEFT_OUT = -1e4  # score of the padding behind a shorter list
 
@@ -63,6 +65,13 @@ class SearchRankerConfig:
     """Networks from other seeds, their scores averaged."""
     patience: int = 8
     """Epochs without a smaller held-out loss before a fold stops."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_minimum(self, 1, "epochs", "batch_size", "hidden", "members", "patience")
+        check_minimum(self, 0, "weight_decay")
+        check_positive(self, "learning_rate")
+        check_shares(self, "dropout")
 
 
 class Ensemble(nn.Module):

@@ -44,6 +44,7 @@ from training.search.encoder import EncoderTraining, Questions, SearchEncoderCon
 from training.search.judging import Requests, diversity_costs, judged_log, kinds_of
 from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
 from vivace import contract
+from vivace.checks import check_fields, check_minimum, check_shares
 from vivace.manifest import Step, write_text
 from vivace.run import FEATURES, RANKING, RETRIEVAL, Run
 
@@ -51,19 +52,30 @@ OPSET = 17
 BATCH = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchTraining:
-    """``requests``: validation requests that teach the ranker, test requests that judge it; ``typos``: share of the
-    words of made queries with an error; ``searches``: newest searches with a click, of which the last ``judged`` judge
-    and the others teach the ranker; ``clicked``: newest of those that also fine-tune the encoder."""
+    """What makes a run's catalogue searchable."""
 
     encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
+    """The encoder of queries and items."""
     ranker: SearchRankerConfig = field(default_factory=lambda: SearchRankerConfig(epochs=15, batch_size=32, members=4))
+    """The ranker of what was found."""
     requests: int = 2000
+    """Validation requests that teach the ranker, and test requests that judge it, at most."""
     typos: float = 0.1
+    """Share of the words of made queries with an error, 0 <= x < 1."""
     searches: int = 2000
+    """Newest searches with a click that teach and judge the ranker."""
     judged: float = 0.25
+    """Share of those, the newest, that judge; 0 <= x < 1."""
     clicked: int = 3000
+    """Newest searches with a click, but those that judge, that fine-tune the encoder."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_minimum(self, 1, "requests")
+        check_minimum(self, 0, "searches", "clicked")
+        check_shares(self, "typos", "judged")
 
 
 def catalogue_of(features: Features) -> Catalogue:
