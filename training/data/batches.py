@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.distributed import World
+from training.distributed import ALONE, World
 from vivace.contract import ITEM, PADDING_ID, TARGET, TIME, StageTensors, label_column
 from vivace.masks import excluded, seen_ids
 
@@ -24,7 +24,6 @@ with warnings.catch_warnings():
     from merlin.dataloader.torch import Loader
     from merlin.io import Dataset
 
-ALONE = World()
 PUT_WAIT_S = 0.1  # the loader's thread retries a full queue each microsecond by default: a third of two cores' time
 POOL_BATCHES = 16  # batches that are cut, sorted by length and shuffled together
 
@@ -84,7 +83,7 @@ def _split(batch: dict[str, Tensor], column: str) -> list[np.ndarray]:
 
 def _timed(batch: dict[str, Tensor]) -> list[np.ndarray]:
     """Ids and times of each sequence, int64 [n, 2]."""
-    values = np.stack([batch[f"{c}__values"].numpy().ravel() for c in (ITEM, TIME)], 1)
+    values = np.stack([batch[f"{column}__values"].numpy().ravel() for column in (ITEM, TIME)], 1)
     return np.split(values, batch[f"{ITEM}__offsets"].numpy()[1:-1])
 
 
@@ -117,9 +116,10 @@ def training_batches(
         for start in starts:
             chosen = [pool[i] for i in order[start : start + batch_size]]
             batch = pad_left(chosen, max(len(w) for w in chosen))
-            own = batch if shard_reading else world.share(batch)
-            if shard_reading or len(batch) >= world.size:  # else some process had no row to take a step with
-                yield own
+            if shard_reading:
+                yield batch
+            elif len(batch) >= world.size:  # else some process had no row to take a step with
+                yield world.share(batch)
 
 
 @dataclass(frozen=True)
@@ -135,14 +135,17 @@ class Requests:
     labels: dict[str, Tensor]
     number_B: Tensor
 
+    def _excluding(self, exclude_seen: bool) -> list[np.ndarray]:
+        return self.histories if exclude_seen else [h[:0] for h in self.histories]
+
     def exclude(self, items: int, exclude_seen: bool) -> Tensor:
         """bool [B, V], True where an item must not be answered."""
-        return torch.from_numpy(excluded(self.histories if exclude_seen else [h[:0] for h in self.histories], items))
+        return torch.from_numpy(excluded(self._excluding(exclude_seen), items))
 
     def inputs(self, s: StageTensors, exclude_seen: bool) -> list[np.ndarray]:
         """Inputs of the retrieval stage, in the contract's order."""
-        own = self.histories if exclude_seen else [h[:0] for h in self.histories]
-        seen = seen_ids(own) if s.indexed else excluded(own, s.items)
+        histories = self._excluding(exclude_seen)
+        seen = seen_ids(histories) if s.indexed else excluded(histories, s.items)
         return [self.history_BT.numpy(), seen, *([self.time_BT.numpy()] if s.timed else [])]
 
 
@@ -173,10 +176,8 @@ def requests(
         sequences = _timed(batch)
         if back:
             keep = [i for i, s in enumerate(sequences) if len(s) > back]
-            labels = {}
-            for h in heads:
-                own = _split(batch, label_column(h))
-                labels[h] = torch.tensor([float(own[i][-back]) for i in keep])
+            lists = {h: _split(batch, label_column(h)) for h in heads}
+            labels = {h: torch.tensor([float(of_head[i][-back]) for i in keep]) for h, of_head in lists.items()}
             target = torch.tensor([int(sequences[i][-back, 0]) for i in keep])
             sequences = [sequences[i][:-back] for i in keep]
         else:
