@@ -126,7 +126,7 @@ def optimize(
         load_if_exists=True,
     )
 
-    check_space(study, wanted, preset, folder)
+    check_space(study, searched, preset, folder)
 
     def objective(trial: optuna.Trial) -> float:
         chosen = with_values(preset, suggest(trial, searched))
