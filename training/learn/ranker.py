@@ -31,10 +31,11 @@ from vivace.run import CONTROL, RANKING, RETRIEVAL, Run
 
 
 def held_out_users(request: batches.Requests, share: float, seed: int) -> np.ndarray:
-    """bool [B]: whether a request's user is held out of a ranker's training. The same requests always: by a hash of the
-    history, which stays with the user."""
-    mix = np.array([(int(h.sum()) * 2654435761 + len(h) * 40503 + seed) % 1000 for h in request.histories])
-    return mix < share * 1000
+    """bool [B]: whether a request's user is held out of a ranker's training. By the user, so that all requests of one
+    are on the same side, and the same users always."""
+    mixed_B = (request.user_B.numpy() + seed * 40503) % 1_000_003 % 1000
+    held_out_B: np.ndarray = mixed_B < share * 1000
+    return held_out_B
 
 
 class RankerBatch(NamedTuple):
@@ -89,9 +90,6 @@ class RankerData:
         for files, back in self.sources(held_out):
             yield from batches.requests(files, self.heads, history, batch_size, shuffle_seed, back)
 
-    def held_out_mask(self, request: batches.Requests) -> np.ndarray:
-        return held_out_users(request, self.preset.ranking.held_out, self.seed)
-
     def batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[RankerBatch]:
         """Requests whose target is among the candidates (training), or all of them (held out)."""
         for request in self._requests(held_out, shuffle_seed, batch_size):
@@ -100,7 +98,8 @@ class RankerData:
             )
             target = request.target_B.to(ids.device)
             hit = ids == target[:, None]
-            keep = torch.from_numpy(self.held_out_mask(request) == held_out).to(ids.device)
+            of_held_out = held_out_users(request, self.preset.ranking.held_out, self.seed)
+            keep = torch.from_numpy(of_held_out == held_out).to(ids.device)
             if not held_out:
                 keep &= hit.any(1)
             labels = torch.stack([request.labels[h] for h in self.heads], 1).to(ids.device)
@@ -182,7 +181,7 @@ def train_ranker(
     """Trains ``artifacts/<name>/ranking``. ``control``: on the last training event instead of the validation event,
     so without a label that the retriever has not seen (``ranking_control``)."""
     run, name, training = Run(root, features.folder), CONTROL if control else RANKING, preset.ranking
-    config = {"ranker": asdict(preset.ranker), "training": asdict(training), "control": control}
+    config = {"ranker": asdict(preset.ranker), "training": asdict(training), "control": control, "held_out_by": "user"}
     step = Step(run.step(name), "train ranking", config, seed, {RETRIEVAL: run.key(RETRIEVAL)})
     if (manifest := step.finished(say, "ranker is there")) is not None:
         return manifest
