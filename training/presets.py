@@ -13,8 +13,6 @@ from training.models.retrieval import EncoderConfig
 from training.models.task_heads import check_weighting
 from vivace.checks import check_fields, check_minimum, check_positive, check_shares
 
-PRESET = "preset.json"  # of a trained run: the sizes that later steps take up
-
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalTraining:
