@@ -5,6 +5,7 @@ Axis legend: B requests, T history events, N candidates, H task heads, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -119,17 +120,34 @@ def ranker_loss(model: RankingModel, batch: RankerBatch) -> Tensor:
     return model.task_weights(losses, model.own.weight)
 
 
-def _fit_platt(w: Tensor, x: Tensor, y: Tensor) -> None:
-    """Minimises the log loss of sigmoid(w[0] x + w[1]) over ``w``, in place."""
+def _minimise(w: Tensor, loss_of: Callable[[], Tensor]) -> None:
+    """Minimises ``loss_of()`` over ``w``, in place."""
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(x * w[0] + w[1], y)
+        loss = loss_of()
         loss.backward()
         return float(loss.detach())
 
     optimizer.step(closure)
+
+
+def fit_platt(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """(slope, offset) that minimise the log loss of sigmoid(slope x + offset) for labels ``y``; both float64 [n].
+
+    Where one class is alone, or the fit would turn the order of ``x`` round, as by chance among few positives, the
+    slope is 1, and the offset gives the share of positives (one half added, Platt 1999)."""
+    if 0 < y.sum() < len(y):
+        w = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
+        _minimise(w, lambda: F.binary_cross_entropy_with_logits(x * w[0] + w[1], y))
+        slope, offset = (float(v) for v in w.detach().clamp(-100, 100))
+        if slope > 0 and math.isfinite(offset):
+            return slope, offset
+    share = (y.sum() + 0.5) / (len(y) + 1)
+    b = torch.logit(share).detach().clone().requires_grad_()
+    _minimise(b, lambda: F.binary_cross_entropy_with_logits(x + b, share.expand(len(x))))
+    return 1.0, float(b.detach().clamp(-100, 100))
 
 
 def calibrate(model: RankingModel, held_out: Iterator[RankerBatch]) -> dict[str, list[float]]:
@@ -143,17 +161,12 @@ def calibrate(model: RankingModel, held_out: Iterator[RankerBatch]) -> dict[str,
     if not logits:
         return {}
     x, y = torch.cat(logits).double(), torch.cat(labels).double()
-    slopes = {}
+    fitted = {}
     for head, name in enumerate(model.head_names):
-        w = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
-        _fit_platt(w, x[:, head], y[:, head])
-        with torch.no_grad():
-            if not torch.isfinite(w).all():  # one class alone: the share of positives is all there is to say
-                share = (y[:, head].sum() + 0.5) / (len(y) + 1)
-                w.copy_(torch.tensor([0.0, float(torch.logit(share))]))
-            model.calibration[head] = w.detach().float().clamp(-100, 100)
-        slopes[name] = [float(v) for v in w.detach()]
-    return slopes
+        slope, offset = fit_platt(x[:, head], y[:, head])
+        model.calibration[head] = torch.tensor([slope, offset])
+        fitted[name] = [slope, offset]
+    return fitted
 
 
 def _held_out_metric(model: RankingModel, source: RankerData) -> Callable[[], dict[str, float]]:
