@@ -25,7 +25,7 @@ from preprocessing.features import Features
 from training.checkpoints import load_retrieval
 from training.data import batches as data
 from training.judge.evaluate import RANKED, RETRIEVAL, evaluate
-from training.learn.pretrain import FOLDER, Pretraining, pretrain
+from training.learn.pretrain import FOLDER, Objective, Pretraining, pretrain
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
 from training.learn.text import pretrain_text
@@ -43,7 +43,7 @@ class Row:
     """One row: preset values by dotted name, objectives to pretrain with first, and how to fine-tune."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    pretraining: tuple[str, ...] = ()
+    pretraining: tuple[Objective, ...] = ()
     adaptation: Adaptation = field(default_factory=Adaptation)
 
 
@@ -94,9 +94,9 @@ SUITES: dict[str, dict[str, Row]] = {
     },
     "adapters": {
         "full fine-tuning": Row({}, ("masked",)),
-        "LoRA, rank 8, items too": Row({}, ("masked",), Adaptation("lora", 8)),
-        "adapters of 16, items too": Row({"encoder.adapter": 16}, ("masked",), Adaptation("adapter")),
-        "LoRA, rank 8, items frozen": Row({}, ("masked",), Adaptation("lora", 8, items=False)),
+        "LoRA, rank 8, items too": Row({}, ("masked",), Adaptation(method="lora", rank=8)),
+        "adapters of 16, items too": Row({"encoder.adapter": 16}, ("masked",), Adaptation(method="adapter")),
+        "LoRA, rank 8, items frozen": Row({}, ("masked",), Adaptation(method="lora", rank=8, items=False)),
     },
 }
 
@@ -171,7 +171,7 @@ def execute(row: Row, base: Preset, features: Features, folder: Path, seed: int)
     folder.mkdir(parents=True, exist_ok=True)
     started, start_from = time.process_time(), None
     if row.pretraining:
-        pretrain(features, chosen, Pretraining(row.pretraining), folder, seed, lambda _: None, quiet=True)
+        pretrain(features, chosen, Pretraining(objectives=row.pretraining), folder, seed, lambda _: None, quiet=True)
         start_from = folder / FOLDER
     manifest = train_retrieval(
         features, chosen, folder, seed, lambda _: None, quiet=True, start_from=start_from, adaptation=row.adaptation

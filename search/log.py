@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from search.ranker import inverse_propensity, propensities
+from search.propensity import inverse_propensity, propensities
 from search.text import normalise
 from vivace import contract
 

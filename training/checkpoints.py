@@ -21,6 +21,7 @@ WEIGHTS = "weights.pt"
 
 
 def device() -> torch.device:
+    """Where models are trained and scored: this process's GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -34,6 +35,7 @@ def keep_only_own_checkpoint(step: Step) -> None:
 
 
 def finish_training(step: Step, model: torch.nn.Module, report: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Saves the weights, clears what only a training that goes on needs, and writes the manifest."""
     torch.save(model.state_dict(), step.folder / WEIGHTS)
     (step.folder / "checkpoint.pt").unlink(missing_ok=True)
     shutil.rmtree(step.folder / "parts", ignore_errors=True)

@@ -50,9 +50,12 @@ class World:
         """The smallest ``value`` of all processes."""
         if self.size == 1:
             return value
-        found = torch.tensor(value, device=device(self))
-        dist.all_reduce(found, dist.ReduceOp.MIN)
-        return int(found)
+        smallest = torch.tensor(value, device=device(self))
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
+
+
+ALONE = World()
 
 
 def device(world: World) -> torch.device:
@@ -94,7 +97,7 @@ def group() -> Iterator[World]:
     """The process group that torchrun's environment describes; a world of one without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World()
+        yield ALONE
         return
     world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
     if torch.cuda.is_available():
@@ -119,8 +122,8 @@ class Objective(nn.Module):
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         cuda = torch.cuda.is_available()
         with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
-            found = self.loss(batch)
-        value, count = found if isinstance(found, tuple) else (found, torch.ones(()))
+            result = self.loss(batch)
+        value, count = result if isinstance(result, tuple) else (result, torch.ones(()))
         return value, count.to(value.device)
 
 
@@ -173,9 +176,9 @@ class Parallel:
         """What the first process wishes: clocks differ, and sharded processes must save together."""
         if not self.sharded:
             return wish
-        found = torch.tensor(int(wish), device=device(self.world))
-        dist.broadcast(found, 0)
-        return bool(found)
+        agreed = torch.tensor(int(wish), device=device(self.world))
+        dist.broadcast(agreed, 0)
+        return bool(agreed)
 
     def __call__(self, batch: Any) -> tuple[Tensor, float]:
         """(loss to run backward from, mean loss of the global batch)."""

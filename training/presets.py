@@ -6,101 +6,122 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from training.models.ranking import RankerConfig
 from training.models.retrieval import EncoderConfig
+from training.models.task_heads import check_weighting
+from vivace.checks import check_fields, check_minimum, check_positive, check_shares
 
-LOSSES = ("full", "sampled", "gbce")
-PRESET = "preset.json"  # of a trained run: the sizes that later steps take up
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RetrievalTraining:
-    """How the retriever learns.
-
-    ``loss``: "full" softmax over all items; "sampled" softmax with ``negatives`` shared by a batch and the logQ
-    correction, drawn by popularity ** ``negative_power``; "gbce" with ``negatives`` uniform ones and
-    ``calibration``. ``label_smoothing`` is for the full softmax. ``ema``: decay of the average of the weights.
-    ``random_offset``: windows are cut at another place each epoch. ``mask_share``: items hidden in a window, for the
-    bert4rec family. ``start``: item embeddings from the training data's co-occurrence and item biases from its
-    popularity ("cooccurrence"), or from chance ("random"). ``shard_reading``: under torchrun each
-    process reads its own rows instead of its share of every batch. ``shard_model``: under torchrun each process keeps a
-    part of the model and of the optimizer's state (FSDP). ``new_items``: items of the vocabulary without a training
-    event get the mean of the "neighbours" that the catalogue's text and attributes give them, or stay what those say
-    ("described"). ``adversarial``: how far, in mean lengths of an item embedding, FGM moves the embeddings for a second
-    loss of ``adversarial_weight`` (0: none).
-
-    ``probe_users``: users whose last training event is held back to watch NDCG@10 for early stopping (``patience``
-    epochs without a gain; 0 never stops early). The validation event is not touched.
-    """
+    """How the retriever learns."""
 
     epochs: int = 16
+    """Passes over the training windows at most."""
     batch_size: int = 64
+    """Windows a step, of all processes together."""
     learning_rate: float = 4e-3
+    """Peak of the schedule."""
     weight_decay: float = 0.0
+    """Of AdamW, on matrices of layers."""
     warmup_steps: int = 100
-    loss: str = "full"
+    """Steps until the peak, at most a tenth of all."""
+    loss: Literal["full", "sampled", "gbce"] = "full"
+    """"full": softmax over all items; "sampled": softmax over negatives drawn by popularity, with the logQ correction
+    (Yi et al. 2019); "gbce": calibrated binary cross-entropy over uniform negatives (Petrov & Macdonald 2023)."""
     negatives: int = 2048
+    """Negatives shared by a batch, for "sampled" and "gbce"."""
     negative_power: float = 0.75
+    """"sampled" draws by popularity to this power."""
     calibration: float = 0.75
+    """t of "gbce", 0 (none) to 1."""
     label_smoothing: float = 0.0
+    """Share of the target's probability spread over all items, for "full"; 0 <= x < 1 (Szegedy et al. 2016)."""
     ema: float = 0.999
+    """Decay a step of the average of the weights, which is what is kept (0: the weights themselves)."""
     random_offset: bool = True
-    start: str = "cooccurrence"
+    """Long sequences are cut into windows at another place each epoch."""
+    start: Literal["cooccurrence", "random"] = "cooccurrence"
+    """Item embeddings start from the training data's co-occurrence and biases from its popularity, or at random."""
     shard_reading: bool = False
+    """Under torchrun each process reads its own rows instead of its share of every batch."""
     shard_model: bool = False
-    new_items: str = "neighbours"
+    """Under torchrun each process keeps a part of the model and of the optimizer's state (FSDP)."""
+    new_items: Literal["neighbours", "described"] = "neighbours"
+    """Items without a training event get the mean of the seen items nearest by text and attributes, or stay what those
+    say ("described")."""
     adversarial: float = 0.0
+    """How far, in mean lengths of an item embedding, FGM moves the embeddings for a second loss (0: none)."""
     adversarial_weight: float = 1.0
+    """Of that second loss."""
     mask_share: float = 0.3
+    """Items hidden in a window, for the bert4rec family; 0 <= x < 1."""
     clip_norm: float = 1.0
+    """Largest norm of the gradient."""
     patience: int = 3
+    """Epochs without a smaller loss of the probe users before training stops (0: never)."""
     probe_users: int = 512
+    """Users whose last training event is held back for early stopping; the validation event is not touched."""
     checkpoint_s: float = 30.0
+    """Seconds between checkpoints."""
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"RetrievalTraining.loss: expected one of {LOSSES}, got {self.loss!r}")
+        check_fields(self)
+        check_minimum(self, 1, "epochs", "batch_size", "negatives")
+        check_minimum(self, 0, "weight_decay", "warmup_steps", "adversarial", "patience", "probe_users", "checkpoint_s")
+        check_positive(self, "learning_rate", "clip_norm")
+        check_shares(self, "label_smoothing", "ema", "mask_share")
         if self.label_smoothing and self.loss != "full":
             raise ValueError(f"RetrievalTraining.label_smoothing is for loss 'full', got {self.loss!r}")
-        for name in ("label_smoothing", "ema", "mask_share"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"RetrievalTraining.{name}: expected 0 <= x < 1, got {getattr(self, name)}")
-        if self.new_items not in ("neighbours", "described"):
-            raise ValueError(
-                f"RetrievalTraining.new_items: expected 'neighbours' or 'described', got {self.new_items!r}"
-            )
-        if self.start not in ("cooccurrence", "random"):
-            raise ValueError(f"RetrievalTraining.start: expected 'cooccurrence' or 'random', got {self.start!r}")
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f"RetrievalTraining: expected epochs and batch_size >= 1, got {self}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankerTraining:
-    """How the ranker learns, on the validation events of all users but ``held_out`` of them (early stopping and
-    calibration use those). ``weighting`` of the task losses: "static", "uncertainty" or "gradnorm". ``past_events``:
-    the last training events of each user that are predicted as well, before the validation events in each epoch. The
-    retriever and the counters have seen those, so on a sparse log they teach the ranker to trust them too much."""
+    """How the ranker learns, on the validation events of all users but those held out."""
 
     epochs: int = 4
+    """Passes over the requests at most."""
     batch_size: int = 64
+    """Requests a step."""
     learning_rate: float = 2e-3
+    """Peak of the schedule."""
     weight_decay: float = 0.01
+    """Of AdamW, on matrices of layers."""
     clip_norm: float = 1.0
+    """Largest norm of the gradient."""
     held_out: float = 0.1
+    """Share of the users kept for early stopping and calibration, 0 <= x < 1."""
     patience: int = 2
+    """Epochs without a smaller loss of the held-out users before training stops (0: never)."""
     weighting: str = "static"
+    """Of the task losses: "static", "uncertainty", "gradnorm", or "only-1" for head 1 alone (``TaskWeights``)."""
     past_events: int = 0
+    """The last training events of each user that are predicted as well, before the validation events in each epoch. The
+    retriever and the counters have seen those, so on a sparse log they teach the ranker to trust them too much."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_minimum(self, 1, "epochs", "batch_size")
+        check_minimum(self, 0, "weight_decay", "patience", "past_events")
+        check_positive(self, "learning_rate", "clip_norm")
+        check_shares(self, "held_out")
+        check_weighting(self.weighting)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preset:
+    """All that decides the size and the training of a run's two models."""
+
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Shape of the retriever's encoder."""
     retrieval: RetrievalTraining = field(default_factory=RetrievalTraining)
+    """Training of the retriever."""
     ranker: RankerConfig = field(default_factory=RankerConfig)
+    """Shape of the ranker."""
     ranking: RankerTraining = field(default_factory=RankerTraining)
+    """Training of the ranker."""
 
 
 def cpu() -> Preset:
@@ -110,12 +131,12 @@ def cpu() -> Preset:
 
 def shop() -> Preset:
     """``cpu`` for short histories: the synthetic shop's users have 25 events."""
-    base = cpu()
+    preset = cpu()
     return replace(
-        base,
-        encoder=replace(base.encoder, history=50),
-        retrieval=replace(base.retrieval, epochs=6, batch_size=128, ema=0.99),
-        ranking=replace(base.ranking, epochs=2, batch_size=128),
+        preset,
+        encoder=replace(preset.encoder, history=50),
+        retrieval=replace(preset.retrieval, epochs=6, batch_size=128, ema=0.99),
+        ranking=replace(preset.ranking, epochs=2, batch_size=128),
     )
 
 
@@ -142,41 +163,41 @@ def news() -> Preset:
 def news_time() -> Preset:
     """``news`` with HSTU and the time between events: the better one where the log's times are real, most of all
     where requests name the user (a HISTORY in the request has no times)."""
-    own = news()
-    return replace(own, encoder=replace(own.encoder, family="hstu", time_bias=True))
+    preset = news()
+    return replace(preset, encoder=replace(preset.encoder, family="hstu", time_bias=True))
 
 
 def base() -> Preset:
     """One GPU, an hour: about 1 million parameters and the items. Written for a GPU, not run on one yet."""
-    own = cpu()
+    preset = cpu()
     return replace(
-        own,
-        encoder=replace(own.encoder, width=128, layers=3, heads=4, dropout=0.3, position_bias="relative"),
-        retrieval=replace(own.retrieval, epochs=60, batch_size=128, learning_rate=2e-3, patience=8),
-        ranker=replace(own.ranker, candidates=200, experts=4, expert_width=128),
+        preset,
+        encoder=replace(preset.encoder, width=128, layers=3, heads=4, dropout=0.3, position_bias="relative"),
+        retrieval=replace(preset.retrieval, epochs=60, batch_size=128, learning_rate=2e-3, patience=8),
+        ranker=replace(preset.ranker, candidates=200, experts=4, expert_width=128),
     )
 
 
 def large() -> Preset:
     """One GPU of 80 GiB and more: 25 million parameters and the items. Written for a GPU, not run on one yet."""
-    own = base()
+    preset = base()
     return replace(
-        own,
-        encoder=replace(own.encoder, width=512, layers=8, heads=8, dropout=0.4),
-        retrieval=replace(own.retrieval, epochs=40, learning_rate=5e-4, weight_decay=0.01, warmup_steps=1000),
-        ranker=replace(own.ranker, expert_width=256),
+        preset,
+        encoder=replace(preset.encoder, width=512, layers=8, heads=8, dropout=0.4),
+        retrieval=replace(preset.retrieval, epochs=40, learning_rate=5e-4, weight_decay=0.01, warmup_steps=1000),
+        ranker=replace(preset.ranker, expert_width=256),
     )
 
 
 def huge() -> Preset:
     """Several nodes of eight GPUs: 300 million parameters and the items, sharded. On paper: sizes by
     ``python -m benchmarks.estimate``, never trained."""
-    own = large()
+    preset = large()
     return replace(
-        own,
-        encoder=replace(own.encoder, width=1024, layers=24, heads=16, history=512, time_bias=True),
+        preset,
+        encoder=replace(preset.encoder, width=1024, layers=24, heads=16, history=512, time_bias=True),
         retrieval=replace(
-            own.retrieval, epochs=2, batch_size=2048, learning_rate=3e-4, loss="sampled", negatives=16384, ema=0.0,
+            preset.retrieval, epochs=2, batch_size=2048, learning_rate=3e-4, loss="sampled", negatives=16384, ema=0.0,
             start="random", shard_reading=True, shard_model=True,
         ),
     )  # fmt: skip
@@ -185,10 +206,10 @@ def huge() -> Preset:
 def tiny() -> Preset:
     """Seconds: for tests of the path, not of the quality."""
     return Preset(
-        EncoderConfig(width=16, layers=1, heads=2, history=20, dropout=0.1),
-        RetrievalTraining(epochs=2, batch_size=32, warmup_steps=5, probe_users=32, ema=0.9),
-        RankerConfig(candidates=100, heads=2, experts=2, expert_width=16, lags=4, followers=8),
-        RankerTraining(epochs=1, batch_size=32),
+        encoder=EncoderConfig(width=16, layers=1, heads=2, history=20, dropout=0.1),
+        retrieval=RetrievalTraining(epochs=2, batch_size=32, warmup_steps=5, probe_users=32, ema=0.9),
+        ranker=RankerConfig(candidates=100, heads=2, experts=2, expert_width=16, lags=4, followers=8),
+        ranking=RankerTraining(epochs=1, batch_size=32),
     )
 
 
@@ -208,10 +229,10 @@ PRESETS: dict[str, Callable[[], Preset]] = {
 def from_json(record: dict[str, Any]) -> Preset:
     """The preset whose ``dataclasses.asdict`` is ``record``."""
     return Preset(
-        EncoderConfig(**record["encoder"]),
-        RetrievalTraining(**record["retrieval"]),
-        RankerConfig(**record["ranker"]),
-        RankerTraining(**record["ranking"]),
+        encoder=EncoderConfig(**record["encoder"]),
+        retrieval=RetrievalTraining(**record["retrieval"]),
+        ranker=RankerConfig(**record["ranker"]),
+        ranking=RankerTraining(**record["ranking"]),
     )
 
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from training.data import batches as data
+from training.data.batches import Requests
 from training.metrics import ranks
 from training.models.retrieval import EXCLUDED, RetrievalModel
 
 SCORED = 256  # requests scored at once in evaluation
 
 
-def scored(model: RetrievalModel, request: data.Requests, exclude_seen: bool) -> tuple[Tensor, Tensor, Tensor]:
+def scored(model: RetrievalModel, request: Requests, exclude_seen: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(rank of the target [B], scores [B, V], encoded history [B, T, D])."""
     where = model.bias.device
     history = request.history_BT.to(where)
@@ -24,7 +24,7 @@ def scored(model: RetrievalModel, request: data.Requests, exclude_seen: bool) ->
 
 
 def candidates(
-    retriever: RetrievalModel, request: data.Requests, count: int, exclude_seen: bool, memory: int = 0
+    retriever: RetrievalModel, request: Requests, count: int, exclude_seen: bool, memory: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(rank of the target [B], ids [B, N], scores [B, N], encoded [B, memory, D]) of the retriever, without gradients;
     ``memory`` 0: all T events."""

@@ -126,6 +126,14 @@ class Step:
         manifest = self.manifest
         return manifest is not None and manifest["key"] == self.key
 
+    def finished(self, say: Progress, what: str) -> dict[str, Any] | None:
+        """The manifest of a step that is done, said in a line; else None."""
+        manifest = self.manifest
+        if manifest is None or manifest["key"] != self.key:
+            return None
+        say(f"{what}: nothing to do")
+        return manifest
+
     def finish(self, seconds: float, **results: Any) -> dict[str, Any]:
         """Writes the manifest; from here on the step counts as done."""
         manifest = {

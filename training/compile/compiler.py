@@ -37,7 +37,7 @@ from training.models.ranking import RankingGraph, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import Preset
 from vivace import contract
-from vivace.choices import check_choices
+from vivace.checks import check_fields
 from vivace.manifest import Progress, Step, replaced
 from vivace.run import EVALUATION, FEATURES, RANKING, RECORDED_PARTS, REFERENCE, RETRIEVAL, SEARCH, Run
 
@@ -74,7 +74,7 @@ class CompileConfig:
     """Whether to publish what the gate refuses: the model card and the server's metadata say so."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.index and not (self.precision == self.tables == "fp32" and not self.targets):
             raise ValueError("--index goes with --precision fp32, --tables fp32 and no --target")
         if self.tables == "int8" and self.precision != "fp32":

@@ -32,7 +32,7 @@ from training.learn.retriever import train_retrieval
 from training.models.ranking import RankerConfig
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
-from vivace.choices import check_choices
+from vivace.checks import check_fields
 from vivace.manifest import Progress, Step
 from vivace.run import EVALUATION, FEATURES, RETRIEVAL, Run
 
@@ -53,7 +53,7 @@ class SmallerRanker:
     """How the task heads share experts."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
 
     def of(self, config: RankerConfig) -> RankerConfig:
         return replace(config, **{name: value for name, value in asdict(self).items() if value})
@@ -87,7 +87,7 @@ class Compression:
     """Whether to publish what the gate refuses."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
 
     def preset(self, whole: Preset) -> Preset:
         """The sizes and the recovery training of the variant of a run of ``whole``."""

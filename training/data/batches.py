@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from training.distributed import World
-from vivace.contract import ITEM, PADDING_ID, TARGET, TIME, StageTensors, label_column
+from training.distributed import ALONE, World
+from vivace.contract import ITEM, PADDING_ID, TARGET, TIME, USER, StageTensors, label_column
 from vivace.masks import excluded, seen_ids
 
 with warnings.catch_warnings():
@@ -24,7 +25,6 @@ with warnings.catch_warnings():
     from merlin.dataloader.torch import Loader
     from merlin.io import Dataset
 
-ALONE = World()
 PUT_WAIT_S = 0.1  # the loader's thread retries a full queue each microsecond by default: a third of two cores' time
 POOL_BATCHES = 16  # batches that are cut, sorted by length and shuffled together
 
@@ -57,16 +57,28 @@ def windows(sequence: np.ndarray, length: int, offset: int = 0) -> list[np.ndarr
     return pieces
 
 
+def user_hash(users: np.ndarray) -> np.ndarray:
+    """A number of each user id, int64 [n] from 0 on, the same in every file and run."""
+    hashes: np.ndarray = (pd.util.hash_array(users.astype(object)) >> np.uint64(1)).astype(np.int64)
+    return hashes
+
+
+def _with_user_hash(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(**{USER: user_hash(frame[USER].to_numpy())})
+
+
 def _loader(
     files: list[Path], columns: list[str], rows: int, shuffle: bool, seed: int, world: World = ALONE
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of ``columns`` (a list column as two: values, offsets), on the CPU, in an order set by ``seed`` alone."""
+    """Batches of ``columns`` (a list column as two: values, offsets; USER as its ``user_hash``), on the CPU, in an
+    order set by ``seed`` alone."""
     if not files:
         raise ValueError("training data: no parquet file; run 'vivace prepare' first")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lazy = Dataset([str(f) for f in files], engine="parquet", part_size="4GB", cpu=True)
-        data = Dataset(lazy.to_ddf()[columns], cpu=True)
+        frame = lazy.to_ddf()[columns]
+        data = Dataset(frame.map_partitions(_with_user_hash) if USER in columns else frame, cpu=True)
         np.random.seed(seed)  # what Merlin's loader shuffles by
         loader = Loader(
             data, batch_size=rows, shuffle=shuffle, drop_last=False, global_size=world.size, global_rank=world.rank
@@ -84,7 +96,7 @@ def _split(batch: dict[str, Tensor], column: str) -> list[np.ndarray]:
 
 def _timed(batch: dict[str, Tensor]) -> list[np.ndarray]:
     """Ids and times of each sequence, int64 [n, 2]."""
-    values = np.stack([batch[f"{c}__values"].numpy().ravel() for c in (ITEM, TIME)], 1)
+    values = np.stack([batch[f"{column}__values"].numpy().ravel() for column in (ITEM, TIME)], 1)
     return np.split(values, batch[f"{ITEM}__offsets"].numpy()[1:-1])
 
 
@@ -117,16 +129,17 @@ def training_batches(
         for start in starts:
             chosen = [pool[i] for i in order[start : start + batch_size]]
             batch = pad_left(chosen, max(len(w) for w in chosen))
-            own = batch if shard_reading else world.share(batch)
-            if shard_reading or len(batch) >= world.size:  # else some process had no row to take a step with
-                yield own
+            if shard_reading:
+                yield batch
+            elif len(batch) >= world.size:  # else some process had no row to take a step with
+                yield world.share(batch)
 
 
 @dataclass(frozen=True)
 class Requests:
     """Held-out requests: ``histories`` whole (for the seen filter), ``history_BT`` as the encoder reads them,
     ``time_BT`` ms of its events (0 where padded), ``target_B`` item ids, ``labels`` float [B] by head, ``number_B``
-    int64: which request of the pass it is, from 0."""
+    int64: which request of the pass it is, from 0; ``user_B`` int64: the user's ``user_hash``, 0 where unknown."""
 
     histories: list[np.ndarray]
     history_BT: Tensor
@@ -134,25 +147,35 @@ class Requests:
     target_B: Tensor
     labels: dict[str, Tensor]
     number_B: Tensor
+    user_B: Tensor
+
+    def _excluding(self, exclude_seen: bool) -> list[np.ndarray]:
+        return self.histories if exclude_seen else [h[:0] for h in self.histories]
 
     def exclude(self, items: int, exclude_seen: bool) -> Tensor:
         """bool [B, V], True where an item must not be answered."""
-        return torch.from_numpy(excluded(self.histories if exclude_seen else [h[:0] for h in self.histories], items))
+        return torch.from_numpy(excluded(self._excluding(exclude_seen), items))
 
     def inputs(self, s: StageTensors, exclude_seen: bool) -> list[np.ndarray]:
         """Inputs of the retrieval stage, in the contract's order."""
-        own = self.histories if exclude_seen else [h[:0] for h in self.histories]
-        seen = seen_ids(own) if s.indexed else excluded(own, s.items)
+        histories = self._excluding(exclude_seen)
+        seen = seen_ids(histories) if s.indexed else excluded(histories, s.items)
         return [self.history_BT.numpy(), seen, *([self.time_BT.numpy()] if s.timed else [])]
 
 
 def of_sequences(
-    sequences: list[np.ndarray], history: int, target_B: Tensor, labels: dict[str, Tensor], first: int = 0
+    sequences: list[np.ndarray],
+    history: int,
+    target_B: Tensor,
+    labels: dict[str, Tensor],
+    first: int = 0,
+    user_B: Tensor | None = None,
 ) -> Requests:
     """Requests after ``sequences`` of ids and times, int64 [n, 2] each, numbered from ``first`` on."""
     padded = pad_left(sequences, history)
     number_B = torch.arange(first, first + len(sequences))
-    return Requests([s[:, 0] for s in sequences], padded[..., 0], padded[..., 1], target_B, labels, number_B)
+    user_B = torch.zeros_like(number_B) if user_B is None else user_B
+    return Requests([s[:, 0] for s in sequences], padded[..., 0], padded[..., 1], target_B, labels, number_B, user_B)
 
 
 def requests(
@@ -167,21 +190,19 @@ def requests(
     the end of each (1: the last) is the one to predict from those before it. No file, no request."""
     if not files:
         return
-    columns = [ITEM, TIME, *(label_column(h) for h in heads)] + ([] if back else [TARGET])
+    columns = [USER, ITEM, TIME, *(label_column(h) for h in heads)] + ([] if back else [TARGET])
     shuffle, passed = shuffle_seed is not None, 0
     for batch in _loader(files, columns, batch_size, shuffle, shuffle_seed or 0):
-        sequences = _timed(batch)
+        sequences, users = _timed(batch), batch[USER].reshape(-1)
         if back:
             keep = [i for i, s in enumerate(sequences) if len(s) > back]
-            labels = {}
-            for h in heads:
-                own = _split(batch, label_column(h))
-                labels[h] = torch.tensor([float(own[i][-back]) for i in keep])
+            lists = {h: _split(batch, label_column(h)) for h in heads}
+            labels = {h: torch.tensor([float(of_head[i][-back]) for i in keep]) for h, of_head in lists.items()}
             target = torch.tensor([int(sequences[i][-back, 0]) for i in keep])
-            sequences = [sequences[i][:-back] for i in keep]
+            sequences, users = [sequences[i][:-back] for i in keep], users[keep]
         else:
             labels = {h: batch[label_column(h)].float().reshape(-1) for h in heads}
             target = batch[TARGET].reshape(-1)
         if sequences:
-            yield of_sequences(sequences, history, target, labels, passed)
+            yield of_sequences(sequences, history, target, labels, passed, users)
             passed += len(sequences)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from scipy.sparse.linalg import svds
 
 from preprocessing.features import Features
+from training.models.item_table import attribute_tables
 from training.models.ranking import ItemTables
 from vivace.contract import FIRST_ID, ITEM
 
@@ -19,20 +19,18 @@ WINDOW = 5  # a follower within this many events counts, with weight 1 / distanc
 SMOOTHING = 5.0  # added to an item's count: rare items promise less
 
 
-def sequences(file: Path) -> Iterator[np.ndarray]:
-    """Item ids of each row of a parquet file of sequences."""
+def _items_and_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(item ids of all sequences of a parquet file one after the other, the row of each), int64 [events] twice."""
     column = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks()
-    offsets = column.offsets.to_numpy()
-    flat = column.values.to_numpy(zero_copy_only=False)
-    yield from np.split(flat, offsets[1:-1])
+    rows = np.repeat(np.arange(len(column)), np.diff(column.offsets.to_numpy()))
+    return column.flatten().to_numpy(), rows
 
 
 def popularity(files: list[Path], items: int) -> np.ndarray:
     """Training events of each item id, float64 [V]; 0 for the special ids."""
     counts = np.zeros(items)
     for file in files:
-        flat = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks().flatten().to_numpy()
-        counts += np.bincount(flat, minlength=items)
+        counts += np.bincount(_items_and_rows(file)[0], minlength=items)
     counts[:FIRST_ID] = 0
     return counts
 
@@ -47,12 +45,10 @@ def follower_counts(files: list[Path], items: int) -> sp.csr_matrix:
     """Entry (i, j): how often j came within WINDOW events after i, weighted by 1 / distance."""
     total = sp.csr_matrix((items, items))
     for file in files:
-        column = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks()
-        flat, offsets = column.flatten().to_numpy(), column.offsets.to_numpy()
-        owner = np.repeat(np.arange(len(column)), np.diff(offsets))
+        flat, rows = _items_and_rows(file)
         for distance in range(1, WINDOW + 1):
             a, b = flat[:-distance], flat[distance:]
-            same = (owner[:-distance] == owner[distance:]) & (a >= FIRST_ID) & (b >= FIRST_ID) & (a != b)
+            same = (rows[:-distance] == rows[distance:]) & (a >= FIRST_ID) & (b >= FIRST_ID) & (a != b)
             weight = np.full(int(same.sum()), 1.0 / distance)
             total = total + sp.csr_matrix((weight, (a[same], b[same])), shape=(items, items))
     return total
@@ -96,19 +92,12 @@ def item_tables(features: Features, followers: int) -> ItemTables:
     """What the ranker knows of every item."""
     files, items, schema = features.files("train"), features.item_count(), features.schema
     ids, weights = top_followers(follower_matrix(files, items), followers)
-    table = features.items()
-    categories = np.zeros((items, len(schema.item_categoricals)), np.int64)
-    numbers = np.zeros((items, len(schema.item_continuous)), np.float32)
-    for i, name in enumerate(schema.item_categoricals):
-        categories[FIRST_ID:, i] = table[name].to_numpy()
-    for i, name in enumerate(schema.item_continuous):
-        numbers[FIRST_ID:, i] = table[name].fillna(0.0).to_numpy()
-    sizes = tuple(int(categories[:, i].max()) + 1 for i in range(categories.shape[1]))
+    categories, sizes, numbers = attribute_tables(features.items(), schema.item_categoricals, schema.item_continuous)
     return ItemTables(
         popularity=torch.tensor(popularity(files, items)),
         follower_ids=torch.from_numpy(ids),
         follower_weights=torch.from_numpy(weights),
-        categories=torch.from_numpy(categories),
+        categories=categories,
         category_sizes=sizes,
-        numbers=torch.from_numpy(numbers),
+        numbers=numbers,
     )

@@ -24,9 +24,9 @@ def hold_back(files: list[Path], folder: Path, users: int, seed: int) -> tuple[l
         table = pq.read_table(file, columns=[ITEM, TIME])
         columns = [table[name].combine_chunks() for name in (ITEM, TIME)]
         flat = np.stack([column.flatten().to_numpy() for column in columns], 1)
-        own = set((chosen[(chosen >= start) & (chosen < start + count)] - start).tolist())
+        chosen_rows = set((chosen[(chosen >= start) & (chosen < start + count)] - start).tolist())
         lists = np.split(flat, columns[0].offsets.to_numpy()[1:-1])
-        for i in own:
+        for i in chosen_rows:
             if len(lists[i]) >= 3 and lists[i][-1, 0] >= FIRST_ID:
                 probes.append(lists[i])
                 lists[i] = lists[i][:-1]

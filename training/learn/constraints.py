@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from vivace.checks import check_fields
+
 LEVELS = 127.0
 MEMORY = 0.99  # of the running range of an activation
 
@@ -29,6 +31,7 @@ class Constraint:
     """Whether it trains with weights and activations rounded to eight bits."""
 
     def __post_init__(self) -> None:
+        check_fields(self, {"sparsity": "--sparsity"})
         if self.sparsity not in ("", "2:4"):
             try:
                 share = float(self.sparsity)

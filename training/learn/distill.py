@@ -12,31 +12,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.models.retrieval import RetrievalModel
+from vivace.checks import check_fields, check_minimum, check_positive
 from vivace.contract import FIRST_ID
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """Weights of the losses that join the loss of the data (0: none).
-
-    ``logits``: Kullback-Leibler divergence of the scores over the teacher's ``candidates`` best and as many random
-    items (Hinton et al. 2015, with ``temperature``); ``order``: likelihood of the teacher's order of its best ones
-    under the student's scores (ListMLE, Xia et al. 2008); ``hidden``: difference of the cosine similarities between
-    states, which asks for no common width (relational, Park et al. 2019). On ``positions`` random ones of each batch.
-    """
+    """Weights of the losses that join the loss of the data (0: none), and where they are taken."""
 
     logits: float = 1.0
+    """Kullback-Leibler divergence of the scores over the teacher's best items and as many random ones (Hinton et al.
+    2015)."""
     order: float = 0.0
+    """Likelihood of the teacher's order of its best items under the student's scores (ListMLE, Xia et al. 2008)."""
     hidden: float = 0.0
+    """Difference of the cosine similarities between states, which asks for no common width (Park et al. 2019)."""
     temperature: float = 2.0
+    """Of ``logits``, above 0."""
     candidates: int = 100
+    """Best items of the teacher."""
     positions: int = 1024
+    """Random positions of each batch."""
 
     def __post_init__(self) -> None:
-        if min(self.logits, self.order, self.hidden) < 0 or self.temperature <= 0:
-            raise ValueError(f"Distillation: expected weights >= 0 and a temperature above 0, got {self}")
-        if self.candidates < 2 or self.positions < 2:
-            raise ValueError(f"Distillation: expected at least 2 candidates and positions, got {self}")
+        check_fields(self)
+        check_minimum(self, 0, "logits", "order", "hidden")
+        check_positive(self, "temperature")
+        check_minimum(self, 2, "candidates", "positions")
 
 
 def divergence(student_SC: Tensor, teacher_SC: Tensor, temperature: float) -> Tensor:
@@ -67,24 +69,26 @@ class Teacher:
 
     def loss(self, states_PD: Tensor, table_VD: Tensor, bias_V: Tensor, inputs_BT: Tensor, keep_BT: Tensor) -> Tensor:
         """What the student's states at the kept positions of ``inputs_BT`` add to its loss."""
-        c = self.config
+        config = self.config
         with torch.no_grad():
             teacher_PE = self.model.encode(inputs_BT, self.table)[keep_BT]
-            chosen = torch.randperm(len(teacher_PE), device=teacher_PE.device)[: c.positions]
+            chosen = torch.randperm(len(teacher_PE), device=teacher_PE.device)[: config.positions]
             teacher_SE = teacher_PE[chosen]
             scores_SV = F.linear(teacher_SE, self.table, self.model.bias)
             scores_SV[:, :FIRST_ID] = -torch.inf
-            best_SC = scores_SV.topk(min(c.candidates, scores_SV.shape[1] - FIRST_ID), dim=1).indices
+            best_SC = scores_SV.topk(min(config.candidates, scores_SV.shape[1] - FIRST_ID), dim=1).indices
             other_C = torch.randint(FIRST_ID, scores_SV.shape[1], (best_SC.shape[1],), device=best_SC.device)
         state_SD = states_PD[chosen]
         of_best_SC = (table_VD[best_SC] @ state_SD[:, :, None])[:, :, 0] + bias_V[best_SC]
         total = states_PD.sum() * 0.0
-        if c.logits:
+        if config.logits:
             of_other_SC = F.linear(state_SD, table_VD[other_C], bias_V[other_C])
             teacher_SC = torch.cat([scores_SV.gather(1, best_SC), scores_SV[:, other_C]], 1)
-            total = total + c.logits * divergence(torch.cat([of_best_SC, of_other_SC], 1), teacher_SC, c.temperature)
-        if c.order:
-            total = total + c.order * list_mle(of_best_SC)
-        if c.hidden:
-            total = total + c.hidden * relations(state_SD, teacher_SE)
+            total = total + config.logits * divergence(
+                torch.cat([of_best_SC, of_other_SC], 1), teacher_SC, config.temperature
+            )
+        if config.order:
+            total = total + config.order * list_mle(of_best_SC)
+        if config.hidden:
+            total = total + config.hidden * relations(state_SD, teacher_SE)
         return total

@@ -19,14 +19,14 @@ from optuna.storages.journal import JournalFileBackend
 
 from preprocessing.features import Features
 from training.checkpoints import load_retrieval
-from training.data import batches as data
+from training.data import batches
 from training.learn.retriever import train_retrieval
 from training.metrics import metrics
 from training.presets import Preset, with_values
 from training.scoring import SCORED, scored
 from vivace.manifest import Progress, read_manifest, write_text
+from vivace.run import Run
 
-FOLDER = "optimized"
 SPACE: dict[str, list[Any]] = {
     "retrieval.learning_rate": [1e-3, 8e-3, "log"],
     "retrieval.label_smoothing": [0.0, 0.2],
@@ -38,19 +38,19 @@ SPACE: dict[str, list[Any]] = {
 
 def suggest(trial: optuna.Trial, space: dict[str, list]) -> dict[str, Any]:
     """One value for each name of ``space``: [low, high], [low, high, "log"], [low, high, "int"] or [..., "choice"]."""
-    found: dict[str, Any] = {}
-    for name, (*values, kind) in ((n, v if isinstance(v[-1], str) else [*v, ""]) for n, v in space.items()):
+    values: dict[str, Any] = {}
+    for name, (*limits, kind) in ((n, v if isinstance(v[-1], str) else [*v, ""]) for n, v in space.items()):
         if kind == "choice":
-            found[name] = trial.suggest_categorical(name, values)
+            values[name] = trial.suggest_categorical(name, limits)
         elif kind == "int":
-            found[name] = trial.suggest_int(name, *values)
+            values[name] = trial.suggest_int(name, *limits)
         elif kind in ("", "log"):
-            found[name] = trial.suggest_float(name, *values, log=kind == "log")
+            values[name] = trial.suggest_float(name, *limits, log=kind == "log")
         else:
             raise ValueError(
                 f"hyper-parameter space: {name}: expected 'log', 'int' or 'choice' at the end, got {kind!r}"
             )
-    return found
+    return values
 
 
 def check_values(name: str, values: Any, preset: Preset) -> None:
@@ -95,11 +95,11 @@ def validation_ndcg(features: Features, preset: Preset, root: Path) -> float:
     """NDCG@10 of the retriever on the validation requests, all items ranked."""
     model = load_retrieval(features, preset, root)
     heads = [h.name for h in features.schema.heads]
-    found = []
+    ranks = []
     with torch.no_grad():
-        for request in data.requests(features.files("valid"), heads, preset.encoder.history, SCORED):
-            found.append(scored(model, request, features.schema.exclude_seen)[0].cpu().numpy())
-    return metrics(np.concatenate(found))["NDCG@10"]
+        for request in batches.requests(features.files("valid"), heads, preset.encoder.history, SCORED):
+            ranks.append(scored(model, request, features.schema.exclude_seen)[0].cpu().numpy())
+    return metrics(np.concatenate(ranks))["NDCG@10"]
 
 
 def optimize(
@@ -112,8 +112,8 @@ def optimize(
     space: dict[str, list] | None = None,
 ) -> optuna.Study:
     """Runs ``trials`` more trials of the study in ``root/optimized``; writes best.json and two plots."""
-    folder = root / FOLDER
-    wanted: dict[str, list[Any]] = space or SPACE
+    folder = Run(root).optimized
+    searched: dict[str, list[Any]] = space or SPACE
     folder.mkdir(parents=True, exist_ok=True)
     prepared = read_manifest(features.folder, "vivace prepare")["key"]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -126,13 +126,13 @@ def optimize(
         load_if_exists=True,
     )
 
-    check_space(study, wanted, preset, folder)
+    check_space(study, searched, preset, folder)
 
     def objective(trial: optuna.Trial) -> float:
-        chosen = with_values(preset, suggest(trial, wanted))
-        own = folder / f"trial-{trial.number}"
-        train_retrieval(features, chosen, own, seed, say, quiet=True, on_epoch=_pruner(trial))
-        value = validation_ndcg(features, chosen, own)
+        chosen = with_values(preset, suggest(trial, searched))
+        trial_root = folder / f"trial-{trial.number}"
+        train_retrieval(features, chosen, trial_root, seed, say, quiet=True, on_epoch=_pruner(trial))
+        value = validation_ndcg(features, chosen, trial_root)
         say(f"trial {trial.number}: validation NDCG@10 {value:.4f} {trial.params}")
         return value
 

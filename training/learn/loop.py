@@ -6,7 +6,6 @@ checkpoint holds weights, optimizer, schedule, position in the epoch and the gen
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,28 +17,36 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from training.data.batches import ALONE
-from training.distributed import Parallel, World, sharded_like, whole
+from training.distributed import ALONE, Parallel, World, sharded_like, whole
 from training.tracking import Tracker
 
 Batch = Any
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """``steps_per_epoch`` sets the schedule; ``patience`` epochs without a better metric stop the run (0: never).
-    ``ema``: decay a step of the average of the weights, which is what is measured and kept (0: the weights)."""
+    """Steps, optimizer and schedule of one training run."""
 
     epochs: int
+    """Passes over the data at most."""
     steps_per_epoch: int
+    """Batches of an epoch, which the schedule is made for."""
     learning_rate: float
-    weight_decay: float
-    warmup_steps: int
-    clip_norm: float
-    patience: int
-    checkpoint_s: float
+    """Peak of the schedule."""
+    weight_decay: float = 0.0
+    """Of AdamW, on matrices of layers."""
+    warmup_steps: int = 100
+    """Steps until the peak, at most a tenth of all."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    patience: int = 0
+    """Epochs without a smaller log loss before the run stops (0: never)."""
+    checkpoint_s: float = 30.0
+    """Seconds between checkpoints."""
     seed: int
+    """Of the random numbers of processes that a restart starts anew."""
     ema: float = 0.0
+    """Decay a step of the average of the weights, which is what is measured and kept (0: the weights)."""
 
 
 def cosine(config: LoopConfig) -> Callable[[int], float]:
@@ -99,6 +106,7 @@ class Loop:
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self._sum, self._count = 0.0, 0
+        self._saved = time.monotonic()  # when the last checkpoint was written
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(k, p) for k, p in self.model.named_parameters() if p.requires_grad]
@@ -141,13 +149,13 @@ class Loop:
         torch.save(state, partial)
         partial.replace(self._path)
 
-    def resume(self) -> bool:
-        """Takes up a checkpoint of this folder; False if there is none."""
+    def resume(self, say: Callable[[str], None] = lambda _: None) -> bool:
+        """Takes up a checkpoint of this folder, and says so; False if there is none."""
         if not self._path.exists():
             return False
         state = torch.load(self._path, weights_only=False)
-        own = self.model.state_dict()
-        self.model.load_state_dict(sharded_like(state["model"], own))
+        present = self.model.state_dict()
+        self.model.load_state_dict(sharded_like(state["model"], present))
         for index, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
             moments = state["optimizer"]["state"].get(index, {})
             of_shape = {k: p for k, v in moments.items() if v.shape == p.shape}
@@ -160,10 +168,11 @@ class Loop:
         else:
             torch.manual_seed(abs(hash((self.config.seed, self.world.rank, self.epoch, self.step))))
         self.best, best_state, self.bad_epochs = state["best"]
-        self.best_state = None if best_state is None else sharded_like(best_state, own)
+        self.best_state = None if best_state is None else sharded_like(best_state, present)
         self.history, self.seconds = state["history"], state["seconds"]
         average, self.taken = state["average"]
-        self.average = sharded_like(average, own)
+        self.average = sharded_like(average, present)
+        say(f"{self.name}: resumed at epoch {self.epoch + 1}, step {self.step}")
         return True
 
     # -- run -------------------------------------------------------------------------------------------
@@ -177,34 +186,27 @@ class Loop:
                 self._tracker = None
 
     def _run(self, stop_after_steps: int | None) -> dict[str, Any]:
-        started, last_save, taken = time.monotonic(), time.monotonic(), 0
-        before = self.seconds
-        c = self.config
+        started, before = time.monotonic(), self.seconds
+        total = self.config.epochs * self.config.steps_per_epoch
+        limit = math.inf if stop_after_steps is None else self.taken + stop_after_steps
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
+        self._saved = started
         with Progress(*columns, disable=self.quiet) as progress:
-            total = c.epochs * c.steps_per_epoch
-            task = progress.add_task(self.name, total=total, completed=self.epoch * c.steps_per_epoch, note="")
-            while self.epoch < c.epochs and not self._stopped():
+            done = self.epoch * self.config.steps_per_epoch
+            task = progress.add_task(self.name, total=total, completed=done, note="")
+            while self.epoch < self.config.epochs and not self._stopped():
                 self.model.train()
-                for i, batch in enumerate(self.batches(self.epoch)):
-                    if i < self.step:
-                        continue  # taken before the interruption
-                    value = self._take(batch)
-                    self.step += 1
-                    taken += 1
-                    progress.update(
-                        task, completed=min(total, self.epoch * c.steps_per_epoch + self.step), note=f"loss {value:.3f}"
-                    )
+                for value in self._steps():
+                    done = min(total, self.epoch * self.config.steps_per_epoch + self.step)
+                    progress.update(task, completed=done, note=f"loss {value:.3f}")
                     self.seconds = before + time.monotonic() - started
-                    if stop_after_steps is not None and taken >= stop_after_steps:
+                    if self.taken >= limit:
                         self.save()
                         return self.report()
-                    if self.loss.agreed(time.monotonic() - last_save > c.checkpoint_s):
-                        self.save()
-                        last_save = time.monotonic()
+                    self._save_at_times()
                 self._end_epoch(progress)
                 self.seconds = before + time.monotonic() - started
                 self.save()
@@ -212,6 +214,19 @@ class Loop:
             self.model.load_state_dict(self.best_state)
         self.model.eval()
         return self.report()
+
+    def _steps(self) -> Iterator[float]:
+        """Takes the steps of an epoch that were not taken before an interruption; the loss of each."""
+        for i, batch in enumerate(self.batches(self.epoch)):
+            if i >= self.step:
+                value = self._take(batch)
+                self.step += 1
+                yield value
+
+    def _save_at_times(self) -> None:
+        if self.loss.agreed(time.monotonic() - self._saved > self.config.checkpoint_s):
+            self.save()
+            self._saved = time.monotonic()
 
     def _take(self, batch: Batch) -> float:
         loss, value = self.loss(batch)
@@ -274,7 +289,3 @@ class Loop:
             "stopped_early": self._stopped(),
             "seconds": round(self.seconds, 1),
         }
-
-
-def write_curve(report: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(report, indent=2))

@@ -1,6 +1,6 @@
 """What the retriever minimises: next-item and masked-item losses over a batch of windows.
 
-Axis legend: B windows, T events, V item ids, P predicted places, D width.
+Axis legend: B windows, T events, V item ids, P predicted places, D width, S sampled negatives.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data import batches as data
+from training.data.batches import ids_and_times
 from training.learn.adversarial import adversarial
 from training.learn.distill import Teacher
 from training.losses import full_softmax, gbce, sampled_softmax
@@ -33,22 +33,22 @@ def log_expected_counts(popularity_V: Tensor, config: RetrievalTraining) -> Tens
 def item_loss(
     model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Loss of predicting items ``t`` int64 [P] from encodings ``h`` [P, D] with the item table [V, D]. An item without
-    a training event is no negative: it would be pushed down, and its words with it."""
+    """Loss of predicting items int64 [P] from encodings [P, D] with the item table [V, D]. An item without a training
+    event is no negative: it would be pushed down, and its words with it."""
     sampling_V, items = log_expected_V.exp(), len(log_expected_V)
     assert not sampling_V[:FIRST_ID].any(), "special ids are no negatives: see log_expected_counts"
     unseen_V = torch.where(model.popularity > 0, 0.0, MASKED).to(log_expected_V.device)
     unseen_V[:FIRST_ID] = 0.0
 
-    def loss(h: Tensor, t: Tensor, table: Tensor) -> Tensor:
-        bias = model.bias + unseen_V
+    def loss(h_PD: Tensor, target_P: Tensor, table_VD: Tensor) -> Tensor:
+        bias_V = model.bias + unseen_V
         if config.loss == "full":
-            return full_softmax(h, table, bias, t, FIRST_ID, config.label_smoothing)
+            return full_softmax(h_PD, table_VD, bias_V, target_P, FIRST_ID, config.label_smoothing)
         if config.loss == "gbce":
-            negatives = torch.randint(FIRST_ID, items, (config.negatives,), device=t.device)
-            return gbce(h, table, bias, t, negatives, items - FIRST_ID, config.calibration)
-        sample = torch.multinomial(sampling_V, config.negatives, replacement=True)
-        return sampled_softmax(h, table, bias, t, sample, log_expected_V)
+            negative_S = torch.randint(FIRST_ID, items, (config.negatives,), device=target_P.device)
+            return gbce(h_PD, table_VD, bias_V, target_P, negative_S, items - FIRST_ID, config.calibration)
+        sample_S = torch.multinomial(sampling_V, config.negatives, replacement=True)
+        return sampled_softmax(h_PD, table_VD, bias_V, target_P, sample_S, log_expected_V)
 
     return loss
 
@@ -56,15 +56,17 @@ def item_loss(
 def retrieval_loss(
     model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor, teacher: Teacher | None = None
 ) -> Callable[..., Any]:
+    """Loss of a batch of windows int64 [B, T + 1] or, with times, [B, T + 1, 2]: (mean, number of its terms)."""
     of_items = item_loss(model, config, log_expected_V)
 
     def next_item(batch: Tensor) -> tuple[Tensor, Tensor]:
-        (window, times), table = data.ids_and_times(batch.to(model.bias.device)), model.table()
-        inputs, targets, seen = window[:, :-1], window[:, 1:], None if times is None else times[:, :-1]
+        (window, times), table = ids_and_times(batch.to(model.bias.device)), model.table()
+        inputs, targets = window[:, :-1], window[:, 1:]
+        input_times = None if times is None else times[:, :-1]
         keep = (inputs != PADDING_ID) & (targets >= FIRST_ID)
 
         def at(moved: Tensor) -> Tensor:
-            states = model.encode(inputs, moved, seen)[keep].float()
+            states = model.encode(inputs, moved, input_times)[keep].float()
             loss = of_items(states, targets[keep], moved)
             return loss if teacher is None else loss + teacher.loss(states, moved, model.bias, inputs, keep)
 
@@ -73,7 +75,7 @@ def retrieval_loss(
         return adversarial(at, table, config.adversarial, config.adversarial_weight), keep.sum()
 
     def masked_item(batch: Tensor) -> tuple[Tensor, Tensor]:
-        (window, times), table = data.ids_and_times(batch.to(model.bias.device)), model.table()
+        (window, times), table = ids_and_times(batch.to(model.bias.device)), model.table()
         hidden = hide(window, config.mask_share)
         encoded = model.encode_masked(window, hidden, table, times)[hidden]
         return of_items(encoded.float(), window[hidden], table), hidden.sum()

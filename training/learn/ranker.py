@@ -1,14 +1,15 @@
 """The second half of ``vivace train``: the ranker, on requests whose labels the retriever has not seen.
 
-Axis legend: B requests, T history events, N candidates.
+Axis legend: B requests, T history events, N candidates, H task heads, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from preprocessing.features import Features
 from training.checkpoints import build_ranker, device, finish_training, keep_only_own_checkpoint, load_retrieval
-from training.data import batches as data
+from training.data import batches
 from training.learn.loop import Loop, LoopConfig
 from training.metrics import list_auc, mean_ndcg, ranks_after
 from training.models.ranking import RankingModel
@@ -30,11 +31,31 @@ from vivace.manifest import Progress, Step
 from vivace.run import CONTROL, RANKING, RETRIEVAL, Run
 
 
-def held_out_users(request: data.Requests, share: float, seed: int) -> np.ndarray:
-    """bool [B]: whether a request's user is held out of a ranker's training. The same requests always: by a hash of the
-    history, which stays with the user."""
-    mix = np.array([(int(h.sum()) * 2654435761 + len(h) * 40503 + seed) % 1000 for h in request.histories])
-    return mix < share * 1000
+def held_out_users(request: batches.Requests, share: float, seed: int) -> np.ndarray:
+    """bool [B]: whether a request's user is held out of a ranker's training. By the user, so that all requests of one
+    are on the same side, and the same users always."""
+    mixed_B = (request.user_B.numpy() + seed * 40503) % 1_000_003 % 1000
+    held_out_B: np.ndarray = mixed_B < share * 1000
+    return held_out_B
+
+
+class RankerBatch(NamedTuple):
+    """Requests with the retriever's candidates; ``memory`` newest of the T encoded events."""
+
+    history_BT: Tensor
+    candidates_BN: Tensor
+    scores_BN: Tensor
+    encoded_BTD: Tensor
+    hit_BN: Tensor  # bool: the candidate is the target
+    labels_BH: Tensor
+    rank_B: Tensor  # of the target, by the retriever
+    target_B: Tensor
+    number_B: Tensor  # of the request
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the model reads."""
+        return self.history_BT, self.candidates_BN, self.scores_BN, self.encoded_BTD
 
 
 class RankerData:
@@ -65,79 +86,106 @@ class RankerData:
         rows = sum(pq.read_metadata(f).num_rows for files, _ in self.sources(False) for f in files)
         return -(-rows // batch_size)
 
-    def _requests(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[data.Requests]:
+    def _requests(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[batches.Requests]:
         history = self.preset.encoder.history
         for files, back in self.sources(held_out):
-            yield from data.requests(files, self.heads, history, batch_size, shuffle_seed, back)
+            yield from batches.requests(files, self.heads, history, batch_size, shuffle_seed, back)
 
-    def held_out_mask(self, request: data.Requests) -> np.ndarray:
-        return held_out_users(request, self.preset.ranking.held_out, self.seed)
-
-    def batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[tuple[Any, ...]]:
-        """(history [B, T], ids, scores, encoded, hit bool [B, N], labels [B, heads]) of requests whose target is among
-        the candidates (training), or of all of them (held out); the retriever's rank, the target and the request's
-        number come last."""
+    def batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[RankerBatch]:
+        """Requests whose target is among the candidates (training), or all of them (held out)."""
         for request in self._requests(held_out, shuffle_seed, batch_size):
             rank, ids, scores, encoded = candidates(
                 self.retriever, request, self.count, self.schema.exclude_seen, self.preset.ranker.memory
             )
             target = request.target_B.to(ids.device)
             hit = ids == target[:, None]
-            keep = torch.from_numpy(self.held_out_mask(request) == held_out).to(ids.device)
+            of_held_out = held_out_users(request, self.preset.ranking.held_out, self.seed)
+            keep = torch.from_numpy(of_held_out == held_out).to(ids.device)
             if not held_out:
                 keep &= hit.any(1)
             labels = torch.stack([request.labels[h] for h in self.heads], 1).to(ids.device)
             history, number = request.history_BT.to(ids.device), request.number_B.to(ids.device)
             if keep.any():
-                yield tuple(x[keep] for x in (history, ids, scores, encoded, hit, labels, rank, target, number))
+                parts = (history, ids, scores, encoded, hit, labels, rank, target, number)
+                yield RankerBatch(*(x[keep] for x in parts))
 
 
-def ranker_loss(model: RankingModel, batch: tuple[Any, ...]) -> Tensor:
+def ranker_loss(model: RankingModel, batch: RankerBatch) -> Tensor:
     """Listwise softmax over the candidates for the head that orders; binary cross-entropy for the others."""
-    history, ids, scores, encoded, hit_BN, labels_BH, *_ = batch
-    logits = model(history, ids, scores, encoded)
-    losses = [F.cross_entropy(logits[..., 0], hit_BN.to(torch.int64).argmax(1))]
+    logits = model(*batch.inputs)
+    losses = [F.cross_entropy(logits[..., 0], batch.hit_BN.to(torch.int64).argmax(1))]
     for head in range(1, logits.shape[2]):
-        label_BN = hit_BN.float() * labels_BH[:, head, None]
+        label_BN = batch.hit_BN.float() * batch.labels_BH[:, head, None]
         losses.append(F.binary_cross_entropy_with_logits(logits[..., head], label_BN, reduction="none").sum(1).mean())
     return model.task_weights(losses, model.own.weight)
 
 
-def _fit_platt(w: Tensor, x: Tensor, y: Tensor) -> None:
-    """Minimises the log loss of sigmoid(w[0] x + w[1]) over ``w``, in place."""
+def _minimise(w: Tensor, loss_of: Callable[[], Tensor]) -> None:
+    """Minimises ``loss_of()`` over ``w``, in place."""
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(x * w[0] + w[1], y)
+        loss = loss_of()
         loss.backward()
         return float(loss.detach())
 
     optimizer.step(closure)
 
 
-def calibrate(model: RankingModel, batches: Iterator[tuple[Any, ...]]) -> dict[str, list[float]]:
+def fit_platt(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """(slope, offset) that minimise the log loss of sigmoid(slope x + offset) for labels ``y``; both float64 [n].
+
+    Where one class is alone, or the fit would turn the order of ``x`` round, as by chance among few positives, the
+    slope is 1, and the offset gives the share of positives (one half added, Platt 1999)."""
+    if 0 < y.sum() < len(y):
+        w = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
+        _minimise(w, lambda: F.binary_cross_entropy_with_logits(x * w[0] + w[1], y))
+        slope, offset = (float(v) for v in w.detach().clamp(-100, 100))
+        if slope > 0 and math.isfinite(offset):
+            return slope, offset
+    share = (y.sum() + 0.5) / (len(y) + 1)
+    b = torch.logit(share).detach().clone().requires_grad_()
+    _minimise(b, lambda: F.binary_cross_entropy_with_logits(x + b, share.expand(len(x))))
+    return 1.0, float(b.detach().clamp(-100, 100))
+
+
+def calibrate(model: RankingModel, held_out: Iterator[RankerBatch]) -> dict[str, list[float]]:
     """Platt scaling of each head on held-out requests (Platt 1999): slope and offset go into the model."""
     logits, labels = [], []
     with torch.no_grad():
-        for history, ids, scores, encoded, hit_BN, labels_BH, *_ in batches:
-            out = model(history, ids, scores, encoded)
+        for batch in held_out:
+            out = model(*batch.inputs)
             logits.append(out.reshape(-1, out.shape[2]).cpu())
-            labels.append((hit_BN[..., None] * labels_BH[:, None, :]).reshape(-1, out.shape[2]).cpu())
+            labels.append((batch.hit_BN[..., None] * batch.labels_BH[:, None, :]).reshape(-1, out.shape[2]).cpu())
     if not logits:
         return {}
     x, y = torch.cat(logits).double(), torch.cat(labels).double()
-    found = {}
+    fitted = {}
     for head, name in enumerate(model.head_names):
-        w = torch.tensor([1.0, 0.0], dtype=torch.double, requires_grad=True)
-        _fit_platt(w, x[:, head], y[:, head])
+        slope, offset = fit_platt(x[:, head], y[:, head])
+        model.calibration[head] = torch.tensor([slope, offset])
+        fitted[name] = [slope, offset]
+    return fitted
+
+
+def _held_out_metric(model: RankingModel, source: RankerData) -> Callable[[], dict[str, float]]:
+    """Log loss and NDCG@10 of the held-out requests."""
+
+    def metric() -> dict[str, float]:
+        ranks, losses = [], []
         with torch.no_grad():
-            if not torch.isfinite(w).all():  # one class alone: the share of positives is all there is to say
-                share = (y[:, head].sum() + 0.5) / (len(y) + 1)
-                w.copy_(torch.tensor([0.0, float(torch.logit(share))]))
-            model.calibration[head] = w.detach().float().clamp(-100, 100)
-        found[name] = [float(v) for v in w.detach()]
-    return found
+            for batch in source.batches(True, None, SCORED):
+                logits = model(*batch.inputs)[..., 0]
+                ranks.append(ranks_after(logits, batch.candidates_BN, batch.target_B, batch.rank_B, batch.number_B))
+                among = batch.hit_BN.any(1)
+                place = batch.hit_BN[among].to(torch.int64).argmax(1)
+                losses.append(F.cross_entropy(logits[among], place, reduction="none"))
+        if not ranks or not sum(len(x) for x in losses):
+            return {"log_loss": 0.0}
+        return {"log_loss": float(torch.cat(losses).mean()), "NDCG@10": mean_ndcg(ranks)}
+
+    return metric
 
 
 def train_ranker(
@@ -145,63 +193,38 @@ def train_ranker(
 ) -> dict[str, Any]:
     """Trains ``artifacts/<name>/ranking``. ``control``: on the last training event instead of the validation event,
     so without a label that the retriever has not seen (``ranking_control``)."""
-    run = Run(root, features.folder)
-    name = CONTROL if control else RANKING
-    config = {"ranker": asdict(preset.ranker), "training": asdict(preset.ranking), "control": control}
+    run, name, training = Run(root, features.folder), CONTROL if control else RANKING, preset.ranking
+    config = {"ranker": asdict(preset.ranker), "training": asdict(training), "control": control, "held_out_by": "user"}
     step = Step(run.step(name), "train ranking", config, seed, {RETRIEVAL: run.key(RETRIEVAL)})
-    if step.done():
-        say("ranker is there: nothing to do")
-        assert step.manifest is not None
-        return step.manifest
+    if (manifest := step.finished(say, "ranker is there")) is not None:
+        return manifest
     keep_only_own_checkpoint(step)
     torch.manual_seed(seed)
     retriever = load_retrieval(features, preset, root)
     model = build_ranker(features, preset, retriever).to(device())
     retriever.to(device())
-    source, c = RankerData(features, retriever, preset, seed, control), preset.ranking
-
+    source = RankerData(features, retriever, preset, seed, control)
     if source.without_validation:
         say("no validation request (no user has three events): the ranker learns from the last training events")
-
-    def metric() -> dict[str, float]:
-        found, losses = [], []
-        with torch.no_grad():
-            for history, ids, scores, encoded, hit_BN, _, rank, target, number in source.batches(True, None, SCORED):
-                logits = model(history, ids, scores, encoded)[..., 0]
-                found.append(ranks_after(logits, ids, target, rank, number))
-                among = hit_BN.any(1)
-                losses.append(F.cross_entropy(logits[among], hit_BN[among].to(torch.int64).argmax(1), reduction="none"))
-        if not found or not sum(len(x) for x in losses):
-            return {"log_loss": 0.0}
-        return {"log_loss": float(torch.cat(losses).mean()), "NDCG@10": mean_ndcg(found)}
-
     loop = Loop(
         model,
         LoopConfig(
-            c.epochs,
-            source.steps(c.batch_size),
-            c.learning_rate,
-            c.weight_decay,
-            50,
-            c.clip_norm,
-            c.patience,
-            30.0,
-            seed,
+            epochs=training.epochs, steps_per_epoch=source.steps(training.batch_size), warmup_steps=50, seed=seed,
+            learning_rate=training.learning_rate, weight_decay=training.weight_decay, clip_norm=training.clip_norm,
+            patience=training.patience,
         ),
         step.folder,
         name,
-        lambda epoch: source.batches(False, seed * 1000 + epoch, c.batch_size),
+        lambda epoch: source.batches(False, seed * 1000 + epoch, training.batch_size),
         lambda batch: ranker_loss(model, batch),
-        metric,
+        _held_out_metric(model, source),
         quiet,
-    )
-    if loop.resume():
-        say(f"ranker: resumed at epoch {loop.epoch + 1}, step {loop.step}")
+    )  # fmt: skip
+    loop.resume(say)
     report = loop.run()
     calibration = calibrate(model, source.batches(True, None, SCORED))
-    return finish_training(step, model, report, calibration=calibration, parameters=sum(
-        p.numel() for p in model.parameters() if p.requires_grad
-    ))  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return finish_training(step, model, report, calibration=calibration, parameters=parameters)
 
 
 def head_auc(probability_BN: Tensor, hit_BN: Tensor, label_B: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""``vivace train``: the retriever on the training events; then ``train_ranking``: the ranker on the validation events.
+"""``vivace train``: the retriever on the training events.
 
-Axis legend: B requests, T history events, N candidates.
+Axis legend: B requests, T history events, V item ids.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 
 from preprocessing.features import Features
 from training.checkpoints import device, finish_training, keep_only_own_checkpoint
-from training.data import batches as data
+from training.data import batches
 from training.data.counters import popularity
 from training.data.probes import hold_back
-from training.distributed import World, whole
+from training.distributed import ALONE, World, whole
 from training.learn.constraints import Constraint, constrain, release
 from training.learn.distill import Teacher
 from training.learn.loop import Loop, LoopConfig
 from training.learn.objectives import log_expected_counts, retrieval_loss
-from training.learn.warm_start import free_unseen, start_from_counts, take_up
+from training.learn.warm_start import free_unseen, new_retriever, take_up
 from training.metrics import mean_ndcg
 from training.models.adapters import Adaptation, freeze_for, merge
 from training.models.item_table import item_attributes
 from training.models.retrieval import EXCLUDED, RetrievalModel
-from training.presets import PRESET, Preset
+from training.presets import Preset
 from training.scoring import SCORED, scored
 from vivace.manifest import Progress, Step, read_manifest, write_text
 from vivace.run import TEXT, Run
@@ -41,23 +41,111 @@ from vivace.run import TEXT, Run
 def _probe_metric(
     model: RetrievalModel, probes: list[np.ndarray], exclude_seen: bool
 ) -> Callable[[], dict[str, float]]:
+    """Log loss and NDCG@10 of the events that were held back."""
+
     def metric() -> dict[str, float]:
-        found, losses = [], []
+        ranks, losses = [], []
         with torch.no_grad():
             for start in range(0, len(probes), SCORED):
                 part = probes[start : start + SCORED]
                 targets = torch.tensor([int(p[-1, 0]) for p in part])
-                request = data.of_sequences([p[:-1] for p in part], model.config.history, targets, {}, start)
+                request = batches.of_sequences([p[:-1] for p in part], model.config.history, targets, {}, start)
                 rank, scores, _ = scored(model, request, exclude_seen)
-                found.append(rank)
+                ranks.append(rank)
                 losses.append(F.cross_entropy(scores, request.target_B.to(scores.device), reduction="none"))
-        if not found:
+        if not ranks:
             return {"log_loss": 0.0}
         loss = torch.cat(losses)
         live = loss < -EXCLUDED / 2  # a target that was seen before has no score
-        return {"log_loss": float(loss[live].mean()) if live.any() else 0.0, "NDCG@10": mean_ndcg(found)}
+        return {"log_loss": float(loss[live].mean()) if live.any() else 0.0, "NDCG@10": mean_ndcg(ranks)}
 
     return metric
+
+
+def _check_combination(
+    preset: Preset, start_from: Path | None, adaptation: Adaptation, teacher: Teacher | None,
+    constraint: Constraint | None,
+) -> None:  # fmt: skip
+    """Raises ValueError for ways to train that do not go together."""
+    if adaptation.method != "full" and start_from is None:
+        raise ValueError(f"--adapt {adaptation.method} fine-tunes a trained encoder: name its folder with --from")
+    if adaptation.method != "full" and preset.retrieval.shard_model:
+        raise ValueError(f"--adapt {adaptation.method} trains few parameters: set shard_model to false")
+    if teacher is not None and (preset.encoder.family == "bert4rec" or preset.encoder.time_bias):
+        raise ValueError("distillation is for encoders that predict the next item without times")
+    if constraint and (preset.retrieval.shard_model or preset.encoder.family in ("gru", "lstm")):
+        raise ValueError("--sparsity and --qat are for attention encoders of one process: set shard_model to false")
+
+
+def _step(
+    features: Features, preset: Preset, root: Path, seed: int, start_from: Path | None, adaptation: Adaptation,
+    teacher: Teacher | None, constraint: Constraint | None,
+) -> Step:  # fmt: skip
+    """The step with all that its weights depend on."""
+    config = {"encoder": asdict(preset.encoder), "training": asdict(preset.retrieval), "adapt": asdict(adaptation)}
+    inputs = {"features": read_manifest(features.folder, "vivace prepare")["key"]}
+    if teacher is not None:
+        config["distillation"] = asdict(teacher.config)
+        inputs["teacher"] = teacher.key
+    if constraint:
+        config["constraint"] = asdict(constraint)
+    if start_from is not None:
+        inputs["from"] = read_manifest(start_from, "vivace pretrain")["key"]
+    if preset.encoder.text_encoder:
+        inputs["text"] = Run(root, features.folder).key(TEXT)
+    return Step(Run(root).retrieval, "train retrieval", config, seed, inputs)
+
+
+def _windows(
+    files: list[Path], preset: Preset, seed: int, world: World
+) -> tuple[Callable[[int], Iterator[Tensor]], int]:
+    """(batches of an epoch for this process, steps of an epoch: as many as every process has). Raises ValueError
+    where there is no step to take."""
+    training = preset.retrieval
+
+    def of_epoch(epoch: int) -> Iterator[Tensor]:
+        return batches.training_batches(
+            files, preset.encoder.history, training.batch_size, seed, epoch, training.random_offset, world,
+            training.shard_reading, preset.encoder.time_bias,
+        )  # fmt: skip
+
+    steps = world.smallest(sum(1 for _ in of_epoch(0)))
+    if not steps:
+        raise ValueError(
+            "train: no user has two training events, so there is nothing to learn the next event from; "
+            "check the column user, or prepare a longer log"
+        )
+    return lambda epoch: itertools.islice(of_epoch(epoch), steps), steps
+
+
+def _prepared_model(
+    features: Features, preset: Preset, counts: np.ndarray, step: Step, start_from: Path | None,
+    adaptation: Adaptation, constraint: Constraint | None, say: Progress,
+) -> tuple[RetrievalModel, dict[str, Any]]:  # fmt: skip
+    """(the model that training starts with, what is recorded of its start and sizes)."""
+    model = new_retriever(features, preset, counts)
+    start: dict[str, Any] = {}
+    if start_from is not None:
+        start = take_up(model, start_from, step.inputs["features"])
+        say(f"took up {len(start['taken'])} tensors of {start_from}, left {len(start['left'])}")
+    if constraint:
+        constrain(model, constraint)
+    return model, {**freeze_for(model, adaptation), "start": start}
+
+
+def _finished_model(
+    loop: Loop, model: RetrievalModel, features: Features, preset: Preset, counts: np.ndarray
+) -> RetrievalModel:
+    """The trained model in the form that is saved. All processes must call it."""
+    if loop.loss.sharded:
+        state = whole(model.state_dict())
+        attributes = item_attributes(features, preset.encoder)
+        model = RetrievalModel(preset.encoder, len(counts), torch.tensor(counts), attributes)
+        model.load_state_dict(state)
+    merge(model)
+    release(model)
+    free_unseen(model, counts, features, preset.retrieval.new_items == "neighbours")
+    return model
 
 
 def train_retrieval(
@@ -69,7 +157,7 @@ def train_retrieval(
     quiet: bool = False,
     start_from: Path | None = None,
     adaptation: Adaptation | None = None,
-    world: World = data.ALONE,
+    world: World = ALONE,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     teacher: Teacher | None = None,
     constraint: Constraint | None = None,
@@ -80,97 +168,45 @@ def train_retrieval(
     of them are then trained; ``on_epoch`` is told the figures of each epoch and may raise; ``teacher``: what it learns
     from beside the data; ``constraint``: what its matrices must be.
     """
-    prepared = read_manifest(features.folder, "vivace prepare")
-    adaptation = adaptation or Adaptation()
-    if adaptation.method != "full" and start_from is None:
-        raise ValueError(f"--adapt {adaptation.method} fine-tunes a trained encoder: name its folder with --from")
-    if adaptation.method != "full" and preset.retrieval.shard_model:
-        raise ValueError(f"--adapt {adaptation.method} trains few parameters: set shard_model to false")
-    config = {"encoder": asdict(preset.encoder), "training": asdict(preset.retrieval), "adapt": asdict(adaptation)}
-    inputs = {"features": prepared["key"]}
-    if teacher is not None:
-        if preset.encoder.family == "bert4rec" or preset.encoder.time_bias:
-            raise ValueError("distillation is for encoders that predict the next item without times")
-        config["distillation"] = asdict(teacher.config)
-        inputs["teacher"] = teacher.key
-    if constraint:
-        if preset.retrieval.shard_model or preset.encoder.family in ("gru", "lstm"):
-            raise ValueError("--sparsity and --qat are for attention encoders of one process: set shard_model to false")
-        config["constraint"] = asdict(constraint)
-    if start_from is not None:
-        inputs["from"] = read_manifest(start_from, "vivace pretrain")["key"]
-    if preset.encoder.text_encoder:
-        inputs["text"] = Run(root, features.folder).key(TEXT)
-    step = Step(root / "retrieval", "train retrieval", config, seed, inputs)
+    adaptation, training = adaptation or Adaptation(), preset.retrieval
+    _check_combination(preset, start_from, adaptation, teacher, constraint)
+    step = _step(features, preset, root, seed, start_from, adaptation, teacher, constraint)
     if world.first:
         root.mkdir(parents=True, exist_ok=True)
-        write_text(root / PRESET, json.dumps(asdict(preset), indent=2))
-    if step.done():
-        say("retriever is there: nothing to do")
-        assert step.manifest is not None
-        return step.manifest
+        write_text(Run(root).preset, json.dumps(asdict(preset), indent=2))
+    if (manifest := step.finished(say, "retriever is there")) is not None:
+        return manifest
     if world.local_rank == 0:
         keep_only_own_checkpoint(step)
     torch.manual_seed(seed)
-    items, c = features.item_count(), preset.retrieval
-    counts = popularity(features.files("train"), items)
-    attributes = item_attributes(features, preset.encoder)
-    model = RetrievalModel(preset.encoder, items, torch.tensor(counts), attributes).to(device())
-    if c.start == "cooccurrence":
-        start_from_counts(model, features.files("train"), counts)
-    taken: dict[str, Any] = {}
-    if start_from is not None:
-        taken = take_up(model, start_from, prepared["key"])
-        say(f"took up {len(taken['taken'])} tensors of {start_from}, left {len(taken['left'])}")
-    if constraint:
-        constrain(model, constraint)
-    sizes = freeze_for(model, adaptation)
-    parts = step.folder / "parts"
-    files, probes = hold_back(features.files("train"), parts / str(world.local_rank), c.probe_users, seed)
+    counts = popularity(features.files("train"), features.item_count())
+    model, record = _prepared_model(features, preset, counts, step, start_from, adaptation, constraint, say)
+    parts = step.folder / "parts" / str(world.local_rank)
+    files, probes = hold_back(features.files("train"), parts, training.probe_users, seed)
     world.barrier()  # nobody takes up a checkpoint that another one is about to remove
-
-    def batches(epoch: int) -> Iterator[Tensor]:
-        shared = data.training_batches(
-            files, preset.encoder.history, c.batch_size, seed, epoch, c.random_offset, world, c.shard_reading,
-            preset.encoder.time_bias,
-        )  # fmt: skip
-        return itertools.islice(shared, steps) if steps else shared
-
-    steps = 0
-    steps = world.smallest(sum(1 for _ in batches(0)))
-    if not steps:
-        raise ValueError(
-            "train: no user has two training events, so there is nothing to learn the next event from; "
-            "check the column user, or prepare a longer log"
-        )
-    log_expected = log_expected_counts(torch.tensor(counts), c).to(device())
+    of_epoch, steps = _windows(files, preset, seed, world)
+    log_expected_V = log_expected_counts(torch.tensor(counts), training).to(device())
     loop = Loop(
         model,
         LoopConfig(
-            c.epochs, steps, c.learning_rate, c.weight_decay, c.warmup_steps, c.clip_norm, c.patience,
-            c.checkpoint_s, seed, c.ema,
+            epochs=training.epochs, steps_per_epoch=steps, learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay, warmup_steps=training.warmup_steps, clip_norm=training.clip_norm,
+            patience=training.patience, checkpoint_s=training.checkpoint_s, seed=seed, ema=training.ema,
         ),
         step.folder,
         "retrieval",
-        batches,
-        retrieval_loss(model, c, log_expected, teacher),
+        of_epoch,
+        retrieval_loss(model, training, log_expected_V, teacher),
         _probe_metric(model, probes, features.schema.exclude_seen),
         quiet,
         world,
         on_epoch,
-        c.shard_model,
+        training.shard_model,
     )  # fmt: skip
     torch.manual_seed(seed + world.rank)  # other dropout and negatives in each process
-    if loop.resume():
-        say(f"retriever: resumed at epoch {loop.epoch + 1}, step {loop.step}")
+    loop.resume(say)
     report = loop.run()
-    if loop.loss.sharded:
-        state = whole(model.state_dict())
-        model = RetrievalModel(preset.encoder, items, torch.tensor(counts), attributes)
-        model.load_state_dict(state)
-    merge(model)
-    release(model)
-    free_unseen(model, counts, features, c.new_items == "neighbours")
+    model = _finished_model(loop, model, features, preset, counts)
     if not world.first:
         return report
-    return finish_training(step, model, report, **sizes, start=taken, processes=world.size)
+    return finish_training(step, model, report, **record, processes=world.size)

@@ -9,15 +9,25 @@ import numpy as np
 import torch
 
 from preprocessing.features import Features
-from training.checkpoints import WEIGHTS
+from training.checkpoints import WEIGHTS, device
 from training.data.counters import cooccurrence_embeddings
-from training.models.item_table import nearest_seen
+from training.models.item_table import item_attributes, nearest_seen
 from training.models.retrieval import RetrievalModel
+from training.presets import Preset
 from vivace.contract import FIRST_ID
 from vivace.manifest import read_manifest
 
 START_SCALE = 0.1  # root mean square of a starting item embedding
 RARE_SHARE = 0.25  # the least frequent quarter of the items counts as rare
+
+
+def new_retriever(features: Features, preset: Preset, counts: np.ndarray) -> RetrievalModel:
+    """An untrained retriever of a prepared data set; ``counts``: training events of each item id [V]."""
+    attributes = item_attributes(features, preset.encoder)
+    model = RetrievalModel(preset.encoder, len(counts), torch.tensor(counts), attributes).to(device())
+    if preset.retrieval.start == "cooccurrence":
+        start_from_counts(model, features.files("train"), counts)
+    return model
 
 
 def start_from_counts(model: RetrievalModel, files: list[Path], counts: np.ndarray) -> None:
@@ -46,12 +56,13 @@ def free_unseen(model: RetrievalModel, counts: np.ndarray, features: Features, b
         weight[unseen] = 0.0
         bias[unseen] = bias[rare.to(bias.device)].median()
         if by_neighbours:
-            own, near, shares = (torch.from_numpy(x).to(bias.device) for x in nearest_seen(features, counts > 0))
+            nearest = (torch.from_numpy(x).to(bias.device) for x in nearest_seen(features, counts > 0))
+            ids_U, neighbours_UK, shares_UK = nearest
             table = model.table()  # what attributes and words say of an unseen item, as its id says nothing
-            mean = (table[near] * shares[:, :, None]).sum(1)
-            length = (table[near].norm(dim=2) * shares).sum(1, keepdim=True)
-            weight[own] = mean / mean.norm(dim=1, keepdim=True).clamp_min(1e-9) * length - table[own]
-            bias[own] = (bias[near] * shares).sum(1)
+            mean = (table[neighbours_UK] * shares_UK[:, :, None]).sum(1)
+            length = (table[neighbours_UK].norm(dim=2) * shares_UK).sum(1, keepdim=True)
+            weight[ids_U] = mean / mean.norm(dim=1, keepdim=True).clamp_min(1e-9) * length - table[ids_U]
+            bias[ids_U] = (bias[neighbours_UK] * shares_UK).sum(1)
     model.train(training)
 
 
@@ -64,8 +75,8 @@ def take_up(model: RetrievalModel, folder: Path, features_key: str) -> dict[str,
     manifest = read_manifest(folder, "vivace pretrain")
     same_items = manifest["inputs"].get("features") == features_key
     given = torch.load(folder / WEIGHTS, weights_only=True, map_location="cpu")
-    own, taken, left = model.state_dict(), [], []
-    for name, value in own.items():
+    taken, left = [], []
+    for name, value in model.state_dict().items():
         other = given.get(name)
         of_items = name.startswith("items.") or name in ("bias", "popularity")
         if other is None or (of_items and not same_items):

@@ -6,30 +6,32 @@ is exported and served has the same form and cost as before.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from training.models.retrieval import RetrievalModel
+from vivace.checks import check_fields
 
-METHODS = ("full", "lora", "adapter")
 LORA_TARGETS = ["qkv", "out", "up", "down", "uvqk"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """``method`` "full" trains everything; "lora" adds ``rank``-sized updates to the encoder's matrices; "adapter"
-    trains the bottlenecks that ``EncoderConfig.adapter`` puts into each block. ``items``: whether item embeddings and
-    biases are trained as well, as they must be on new items."""
+    """Which parameters of a retriever that was trained before are trained now."""
 
-    method: str = "full"
+    method: Literal["full", "lora", "adapter"] = "full"
+    """"full": all; "lora": updates of low rank to the encoder's matrices; "adapter": the bottlenecks that
+    ``EncoderConfig.adapter`` puts into each block."""
     rank: int = 8
+    """Of LoRA's updates."""
     items: bool = True
+    """Item embeddings and biases are trained as well, as they must be on new items."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"--adapt: expected one of {METHODS}, got {self.method!r}")
+        check_fields(self, {"method": "--adapt", "rank": "--rank"})
         if self.rank < 1:
             raise ValueError(f"--rank: expected at least 1, got {self.rank}")
 

@@ -10,50 +10,58 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vivace.checks import check_fields, check_minimum, check_shares
+
 MASKED = -1e9  # finite, so that a row whose keys are all padding stays a number
 BUCKETS = 32
-FAMILIES = ("sasrec", "hstu", "bert4rec", "gru", "lstm")
-POSITION_BIAS = ("none", "relative")
+Family = Literal["sasrec", "hstu", "bert4rec", "gru", "lstm"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Shape of the history encoder. ``history`` is T; dropout is a probability.
-
-    ``family``: "sasrec" causal attention (Kang & McAuley 2018), "hstu" pointwise gated attention (Zhai et al. 2024),
-    "bert4rec" bidirectional, trained on masked items (Sun et al. 2019), "gru" or "lstm" (Hidasi et al. 2016).
-    ``position_bias`` "relative" adds a learned bias by log-bucketed distance to the attention of sasrec and bert4rec
-    (hstu always has it); ``time_bias`` adds one by log-bucketed seconds between two events (Zhai et al. 2024) to any of
-    the three. ``text_tokens``: words of an item's text that its embedding sums (0: ids alone);
-    ``text_encoder``: whether the vector that the pretrained text encoder made of it joins
-    (``training.models.text_encoder``); ``attributes``: whether its categorical and continuous attributes join the
-    embedding. ``adapter``: width of the bottleneck after each attention block (0: none), for fine-tuning a frozen
-    encoder. ``id_dropout``: share of the items that a training step knows by attributes and text alone, so that those
-    learn to speak for new items (DropoutNet, Volkovs et al. 2017). ``head_width`` and ``ffn_width`` are set by pruning
-    (0: width / heads and ffn_factor x width).
-    """
+    """Shape of the history encoder."""
 
     width: int = 64
+    """D, of item embeddings and states; a multiple of ``heads``."""
     layers: int = 2
+    """Blocks of the encoder."""
     heads: int = 2
+    """Attention heads of a block."""
     history: int = 200
+    """T, the newest events that are read."""
     dropout: float = 0.2
+    """Probability, 0 <= p < 1."""
     ffn_factor: int = 4
-    family: str = "sasrec"
-    position_bias: str = "none"
+    """Channels of the feed-forward layer, in widths."""
+    family: Family = "sasrec"
+    """"sasrec" causal attention (Kang & McAuley 2018), "hstu" pointwise gated attention (Zhai et al. 2024), "bert4rec"
+    bidirectional, trained on masked items (Sun et al. 2019), "gru" or "lstm" (Hidasi et al. 2016)."""
+    position_bias: Literal["none", "relative"] = "none"
+    """"relative": a learned bias by log-bucketed distance in the attention of sasrec and bert4rec; hstu always has
+    it."""
     time_bias: bool = False
+    """A learned bias by log-bucketed seconds between two events (Zhai et al. 2024), for attention families."""
     attributes: bool = False
+    """Categorical and continuous attributes of an item join its embedding."""
     text_tokens: int = 0
+    """Words of an item's text that its embedding sums (0: none)."""
     text_encoder: bool = False
+    """The vector that the pretrained text encoder made of an item joins (``training.models.text_encoder``)."""
     adapter: int = 0
+    """Width of the bottleneck after each attention block, for fine-tuning a frozen encoder (0: none)."""
     id_dropout: float = 0.0
+    """Share of the items that a training step knows by attributes and text alone, so that those learn to speak for new
+    items (DropoutNet, Volkovs et al. 2017); 0 <= p < 1."""
     head_width: int = 0
+    """Width of an attention head after pruning (0: width / heads)."""
     ffn_width: int = 0
+    """Channels of the feed-forward layer after pruning (0: ffn_factor x width)."""
 
     @property
     def of_head(self) -> int:
@@ -66,22 +74,14 @@ class EncoderConfig:
         return self.ffn_width or self.ffn_factor * self.width
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ValueError(f"EncoderConfig.family: expected one of {FAMILIES}, got {self.family!r}")
-        if self.position_bias not in POSITION_BIAS:
-            raise ValueError(
-                f"EncoderConfig.position_bias: expected one of {POSITION_BIAS}, got {self.position_bias!r}"
-            )
+        check_fields(self)
+        check_minimum(self, 1, "width", "layers", "heads", "history", "ffn_factor")
+        check_minimum(self, 0, "text_tokens", "adapter", "head_width", "ffn_width")
+        check_shares(self, "dropout", "id_dropout")
         if self.time_bias and self.family in ("gru", "lstm"):
             raise ValueError(f"EncoderConfig.time_bias is for attention, got the {self.family!r} family")
         if not self.head_width and self.width % self.heads:
             raise ValueError(f"EncoderConfig: width {self.width} is not a multiple of heads {self.heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"EncoderConfig.dropout: expected 0 <= p < 1, got {self.dropout}")
-        if not 0.0 <= self.id_dropout < 1.0:
-            raise ValueError(f"EncoderConfig.id_dropout: expected 0 <= p < 1, got {self.id_dropout}")
-        if self.text_tokens < 0:
-            raise ValueError(f"EncoderConfig.text_tokens: expected a count >= 0, got {self.text_tokens}")
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -243,8 +243,8 @@ class GatedBlock(nn.Module):
             x_BTD, u, q = x_BTD[:, -newest:], u[:, -newest:], q[:, :, -newest:]
             bias, seen_B1TT = bias[:, :, -newest:], seen_B1TT[:, :, -newest:]
         weight = F.silu(q @ k.transpose(2, 3) + bias) * seen_B1TT / self.length
-        found = (weight @ v).transpose(1, 2).flatten(2)
-        y = self.out(dropout(self.norm_out(found) * u, self.p, self.training))
+        attended = (weight @ v).transpose(1, 2).flatten(2)
+        y = self.out(dropout(self.norm_out(attended) * u, self.p, self.training))
         return x_BTD + y
 
 

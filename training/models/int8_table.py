@@ -51,12 +51,12 @@ class Int8Table(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings float32 [..., D] of ids int64 [...]."""
         flat = ids.reshape(-1)
-        found = self.rows_DV.index_select(1, flat).t().float() * self.scale_V[flat][:, None]
-        return found.reshape(*ids.shape, self.rows_DV.shape[0])
+        embeddings = self.rows_DV.index_select(1, flat).t().float() * self.scale_V[flat][:, None]
+        return embeddings.reshape(*ids.shape, self.rows_DV.shape[0])
 
     def scores(self, states_BD: Tensor) -> Tensor:
         """Inner products float32 [B, V] of states float32 [B, D] with every item."""
         scale_B1 = states_BD.abs().amax(1, keepdim=True).clamp_min(1e-12) / STATE_LEVELS
         quantized = (torch.round(states_BD / scale_B1) + STATE_ZERO).to(torch.uint8)
-        found: Tensor = _Product.apply(quantized, self.rows_DV)
-        return found * scale_B1 * self.scale_V
+        product: Tensor = _Product.apply(quantized, self.rows_DV)
+        return product * scale_B1 * self.scale_V

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy import sparse
@@ -58,35 +59,45 @@ def words_of(titles: Sequence[str], keep: int) -> tuple[Tensor, int]:
     frequency = np.asarray(counts.sum(0)).ravel()
     out = np.zeros((len(titles) + FIRST_ID, keep), np.int64)
     for row in range(len(titles)):
-        own = counts.indices[counts.indptr[row] : counts.indptr[row + 1]]
-        own = own[np.lexsort((own, frequency[own]))][:keep]
-        out[row + FIRST_ID, : len(own)] = own + 1
+        words = counts.indices[counts.indptr[row] : counts.indptr[row + 1]]
+        rarest = words[np.lexsort((words, frequency[words]))][:keep]
+        out[row + FIRST_ID, : len(rarest)] = rarest + 1
     return torch.from_numpy(out), len(frequency) + 1
 
 
-def item_attributes(features: Features, config: EncoderConfig) -> ItemAttributes | None:
-    """The catalogue of a prepared data set as the retriever's item embeddings want it; None for ids alone."""
-    if not config.attributes and not config.text_tokens and not config.text_encoder:
-        return None
-    table, schema, items = features.items(), features.schema, features.item_count()
-    categoricals = schema.item_categoricals if config.attributes else ()
-    continuous = schema.item_continuous if config.attributes else ()
+def attribute_tables(
+    table: pd.DataFrame, categoricals: Sequence[str], continuous: Sequence[str]
+) -> tuple[Tensor, tuple[int, ...], Tensor]:
+    """(category ids int64 [V, C], number of ids of each attribute, numbers float32 [V, M]) of the rows of ``table``,
+    one an item id from FIRST_ID on; zero for the special ids and where a number is missing."""
+    items = len(table) + FIRST_ID
     categories = np.zeros((items, len(categoricals)), np.int64)
     numbers = np.zeros((items, len(continuous)), np.float32)
     for i, name in enumerate(categoricals):
         categories[FIRST_ID:, i] = table[name].to_numpy()
     for i, name in enumerate(continuous):
         numbers[FIRST_ID:, i] = table[name].fillna(0.0).to_numpy()
-    words, count = words_of(table[TEXT].tolist(), config.text_tokens)
     sizes = tuple(int(categories[:, i].max()) + 1 for i in range(len(categoricals)))
-    vectors = np.zeros((items, 0), np.float32)
+    return torch.from_numpy(categories), sizes, torch.from_numpy(numbers)
+
+
+def item_attributes(features: Features, config: EncoderConfig) -> ItemAttributes | None:
+    """The catalogue of a prepared data set as the retriever's item embeddings want it; None for ids alone."""
+    if not config.attributes and not config.text_tokens and not config.text_encoder:
+        return None
+    table, schema = features.items(), features.schema
+    categories, sizes, numbers = attribute_tables(
+        table,
+        schema.item_categoricals if config.attributes else (),
+        schema.item_continuous if config.attributes else (),
+    )
+    words, count = words_of(table[TEXT].tolist(), config.text_tokens)
+    vectors = np.zeros((features.item_count(), 0), np.float32)
     if config.text_encoder:
         from training.models.text_encoder import item_vectors
 
         vectors = item_vectors(features.folder.parent)
-    return ItemAttributes(
-        torch.from_numpy(categories), sizes, torch.from_numpy(numbers), words, count, torch.from_numpy(vectors)
-    )
+    return ItemAttributes(categories, sizes, numbers, words, count, torch.from_numpy(vectors))
 
 
 def nearest_seen(features: Features, seen_V: np.ndarray, keep: int = NEIGHBOURS) -> tuple[np.ndarray, ...]:
@@ -114,9 +125,9 @@ def nearest_seen(features: Features, seen_V: np.ndarray, keep: int = NEIGHBOURS)
         best = np.argpartition(-close, keep - 1, axis=1)[:, :keep]
         ids.append(seen[best] + FIRST_ID)
         weights.append(np.take_along_axis(close, best, 1))
-    near, weight = np.concatenate(ids), np.concatenate(weights)
-    some = weight.sum(1) > 0
-    return unseen[some] + FIRST_ID, near[some], weight[some] / weight[some].sum(1, keepdims=True)
+    neighbours, weight = np.concatenate(ids), np.concatenate(weights)
+    similar = weight.sum(1) > 0
+    return unseen[similar] + FIRST_ID, neighbours[similar], weight[similar] / weight[similar].sum(1, keepdims=True)
 
 
 class ItemTable(nn.Module):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
+from vivace.checks import check_fields, check_minimum, check_shares
 from vivace.contract import FIRST_ID, PADDING_ID
 
 with warnings.catch_warnings():
@@ -28,33 +30,39 @@ with warnings.catch_warnings():
     import merlin.models.torch as mm
 
 
-MIXTURES = ("mmoe", "ple", "shared")
+Mixture = Literal["mmoe", "ple", "shared"]
+MIXTURES: tuple[Mixture, ...] = get_args(Mixture)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankerConfig:
-    """Shape of the ranker. ``candidates`` N; ``lags`` L; ``followers`` K of the co-occurrence table; ``memory``: newest
-    encoded events that the candidates attend to (0: all).
-
-    ``mixture``: how the heads share: "mmoe" a gate each over common experts (Ma et al. 2018), "ple" experts of their
-    own beside common ones in two layers (Tang et al. 2020), "shared" one common layer.
-    """
+    """Shape of the ranker."""
 
     candidates: int = 100
+    """N, items of the retriever that are ordered anew."""
     memory: int = 0
+    """Newest encoded events that the candidates attend to (0: all)."""
     heads: int = 4
+    """Attention heads from candidates to events."""
     experts: int = 3
+    """Experts of the mixture, all or those in common ("ple")."""
     expert_width: int = 64
+    """Width of an expert."""
     dropout: float = 0.2
+    """Probability, 0 <= p < 1."""
     lags: int = 10
+    """L, newest events whose co-occurrence with a candidate is a feature each."""
     followers: int = 64
-    mixture: str = "mmoe"
+    """K, items of the co-occurrence table kept for each item."""
+    mixture: Mixture = "mmoe"
+    """How the task heads share: "mmoe" a gate each over common experts (Ma et al. 2018), "ple" experts of their own
+    beside common ones in two layers (Tang et al. 2020), "shared" one common layer."""
 
     def __post_init__(self) -> None:
-        if self.mixture not in MIXTURES:
-            raise ValueError(f"RankerConfig.mixture: expected one of {MIXTURES}, got {self.mixture!r}")
-        if self.candidates < 1 or self.lags < 1 or self.followers < 1:
-            raise ValueError(f"RankerConfig: expected positive sizes, got {self}")
+        check_fields(self)
+        check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
+        check_minimum(self, 0, "memory")
+        check_shares(self, "dropout")
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class RankingModel(nn.Module):
         self.register_buffer("calibration", torch.tensor([[1.0, 0.0]]).repeat(len(head_names), 1))
         self.attribute = nn.ModuleList(nn.Embedding(size, 8) for size in tables.category_sizes)
         attributes = 8 * len(tables.category_sizes) + tables.numbers.shape[1]
-        self.own = nn.Linear(d + attributes, d)  # the candidate as the attention sees it
+        self.own = nn.Linear(d + attributes, d)  # the candidate as the attention sees it; named so in saved weights
         self.key, self.value = nn.Linear(2 * d, d), nn.Linear(2 * d, d)
         self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
@@ -135,14 +143,15 @@ class RankingModel(nn.Module):
     ) -> Tensor:
         """Counter features float32 [B, N, 5 + 2L]: score, rank, popularity, co-occurrence by lag and summed. The last
         two arguments are the candidates'."""
-        c = self.config
+        config = self.config
         live_BN = scores_BN > EXCLUDED / 2
         top_B1 = scores_BN.amax(1, keepdim=True)
         gap_BN = torch.where(live_BN, scores_BN - top_B1, torch.full_like(scores_BN, -20.0)).clamp(-20.0, 0.0)
         share_BN = torch.softmax(gap_BN, dim=1)
         # summed as floats: in ONNX Runtime a sum of integers took a tenth of the graph's time
         rank_BN = torch.log1p((scores_BN[:, None, :] > scores_BN[:, :, None]).to(scores_BN.dtype).sum(2))
-        recent_BL = F.pad(history_BT, (c.lags, 0), value=PADDING_ID)[:, -c.lags :]  # of any length, exported too
+        lags = config.lags
+        recent_BL = F.pad(history_BT, (lags, 0), value=PADDING_ID)[:, -lags:]  # of any length, exported too
         followers_BLK = self.follower_ids[recent_BL]
         weights_BLK = self.follower_weights[recent_BL]
         hit_BLNK = followers_BLK[:, :, None] == candidates_BN.to(followers_BLK.dtype)[:, None, :, None]
@@ -184,29 +193,29 @@ class RankingModel(nn.Module):
         popularity float32 [...] and its category int64 [...]."""
         if self.folded is not None:
             return *self.folded.candidate_parts(ids), self._category(ids)
-        own = self.norm_own(self.own(self.describe(ids)))
-        own = dropout(own, self.config.dropout, self.training)
-        return own, self.query(own), self.item(ids), self.popularity[ids], self._category(ids)
+        vector = self.norm_own(self.own(self.describe(ids)))
+        vector = dropout(vector, self.config.dropout, self.training)
+        return vector, self.query(vector), self.item(ids), self.popularity[ids], self._category(ids)
 
-    def attend(self, own_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
+    def attend(self, candidate_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
         """What each candidate finds in the encoded part of the history, float32 [B, N, D]."""
-        n, d, t, h = own_BND.shape[1], self.width, encoded_BTD.shape[1], self.config.heads
+        n, d, t, h = candidate_BND.shape[1], self.width, encoded_BTD.shape[1], self.config.heads
         history_BT = history_BT[:, -t:]
         key, value = self.keys_and_values(encoded_BTD, history_BT)
         q = query_BND.view(-1, n, h, d // h).transpose(1, 2)
         k = key.view(-1, t, h, d // h).transpose(1, 2)
         v = value.view(-1, t, h, d // h).transpose(1, 2)
         mask = (history_BT == PADDING_ID)[:, None, None, :].to(q.dtype) * MASKED
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
-        return self.norm_out(own_BND + self.out(found.transpose(1, 2).reshape(-1, n, d)))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
+        return self.norm_out(candidate_BND + self.out(attended.transpose(1, 2).reshape(-1, n, d)))
 
     def _mixture(self, towers: mm.ParallelBlock) -> nn.Module:
-        c = self.config
-        expert = mm.MLPBlock([c.expert_width], activation=nn.GELU, dropout=c.dropout or None)
-        if c.mixture == "mmoe":
-            return mm.MMOEBlock(expert, num_experts=c.experts, outputs=towers)
-        if c.mixture == "ple":
-            return mm.PLEBlock(expert, num_shared_experts=c.experts, num_task_experts=1, depth=2, outputs=towers)
+        config = self.config
+        expert = mm.MLPBlock([config.expert_width], activation=nn.GELU, dropout=config.dropout or None)
+        if config.mixture == "mmoe":
+            return mm.MMOEBlock(expert, num_experts=config.experts, outputs=towers)
+        if config.mixture == "ple":
+            return mm.PLEBlock(expert, num_shared_experts=config.experts, num_task_experts=1, depth=2, outputs=towers)
         return expert
 
     def _heads(self, x_PF: Tensor) -> dict[str, Tensor]:
@@ -216,11 +225,11 @@ class RankingModel(nn.Module):
     def forward(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor) -> Tensor:
         """Logits float32 [B, N, heads]."""
         n, f = candidates_BN.shape[1], len(self.head_names)  # without int(): free axes of the exported graph
-        own, query, item, popularity, category = self.candidate_parts(candidates_BN)
-        found = self.attend(own, query, history_BT, encoded_BTD)
+        candidate, query, item, popularity, category = self.candidate_parts(candidates_BN)
+        attended = self.attend(candidate, query, history_BT, encoded_BTD)
         features = self.counter(self.counters(history_BT, candidates_BN, scores_BN, popularity, category))
         user = encoded_BTD[:, -1:, :] * item
-        x = torch.cat([found, own, user, features], dim=2).flatten(0, 1)
+        x = torch.cat([attended, candidate, user, features], dim=2).flatten(0, 1)
         heads = self._heads(x)
         logits = torch.cat([heads[h] for h in self.head_names], dim=1).view(-1, n, f)
         residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)

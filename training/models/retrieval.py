@@ -96,10 +96,12 @@ class RetrievalModel(nn.Module):
         x_BTD = self._embedded(history_BT, table_VD)
         if self.mask_token is None:
             return self._run(x_BTD, known_BT, times, newest)
-        asked = self.mask_token + torch.zeros_like(x_BTD[:, :1])
+        mask_B1D = self.mask_token + torch.zeros_like(x_BTD[:, :1])
         if times is not None:  # the place that asks stands beside the newest event
             times = torch.cat([times, times[:, -1:]], 1)
-        h = self._run(torch.cat([x_BTD, asked], 1), torch.cat([known_BT, torch.ones_like(known_BT[:, :1])], 1), times)
+        h = self._run(
+            torch.cat([x_BTD, mask_B1D], 1), torch.cat([known_BT, torch.ones_like(known_BT[:, :1])], 1), times
+        )
         return torch.cat([h[:, : history_BT.shape[1] - 1], h[:, -1:]], 1)[:, -newest:]
 
     def encode_masked(

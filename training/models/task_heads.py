@@ -5,10 +5,18 @@ Axis legend: H task heads.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
 WEIGHTINGS = ("static", "uncertainty", "gradnorm")
+
+
+def check_weighting(weighting: str) -> None:
+    """Raises ValueError for a weighting that no number of heads has."""
+    if weighting not in WEIGHTINGS and not re.fullmatch(r"only-\d+", weighting):
+        raise ValueError(f"weighting: expected one of {list(WEIGHTINGS)} or only-<number of a head>, got {weighting!r}")
 
 
 class TaskWeights(nn.Module):

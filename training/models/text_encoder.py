@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from training.losses import full_softmax
 from training.models.encoders import EncoderConfig, build_encoder
+from vivace.checks import check_fields, check_minimum, check_positive, check_shares
 from vivace.run import TEXT, Run
 
 FOLDER, VECTORS, TOKENIZER, WEIGHTS = "text", "vectors.npy", "tokenizer.json", "weights.pt"
@@ -26,19 +27,34 @@ KEPT, REPLACED = 0.1, 0.1  # of the chosen tokens: left as they are, or replaced
 PROBE_ITEMS = 512  # whose loss is watched
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Sizes of the text encoder and of its training. ``share``: tokens to be guessed."""
+    """Sizes of the text encoder and of its training."""
 
     width: int = 128
+    """D, of token embeddings and states; a multiple of ``heads``."""
     layers: int = 2
+    """Blocks of the encoder."""
     heads: int = 4
+    """Attention heads of a block."""
     tokens: int = 64
+    """S, first tokens of a text that are read."""
     vocabulary: int = 8000
+    """Tokens of the byte-pair encoding at most."""
     epochs: int = 10
+    """Passes over the texts."""
     batch_size: int = 64
+    """Texts a step."""
     learning_rate: float = 1e-3
+    """Peak of the schedule."""
     share: float = 0.15
+    """Tokens to be guessed, 0 < x < 1 (Devlin et al. 2019)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_minimum(self, 1, "width", "layers", "heads", "tokens", "vocabulary", "epochs", "batch_size")
+        check_positive(self, "learning_rate", "share")
+        check_shares(self, "share")
 
 
 def train_tokenizer(texts: list[str], vocabulary: int, more: Sequence[str] = ()) -> Tokenizer:
@@ -54,8 +70,8 @@ def train_tokenizer(texts: list[str], vocabulary: int, more: Sequence[str] = ())
 def tokens_of(tokenizer: Tokenizer, texts: list[str], length: int) -> Tensor:
     """Token ids int64 [B, length] of each text's first tokens, padded on the right."""
     out = np.zeros((len(texts), length), np.int64)
-    for row, found in enumerate(tokenizer.encode_batch(texts)):
-        ids = found.ids[:length]
+    for row, encoding in enumerate(tokenizer.encode_batch(texts)):
+        ids = encoding.ids[:length]
         out[row, : len(ids)] = ids
     return torch.from_numpy(out)
 
@@ -109,5 +125,5 @@ def standardise(vectors: Tensor, real: Tensor) -> Tensor:
 def item_vectors(root: Path) -> np.ndarray:
     """Vectors of all item ids float32 [V, D] that ``pretrain_text`` wrote."""
     Run(root).manifest(TEXT)
-    found: np.ndarray = np.load(root / FOLDER / VECTORS)
-    return found
+    vectors_VD: np.ndarray = np.load(root / FOLDER / VECTORS)
+    return vectors_VD

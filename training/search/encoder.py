@@ -40,31 +40,49 @@ from training.models.text_encoder import (
     tokens_of,
     train_tokenizer,
 )
+from vivace.checks import check_fields, check_minimum, check_positive
 
 SEPARATOR = "[SEP]"
 FILE, WEIGHTS = "encoder.json", "encoder.pt"
 _WORD = re.compile(r"\w+(?:[.'-]\w+)*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchEncoderConfig:
-    """Sizes and training. ``query_tokens`` S of a query; ``values`` most frequent values of each attribute that are
-    told apart; ``epochs`` of language modelling, of made questions, of judgments; ``epoch_items``: of a larger
-    catalogue an epoch draws so many items anew."""
+    """Sizes and training of the encoder of queries and items."""
 
     text: TextConfig = field(default_factory=lambda: TextConfig(vocabulary=12_000))
+    """The Transformer that queries and items share."""
     query_tokens: int = 24
+    """S of a query."""
     vector: int = 128
+    """E, width of the vectors."""
     values: int = 200
+    """Most frequent values of each attribute that are told apart."""
     temperature: float = 0.05
+    """Of the contrastive loss, above 0."""
     language_epochs: int = 2
+    """Of language modelling on the catalogue's text."""
     question_epochs: int = 6
+    """Of questions made of the items' text."""
     judged_epochs: int = 4
+    """Of judgments or clicks."""
     epoch_items: int = 16_384
+    """Items of an epoch; of a larger catalogue so many are drawn anew each time."""
     batch_size: int = 128
+    """Texts a step."""
     learning_rate: float = 1e-3
+    """Peak of the schedule of the first two stages."""
     judged_learning_rate: float = 2e-4
+    """Peak of the schedule of judgments or clicks."""
     hard: int = 2
+    """Hard negatives drawn for each judged pair."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_minimum(self, 1, "query_tokens", "vector", "values", "epoch_items", "batch_size")
+        check_minimum(self, 0, "language_epochs", "question_epochs", "judged_epochs", "hard")
+        check_positive(self, "temperature", "learning_rate", "judged_learning_rate")
 
 
 class SearchEncoder(nn.Module):
@@ -122,10 +140,10 @@ class Questions:
         if rng.random() < 0.5:  # words that stand together
             first = int(rng.integers(0, len(source) - count + 1))
             at = list(range(first, first + count))
-        own = [source[i] for i in at]
+        words = [source[i] for i in at]
         if self.values and self.values[item] and rng.random() < 0.3:
-            own.insert(int(rng.integers(0, len(own) + 1)), str(rng.choice(self.values[item])))
-        return " ".join(own)
+            words.insert(int(rng.integers(0, len(words) + 1)), str(rng.choice(self.values[item])))
+        return " ".join(words)
 
     def by_attributes(self, item: int, rng: np.random.Generator) -> str:
         """Two or three of the item's attribute values, in any order: what kind of thing it is, not which one."""
@@ -164,8 +182,11 @@ class EncoderTraining:
         return torch.tensor(columns, dtype=torch.long).t() if columns else torch.zeros(len(self.texts), 0).long()
 
     def _loop(self, name: str, epochs: int, steps: int, rate: float, batches: Any, loss: Any) -> Loop:
-        c = LoopConfig(epochs, steps, rate, 0.01, 100, 1.0, 0, 60.0, self.seed)
-        loop = Loop(self.model, c, self.folder / name, name, batches, loss, dict, self.quiet)
+        config = LoopConfig(
+            epochs=epochs, steps_per_epoch=steps, learning_rate=rate, weight_decay=0.01, checkpoint_s=60.0,
+            seed=self.seed,
+        )  # fmt: skip
+        loop = Loop(self.model, config, self.folder / name, name, batches, loss, dict, self.quiet)
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         loop.resume()
         return loop
@@ -185,27 +206,26 @@ class EncoderTraining:
         right = tokens_of(self.tokenizer, rest, half) if rest else None
         pairs = np.flatnonzero([bool(r.strip()) for r in rest]) if rest else np.empty(0, int)
 
-        def batches(epoch: int) -> Iterator[Any]:
+        def of_epoch(epoch: int) -> Iterator[Any]:
             for chosen, rng in self._chosen(epoch, np.arange(len(self.texts))):
-                own = torch.from_numpy(rng.choice(pairs, len(chosen))) if len(pairs) > 1 else None
+                first = torch.from_numpy(rng.choice(pairs, len(chosen))) if len(pairs) > 1 else None
                 wrong = torch.from_numpy(rng.random(len(chosen)) < 0.5)
-                other = torch.from_numpy(rng.choice(pairs, len(chosen))) if own is not None else None
-                yield self.tokens[chosen], own, other, wrong
+                other = torch.from_numpy(rng.choice(pairs, len(chosen))) if first is not None else None
+                yield self.tokens[chosen], first, other, wrong
 
         def loss(batch: Any) -> tuple[Tensor, Tensor]:
-            tokens, own, other, wrong = batch
+            tokens, first, other, wrong = batch
             guess, count = self.model.text.loss(tokens, self.config.text.share)
-            if own is None or right is None:
+            if first is None or right is None:
                 return guess, count
-            wrong = wrong & (own != other)
-            joined = torch.cat(
-                [left[own], torch.full((len(own), 1), separator), right[torch.where(wrong, other, own)]], 1
-            )
+            wrong = wrong & (first != other)
+            second = torch.where(wrong, other, first)
+            joined = torch.cat([left[first], torch.full((len(first), 1), separator), right[second]], 1)
             logit = self.model.follows(self.model.text.pooled(joined)).squeeze(1)
             return guess + F.binary_cross_entropy_with_logits(logit, (~wrong).float()), count
 
         steps = sum(1 for _ in self._chosen(0, np.arange(len(self.texts))))
-        self._loop("language", self.config.language_epochs, steps, self.config.learning_rate, batches, loss).run()
+        self._loop("language", self.config.language_epochs, steps, self.config.learning_rate, of_epoch, loss).run()
 
     def _contrast(self, queries_BS: Tensor, items_NS: Tensor, labels: Tensor, same: Tensor | None = None) -> Tensor:
         """InfoNCE of query i and item i against all items N >= B of the batch (those that are ``same`` bool [B, N] as
@@ -226,7 +246,7 @@ class EncoderTraining:
         make, epochs = Questions(self.catalogue), self.config.question_epochs
         usable = np.flatnonzero([bool(t) for t in self.texts])
 
-        def batches(epoch: int) -> Iterator[Any]:
+        def of_epoch(epoch: int) -> Iterator[Any]:
             for chosen, rng in self._chosen(epoch, usable):
                 yield chosen, tokens_of(self.tokenizer, [make(int(i), rng) for i in chosen], self.config.query_tokens)
 
@@ -235,17 +255,17 @@ class EncoderTraining:
             return self._contrast(queries, self.tokens[chosen], self.labels[chosen]), torch.tensor(len(chosen))
 
         steps = sum(1 for _ in self._chosen(0, usable))
-        self._loop("questions", epochs, steps, self.config.learning_rate, batches, loss).run()
+        self._loop("questions", epochs, steps, self.config.learning_rate, of_epoch, loss).run()
 
     def judged(self, queries: Sequence[str], positives: Sequence[Sequence[int]], hard: Sequence[Sequence[int]]) -> None:
         """Fine-tuning: ``positives`` and ``hard`` negatives (rows of items) of each query. Half of each batch are made
         questions, so that what was learned of the whole catalogue stays."""
         tokens = tokens_of(self.tokenizer, [normalise(q) for q in queries], self.config.query_tokens)
-        pairs = np.array([(q, i) for q, own in enumerate(positives) for i in own])
+        pairs = np.array([(q, i) for q, items in enumerate(positives) for i in items])
         good = [set(p) for p in positives]
         make, size = Questions(self.catalogue), self.config.batch_size // 2
 
-        def batches(epoch: int) -> Iterator[Any]:
+        def of_epoch(epoch: int) -> Iterator[Any]:
             rng = np.random.default_rng([self.seed, 77, epoch])
             order = rng.permutation(pairs)
             for start in range(0, len(order), size):
@@ -255,7 +275,7 @@ class EncoderTraining:
                 questions = tokens_of(self.tokenizer, [make(int(i), rng) for i in made], self.config.query_tokens)
                 items = np.concatenate([rows[:, 1], made, np.array(extra, int)])
                 owners = [good[q] for q in rows[:, 0]] + [{int(i)} for i in made]
-                same = torch.tensor([[int(i) in own for i in items] for own in owners])
+                same = torch.tensor([[int(i) in good_items for i in items] for good_items in owners])
                 same[torch.arange(len(owners)), torch.arange(len(owners))] = False
                 yield torch.cat([tokens[rows[:, 0]], questions]), items, same
 
@@ -266,7 +286,7 @@ class EncoderTraining:
 
         steps = -(-len(pairs) // size)
         rate = self.config.judged_learning_rate
-        self._loop("judged", self.config.judged_epochs, steps, rate, batches, loss).run()
+        self._loop("judged", self.config.judged_epochs, steps, rate, of_epoch, loss).run()
 
     def finish(self) -> TextSearchEncoder:
         """Writes the encoder beside its tokenizer and reads it back."""
@@ -299,15 +319,16 @@ class TextSearchEncoder:
         return self._encode(texts, self.config.query_tokens)
 
     def _encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        found = []
+        parts = []
         with torch.inference_mode():
             for start in range(0, len(texts), 256):
                 tokens = tokens_of(self.tokenizer, list(texts[start : start + 256]), length)
                 tokens = tokens[:, : max(1, int((tokens >= FIRST_TOKEN).sum(1).max()))]
-                found.append(tuple(t.numpy() for t in self.model(tokens)))
-        if not found:
+                parts.append(tuple(t.numpy() for t in self.model(tokens)))
+        if not parts:
             return np.zeros((0, self.config.vector), np.float32), np.zeros((0, self.model.intent.out_features))
-        return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
+        vectors, intents = zip(*parts, strict=True)
+        return np.concatenate(vectors), np.concatenate(intents)
 
     def intents(self, logits_K: np.ndarray) -> list[Intent]:
         return likely(self.model.attributes, logits_K)

@@ -21,12 +21,13 @@ from search.data import Catalogue, Judgments
 from search.features import features
 from search.hybrid import MATCHED, HybridIndex, top
 from search.lexical import Field, Lexical
-from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.text import normalise
 from search.understanding import QueryUnderstanding, Understood, with_typos
 from training.metrics import bootstrap
 from training.models.text_encoder import TOKENIZER
 from training.search.encoder import EncoderTraining, SearchEncoderConfig, TextSearchEncoder, item_texts
+from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
+from vivace.checks import check_fields, check_minimum
 from vivace.manifest import Step, digest, write_text
 
 CANDIDATES, K, DEEP = 200, 10, 100
@@ -42,19 +43,19 @@ def ndcg(gains: Sequence[float] | np.ndarray, ideal: Sequence[float], k: int = K
     """Of the ranked items' ``gains``; ``ideal``: those of all judged items. 0 where nothing gains."""
     discount = 1 / np.log2(np.arange(2, k + 2))
     best = np.sort(np.asarray(ideal, float))[::-1][:k]
-    own = np.asarray(gains, float)[:k]
+    ranked = np.asarray(gains, float)[:k]
     most = float(best @ discount[: len(best)])
-    return float(own @ discount[: len(own)]) / most if most else 0.0
+    return float(ranked @ discount[: len(ranked)]) / most if most else 0.0
 
 
 def judge(items: Sequence[str], gains: Mapping[str, float]) -> dict[str, float]:
     """NDCG@10, recall@100 and MRR of a ranked list."""
-    own = [gains.get(i, 0.0) for i in items[:DEEP]]
+    ranked = [gains.get(i, 0.0) for i in items[:DEEP]]
     full = [i for i, g in gains.items() if g >= FULL]
-    first = next((r for r, g in enumerate(own) if g >= FULL), None)
+    first = next((r for r, g in enumerate(ranked) if g >= FULL), None)
     return {
-        "NDCG@10": ndcg(own, list(gains.values())),
-        "recall@100": sum(g >= FULL for g in own) / len(full) if full else 0.0,
+        "NDCG@10": ndcg(ranked, list(gains.values())),
+        "recall@100": sum(g >= FULL for g in ranked) / len(full) if full else 0.0,
         "MRR": 0.0 if first is None else 1 / (first + 1),
     }
 
@@ -65,26 +66,35 @@ def group(query: str) -> str:
     return "1-2 words" if n <= 2 else "3-4 words" if n <= 4 else "5 words and more"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """``fields`` of the catalogue with their boosts; ``matched``: weight of what is popular among the matches, less
-    than a shop's own: what is known is how many have rated an item, not what is bought here."""
+    """What is trained and judged on a catalogue with judgments."""
 
     fields: tuple[Field, ...]
-    encoder: SearchEncoderConfig
-    ranker: RankerConfig = field(default_factory=RankerConfig)
+    """Of the catalogue, with their boosts."""
+    encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
+    """The encoder of queries and items."""
+    ranker: SearchRankerConfig = field(default_factory=SearchRankerConfig)
+    """The ranker of what was found."""
     folds: int = 5
+    """Of the cross-validation by query, at least 2."""
     matched: float = 1.0
+    """Weight of what is popular among the matches, less than a shop's own: what is known is how many have rated an
+    item, not what is bought here."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_minimum(self, 2, "folds")
+        check_minimum(self, 0, "matched")
 
 
 def esci_config() -> SearchConfig:
     """For Amazon's products."""
-    fields = (Field("title", 3.0), Field("bullets", 0.5), Field("description", 0.3), Field("brand", 0.5),
-              Field("colour", 0.3))  # fmt: skip
-    return SearchConfig(fields, SearchEncoderConfig())
+    boosts = {"title": 3.0, "bullets": 0.5, "description": 0.3, "brand": 0.5, "colour": 0.3}
+    return SearchConfig(fields=tuple(Field(name, boost) for name, boost in boosts.items()))
 
 
-class Asked:
+class AnsweredQueries:
     """Queries put to one index: understood, encoded, with their candidates and features."""
 
     def __init__(
@@ -137,33 +147,33 @@ class Study:
 
     def fine_tuned(self, places: Sequence[int], name: str) -> TextSearchEncoder:
         """The encoder after the judgments of the queries at ``places``."""
-        own = EncoderTraining(self.catalogue, self.config.encoder, self.folder / name, self.seed, self.quiet)
-        own.tokenizer, own.tokens = self.base.tokenizer, self.base.tokens
-        own.tokenizer.save(str(own.folder / TOKENIZER))
-        own.model.load_state_dict(self.start)
+        training = EncoderTraining(self.catalogue, self.config.encoder, self.folder / name, self.seed, self.quiet)
+        training.tokenizer, training.tokens = self.base.tokenizer, self.base.tokens
+        training.tokenizer.save(str(training.folder / TOKENIZER))
+        training.model.load_state_dict(self.start)
         judged = [self.judgments.gains[q] for q in places]
         positives = [[self.at[i] for i, g in gains.items() if g >= FULL] for gains in judged]
         hard = []
         for query, gains in zip(self.queries(places), judged, strict=True):
-            near = top(self.lexical(self.understanding(query).terms), HARD)
+            matching = top(self.lexical(self.understanding(query).terms), HARD)
             poor = {self.at[i] for i, g in gains.items() if g < SUBSTITUTE}
-            hard.append(sorted(poor | {int(r) for r in near if not gains.get(self.catalogue.items[r])}))
-        own.judged(self.queries(places), positives, hard)
-        return own.finish()
+            hard.append(sorted(poor | {int(r) for r in matching if not gains.get(self.catalogue.items[r])}))
+        training.judged(self.queries(places), positives, hard)
+        return training.finish()
 
-    def asked(self, encoder: TextSearchEncoder, queries: Sequence[str]) -> Asked:
+    def answer(self, encoder: TextSearchEncoder, queries: Sequence[str]) -> AnsweredQueries:
         index = HybridIndex(self.catalogue, self.lexical, encoder.items(self.texts), {MATCHED: self.config.matched})
-        return Asked(index, self.understanding, encoder, queries)
+        return AnsweredQueries(index, self.understanding, encoder, queries)
 
     def ranker(self, train: Sequence[int], name: str) -> Ensemble:
         """Learned from features by encoders that have not seen the query they are for: two halves of ``train``, each
         judged by the encoder of the other. Else the ranker would trust the encoder as it is on what it was taught."""
         lists, gains = [], []
         for half in (0, 1):
-            own, other = train[half::2], train[1 - half :: 2]
-            asked = self.asked(self.fine_tuned(other, f"{name}-half{half}"), self.queries(own))
-            lists += asked.features
-            gains += [asked.gains(i, self.judgments.gains[q]) for i, q in enumerate(own)]
+            judged, other = train[half::2], train[1 - half :: 2]
+            answered = self.answer(self.fine_tuned(other, f"{name}-half{half}"), self.queries(judged))
+            lists += answered.features
+            gains += [answered.gains(i, self.judgments.gains[q]) for i, q in enumerate(judged)]
         return train_search_ranker(lists, gains, self.config.ranker, self.seed)
 
 
@@ -181,16 +191,17 @@ def evaluate_folds(
         clean = study.queries(test)
         wrong = [with_typos(q, TYPO_SHARE, seed * 1000 + i) for q, i in zip(clean, test, strict=True)]
         for queries, names in ((clean, (WORDS, MEANING, HYBRID, RANKED)), (wrong, (BM25_TYPOS, None, None, TYPOS))):
-            asked = study.asked(encoder, queries)
+            answered = study.answer(encoder, queries)
             for i, q in enumerate(test):
-                ranked = asked.hybrid[i].rows[np.argsort(-ranker.score(asked.features[i]), kind="stable")]
-                found = (asked.words[i].rows, asked.meaning[i].rows, asked.hybrid[i].rows, ranked)
-                for name, own_rows in zip(names, found, strict=True):
+                hybrid = answered.hybrid[i].rows
+                ranked = hybrid[np.argsort(-ranker.score(answered.features[i]), kind="stable")]
+                by_method = (answered.words[i].rows, answered.meaning[i].rows, hybrid, ranked)
+                for name, method_rows in zip(names, by_method, strict=True):
                     if name:
-                        rows.setdefault(name, []).append(judge(asked.items(own_rows), judgments.gains[q]))
+                        rows.setdefault(name, []).append(judge(answered.items(method_rows), judgments.gains[q]))
         order += test
-        said = ", ".join(f"{n} {np.mean([r['NDCG@10'] for r in v[-len(test) :]]):.4f}" for n, v in rows.items())
-        say(f"fold {fold + 1} of {config.folds}: NDCG@10 {said}")
+        means = ", ".join(f"{n} {np.mean([r['NDCG@10'] for r in v[-len(test) :]]):.4f}" for n, v in rows.items())
+        say(f"fold {fold + 1} of {config.folds}: NDCG@10 {means}")
     return summary(rows, study.queries(order), time.monotonic() - started)
 
 
@@ -200,10 +211,9 @@ def evaluate_step(
     """``evaluate_folds`` unless its figures are there; writes them to ``root / FILE``."""
     data = digest([catalogue.items, catalogue.texts, judgments.queries, judgments.gains])
     step = Step(root / FILE.parent, "evaluate search", config, seed, {"data": data})
-    if step.done():
-        say("the figures are there: nothing to do")
-        found: dict[str, Any] = json.loads((root / FILE).read_text(encoding="utf-8"))
-        return found
+    if step.finished(say, "the figures are there") is not None:
+        figures: dict[str, Any] = json.loads((root / FILE).read_text(encoding="utf-8"))
+        return figures
     step.keep_only_own()
     results = evaluate_folds(catalogue, judgments, config, step.folder, seed, say)
     write_text(root / FILE, json.dumps(results, indent=2))
@@ -218,13 +228,13 @@ def summary(
     groups = [group(q) for q in queries]
     table: dict[str, Any] = {}
     base = np.array([r["NDCG@10"] for r in rows[WORDS]])
-    for name, found in rows.items():
-        own = {k: np.array([r[k] for r in found]) for k in found[0]}
-        table[name] = {k: {"mean": float(v.mean()), "interval": bootstrap(v)} for k, v in own.items()}
-        difference = own["NDCG@10"] - base
+    for name, of_method in rows.items():
+        metrics = {k: np.array([r[k] for r in of_method]) for k in of_method[0]}
+        table[name] = {k: {"mean": float(v.mean()), "interval": bootstrap(v)} for k, v in metrics.items()}
+        difference = metrics["NDCG@10"] - base
         table[name]["over BM25"] = {"mean": float(difference.mean()), "interval": bootstrap(difference)}
         table[name]["groups"] = {
-            g: float(own["NDCG@10"][np.array(groups) == g].mean()) for g in sorted(set(groups))
+            g: float(metrics["NDCG@10"][np.array(groups) == g].mean()) for g in sorted(set(groups))
         }  # fmt: skip
     return {
         "table": table, "queries": len(queries), "groups": {g: groups.count(g) for g in sorted(set(groups))},

@@ -12,16 +12,16 @@ from search.features import personal
 from search.hybrid import diversify
 from search.log import SearchLog
 from search.online import SearchResult
-from search.ranker import Ensemble
 from training.metrics import bootstrap
 from training.search.evaluate import ndcg
+from training.search.ranker import Ensemble
 from vivace import contract
 
 DIVERSITIES = (0.0, 0.25, 0.5, 0.75)
 
 
 @dataclass
-class Requests:
+class SearchRequests:
     """Requests with a query: what the history recommends and what the query found. ``gained``: gain by item id."""
 
     gained: list[dict[int, float]]
@@ -32,9 +32,13 @@ class Requests:
 
     @classmethod
     def of(
-        cls, gained: list[dict[int, float]], found: Sequence[SearchResult], ranked_BM: np.ndarray, scores_BM: np.ndarray
-    ) -> Requests:
-        ids, features, _ = zip(*found, strict=True)
+        cls,
+        gained: list[dict[int, float]],
+        results: Sequence[SearchResult],
+        ranked_BM: np.ndarray,
+        scores_BM: np.ndarray,
+    ) -> SearchRequests:
+        ids, features, _ = zip(*results, strict=True)
         return cls(gained, list(ids), list(features), list(ranked_BM), list(scores_BM))
 
     def with_history(self, i: int) -> np.ndarray:
@@ -54,26 +58,29 @@ class Requests:
         return ndcg(self.gains(i)[order], sorted(self.gained[i].values(), reverse=True))
 
 
-def judge(requests: Requests, ranker: Ensemble, history: bool) -> np.ndarray:
+def judge(requests: SearchRequests, ranker: Ensemble, history: bool) -> np.ndarray:
     """NDCG@10 of each request."""
     return np.array([requests.ndcg(i, order_of(requests, ranker, i, history)) for i in requests.places])
 
 
-def judged_log(log: SearchLog, found: Requests, ranker: Ensemble) -> dict[str, Any]:
+def judged_log(log: SearchLog, requests: SearchRequests, ranker: Ensemble) -> dict[str, Any]:
     """NDCG@10 of the items that were shown, gains by inverse propensity: in the order shown, in the fused one, in the
     ranker's without and with history. Of other items nobody knows whether they would have been clicked."""
     orders: dict[str, list[float]] = {"shown": [], "fused": [], "ranked": [], "with_history": []}
-    for i, own in enumerate(np.split(log.frame[contract.ITEM].to_numpy(), log.starts[1:-1])):
-        ids, gains, there = found.ids[i], found.gained[i], set(own.tolist())
-        by = {
+    for i, list_items in enumerate(np.split(log.frame[contract.ITEM].to_numpy(), log.starts[1:-1])):
+        ids, gains, displayed = requests.ids[i], requests.gained[i], list_items.tolist()
+        positions = {
             "fused": np.arange(len(ids)),
-            "ranked": order_of(found, ranker, i, False),
-            "with_history": order_of(found, ranker, i, True),
+            "ranked": order_of(requests, ranker, i, False),
+            "with_history": order_of(requests, ranker, i, True),
         }
-        lists = {"shown": own.tolist()} | {name: [x for x in ids[o].tolist() if x in there] for name, o in by.items()}
+        lists = {"shown": displayed} | {
+            name: [item for item in ids[order].tolist() if item in displayed] for name, order in positions.items()
+        }
         for name, items in lists.items():
-            missed = [x for x in own.tolist() if x not in set(items)]
-            orders[name].append(ndcg([gains.get(x, 0.0) for x in items + missed], sorted(gains.values(), reverse=True)))
+            ordered = items + [item for item in displayed if item not in items]
+            best = sorted(gains.values(), reverse=True)
+            orders[name].append(ndcg([gains.get(item, 0.0) for item in ordered], best))
     shown, fused, without, with_history = (np.array(v) for v in orders.values())
     gain = with_history - shown
     return {
@@ -83,13 +90,13 @@ def judged_log(log: SearchLog, found: Requests, ranker: Ensemble) -> dict[str, A
     }  # fmt: skip
 
 
-def order_of(requests: Requests, ranker: Ensemble, i: int, history: bool) -> np.ndarray:
+def order_of(requests: SearchRequests, ranker: Ensemble, i: int, history: bool) -> np.ndarray:
     if not len(requests.ids[i]):
         return np.empty(0, int)
     return np.argsort(-ranker.score(requests.with_history(i) if history else requests.features[i]), kind="stable")
 
 
-def diversity_costs(requests: Requests, ranker: Ensemble, vectors_VE: np.ndarray) -> dict[str, dict[str, float]]:
+def diversity_costs(requests: SearchRequests, ranker: Ensemble, vectors_VE: np.ndarray) -> dict[str, dict[str, float]]:
     """By DIVERSITY: NDCG@10 with the history, and how alike the ten items are (mean cosine of their text's vectors)."""
     out = {}
     for diversity in DIVERSITIES:
@@ -101,25 +108,26 @@ def diversity_costs(requests: Requests, ranker: Ensemble, vectors_VE: np.ndarray
             vectors = vectors_VE[requests.ids[i] - contract.FIRST_ID]
             best = diversify(ranker.score(requests.with_history(i)), vectors, min(n, 10), diversity)
             gained.append(requests.ndcg(i, best))
-            near = vectors[best] @ vectors[best].T
-            alike.append((near.sum() - np.trace(near)) / (len(best) * (len(best) - 1)))
+            cosines = vectors[best] @ vectors[best].T
+            alike.append((cosines.sum() - np.trace(cosines)) / (len(best) * (len(best) - 1)))
         out[f"{diversity:g}"] = {"NDCG@10": float(np.mean(gained)), "alike": float(np.mean(alike))}
     return out
 
 
-def kinds_of(requests: Requests, by_attributes: np.ndarray, ranker: Ensemble) -> dict[str, Any]:
+def kinds_of(requests: SearchRequests, by_attributes: np.ndarray, ranker: Ensemble) -> dict[str, Any]:
     """By how the query was made: NDCG@10 of the fused order, of the ranker, of the ranker with the history and what
     that adds, with its interval."""
     fused = np.array([requests.ndcg(i, np.arange(len(requests.ids[i]))) for i in requests.places])
     without, with_history = judge(requests, ranker, False), judge(requests, ranker, True)
-    found = np.array([requests.gains(i).any() for i in requests.places])
+    target_found = np.array([requests.gains(i).any() for i in requests.places])
     out = {}
-    for name, own in (("words", ~by_attributes), ("attributes", by_attributes)):
-        if own.any():
-            gain = (with_history - without)[own]
+    for name, of_kind in (("words", ~by_attributes), ("attributes", by_attributes)):
+        if of_kind.any():
+            gain = (with_history - without)[of_kind]
             out[name] = {
-                "requests": int(own.sum()), "found": float(found[own].mean()), "fused": float(fused[own].mean()),
-                "ranked": float(without[own].mean()), "with_history": float(with_history[own].mean()),
+                "requests": int(of_kind.sum()), "found": float(target_found[of_kind].mean()),
+                "fused": float(fused[of_kind].mean()),
+                "ranked": float(without[of_kind].mean()), "with_history": float(with_history[of_kind].mean()),
                 "gain": float(gain.mean()), "gain_interval": bootstrap(gain),
             }  # fmt: skip
     return out

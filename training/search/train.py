@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,36 +34,49 @@ from search.lexical import Field, Lexical
 from search.log import SearchLog
 from search.online import ENCODER, RANKER, VECTORS, QuerySearch, SearchOptions, SearchResult, write_catalogue
 from search.published import LAYOUT
-from search.ranker import Ensemble, RankerConfig, train_search_ranker
 from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
 from training.checkpoints import load_ranker, load_retrieval
-from training.data import batches as data
+from training.data import batches
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
 from training.presets import Preset
 from training.search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
-from training.search.judging import Requests, diversity_costs, judged_log, kinds_of
+from training.search.judging import SearchRequests, diversity_costs, judged_log, kinds_of
+from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
 from vivace import contract
-from vivace.manifest import Step, write_text
+from vivace.checks import check_fields, check_minimum, check_shares
+from vivace.manifest import Progress, Step, write_text
 from vivace.run import FEATURES, RANKING, RETRIEVAL, Run
 
 OPSET = 17
 BATCH = 64
+BLIND = 0.3  # share of the requests that teach without a history: a query of someone unknown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchTraining:
-    """``requests``: validation requests that teach the ranker, test requests that judge it; ``typos``: share of the
-    words of made queries with an error; ``searches``: newest searches with a click, of which the last ``judged`` judge
-    and the others teach the ranker; ``clicked``: newest of those that also fine-tune the encoder."""
+    """What makes a run's catalogue searchable."""
 
     encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
-    ranker: RankerConfig = field(default_factory=lambda: RankerConfig(epochs=15, batch_size=32, members=4))
+    """The encoder of queries and items."""
+    ranker: SearchRankerConfig = field(default_factory=lambda: SearchRankerConfig(epochs=15, batch_size=32, members=4))
+    """The ranker of what was found."""
     requests: int = 2000
+    """Validation requests that teach the ranker, and test requests that judge it, at most."""
     typos: float = 0.1
+    """Share of the words of made queries with an error, 0 <= x < 1."""
     searches: int = 2000
+    """Newest searches with a click that teach and judge the ranker."""
     judged: float = 0.25
+    """Share of those, the newest, that judge; 0 <= x < 1."""
     clicked: int = 3000
+    """Newest searches with a click, but those that judge, that fine-tune the encoder."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_minimum(self, 1, "requests")
+        check_minimum(self, 0, "searches", "clicked")
+        check_shares(self, "typos", "judged")
 
 
 def catalogue_of(features: Features) -> Catalogue:
@@ -137,7 +150,7 @@ class Recommender:
         self.ranking = RankingGraph(load_ranker(features, preset, root).cpu()).eval()
         self.timed = bool(preset.encoder.time_bias)
 
-    def __call__(self, request: data.Requests) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, request: batches.Requests) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 [B, N], best first, and their scores float32 [B, N]."""
         times = [request.time_BT] if self.timed else []
         with torch.inference_mode():
@@ -146,131 +159,171 @@ class Recommender:
         return ids.numpy(), values.numpy()[:, 0]
 
 
-def collect(
-    features: Features, preset: Preset, recommend: Recommender, search: QuerySearch, catalogue: Catalogue, part: str,
-    config: SearchTraining, seed: int,
-) -> tuple[Requests, np.ndarray]:  # fmt: skip
-    """Of ``part``, "valid" or "test": the first requests whose target can be found at all, with a made query; and which
-    queries were made of attributes, bool [R]."""
-    make, rng = Questions(catalogue), np.random.default_rng([seed, len(part)])
-    parts, found = list[tuple[np.ndarray, ...]](), list[SearchResult]()
-    total = 0
-    heads = [h.name for h in features.schema.heads]
-    for request in data.requests(features.files(part), heads, preset.encoder.history, BATCH):
-        real = (request.target_B >= contract.FIRST_ID).numpy()
-        ranked, scores = recommend(request)
-        targets = request.target_B.numpy()[real]
-        kinds = rng.random(len(targets)) < 0.5
-        made = [make.by_attributes if k else make for k in kinds]
-        queries = [own(int(t) - contract.FIRST_ID, rng) for own, t in zip(made, targets, strict=True)]
-        queries = [with_typos(q, config.typos, int(rng.integers(1 << 31))) for q in queries]
-        found += search(queries, [SearchOptions()] * len(queries))
-        parts.append((kinds, targets, ranked[real], scores[real]))
-        total += len(targets)
-        if total >= config.requests:
-            break
-    if not parts:
-        raise ValueError(f"search: no {part} request whose item is in the vocabulary")
-    kinds, targets, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
-    gained = [{t: 1.0} for t in targets.tolist()]
-    return Requests.of(gained, found, ranked, scores), kinds
-
-
 def histories_before(features: Features, users: Sequence[str], times: Sequence[int]) -> list[np.ndarray]:
     """Of each user the training events before a time: ids and times int64 [n, 2]."""
-    wanted, found = set(users), dict[str, np.ndarray]()
+    known, history_of = set(users), dict[str, np.ndarray]()
     for file in features.files("train"):
         frame = pd.read_parquet(file, columns=[contract.USER, contract.ITEM, contract.TIME])
-        for user, items, when in frame[frame[contract.USER].isin(wanted)].itertuples(index=False):
-            found[user] = np.stack([np.asarray(items), np.asarray(when)], 1).astype(np.int64)
+        for user, items, when in frame[frame[contract.USER].isin(known)].itertuples(index=False):
+            history_of[user] = np.stack([np.asarray(items), np.asarray(when)], 1).astype(np.int64)
     none = np.empty((0, 2), np.int64)
-    own = (found.get(user, none) for user in users)
-    return [h[h[:, 1] < time] for h, time in zip(own, times, strict=True)]
+    histories = (history_of.get(user, none) for user in users)
+    return [h[h[:, 1] < time] for h, time in zip(histories, times, strict=True)]
 
 
-def logged(
-    features: Features, preset: Preset, recommend: Recommender, search: QuerySearch, log: SearchLog, seen: np.ndarray
-) -> Requests:
-    """The lists of ``log`` as they would be found now, with what the users' histories recommended then."""
-    before = histories_before(features, log.column(contract.USER), log.column(contract.TIME))
-    queries, parts, found = log.column(contract.QUERY_TEXT), [], list[SearchResult]()
-    for start in range(0, len(log), BATCH):
-        own = before[start : start + BATCH]
-        request = data.of_sequences(own, preset.encoder.history, torch.zeros(len(own), dtype=torch.int64), {})
-        asked = queries[start : start + BATCH]
-        found += search(asked, [SearchOptions()] * len(asked))
-        parts.append(recommend(request))
-    ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
-    return Requests.of(log.gains(seen), found, ranked, scores)
+class SearchStudy:
+    """Requests with a query that teach and judge a run's search ranker, made by the run's own models."""
+
+    def __init__(
+        self, features: Features, preset: Preset, root: Path, folder: Path, catalogue: Catalogue,
+        config: SearchTraining, seed: int,
+    ) -> None:  # fmt: skip
+        self.features, self.preset, self.config, self.seed = features, preset, config, seed
+        self.recommend = Recommender(features, preset, root)
+        count = min(preset.ranker.candidates, features.item_count() - contract.FIRST_ID)
+        self.search = QuerySearch(folder, count)
+        self.questions = Questions(catalogue)
+
+    def made_requests(self, part: str) -> tuple[SearchRequests, np.ndarray]:
+        """Requests of "valid" or "test" with a query made of the target; whether it was made of attributes alone, bool
+        [requests]. Raises ValueError where there is none."""
+        rng, heads = np.random.default_rng([self.seed, len(part)]), [h.name for h in self.features.schema.heads]
+        parts, results = list[tuple[np.ndarray, ...]](), list[SearchResult]()
+        total = 0
+        files = self.features.files(part)
+        for request in batches.requests(files, heads, self.preset.encoder.history, BATCH):
+            real = (request.target_B >= contract.FIRST_ID).numpy()
+            ranked, scores = self.recommend(request)
+            targets = request.target_B.numpy()[real]
+            by_attributes = rng.random(len(targets)) < 0.5
+            makers = [self.questions.by_attributes if b else self.questions for b in by_attributes]
+            queries = [make(int(t) - contract.FIRST_ID, rng) for make, t in zip(makers, targets, strict=True)]
+            queries = [with_typos(q, self.config.typos, int(rng.integers(1 << 31))) for q in queries]
+            results += self.search(queries, [SearchOptions()] * len(queries))
+            parts.append((by_attributes, targets, ranked[real], scores[real]))
+            total += len(targets)
+            if total >= self.config.requests:
+                break
+        if not parts:
+            raise ValueError(f"search: no {part} request whose item is in the vocabulary")
+        by_attributes, targets, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
+        gained = [{t: 1.0} for t in targets.tolist()]
+        return SearchRequests.of(gained, results, ranked, scores), by_attributes
+
+    def logged_requests(self, log: SearchLog, seen: np.ndarray) -> SearchRequests:
+        """The lists of ``log`` as they would be found now, with what the users' histories recommended then. ``seen``:
+        chance that each position was looked at."""
+        histories = histories_before(self.features, log.column(contract.USER), log.column(contract.TIME))
+        queries, recommended, results = log.column(contract.QUERY_TEXT), [], list[SearchResult]()
+        for start in range(0, len(log), BATCH):
+            part = histories[start : start + BATCH]
+            no_target_B = torch.zeros(len(part), dtype=torch.int64)
+            request = batches.of_sequences(part, self.preset.encoder.history, no_target_B, {})
+            part_queries = queries[start : start + BATCH]
+            results += self.search(part_queries, [SearchOptions()] * len(part_queries))
+            recommended.append(self.recommend(request))
+        ranked, scores = (np.concatenate(v) for v in zip(*recommended, strict=True))
+        return SearchRequests.of(log.gains(seen), results, ranked, scores)
+
+    def judge(self, ranker: Ensemble, vectors_VE: np.ndarray) -> dict[str, Any]:
+        """Figures on the test requests."""
+        tested, by_attributes = self.made_requests("test")
+        return {
+            "queries": kinds_of(tested, by_attributes, ranker),
+            "diversity": diversity_costs(tested, ranker, vectors_VE),
+        }
+
+
+def _learned_searches(features: Features, config: SearchTraining) -> tuple[SearchLog | None, SearchLog | None]:
+    """(the searches with a click, those of them that teach: all but the newest, which judge); None without a log."""
+    frame = features.searches()
+    if frame is None or not frame[contract.CLICKED].any():
+        return None, None
+    log = SearchLog.of(frame).with_clicks()
+    return log, log.part(0, len(log) - int(config.judged * min(len(log), config.searches)))
+
+
+def _learn_understanding(catalogue: Catalogue, taught: SearchLog | None, folder: Path, say: Progress) -> None:
+    """What queries mean by the catalogue, with synonyms by the clicks of ``taught``."""
+    synonyms: dict[str, list[str]] = {}
+    if taught is not None:
+        clicks = [dict.fromkeys(map(str, items), 1.0) for items in taught.clicked()]
+        synonyms = coclick_synonyms(taught.column(contract.QUERY_TEXT), clicks)
+        say(f"{len(taught):,} searches with a click teach; {len(synonyms):,} words have synonyms by them")
+    QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes, synonyms).save(folder)
+
+
+def _rows(lists: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows of the catalogue of lists of item ids."""
+    return [[item - contract.FIRST_ID for item in items] for items in lists]
+
+
+def _train_encoder(
+    catalogue: Catalogue, taught: SearchLog | None, config: SearchTraining, folder: Path, seed: int, quiet: bool
+) -> TextSearchEncoder:
+    training = EncoderTraining(catalogue, config.encoder, folder, seed, quiet)
+    training.language()
+    training.questions()
+    if taught is not None:
+        newest = taught.part(max(0, len(taught) - config.clicked), len(taught))
+        training.judged(newest.column(contract.QUERY_TEXT), _rows(newest.clicked()), _rows(newest.passed_over()))
+    return training.finish()
+
+
+def _train_ranker(
+    teachers: Sequence[tuple[SearchRequests, list[float]]], config: SearchTraining, seed: int
+) -> Ensemble:
+    """Learned from requests, each with what it weighs among those of its kind."""
+    rng = np.random.default_rng(seed)
+    lists, gains, weights = [], [], list[float]()
+    for requests, kind_weights in teachers:
+        blind = rng.random(len(kind_weights)) < BLIND
+        lists += [requests.features[i] if blind[i] else requests.with_history(i) for i in requests.places]
+        gains += [requests.gains(i) for i in requests.places]
+        weights += [w / float(np.mean(kind_weights)) for w in kind_weights]
+    return train_search_ranker(lists, gains, config.ranker, seed, weights)
 
 
 def train_search(
-    features: Features, preset: Preset, root: Path, config: SearchTraining, seed: int, say: Callable[[str], None],
+    features: Features, preset: Preset, root: Path, config: SearchTraining, seed: int, say: Progress,
     quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains unless it is there; returns the manifest."""
     run = Run(root, features.folder)
     inputs = {name: run.key(name) for name in (FEATURES, RETRIEVAL, RANKING)}
     step = Step(run.search, "train search", asdict(config) | {"layout": LAYOUT}, seed, inputs)
-    if step.done():
-        say("search is there: nothing to do")
-        assert step.manifest is not None
-        return step.manifest
+    if (manifest := step.finished(say, "search is there")) is not None:
+        return manifest
     started = time.monotonic()
     step.keep_only_own()
     folder, catalogue = step.folder, catalogue_of(features)
     lexical = Lexical.build(catalogue.texts, fields_of(catalogue))
     lexical.save(folder)
-    frame = features.searches()
-    log = SearchLog.of(frame).with_clicks() if frame is not None and frame[contract.CLICKED].any() else None
-    taught = log.part(0, len(log) - int(config.judged * min(len(log), config.searches))) if log is not None else None
-    synonyms: dict[str, list[str]] = {}
-    if taught is not None:
-        clicks = [dict.fromkeys(map(str, own), 1.0) for own in taught.clicked()]
-        synonyms = coclick_synonyms(taught.column(contract.QUERY_TEXT), clicks)
-        say(f"{len(taught):,} searches with a click teach; {len(synonyms):,} words have synonyms by them")
-    QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes, synonyms).save(folder)
+    log, taught = _learned_searches(features, config)
+    _learn_understanding(catalogue, taught, folder, say)
     say(f"{len(catalogue.items):,} items, {len(lexical.vocabulary):,} terms; teaching the text encoder")
-    training = EncoderTraining(catalogue, config.encoder, folder, seed, quiet)
-    training.language()
-    training.questions()
-    if taught is not None:
-        newest = taught.part(max(0, len(taught) - config.clicked), len(taught))
-        rows = lambda lists: [[i - contract.FIRST_ID for i in own] for own in lists]  # noqa: E731
-        training.judged(newest.column(contract.QUERY_TEXT), rows(newest.clicked()), rows(newest.passed_over()))
-    encoder = training.finish()
+    encoder = _train_encoder(catalogue, taught, config, folder, seed, quiet)
     vectors = encoder.items(item_texts(catalogue))
     np.save(folder / VECTORS, vectors)
     write_catalogue(catalogue, folder)
     width = len(feature_names(HybridIndex(catalogue, lexical, vectors)))
     export_encoder(encoder, folder / ENCODER, width)
-    recommend = Recommender(features, preset, root)
-    search = QuerySearch(folder, min(preset.ranker.candidates, features.item_count() - contract.FIRST_ID))
     say("teaching the search ranker")
-    learned, _ = collect(features, preset, recommend, search, catalogue, "valid", config, seed)
-    rng, results = np.random.default_rng(seed), dict[str, Any]()
+    study = SearchStudy(features, preset, root, folder, catalogue, config, seed)
+    learned, _ = study.made_requests("valid")
     teachers, seen = [(learned, [1.0] * len(learned.places))], np.ones(1)
     if taught is not None:
         seen = taught.seen()
         newest = taught.part(max(0, len(taught) - int((1 - config.judged) * config.searches)), len(taught))
-        clicked = logged(features, preset, recommend, search, newest, seen)
-        teachers.append((clicked, [sum(own.values()) for own in clicked.gained]))
-    lists, gains, weights = [], [], list[float]()
-    for requests, own in teachers:
-        blind = rng.random(len(own)) < 0.3  # some without history: a query of someone unknown
-        lists += [requests.features[i] if blind[i] else requests.with_history(i) for i in requests.places]
-        gains += [requests.gains(i) for i in requests.places]
-        weights += [w / float(np.mean(own)) for w in own]
-    ranker = train_search_ranker(lists, gains, config.ranker, seed, weights)
+        clicked = study.logged_requests(newest, seen)
+        teachers.append((clicked, [sum(gains.values()) for gains in clicked.gained]))
+    ranker = _train_ranker(teachers, config, seed)
     export_ranker(ranker, width, folder / RANKER)
-    tested, by_attributes = collect(features, preset, recommend, search, catalogue, "test", config, seed)
+    results = study.judge(ranker, vectors)
     if log is not None and taught is not None and len(taught) < len(log):
         rest = log.part(len(taught), len(log))
-        found = logged(features, preset, recommend, search, rest, seen)
-        results["log"] = judged_log(rest, found, ranker) | {"seen": [round(float(s), 4) for s in seen[:10]]}
-    results |= {
-        "queries": kinds_of(tested, by_attributes, ranker), "diversity": diversity_costs(tested, ranker, vectors),
-        "features": width, "index_mib": round((lexical.bytes + vectors.nbytes) / 2**20, 1),
-    }  # fmt: skip
+        judged = judged_log(rest, study.logged_requests(rest, seen), ranker)
+        results["log"] = judged | {"seen": [round(float(s), 4) for s in seen[:10]]}
+    results |= {"features": width, "index_mib": round((lexical.bytes + vectors.nbytes) / 2**20, 1)}
     write_text(folder / "evaluation.json", json.dumps(results, indent=2))
     return step.finish(time.monotonic() - started, **results)

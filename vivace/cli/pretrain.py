@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,7 +59,8 @@ def pretrain(
             manifest = pretrain_text(features, config, run.root, seed, say)
         else:
             sizes = chosen_preset(preset, run.root, recorded=False)
-            pretraining = Pretraining(objectives=objectives, epochs=epochs or 2)
+            names: Any = objectives  # checked when the config is made
+            pretraining = Pretraining(objectives=names, epochs=epochs or 2)
             manifest = pretrain_encoder(features, sizes, pretraining, run.root, seed, say)
     say(f"pretrained: {manifest['results']['parameters']:,} parameters, {manifest['seconds']:.0f} s")
     say_next("train" if TEXT in objectives else f"train --from {run.pretrained}", run, artifacts)

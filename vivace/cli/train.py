@@ -63,7 +63,7 @@ def train(
     from training.learn.retriever import train_retrieval
     from training.models.adapters import Adaptation
 
-    adaptation = Adaptation(method=adapt, rank=rank)
+    adaptation = Adaptation(method=adapt, rank=rank)  # type: ignore[arg-type]  # refused where it is none
     with distributed.group() as world:
         sizes = with_overrides(chosen_preset(preset, run.root, recorded=False), epochs, loss)
         features = Features(run.features)

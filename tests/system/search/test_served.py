@@ -14,13 +14,13 @@ from preprocessing.requests import recorded
 from search.online import QuerySearch, SearchOptions, SearchRanking, pack, unpack
 from search.online import searchable as has_words
 from search.published import FOLDER
-from search.ranker import RankerConfig
 from serving.launcher import TritonServer
 from tests.support import PatientClient, on_free_ports, quiet
 from training.compile.compiler import compile_models
 from training.models.text_encoder import TextConfig
 from training.presets import tiny
 from training.search.encoder import SearchEncoderConfig
+from training.search.ranker import SearchRankerConfig
 from training.search.train import SearchTraining, train_search
 from vivace import contract
 from vivace.client import VivaceError
@@ -36,11 +36,17 @@ def searchable(root, features, tmp_path_factory):
     shutil.copytree(root, folder, ignore=shutil.ignore_patterns("*.log", "tuning"))
     own = type(features)(folder / "features")
     encoder = SearchEncoderConfig(
-        TextConfig(width=32, layers=1, heads=2, tokens=16, vocabulary=500), query_tokens=12, vector=32,
+        text=TextConfig(width=32, layers=1, heads=2, tokens=16, vocabulary=500), query_tokens=12, vector=32,
         language_epochs=1, question_epochs=8, judged_epochs=2, batch_size=32, learning_rate=3e-3,
     )  # fmt: skip
     train_search(
-        own, tiny(), folder, SearchTraining(encoder, RankerConfig(epochs=8, members=1), 300), SEED, quiet, True
+        own,
+        tiny(),
+        folder,
+        SearchTraining(encoder=encoder, ranker=SearchRankerConfig(epochs=8, members=1), requests=300),
+        SEED,
+        quiet,
+        True,
     )
     compile_models(own, tiny(), folder, SEED, quiet)
     return folder

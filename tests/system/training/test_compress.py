@@ -104,7 +104,7 @@ def variant(features, root):
     """The small shop's run, pruned to a third of its channels and taught for one epoch, in int8."""
     config = Compression(
         target=Target(ffn=24), ranker=SmallerRanker(memory=10, heads=1, followers=4, mixture="shared"), epochs=1,
-        precision="int8", distillation=Distillation(1.0, 0.1, 0.1, positions=64),
+        precision="int8", distillation=Distillation(logits=1.0, order=0.1, hidden=0.1, positions=64),
         bound=0.5,
     )  # fmt: skip
     manifest = compress(features, tiny(), root, "small", config, 3, quiet, quiet=True)

@@ -25,7 +25,10 @@ def _loop(features, folder: Path, metric=lambda: {"log_loss": 0.0}, patience: in
     folder.mkdir(parents=True, exist_ok=True)
     batches = lambda epoch: data.training_batches(features.files("train"), 20, 32, 5, epoch)  # noqa: E731
     steps = sum(1 for _ in batches(0))
-    config = LoopConfig(epochs, steps, 3e-3, 0.0, 5, 1.0, patience, 1e9, 5, ema=0.9)
+    config = LoopConfig(
+        epochs=epochs, steps_per_epoch=steps, learning_rate=3e-3, warmup_steps=5, patience=patience, checkpoint_s=1e9,
+        seed=5, ema=0.9,
+    )  # fmt: skip
     return Loop(
         model,
         config,

@@ -23,7 +23,7 @@ from vivace.contract import PADDING_ID
 @pytest.fixture(scope="module")
 def pretrained(features, tmp_path_factory):
     root = tmp_path_factory.mktemp("pretrained")
-    manifest = pretrain(features, tiny(), Pretraining(OBJECTIVES, epochs=2), root, 3, quiet, quiet=True)
+    manifest = pretrain(features, tiny(), Pretraining(objectives=OBJECTIVES, epochs=2), root, 3, quiet, quiet=True)
     losses = [e["loss"] for e in manifest["results"]["epochs"]]
     assert losses[1] < losses[0]
     return root / "pretrained"
@@ -76,7 +76,7 @@ def test_training_takes_up_the_pretrained_encoder(features, pretrained, tmp_path
 @pytest.mark.parametrize("method", ["lora", "adapter"])
 def test_few_parameters_are_trained_and_the_rest_stays(features, pretrained, tmp_path, method):
     preset = replace(tiny(), encoder=replace(tiny().encoder, adapter=4 if method == "adapter" else 0))
-    adaptation = Adaptation(method, rank=2, items=False)
+    adaptation = Adaptation(method=method, rank=2, items=False)
     manifest = train_retrieval(
         features, preset, tmp_path, 3, quiet, quiet=True, start_from=pretrained, adaptation=adaptation
     )
@@ -94,7 +94,7 @@ def test_merging_lora_changes_no_answer():
     torch.manual_seed(0)
     model = RetrievalModel(EncoderConfig(width=16, heads=2, history=12), 60, torch.ones(60)).eval()
     names = set(model.state_dict())
-    freeze_for(model, Adaptation("lora", 4))
+    freeze_for(model, Adaptation(method="lora", rank=4))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:

@@ -13,7 +13,7 @@ from search.features import feature_names, features, personal
 from search.hybrid import DENSE, LEXICAL, MATCHED, POPULAR, Filters, HybridIndex, diversify, fuse, top
 from search.lexical import Field, Lexical
 from search.log import SearchLog
-from search.ranker import RankerConfig, inverse_propensity, propensities, train_search_ranker
+from search.propensity import inverse_propensity, propensities
 from search.understanding import QueryUnderstanding
 from training.search.evaluate import judge, ndcg
 from vivace import contract
@@ -119,7 +119,7 @@ def test_marginal_relevance_by_hand():
         diversify(scores, vectors, 2, 1.5)
 
 
-def test_features_are_named_and_the_order_of_candidates_is_irrelevant(index, understanding):
+def test_features_are_named(index, understanding):
     u = understanding("red shoes")
     found = index.candidates(u, index.vectors[0], 6)
     x = features(index, u, index.vectors[0], found)
@@ -128,15 +128,6 @@ def test_features_are_named_and_the_order_of_candidates_is_irrelevant(index, und
     best = x[found.rows.tolist().index(0)]
     assert best[names.index("in title")] == 1 and best[names.index("named colour")] == 1
     assert best[names.index("dense")] == 1 and best[names.index("bm25 of the best")] == 1
-    rng = np.random.default_rng(3)
-    lists = [rng.normal(size=(6, x.shape[1])).astype(np.float32) for _ in range(60)]
-    gains = [(rows[:, 0] == rows[:, 0].max()).astype(float) for rows in lists]
-    model = train_search_ranker(lists, gains, RankerConfig(epochs=30, members=2), 3)
-    scores, mixed = model.score(lists[0]), rng.permutation(6)
-    assert model.score(lists[0][mixed]) == pytest.approx(scores[mixed], abs=1e-5)
-    assert np.mean([model.score(rows).argmax() == g.argmax() for rows, g in zip(lists, gains, strict=True)]) > 0.8
-    with pytest.raises(ValueError, match="at least one query"):
-        train_search_ranker(lists[:1], [np.zeros(6)], RankerConfig(), 3)
 
 
 def test_where_query_and_history_meet_by_hand():
@@ -169,15 +160,6 @@ def test_position_bias_is_found_and_taken_out_of_clicks():
         return float((total.argmax(1) == relevant.argmax(1)).mean())
 
     assert right(weight) > right(clicked.astype(float)) + 0.25
-
-
-def test_clicks_teach_by_their_weights():
-    """One query in ten was clicked far down: by inverse propensity its item wins, by counted clicks the other does."""
-    x = np.eye(2, dtype=np.float32)
-    gains = [np.array([1.0, 0.0])] * 9 + [np.array([0.0, 20.0])]
-    config = RankerConfig(epochs=40, members=1, dropout=0.0)
-    for weights, best in ((None, 0), ([g.sum() for g in gains], 1)):
-        assert train_search_ranker([x] * 10, gains, config, 1, weights).score(x).argmax() == best
 
 
 def test_a_log_of_searches_by_hand():

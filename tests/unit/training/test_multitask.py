@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from training.learn.ranker import fit_platt
 from training.metrics import expected_calibration_error, reliability
 from training.models.task_heads import TaskWeights
 
@@ -39,3 +40,14 @@ def test_expected_calibration_error_by_hand():
     label = np.array([0, 0, 1, 0])
     assert reliability(probability, label, 2).tolist() == [[0.1, 0.0, 2.0], [0.8, 0.5, 2.0]]
     assert expected_calibration_error(probability, label, 2) == pytest.approx((0.1 * 2 + 0.3 * 2) / 4)
+
+
+def test_calibration_is_fitted_and_never_turns_the_order_round():
+    x = torch.linspace(-4, 4, 4001, dtype=torch.double)
+    expected = torch.sigmoid(2 * x - 1)
+    slope, offset = fit_platt(x, (torch.rand(4001, generator=torch.Generator().manual_seed(3)) < expected).double())
+    assert slope == pytest.approx(2, abs=0.2) and offset == pytest.approx(-1, abs=0.2)
+    for y in (torch.zeros(4001), torch.ones(4001), (x < -3.9).double()):  # one class alone, and the wrong way round
+        slope, offset = fit_platt(x, y.double())
+        share = (float(y.sum()) + 0.5) / 4002
+        assert slope == 1 and float(torch.sigmoid(x + offset).mean()) == pytest.approx(share, abs=1e-5)

@@ -8,7 +8,6 @@ import torch
 
 from search.data import Catalogue, Judgments
 from search.lexical import Field
-from search.ranker import RankerConfig
 from training.models.text_encoder import TextConfig
 from training.search.encoder import (
     EncoderTraining,
@@ -20,6 +19,7 @@ from training.search.encoder import (
     known_values,
 )
 from training.search.evaluate import WORDS, SearchConfig, evaluate_folds, render
+from training.search.ranker import SearchRankerConfig
 
 THINGS = ["sofa", "lamp", "chair", "table", "shelf", "mirror", "carpet", "clock"]
 COLOURS = ["red", "blue", "green", "white"]
@@ -40,7 +40,7 @@ def catalogue():
 def config():
     text = TextConfig(width=32, layers=1, heads=2, tokens=16, vocabulary=200)
     return SearchEncoderConfig(
-        text, query_tokens=8, vector=16, language_epochs=1, question_epochs=40, judged_epochs=1, batch_size=16,
+        text=text, query_tokens=8, vector=16, language_epochs=1, question_epochs=40, judged_epochs=1, batch_size=16,
         learning_rate=3e-3,
     )  # fmt: skip
 
@@ -89,7 +89,10 @@ def test_folds_are_learned_and_judged(catalogue, config, tmp_path):
     queries = [f"{c} {t}" for t in THINGS[:5] for c in COLOURS[:2]]
     gains = [{f"sku{i}": 1.0 if q in title[i] else 0.0 for i in range(0, 96, 3)} | {
         f"sku{i}": 1.0 for i in range(96) if q in title[i]} for q in queries]  # fmt: skip
-    small = SearchConfig((Field("title", 2.0), Field("text", 0.5)), config, RankerConfig(epochs=10, members=1), folds=2)
+    small = SearchConfig(
+        fields=(Field("title", 2.0), Field("text", 0.5)), encoder=config, folds=2,
+        ranker=SearchRankerConfig(epochs=10, members=1),
+    )  # fmt: skip
     said: list[str] = []
     results = evaluate_folds(catalogue, Judgments(queries, gains), small, tmp_path, 3, said.append, quiet=True)
     table = results["table"]
