@@ -25,8 +25,8 @@ from vivace.cli.runs import find_run, say_next, step
 from vivace.cli.values import choice, values_of
 from vivace.manifest import exclusive
 
-LOSSES = values_of("training.presets:LOSSES")
-METHODS = values_of("training.models.adapters:METHODS")
+LOSSES = values_of("training.presets:RetrievalTraining.loss")
+METHODS = values_of("training.models.adapters:Adaptation.method")
 
 
 def train(
