@@ -28,7 +28,7 @@ def check_fields(config: Any, options: Mapping[str, str] | None = None) -> None:
                 raise ValueError(f"{where}: expected one of {list(get_args(annotation))}, got {value!r}")
         elif get_origin(annotation) is tuple and get_origin(get_args(annotation)[0]) is Literal:
             choices = get_args(get_args(annotation)[0])
-            if not value or isinstance(value, str) or any(v not in choices for v in value):
+            if isinstance(value, str) or any(v not in choices for v in value):
                 raise ValueError(f"{where}: expected some of {list(choices)}, got {value!r}")
         elif annotation in _KINDS:
             kind, words = _KINDS[annotation]
