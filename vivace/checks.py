@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -17,21 +16,19 @@ _KINDS: dict[Any, tuple[Any, str]] = {
 
 
 def check_fields(config: Any, options: Mapping[str, str] | None = None) -> None:
-    """Compares every field with its annotation: ``Literal`` and tuples of it, int, float, str, bool. A tuple may be
-    empty where that is the default.
+    """Compares every field with its annotation: ``Literal`` and tuples of it, int, float, str, bool.
 
     Raises ValueError that names the field (or the option of the command line that set it, by ``options``), what it may
     be and what came."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, annotation in get_type_hints(type(config)).items():
-        value, default = getattr(config, name), defaults[name]
+        value = getattr(config, name)
         where = (options or {}).get(name, f"{type(config).__name__}.{name}")
         if get_origin(annotation) is Literal:
             if value not in get_args(annotation):
                 raise ValueError(f"{where}: expected one of {list(get_args(annotation))}, got {value!r}")
         elif get_origin(annotation) is tuple and get_origin(get_args(annotation)[0]) is Literal:
             choices = get_args(get_args(annotation)[0])
-            if isinstance(value, str) or (not value and default != ()) or any(v not in choices for v in value):
+            if isinstance(value, str) or any(v not in choices for v in value):
                 raise ValueError(f"{where}: expected some of {list(choices)}, got {value!r}")
         elif annotation in _KINDS:
             kind, words = _KINDS[annotation]

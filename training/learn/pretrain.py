@@ -60,6 +60,8 @@ class Pretraining:
 
     def __post_init__(self) -> None:
         check_fields(self, {"objectives": "pretraining objectives"})
+        if not self.objectives:
+            raise ValueError(f"pretraining objectives: expected some of {list(OBJECTIVES)}, got none")
         check_minimum(self, 1, "epochs", "batch_size", "session_gap_s")
         check_positive(self, "learning_rate", "temperature")
         check_shares(self, "share")

@@ -24,9 +24,12 @@ OWNERS = sorted(
 @pytest.mark.parametrize("owner", OWNERS)
 def test_values_read_are_the_module_s_own(owner):
     module, _, name = owner.partition(":")
-    holder, _, field = name.partition(".")
-    owned = getattr(import_module(module), holder)
-    assert values.values_of(owner) == tuple(get_args(get_type_hints(owned)[field]) if field else owned)
+    holder, _, field = name.rpartition(".")
+    if holder:  # the annotation of a field: a Literal
+        present = get_args(get_type_hints(getattr(import_module(module), holder))[field])
+    else:
+        present = tuple(getattr(import_module(module), name))
+    assert values.values_of(owner) == present
 
 
 def test_a_literal_is_read_from_its_field(tmp_path, monkeypatch):

@@ -91,12 +91,9 @@ def test_records_hold_no_nan(tmp_path):
 def test_graphs_of_one_score_gain_nothing_from_the_order_of_their_answer(tmp_path):
     """Forty items; the target always comes first among ten of one score, or is not there, or has the best score."""
     ids, requests = pa.array([[3, 4]] * 900, pa.list_(pa.int64())), 900
-    columns = {
-        contract.USER: pa.array(["u"] * requests),
-        contract.ITEM: ids,
-        contract.TIME: ids,
-        contract.TARGET: pa.array([5, 39, 6] * 300),
-    }
+    users = [f"user {i}" for i in range(requests)]
+    targets = pa.array([5, 39, 6] * 300)
+    columns = {contract.USER: users, contract.ITEM: ids, contract.TIME: ids, contract.TARGET: targets}
     pq.write_table(pa.table(columns), tmp_path / "part.parquet")
     features = SimpleNamespace(
         files=lambda part: [tmp_path / "part.parquet"], schema=SimpleNamespace(heads=(), exclude_seen=True)
