@@ -11,7 +11,7 @@ from tests.support import wait_until
 from training.data import batches as data
 from training.distributed import Parallel
 from training.learn.loop import Loop, LoopConfig
-from training.learn.objectives import retrieval_loss
+from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.models.retrieval import RetrievalModel
 from training.presets import tiny
 from training.tracking import WANDB
@@ -35,7 +35,7 @@ def _loop(features, folder: Path, metric=lambda: {"log_loss": 0.0}, patience: in
         folder,
         "test",
         batches,
-        retrieval_loss(model, preset.retrieval, torch.zeros(items)),
+        retrieval_loss(model, preset.retrieval, log_expected_counts(torch.ones(items), preset.retrieval)),
         metric,
         quiet=True,
     )
