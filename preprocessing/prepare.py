@@ -44,7 +44,7 @@ from preprocessing.workflow import (
     nvt,
     training_rows,
 )
-from vivace import contract as c
+from vivace import contract
 from vivace.manifest import Progress, Step, replaced
 from vivace.run import Run
 from vivace.store.lmdb_store import fill_store
@@ -75,7 +75,7 @@ class _Partitions:
         self._writers: dict[int, pq.ParquetWriter] = {}
 
     def add(self, frame: pd.DataFrame) -> None:
-        part = (pd.util.hash_array(frame[c.USER].to_numpy(object)) % len(self.files)).astype(int)
+        part = (pd.util.hash_array(frame[contract.USER].to_numpy(object)) % len(self.files)).astype(int)
         for i in np.unique(part):
             rows = frame[part == i].reset_index(drop=True)
             if i not in self._writers:
@@ -96,10 +96,12 @@ def _catalogue(source: Source, rejects: Rejects) -> tuple[pd.DataFrame, pd.Index
     """(the catalogue, its item ids); an empty one and None where the data set has none."""
     raw = source.items()
     if raw is None:
-        return pd.DataFrame({name: pd.Series(dtype=object) for name in (c.ITEM, c.TITLE, c.TEXT)}), None
+        return pd.DataFrame(
+            {name: pd.Series(dtype=object) for name in (contract.ITEM, contract.TITLE, contract.TEXT)}
+        ), None
     catalogue = clean_items(raw if isinstance(raw, list) else [Chunk(raw)], source.schema, rejects)
     rejects.refuse_nearly_all("items", ITEM_HINTS)
-    return catalogue, pd.Index(catalogue[c.ITEM])
+    return catalogue, pd.Index(catalogue[contract.ITEM])
 
 
 def _ingest(
@@ -109,7 +111,7 @@ def _ingest(
     for chunk in source.interactions():
         clean = clean_interactions(chunk, source.schema, catalogue, rejects)
         if len(clean):
-            times.add(clean[c.TIME].to_numpy())
+            times.add(clean[contract.TIME].to_numpy())
             partitions.add(clean)
         if chunk.read:
             say(f"read {rejects.read['interactions']:,} rows, rejected {sum(rejects.counts.values()):,}")
@@ -123,7 +125,12 @@ def _ingest(
 
 
 def _events(
-    files: list[Path], folder: Path, schema: c.DataSchema, split: SplitConfig, times: TimeSample, rejects: Rejects
+    files: list[Path],
+    folder: Path,
+    schema: contract.DataSchema,
+    split: SplitConfig,
+    times: TimeSample,
+    rejects: Rejects,
 ) -> tuple[list[Path], dict[str, int]]:
     """Partition by partition: duplicates out, in time order, split marked, labels set."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -132,21 +139,27 @@ def _events(
     positives = dict.fromkeys((h.name for h in schema.heads), 0)
     for file in files:
         frame = drop_duplicates(pd.read_parquet(file), rejects)
-        frame = frame.sort_values([c.USER, c.TIME, c.SOURCE_ROW], kind="stable").reset_index(drop=True)
-        frame[c.SPLIT] = mark(frame, split, times)
+        frame = frame.sort_values([contract.USER, contract.TIME, contract.SOURCE_ROW], kind="stable").reset_index(
+            drop=True
+        )
+        frame[contract.SPLIT] = mark(frame, split, times)
         for head in schema.heads:
-            weight = frame[c.WEIGHT].fillna(-np.inf) if c.WEIGHT in frame else pd.Series(0.0, index=frame.index)
-            frame[c.label_column(head.name)] = (weight >= head.min_weight).astype("int64")
-            positives[head.name] += int(frame[c.label_column(head.name)].sum())
+            weight = (
+                frame[contract.WEIGHT].fillna(-np.inf)
+                if contract.WEIGHT in frame
+                else pd.Series(0.0, index=frame.index)
+            )
+            frame[contract.label_column(head.name)] = (weight >= head.min_weight).astype("int64")
+            positives[head.name] += int(frame[contract.label_column(head.name)].sum())
         frame.to_parquet(folder / file.name, row_group_size=max(len(frame), 1), index=False)
         out.append(folder / file.name)
         totals["events"] += len(frame)
-        totals["users"] += frame[c.USER].nunique()
+        totals["users"] += frame[contract.USER].nunique()
     _check_labels(positives, schema, rejects)
     return out, totals
 
 
-def _check_labels(positives: dict[str, int], schema: c.DataSchema, rejects: Rejects) -> None:
+def _check_labels(positives: dict[str, int], schema: contract.DataSchema, rejects: Rejects) -> None:
     """Notes each head that no event is a positive of. Raises ValueError where that is so of every head."""
     least = {h.name: h.min_weight for h in schema.heads}
     silent = [name for name, count in positives.items() if not count]
@@ -185,22 +198,24 @@ def _list(table: pa.Table, column: str) -> pa.ListArray:
     )
 
 
-def write_requests(encoded: Path, folder: Path, schema: c.DataSchema) -> dict[str, int]:
+def write_requests(encoded: Path, folder: Path, schema: contract.DataSchema) -> dict[str, int]:
     """One encoded partition to its rows of train, valid and test.
 
     train: whole training sequences. valid and test: the history before the held-out event, its item and its labels.
     Each with the times of its events, in ms.
     """
     table = pq.read_table(encoded)
-    split = _list(table, f"{c.SPLIT}-list")
+    split = _list(table, f"{contract.SPLIT}-list")
     owner = np.repeat(np.arange(len(split)), np.diff(split.offsets.to_numpy()))
     flags = split.values.to_numpy(zero_copy_only=False)
-    counts = np.stack([np.bincount(owner, flags == s, minlength=len(split)) for s in (c.TRAIN, c.VALID, c.TEST)])
+    counts = np.stack(
+        [np.bincount(owner, flags == s, minlength=len(split)) for s in (contract.TRAIN, contract.VALID, contract.TEST)]
+    )
     n_train, n_valid, n_test = counts.astype(np.int64)
-    sequence_columns = [c.ITEM, c.TIME, *schema.event_categoricals, *schema.event_continuous]
+    sequence_columns = [contract.ITEM, contract.TIME, *schema.event_categoricals, *schema.event_continuous]
     lists = {name: _list(table, f"{name}-list") for name in sequence_columns}
-    labels = {h.name: _list(table, f"{c.label_column(h.name)}-list") for h in schema.heads}
-    users = table[c.USER].combine_chunks()
+    labels = {h.name: _list(table, f"{contract.label_column(h.name)}-list") for h in schema.heads}
+    users = table[contract.USER].combine_chunks()
     written = {}
     parts = (
         ("train", n_train, n_train > 0, False),
@@ -208,16 +223,16 @@ def write_requests(encoded: Path, folder: Path, schema: c.DataSchema) -> dict[st
         ("test", n_train + n_valid, (n_train > 0) & (n_test > 0), True),
     )
     for part, stop, keep, held_out in parts:
-        columns: dict[str, Any] = {c.USER: users.filter(pa.array(keep))}
+        columns: dict[str, Any] = {contract.USER: users.filter(pa.array(keep))}
         for name in sequence_columns:
             columns[name] = _cut(lists[name], stop, keep)
         for head, values in labels.items():
             if held_out:
-                columns[c.label_column(head)] = _one(values, stop, keep)
+                columns[contract.label_column(head)] = _one(values, stop, keep)
             else:
-                columns[c.label_column(head)] = _cut(values, stop, keep)
+                columns[contract.label_column(head)] = _cut(values, stop, keep)
         if held_out:
-            columns[c.TARGET] = _one(lists[c.ITEM], stop, keep)
+            columns[contract.TARGET] = _one(lists[contract.ITEM], stop, keep)
         target = folder / part / encoded.name
         target.parent.mkdir(parents=True, exist_ok=True)
         rows = int(keep.sum())
@@ -229,18 +244,22 @@ def write_requests(encoded: Path, folder: Path, schema: c.DataSchema) -> dict[st
 
 
 # -- 3. catalogue and feature store --------------------------------------------------------------------
-def _items_table(workflow: nvt.Workflow, catalogue: pd.DataFrame, schema: c.DataSchema, folder: Path) -> pd.DataFrame:
+def _items_table(
+    workflow: nvt.Workflow, catalogue: pd.DataFrame, schema: contract.DataSchema, folder: Path
+) -> pd.DataFrame:
     """Every item of the vocabulary in the order of ids, with encoded attributes (null where there are none)."""
     from preprocessing.workflow_onnx import event_vocabulary
 
-    words = event_vocabulary(workflow, c.ITEM)
-    if list(words.index) != list(range(c.FIRST_ID, c.FIRST_ID + len(words))):
-        raise ValueError(f"{c.ITEM}: expected the vocabulary's ids to run from {c.FIRST_ID}, got {words.index[:5]}…")
-    frame = pd.DataFrame({c.ITEM: words.to_numpy(object)}).merge(catalogue, on=c.ITEM, how="left")
-    shown = [c.ITEM, c.TITLE, c.TEXT]
-    for name in (c.TITLE, c.TEXT):
+    words = event_vocabulary(workflow, contract.ITEM)
+    if list(words.index) != list(range(contract.FIRST_ID, contract.FIRST_ID + len(words))):
+        raise ValueError(
+            f"{contract.ITEM}: expected the vocabulary's ids to run from {contract.FIRST_ID}, got {words.index[:5]}…"
+        )
+    frame = pd.DataFrame({contract.ITEM: words.to_numpy(object)}).merge(catalogue, on=contract.ITEM, how="left")
+    shown = [contract.ITEM, contract.TITLE, contract.TEXT]
+    for name in (contract.TITLE, contract.TEXT):
         frame[name] = frame[name].fillna("")
-    raw = [c.ITEM, c.TITLE, c.TEXT, *schema.item_categoricals, *schema.item_continuous]
+    raw = [contract.ITEM, contract.TITLE, contract.TEXT, *schema.item_categoricals, *schema.item_continuous]
     frame[[n for n in raw if n in frame]].to_parquet(folder / CATALOGUE_FILE, index=False)
     attributes = item_workflow(schema, folder / "scratch" / "item_categories")
     if attributes is None:
@@ -267,24 +286,31 @@ def _searches(source: Source, items: pd.Series, folder: Path, rejects: Rejects, 
     if not parts:
         return 0
     frame = pd.concat(parts, ignore_index=True)
-    again = frame.duplicated([c.SEARCH, c.ITEM], keep="first")
+    again = frame.duplicated([contract.SEARCH, contract.ITEM], keep="first")
     rejects.add("searches", DUPLICATE, frame[again])
     frame = frame[~again]
-    frame[c.TIME] = frame.groupby(c.SEARCH)[c.TIME].transform("min")  # clicks may have been logged with their own
-    frame = frame.sort_values([c.TIME, c.SEARCH, c.POSITION], kind="stable").reset_index(drop=True)
-    frame[c.ITEM] = known.get_indexer(frame[c.ITEM]) + c.FIRST_ID
+    frame[contract.TIME] = frame.groupby(contract.SEARCH)[contract.TIME].transform(
+        "min"
+    )  # clicks may have been logged with their own
+    frame = frame.sort_values([contract.TIME, contract.SEARCH, contract.POSITION], kind="stable").reset_index(drop=True)
+    frame[contract.ITEM] = known.get_indexer(frame[contract.ITEM]) + contract.FIRST_ID
     frame.to_parquet(folder / SEARCHES_FILE, index=False)
-    lists = int(frame[c.SEARCH].nunique())
-    say(f"{lists:,} searches, {int(frame[c.CLICKED].sum()):,} clicks")
+    lists = int(frame[contract.SEARCH].nunique())
+    say(f"{lists:,} searches, {int(frame[contract.CLICKED].sum()):,} clicks")
     return lists
 
 
 def _histories(file: Path) -> Iterator[tuple[str, list[str], list[str], list[int]]]:
     frame = pd.read_parquet(file)
-    kinds = frame[c.EVENT].fillna("") if c.EVENT in frame else pd.Series("", index=frame.index)
-    frame = frame.assign(**{c.EVENT: kinds})
-    for user, rows in frame.groupby(c.USER, sort=False):
-        yield str(user), rows[c.ITEM].tolist(), rows[c.EVENT].tolist(), [int(t) for t in rows[c.TIME]]
+    kinds = frame[contract.EVENT].fillna("") if contract.EVENT in frame else pd.Series("", index=frame.index)
+    frame = frame.assign(**{contract.EVENT: kinds})
+    for user, rows in frame.groupby(contract.USER, sort=False):
+        yield (
+            str(user),
+            rows[contract.ITEM].tolist(),
+            rows[contract.EVENT].tolist(),
+            [int(t) for t in rows[contract.TIME]],
+        )
 
 
 # -- the step -----------------------------------------------------------------------------------------
@@ -323,7 +349,7 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
             workflow.fit(dataset(training_rows(events, scratch / "fit")))
             workflow.save(str(folder / "workflow"))
             if known is not None and config.vocabulary.with_catalogue:
-                added = extend_vocabulary(folder / "workflow", c.ITEM, catalogue[c.ITEM])
+                added = extend_vocabulary(folder / "workflow", contract.ITEM, catalogue[contract.ITEM])
                 say(f"{added:,} items of the catalogue have no training event")
             workflow = nvt.Workflow.load(str(folder / "workflow"))
             say(f"fitted {where}; encoding")
@@ -335,14 +361,16 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
             say(f"sequences of partition {i + 1} of {len(events)}")
         items = _items_table(workflow, catalogue, schema, folder)
         items.to_parquet(folder / "items.parquet", index=False)
-        searches = _searches(source, items[c.ITEM], folder, rejects, say)
+        searches = _searches(source, items[contract.ITEM], folder, rejects, say)
         from preprocessing.workflow_onnx import compile_workflow, save
 
-        columns = [c.ITEM, *schema.event_categoricals, *schema.event_continuous]
+        columns = [contract.ITEM, *schema.event_categoricals, *schema.event_continuous]
         save(compile_workflow(workflow, columns), folder / "transform.onnx")
-        save(compile_workflow(workflow, [c.ITEM]), folder / "transform_request.onnx")
+        save(compile_workflow(workflow, [contract.ITEM]), folder / "transform_request.onnx")
     histories = (row for file in events for row in _histories(file))
-    stored = fill_store(Run(root).feature_store, histories, zip(catalogue[c.ITEM], catalogue[c.TITLE], strict=True))
+    stored = fill_store(
+        Run(root).feature_store, histories, zip(catalogue[contract.ITEM], catalogue[contract.TITLE], strict=True)
+    )
     shutil.rmtree(scratch)
     return step.finish(
         time.monotonic() - started,
@@ -353,7 +381,7 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         notes=rejects.notes,
         **totals,
         requests=counts,
-        items_in_vocabulary=Features(folder).item_count() - c.FIRST_ID,
+        items_in_vocabulary=Features(folder).item_count() - contract.FIRST_ID,
         items_in_catalogue=len(catalogue),
         split=config.split.describe(times),
         feature_store=stored,

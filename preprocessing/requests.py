@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vivace import contract as c
+from vivace import contract
 from vivace.run import Run
 
 if TYPE_CHECKING:  # NVTabular, which a load test does without
@@ -24,18 +24,19 @@ def record(features: Features, path: Path, limit: int, seed: int, part: str = "t
     """Writes ``limit`` random requests of a part of the split: USER, HISTORY (raw ids before the held-out event) and
     the target item. Load tests and parity replay those of "test"; what is chosen by quality is chosen on those of
     "valid"."""
-    names = np.array([""] * c.OOV_ID + [OUT_OF_VOCABULARY, *features.items()[c.ITEM]], object)
-    names[c.NULL_ID] = OUT_OF_VOCABULARY
+    names = np.array([""] * contract.OOV_ID + [OUT_OF_VOCABULARY, *features.items()[contract.ITEM]], object)
+    names[contract.NULL_ID] = OUT_OF_VOCABULARY
     table = pa.concat_tables(
-        pq.read_table(f, columns=[c.USER, c.ITEM, c.TARGET]).combine_chunks() for f in features.files(part)
+        pq.read_table(f, columns=[contract.USER, contract.ITEM, contract.TARGET]).combine_chunks()
+        for f in features.files(part)
     )
     chosen = np.random.default_rng(seed).permutation(len(table))[:limit]
     frame = table.take(pa.array(chosen)).to_pandas()
     out = pd.DataFrame(
         {
-            c.USER: frame[c.USER],
-            c.ITEM: [names[h].tolist() for h in frame[c.ITEM]],
-            c.TARGET: [names[t] for t in frame[c.TARGET]],
+            contract.USER: frame[contract.USER],
+            contract.ITEM: [names[h].tolist() for h in frame[contract.ITEM]],
+            contract.TARGET: [names[t] for t in frame[contract.TARGET]],
         }
     )
     out.to_parquet(path, index=False)
@@ -55,8 +56,8 @@ def recorded(root: Path, part: str = "test") -> pd.DataFrame:
 def replay(root: Path, seed: int) -> Iterator[tuple[str, list[bytes]]]:
     """Endless (user, history) pairs in a seeded random order."""
     frame = recorded(root)
-    users = frame[c.USER].tolist()
-    histories = [[i.encode() for i in h] for h in frame[c.ITEM]]
+    users = frame[contract.USER].tolist()
+    histories = [[i.encode() for i in h] for h in frame[contract.ITEM]]
     rng = np.random.default_rng(seed)
     while True:
         for i in rng.permutation(len(frame)):

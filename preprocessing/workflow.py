@@ -103,9 +103,9 @@ class VocabularyConfig:
 def _categorical(columns: list[str], vocabulary: VocabularyConfig, out_path: Path):  # noqa: ANN202
     limits: dict[str, dict[str, int]] = {}
     if ITEM in columns and vocabulary.freq_threshold:
-        limits["freq_threshold"] = {c: vocabulary.freq_threshold if c == ITEM else 0 for c in columns}
+        limits["freq_threshold"] = {name: vocabulary.freq_threshold if name == ITEM else 0 for name in columns}
     if ITEM in columns and vocabulary.max_size:
-        limits["max_size"] = {c: vocabulary.max_size if c == ITEM else 0 for c in columns}
+        limits["max_size"] = {name: vocabulary.max_size if name == ITEM else 0 for name in columns}
     return columns >> EmptyToNull() >> Categorify(out_path=str(out_path), **limits)
 
 
@@ -126,7 +126,7 @@ def event_workflow(schema: DataSchema, vocabulary: VocabularyConfig, scratch: Pa
     rows = encoded + [USER, TIME, SOURCE_ROW, SPLIT, *labels]
     lists = [ITEM, *schema.event_categoricals, *schema.event_continuous, TIME, SPLIT, *labels]
     sequences = rows >> ops.Groupby(
-        groupby_cols=[USER], sort_cols=[TIME, SOURCE_ROW], aggs={c: ["list"] for c in lists}, name_sep="-"
+        groupby_cols=[USER], sort_cols=[TIME, SOURCE_ROW], aggs={name: ["list"] for name in lists}, name_sep="-"
     )
     return nvt.Workflow(sequences)
 

@@ -137,15 +137,15 @@ def _nodes(workflow: nvt.Workflow) -> list[Node]:
     return list(iter_nodes([workflow.output_node]))
 
 
-def _values(workflow: nvt.Workflow, graph: _Graph, node: Node, wanted: set[str]) -> dict[str, str]:
-    """Graph value of each column that ``node`` puts out, for the raw columns ``wanted``."""
+def _values(workflow: nvt.Workflow, graph: _Graph, node: Node, columns: set[str]) -> dict[str, str]:
+    """Graph value of each column that ``node`` puts out, for the raw columns ``columns``."""
     parents = node.parents_with_dependencies
     incoming: dict[str, str] = {}
     for parent in parents:
-        incoming.update(_values(workflow, graph, parent, wanted))
+        incoming.update(_values(workflow, graph, parent, columns))
     if not parents:
         for name in node.input_schema.column_names if node.input_schema else ():
-            if name in wanted:
+            if name in columns:
                 incoming[name] = graph.source(name, _is_text(workflow, name))
     if isinstance(node.op, ops.Groupby):
         return incoming  # rows are compiled; grouping is the feature store's part
@@ -163,7 +163,7 @@ def compile_workflow(workflow: nvt.Workflow, columns: Sequence[str]) -> onnx.Mod
     """
     graph = _Graph()
     values = _values(workflow, graph, workflow.output_node, set(columns))
-    missing = [c for c in columns if c not in values]
+    missing = [name for name in columns if name not in values]
     if missing:
         raise ValueError(f"workflow: expected to encode {list(columns)}, but {missing} are not among its columns")
     outputs = []

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CONTRACT_VERSION = 1
-
 # -- ids: what Categorify in NVTabular 23.8 writes -------------------------------------------------
 PADDING_ID = 0
 NULL_ID = 1

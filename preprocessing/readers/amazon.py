@@ -36,7 +36,7 @@ class Beauty:
 
     def items(self) -> pd.DataFrame:
         """Every item of the log or the attributes; its attribute ids become words of its text ("a17")."""
-        attributes = {item: [f"a{a}" for a in own] for item, own in json.loads(self.attributes.read_text()).items()}
+        attributes = {item: [f"a{a}" for a in ids] for item, ids in json.loads(self.attributes.read_text()).items()}
         titles: dict[str, str] = {}
         if self.keywords.exists():
             for line in self.keywords.read_text(encoding="utf-8").splitlines():

@@ -119,8 +119,8 @@ class MovieLensBenchmark(MovieLens):
         }
         frame[SOURCE_ROW] = np.arange(len(frame))
         frame[TIME] = frame.groupby(USER).cumcount().astype(float)
-        for column, own in maps.items():
-            frame[column] = frame[column].map(own).astype(str)
+        for column, original in maps.items():
+            frame[column] = frame[column].map(original).astype(str)
         return frame
 
     def items(self) -> pd.DataFrame:

@@ -89,20 +89,20 @@ class Shop:
 
     def __init__(self, config: ShopConfig | None = None) -> None:
         self.config = config or ShopConfig()
-        c, rng = self.config, np.random.default_rng((config or ShopConfig()).seed)
+        config, rng = self.config, np.random.default_rng((config or ShopConfig()).seed)
         n = len(CATEGORIES)
-        self._category = np.sort(np.concatenate([np.arange(n), rng.integers(0, n, c.items - n)]))
-        self._appeal = rng.zipf(1.6, c.items).clip(1, 400).astype(float)  # popularity skew
+        self._category = np.sort(np.concatenate([np.arange(n), rng.integers(0, n, config.items - n)]))
+        self._appeal = rng.zipf(1.6, config.items).clip(1, 400).astype(float)  # popularity skew
         level = rng.normal(3.5, 0.8, n)
-        self._log_price = (level[self._category] + rng.normal(0, 0.5, c.items)).astype(np.float32)
-        self._brand = rng.integers(0, len(BRANDS), c.items)
-        self._style = rng.integers(0, len(STYLES), c.items)
+        self._log_price = (level[self._category] + rng.normal(0, 0.5, config.items)).astype(np.float32)
+        self._brand = rng.integers(0, len(BRANDS), config.items)
+        self._style = rng.integers(0, len(STYLES), config.items)
         self._start = np.searchsorted(self._category, np.arange(n + 1))
         self._near = rng.permuted(np.tile(np.arange(n), (n, 1)), axis=1)[:, :4]  # categories bought together
         # companions: mostly of the same or a near category, fixed for the whole log
-        own = rng.random((c.items, c.companions)) < 0.6
-        near = self._near[self._category[:, None], rng.integers(0, 4, own.shape)]
-        self._companion = self._draw(rng, np.where(own, self._category[:, None], near))
+        same_category = rng.random((config.items, config.companions)) < 0.6
+        near = self._near[self._category[:, None], rng.integers(0, 4, same_category.shape)]
+        self._companion = self._draw(rng, np.where(same_category, self._category[:, None], near))
 
     def _draw(self, rng: np.random.Generator, category: np.ndarray) -> np.ndarray:
         """Items of the given categories by appeal (inverse CDF within each category)."""
@@ -133,16 +133,16 @@ class Shop:
         )
 
     def _log(self) -> pd.DataFrame:
-        c = self.config
-        rng = np.random.default_rng([c.seed, 1])
-        n, users = len(CATEGORIES), np.arange(c.users)
-        taste = rng.integers(0, n, (c.users, 4))  # four favoured categories a user
-        budget = rng.normal(3.5, 0.7, c.users)
-        activity = rng.lognormal(0, 0.6, c.users)
-        share = activity / activity.sum() * c.events / 3.9  # new items a session, on average
+        config = self.config
+        rng = np.random.default_rng([config.seed, 1])
+        n, users = len(CATEGORIES), np.arange(config.users)
+        taste = rng.integers(0, n, (config.users, 4))  # four favoured categories a user
+        budget = rng.normal(3.5, 0.7, config.users)
+        activity = rng.lognormal(0, 0.6, config.users)
+        share = activity / activity.sum() * config.events / 3.9  # new items a session, on average
         sessions = np.maximum(rng.poisson(share), 1)
-        clock = START_MS + rng.integers(0, c.days * DAY_MS // 3, c.users)
-        gap = (c.days * DAY_MS * 2 // 3) / np.maximum(sessions, 1)
+        clock = START_MS + rng.integers(0, config.days * DAY_MS // 3, config.users)
+        gap = (config.days * DAY_MS * 2 // 3) / np.maximum(sessions, 1)
         parts = []
         for s in range(int(sessions.max())):
             live = users[sessions > s]
@@ -153,7 +153,7 @@ class Shop:
             parts.append(self._session(rng, live, taste, budget, clock))
         frame = pd.concat(parts).sort_values([TIME, USER], kind="stable")
         frame = frame.drop_duplicates([USER, ITEM], keep="first").reset_index(drop=True)
-        frame[USER] = np.array([f"user-{u:05d}" for u in range(c.users)], object)[frame[USER]]
+        frame[USER] = np.array([f"user-{u:05d}" for u in range(config.users)], object)[frame[USER]]
         frame[ITEM] = self._ids()[frame[ITEM]]
         frame[SOURCE_ROW] = np.arange(len(frame))
         return frame
@@ -201,9 +201,9 @@ class Shop:
 
     def searches(self) -> Iterator[Chunk]:
         """Before a view, 30 s earlier: what the user looked for, among items of the same category, brand first."""
-        c, rng = self.config, np.random.default_rng([self.config.seed, 2])
+        config, rng = self.config, np.random.default_rng([self.config.seed, 2])
         log = self._log()
-        chosen = log.iloc[np.sort(rng.choice(len(log), round(len(log) * c.searches), replace=False))]
+        chosen = log.iloc[np.sort(rng.choice(len(log), round(len(log) * config.searches), replace=False))]
         number = chosen[ITEM].str[4:].astype(int).to_numpy()
         rows: dict[str, list[np.ndarray]] = {name: [] for name in (ITEM, POSITION, CLICKED)}
         queries = []
@@ -215,14 +215,14 @@ class Shop:
             alike = np.arange(*self._start[self._category[item] : self._category[item] + 2])
             match = (self._brand[alike] == self._brand[item]) | (self._style[alike] == self._style[item])
             score = np.log(self._appeal[alike]) + 3 * match + rng.gumbel(0, 1, len(alike))
-            shown = alike[np.argsort(-score)[: c.shown]]
+            shown = alike[np.argsort(-score)[: config.shown]]
             if item not in shown:  # else nothing would be learned of what no one is shown
                 shown[rng.integers(len(shown))] = item
             place = np.arange(1, len(shown) + 1)
-            wanted = np.where(shown == item, 0.9, 0.1)
+            click_chance = np.where(shown == item, 0.9, 0.1)
             rows[ITEM].append(shown)
             rows[POSITION].append(place)
-            rows[CLICKED].append(rng.random(len(shown)) < wanted / place)
+            rows[CLICKED].append(rng.random(len(shown)) < click_chance / place)
         lengths = [len(v) for v in rows[ITEM]]
         frame = pd.DataFrame({name: np.concatenate(values) for name, values in rows.items()})
         frame[ITEM] = self._ids()[frame[ITEM]]

@@ -13,7 +13,7 @@ from preprocessing.readers.shop import Shop, ShopConfig
 from preprocessing.splits import SplitConfig
 from preprocessing.workflow import VocabularyConfig
 from training.data.counters import popularity
-from vivace import contract as c
+from vivace import contract
 from vivace.manifest import BusyError, exclusive
 
 SOURCE = Shop(ShopConfig(users=150, items=80, events=3000, seed=9))
@@ -21,9 +21,12 @@ SOURCE = Shop(ShopConfig(users=150, items=80, events=3000, seed=9))
 
 def _raw_sequences(folder) -> dict[str, list[str]]:
     features = Features(folder / "features")
-    names = features.items()[c.ITEM].tolist()
+    names = features.items()[contract.ITEM].tolist()
     rows = pd.concat(pd.read_parquet(f) for f in features.files("test"))
-    return {u: [names[i - c.FIRST_ID] for i in h] for u, h in zip(rows[c.USER], rows[c.ITEM], strict=True)}
+    return {
+        u: [names[i - contract.FIRST_ID] for i in h]
+        for u, h in zip(rows[contract.USER], rows[contract.ITEM], strict=True)
+    }
 
 
 def test_partitions_and_dask_workers_change_nothing(tmp_path):
@@ -42,16 +45,18 @@ def test_partitions_and_dask_workers_change_nothing(tmp_path):
 
 def test_leave_one_out_holds_back_the_last_two_events(tmp_path):
     prepare(SOURCE, PrepareConfig(partitions=2), tmp_path, 0, lambda _: None)
-    log = pd.concat(x.rows for x in SOURCE.interactions()).sort_values([c.USER, c.TIME, c.SOURCE_ROW])
-    expected = {u: g[c.ITEM].tolist() for u, g in log.groupby(c.USER)}
-    vocabulary = set(Features(tmp_path / "features").items()[c.ITEM])
+    log = pd.concat(x.rows for x in SOURCE.interactions()).sort_values(
+        [contract.USER, contract.TIME, contract.SOURCE_ROW]
+    )
+    expected = {u: g[contract.ITEM].tolist() for u, g in log.groupby(contract.USER)}
+    vocabulary = set(Features(tmp_path / "features").items()[contract.ITEM])
     for user, history in _raw_sequences(tmp_path).items():
         if set(expected[user]) <= vocabulary:
             assert history == expected[user][:-1]
 
 
 def test_vocabulary_limits(tmp_path):
-    config = PrepareConfig(SplitConfig(), VocabularyConfig(max_size=20 + c.FIRST_ID), partitions=2)
+    config = PrepareConfig(SplitConfig(), VocabularyConfig(max_size=20 + contract.FIRST_ID), partitions=2)
     results = prepare(SOURCE, config, tmp_path, 0, lambda _: None)["results"]
     assert results["items_in_vocabulary"] == 20
     with pytest.raises(ValueError, match="only one"):
@@ -84,7 +89,7 @@ def test_items_without_a_training_event_are_in_the_vocabulary(tmp_path):
         config = PrepareConfig(vocabulary=VocabularyConfig(new_items=new_items), partitions=2)
         prepare(SOURCE, config, tmp_path / str(new_items), 0, lambda _: None)
         features = Features(tmp_path / str(new_items) / "features")
-        found[new_items] = features.items()[c.ITEM].tolist()
-        counts[new_items] = popularity(features.files("train"), features.item_count())[c.FIRST_ID :]
+        found[new_items] = features.items()[contract.ITEM].tolist()
+        counts[new_items] = popularity(features.files("train"), features.item_count())[contract.FIRST_ID :]
     assert len(found[True]) == 80 > len(found[False]) and (counts[False] > 0).all()
     assert found[True][: len(found[False])] == found[False] and (counts[True][len(found[False]) :] == 0).all()

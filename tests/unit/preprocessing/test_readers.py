@@ -16,7 +16,7 @@ from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers import open_source
 from preprocessing.readers.shop import Shop, ShopConfig
 from preprocessing.splits import SplitConfig
-from vivace import contract as c
+from vivace import contract
 
 MAPPING = """
 name = "corner-shop"
@@ -102,12 +102,12 @@ def test_tables_report_every_bad_row_by_reason(tmp_path, kind):
     assert len(rejected) == sum(expected.values())
     assert any("Z" in r["record"] and r["reason"] == "unknown item" for r in rejected)
     # the rows that were left are whole: sequences in time order, labels from the weights
-    train = pd.concat(pd.read_parquet(f) for f in Features(root / "features").files("train")).set_index(c.USER)
+    train = pd.concat(pd.read_parquet(f) for f in Features(root / "features").files("train")).set_index(contract.USER)
     items = Features(root / "features").items()
-    names = dict(zip(items.index + c.FIRST_ID, items[c.ITEM], strict=True))
-    assert [names[i] for i in train.loc["u1", c.ITEM]] == ["A"]
-    assert [names[i] for i in train.loc["ü2", c.ITEM]] == ["B"]
-    assert items.set_index(c.ITEM)[c.TITLE]["A"] == "Opus café cup"
+    names = dict(zip(items.index + contract.FIRST_ID, items[contract.ITEM], strict=True))
+    assert [names[i] for i in train.loc["u1", contract.ITEM]] == ["A"]
+    assert [names[i] for i in train.loc["ü2", contract.ITEM]] == ["B"]
+    assert items.set_index(contract.ITEM)[contract.TITLE]["A"] == "Opus café cup"
 
 
 SEARCHES = """
@@ -149,12 +149,19 @@ def test_a_log_of_searches_is_read_and_its_bad_rows_reported(tmp_path):
         "clicked neither 0 nor 1": 1, "unparsable time": 1, "duplicate": 1,
     }  # fmt: skip
     found, items = Features(root / "features").searches(), Features(root / "features").items()
-    names = items[c.ITEM].to_numpy()[found[c.ITEM] - c.FIRST_ID]
-    columns = (found[c.SEARCH], found[c.USER], found[c.QUERY_TEXT], names, found[c.POSITION], found[c.CLICKED])
+    names = items[contract.ITEM].to_numpy()[found[contract.ITEM] - contract.FIRST_ID]
+    columns = (
+        found[contract.SEARCH],
+        found[contract.USER],
+        found[contract.QUERY_TEXT],
+        names,
+        found[contract.POSITION],
+        found[contract.CLICKED],
+    )
     assert list(zip(*columns, strict=True)) == [
         ("1", "", "pan", "B", 1, True), ("2", "ü2", "Café cups", "B", 1, False), ("2", "ü2", "Café cups", "A", 2, True),
     ]  # fmt: skip
-    assert found[c.TIME].nunique() == 2  # a list has one time
+    assert found[contract.TIME].nunique() == 2  # a list has one time
     (tmp_path / "searches.csv").write_text(SEARCHED.replace("click", "tapped"))
     with pytest.raises(ValueError, match="click"):
         list(open_source("tables", mapping).searches())
@@ -188,15 +195,16 @@ def _movielens(folder: Path) -> Path:
 
 def test_movielens_layout(tmp_path):
     source = open_source("ml-1m", _movielens(tmp_path))
-    items = source.items().set_index(c.ITEM)
-    assert items.loc["10", c.TITLE] == "Amélie (2001)" and items.loc["10", "year"] == 2001
+    items = source.items().set_index(contract.ITEM)
+    assert items.loc["10", contract.TITLE] == "Amélie (2001)" and items.loc["10", "year"] == 2001
     assert (
-        items.loc["10", c.TEXT] == "Amélie (2001) Comedy|Romance Jean_Pierre_Jeunet Audrey_Tautou Rufus A shy waitress"
+        items.loc["10", contract.TEXT]
+        == "Amélie (2001) Comedy|Romance Jean_Pierre_Jeunet Audrey_Tautou Rufus A shy waitress"
     )
-    assert items.loc["20", c.TEXT] == "Heat (1995) Crime "
+    assert items.loc["20", contract.TEXT] == "Heat (1995) Crime "
     (chunk,) = source.interactions()
-    assert chunk.rows[c.ITEM].tolist() == ["10", "20", "30", "99"]
-    assert chunk.rows[c.TIME].tolist()[0] == 978300760000.0
+    assert chunk.rows[contract.ITEM].tolist() == ["10", "20", "30", "99"]
+    assert chunk.rows[contract.TIME].tolist()[0] == 978300760000.0
     assert chunk.rows["gender"].tolist() == ["F", "F", "F", "M"]
     assert chunk.malformed["line"].tolist() == ["1::10::4"]
     with pytest.raises(FileNotFoundError, match=r"users\.dat"):
@@ -209,11 +217,11 @@ def test_s3rec_layout(tmp_path):
     (tmp_path / "Beauty_item2attributes.json").write_text('{"5": [3, 9], "8": [3]}')
     (tmp_path / "Beauty_id_asin_keywords.tsv").write_text("5\tB00X\tred polish\n", encoding="utf-8")
     source = open_source("beauty", tmp_path)
-    items = source.items().set_index(c.ITEM)
+    items = source.items().set_index(contract.ITEM)
     assert items.index.tolist() == ["5", "7", "8"]
-    assert items.loc["5", c.TITLE] == "red polish" and items.loc["5", c.TEXT] == "red polish a3 a9"
+    assert items.loc["5", contract.TITLE] == "red polish" and items.loc["5", contract.TEXT] == "red polish a3 a9"
     (chunk,) = source.interactions()
-    assert chunk.rows[[c.USER, c.ITEM, c.TIME]].to_numpy().tolist() == [
+    assert chunk.rows[[contract.USER, contract.ITEM, contract.TIME]].to_numpy().tolist() == [
         ["1", "5", 0.0],
         ["1", "7", 1.0],
         ["2", "7", 0.0],
@@ -227,8 +235,10 @@ def test_retailrocket_layout(tmp_path):
     (tmp_path / "kg.txt").write_text("3 0 6\n3 1 7\n6 0 3\n")
     source = open_source("retailrocket", tmp_path)
     (chunk,) = source.interactions()
-    assert chunk.rows[c.WEIGHT].tolist() == [1.0, 3.0] and chunk.rows[c.TIME].tolist()[0] == 1433221969000.0
-    assert source.items().set_index(c.ITEM)[c.TEXT].to_dict() == {"3": "r0t6 r1t7", "6": "r0t3"}
+    assert (
+        chunk.rows[contract.WEIGHT].tolist() == [1.0, 3.0] and chunk.rows[contract.TIME].tolist()[0] == 1433221969000.0
+    )
+    assert source.items().set_index(contract.ITEM)[contract.TEXT].to_dict() == {"3": "r0t6 r1t7", "6": "r0t3"}
 
 
 def test_globo_layout_and_dwell_time(tmp_path):
@@ -245,9 +255,9 @@ def test_globo_layout_and_dwell_time(tmp_path):
     )
     source = open_source("globo", tmp_path)
     (chunk,) = source.interactions()
-    assert chunk.rows[c.WEIGHT].tolist()[0] == pytest.approx(90.0)  # seconds to the session's next click
-    assert np.isnan(chunk.rows[c.WEIGHT].tolist()[1])
-    assert source.items()[c.ITEM].tolist() == ["11"]
+    assert chunk.rows[contract.WEIGHT].tolist()[0] == pytest.approx(90.0)  # seconds to the session's next click
+    assert np.isnan(chunk.rows[contract.WEIGHT].tolist()[1])
+    assert source.items()[contract.ITEM].tolist() == ["11"]
 
 
 def test_shop_is_seeded():
@@ -255,7 +265,7 @@ def test_shop_is_seeded():
     one, two = (pd.concat(x.rows for x in Shop(small).interactions()) for _ in range(2))
     pd.testing.assert_frame_equal(one, two)
     other = pd.concat(x.rows for x in Shop(ShopConfig(users=50, items=60, events=800, seed=2)).interactions())
-    assert one[c.ITEM].tolist() != other[c.ITEM].tolist()
+    assert one[contract.ITEM].tolist() != other[contract.ITEM].tolist()
 
 
 def test_split_by_time_keeps_the_future_out(tmp_path):
@@ -263,21 +273,21 @@ def test_split_by_time_keeps_the_future_out(tmp_path):
     source = Shop(ShopConfig(users=200, items=80, events=4000, seed=5))
     prepare(source, config, tmp_path, 0, lambda _: None)
     log = pd.concat(x.rows for x in source.interactions())
-    cut = int(np.quantile(log[c.TIME], 0.8))
-    past = set(log[log[c.TIME] < cut][c.ITEM])
-    items = Features(tmp_path / "features").items()[c.ITEM].tolist()
+    cut = int(np.quantile(log[contract.TIME], 0.8))
+    past = set(log[log[contract.TIME] < cut][contract.ITEM])
+    items = Features(tmp_path / "features").items()[contract.ITEM].tolist()
     assert set(items[: len(past)]) == past  # fitted on what came before the cut; the rest of the catalogue follows
     assert len(items) == 80
     rows = pd.concat(pd.read_parquet(f) for f in Features(tmp_path / "features").files("train"))
-    assert sum(len(x) for x in rows[c.ITEM]) == (log[c.TIME] < cut).sum()
+    assert sum(len(x) for x in rows[contract.ITEM]) == (log[contract.TIME] < cut).sum()
 
 
 @pytest.mark.skipif("VIVACE_DATA" not in os.environ, reason="VIVACE_DATA does not point to the real data sets")
 def test_real_movielens_benchmark_file():
     source = open_source("ml-1m-benchmark", Path(os.environ["VIVACE_DATA"]) / "ml-1m")
     rows = pd.concat(x.rows for x in source.interactions())
-    assert (len(rows), rows[c.USER].nunique(), rows[c.ITEM].nunique()) == (999_611, 6_040, 3_416)
-    assert rows[c.WEIGHT].notna().all()
+    assert (len(rows), rows[contract.USER].nunique(), rows[contract.ITEM].nunique()) == (999_611, 6_040, 3_416)
+    assert rows[contract.WEIGHT].notna().all()
 
 
 def test_hm_layout(tmp_path):
@@ -291,6 +301,10 @@ def test_hm_layout(tmp_path):
     source = open_source("hm", tmp_path)
     (item,) = source.items().to_dict("records")
     (event,) = next(iter(source.interactions())).rows.to_dict("records")
-    assert item[c.ITEM] == event[c.ITEM] == "0108775015" and item["garment"] == "" and item["section"] == "Solid"
-    assert item[c.TEXT] == "Strap top. Solid Solid Solid Solid. Jersey top"
-    assert event[c.TIME] == 1_600_214_400_000.0
+    assert (
+        item[contract.ITEM] == event[contract.ITEM] == "0108775015"
+        and item["garment"] == ""
+        and item["section"] == "Solid"
+    )
+    assert item[contract.TEXT] == "Strap top. Solid Solid Solid Solid. Jersey top"
+    assert event[contract.TIME] == 1_600_214_400_000.0

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from preprocessing.workflow import VocabularyConfig, dataset, event_workflow, extend_vocabulary, nvt, training_rows
 from preprocessing.workflow_onnx import compile_workflow, encoded_name, graph_feed
-from vivace import contract as c
+from vivace import contract
 
-SCHEMA = c.DataSchema("skew", event_categoricals=(c.EVENT, "device"), event_continuous=(c.WEIGHT,))
-COLUMNS = [c.ITEM, c.EVENT, "device", c.WEIGHT]
-TEXT = {c.ITEM, c.EVENT, "device"}
+SCHEMA = contract.DataSchema("skew", event_categoricals=(contract.EVENT, "device"), event_continuous=(contract.WEIGHT,))
+COLUMNS = [contract.ITEM, contract.EVENT, "device", contract.WEIGHT]
+TEXT = {contract.ITEM, contract.EVENT, "device"}
 WORDS = ["sku-1", "sku-2", "sku-3", "ø-été", "日本語", "🎻", "rare", " ", "0", "nan", "None", "new", "nouveauté"]
 
 
@@ -25,15 +25,15 @@ def _frame(items, events, devices, weights) -> pd.DataFrame:
     n = len(items)
     return pd.DataFrame(
         {
-            c.USER: [f"u{i % 5}" for i in range(n)],
-            c.ITEM: pd.Series(items, dtype=object),
-            c.EVENT: pd.Series(events, dtype=object),
+            contract.USER: [f"u{i % 5}" for i in range(n)],
+            contract.ITEM: pd.Series(items, dtype=object),
+            contract.EVENT: pd.Series(events, dtype=object),
             "device": pd.Series(devices, dtype=object),
-            c.WEIGHT: np.array(weights, np.float32),
-            c.TIME: np.arange(n),
-            c.SOURCE_ROW: np.arange(n),
-            c.SPLIT: np.zeros(n, np.int8),
-            c.label_column("click"): np.ones(n, np.int64),
+            contract.WEIGHT: np.array(weights, np.float32),
+            contract.TIME: np.arange(n),
+            contract.SOURCE_ROW: np.arange(n),
+            contract.SPLIT: np.zeros(n, np.int8),
+            contract.label_column("click"): np.ones(n, np.int64),
         }
     )
 
@@ -58,7 +58,7 @@ def fitted(request, tmp_path_factory):
         workflow.fit(dataset(training_rows([file], folder / "fit")))
         workflow.save(str(folder / "workflow"))
         if request.param is None:  # the vocabulary with items of the catalogue that have no event
-            assert extend_vocabulary(folder / "workflow", c.ITEM, ["sku-1", "new", "nouveauté", "new"]) == 2
+            assert extend_vocabulary(folder / "workflow", contract.ITEM, ["sku-1", "new", "nouveauté", "new"]) == 2
         workflow = nvt.Workflow.load(str(folder / "workflow"))
     model = compile_workflow(workflow, COLUMNS)
     return workflow, ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -78,7 +78,7 @@ row = st.tuples(
 def test_raw_rows_give_the_same_ids_through_nvtabular_and_the_graph(fitted, rows):
     workflow, session = fitted
     frame = _frame(*zip(*rows, strict=True))
-    frame[c.USER] = "one"  # one group: the list columns keep the order of the rows
+    frame[contract.USER] = "one"  # one group: the list columns keep the order of the rows
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         offline = workflow.transform(nvt.Dataset(frame)).compute()
@@ -86,7 +86,7 @@ def test_raw_rows_give_the_same_ids_through_nvtabular_and_the_graph(fitted, rows
     online = dict(zip(COLUMNS, session.run(names, graph_feed(frame, COLUMNS, TEXT)), strict=True))
     for column in COLUMNS:
         expected = np.asarray(offline[f"{column}-list"].iloc[0])
-        if column == c.WEIGHT:
+        if column == contract.WEIGHT:
             np.testing.assert_allclose(online[column], expected, rtol=2e-6, atol=1e-6)
         else:
             assert online[column].tolist() == expected.tolist(), column
@@ -95,9 +95,9 @@ def test_raw_rows_give_the_same_ids_through_nvtabular_and_the_graph(fitted, rows
 def test_special_ids(fitted):
     _, session = fitted
     frame = _frame(["sku-1", None, "", "never seen"], ["view"] * 4, ["phone"] * 4, [1.0] * 4)
-    ids = session.run([encoded_name(c.ITEM)], graph_feed(frame, COLUMNS, TEXT))[0]
-    assert ids[0] >= c.FIRST_ID
-    assert ids[1:].tolist() == [c.NULL_ID, c.NULL_ID, c.OOV_ID]
+    ids = session.run([encoded_name(contract.ITEM)], graph_feed(frame, COLUMNS, TEXT))[0]
+    assert ids[0] >= contract.FIRST_ID
+    assert ids[1:].tolist() == [contract.NULL_ID, contract.NULL_ID, contract.OOV_ID]
 
 
 def test_an_operator_without_an_onnx_form_is_named(tmp_path):
