@@ -22,7 +22,7 @@ import typer
 from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from training.checkpoints import load_retrieval
-from training.data import batches as data
+from training.data import batches
 from training.learn.retriever import train_retrieval
 from training.metrics import bootstrap
 from training.presets import Preset, with_values
@@ -75,7 +75,7 @@ def ranks_without(
     model, heads = load_retrieval(features, chosen, root), [h.name for h in features.schema.heads]
     out = []
     with torch.no_grad():
-        for request in data.requests(features.files("test"), heads, chosen.encoder.history, SCORED):
+        for request in batches.requests(features.files("test"), heads, chosen.encoder.history, SCORED):
             rank = scored(model, request, features.schema.exclude_seen)[0].cpu().numpy()
             out.append(rank[np.isin(request.target_B.numpy(), items)])
     return np.concatenate(out)

@@ -25,7 +25,7 @@ from preprocessing.requests import OUT_OF_VOCABULARY
 from serving.service import service
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.onnx_export import shapes
-from training.data import batches as data
+from training.data import batches
 from training.metrics import MISS, metrics
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
@@ -41,7 +41,7 @@ CONCURRENCY = 32
 class Offline:
     """Evaluated answers: raw histories and targets, item names [users][N] and scores [users, N], best first."""
 
-    requests: data.Requests
+    requests: batches.Requests
     histories: list[list[str]]
     targets: list[str]
     ranked: np.ndarray
@@ -53,7 +53,7 @@ def offline_answers(features: Features, preset: Preset, root: Path, users: int) 
     retriever, ranker = load_retrieval(features, preset, root).cpu(), load_ranker(features, preset, root).cpu()
     names = np.array(["", OUT_OF_VOCABULARY, OUT_OF_VOCABULARY, *features.items()[contract.ITEM]], object)
     heads = [h.name for h in features.schema.heads]
-    request = next(iter(data.requests(features.files("test"), heads, preset.encoder.history, users)))
+    request = next(iter(batches.requests(features.files("test"), heads, preset.encoder.history, users)))
     exclude = request.exclude(features.item_count(), features.schema.exclude_seen)
     s = shapes(preset, features.item_count())
     graph = RetrievalGraph(retriever, s.candidates, s.memory)

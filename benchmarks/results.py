@@ -23,7 +23,7 @@ import typer
 from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from training.checkpoints import load_retrieval
-from training.data import batches as data
+from training.data import batches
 from training.judge.evaluate import RANKED, RETRIEVAL, evaluate
 from training.learn.pretrain import FOLDER, Objective, Pretraining, pretrain
 from training.learn.ranker import train_ranker
@@ -156,7 +156,7 @@ def ranks_of_test(features: Features, chosen: Preset, root: Path) -> np.ndarray:
     heads = [h.name for h in features.schema.heads]
     ranks_by_batch = []
     with torch.no_grad():
-        for request in data.requests(features.files("test"), heads, chosen.encoder.history, SCORED):
+        for request in batches.requests(features.files("test"), heads, chosen.encoder.history, SCORED):
             ranks_by_batch.append(scored(model, request, features.schema.exclude_seen)[0].cpu().numpy())
     return np.concatenate(ranks_by_batch)
 

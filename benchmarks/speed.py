@@ -26,7 +26,7 @@ import typer
 from benchmarks.results import ranks_of_test
 from loadtest.reports.record import record_line
 from preprocessing.features import Features
-from training.data import batches as data
+from training.data import batches
 from training.learn.retriever import train_retrieval
 from training.metrics import metrics
 from vivace.contract import ITEM, TARGET, USER
@@ -77,8 +77,8 @@ def main(
     with tempfile.TemporaryDirectory() as name_of:
         folder = Path(name_of)
         write_events(features, folder)
-        batches = data.training_batches(features.files("train"), e.history, t.batch_size, seed, 0)
-        positions = sum(int((b[:, :-1] != 0).sum()) for b in batches)
+        windows = batches.training_batches(features.files("train"), e.history, t.batch_size, seed, 0)
+        positions = sum(int((b[:, :-1] != 0).sum()) for b in windows)
         started = time.process_time()
         manifest = train_retrieval(features, chosen, folder / "ours", seed, lambda _: None, quiet=True)
         minutes = (time.process_time() - started) / 60

@@ -20,7 +20,7 @@ from training.checkpoints import WEIGHTS, load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.prune import Importance, Target, measure, prune
 from training.compile.quantize import Precision
-from training.data import batches as data
+from training.data import batches
 from training.data.counters import popularity
 from training.judge.evaluate import evaluate
 from training.judge.gate import BOUND
@@ -103,7 +103,7 @@ def _importance(features: Features, preset: Preset, model: RetrievalModel, seed:
     config = replace(preset.retrieval, adversarial=0.0)
     counts = torch.tensor(popularity(features.files("train"), features.item_count()))
     log_expected = log_expected_counts(counts, config).to(model.bias.device)
-    epoch = data.training_batches(
+    epoch = batches.training_batches(
         features.files("train"), preset.encoder.history, config.batch_size, seed, 0, timed=preset.encoder.time_bias
     )
     windows = list(itertools.islice(epoch, MEASURED_BATCHES))

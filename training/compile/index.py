@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from preprocessing.features import Features
 from serving.runtime.item_index import INDEX, POPULAR, ItemIndex
 from training.compile.onnx_export import PARITY_REQUESTS
-from training.data import batches as data
+from training.data import batches
 from training.judge.gate import GateError
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
@@ -79,7 +79,7 @@ def validation_states(features: Features, preset: Preset, model: RetrievalModel,
     """Encoded states float32 [<= count, D] of validation requests."""
     heads, parts = [h.name for h in features.schema.heads], list[Tensor]()
     with torch.no_grad():
-        for request in data.requests(features.files("valid"), heads, preset.encoder.history, PARITY_REQUESTS):
+        for request in batches.requests(features.files("valid"), heads, preset.encoder.history, PARITY_REQUESTS):
             parts.append(model.encode(request.history_BT, times=request.time_BT)[:, -1])
             if sum(map(len, parts)) >= count:
                 break

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from preprocessing.features import Features
 from training.compile.parity import difference
-from training.data import batches as data
+from training.data import batches
 from training.presets import Preset
 from vivace import contract
 from vivace.onnx_session import open_session
@@ -51,7 +51,7 @@ def example_requests(features: Features, preset: Preset, count: int = PARITY_REQ
     last one with an empty history: inputs of the retrieval graph."""
     heads = [h.name for h in features.schema.heads]
     files = features.files("valid") or features.files("test")  # short logs have no validation; targets are not read
-    request = next(iter(data.requests(files, heads, preset.encoder.history, count)))
+    request = next(iter(batches.requests(files, heads, preset.encoder.history, count)))
     history, times = request.history_BT.clone(), request.time_BT.clone()
     history[-1] = times[-1] = contract.PADDING_ID
     exclude = request.exclude(features.item_count(), features.schema.exclude_seen)

@@ -35,7 +35,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from preprocessing.features import Features
 from training.compile.engine import Engine
 from training.compile.onnx_export import PARITY_REQUESTS
-from training.data import batches as data
+from training.data import batches
 from vivace import contract
 from vivace.onnx_session import open_session
 
@@ -145,7 +145,7 @@ def calibration_feeds(features: Features, tensors: contract.StageTensors, engine
     """Inputs of both graphs, by stage, of validation requests."""
     heads = [h.name for h in features.schema.heads]
     feeds: dict[str, list[Feed]] = {contract.RETRIEVAL: [], contract.RANKING: []}
-    requests = data.requests(features.files("valid"), heads, tensors.history, PARITY_REQUESTS)
+    requests = batches.requests(features.files("valid"), heads, tensors.history, PARITY_REQUESTS)
     for request in itertools.islice(requests, CALIBRATION_BATCHES):
         inputs = request.inputs(tensors, features.schema.exclude_seen)
         rows = (inputs[0], *engine.retrieve(inputs))

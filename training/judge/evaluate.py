@@ -19,7 +19,7 @@ from torch import Tensor
 
 from preprocessing.features import Features
 from training.checkpoints import device, load_ranker, load_retrieval
-from training.data import batches as data
+from training.data import batches
 from training.data.counters import follower_matrix, popularity
 from training.judge.tables import plot_reliability
 from training.learn.ranker import head_auc
@@ -76,7 +76,7 @@ class Baselines:
         self.counts_V = torch.tensor(popularity(files, items), dtype=torch.float32)
         self.followers_VV: sp.csr_matrix = follower_matrix(files, items)
 
-    def scores(self, request: data.Requests) -> dict[str, Tensor]:
+    def scores(self, request: batches.Requests) -> dict[str, Tensor]:
         """Scores float32 [B, V] by method, under the same exclusions as the models'."""
         excluded_BV = request.exclude(len(self.counts_V), self.exclude_seen)
         popular_BV = self.counts_V[None].expand(len(request.histories), -1)
@@ -102,28 +102,28 @@ class Models:
     def ranker(self) -> RankingModel:
         return self.rankers[RANKING]
 
-    def requests(self, part: str) -> Iterator[data.Requests]:
-        return data.requests(self.features.files(part), self.heads, self.preset.encoder.history, SCORED)
+    def requests(self, part: str) -> Iterator[batches.Requests]:
+        return batches.requests(self.features.files(part), self.heads, self.preset.encoder.history, SCORED)
 
-    def retrieve(self, request: data.Requests) -> Candidates:
+    def retrieve(self, request: batches.Requests) -> Candidates:
         exclude_seen = self.features.schema.exclude_seen
         return Candidates(*candidates(self.retriever, request, self.count, exclude_seen, self.preset.ranker.memory))
 
-    def logits(self, request: data.Requests, proposed: Candidates, name: str = RANKING) -> Tensor:
+    def logits(self, request: batches.Requests, proposed: Candidates, name: str = RANKING) -> Tensor:
         """Logits float32 [B, N, heads] of a ranker for the candidates."""
         history_BT = request.history_BT.to(proposed.ids_BN.device)
         with torch.no_grad():
             logits: Tensor = self.rankers[name](history_BT, proposed.ids_BN, proposed.scores_BN, proposed.encoded_BMD)
         return logits
 
-    def ranked(self, request: data.Requests, proposed: Candidates, logits_BNH: Tensor) -> Tensor:
+    def ranked(self, request: batches.Requests, proposed: Candidates, logits_BNH: Tensor) -> Tensor:
         """Ranks of the targets int64 [B] when the first head's logits order the candidates."""
         ids_BN = proposed.ids_BN
         target_B = request.target_B.to(ids_BN.device)
         return ranks_after(logits_BNH[..., 0], ids_BN, target_B, proposed.rank_B, request.number_B)
 
 
-def _add_heads(collected: Collected, models: Models, request: data.Requests, ids_BN: Tensor, logits: Tensor) -> None:
+def _add_heads(collected: Collected, models: Models, request: batches.Requests, ids_BN: Tensor, logits: Tensor) -> None:
     """Adds calibration and AUC of each task head within the candidates."""
     hit_BN = ids_BN == request.target_B.to(ids_BN.device)[:, None]
     probability_BNH = models.ranker.probabilities(logits)

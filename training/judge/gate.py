@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from preprocessing.features import Features
-from training.data import batches as data
+from training.data import batches
 from training.judge.evaluate import RANKED, VALIDATION_RANKS
 from training.learn.ranker import held_out_users
 from training.metrics import MISS, bootstrap, ndcg_of, ranks_after
@@ -128,7 +128,7 @@ def graph_ranks(
     equal candidates the retrieval picked is as it is served."""
     heads = [h.name for h in features.schema.heads]
     parts = []
-    for request in data.requests(features.files(part), heads, tensors.history, BATCH):
+    for request in batches.requests(features.files(part), heads, tensors.history, BATCH):
         ids_BN, values_BCN, *_ = answer(request.inputs(tensors, features.schema.exclude_seen))
         known_B = request.target_B >= contract.FIRST_ID
         hit_B = torch.from_numpy(ids_BN == request.target_B.numpy()[:, None]).any(1) & known_B
@@ -153,7 +153,7 @@ def held_out_requests(features: Features, runs: Sequence[Run]) -> np.ndarray:
     trained = [run.manifest(RANKING) for run in runs]
     heads = [h.name for h in features.schema.heads]
     parts = []
-    for request in data.requests(features.files("valid"), heads, 1, BATCH):
+    for request in batches.requests(features.files("valid"), heads, 1, BATCH):
         masks = [held_out_users(request, m["config"]["training"]["held_out"], m["seed"]) for m in trained]
         parts.append(np.logical_and.reduce(masks))
     return np.concatenate(parts) if parts else np.empty(0, bool)

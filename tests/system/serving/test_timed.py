@@ -14,7 +14,7 @@ from tests.support import PatientClient, on_free_ports, quiet
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import compile_models
 from training.compile.onnx_export import shapes
-from training.data import batches as data
+from training.data import batches
 from training.judge.evaluate import RANKED, RANKS, RETRIEVAL, WITHOUT_TIMES, evaluate
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
@@ -48,7 +48,7 @@ def test_stored_times_reach_the_retriever(features, root, tmp_path):
     users = [u for u, _ in zip(store.users(), range(20), strict=False)]
     stored = [[(ids.get(e.item_id, 2), e.timestamp_ms) for e in store.events(u)] for u in users]
     store.close()
-    request = data.of_sequences([np.array(s) for s in stored], 20, torch.zeros(len(users)), {})
+    request = batches.of_sequences([np.array(s) for s in stored], 20, torch.zeros(len(users)), {})
     graph = RetrievalGraph(load_retrieval(features, preset, own), shapes(preset, features.item_count()).candidates)
     ranking = RankingGraph(load_ranker(features, preset, own))
     exclude = request.exclude(features.item_count(), True)

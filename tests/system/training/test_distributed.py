@@ -18,7 +18,7 @@ import torch
 
 from tests.support import PATIENCE_S, wait_until
 from training import distributed
-from training.data import batches as data
+from training.data import batches
 from training.learn.retriever import train_retrieval
 from training.presets import tiny
 
@@ -112,7 +112,9 @@ def test_sharded_reading_covers_every_row_once(features):
     files = features.files("train")
     seen = []
     for rank in range(2):
-        for batch in data.training_batches(files, 1000, 16, 1, 0, world=distributed.World(rank, 2), shard_reading=True):
+        for batch in batches.training_batches(
+            files, 1000, 16, 1, 0, world=distributed.World(rank, 2), shard_reading=True
+        ):
             seen += [tuple(row[row > 0].tolist()) for row in batch]
-    whole = [tuple(r[r > 0].tolist()) for b in data.training_batches(files, 1000, 16, 1, 0) for r in b]
+    whole = [tuple(r[r > 0].tolist()) for b in batches.training_batches(files, 1000, 16, 1, 0) for r in b]
     assert sorted(seen) == sorted(whole)

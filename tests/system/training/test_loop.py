@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support import wait_until
-from training.data import batches as data
+from training.data import batches
 from training.distributed import Parallel
 from training.learn.loop import Loop, LoopConfig
 from training.learn.objectives import log_expected_counts, retrieval_loss
@@ -23,8 +23,8 @@ def _loop(features, folder: Path, metric=lambda: {"log_loss": 0.0}, patience: in
     items = features.item_count()
     model = RetrievalModel(preset.encoder, items, torch.ones(items))
     folder.mkdir(parents=True, exist_ok=True)
-    batches = lambda epoch: data.training_batches(features.files("train"), 20, 32, 5, epoch)  # noqa: E731
-    steps = sum(1 for _ in batches(0))
+    windows = lambda epoch: batches.training_batches(features.files("train"), 20, 32, 5, epoch)  # noqa: E731
+    steps = sum(1 for _ in windows(0))
     config = LoopConfig(
         epochs=epochs, steps_per_epoch=steps, learning_rate=3e-3, warmup_steps=5, patience=patience, checkpoint_s=1e9,
         seed=5, ema=0.9,
@@ -34,7 +34,7 @@ def _loop(features, folder: Path, metric=lambda: {"log_loss": 0.0}, patience: in
         config,
         folder,
         "test",
-        batches,
+        windows,
         retrieval_loss(model, preset.retrieval, log_expected_counts(torch.ones(items), preset.retrieval)),
         metric,
         quiet=True,
@@ -73,7 +73,7 @@ def test_early_stopping_returns_to_the_best(features, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_named(features, tmp_path):
     loop = _loop(features, tmp_path)
-    loop.loss = Parallel(loop.model, lambda batch: (loop.model.bias * float("nan")).sum(), data.ALONE)
+    loop.loss = Parallel(loop.model, lambda batch: (loop.model.bias * float("nan")).sum(), batches.ALONE)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         loop.run()
 

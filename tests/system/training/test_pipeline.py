@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from training.checkpoints import load_ranker
-from training.data import batches as data
+from training.data import batches
 from training.data.counters import cooccurrence_embeddings, follower_matrix, popularity, top_followers
 from training.judge.compare import compare, plot
 from training.judge.evaluate import NEIGHBOUR, POPULARITY, RANKED, RETRIEVAL
@@ -50,7 +50,7 @@ def test_manifests_say_how_things_were_made(root):
 
 def test_windows_cover_every_transition_once():
     sequence = np.arange(10, 33)
-    pieces = data.windows(sequence, 5)
+    pieces = batches.windows(sequence, 5)
     pairs = [(a, b) for p in pieces for a, b in zip(p, p[1:], strict=False)]
     assert sorted(pairs) == [(a, a + 1) for a in range(10, 32)]
     assert all(len(p) <= 6 for p in pieces)
@@ -58,9 +58,9 @@ def test_windows_cover_every_transition_once():
 
 def test_batches_come_from_the_loader_whole_and_seeded(features):
     files = features.files("train")
-    tokens = sum(int((b != contract.PADDING_ID).sum()) for b in data.training_batches(files, 1000, 16, 1, 0))
+    tokens = sum(int((b != contract.PADDING_ID).sum()) for b in batches.training_batches(files, 1000, 16, 1, 0))
     assert tokens == popularity_total(files, features.item_count())
-    one, two, other = ([b.tolist() for b in data.training_batches(files, 20, 16, s, 0)] for s in (1, 1, 2))
+    one, two, other = ([b.tolist() for b in batches.training_batches(files, 20, 16, s, 0)] for s in (1, 1, 2))
     assert one == two and one != other
 
 
