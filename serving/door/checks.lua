@@ -70,81 +70,21 @@ local function check_http(handle)
   end
 end
 
--- Protobuf: (value or start, stop or nil, next position) of a varint; nil where it does not end.
-local function varint(text, position)
-  local value, scale = 0, 1
-  for _ = 1, 10 do
-    local byte = string.byte(text, position)
-    if not byte then return nil end
-    position = position + 1
-    value = value + (byte % 128) * scale
-    if byte < 128 then return value, position end
-    scale = scale * 128
-  end
-  return nil
-end
-
--- Calls each(field, start, stop) for every length-delimited field of the message text[first..last]; false if malformed.
-local function fields(text, first, last, each)
-  local position = first
-  while position <= last do
-    local key, after = varint(text, position)
-    if not key then return false end
-    local kind, field = key % 8, math.floor(key / 8)
-    position = after
-    if kind == 2 then
-      local size, start = varint(text, position)
-      if not size or start + size - 1 > last then return false end
-      if each(field, start, start + size - 1) == false then return false end
-      position = start + size
-    elseif kind == 0 then
-      local _, following = varint(text, position)
-      if not following then return false end
-      position = following
-    elseif kind == 1 then position = position + 8
-    elseif kind == 5 then position = position + 4
-    else return false end
-  end
-  return position == last + 1
-end
-
--- The model that a ModelInferRequest names (field 1), and whether an output (field 6) asks for a classification.
-local function read_infer(text)
-  local model, classification = "", false
-  local whole = fields(text, 6, #text, function(field, start, stop)
-    if field == 1 then
-      model = string.sub(text, start, stop)
-    elseif field == 6 then
-      return fields(text, start, stop, function(inner, from, to)
-        if inner == 2 and string.find(string.sub(text, from, to), "classification", 1, true) then
-          classification = true
-        end
-      end)
-    end
-  end)
-  return whole, model, classification
-end
-
 local function check_grpc(handle)
-  local headers = handle:headers()
-  headers:remove("x-vivace-model")
-  local path = headers:get(":path")
-  if path ~= "/inference.GRPCInferenceService/ModelInfer" then return end
+  handle:headers():remove("x-vivace-model")
+  if handle:headers():get(":path") ~= "/inference.GRPCInferenceService/ModelInfer" then return end
   local body = handle:body()
   if not body then return refuse(handle, "400", "expected a message, got none", "3") end
   local text = body:getBytes(0, body:length())
   if string.byte(text, 1) ~= 0 then
     return refuse(handle, "400", "message: expected it uncompressed; turn the compression of the channel off", "12")
   end
-  local whole, model, classification = read_infer(text)
-  if not whole then return refuse(handle, "400", "message: not a ModelInferRequest", "3") end
-  if not PUBLIC[model] then
+  local request, reason = read_infer(text, 6)
+  if not request then return refuse(handle, "400", reason, "3") end
+  if not PUBLIC[request.model] then
     return refuse(handle, "400", "model: expected recommend or append_event; no other model takes requests", "5")
   end
-  if classification then
-    return refuse(handle, "400", "outputs: the parameter classification is not supported; leave it out", "3")
-  end
-  handle:headers():replace("x-vivace-model", model)
+  handle:headers():replace("x-vivace-model", request.model)
   handle:clearRouteCache()
 end
 

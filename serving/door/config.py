@@ -14,12 +14,13 @@ from typing import Any
 
 from vivace import contract
 
-CHECKS = Path(__file__).with_name("checks.lua")
+FOLDER = Path(__file__).parent
 PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT)
 SERVICE = "/inference.GRPCInferenceService"
 GRPC_READS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig")
 TYPE = "type.googleapis.com/envoy.extensions.filters"
 MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors"
+BRIDGE = "envoy.filters.http.grpc_http1_reverse_bridge"
 HCM = f"{TYPE}.network.http_connection_manager.v3.HttpConnectionManager"
 
 
@@ -139,6 +140,10 @@ def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
     return [*routes, _nothing()]
 
 
+def _model(name: str) -> list[dict[str, Any]]:
+    return [{"name": "x-vivace-model", "string_match": {"exact": name}}]
+
+
 def _nothing() -> dict[str, Any]:
     text = "no such path; the public calls are POST /v2/models/recommend/infer and /v2/models/append_event/infer"
     return {"match": {"prefix": "/"}, "direct_response": {"status": 404, "body": {"inline_string": text}}}
@@ -146,27 +151,56 @@ def _nothing() -> dict[str, Any]:
 
 def _grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
     plain = ["grpc-timeout"]  # the client's own timer cuts its wait; Triton 2.51 dies of deadlines it sees
-    infer = f"{SERVICE}/ModelInfer"
-    again = [{"name": "x-vivace-model", "string_match": {"exact": contract.ENSEMBLE}}]
-    routes: list[dict[str, Any]] = [
-        {"match": {"path": infer, "headers": again}, "route": _to("triton_grpc", options, again=True)},
-        {"match": {"path": infer}, "route": _to("triton_grpc", options)},
+    no_bridge = {"@type": f"{TYPE}.http.grpc_http1_reverse_bridge.v3.FilterConfigPerRoute", "disabled": True}
+    routes: list[dict[str, Any]] = [  # by the model that the checks read in the message; a caller's own header is gone
+        {"match": {"prefix": "/", "headers": _model(model)}, "route": _to("triton_http", options, again=again)}
+        for model, again in ((contract.ENSEMBLE, True), (contract.APPEND_EVENT, False))
+    ]
+    routes += [
+        {"match": {"path": f"{SERVICE}/ModelInfer"}, "route": _to("triton_http", options)},
         *(
-            {"match": {"path": f"{SERVICE}/{call}"}, "route": _to("triton_grpc", options, again=True)}
+            {
+                "match": {"path": f"{SERVICE}/{call}"},
+                "route": _to("triton_grpc", options, again=True),
+                "typed_per_filter_config": {BRIDGE: no_bridge},
+            }
             for call in GRPC_READS
         ),
     ]
     for route in routes:
         route["request_headers_to_remove"] = plain
-    return [*routes, _nothing()]
+    return [*routes, _nothing() | {"typed_per_filter_config": {BRIDGE: no_bridge}}]
 
 
-def _lua(function: str) -> dict[str, Any]:
-    code = f"{CHECKS.read_text()}\nfunction envoy_on_request(handle) {function}(handle) end\n"
+def _lua(name: str, files: tuple[str, ...], request: str = "", response: str = "") -> dict[str, Any]:
+    """A Lua filter of ``files`` whose functions ``request`` and ``response`` see each call."""
+    calls = [
+        f"function envoy_on_{side}(handle) {f}(handle) end"
+        for side, f in (("request", request), ("response", response))
+        if f
+    ]
+    code = "\n".join([*(f"{(FOLDER / file).read_text()}" for file in files), *calls])
     return {
-        "name": "envoy.filters.http.lua",
+        "name": name,
         "typed_config": {"@type": f"{TYPE}.http.lua.v3.Lua", "default_source_code": {"inline_string": code}},
     }
+
+
+def _http_checks() -> list[dict[str, Any]]:
+    return [_lua("checks", ("checks.lua",), "guard_http")]
+
+
+def _grpc_checks() -> list[dict[str, Any]]:
+    bridge = {
+        "@type": f"{TYPE}.http.grpc_http1_reverse_bridge.v3.FilterConfig",
+        "content_type": "application/x-protobuf",
+        "withhold_grpc_frames": True,
+    }
+    return [
+        _lua("checks", ("transcode.lua", "checks.lua"), "guard_grpc", "end_grpc"),
+        {"name": BRIDGE, "typed_config": bridge},
+        _lua("transcode", ("transcode.lua",), "to_http", "from_http"),
+    ]
 
 
 def _replies(options: DoorOptions, grpc: bool) -> dict[str, Any]:
@@ -196,7 +230,12 @@ def _replies(options: DoorOptions, grpc: bool) -> dict[str, Any]:
 
 
 def _listener(
-    name: str, options: DoorOptions, port: int, routes: list[dict[str, Any]], checks: str = "", http2: bool = False
+    name: str,
+    options: DoorOptions,
+    port: int,
+    routes: list[dict[str, Any]],
+    checks: list[dict[str, Any]],
+    http2: bool = False,
 ) -> dict[str, Any]:
     limit = {"@type": f"{TYPE}.http.buffer.v3.Buffer", "max_request_bytes": options.max_body_bytes}
     router = {"@type": f"{TYPE}.http.router.v3.Router", "suppress_envoy_headers": True}
@@ -207,7 +246,7 @@ def _listener(
         "route_config": {"name": name, "virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]},
         "http_filters": [
             {"name": "envoy.filters.http.buffer", "typed_config": limit},
-            *([_lua(checks)] if checks else []),
+            *checks,
             {"name": "envoy.filters.http.router", "typed_config": router},
         ],
         "generate_request_id": False,
@@ -248,9 +287,9 @@ def render(options: DoorOptions, sockets: Sockets) -> str:
         "admin": {"address": _pipe(sockets.admin)},
         "static_resources": {
             "listeners": [
-                _listener("http", options, options.http_port, _http_routes(options), "guard_http"),
-                _listener("grpc", options, options.grpc_port, _grpc_routes(options), "guard_grpc", http2=True),
-                _listener("metrics", options, options.metrics_port, metrics),
+                _listener("http", options, options.http_port, _http_routes(options), _http_checks()),
+                _listener("grpc", options, options.grpc_port, _grpc_routes(options), _grpc_checks(), http2=True),
+                _listener("metrics", options, options.metrics_port, metrics, []),
             ],
             "clusters": [
                 _cluster("triton_http", sockets.http, options),
