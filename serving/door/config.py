@@ -33,6 +33,8 @@ class DoorOptions:
     http_port: int
     grpc_port: int
     metrics_port: int
+    threads: int = 1
+    """Workers of Envoy; each adds a copy of its buffers."""
     max_body_bytes: int = 8 << 20
     """Longest request body; a longer one is answered 413."""
     max_header_kib: int = 16
