@@ -29,17 +29,29 @@ def envoy_binary() -> Path:
     return binary
 
 
-class _AdminConnection(http.client.HTTPConnection):
-    """Envoy's admin page over its Unix socket."""
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__("envoy", timeout=2)
+        super().__init__("localhost", timeout=2)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(2)
         self.sock.connect(str(self._path))
+
+
+def ready_over(path: Path) -> bool:
+    """Whether the Triton behind a Unix socket says that all its models are ready."""
+    connection = UnixConnection(path)
+    try:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 class Door:
@@ -92,7 +104,7 @@ class Door:
 
     def ask(self, method: str, path: str) -> str:
         """What Envoy's admin page answers; "" where it does not."""
-        connection = _AdminConnection(self.sockets.admin)
+        connection = UnixConnection(self.sockets.admin)
         try:
             connection.request(method, path)
             return connection.getresponse().read().decode().strip()
