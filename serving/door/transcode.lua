@@ -306,12 +306,14 @@ function from_http(handle)
   headers:remove("inference-header-content-length")
 end
 
+-- The status of a call that failed goes into the trailers that the bridge made of an empty message.
 function end_grpc(handle)
   local metadata = handle:streamInfo():dynamicMetadata():get(SPACE)
   if not metadata or not metadata["status"] then return end
-  local last = handle:headers()
-  if not last:get("grpc-status") then last = handle:trailers() end
-  if not last then return end
-  last:replace("grpc-status", metadata["status"])
-  last:replace("grpc-message", metadata["message"])
+  handle:headers():remove("grpc-status")
+  handle:headers():remove("grpc-message")
+  local trailers = handle:trailers()
+  if not trailers then return end
+  trailers:replace("grpc-status", metadata["status"])
+  trailers:replace("grpc-message", metadata["message"])
 end
