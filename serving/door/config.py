@@ -114,7 +114,7 @@ def _retry(options: DoorOptions) -> dict[str, Any]:
     """For calls that may be sent twice: while the server is away there is nobody to connect to."""
     return {
         "retry_on": "connect-failure,refused-stream,reset",
-        "num_retries": int(options.recovery_s / 0.2),
+        "num_retries": int(options.recovery_s / 0.12),  # waits are drawn from 0 to the interval
         "retry_back_off": {"base_interval": "0.1s", "max_interval": "0.25s"},
     }
 
