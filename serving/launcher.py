@@ -8,6 +8,7 @@ it stops; its shared-memory segments carry a prefix of their own, so that whatev
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
 import secrets
 import shutil
@@ -63,7 +64,7 @@ class ServerOptions:
     python: Path = Path(sys.executable)  # that of the Python workers
     extra: tuple[str, ...] = field(default=())
     guard: bool = False
-    restricted: bool = True
+    restricted: bool = False
 
 
 class ServerError(RuntimeError):
@@ -132,6 +133,11 @@ class TritonServer:
     """
 
     def __init__(self, options: ServerOptions) -> None:
+        if not options.guard and not ipaddress.ip_address(socket.gethostbyname(options.host)).is_loopback:
+            raise ServerError(
+                f"--host {options.host}: expected a loopback address without the guard, as Triton's own port takes "
+                "whatever it is sent; leave --no-guard out"
+            )
         self.options = options
         self.host = options.host
         self.http_port, self.grpc_port, self.metrics_port = (
