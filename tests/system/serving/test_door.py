@@ -156,9 +156,7 @@ def test_grpc_refuses_what_ends_triton_or_names_memory(witness):
         assert "shared memory are not supported" in call(client, "recommend", [there, *inputs[1:]])
         long = inputs_of(grpcclient, request_tensors(user_id="u" * 20_000_000))
         assert "expected at most" in call(client, "recommend", long)
-    stub = service_pb2_grpc.GRPCInferenceServiceStub(
-        grpc.insecure_channel(f"{witness.host}:{witness.grpc_port}")
-    )
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(f"{witness.host}:{witness.grpc_port}"))
     raw = stub.ModelInfer._channel if hasattr(stub.ModelInfer, "_channel") else None
     assert raw is not None
     garbage = grpc.insecure_channel(f"{witness.host}:{witness.grpc_port}").unary_unary(
