@@ -7,6 +7,7 @@ it stops; its shared-memory segments carry a prefix of their own, so that whatev
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import os
@@ -277,6 +278,14 @@ class TritonServer:
             if time.monotonic() > deadline:
                 raise ServerError(f"tritonserver was not ready after {wait_s:.0f} s\n{self.log_tail()}")
             time.sleep(0.05)
+        self.close_segments()
+
+    def close_segments(self) -> None:
+        """Shared memory of the workers, which holds what users send, becomes the owner's alone: Triton's library makes
+        it readable for everyone, whatever the umask."""
+        for segment in SHM.glob(f"{self.shm_prefix}*"):
+            with contextlib.suppress(FileNotFoundError):
+                segment.chmod(0o600)
 
     def relaunch(self) -> float:
         """Starts a server again in the place of one that ended, behind the same ports; the seconds it took. Raises

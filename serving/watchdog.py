@@ -193,6 +193,7 @@ class Watchdog:
             self._stop.wait(0.2)
         seconds = time.monotonic() - started
         removed = self.server.sweep_shm(segments, self.workers())
+        self.server.close_segments()
         self.metrics.swept.inc(len(removed))
         self.metrics.restarts.labels(model).inc()
         self.metrics.recovery.observe(seconds)

@@ -36,7 +36,7 @@ def serve(
     verbose: Annotated[int, typer.Option(help="of Triton's log", min=0)] = 0,
     guard: Annotated[
         bool,
-        typer.Option("--guard/--no-guard", help="Envoy in front, Triton out of reach; without it on loopback only"),
+        typer.Option("--guard/--no-guard", help="Envoy in front; without it only on a loopback address"),
     ] = True,
 ) -> None:
     """Start the real Triton with the ensemble, guard it, bring back what ends, stop cleanly on Ctrl-C."""
