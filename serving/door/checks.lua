@@ -4,6 +4,7 @@
 
 local PUBLIC = { recommend = true, append_event = true }
 local MAX_DEPTH = 64
+local CUT = "a BYTES input is cut short: expected each text whole, behind its length of four bytes"
 
 -- The reason becomes the body's "error" over HTTP and the status message over gRPC (``local_reply_config``).
 local function refuse(handle, status, reason, code)
@@ -49,6 +50,22 @@ local function classifies(text)
   return string.find(text, '"classification"%s*:') ~= nil
 end
 
+-- Why the binary part of a request, which the JSON head describes, is refused; nil where it is whole.
+local function binary_fault(head, text, first)
+  local request = read_json(head)
+  if type(request) ~= "table" or type(request.inputs) ~= "table" then return "expected a JSON head with inputs" end
+  for _, input in ipairs(request.inputs) do
+    local parameters = type(input) == "table" and input.parameters or nil
+    local size = type(parameters) == "table" and parameters.binary_data_size or nil
+    if type(size) == "number" then
+      if size < 0 or size % 1 ~= 0 or first + size - 1 > #text then return "binary_data_size: more than was sent" end
+      if input.datatype == "BYTES" and not whole_strings(text, first, first + size - 1) then return CUT end
+      first = first + size
+    end
+  end
+  return nil
+end
+
 local function check_http(handle)
   local headers = handle:headers()
   if headers:get(":method") ~= "POST" then return end
@@ -60,13 +77,17 @@ local function check_http(handle)
   local body = handle:body() -- from here on ``headers`` is gone: Envoy allows no object across a wait
   if not body then return end
   local length = body:length()
-  json = json or length
-  local text = body:getBytes(0, math.max(0, math.min(length, json)))
+  local whole = body:getBytes(0, length)
+  local text = json and string.sub(whole, 1, math.max(0, json)) or whole
   if too_deep(text) then
     return refuse(handle, "400", "body: expected JSON nested at most " .. MAX_DEPTH .. " deep; flatten it")
   end
   if classifies(text) then
     return refuse(handle, "400", "outputs: the parameter classification is not supported; leave it out")
+  end
+  if json then
+    local fault = binary_fault(text, whole, #text + 1)
+    if fault then return refuse(handle, "400", "body: " .. fault) end
   end
 end
 
@@ -83,6 +104,12 @@ local function check_grpc(handle)
   if not request then return refuse(handle, "400", reason, "3") end
   if not PUBLIC[request.model] then
     return refuse(handle, "400", "model: expected recommend or append_event; no other model takes requests", "5")
+  end
+  for i, input in ipairs(request.inputs) do
+    local raw = request.raw[i]
+    if raw and input.datatype == "BYTES" and not whole_strings(raw, 1, #raw) then
+      return refuse(handle, "400", "inputs: " .. CUT, "3")
+    end
   end
   handle:headers():replace("x-vivace-model", request.model)
   handle:clearRouteCache()

@@ -189,7 +189,7 @@ def _lua(name: str, files: tuple[str, ...], request: str = "", response: str = "
 
 
 def _http_checks() -> list[dict[str, Any]]:
-    return [_lua("checks", ("checks.lua",), "guard_http")]
+    return [_lua("checks", ("json.lua", "checks.lua"), "guard_http")]
 
 
 def _grpc_checks() -> list[dict[str, Any]]:
@@ -199,7 +199,7 @@ def _grpc_checks() -> list[dict[str, Any]]:
         "withhold_grpc_frames": True,
     }
     return [
-        _lua("checks", ("transcode.lua", "checks.lua"), "guard_grpc", "end_grpc"),
+        _lua("checks", ("json.lua", "transcode.lua", "checks.lua"), "guard_grpc", "end_grpc"),
         {"name": BRIDGE, "typed_config": bridge},
         _lua("transcode", ("transcode.lua",), "to_http", "from_http"),
     ]

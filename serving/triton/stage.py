@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -119,8 +120,12 @@ class ParsedRequest:
     """
 
     def __init__(self, place: int, request: Any) -> None:
-        self.place, self.request, self.deadline = place, request, deadline(request)
+        self.place, self.request, self.deadline = place, request, math.inf
         self.rows, self.errors = _parse(request)
+        try:
+            self.deadline = deadline(request)
+        except ValueError as error:
+            self.errors = [row_error or str(error) for row_error in self.errors]
         self.options: SearchOptions | None = None
         self.understood = [""] * len(self.rows)
 

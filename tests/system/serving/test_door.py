@@ -194,13 +194,19 @@ def test_typed_contents_arrive_as_they_are(root, served):
     """A client may send values as protobuf's own fields: negative, large and many-byte ones too."""
     server, _ = served
     stub = service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(f"{server.host}:{server.grpc_port}"))
-    times = [1, -1, 127, 128, 2**31, 1_700_000_000_123, 2**53 + 1]
-    for time_ms in times:
+    times = [1, 127, 128, 2**31, 1_700_000_000_123]
+    refused = {-1: "got -1;", 2**53 + 1: "got 9007199254740993;", -(2**63): "got -9223372036854775808;"}
+    for time_ms in (*times, *refused):
         request = service_pb2.ModelInferRequest(model_name="append_event")
         for name, value in (("USER_ID", b"typed \xc3\xb6"), ("ITEM_ID", b"sku-00003"), ("EVENT_TYPE", b"view")):
             request.inputs.add(name=name, datatype="BYTES", shape=[1, 1]).contents.bytes_contents.append(value)
         request.inputs.add(name="TIMESTAMP_MS", datatype="INT64", shape=[1, 1]).contents.int64_contents.append(time_ms)
-        stub.ModelInfer(request, timeout=PATIENCE_S)
+        if time_ms in times:
+            stub.ModelInfer(request, timeout=PATIENCE_S)
+            continue
+        with pytest.raises(grpc.RpcError) as error:
+            stub.ModelInfer(request, timeout=PATIENCE_S)
+        assert "expected Unix time in ms" in error.value.details() and refused[time_ms] in error.value.details()
     events = LmdbStore(root / "feature_store", readonly=True).events("typed ö")
     assert [e.timestamp_ms for e in events] == times
 
