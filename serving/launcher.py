@@ -34,6 +34,7 @@ from tritonclient.grpc import InferenceServerClientPlugin, Request
 from serving.door.config import DoorOptions, Sockets
 from serving.door.process import Door, ready_over
 from serving.process import become_server, server_environment
+from serving.releases import held, verify
 from serving.repository import check_profile, models
 
 SHM = Path("/dev/shm")
@@ -145,6 +146,8 @@ class TritonServer:
             port or free_port(options.host) for port in (options.http_port, options.grpc_port, options.metrics_port)
         )
         self.shm_prefix = f"vivace_{uuid.uuid4().hex[:12]}_"
+        self._held = contextlib.ExitStack()
+        self._release = options.repository
         self._key = secrets.token_urlsafe(32)
         self.door: Door | None = None
         self._root: Path | None = None
@@ -167,12 +170,12 @@ class TritonServer:
         o = self.options
         command = [
             str(wheel_folder() / "tritonserver" / "bin" / "tritonserver"),
-            f"--model-repository={o.repository.resolve()}",
+            f"--model-repository={self._release}",
             f"--backend-directory={root / 'backends'}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--backend-config=onnxruntime,shm-region-prefix-name={self.shm_prefix}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in models(o.repository, o.profile)),
+            *(f"--load-model={name}" for name in models(self._release, o.profile)),
             *self._listens(),
             "--metrics-config=summary_latencies=true",
             "--metrics-config=summary_quantiles=0.5:0.01,0.95:0.002,0.99:0.001",
@@ -242,6 +245,9 @@ class TritonServer:
         if not (o.repository / "recommend" / "config.pbtxt").exists():
             raise ServerError(f"model repository: nothing to serve in {o.repository}; run 'vivace compile' first")
         check_profile(o.repository, o.profile)
+        self._release = o.repository.resolve()  # whatever is published since, this server stays with it
+        verify(self._release)
+        self._held.enter_context(held(self._release))
         for name, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
             if port_in_use(self.host, port):
                 raise ServerError(f"{name} port {port} on {self.host} is taken; choose another with --{name}-port")
@@ -335,6 +341,7 @@ class TritonServer:
             self.door.stop()
             self.door = None
         self._end_process()
+        self._held.close()
         if self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
             self._root = None

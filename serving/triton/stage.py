@@ -69,8 +69,9 @@ class Stage:
         return contract.StageTensors(**json.loads(self.parameters["shapes"]))
 
     def store(self, readonly: bool) -> LmdbStore:
-        path = Path(self.parameters["feature_store"])
-        return LmdbStore(path if path.is_absolute() else self.folder.parent.parent / path, readonly=readonly)
+        """The run's store, which must be there: a server never makes an empty one in a missing one's place."""
+        path = self.folder.parent.parent / self.parameters["feature_store"]
+        return LmdbStore(path, readonly=readonly, create=False)
 
     def beside(self, model: str) -> Path:
         """Folder of the same version of another model."""

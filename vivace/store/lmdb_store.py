@@ -55,8 +55,8 @@ class LmdbStore:
     """``FeatureStore`` in one LMDB folder. Values: of users, msgpack ``[items, event types, times]``; of items, the
     title; of the log, by a number that rises, msgpack ``[user, item, event type, time]``."""
 
-    def __init__(self, path: Path, readonly: bool = False) -> None:
-        if readonly and not (path / "data.mdb").exists():
+    def __init__(self, path: Path, readonly: bool = False, create: bool = True) -> None:
+        if (readonly or not create) and not (path / "data.mdb").exists():
             raise FileNotFoundError(f"feature store: no store at {path}; run 'vivace prepare' first")
         path.mkdir(parents=True, exist_ok=True)
         self._readonly = readonly
