@@ -78,6 +78,9 @@ class SearchOptions:
 
 
 def _number(value: Any) -> float | None:
+    """A bound of a range; None for none. Raises TypeError or ValueError for what is no number."""
+    if isinstance(value, bool | str) or value != value:
+        raise TypeError(f"expected a number or null, got {value!r}")
     return None if value is None else float(value)
 
 
@@ -234,9 +237,9 @@ class SearchRanking:
         values_BCM: np.ndarray,
         options: Sequence[SearchOptions | None],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The same for a batch, PADDING_ID where a row has fewer; rows without a result stay as they were
-        recommended."""
-        searched = [i for i, (ids, _, _) in enumerate(results) if len(ids)]
+        """The same for a batch, PADDING_ID where a row has fewer; rows without a query stay as they were
+        recommended. A query whose filters leave nothing is answered by nothing."""
+        searched = [i for i, (_, _, understood) in enumerate(results) if understood]
         if not searched:
             return ranked_BM, values_BCM
         wide = max(ranked_BM.shape[1], *(len(results[i][0]) for i in searched))
@@ -246,6 +249,8 @@ class SearchRanking:
         for i in searched:
             n = len(results[i][0])
             ids[i], values[i] = contract.PADDING_ID, 0
+            if not n:
+                continue
             ids[i, :n], values[i, :, :n] = self(
                 *results[i][:2], ranked_BM[i], values_BCM[i], options[i] or SearchOptions()
             )

@@ -7,8 +7,11 @@ it stops; its shared-memory segments carry a prefix of their own, so that whatev
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import ipaddress
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -25,16 +28,28 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import tritonclient.grpc as grpcclient
+from tritonclient.grpc import InferenceServerClientPlugin, Request
+
+from serving.door.config import DoorOptions, Sockets
+from serving.door.process import Door, ready_over
 from serving.process import become_server, server_environment
+from serving.releases import held, verify
 from serving.repository import check_profile, models
 
 SHM = Path("/dev/shm")
+# what only the launcher may ask: otherwise anyone who reaches the port loads code into the server or takes models away
+RESTRICTED = "model-repository,shared-memory,model-config,logging,trace,statistics"
+KEY_HEADER = "vivace-key"
 
 
 @dataclass(frozen=True)
 class ServerOptions:
     """How to start. Port 0 takes a free one. ``cache_bytes`` sizes Triton's local response cache (0: none).
-    ``trace_url``: an OpenTelemetry collector (OTLP over HTTP) that gets one of ``trace_rate`` requests."""
+    ``trace_url``: an OpenTelemetry collector (OTLP over HTTP) that gets one of ``trace_rate`` requests. ``guard``: the
+    ports are Envoy's, which lets the public calls through and nothing else, and Triton listens on Unix sockets that
+    only this user opens; without it Triton's own ports are on ``host``, its management calls behind a key
+    (``restricted``)."""
 
     repository: Path
     host: str = "127.0.0.1"
@@ -50,6 +65,8 @@ class ServerOptions:
     start_timeout_s: float = 120.0
     python: Path = Path(sys.executable)  # that of the Python workers
     extra: tuple[str, ...] = field(default=())
+    guard: bool = False
+    restricted: bool = False
 
 
 class ServerError(RuntimeError):
@@ -101,6 +118,16 @@ def backend_folder(root: Path) -> Path:
     return root / "backends"
 
 
+class _WithKey(InferenceServerClientPlugin):
+    """Sends the key of the restricted calls with each request."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(self, request: Request) -> None:
+        request.headers[f"triton-grpc-protocol-{KEY_HEADER}"] = self._key
+
+
 class TritonServer:
     """One running ``tritonserver``; a context manager that is ready inside and leaves nothing behind.
 
@@ -108,12 +135,21 @@ class TritonServer:
     """
 
     def __init__(self, options: ServerOptions) -> None:
+        if not options.guard and not ipaddress.ip_address(socket.gethostbyname(options.host)).is_loopback:
+            raise ServerError(
+                f"--host {options.host}: expected a loopback address without the guard, as Triton's own port takes "
+                "whatever it is sent; leave --no-guard out"
+            )
         self.options = options
         self.host = options.host
         self.http_port, self.grpc_port, self.metrics_port = (
             port or free_port(options.host) for port in (options.http_port, options.grpc_port, options.metrics_port)
         )
         self.shm_prefix = f"vivace_{uuid.uuid4().hex[:12]}_"
+        self._held = contextlib.ExitStack()
+        self._release = options.repository
+        self._key = secrets.token_urlsafe(32)
+        self.door: Door | None = None
         self._root: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.log = options.log
@@ -134,16 +170,13 @@ class TritonServer:
         o = self.options
         command = [
             str(wheel_folder() / "tritonserver" / "bin" / "tritonserver"),
-            f"--model-repository={o.repository.resolve()}",
-            f"--backend-directory={backend_folder(root)}",
+            f"--model-repository={self._release}",
+            f"--backend-directory={root / 'backends'}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--backend-config=onnxruntime,shm-region-prefix-name={self.shm_prefix}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in models(o.repository, o.profile)),
-            *(f"--{s}-address={self.host}" for s in ("http", "grpc", "metrics")),
-            f"--http-port={self.http_port}",
-            f"--grpc-port={self.grpc_port}",
-            f"--metrics-port={self.metrics_port}",
+            *(f"--load-model={name}" for name in models(self._release, o.profile)),
+            *self._listens(),
             "--metrics-config=summary_latencies=true",
             "--metrics-config=summary_quantiles=0.5:0.01,0.95:0.002,0.99:0.001",
             "--exit-timeout-secs=5",
@@ -163,6 +196,33 @@ class TritonServer:
         if o.verbose:
             command.append(f"--log-verbose={o.verbose}")
         return [*command, *o.extra]
+
+    def _listens(self) -> list[str]:
+        if self.sockets is not None:  # each appends its port to the address, which only gRPC makes part of the path
+            folder = self.sockets.folder
+            return [
+                a for s in ("http", "grpc", "metrics") for a in (f"--{s}-address=unix:{folder / s}", f"--{s}-port=1")
+            ]
+        ports = {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
+        flags = [a for s, port in ports.items() for a in (f"--{s}-address={self.host}", f"--{s}-port={port}")]
+        if self.options.restricted:
+            flags.append(f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={self._key}")
+            flags.append(f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={self._key}")
+        return flags
+
+    @property
+    def sockets(self) -> Sockets | None:
+        """Where Triton listens behind the guard."""
+        return Sockets(self._root / "sockets") if self.options.guard and self._root is not None else None
+
+    def control_client(self) -> grpcclient.InferenceServerClient:
+        """A client that may ask everything: any model, the repository, statistics. For this process alone."""
+        if self.sockets is not None:
+            return grpcclient.InferenceServerClient(self.sockets.grpc_url)
+        client = grpcclient.InferenceServerClient(f"{self.host}:{self.grpc_port}")
+        if self.options.restricted:
+            client.register_plugin(_WithKey(self._key))
+        return client
 
     def environment(self) -> dict[str, str]:
         """Triton's Python workers ignore PYTHONPATH (they start Python isolated): they find this environment, with
@@ -185,13 +245,28 @@ class TritonServer:
         if not (o.repository / "recommend" / "config.pbtxt").exists():
             raise ServerError(f"model repository: nothing to serve in {o.repository}; run 'vivace compile' first")
         check_profile(o.repository, o.profile)
+        self._release = o.repository.resolve()  # whatever is published since, this server stays with it
+        verify(self._release)
+        self._held.enter_context(held(self._release))
         for name, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
             if port_in_use(self.host, port):
                 raise ServerError(f"{name} port {port} on {self.host} is taken; choose another with --{name}-port")
         self._root = Path(tempfile.mkdtemp(prefix="vivace-triton-"))
         self.log = o.log or self._root / "triton.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        backend_folder(self._root)
+        if self.sockets is not None:
+            self.sockets.folder.mkdir(mode=0o700)
+        self._launch()
+        if self.sockets is not None:
+            ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
+            self.door = Door(DoorOptions(host=self.host, **ports), self.sockets)
+            self.door.start()
+
+    def _launch(self) -> None:
+        """One tritonserver, until it is ready."""
+        assert self._root is not None and self.log is not None
+        with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             self._process = subprocess.Popen(
                 self.command(self._root),
                 stdout=log,
@@ -201,17 +276,44 @@ class TritonServer:
                 start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
                 preexec_fn=become_server,
             )
-        deadline = time.monotonic() + o.start_timeout_s
+        wait_s = self.options.start_timeout_s
+        deadline = time.monotonic() + wait_s
         while not self.ready():
             if self._process.poll() is not None:
-                raise ServerError(
-                    f"tritonserver stopped with code {self._process.returncode} while starting\n{self.log_tail()}"
-                )
+                raise ServerError(f"tritonserver {self.end()} while starting\n{self.log_tail()}")
             if time.monotonic() > deadline:
-                raise ServerError(f"tritonserver was not ready after {o.start_timeout_s:.0f} s\n{self.log_tail()}")
-            time.sleep(0.1)
+                raise ServerError(f"tritonserver was not ready after {wait_s:.0f} s\n{self.log_tail()}")
+            time.sleep(0.05)
+        self.close_segments()
+
+    def close_segments(self) -> None:
+        """Shared memory of the workers, which holds what users send, becomes the owner's alone: Triton's library makes
+        it readable for everyone, whatever the umask."""
+        for segment in SHM.glob(f"{self.shm_prefix}*"):
+            with contextlib.suppress(FileNotFoundError):
+                segment.chmod(0o600)
+
+    def relaunch(self) -> float:
+        """Starts a server again in the place of one that ended, behind the same ports; the seconds it took. Raises
+        ServerError if it does not come up."""
+        started = time.monotonic()
+        self._end_process()
+        if self.sockets is not None:
+            for socket_file in (self.sockets.http, self.sockets.grpc, self.sockets.metrics):
+                socket_file.unlink(missing_ok=True)
+        self._launch()
+        return time.monotonic() - started
+
+    def end(self) -> str:
+        """How the server's process ended, in words: its signal or its exit code."""
+        code = self._process.returncode if self._process is not None else None
+        if code is None:
+            return "has not ended"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def ready(self) -> bool:
+        if self.sockets is not None:
+            return ready_over(self.sockets.http)
         try:
             url = f"http://{self.host}:{self.http_port}/v2/health/ready"
             with urllib.request.urlopen(url, timeout=2) as answer:
@@ -234,7 +336,17 @@ class TritonServer:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self) -> None:
-        """Asks the server to finish, waits, ends the whole process group, then removes what it left."""
+        """Asks the door and the server to finish, waits, ends the whole process group, then removes what it left."""
+        if self.door is not None:
+            self.door.stop()
+            self.door = None
+        self._end_process()
+        self._held.close()
+        if self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
+            self._root = None
+
+    def _end_process(self) -> None:
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
@@ -247,12 +359,8 @@ class TritonServer:
             except ProcessLookupError:
                 pass
             self._process.wait()
-            self._process = None
         for segment in SHM.glob(f"{self.shm_prefix}*"):
             segment.unlink(missing_ok=True)
-        if self._root is not None:
-            shutil.rmtree(self._root, ignore_errors=True)
-            self._root = None
 
     # -- shared memory of workers that died ----------------------------------------------------------
     def segments(self, older_than_s: float = 0.0) -> set[str]:

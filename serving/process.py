@@ -30,6 +30,7 @@ def become_server() -> None:
     """In the server's process before it starts: the kernel ends it if its launcher is killed outright, and a thread of
     it that wakes up does not interrupt one that computes (SCHED_BATCH)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    os.umask(0o077)  # logs, sockets and shared memory hold what users did
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 

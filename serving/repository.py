@@ -7,7 +7,6 @@ a trained data set, whose shapes and heads it is rendered for, as numbered versi
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from serving.releases import publishing
 from vivace import contract
 from vivace.run import Run
 
@@ -287,12 +287,6 @@ def write_configs(
         write_profile(folder, s, heads, name, profile, exclude_seen, metadata)
 
 
-def next_version(repository: Path) -> int:
-    """The version a newly compiled model gets: one above the newest of any stage."""
-    versions = [int(p.name) for p in repository.glob("*/*") if p.is_dir() and p.name.isdigit()]
-    return max(versions, default=0) + 1
-
-
 def assemble(
     repository: Path,
     s: contract.StageTensors,
@@ -301,33 +295,26 @@ def assemble(
     exclude_seen: bool = True,
     metadata: dict[str, str] | None = None,
 ) -> int:
-    """Puts compiled files into ``repository`` as a new version of every stage and drops older ones but the last.
+    """Publishes compiled files as a new version of ``repository``, all models at once (see ``serving.releases``).
 
-    ``files[model][name]`` is copied to ``<repository>/<model>/<version>/<name>``. Returns the version.
+    ``files[model][name]`` becomes ``<model>/<version>/<name>``. Returns the version.
     """
-    version = next_version(repository)
-    write_configs(repository, s, heads, exclude_seen, metadata)
-    for model in ALL_MODELS:
-        if model == contract.QUERY_SEARCH and not s.search:
-            shutil.rmtree(repository / model, ignore_errors=True)
-            continue
-        target = repository / model / str(version)
-        partial = target.with_name(f".{version}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        adapter = CHECKOUT_REPOSITORY / model / "1" / "model.py"
-        if model == contract.RETRIEVAL and s.indexed:
-            adapter = INDEX_ADAPTER
-        if model == contract.QUERY_SEARCH:
-            adapter = SEARCH_ADAPTER
-        if adapter.exists():
-            shutil.copy(adapter, partial / "model.py")
-        for name, path in files.get(model, {}).items():
-            shutil.copy(path, partial / name)
-        os.replace(partial, target)
-    for old in repository.glob("*/*"):
-        if old.is_dir() and old.name.isdigit() and int(old.name) < version - 1:
-            shutil.rmtree(old)
+    with publishing(repository) as (release, version):
+        write_configs(release, s, heads, exclude_seen, metadata)
+        for model in ALL_MODELS:
+            if model == contract.QUERY_SEARCH and not s.search:
+                continue
+            target = release / model / str(version)
+            target.mkdir(parents=True)
+            adapter = CHECKOUT_REPOSITORY / model / "1" / "model.py"
+            if model == contract.RETRIEVAL and s.indexed:
+                adapter = INDEX_ADAPTER
+            if model == contract.QUERY_SEARCH:
+                adapter = SEARCH_ADAPTER
+            if adapter.exists():
+                shutil.copy(adapter, target / "model.py")
+            for name, path in files.get(model, {}).items():
+                shutil.copy(path, target / name)
     return version
 
 

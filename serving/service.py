@@ -12,7 +12,7 @@ from types import FrameType
 import tritonclient.grpc as grpcclient
 from prometheus_client import start_http_server
 
-from serving.launcher import ServerError, ServerOptions, TritonServer
+from serving.launcher import ServerOptions, TritonServer
 from serving.watchdog import Metrics, Watchdog
 from vivace import contract
 from vivace.client import inputs_of, request_tensors
@@ -57,7 +57,7 @@ def interrupt_on_signals() -> None:
 
 
 def run_until_signal(options: ServerOptions, status_port: int, say: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM; raises ServerError if Triton stops by itself."""
+    """Serves until SIGINT or SIGTERM; a server that ends by itself is started again."""
     interrupt_on_signals()
     say("starting Triton")
     try:
@@ -71,8 +71,7 @@ def run_until_signal(options: ServerOptions, status_port: int, say: Callable[[st
                 + (f", watchdog {server.host}:{status_port}" if status_port else "")
                 + f"; log {server.log}; Ctrl-C stops"
             )
-            while not threading.Event().wait(0.5):
-                if not server.running():
-                    raise ServerError(f"tritonserver stopped by itself\n{server.log_tail()}")
+            while not threading.Event().wait(3600):  # a server that ends is brought back by the watchdog
+                pass
     except KeyboardInterrupt:
         say("stopped")

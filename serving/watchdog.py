@@ -1,4 +1,4 @@
-"""Finds and revives models whose worker process died.
+"""Finds and revives models whose worker process died, and the server itself where that ended.
 
 Triton 2.51 never restarts a killed Python worker, and goes on answering 200 to both readiness probes. So each model
 is asked a real question every ``interval_s``, and the worker processes are counted; a model that fails is unloaded and
@@ -22,13 +22,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-from serving.launcher import TritonServer
+from serving.launcher import ServerError, TritonServer
 from serving.repository import ALL_MODELS
 from vivace import contract
 
 log = logging.getLogger("vivace.serve")
 
 STUB = "triton_python_backend_stub"
+LOOK_S = 0.05  # how often the server's own process is looked at
+BACK_OFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a server that ends again and again is started again
+STEADY_S = 60.0  # a server that ran so long starts again at once
 SETTLED_S = 2.0  # a worker maps its segment within milliseconds of its making
 
 
@@ -46,6 +49,14 @@ class Metrics:
         self.recovery = Histogram(
             "vivace_model_recovery_seconds", "From noticing a dead worker to the first answer", registry=r,
             buckets=(0.25, 0.5, 1, 2, 3, 5, 10, 30),
+        )  # fmt: skip
+        self.server_restarts = Counter(
+            "vivace_server_restarts", "Times that tritonserver or the door ended by itself", ["which"], registry=r
+        )
+        self.server_up = Gauge("vivace_server_up", "1 while tritonserver runs and is ready", registry=r)
+        self.server_recovery = Histogram(
+            "vivace_server_recovery_seconds", "From tritonserver's end until it is ready again", registry=r,
+            buckets=(1, 2, 3, 5, 10, 30, 60),
         )  # fmt: skip
         self.swept = Counter("vivace_shm_segments_removed", "Shared memory segments of dead workers", registry=r)
 
@@ -102,12 +113,13 @@ class Watchdog:
         self.server, self.interval_s, self.ask_timeout_s = server, interval_s, ask_timeout_s
         self.metrics = metrics or Metrics()
         self._say = on_event or log.warning
-        self._client = grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}")
+        self._client = server.control_client()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._questions: dict[str, list[grpcclient.InferInput]] = {}
         self._cached: dict[str, tuple[pb.ModelConfig, float]] = {}  # models with a cache: asked anew now and then
         self._rng = np.random.default_rng()
+        self._failures, self._up_since = -1, time.monotonic()  # ends in a row; since when the server is ready
         self._workers: dict[int, str] = {}
         self._retired: dict[int, float] = {}  # workers of unloaded instances, and since when
 
@@ -122,6 +134,7 @@ class Watchdog:
                     self.metrics.healthy.labels(name).set(1)
                     self.metrics.restarts.labels(name)
         self._workers = self.workers()
+        self.metrics.server_up.set(1)
         self._thread.start()
         return self
 
@@ -180,6 +193,7 @@ class Watchdog:
             self._stop.wait(0.2)
         seconds = time.monotonic() - started
         removed = self.server.sweep_shm(segments, self.workers())
+        self.server.close_segments()
         self.metrics.swept.inc(len(removed))
         self.metrics.restarts.labels(model).inc()
         self.metrics.recovery.observe(seconds)
@@ -217,10 +231,42 @@ class Watchdog:
             self._workers = self.workers()
             self.metrics.swept.inc(len(self.server.sweep_shm(segments, self._workers)))
 
+    def bring_back(self) -> None:
+        """Starts tritonserver again until it stays, behind the same ports."""
+        ended = time.monotonic()
+        self.metrics.server_up.set(0)
+        self.metrics.server_restarts.labels("tritonserver").inc()
+        self._failures = 0 if ended - self._up_since > STEADY_S else self._failures + 1
+        wait_s = BACK_OFF_S[min(self._failures, len(BACK_OFF_S) - 1)]
+        self._say(f"tritonserver {self.server.end()}; starting it again" + (f" in {wait_s:.1f} s" if wait_s else ""))
+        if self._stop.wait(wait_s):
+            return
+        try:
+            self.server.relaunch()
+        except ServerError as error:
+            self._say(f"tritonserver: {error}")
+            return
+        self._client.close()
+        self._client, self._retired, self._workers = self.server.control_client(), {}, self.workers()
+        self._up_since = time.monotonic()
+        self.metrics.server_up.set(1)
+        self.metrics.server_recovery.observe(self._up_since - ended)
+        self._say(f"tritonserver: ready again after {self._up_since - ended:.1f} s")
+
     def _run(self) -> None:
-        while not self._stop.wait(self.interval_s):
+        due = time.monotonic() + self.interval_s
+        while not self._stop.wait(LOOK_S):
             if not self.server.running():
-                return
+                self.bring_back()
+                continue
+            door = self.server.door
+            if door is not None and not door.running():
+                self.metrics.server_restarts.labels("envoy").inc()
+                self._say("door: Envoy ended by itself; starting it again")
+                door.start()
+            if time.monotonic() < due:
+                continue
+            due = time.monotonic() + self.interval_s
             try:
                 self.check()
             except InferenceServerException as error:

@@ -68,11 +68,11 @@ def features(root: Path) -> Features:
 
 @pytest.fixture(scope="session")
 def served(root: Path) -> tuple[TritonServer, Watchdog]:
-    """(server, watchdog) of the small shop on free ports."""
+    """(server, watchdog) of the small shop behind the guard, on free ports."""
     from serving.service import service
     from tests.support import on_free_ports, quiet
 
-    with service(on_free_ports(root / "model_repository"), quiet) as running:
+    with service(on_free_ports(root / "model_repository", guard=True), quiet) as running:
         yield running
 
 

@@ -162,7 +162,10 @@ def trials(space: Mapping[str, Sequence[Any]], root: Path) -> list[Trial]:
 
 
 def write_profile(folder: Path, name: str, profile: repository.ServingProfile) -> None:
-    """``configs/<name>.pbtxt`` of every model of a compiled run."""
+    """``configs/<name>.pbtxt`` of every model of a compiled run. Raises ValueError for the name of a profile that was
+    published with it."""
+    if name in repository.PROFILES:
+        raise ValueError(f"--save-as {name}: a profile of every run is called so; choose another name")
     run = Run(folder)
     schema, target = run.schema(), run.repository
     served = repository.read_config(target, contract.ENSEMBLE, "").parameters

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from vivace.contract import (
     STATUS_DEGRADED,
     STATUS_ERROR,
     STATUS_OK,
+    TIMESTAMP_MS,
     TOP_K,
     USER_ID,
     StageTensors,
@@ -40,6 +42,7 @@ from vivace.onnx_session import open_session
 from vivace.store.interface import Event, FeatureStore
 
 NO_SUCH_ITEM = "\0"
+DAY_MS = 86_400_000
 NO_SEARCH = f"no search in this run; {QUERY.name} was left out: 'vivace train --task search', then 'vivace compile'"
 SHOWN_TYPES = 20
 
@@ -99,6 +102,12 @@ def parse_event(user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms:
         raise ValueError(f"{USER_ID.name}: expected a user id, got an empty string")
     if not item:
         raise ValueError(f"{APPEND_ITEM_ID.name}: expected an item id, got an empty string")
+    latest_ms = int(time.time() * 1000) + DAY_MS  # clocks differ
+    if not 0 < timestamp_ms <= latest_ms:
+        raise ValueError(
+            f"{TIMESTAMP_MS.name}: expected Unix time in ms, 1 to {latest_ms} (a day from now), got {timestamp_ms}; "
+            "0 is now"
+        )
     return Event(user, item, _text(event_type, EVENT_TYPE.name, MAX_ID_BYTES), timestamp_ms)
 
 

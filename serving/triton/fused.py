@@ -16,7 +16,7 @@ import numpy as np
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row, with_reason
-from serving.triton.graph_model import answer, hopeless, refusal
+from serving.triton.graph_model import answer, each_by_itself, hopeless, refusal
 from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
 
@@ -74,6 +74,7 @@ class RecommendModel(Stage):
         for level, seconds in self.pipeline.warm(self.largest):
             self.overload.done(level, self.largest, seconds)
 
+    @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         parsed = [ParsedRequest(i, request) for i, request in enumerate(requests)]
         batch = Batch(parsed, [None] * len(requests), self.counts)

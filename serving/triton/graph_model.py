@@ -6,10 +6,13 @@ and reads the same configuration. Runs inside Triton's Python stub only (it impo
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import triton_python_backend_utils as pb_utils
 
 from serving.process import give_way
 from vivace import contract
+from vivace.store.interface import StoreError
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,56 @@ def decode(array: np.ndarray) -> np.ndarray:
 
 
 def deadline(request: Any) -> float:
-    """When the client stops waiting, in Unix ms; infinity if it did not say."""
+    """When the client stops waiting, in Unix ms; infinity if it did not say. Raises ValueError for what is no time."""
     parameters_json = request.parameters()
-    if contract.DEADLINE not in parameters_json:
-        return float("inf")
-    return float(json.loads(parameters_json)[contract.DEADLINE])
+    if contract.DEADLINE not in parameters_json:  # as most requests are: without reading them
+        return math.inf
+    given = json.loads(parameters_json).get(contract.DEADLINE)
+    if given is None:
+        return math.inf
+    try:
+        moment_ms = float(given)
+    except (TypeError, ValueError):
+        moment_ms = math.nan
+    if isinstance(given, bool) or not math.isfinite(moment_ms):
+        raise ValueError(f"{contract.DEADLINE}: expected Unix time in ms, got {str(given)[:80]!r}; or leave it out")
+    return moment_ms
 
 
 def overdue(request: Any) -> float:
-    """Milliseconds since a request's deadline passed; 0 if it did not."""
-    return max(0.0, time.time() * 1000 - deadline(request))
+    """Milliseconds since a request's deadline passed; 0 if it did not, or is none (the first stage refuses that)."""
+    try:
+        return max(0.0, time.time() * 1000 - deadline(request))
+    except ValueError:
+        return 0.0
+
+
+Execute = Callable[[Any, list[Any]], list[Any]]
+
+
+def each_by_itself(execute: Execute) -> Execute:
+    """The one guard around every ``execute``: where a batch fails, its requests are answered one by one, and the one
+    that is at fault gets an error of its own. Words of ours (ValueError) are the error; of anything else the answer
+    names the kind and the log has the rest, as messages of libraries name paths of the server."""
+
+    @functools.wraps(execute)
+    def guarded(self: Any, requests: list[Any]) -> list[Any]:
+        try:
+            return execute(self, requests)
+        except Exception as error:
+            if len(requests) > 1:
+                return [guarded(self, [request])[0] for request in requests]
+            if isinstance(error, ValueError):
+                code, reason = pb_utils.TritonError.INVALID_ARG, str(error)
+            elif isinstance(error, StoreError):
+                code, reason = pb_utils.TritonError.UNAVAILABLE, str(error)
+            else:
+                pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+                code = pb_utils.TritonError.UNKNOWN
+                reason = f"this request failed ({type(error).__name__}); the server's log says where"
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(reason, code))]
+
+    return guarded
 
 
 def hopeless(left_ms: float, needs_ms: float) -> Any:
@@ -145,6 +189,7 @@ class GraphModel:
         gc.collect()
         gc.freeze()  # what is loaded stays: later collections need not walk it
 
+    @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         if not self.batched:
             return [self._answer([request])[0] for request in requests]

@@ -23,7 +23,7 @@ from serving.runtime.stages import (
     read_search_for,
     search_for,
 )
-from serving.triton.graph_model import answer, refusal
+from serving.triton.graph_model import answer, each_by_itself, refusal
 from serving.triton.stage import Counts, ParsedRequest, Stage, new_only, refused, search_options, strings, tensor_of
 from vivace import contract
 from vivace.store.interface import Event
@@ -42,12 +42,10 @@ class FeatureTransformModel(Stage):
         self.transform = FeatureTransform(self.folder / "transform.onnx", self.store(readonly=True), shapes, seen)
         self.search, self.counts = bool(shapes.search), Counts()
 
+    @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         parsed = [ParsedRequest(i, request) for i, request in enumerate(requests)]
-        try:
-            inputs, status = self.transform([row for request in parsed for row in request.rows])
-        except Exception as error:
-            return [refused(f"{contract.FEATURE_TRANSFORM}: {error}") for _ in requests]
+        inputs, status = self.transform([row for request in parsed for row in request.rows])
         now_ms, responses, start = time.time() * 1000, [], 0
         for request in parsed:
             stop = start + len(request.rows)
@@ -87,14 +85,10 @@ class IndexedRetrievalModel(Stage):
 
         self.retrieve = IndexedRetrieval(self.folder, self.shapes())
 
+    @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         columns = [[tensor_of(r, name) for r in requests] for name in self.inputs]
-        try:
-            retrieved = self.retrieve([np.concatenate(parts) for parts in columns])
-        except Exception as error:
-            if len(requests) > 1:  # find the request that is at fault: the others get their answers
-                return [self.execute([request])[0] for request in requests]
-            return [refused(f"{contract.RETRIEVAL}: {error}")]
+        retrieved = self.retrieve([np.concatenate(parts) for parts in columns])
         responses, start = [], 0
         for request, rows in zip(requests, columns[0], strict=True):
             stop = start + len(rows)
@@ -118,6 +112,7 @@ class QuerySearchModel(Stage):
 
         self.search, self.pack = QuerySearch(self.folder, self.shapes().candidates), pack
 
+    @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         queries: list[str] = []
         options, excluded, now_ms = [], [], time.time() * 1000
@@ -175,6 +170,7 @@ class ResponseModel(Stage):
 
             self.search_ranking, self.unpack = SearchRanking(self.folder), unpack
 
+    @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
 
@@ -206,6 +202,7 @@ class AppendEventModel(Stage):
         self.events = self.store(readonly=False)
         self.item_ids = ItemVocabulary(self.beside(contract.FEATURE_TRANSFORM) / "transform.onnx")
 
+    @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         responses: list[Any] = [None] * len(requests)
         accepted: list[tuple[int, list[Event]]] = []
@@ -215,7 +212,8 @@ class AppendEventModel(Stage):
             except ValueError as error:
                 responses[i] = refused(str(error))
         stored = [event for _, events in accepted for event in events]
-        lengths, statuses = self.events.append(stored), iter(self._statuses(stored))
+        statuses = iter(self._statuses(stored))  # before anything is stored: what fails then was not
+        lengths = self.events.append(stored)
         for i, events in accepted:
             length = np.array([[lengths[e.user_id]] for e in events], np.int32)
             values = {

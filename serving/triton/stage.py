@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,8 +69,9 @@ class Stage:
         return contract.StageTensors(**json.loads(self.parameters["shapes"]))
 
     def store(self, readonly: bool) -> LmdbStore:
-        path = Path(self.parameters["feature_store"])
-        return LmdbStore(path if path.is_absolute() else self.folder.parent.parent / path, readonly=readonly)
+        """The run's store, which must be there: a server never makes an empty one in a missing one's place."""
+        path = self.folder.parent.parent / self.parameters["feature_store"]
+        return LmdbStore(path, readonly=readonly, create=False)
 
     def beside(self, model: str) -> Path:
         """Folder of the same version of another model."""
@@ -119,8 +121,12 @@ class ParsedRequest:
     """
 
     def __init__(self, place: int, request: Any) -> None:
-        self.place, self.request, self.deadline = place, request, deadline(request)
+        self.place, self.request, self.deadline = place, request, math.inf
         self.rows, self.errors = _parse(request)
+        try:
+            self.deadline = deadline(request)
+        except ValueError as error:
+            self.errors = [row_error or str(error) for row_error in self.errors]
         self.options: SearchOptions | None = None
         self.understood = [""] * len(self.rows)
 

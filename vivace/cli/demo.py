@@ -54,12 +54,11 @@ def _answers(run: Run, server: TritonServer, search: bool) -> None:
 
 def _load(run: Run, server: TritonServer, seconds: int) -> None:
     """A short run of locust, as clients and as the server measured it."""
-    import tritonclient.grpc as grpcclient
 
     from loadtest.generate.run_locust import results, run_locust
     from loadtest.generate.statistics import between, quantiles, statistics
 
-    client = grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}")
+    client = server.control_client()
     before = statistics(client)
     code = run_locust(
         run.root, server.host, server.http_port, server.grpc_port, "both", LOAD_USERS, seconds, quiet=True
@@ -121,7 +120,9 @@ def run_demo(
     for label, verb in (*steps, ("compile", compile_)):
         verb(name=name, artifacts=artifacts, preset=preset, seed=seed)
         clock.done(label)
-    options = ServerOptions(repository=run.repository, http_port=0, grpc_port=0, metrics_port=0, log=run.server_log)
+    options = ServerOptions(
+        repository=run.repository, http_port=0, grpc_port=0, metrics_port=0, log=run.server_log, guard=True
+    )
     with service(options, say) as (server, _):
         clock.done("serve")
         _answers(run, server, search)

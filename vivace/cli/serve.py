@@ -34,8 +34,12 @@ def serve(
         Path | None, typer.Option(help="Triton's log; default artifacts/RUN/triton.log", dir_okay=False)
     ] = None,
     verbose: Annotated[int, typer.Option(help="of Triton's log", min=0)] = 0,
+    guard: Annotated[
+        bool,
+        typer.Option("--guard/--no-guard", help="Envoy in front; without it only on a loopback address"),
+    ] = True,
 ) -> None:
-    """Start the real Triton with the ensemble, watch its workers, stop cleanly on Ctrl-C."""
+    """Start the real Triton with the ensemble, guard it, bring back what ends, stop cleanly on Ctrl-C."""
     from serving.launcher import ServerOptions
     from serving.repository import served_from
     from serving.service import run_until_signal
@@ -59,6 +63,8 @@ def serve(
         trace_rate=trace_rate,
         log=log_file or run.server_log,
         verbose=verbose,
+        guard=guard,
+        restricted=True,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     address = "" if grpc_port in (0, 8001) else f" --url 127.0.0.1:{grpc_port}"

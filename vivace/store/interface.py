@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
+class StoreError(RuntimeError):
+    """The store cannot keep what it was given just now; the message is for the caller."""
+
+
 @dataclass(frozen=True)
 class Event:
     """One interaction. ``timestamp_ms`` is Unix time in milliseconds."""

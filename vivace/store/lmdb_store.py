@@ -11,18 +11,22 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import lmdb
 import msgpack
 
 from vivace.store.histories import MAX_STORED_EVENTS, merged
-from vivace.store.interface import Event
+from vivace.store.interface import Event, StoreError
 
-MAP_SIZE_BYTES = 64 << 30  # address space, not disk: the file is sparse
+T = TypeVar("T")
+DISK_TROUBLE = ("Input/output error", "No space left", "MDB_PANIC")  # in LMDB's words
+
+MAP_SIZE_BYTES = 64 << 30  # address space, not disk: the file is sparse; it grows where that is not enough
 MAX_READERS = 512
 FILL_ROWS = 5_000  # users or titles that a fill writes in one transaction, between which events can be appended
 _MAX_KEY_BYTES = 511  # LMDB's compiled limit
@@ -51,13 +55,18 @@ class LmdbStore:
     """``FeatureStore`` in one LMDB folder. Values: of users, msgpack ``[items, event types, times]``; of items, the
     title; of the log, by a number that rises, msgpack ``[user, item, event type, time]``."""
 
-    def __init__(self, path: Path, readonly: bool = False) -> None:
-        if readonly and not (path / "data.mdb").exists():
+    def __init__(self, path: Path, readonly: bool = False, create: bool = True) -> None:
+        if (readonly or not create) and not (path / "data.mdb").exists():
             raise FileNotFoundError(f"feature store: no store at {path}; run 'vivace prepare' first")
         path.mkdir(parents=True, exist_ok=True)
         self._readonly = readonly
         self._env = lmdb.open(
-            os.fspath(path), map_size=MAP_SIZE_BYTES, max_dbs=6, max_readers=MAX_READERS, readonly=readonly
+            os.fspath(path),
+            map_size=MAP_SIZE_BYTES,
+            max_dbs=6,
+            max_readers=MAX_READERS,
+            readonly=readonly,
+            mode=0o600,  # what users did is the owner's alone
         )
         self._env.reader_check()  # slots of processes that died
         self._databases: dict[bytes, lmdb._Database] = {}
@@ -78,7 +87,25 @@ class LmdbStore:
             return self._env.begin(write=write)
         except lmdb.ReadersFullError:
             self._env.reader_check()
-            return self._env.begin(write=write)
+        except lmdb.MapResizedError:  # another process has made the map larger
+            self._env.set_mapsize(0)
+        return self._env.begin(write=write)
+
+    def _written(self, work: Callable[[lmdb.Transaction[bytes]], T]) -> T:
+        """What ``work`` returns, after its transaction is on disk. A map that is full grows. Raises StoreError where
+        the disk is full: nothing of the transaction was kept, and writes go on once there is room."""
+        while True:
+            try:
+                with self._begin(write=True) as transaction:
+                    return work(transaction)
+            except lmdb.MapFullError:
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
+            except lmdb.Error as error:
+                if not any(sign in str(error) for sign in DISK_TROUBLE):
+                    raise
+                raise StoreError(
+                    "feature store: not stored, as its disk is full or failing; try again when there is room"
+                ) from error
 
     def _slot(self, transaction: lmdb.Transaction[bytes]) -> int:
         about = self._databases.get(_ABOUT)
@@ -135,14 +162,18 @@ class LmdbStore:
 
     # -- writing -------------------------------------------------------------------------------------
     def append(self, events: Iterable[Event]) -> dict[str, int]:
-        lengths: dict[str, int] = {}
-        with self._begin(write=True) as transaction:
+        appended = list(events)
+
+        def write(transaction: lmdb.Transaction[bytes]) -> dict[str, int]:
+            lengths: dict[str, int] = {}
             users, log = self._databases[_USERS[self._slot(transaction)]], self._databases[_LOG]
-            for number, event in enumerate(events, self._last_number(transaction) + 1):
+            for number, event in enumerate(appended, self._last_number(transaction) + 1):
                 record = [event.user_id, event.item_id, event.event_type, event.timestamp_ms]
                 transaction.put(_number_key(number), msgpack.packb(record), db=log)
                 lengths[event.user_id] = _append_to_history(transaction, users, event)
-        return lengths
+            return lengths
+
+        return self._written(write)
 
     def fill(self, histories: Iterable[UserRow], titles: Iterable[tuple[str, str]]) -> dict[str, int]:
         """Replaces histories and titles by those of a data set, under readers and appends that go on; what was ever

@@ -7,8 +7,6 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import tritonclient.grpc as grpcclient
-
 from loadtest.generate.arrivals import due_times
 from loadtest.generate.generator import messages, run
 from loadtest.generate.run_locust import results, run_locust
@@ -57,10 +55,9 @@ def test_locust_shows_the_pause_too(root, served):
     """Two seconds of ten: a fifth of the requests were due meanwhile, so p95 is in the pause; in locust's own count
     each user would have lost one request to it."""
     server, _ = served
-    url = f"{server.host}:{server.grpc_port}"
 
     def pause_under_load() -> None:
-        with grpcclient.InferenceServerClient(url) as triton:
+        with server.control_client() as triton:
             before = statistics(triton)
             asked = lambda: between(before, statistics(triton))[contract.ENSEMBLE]["requests"]  # noqa: E731
             wait_until(lambda: asked() >= 50, "50 requests of locust")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import tritonclient.grpc as grpcclient
-
 from benchmarks.bound import Bound, Graphs
 from loadtest.generate.statistics import between, quantiles, statistics
 from preprocessing.requests import recorded, replay
@@ -18,7 +16,7 @@ def test_statistics_count_what_was_asked(served, root):
     server, _ = served
     url = f"{server.host}:{server.grpc_port}"
     source = replay(root, 1)
-    with grpcclient.InferenceServerClient(url) as triton, PatientClient(url) as client:
+    with server.control_client() as triton, PatientClient(url) as client:
         before = statistics(triton)
         for _ in range(20):
             client.recommend(*next(source), 5)

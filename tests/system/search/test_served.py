@@ -150,7 +150,12 @@ def test_filters_narrow_and_diversity_spreads_the_answer(client, titles):
     assert not set(new) & set(found[:3]) and set(found[3:]) <= set(new)
     spread = client.recommend("", [], 10, "lamp", diversity=0.9)
     assert spread.items != client.recommend("", [], 10, "lamp").items
+    for nothing in ({"values": {"brand": ["nope"]}}, {"values": {"brand": []}}, {"ranges": {"price": [5, 1]}}):
+        answer = client.recommend("", [], 10, "lamp", filters=nothing)
+        assert answer.items == [] and answer.status == contract.STATUS_OK and answer.understood["found_by"] == {}
     for filters, diversity, said in (
+        ({"ranges": {"price": [True, None]}}, 0, "filters: expected JSON"),
+        ({"ranges": {"price": [float("nan"), None]}}, 0, "filters: expected JSON"),
         ({"values": {"size": ["1"]}}, 0, "expected an attribute of"), ({"what": 1}, 0, "filters: expected JSON"),
         ({"seen": 1}, 0, "filters: expected JSON"),
         ({}, 3, "diversity: expected 0..1"),

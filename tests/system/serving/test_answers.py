@@ -160,7 +160,7 @@ class TestRefused:
 
 
 def test_a_long_item_id_is_an_unknown_item(served):
-    answer = read_answer(_raw(served, "grpc", _tensors(HISTORY=("BYTES", np.array([[b"x" * 10_000_000]], object)))))
+    answer = read_answer(_raw(served, "grpc", _tensors(HISTORY=("BYTES", np.array([[b"x" * 5_000_000]], object)))))
     assert "none of the recent history items" in answer.status
 
 
@@ -181,7 +181,7 @@ def test_batch_equals_single_and_batches_are_formed(served, requests):
             return await asyncio.gather(*calls, return_exceptions=True)
 
     def batched() -> bool:
-        with grpcclient.InferenceServerClient(url) as triton:
+        with server.control_client() as triton:
             return all(size > 1 for size in largest_batches(triton).values())
 
     for turn in range(50):

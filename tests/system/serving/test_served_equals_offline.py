@@ -46,7 +46,7 @@ def test_the_live_transform_gives_nvtabulars_ids(offline, served):
     """Skew: raw histories through the live first stage equal what NVTabular wrote offline."""
     server, _ = served
     request = offline.requests
-    with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
+    with server.control_client() as client:
         for row in range(40):
             raw = np.array([[i.encode() for i in offline.histories[row]]], object)
             values = {contract.USER_ID: [[b""]], contract.QUERY: [[b""]], contract.HISTORY: raw, contract.TOP_K: [[1]]}

@@ -37,7 +37,7 @@ def test_the_gpu_profile_moves_only_the_onnx_stages():
     assert on_gpu == set(repository.ONNX_STAGES)
 
 
-def test_new_versions_replace_old_ones_but_the_last(tmp_path):
+def test_a_new_version_holds_every_model_and_one_number(tmp_path):
     file = tmp_path / "graph"
     file.write_text("x")
     files = {contract.RETRIEVAL: {"model.onnx": file}}
@@ -46,10 +46,10 @@ def test_new_versions_replace_old_ones_but_the_last(tmp_path):
         repository.assemble(target, repository.DEFAULT_SHAPES, repository.DEFAULT_HEADS, files) for _ in range(3)
     ]
     assert versions == [1, 2, 3]
-    assert sorted(p.name for p in (target / contract.RETRIEVAL).iterdir() if p.is_dir() and p.name.isdigit()) == [
-        "2",
-        "3",
-    ]
+    models = set(repository.ALL_MODELS) - {contract.QUERY_SEARCH}
+    assert {p.name for p in target.iterdir() if p.is_dir()} == models
+    assert {p.name for p in target.glob("*/*") if p.is_dir() and p.name.isdigit()} == {"3"}
+    assert (target / contract.RETRIEVAL / "3" / "model.onnx").read_text() == "x"
 
 
 def test_a_profile_that_is_not_there_is_refused(tmp_path):

@@ -1,0 +1,129 @@
+-- What Envoy asks of a request's body before Triton may see it. Each check stands for a way in which tritonserver 2.51
+-- dies or is made to do what nobody meant: nested JSON overflows its stack, "classification" divides by zero, compressed
+-- bodies are unpacked without bound, gRPC names its model inside the message, where no route sees it.
+
+local PUBLIC = { recommend = true, append_event = true }
+local MAX_DEPTH = 64
+local CUT = "a BYTES input is cut short: expected each text whole, behind its length of four bytes"
+
+-- The reason becomes the body's "error" over HTTP and the status message over gRPC (``local_reply_config``).
+local function refuse(handle, status, reason, code)
+  local headers = { [":status"] = status }
+  if code then headers["grpc-status"] = code end
+  handle:respond(headers, reason)
+end
+
+-- Whether JSON text nests deeper than MAX_DEPTH. Brackets are counted first, which is one pass in C: fewer of them than
+-- the limit cannot nest deeper. Only beyond does a pass tell brackets in strings from others.
+local function too_deep(text)
+  local _, brackets = string.gsub(text, "[%[{]", "")
+  if brackets <= MAX_DEPTH then return false end
+  local depth, position, length = 0, 1, #text
+  while position <= length do
+    local start = string.find(text, '["%[%]{}]', position)
+    if not start then return false end
+    local byte = string.byte(text, start)
+    position = start + 1
+    if byte == 34 then -- a string: on to its closing quote
+      while true do
+        local stop = string.find(text, '["\\]', position)
+        if not stop then return false end
+        position = stop + 1
+        if string.byte(text, stop) == 34 then break end
+        position = position + 1 -- what is escaped
+      end
+    elseif byte == 91 or byte == 123 then
+      depth = depth + 1
+      if depth > MAX_DEPTH then return true end
+    else
+      depth = depth - 1
+    end
+  end
+  return false
+end
+
+-- Whether JSON text has the key "classification", however it is escaped.
+local function classifies(text)
+  if string.find(text, "\\u", 1, true) then
+    text = string.gsub(text, "\\u00(%x%x)", function(hex) return string.char(tonumber(hex, 16)) end)
+  end
+  return string.find(text, '"classification"%s*:') ~= nil
+end
+
+-- Why the binary part of a request, which the JSON head describes, is refused; nil where it is whole.
+local function binary_fault(head, text, first)
+  local request = read_json(head)
+  if type(request) ~= "table" or type(request.inputs) ~= "table" then return "expected a JSON head with inputs" end
+  for _, input in ipairs(request.inputs) do
+    local parameters = type(input) == "table" and input.parameters or nil
+    local size = type(parameters) == "table" and parameters.binary_data_size or nil
+    if type(size) == "number" then
+      if size < 0 or size % 1 ~= 0 or first + size - 1 > #text then return "binary_data_size: more than was sent" end
+      if input.datatype == "BYTES" and not whole_strings(text, first, first + size - 1) then return CUT end
+      first = first + size
+    end
+  end
+  return nil
+end
+
+local function check_http(handle)
+  local headers = handle:headers()
+  if headers:get(":method") ~= "POST" then return end
+  local encoding = headers:get("content-encoding")
+  if encoding and encoding ~= "identity" then
+    return refuse(handle, "415", "body: expected no Content-Encoding, got a compressed one; send it plain")
+  end
+  local json = tonumber(headers:get("inference-header-content-length") or "")
+  local body = handle:body() -- from here on ``headers`` is gone: Envoy allows no object across a wait
+  if not body then return end
+  local length = body:length()
+  local whole = body:getBytes(0, length)
+  local text = json and string.sub(whole, 1, math.max(0, json)) or whole
+  if too_deep(text) then
+    return refuse(handle, "400", "body: expected JSON nested at most " .. MAX_DEPTH .. " deep; flatten it")
+  end
+  if classifies(text) then
+    return refuse(handle, "400", "outputs: the parameter classification is not supported; leave it out")
+  end
+  if json then
+    local fault = binary_fault(text, whole, #text + 1)
+    if fault then return refuse(handle, "400", "body: " .. fault) end
+  end
+end
+
+local function check_grpc(handle)
+  handle:headers():remove("x-vivace-model")
+  if handle:headers():get(":path") ~= "/inference.GRPCInferenceService/ModelInfer" then return end
+  local body = handle:body()
+  if not body then return refuse(handle, "400", "expected a message, got none", "3") end
+  local text = body:getBytes(0, body:length())
+  if string.byte(text, 1) ~= 0 then
+    return refuse(handle, "400", "message: expected it uncompressed; turn the compression of the channel off", "12")
+  end
+  local request, reason = read_infer(text, 6)
+  if not request then return refuse(handle, "400", reason, "3") end
+  if not PUBLIC[request.model] then
+    return refuse(handle, "400", "model: expected recommend or append_event; no other model takes requests", "5")
+  end
+  for i, input in ipairs(request.inputs) do
+    local raw = request.raw[i]
+    if raw and input.datatype == "BYTES" and not whole_strings(raw, 1, #raw) then
+      return refuse(handle, "400", "inputs: " .. CUT, "3")
+    end
+  end
+  handle:headers():replace("x-vivace-model", request.model)
+  handle:clearRouteCache()
+end
+
+-- A check that fails itself lets nothing through.
+local function closed(check, code)
+  return function(handle)
+    local done, reason = pcall(check, handle)
+    if not done then
+      handle:logErr(tostring(reason))
+      refuse(handle, "400", "request: could not be checked", code)
+    end
+  end
+end
+
+guard_http, guard_grpc = closed(check_http, nil), closed(check_grpc, "3")

@@ -1,0 +1,314 @@
+"""Envoy's configuration, rendered from what the door lets through.
+
+Only the public models' paths exist; a body has a bounded length and arrives at Triton in one piece with its length;
+what a route cannot see is checked by ``checks.lua``. A call of ``recommend`` that the server's death cut off is sent
+again until the server is back; a call of ``append_event`` is not, as it may have been stored.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vivace import contract
+
+FOLDER = Path(__file__).parent
+PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT)
+SERVICE = "/inference.GRPCInferenceService"
+GRPC_READS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig")
+TYPE = "type.googleapis.com/envoy.extensions.filters"
+MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors"
+BRIDGE = "envoy.filters.http.grpc_http1_reverse_bridge"
+HCM = f"{TYPE}.network.http_connection_manager.v3.HttpConnectionManager"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoorOptions:
+    """What the door listens on and lets through."""
+
+    host: str
+    """Address of the three public ports."""
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    threads: int = 1
+    """Workers of Envoy; each adds a copy of its buffers."""
+    max_body_bytes: int = 8 << 20
+    """Longest request body; a longer one is answered 413."""
+    max_header_kib: int = 16
+    """All headers of a request together."""
+    max_connections: int = 4096
+    """Open connections of all clients together."""
+    max_requests: int = 4096
+    """Requests at Triton and waiting for it; more are answered 503 at once."""
+    slow_client_s: float = 15.0
+    """A request that has not arrived whole by then is dropped."""
+    timeout_s: float = 60.0
+    """An answer that has not come by then is given up."""
+    recovery_s: float = 8.0
+    """How long a call of ``recommend`` is sent again while the server comes back."""
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """Triton's Unix sockets, in a folder that only the owner enters."""
+
+    folder: Path
+
+    @property
+    def http(self) -> Path:
+        return self.folder / "http"
+
+    @property
+    def grpc(self) -> Path:
+        return self.folder / "grpc:1"  # gRPC appends the port to the address
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics"
+
+    @property
+    def admin(self) -> Path:
+        return self.folder / "envoy-admin"
+
+    @property
+    def grpc_url(self) -> str:
+        """For a gRPC client of the same user."""
+        return f"unix:{self.grpc}"
+
+
+def _pipe(path: Path) -> dict[str, Any]:
+    return {"pipe": {"path": str(path)}}
+
+
+def _cluster(name: str, path: Path, options: DoorOptions, http2: bool = False) -> dict[str, Any]:
+    endpoint = {"endpoint": {"address": _pipe(path)}}
+    cluster: dict[str, Any] = {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
+        "circuit_breakers": {
+            "thresholds": [
+                {
+                    "max_connections": options.max_connections,
+                    "max_pending_requests": options.max_requests,
+                    "max_requests": options.max_requests,
+                    "max_retries": options.max_requests,
+                }
+            ]
+        },
+    }
+    if http2:
+        protocol = "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+        explicit = {"explicit_http_config": {"http2_protocol_options": {"max_concurrent_streams": 2048}}}
+        cluster["typed_extension_protocol_options"] = {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {"@type": protocol, **explicit}
+        }
+    return cluster
+
+
+def _retry(options: DoorOptions) -> dict[str, Any]:
+    """For calls that may be sent twice: while the server is away there is nobody to connect to."""
+    return {
+        "retry_on": "connect-failure,refused-stream,reset",
+        "num_retries": int(options.recovery_s / 0.12),  # waits are drawn from 0 to the interval
+        "retry_back_off": {"base_interval": "0.1s", "max_interval": "0.25s"},
+    }
+
+
+def _to(cluster: str, options: DoorOptions, again: bool = False) -> dict[str, Any]:
+    route: dict[str, Any] = {"cluster": cluster, "timeout": f"{options.timeout_s:g}s"}
+    return route | ({"retry_policy": _retry(options)} if again else {})
+
+
+def _method(name: str) -> list[dict[str, Any]]:
+    return [{"name": ":method", "string_match": {"exact": name}}]
+
+
+def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
+    routes: list[dict[str, Any]] = [
+        {"match": {"path": path, "headers": _method("GET")}, "route": _to("triton_http", options, again=True)}
+        for path in ("/v2", "/v2/health/live", "/v2/health/ready")
+    ]
+    for model in PUBLIC:
+        base = f"/v2/models/{model}(/versions/[0-9]{{1,9}})?"
+        infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": _method("POST")}
+        routes.append({"match": infer, "route": _to("triton_http", options, again=model == contract.ENSEMBLE)})
+        look = {"safe_regex": {"regex": f"{base}(/ready|/config)?"}, "headers": _method("GET")}
+        routes.append({"match": look, "route": _to("triton_http", options, again=True)})
+    return [*routes, _nothing()]
+
+
+def _model(name: str) -> list[dict[str, Any]]:
+    return [{"name": "x-vivace-model", "string_match": {"exact": name}}]
+
+
+def _nothing() -> dict[str, Any]:
+    text = "no such path; the public calls are POST /v2/models/recommend/infer and /v2/models/append_event/infer"
+    return {"match": {"prefix": "/"}, "direct_response": {"status": 404, "body": {"inline_string": text}}}
+
+
+def _grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
+    plain = ["grpc-timeout"]  # the client's own timer cuts its wait; Triton 2.51 dies of deadlines it sees
+    no_bridge = {"@type": f"{TYPE}.http.grpc_http1_reverse_bridge.v3.FilterConfigPerRoute", "disabled": True}
+    routes: list[dict[str, Any]] = [  # by the model that the checks read in the message; a caller's own header is gone
+        {"match": {"prefix": "/", "headers": _model(model)}, "route": _to("triton_http", options, again=again)}
+        for model, again in ((contract.ENSEMBLE, True), (contract.APPEND_EVENT, False))
+    ]
+    routes += [
+        {"match": {"path": f"{SERVICE}/ModelInfer"}, "route": _to("triton_http", options)},
+        *(
+            {
+                "match": {"path": f"{SERVICE}/{call}"},
+                "route": _to("triton_grpc", options, again=True),
+                "typed_per_filter_config": {BRIDGE: no_bridge},
+            }
+            for call in GRPC_READS
+        ),
+    ]
+    for route in routes:
+        route["request_headers_to_remove"] = plain
+    return [*routes, _nothing() | {"typed_per_filter_config": {BRIDGE: no_bridge}}]
+
+
+def _lua(name: str, files: tuple[str, ...], request: str = "", response: str = "") -> dict[str, Any]:
+    """A Lua filter of ``files`` whose functions ``request`` and ``response`` see each call."""
+    calls = [
+        f"function envoy_on_{side}(handle) {f}(handle) end"
+        for side, f in (("request", request), ("response", response))
+        if f
+    ]
+    code = "\n".join([*(f"{(FOLDER / file).read_text()}" for file in files), *calls])
+    return {
+        "name": name,
+        "typed_config": {"@type": f"{TYPE}.http.lua.v3.Lua", "default_source_code": {"inline_string": code}},
+    }
+
+
+def _http_checks() -> list[dict[str, Any]]:
+    return [_lua("checks", ("json.lua", "checks.lua"), "guard_http")]
+
+
+def _grpc_checks() -> list[dict[str, Any]]:
+    bridge = {
+        "@type": f"{TYPE}.http.grpc_http1_reverse_bridge.v3.FilterConfig",
+        "content_type": "application/x-protobuf",
+        "withhold_grpc_frames": True,
+    }
+    return [
+        _lua("checks", ("json.lua", "transcode.lua", "checks.lua"), "guard_grpc", "end_grpc"),
+        {"name": BRIDGE, "typed_config": bridge},
+        _lua("transcode", ("transcode.lua",), "to_http", "from_http"),
+    ]
+
+
+def _replies(options: DoorOptions, grpc: bool) -> dict[str, Any]:
+    """How the door words what it refuses itself: {"error": ...} over HTTP, the status message over gRPC."""
+    words = {
+        400: ("", "3"),  # the checks' own reasons
+        408: (f"request: not whole after {options.slow_client_s:g} s; send it faster", "4"),
+        413: (f"body: expected at most {options.max_body_bytes} bytes; send fewer rows or shorter histories", "8"),
+        503: ("server: not there just now, or more requests than it takes; try again", "14"),
+        504: (f"server: no answer in {options.timeout_s:g} s; try again", "14"),
+    }
+    mappers = []
+    for status, (text, code) in words.items():
+        equal = {"value": {"default_value": status, "runtime_key": f"vivace.{status}"}, "op": "EQ"}
+        mapper: dict[str, Any] = {"filter": {"status_code_filter": {"comparison": equal}}}
+        if text:
+            mapper["body"] = {"inline_string": text}
+        if grpc and text:
+            header = {"key": "grpc-status", "value": code}
+            mapper["headers_to_add"] = [{"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}]
+        mappers.append(mapper)
+    plain = {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}}
+    return {
+        "mappers": mappers,
+        "body_format": plain if grpc else {"json_format": {"error": "%LOCAL_REPLY_BODY%"}},
+    }
+
+
+def _listener(
+    name: str,
+    options: DoorOptions,
+    port: int,
+    routes: list[dict[str, Any]],
+    checks: list[dict[str, Any]],
+    http2: bool = False,
+) -> dict[str, Any]:
+    limit = {"@type": f"{TYPE}.http.buffer.v3.Buffer", "max_request_bytes": options.max_body_bytes}
+    router = {"@type": f"{TYPE}.http.router.v3.Router", "suppress_envoy_headers": True}
+    manager = {
+        "@type": HCM,
+        "stat_prefix": name,
+        "codec_type": "HTTP2" if http2 else "AUTO",
+        "route_config": {"name": name, "virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]},
+        "http_filters": [
+            {"name": "envoy.filters.http.buffer", "typed_config": limit},
+            *checks,
+            {"name": "envoy.filters.http.router", "typed_config": router},
+        ],
+        "generate_request_id": False,
+        "server_name": "vivace",
+        "normalize_path": True,
+        "merge_slashes": True,
+        "path_with_escaped_slashes_action": "UNESCAPE_AND_FORWARD",
+        "max_request_headers_kb": options.max_header_kib,
+        "request_headers_timeout": f"{options.slow_client_s:g}s",
+        "request_timeout": f"{options.slow_client_s:g}s",
+        "stream_idle_timeout": f"{options.timeout_s:g}s",
+        "common_http_protocol_options": {"idle_timeout": "900s", "max_headers_count": 64},
+        "http2_protocol_options": {
+            "max_concurrent_streams": 1024,
+            "initial_stream_window_size": 1 << 20,
+            "initial_connection_window_size": 4 << 20,
+        },
+        "local_reply_config": _replies(options, http2),
+    }
+    return {
+        "name": name,
+        "address": {"socket_address": {"address": options.host, "port_value": port}},
+        "enable_reuse_port": False,  # two doors on one port would share its callers
+        "per_connection_buffer_limit_bytes": options.max_body_bytes + (1 << 16),
+        "filter_chains": [
+            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+        ],
+    }
+
+
+def render(options: DoorOptions, sockets: Sockets) -> str:
+    """The bootstrap as JSON."""
+    metrics = [
+        {"match": {"path": "/metrics", "headers": _method("GET")}, "route": _to("triton_metrics", options)},
+        _nothing(),
+    ]
+    config = {
+        "admin": {"address": _pipe(sockets.admin)},
+        "static_resources": {
+            "listeners": [
+                _listener("http", options, options.http_port, _http_routes(options), _http_checks()),
+                _listener("grpc", options, options.grpc_port, _grpc_routes(options), _grpc_checks(), http2=True),
+                _listener("metrics", options, options.metrics_port, metrics, []),
+            ],
+            "clusters": [
+                _cluster("triton_http", sockets.http, options),
+                _cluster("triton_grpc", sockets.grpc, options, http2=True),
+                _cluster("triton_metrics", sockets.metrics, options),
+            ],
+        },
+        "overload_manager": {
+            "resource_monitors": [
+                {
+                    "name": "envoy.resource_monitors.global_downstream_max_connections",
+                    "typed_config": {
+                        "@type": f"{MONITORS}.downstream_connections.v3.DownstreamConnectionsConfig",
+                        "max_active_downstream_connections": options.max_connections,
+                    },
+                }
+            ]
+        },
+    }
+    return json.dumps(config, indent=1)

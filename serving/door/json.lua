@@ -1,0 +1,99 @@
+-- A small JSON reader: tables for objects and arrays, numbers, true and false, JSON's null as ``null``. Raises an error
+-- where the text is no JSON. For the short JSON head of a binary request, after its depth was checked.
+
+null = {}
+
+local ESCAPES = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
+
+local function skip(text, position) return string.find(text, "[^ \t\r\n]", position) or #text + 1 end
+
+local function read_string(text, position) -- position: behind the opening quote
+  local parts = {}
+  while true do
+    local stop = string.find(text, '["\\]', position)
+    if not stop then error("a text does not end") end
+    parts[#parts + 1] = string.sub(text, position, stop - 1)
+    if string.byte(text, stop) == 34 then return table.concat(parts), stop + 1 end
+    local escaped = string.sub(text, stop + 1, stop + 1)
+    if escaped == "u" then
+      local code = tonumber(string.sub(text, stop + 2, stop + 5), 16)
+      if not code then error("an escape is none") end
+      parts[#parts + 1] = code < 128 and string.char(code) or "?" -- names that matter are ASCII
+      position = stop + 6
+    else
+      parts[#parts + 1] = ESCAPES[escaped] or escaped
+      position = stop + 2
+    end
+  end
+end
+
+local read_value
+
+local function read_array(text, position)
+  local items = {}
+  position = skip(text, position)
+  if string.byte(text, position) == 93 then return items, position + 1 end
+  while true do
+    items[#items + 1], position = read_value(text, position)
+    position = skip(text, position)
+    local byte = string.byte(text, position)
+    if byte == 93 then return items, position + 1 end
+    if byte ~= 44 then error("expected , or ]") end
+    position = position + 1
+  end
+end
+
+local function read_object(text, position)
+  local object = {}
+  position = skip(text, position)
+  if string.byte(text, position) == 125 then return object, position + 1 end
+  while true do
+    position = skip(text, position)
+    if string.byte(text, position) ~= 34 then error("expected a name") end
+    local name
+    name, position = read_string(text, position + 1)
+    position = skip(text, position)
+    if string.byte(text, position) ~= 58 then error("expected :") end
+    if object[name] ~= nil then error("a name comes twice") end -- readers differ on which one counts
+    object[name], position = read_value(text, position + 1)
+    position = skip(text, position)
+    local byte = string.byte(text, position)
+    if byte == 125 then return object, position + 1 end
+    if byte ~= 44 then error("expected , or }") end
+    position = position + 1
+  end
+end
+
+local WORDS = { ["true"] = true, ["false"] = false, ["null"] = null }
+
+read_value = function(text, position)
+  position = skip(text, position)
+  local byte = string.byte(text, position)
+  if byte == 34 then return read_string(text, position + 1) end
+  if byte == 91 then return read_array(text, position + 1) end
+  if byte == 123 then return read_object(text, position + 1) end
+  local word = string.match(text, "^[%w.+-]+", position)
+  local value = word and WORDS[word]
+  if value == nil then value = tonumber(word or "") end
+  if value == nil then error("expected a value") end
+  return value, position + #word
+end
+
+-- What ``text`` says; nil where it is no JSON.
+function read_json(text)
+  local done, value, position = pcall(read_value, text, 1)
+  if not done or skip(text, position) <= #text then return nil end
+  return value
+end
+
+-- Whether text[first..last] is BYTES as Triton packs them: each with its length before it, the last one whole.
+function whole_strings(text, first, last)
+  local position = first
+  while position <= last do
+    local a, b, c, d = string.byte(text, position, position + 3)
+    if not d then return false end
+    position = position + 4 + a + b * 256 + c * 65536 + d * 16777216
+    if position > last + 1 then return false end
+  end
+  return true
+end

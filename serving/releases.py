@@ -1,0 +1,136 @@
+"""Whole versions of a model repository: each a folder of its own that is made once, checked by its checksums, and put
+in use by one exchange of a link.
+
+    artifacts/<name>/model_repository      a link to the version in use
+    artifacts/<name>/model_repository.3    version 3: every model's configuration and its folder ``3``, CHECKSUMS
+
+A server serves the folder that the link named when it started, whatever is published since: a worker that dies comes
+back as the version of its neighbours. A folder that a server holds is not removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+CHECKSUMS = "checksums.json"
+KEPT = 2  # versions on disk: the one in use and the one before; more only while servers hold them
+
+
+class DamagedError(ValueError):
+    """A version is not what was published."""
+
+
+def _number(release: Path) -> int:
+    return int(release.name.rpartition(".")[2])
+
+
+def releases(repository: Path) -> list[Path]:
+    """Folders of the versions there are, oldest first."""
+    pattern = re.compile(re.escape(repository.name) + r"\.\d+")
+    return sorted((p for p in repository.parent.glob(f"{repository.name}.*") if pattern.fullmatch(p.name)), key=_number)
+
+
+def next_version(repository: Path) -> int:
+    """The version that is published next."""
+    inner = [int(p.name) for p in repository.glob("*/*") if p.is_dir() and p.name.isdigit()]
+    return max([_number(p) for p in releases(repository)] + inner, default=0) + 1
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sealed(release: Path) -> Iterator[Path]:
+    """Files that the checksums are of: all but profiles that are added and dropped later (``vivace tune``)."""
+    for path in sorted(release.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS and "__pycache__" not in path.parts:
+            yield path
+
+
+def seal(release: Path) -> None:
+    """Writes the checksums of everything in ``release``."""
+    sums = {str(path.relative_to(release)): _digest(path) for path in _sealed(release)}
+    (release / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+
+
+def verify(release: Path) -> None:
+    """Raises DamagedError that names what is missing or changed since it was published, or a model whose version is not
+    that of the others. A repository that was not published as a version of its own has no checksums and is believed."""
+    numbers = {p.name for p in release.glob("*/*") if p.is_dir() and p.name.isdigit()}
+    file = release / CHECKSUMS
+    if not file.exists():
+        return
+    sums = json.loads(file.read_text())
+    missing = sorted(name for name in sums if not (release / name).exists())
+    changed = sorted(name for name in sums if name not in missing and _digest(release / name) != sums[name])
+    if missing or changed or len(numbers) != 1:
+        faults = [f"missing: {', '.join(missing[:5])}"] * bool(missing)
+        faults += [f"changed: {', '.join(changed[:5])}"] * bool(changed)
+        faults += [f"more than one version: {', '.join(sorted(numbers))}"] * (len(numbers) > 1)
+        raise DamagedError(
+            f"model repository {release}: not as it was published; {'; '.join(faults)}. Run 'vivace compile' again"
+        )
+
+
+def _adopt(repository: Path) -> None:
+    """A repository of before there were versions, a plain folder, becomes the version that it holds."""
+    if repository.is_symlink() or not repository.is_dir():
+        return
+    target = repository.with_name(f"{repository.name}.{max(next_version(repository) - 1, 1)}")
+    if target.exists():
+        shutil.rmtree(repository)
+    else:
+        repository.rename(target)
+
+
+@contextlib.contextmanager
+def held(release: Path) -> Iterator[None]:
+    """While a server serves ``release``: nobody removes it. The kernel lets go with the process, however it ends."""
+    with (release / ".held").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+
+
+def _free(release: Path) -> bool:
+    """Whether no server holds it."""
+    with (release / ".held").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def publishing(repository: Path) -> Iterator[tuple[Path, int]]:
+    """(folder to fill, its version): what is in it when the block ends is published whole; where the block fails,
+    nothing is. Old versions beyond KEPT go, those that a server holds stay."""
+    _adopt(repository)
+    version = next_version(repository)
+    partial = repository.with_name(f".{repository.name}.{version}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial, version
+        seal(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    release = repository.with_name(f"{repository.name}.{version}")
+    os.replace(partial, release)
+    link = repository.with_name(f".{repository.name}.link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(release.name)
+    os.replace(link, repository)
+    for old in releases(repository)[:-KEPT]:
+        if _free(old):
+            shutil.rmtree(old)

@@ -1,0 +1,138 @@
+"""A version is whole: published at once or not at all, refused where it is damaged, kept while a server holds it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from serving import releases
+from serving.releases import CHECKSUMS, DamagedError, held, next_version, publishing, verify
+
+MODELS = ("feature_transform", "recommend")
+
+
+def publish(repository: Path, content: str) -> int:
+    with publishing(repository) as (folder, version):
+        for model in MODELS:
+            (folder / model / str(version)).mkdir(parents=True)
+            (folder / model / "config.pbtxt").write_text(model)
+            (folder / model / str(version) / "model.onnx").write_text(content)
+    return version
+
+
+def served(repository: Path) -> tuple[int, str]:
+    """(version, content) of what the link names, which is as it was published."""
+    release = repository.resolve()
+    verify(release)
+    (version,) = {p.name for p in release.glob("*/*") if p.name.isdigit()}
+    (content,) = {(release / model / version / "model.onnx").read_text() for model in MODELS}
+    return int(version), content
+
+
+def test_each_version_is_a_folder_of_its_own_and_the_last_two_stay(tmp_path):
+    repository = tmp_path / "model_repository"
+    for n in range(1, 5):
+        assert publish(repository, f"graph {n}") == n
+        assert served(repository) == (n, f"graph {n}")
+    assert [p.name for p in releases.releases(repository)] == ["model_repository.3", "model_repository.4"]
+
+
+def test_what_a_server_holds_is_not_removed(tmp_path):
+    repository = tmp_path / "model_repository"
+    publish(repository, "one")
+    first = repository.resolve()
+    with held(first):
+        for n in range(3):
+            publish(repository, str(n))
+        verify(first)
+    publish(repository, "last")
+    assert not first.exists()
+
+
+STEPS = ["seal", "os.replace release", "symlink_to", "os.replace link"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_publish_that_is_cut_off_leaves_the_version_before(tmp_path, monkeypatch, step):
+    repository = tmp_path / "model_repository"
+    publish(repository, "one")
+    calls = []
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    replace = os.replace
+
+    def replace_cut(source, target):
+        calls.append(target)
+        if len(calls) == {"os.replace release": 1, "os.replace link": 2}.get(step, 0):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace_cut)
+        if step == "seal":
+            patched.setattr(releases, "seal", cut)
+        if step == "symlink_to":
+            patched.setattr(Path, "symlink_to", cut)
+        with pytest.raises(KeyboardInterrupt):
+            publish(repository, "two")
+    assert served(repository) == (1, "one")
+    version = publish(repository, "three")
+    assert version > 1 and served(repository) == (version, "three")
+
+
+def test_a_block_that_fails_publishes_nothing(tmp_path):
+    repository = tmp_path / "model_repository"
+    with pytest.raises(ValueError, match="of the block"), publishing(repository):
+        raise ValueError("of the block")
+    assert list(tmp_path.iterdir()) == []
+
+
+def flip(release: Path) -> None:
+    path = release / "recommend" / "1" / "model.onnx"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+def lose(release: Path) -> None:
+    (release / "recommend" / "config.pbtxt").unlink()
+
+
+def mix(release: Path) -> None:
+    shutil.copytree(release / "recommend" / "1", release / "recommend" / "2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip, "changed: recommend/1/model.onnx"),
+        (lose, "missing: recommend/config.pbtxt"),
+        (mix, "more than one version"),
+    ],
+)
+def test_damage_is_refused_and_named(tmp_path, damage, said):
+    repository = tmp_path / "model_repository"
+    publish(repository, "one")
+    damage(repository.resolve())
+    with pytest.raises(DamagedError, match=f"{said}.*vivace compile"):
+        verify(repository.resolve())
+
+
+def test_profiles_that_are_added_later_are_no_damage(tmp_path):
+    repository = tmp_path / "model_repository"
+    publish(repository, "one")
+    (repository / "recommend" / "configs").mkdir()
+    (repository / "recommend" / "configs" / "tuned.pbtxt").write_text("tuned")
+    verify(repository.resolve())
+
+
+def test_a_plain_folder_of_before_becomes_the_version_it_holds(tmp_path):
+    repository = tmp_path / "model_repository"
+    (repository / "recommend" / "7").mkdir(parents=True)
+    assert next_version(repository) == 8
+    assert publish(repository, "eight") == 8
+    assert (tmp_path / "model_repository.7" / "recommend" / "7").is_dir() and repository.is_symlink()
+    assert not (tmp_path / "model_repository.7" / CHECKSUMS).exists()
