@@ -113,8 +113,8 @@ class TestRefused:
             ({"QUERY": ("BYTES", np.array([[b"ok\xc3"]], object))}, "QUERY: expected UTF-8"),
             ({"HISTORY": ("BYTES", np.array([[b"fine", b"\xf0\x28"]], object))}, r"HISTORY\[1\]: expected UTF-8"),
             ({"HISTORY": ("INT64", np.array([[1, 2]], np.int64))}, "HISTORY"),
-            ({"USER_ID": ("BYTES", np.array([[b"u" * 10_000_000]], object))}, "USER_ID: expected at most 1024 bytes"),
-            ({"QUERY": ("BYTES", np.array([[b"q" * 10_000_000]], object))}, "QUERY: expected at most 4096 bytes"),
+            ({"USER_ID": ("BYTES", np.array([[b"u" * 5_000_000]], object))}, "USER_ID: expected at most 1024 bytes"),
+            ({"QUERY": ("BYTES", np.array([[b"q" * 5_000_000]], object))}, "QUERY: expected at most 4096 bytes"),
             ({"HISTORY": ("BYTES", np.full((1, 100_001), b"x", object))}, "HISTORY: expected at most 100000 events"),
         ],
     )

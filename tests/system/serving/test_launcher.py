@@ -16,6 +16,7 @@ import pytest
 
 from preprocessing.requests import recorded
 from serving.launcher import SHM, ServerError, ServerOptions, TritonServer, free_port
+from serving.releases import seal
 from serving.service import service
 from tests.support import PATIENCE_S, on_free_ports, wait_until, waited_too_long
 from vivace import contract
@@ -98,14 +99,16 @@ def test_shutdown_leaves_nothing(root):
 
 
 def test_the_server_binds_to_loopback_only(served):
+    """The guard listens there; Triton and its workers listen on no address at all."""
     server, _ = served
-    process = psutil.Process(server.pid)
-    addresses = {
-        conn.laddr.ip.removeprefix("::ffff:")
-        for conn in process.net_connections("inet")
-        if conn.status == psutil.CONN_LISTEN
-    }
-    assert addresses == {"127.0.0.1"}
+
+    def listens(pid: int) -> set[str]:
+        connections = psutil.Process(pid).net_connections("inet")
+        return {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
+
+    assert listens(server.door.pid) == {"127.0.0.1"}
+    workers = [child.pid for child in psutil.Process(server.pid).children(recursive=True)]
+    assert not any(listens(pid) for pid in (server.pid, *workers))
 
 
 def test_an_empty_repository_or_a_taken_port_is_named(root, tmp_path, served):
@@ -125,6 +128,7 @@ def test_a_model_that_does_not_fit_its_config_is_refused(root, tmp_path):
     shutil.copytree(root / "feature_store", tmp_path / "feature_store")
     config = broken / "retrieval" / "config.pbtxt"
     config.write_text(config.read_text().replace("CANDIDATE_SCORES", "CANDIDATE_POINTS"))
+    seal(broken)  # else it would be refused as damaged
     with pytest.raises(ServerError, match="CANDIDATE_POINTS"), TritonServer(_options(tmp_path)):
         pass
 
