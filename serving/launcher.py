@@ -8,7 +8,6 @@ it stops; its shared-memory segments carry a prefix of their own, so that whatev
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import ipaddress
 import os
 import secrets
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import tritonclient.grpc as grpcclient
 from tritonclient.grpc import InferenceServerClientPlugin, Request
 
@@ -36,6 +36,7 @@ from serving.door.process import Door, ready_over
 from serving.process import become_server, server_environment
 from serving.releases import held, verify
 from serving.repository import check_profile, models
+from serving.wheel import ServerError, backend_folder, wheel_folder
 
 SHM = Path("/dev/shm")
 # what only the launcher may ask: otherwise anyone who reaches the port loads code into the server or takes models away
@@ -69,18 +70,6 @@ class ServerOptions:
     restricted: bool = False
 
 
-class ServerError(RuntimeError):
-    """Triton did not start or stopped by itself; the message ends with the last lines of its log."""
-
-
-def wheel_folder() -> Path:
-    """Where pip put ``pytriton``; raises ServerError if it is not installed."""
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
-        raise ServerError("tritonserver: the package nvidia-pytriton is not installed; run 'make setup'")
-    return Path(spec.origin).parent
-
-
 def free_port(host: str) -> int:
     with socket.socket() as s:
         s.bind((host, 0))
@@ -95,27 +84,6 @@ def port_in_use(host: str, port: int) -> bool:
         except OSError:
             return True
     return False
-
-
-def backend_folder(root: Path) -> Path:
-    """``root/backends``: Triton's Python backend with the stub of this Python, and ours by name."""
-    wheel = wheel_folder() / "tritonserver"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.exists():
-        versions = sorted(p.name for p in (wheel / "python_backend_stubs").iterdir())
-        raise ServerError(f"tritonserver: no Python backend stub for Python {version}; the wheel has {versions}")
-    python = root / "backends" / "python"
-    python.mkdir(parents=True)
-    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
-        shutil.copy(wheel / "backends" / "python" / name, python / name)
-    shutil.copy(stub, python / stub.name)
-    (python / stub.name).chmod(0o755)
-    for backend in sorted((Path(__file__).parent / "triton" / "backends").glob("*/model.py")):
-        folder = root / "backends" / backend.parent.name
-        folder.mkdir()
-        shutil.copy(backend, folder / "model.py")
-    return root / "backends"
 
 
 class _WithKey(InferenceServerClientPlugin):
@@ -281,10 +249,22 @@ class TritonServer:
         while not self.ready():
             if self._process.poll() is not None:
                 raise ServerError(f"tritonserver {self.end()} while starting\n{self.log_tail()}")
+            if self._lost_worker():
+                raise ServerError(
+                    f"tritonserver: a worker died while starting, which it would wait for\n{self.log_tail()}"
+                )
             if time.monotonic() > deadline:
                 raise ServerError(f"tritonserver was not ready after {wait_s:.0f} s\n{self.log_tail()}")
             time.sleep(0.05)
         self.close_segments()
+
+    def _lost_worker(self) -> bool:
+        """Whether a process that the server started has died: while it starts, it waits for that for ever."""
+        try:
+            children = psutil.Process(self.pid).children(recursive=True)
+            return any(child.status() == psutil.STATUS_ZOMBIE for child in children)
+        except psutil.NoSuchProcess:
+            return False
 
     def close_segments(self) -> None:
         """Shared memory of the workers, which holds what users send, becomes the owner's alone: Triton's library makes
@@ -301,7 +281,11 @@ class TritonServer:
         if self.sockets is not None:
             for socket_file in (self.sockets.http, self.sockets.grpc, self.sockets.metrics):
                 socket_file.unlink(missing_ok=True)
-        self._launch()
+        try:
+            self._launch()
+        except ServerError:
+            self._end_process()  # one that hangs is no server
+            raise
         return time.monotonic() - started
 
     def end(self) -> str:
