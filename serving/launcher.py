@@ -42,6 +42,7 @@ SHM = Path("/dev/shm")
 # what only the launcher may ask: otherwise anyone who reaches the port loads code into the server or takes models away
 RESTRICTED = "model-repository,shared-memory,model-config,logging,trace,statistics"
 KEY_HEADER = "vivace-key"
+UNNOTICED_S = 2.0  # a starting server that has not noticed for so long that a worker ended waits for it for ever
 
 
 @dataclass(frozen=True)
@@ -246,10 +247,12 @@ class TritonServer:
             )
         wait_s = self.options.start_timeout_s
         deadline = time.monotonic() + wait_s
+        dead: dict[int, float] = {}  # and since when
         while not self.ready():
             if self._process.poll() is not None:
                 raise ServerError(f"tritonserver {self.end()} while starting\n{self.log_tail()}")
-            if self._lost_worker():
+            dead = {pid: dead.get(pid, time.monotonic()) for pid in self._dead_workers()}
+            if any(time.monotonic() - since > UNNOTICED_S for since in dead.values()):
                 raise ServerError(
                     f"tritonserver: a worker died while starting, which it would wait for\n{self.log_tail()}"
                 )
@@ -258,13 +261,13 @@ class TritonServer:
             time.sleep(0.05)
         self.close_segments()
 
-    def _lost_worker(self) -> bool:
-        """Whether a process that the server started has died: while it starts, it waits for that for ever."""
+    def _dead_workers(self) -> set[int]:
+        """Processes that the server started, that have ended, and whose end it has not noticed."""
         try:
             children = psutil.Process(self.pid).children(recursive=True)
-            return any(child.status() == psutil.STATUS_ZOMBIE for child in children)
+            return {child.pid for child in children if child.status() == psutil.STATUS_ZOMBIE}
         except psutil.NoSuchProcess:
-            return False
+            return set()
 
     def close_segments(self) -> None:
         """Shared memory of the workers, which holds what users send, becomes the owner's alone: Triton's library makes
