@@ -11,6 +11,7 @@ copy of the run. The last line of stdout is one JSON object.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -103,7 +104,8 @@ def kill_one(rng: random.Random, server: TritonServer, watchdog: Watchdog) -> st
         pid = rng.choice(workers)
     elif kind == "worker":
         kind = "tritonserver"
-    os.kill(pid, rng.choice(SIGNALS))
+    with contextlib.suppress(ProcessLookupError):  # it was about to end by itself
+        os.kill(pid, rng.choice(SIGNALS))
     return kind
 
 

@@ -232,8 +232,8 @@ class TritonServer:
             self.door = Door(DoorOptions(host=self.host, **ports), self.sockets)
             self.door.start()
 
-    def _launch(self) -> None:
-        """One tritonserver, until it is ready."""
+    def _launch(self, again: bool = False) -> None:
+        """One tritonserver, until it is ready. ``again``: in the place of one that was."""
         assert self._root is not None and self.log is not None
         with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             self._process = subprocess.Popen(
@@ -252,7 +252,7 @@ class TritonServer:
             if self._process.poll() is not None:
                 raise ServerError(f"tritonserver {self.end()} while starting\n{self.log_tail()}")
             dead = {pid: dead.get(pid, time.monotonic()) for pid in self._dead_workers()}
-            if any(time.monotonic() - since > UNNOTICED_S for since in dead.values()):
+            if again and any(time.monotonic() - since > UNNOTICED_S for since in dead.values()):
                 raise ServerError(
                     f"tritonserver: a worker died while starting, which it would wait for\n{self.log_tail()}"
                 )
@@ -285,7 +285,7 @@ class TritonServer:
             for socket_file in (self.sockets.http, self.sockets.grpc, self.sockets.metrics):
                 socket_file.unlink(missing_ok=True)
         try:
-            self._launch()
+            self._launch(again=True)
         except ServerError:
             self._end_process()  # one that hangs is no server
             raise
