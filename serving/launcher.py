@@ -8,7 +8,6 @@ it stops; its shared-memory segments carry a prefix of their own, so that whatev
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import ipaddress
 import os
 import secrets
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import tritonclient.grpc as grpcclient
 from tritonclient.grpc import InferenceServerClientPlugin, Request
 
@@ -36,11 +36,13 @@ from serving.door.process import Door, ready_over
 from serving.process import become_server, server_environment
 from serving.releases import held, verify
 from serving.repository import check_profile, models
+from serving.wheel import ServerError, backend_folder, wheel_folder
 
 SHM = Path("/dev/shm")
 # what only the launcher may ask: otherwise anyone who reaches the port loads code into the server or takes models away
 RESTRICTED = "model-repository,shared-memory,model-config,logging,trace,statistics"
 KEY_HEADER = "vivace-key"
+UNNOTICED_S = 2.0  # a starting server that has not noticed for so long that a worker ended waits for it for ever
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,6 @@ class ServerOptions:
     restricted: bool = False
 
 
-class ServerError(RuntimeError):
-    """Triton did not start or stopped by itself; the message ends with the last lines of its log."""
-
-
-def wheel_folder() -> Path:
-    """Where pip put ``pytriton``; raises ServerError if it is not installed."""
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
-        raise ServerError("tritonserver: the package nvidia-pytriton is not installed; run 'make setup'")
-    return Path(spec.origin).parent
-
-
 def free_port(host: str) -> int:
     with socket.socket() as s:
         s.bind((host, 0))
@@ -95,27 +85,6 @@ def port_in_use(host: str, port: int) -> bool:
         except OSError:
             return True
     return False
-
-
-def backend_folder(root: Path) -> Path:
-    """``root/backends``: Triton's Python backend with the stub of this Python, and ours by name."""
-    wheel = wheel_folder() / "tritonserver"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = wheel / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.exists():
-        versions = sorted(p.name for p in (wheel / "python_backend_stubs").iterdir())
-        raise ServerError(f"tritonserver: no Python backend stub for Python {version}; the wheel has {versions}")
-    python = root / "backends" / "python"
-    python.mkdir(parents=True)
-    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
-        shutil.copy(wheel / "backends" / "python" / name, python / name)
-    shutil.copy(stub, python / stub.name)
-    (python / stub.name).chmod(0o755)
-    for backend in sorted((Path(__file__).parent / "triton" / "backends").glob("*/model.py")):
-        folder = root / "backends" / backend.parent.name
-        folder.mkdir()
-        shutil.copy(backend, folder / "model.py")
-    return root / "backends"
 
 
 class _WithKey(InferenceServerClientPlugin):
@@ -263,8 +232,8 @@ class TritonServer:
             self.door = Door(DoorOptions(host=self.host, **ports), self.sockets)
             self.door.start()
 
-    def _launch(self) -> None:
-        """One tritonserver, until it is ready."""
+    def _launch(self, again: bool = False) -> None:
+        """One tritonserver, until it is ready. ``again``: in the place of one that was."""
         assert self._root is not None and self.log is not None
         with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             self._process = subprocess.Popen(
@@ -278,13 +247,27 @@ class TritonServer:
             )
         wait_s = self.options.start_timeout_s
         deadline = time.monotonic() + wait_s
+        dead: dict[int, float] = {}  # and since when
         while not self.ready():
             if self._process.poll() is not None:
                 raise ServerError(f"tritonserver {self.end()} while starting\n{self.log_tail()}")
+            dead = {pid: dead.get(pid, time.monotonic()) for pid in self._dead_workers()}
+            if again and any(time.monotonic() - since > UNNOTICED_S for since in dead.values()):
+                raise ServerError(
+                    f"tritonserver: a worker died while starting, which it would wait for\n{self.log_tail()}"
+                )
             if time.monotonic() > deadline:
                 raise ServerError(f"tritonserver was not ready after {wait_s:.0f} s\n{self.log_tail()}")
             time.sleep(0.05)
         self.close_segments()
+
+    def _dead_workers(self) -> set[int]:
+        """Processes that the server started, that have ended, and whose end it has not noticed."""
+        try:
+            children = psutil.Process(self.pid).children(recursive=True)
+            return {child.pid for child in children if child.status() == psutil.STATUS_ZOMBIE}
+        except psutil.NoSuchProcess:
+            return set()
 
     def close_segments(self) -> None:
         """Shared memory of the workers, which holds what users send, becomes the owner's alone: Triton's library makes
@@ -301,7 +284,11 @@ class TritonServer:
         if self.sockets is not None:
             for socket_file in (self.sockets.http, self.sockets.grpc, self.sockets.metrics):
                 socket_file.unlink(missing_ok=True)
-        self._launch()
+        try:
+            self._launch(again=True)
+        except ServerError:
+            self._end_process()  # one that hangs is no server
+            raise
         return time.monotonic() - started
 
     def end(self) -> str:

@@ -22,8 +22,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-from serving.launcher import ServerError, TritonServer
+from serving.launcher import TritonServer
 from serving.repository import ALL_MODELS
+from serving.wheel import ServerError
 from vivace import contract
 
 log = logging.getLogger("vivace.serve")
@@ -31,7 +32,7 @@ log = logging.getLogger("vivace.serve")
 STUB = "triton_python_backend_stub"
 LOOK_S = 0.05  # how often the server's own process is looked at
 BACK_OFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a server that ends again and again is started again
-STEADY_S = 60.0  # a server that ran so long starts again at once
+STEADY_S = 1.0  # a server that was ready for so long starts again at once
 SETTLED_S = 2.0  # a worker maps its segment within milliseconds of its making
 
 
@@ -182,7 +183,7 @@ class Watchdog:
         self._retired.update({pid: started for pid, served in self.workers().items() if served == model})
         self.metrics.healthy.labels(model).set(0)
         self._say(f"{model}: its worker died; reloading it")
-        while not self._stop.is_set():
+        while not self._stop.is_set() and self.server.running():
             try:
                 self._client.unload_model(model, unload_dependents=False)
                 self._client.load_model(model)

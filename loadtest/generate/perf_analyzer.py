@@ -12,7 +12,8 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from serving.launcher import wheel_folder
+from serving.wheel import wheel_folder
+
 from vivace import contract
 from vivace.manifest import CHECKOUT
 

@@ -27,7 +27,7 @@ def _version(package: str) -> str:
 
 
 def _triton() -> tuple[bool, str]:
-    from serving.launcher import ServerError, wheel_folder
+    from serving.wheel import ServerError, wheel_folder
 
     try:
         binary = wheel_folder() / "tritonserver" / "bin" / "tritonserver"

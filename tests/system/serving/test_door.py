@@ -18,10 +18,11 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
+from serving.wheel import ServerError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from serving.launcher import SHM, ServerError, ServerOptions, TritonServer
+from serving.launcher import SHM, ServerOptions, TritonServer
 from tests.support import PATIENCE_S, PatientClient, wait_until, waited_too_long
 from vivace.client import inputs_of, request_tensors
 from vivace.store.lmdb_store import LmdbStore

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from serving.wheel import ServerError
 
 from preprocessing.requests import recorded
-from serving.launcher import SHM, ServerError, ServerOptions, TritonServer, free_port
+from serving.launcher import SHM, ServerOptions, TritonServer, free_port
 from serving.releases import seal
 from serving.service import service
 from tests.support import PATIENCE_S, on_free_ports, wait_until, waited_too_long
