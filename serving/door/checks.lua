@@ -4,6 +4,9 @@
 
 local PUBLIC = { recommend = true, append_event = true }
 local MAX_DEPTH = 64
+local MAX_BRACKETS = 200000 -- what a pass that tells strings from brackets is worth
+local MAX_HEAD = 65536 -- bytes of the JSON head of a binary request
+local MAX_READ = 4096 -- bytes of a gRPC call that only reads
 local CUT = "a BYTES input is cut short: expected each text whole, behind its length of four bytes"
 
 -- The reason becomes the body's "error" over HTTP and the status message over gRPC (``local_reply_config``).
@@ -18,6 +21,7 @@ end
 local function too_deep(text)
   local _, brackets = string.gsub(text, "[%[{]", "")
   if brackets <= MAX_DEPTH then return false end
+  if brackets > MAX_BRACKETS then return true end
   local depth, position, length = 0, 1, #text
   while position <= length do
     local start = string.find(text, '["%[%]{}]', position)
@@ -73,7 +77,11 @@ local function check_http(handle)
   if encoding and encoding ~= "identity" then
     return refuse(handle, "415", "body: expected no Content-Encoding, got a compressed one; send it plain")
   end
-  local json = tonumber(headers:get("inference-header-content-length") or "")
+  local head = headers:get("inference-header-content-length")
+  if head and (headers:getNumValues("inference-header-content-length") ~= 1 or not string.match(head, "^%d+$")) then
+    return refuse(handle, "400", "Inference-Header-Content-Length: expected one number of bytes; send it once")
+  end
+  local json = head and tonumber(head)
   local body = handle:body() -- from here on ``headers`` is gone: Envoy allows no object across a wait
   if not body then return end
   local length = body:length()
@@ -85,21 +93,39 @@ local function check_http(handle)
   if classifies(text) then
     return refuse(handle, "400", "outputs: the parameter classification is not supported; leave it out")
   end
+  if json and #text > MAX_HEAD then
+    return refuse(handle, "400", "body: expected a JSON head of at most " .. MAX_HEAD .. " bytes")
+  end
   if json then
     local fault = binary_fault(text, whole, #text + 1)
     if fault then return refuse(handle, "400", "body: " .. fault) end
   end
 end
 
+local READS_OF_A_MODEL = {
+  ["/inference.GRPCInferenceService/ModelReady"] = true, ["/inference.GRPCInferenceService/ModelMetadata"] = true,
+  ["/inference.GRPCInferenceService/ModelConfig"] = true,
+}
+
 local function check_grpc(handle)
-  handle:headers():remove("x-vivace-model")
-  if handle:headers():get(":path") ~= "/inference.GRPCInferenceService/ModelInfer" then return end
+  local headers = handle:headers()
+  headers:remove("x-vivace-model")
+  local path, encoding = headers:get(":path"), headers:get("grpc-encoding")
+  if encoding and encoding ~= "identity" then
+    return refuse(handle, "400", "message: expected it uncompressed; turn the compression of the channel off", "12")
+  end
   local body = handle:body()
   if not body then return refuse(handle, "400", "expected a message, got none", "3") end
+  local infers = path == "/inference.GRPCInferenceService/ModelInfer"
+  if not infers and body:length() > MAX_READ then return refuse(handle, "400", "message: longer than any such call", "3") end
   local text = body:getBytes(0, body:length())
   if string.byte(text, 1) ~= 0 then
     return refuse(handle, "400", "message: expected it uncompressed; turn the compression of the channel off", "12")
   end
+  if READS_OF_A_MODEL[path] and not PUBLIC[read_name(text, 6)] then
+    return refuse(handle, "400", "model: expected recommend or append_event; no other model is shown", "5")
+  end
+  if not infers then return end
   local request, reason = read_infer(text, 6)
   if not request then return refuse(handle, "400", reason, "3") end
   if not PUBLIC[request.model] then

@@ -33,14 +33,16 @@ class DoorOptions:
     http_port: int
     grpc_port: int
     metrics_port: int
-    threads: int = 1
+    threads: int = 2
     """Workers of Envoy; each adds a copy of its buffers."""
     max_body_bytes: int = 8 << 20
     """Longest request body; a longer one is answered 413."""
-    max_header_kib: int = 16
-    """All headers of a request together."""
+    max_header_kib: int = 7
+    """All headers of a request together; Triton drops the connection at 8."""
     max_connections: int = 4096
-    """Open connections of all clients together."""
+    """Open connections of all clients of one port."""
+    idle_s: float = 60.0
+    """A connection without a request is closed after so long."""
     max_requests: int = 4096
     """Requests at Triton and waiting for it; more are answered 503 at once."""
     slow_client_s: float = 15.0
@@ -201,7 +203,7 @@ def _grpc_checks() -> list[dict[str, Any]]:
     return [
         _lua("checks", ("json.lua", "transcode.lua", "checks.lua"), "guard_grpc", "end_grpc"),
         {"name": BRIDGE, "typed_config": bridge},
-        _lua("transcode", ("transcode.lua",), "to_http", "from_http"),
+        _lua("transcode", ("json.lua", "transcode.lua"), "to_http", "from_http"),
     ]
 
 
@@ -260,7 +262,7 @@ def _listener(
         "request_headers_timeout": f"{options.slow_client_s:g}s",
         "request_timeout": f"{options.slow_client_s:g}s",
         "stream_idle_timeout": f"{options.timeout_s:g}s",
-        "common_http_protocol_options": {"idle_timeout": "900s", "max_headers_count": 64},
+        "common_http_protocol_options": {"idle_timeout": f"{options.idle_s:g}s", "max_headers_count": 64},
         "http2_protocol_options": {
             "max_concurrent_streams": 1024,
             "initial_stream_window_size": 1 << 20,
@@ -268,13 +270,23 @@ def _listener(
         },
         "local_reply_config": _replies(options, http2),
     }
+    most = {
+        "@type": f"{TYPE}.network.connection_limit.v3.ConnectionLimit",
+        "stat_prefix": name,
+        "max_connections": options.max_connections,
+    }
     return {
         "name": name,
         "address": {"socket_address": {"address": options.host, "port_value": port}},
         "enable_reuse_port": False,  # two doors on one port would share its callers
         "per_connection_buffer_limit_bytes": options.max_body_bytes + (1 << 16),
         "filter_chains": [
-            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+            {
+                "filters": [
+                    {"name": "envoy.filters.network.connection_limit", "typed_config": most},
+                    {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager},
+                ]
+            }
         ],
     }
 
@@ -305,7 +317,7 @@ def render(options: DoorOptions, sockets: Sockets) -> str:
                     "name": "envoy.resource_monitors.global_downstream_max_connections",
                     "typed_config": {
                         "@type": f"{MONITORS}.downstream_connections.v3.DownstreamConnectionsConfig",
-                        "max_active_downstream_connections": options.max_connections,
+                        "max_active_downstream_connections": 3 * options.max_connections,
                     },
                 }
             ]

@@ -2,6 +2,7 @@
 -- where the text is no JSON. For the short JSON head of a binary request, after its depth was checked.
 
 null = {}
+MAX_TEXTS = 500000 -- of one input
 
 local ESCAPES = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
 
@@ -25,6 +26,13 @@ local function read_string(text, position) -- position: behind the opening quote
       position = stop + 2
     end
   end
+end
+
+-- The text of a JSON string whose opening quote is at ``position``; nil where there is none.
+function read_json_string(text, position)
+  if string.byte(text, position) ~= 34 then return nil end
+  local done, value = pcall(read_string, text, position + 1)
+  return done and value or nil
 end
 
 local read_value
@@ -88,8 +96,10 @@ end
 
 -- Whether text[first..last] is BYTES as Triton packs them: each with its length before it, the last one whole.
 function whole_strings(text, first, last)
-  local position = first
+  local position, count = first, 0
   while position <= last do
+    count = count + 1
+    if count > MAX_TEXTS then return false end
     local a, b, c, d = string.byte(text, position, position + 3)
     if not d then return false end
     position = position + 4 + a + b * 256 + c * 65536 + d * 16777216

@@ -4,6 +4,9 @@
 -- back on; the status that belongs into the trailers goes through the stream's metadata.
 
 local SPACE = "vivace"
+local MAX_PARTS = 32 -- inputs, outputs or parameters of a request
+local MAX_AXES = 8
+local MAX_VALUES = 500000 -- of an input that is sent as protobuf's own fields
 
 -- -- protobuf ------------------------------------------------------------------------------------------------------
 -- (value, next position) of a varint; nil where it does not end. Exact up to 2^53.
@@ -21,7 +24,7 @@ local function varint(text, position)
 end
 
 -- Calls each(field, first, last) for every length-delimited field and each(field, nil, nil, value, first, last) for
--- every other one of the message text[first..last]; false if malformed.
+-- every other one of the message text[first..last]; false if malformed, or once ``each`` says false.
 local function fields(text, first, last, each)
   local position = first
   while position <= last do
@@ -31,17 +34,17 @@ local function fields(text, first, last, each)
     if kind == 2 then
       local size, start = varint(text, after)
       if not size or start + size - 1 > last then return false end
-      each(field, start, start + size - 1)
+      if each(field, start, start + size - 1) == false then return false end
       position = start + size
     elseif kind == 0 then
       local value, following = varint(text, after)
       if not following then return false end
-      each(field, nil, nil, value, after, following - 1)
+      if each(field, nil, nil, value, after, following - 1) == false then return false end
       position = following
     elseif kind == 1 or kind == 5 then
       local size = kind == 1 and 8 or 4
       if after + size - 1 > last then return false end
-      each(field, nil, nil, nil, after, after + size - 1)
+      if each(field, nil, nil, nil, after, after + size - 1) == false then return false end
       position = after + size
     else
       return false
@@ -76,7 +79,7 @@ local function packed(text, first, last, size, out)
   local position = first
   while position <= last do
     local _, following = varint(text, position)
-    if not following then return end
+    if not following or #out >= MAX_VALUES then return false end
     out[#out + 1] = little_endian(text, position, following - 1, size)
     position = following
   end
@@ -88,11 +91,12 @@ local SIZE_OF = { [1] = 1, [2] = 4, [3] = 8, [4] = 4, [5] = 8 } -- fields of Inf
 local function raw_contents(text, first, last)
   local out = {}
   local whole = fields(text, first, last, function(field, start, stop, value, from, to)
+    if #out >= MAX_VALUES then return false end
     if field == 8 and start then
       out[#out + 1] = uint32(stop - start + 1)
       out[#out + 1] = string.sub(text, start, stop)
     elseif SIZE_OF[field] then
-      if start then packed(text, start, stop, SIZE_OF[field], out)
+      if start then return packed(text, start, stop, SIZE_OF[field], out)
       else out[#out + 1] = little_endian(text, from, to, SIZE_OF[field]) end
     elseif field == 6 or field == 7 then
       out[#out + 1] = string.sub(text, start or from, stop or to)
@@ -106,19 +110,23 @@ local function quoted(text)
   return '"' .. string.gsub(text, '[%c"\\]', function(c) return string.format("\\u%04x", string.byte(c)) end) .. '"'
 end
 
-local ESCAPED = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
-
-local function utf8(code)
-  if code < 128 then return string.char(code) end
-  if code < 2048 then return string.char(192 + math.floor(code / 64), 128 + code % 64) end
-  return string.char(224 + math.floor(code / 4096), 128 + math.floor(code / 64) % 64, 128 + code % 64)
+-- A protobuf int64 text[first..last] as decimal digits, exact between -2^53 and 2^53; nil beyond.
+local function integer(text, first, last)
+  local bytes = { string.byte(little_endian(text, first, last, 8), 1, 8) }
+  local negative, value = bytes[8] >= 128, 0
+  for place = 8, 1, -1 do value = value * 256 + (negative and 255 - bytes[place] or bytes[place]) end
+  if negative then value = -value - 1 end
+  return math.abs(value) < 2 ^ 53 and string.format("%.0f", value) or nil
 end
 
-local function unquoted(text)
-  text = string.gsub(text, "\\u(%x%x%x%x)", function(hex) return "\\u" .. utf8(tonumber(hex, 16)) .. "\1" end)
-  return (string.gsub(text, "\\(u?)([^\1]-)(\1?)", function(unicode, inner, stop)
-    if unicode == "u" and stop == "\1" then return inner end
-  end):gsub("\\(.)", function(c) return ESCAPED[c] or c end))
+-- A double of eight bytes at ``first`` as JSON; nil for infinity and NaN.
+local function double(text, first)
+  local b = { string.byte(text, first, first + 7) }
+  local exponent, fraction = (b[8] % 128) * 16 + math.floor(b[7] / 16), b[7] % 16
+  for place = 6, 1, -1 do fraction = fraction * 256 + b[place] end
+  if exponent == 2047 then return nil end
+  local value = exponent == 0 and fraction * 2 ^ -1074 or (1 + fraction * 2 ^ -52) * 2 ^ (exponent - 1023)
+  return string.format("%.17g", b[8] >= 128 and -value or value)
 end
 
 -- -- the request ---------------------------------------------------------------------------------------------------
@@ -129,14 +137,23 @@ local function parameter(text, first, last)
     if field == 2 and start then
       fields(text, start, stop, function(kind, from, to, number, low, high)
         if kind == 1 then value = number ~= 0 and "true" or "false"
-        elseif kind == 2 or kind == 5 then
-          if number and number < 2 ^ 53 then value = string.format("%.0f", number) end
+        elseif (kind == 2 or kind == 5) and number then value = integer(text, low, high)
+        elseif kind == 4 and low then value = double(text, low)
         elseif kind == 3 and from then value = quoted(string.sub(text, from, to)) end
       end)
       if value == nil and stop < start then value = '""' end
     end
   end)
   return key, value
+end
+
+-- Field 1 of a message from position ``first``: the name that a read asks for.
+function read_name(text, first)
+  local name = ""
+  fields(text, first, #text, function(field, start, stop)
+    if field == 1 and start then name = string.sub(text, start, stop) end
+  end)
+  return name
 end
 
 -- A ModelInferRequest from position ``first``: {model, version, id, parameters, inputs, outputs, raw}, or nil and why not.
@@ -150,8 +167,13 @@ function read_infer(text, first)
     elseif field == 3 then request.id = string.sub(text, start, stop)
     elseif field == 4 then
       local key, value = parameter(text, start, stop)
-      if key and value then request.parameters[#request.parameters + 1] = quoted(key) .. ":" .. value end
+      if not key or not value or #request.parameters >= MAX_PARTS then
+        reason = "parameters: expected at most " .. MAX_PARTS .. ", each a text, a truth or a number"
+        return false
+      end
+      request.parameters[#request.parameters + 1] = quoted(key) .. ":" .. value
     elseif field == 5 then
+      if #request.inputs >= MAX_PARTS then reason = "inputs: too many"; return false end
       local input = { name = "", datatype = "", shape = {} }
       local good = fields(text, start, stop, function(inner, from, to, number)
         if inner == 1 and from then input.name = string.sub(text, from, to)
@@ -160,27 +182,39 @@ function read_infer(text, first)
           local position = from
           while position <= to do
             local size, following = varint(text, position)
-            if not size then return end
+            if not size or #input.shape >= MAX_AXES then return false end
             input.shape[#input.shape + 1] = string.format("%.0f", size)
             position = following
           end
-        elseif inner == 3 then input.shape[#input.shape + 1] = string.format("%.0f", number)
+        elseif inner == 3 and number then
+          if #input.shape >= MAX_AXES then return false end
+          input.shape[#input.shape + 1] = string.format("%.0f", number)
         elseif inner == 4 then reason = "inputs: parameters such as shared memory are not supported; send the values"
-        elseif inner == 5 and from then input.contents = raw_contents(text, from, to) end
+        elseif inner == 5 and from then
+          input.contents = raw_contents(text, from, to)
+          if not input.contents then return false end
+        end
       end)
-      if not good then reason = "inputs: not an InferInputTensor" end
+      if not good then reason = reason or "inputs: not an InferInputTensor, or one of too many axes or values"; return false end
       request.inputs[#request.inputs + 1] = input
     elseif field == 6 then
+      if #request.outputs >= MAX_PARTS then reason = "outputs: too many"; return false end
       local output = ""
       fields(text, start, stop, function(inner, from, to)
         if inner == 1 and from then output = string.sub(text, from, to)
         elseif inner == 2 then reason = "outputs: parameters such as classification are not supported; leave them out" end
       end)
       request.outputs[#request.outputs + 1] = output
-    elseif field == 7 then request.raw[#request.raw + 1] = string.sub(text, start, stop) end
+    elseif field == 7 then
+      if #request.raw >= MAX_PARTS then reason = "raw_input_contents: too many"; return false end
+      request.raw[#request.raw + 1] = string.sub(text, start, stop)
+    end
   end)
-  if not whole then return nil, "message: not a ModelInferRequest" end
   if reason then return nil, reason end
+  if not whole then return nil, "message: not a ModelInferRequest" end
+  if request.version ~= "" and not string.match(request.version, "^%d+$") then
+    return nil, "model_version: expected a number or none"
+  end
   if #request.raw > 0 and #request.raw ~= #request.inputs then
     return nil, "raw_input_contents: expected one of each input"
   end
@@ -205,8 +239,8 @@ local function http_call(request)
   if #outputs > 0 then json[#json + 1] = ',"outputs":[' .. table.concat(outputs, ",") .. "]" end
   if request.id ~= "" then json[#json + 1] = ',"id":' .. quoted(request.id) end
   json[#json + 1] = "}"
-  local version = string.match(request.version, "^%d+$")
-  local path = "/v2/models/" .. request.model .. (version and "/versions/" .. version or "") .. "/infer"
+  local version = request.version ~= "" and "/versions/" .. request.version or ""
+  local path = "/v2/models/" .. request.model .. version .. "/infer"
   return path, table.concat(json), table.concat(binary)
 end
 
@@ -221,8 +255,7 @@ function to_http(handle)
   headers:replace("content-type", "application/octet-stream")
   headers:replace("content-length", tostring(length))
   headers:replace("inference-header-content-length", tostring(#json))
-  headers:remove("te")
-  headers:remove("accept")
+  for _, name in ipairs({ "te", "accept", "accept-encoding", "content-encoding", "expect" }) do headers:remove(name) end
   handle:streamInfo():dynamicMetadata():set(SPACE, "infer", "yes")
 end
 
@@ -248,8 +281,9 @@ local function grpc_answer(json, binary)
   local parts, raw, position = {}, {}, 1
   local name, version = string.match(head, '"model_name":"([^"]*)","model_version":"([^"]*)"')
   parts[1] = field_of(1, name or "") .. field_of(2, version or "")
-  local id = string.match(head, '^{"id":"(.-[^\\])"') or string.match(head, '"model_version":"[^"]*","id":"(.-[^\\])"')
-  if id then parts[#parts + 1] = field_of(3, unquoted(id)) end
+  local _, before = string.find(head, '"id":', 1, true) -- the first: what follows it in an id has its quotes escaped
+  local id = before and read_json_string(head, before + 1)
+  if id then parts[#parts + 1] = field_of(3, id) end
   for output, datatype, shape, size in string.gmatch(string.sub(json, start), OUTPUT) do
     local axes = {}
     for axis in string.gmatch(shape, "%d+") do axes[#axes + 1] = varint_of(tonumber(axis)) end
@@ -290,8 +324,8 @@ function from_http(handle)
     if not answer then answer, code, reason = "", "13", "server: an answer that cannot be read" end
   else
     code = STATUS[status] or "2"
-    local quoted_reason = string.match(text, '^{"error":"(.*)"}%s*$')
-    reason = quoted_reason and unquoted(quoted_reason) or text
+    local _, before = string.find(text, '^{"error":')
+    reason = before and read_json_string(text, before + 1) or text
   end
   if code then
     local failure = handle:streamInfo():dynamicMetadata()
