@@ -36,6 +36,7 @@ from serving.door.process import Door, ready_over
 from serving.process import become_server, server_environment
 from serving.releases import held, verify
 from serving.repository import check_profile, models
+from serving.start_checks import LEFTOVER, check_ports, free_port, sweep_leftovers
 from serving.wheel import ServerError, backend_folder, wheel_folder
 
 SHM = Path("/dev/shm")
@@ -71,22 +72,6 @@ class ServerOptions:
     restricted: bool = False
 
 
-def free_port(host: str) -> int:
-    with socket.socket() as s:
-        s.bind((host, 0))
-        return int(s.getsockname()[1])
-
-
-def port_in_use(host: str, port: int) -> bool:
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((host, port))
-        except OSError:
-            return True
-    return False
-
-
 class _WithKey(InferenceServerClientPlugin):
     """Sends the key of the restricted calls with each request."""
 
@@ -104,7 +89,11 @@ class TritonServer:
     """
 
     def __init__(self, options: ServerOptions) -> None:
-        if not options.guard and not ipaddress.ip_address(socket.gethostbyname(options.host)).is_loopback:
+        try:
+            address = socket.gethostbyname(options.host)
+        except OSError as error:
+            raise ServerError(f"--host {options.host}: expected an address of this machine; {error}") from None
+        if not options.guard and not ipaddress.ip_address(address).is_loopback:
             raise ServerError(
                 f"--host {options.host}: expected a loopback address without the guard, as Triton's own port takes "
                 "whatever it is sent; leave --no-guard out"
@@ -217,10 +206,11 @@ class TritonServer:
         self._release = o.repository.resolve()  # whatever is published since, this server stays with it
         verify(self._release)
         self._held.enter_context(held(self._release))
-        for name, port in (("http", self.http_port), ("grpc", self.grpc_port), ("metrics", self.metrics_port)):
-            if port_in_use(self.host, port):
-                raise ServerError(f"{name} port {port} on {self.host} is taken; choose another with --{name}-port")
-        self._root = Path(tempfile.mkdtemp(prefix="vivace-triton-"))
+        ports = {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
+        check_ports(self.host, {f"--{name}-port": port for name, port in ports.items()})
+        sweep_leftovers()
+        self._root = Path(tempfile.mkdtemp(prefix=LEFTOVER))
+        self._held.enter_context(held(self._root))
         self.log = o.log or self._root / "triton.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         backend_folder(self._root)

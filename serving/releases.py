@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-CHECKSUMS = "checksums.json"
+CHECKSUMS, HELD = "checksums.json", ".held"
 KEPT = 2  # versions on disk: the one in use and the one before; more only while servers hold them
 
 
@@ -95,14 +95,14 @@ def _adopt(repository: Path) -> None:
 @contextlib.contextmanager
 def held(release: Path) -> Iterator[None]:
     """While a server serves ``release``: nobody removes it. The kernel lets go with the process, however it ends."""
-    with (release / ".held").open("a") as handle:
+    with (release / HELD).open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_SH)
         yield
 
 
-def _free(release: Path) -> bool:
+def is_free(release: Path) -> bool:
     """Whether no server holds it."""
-    with (release / ".held").open("a") as handle:
+    with (release / HELD).open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -132,5 +132,5 @@ def publishing(repository: Path) -> Iterator[tuple[Path, int]]:
     link.symlink_to(release.name)
     os.replace(link, repository)
     for old in releases(repository)[:-KEPT]:
-        if _free(old):
+        if is_free(old):
             shutil.rmtree(old)

@@ -98,6 +98,8 @@ def living(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+    except OSError:  # such as no descriptor left: not known, so not dead
+        return True
 
 
 class Watchdog:
@@ -116,7 +118,10 @@ class Watchdog:
         self._say = on_event or log.warning
         self._client = server.control_client()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (("watchdog", self._run), ("watchdog of the door", self._run_door))
+        ]
         self._questions: dict[str, list[grpcclient.InferInput]] = {}
         self._cached: dict[str, tuple[pb.ModelConfig, float]] = {}  # models with a cache: asked anew now and then
         self._rng = np.random.default_rng()
@@ -136,12 +141,18 @@ class Watchdog:
                     self.metrics.restarts.labels(name)
         self._workers = self.workers()
         self.metrics.server_up.set(1)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
+
+    def alive_itself(self) -> bool:
+        """Whether its threads run."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(timeout=30)
+        for thread in self._threads:
+            thread.join(timeout=30)
         self._client.close()
 
     def workers(self) -> dict[int, str]:
@@ -255,20 +266,33 @@ class Watchdog:
         self._say(f"tritonserver: ready again after {self._up_since - ended:.1f} s")
 
     def _run(self) -> None:
+        """Rounds until the end. Nothing that goes wrong in one ends the thread: with it would go, by PR_SET_PDEATHSIG,
+        the server that it started."""
         due = time.monotonic() + self.interval_s
         while not self._stop.wait(LOOK_S):
-            if not self.server.running():
-                self.bring_back()
-                continue
-            door = self.server.door
-            if door is not None and not door.running():
-                self.metrics.server_restarts.labels("envoy").inc()
-                self._say("door: Envoy ended by itself; starting it again")
-                door.start()
-            if time.monotonic() < due:
-                continue
-            due = time.monotonic() + self.interval_s
             try:
-                self.check()
+                if not self.server.running():
+                    self.bring_back()
+                elif time.monotonic() >= due:
+                    due = time.monotonic() + self.interval_s
+                    self.check()
             except InferenceServerException as error:
                 self._say(f"watchdog: {error.message()}; asking again")
+            except Exception as error:
+                log.exception("watchdog")
+                self._say(f"watchdog: {type(error).__name__}: {error}; going on")
+                self._stop.wait(1.0)
+
+    def _run_door(self) -> None:
+        """Starts Envoy again where it ended: in a thread of its own, so that it need not wait for a server."""
+        while not self._stop.wait(LOOK_S):
+            door = self.server.door
+            if door is None or door.running():
+                continue
+            self.metrics.server_restarts.labels("envoy").inc()
+            self._say("door: Envoy ended by itself; starting it again")
+            try:
+                door.start()
+            except Exception as error:
+                self._say(f"{error}; trying again")
+                self._stop.wait(1.0)

@@ -28,8 +28,9 @@ from tritonclient.grpc import service_pb2
 from loadtest.generate.generator import METHOD, CallError, complete, message, messages
 from loadtest.generate.local_server import grpc_address, on_free_ports
 from preprocessing.requests import recorded
-from serving.launcher import TritonServer, free_port
+from serving.launcher import TritonServer
 from serving.repository import served_from
+from serving.start_checks import free_port
 from vivace import contract
 from vivace.client import VivaceClient
 from vivace.manifest import CHECKOUT

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from serving.wheel import wheel_folder
-
 from vivace import contract
 from vivace.manifest import CHECKOUT
 

@@ -19,14 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serving.wheel import ServerError
-
 from loadtest.tune.decision import decision, reachable, worth
 from loadtest.tune.journal import BudgetError, live_runs
 from loadtest.tune.report import write
 from loadtest.tune.space import Objective, Trial, engines, trials, write_profile
 from loadtest.tune.tuner import QUALITY, Tuner
 from serving import repository
+from serving.wheel import ServerError
 from vivace.manifest import Progress, write_text
 from vivace.run import Run
 

@@ -56,6 +56,8 @@ def open_source(data: str, path: Path | None, size: dict[str, int] | None = None
     ``size`` overrides sizes of the synthetic shop. Raises ValueError or OSError with what to do.
     """
     if data == SHOP:
+        if path is not None:
+            raise ValueError(f"--path {path}: the shop is generated and reads nothing; name the data set with --data")
         from preprocessing.readers.shop import Shop, ShopConfig
 
         return Shop(ShopConfig(**(size or {})))

@@ -311,6 +311,12 @@ def render(options: DoorOptions, sockets: Sockets) -> str:
                 _cluster("triton_metrics", sockets.metrics, options),
             ],
         },
+        "layered_runtime": {
+            # a caller that gives up most of its calls after milliseconds is no attacker: Triton does not see it
+            "layers": [
+                {"name": "static", "static_layer": {"overload.premature_reset_total_stream_count": 100_000}},
+            ]
+        },
         "overload_manager": {
             "resource_monitors": [
                 {

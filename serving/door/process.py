@@ -11,12 +11,13 @@ from pathlib import Path
 
 from serving.door.config import DoorOptions, Sockets, render
 from serving.process import become_server
+from serving.wheel import ServerError
 
 START_S = 10.0
 DRAIN_S = 5.0
 
 
-class DoorError(RuntimeError):
+class DoorError(ServerError):
     """Envoy is not installed, or did not start; the message ends with the last lines of its log."""
 
 

@@ -10,6 +10,7 @@ import functools
 import gc
 import json
 import math
+import re
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -78,11 +79,8 @@ def deadline(request: Any) -> float:
     given = json.loads(parameters_json).get(contract.DEADLINE)
     if given is None:
         return math.inf
-    try:
-        moment_ms = float(given)
-    except (TypeError, ValueError):
-        moment_ms = math.nan
-    if isinstance(given, bool) or not math.isfinite(moment_ms):
+    moment_ms = float(given) if re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,9})?", str(given)) else math.nan
+    if math.isnan(moment_ms):
         raise ValueError(f"{contract.DEADLINE}: expected Unix time in ms, got {str(given)[:80]!r}; or leave it out")
     return moment_ms
 

@@ -36,7 +36,6 @@ def in_words(error: OSError) -> str:
 def expected(error: Exception) -> str | None:
     """The message of an error that a user can mend; None for a fault of ours."""
     from serving.wheel import ServerError
-
     from vivace.client import VivaceError
     from vivace.manifest import BusyError
 

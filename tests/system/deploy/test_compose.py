@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from loadtest.generate.generator import messages, run
-from serving.launcher import free_port
+from serving.start_checks import free_port
 from tests.support import PATIENCE_S, PatientClient, wait_until
 from vivace.manifest import CHECKOUT
 

@@ -18,11 +18,11 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
-from serving.wheel import ServerError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from serving.launcher import SHM, ServerOptions, TritonServer
+from serving.wheel import ServerError
 from tests.support import PATIENCE_S, PatientClient, wait_until, waited_too_long
 from vivace.client import inputs_of, request_tensors
 from vivace.store.lmdb_store import LmdbStore
@@ -301,3 +301,43 @@ def test_sockets_log_and_shared_memory_are_the_owners_alone(served):
 def test_an_open_address_needs_the_guard(root):
     with pytest.raises(ServerError, match="leave --no-guard out"):
         TritonServer(ServerOptions(root / "model_repository", host="0.0.0.0", guard=False))
+
+
+def test_what_nobody_needs_ends_early_and_clearly(witness):
+    for headers in ({"x": "y" * 8_300}, {"Inference-Header-Content-Length": "400x"}, {"Expect": "100-continue"}):
+        status, text = post(witness, INFER, b"{}", headers)
+        assert status in (400, 431, 500), (headers, status, text)
+    body = b"".join(b"\n\x09recommend" if n == 0 else b"*\x00" for n in range(1_000_000))
+    infer = grpc.insecure_channel(f"{witness.host}:{witness.grpc_port}").unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer", request_serializer=bytes, response_deserializer=bytes
+    )
+    with pytest.raises(grpc.RpcError, match="inputs: too many"):
+        infer(body, timeout=PATIENCE_S)
+
+
+SPELLINGS = ["400x", "400,400", "400 1", "0x190", "400.9", "-1", "", "٤٠٠"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_length_of_the_head_is_read_as_triton_reads_it(witness, spelling):
+    with socket.create_connection((witness.host, witness.http_port), timeout=PATIENCE_S) as s:
+        lengths = f"Inference-Header-Content-Length: {spelling}\r\nContent-Length: 2"
+        s.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\n{lengths}\r\n\r\n{{}}".encode())
+        assert b" 400 " in s.recv(2000).splitlines()[0]
+
+
+def test_grpc_reads_are_checked_too(witness):
+    with grpcclient.InferenceServerClient(f"{witness.host}:{witness.grpc_port}") as client:
+        assert client.is_server_ready() and client.is_model_ready("recommend")
+        assert client.get_model_metadata("append_event").name == "append_event"
+        for read in (client.get_model_config, client.get_model_metadata, client.is_model_ready):
+            with pytest.raises(InferenceServerException, match="no other model is shown"):
+                read("retrieval")
+    channel = grpc.insecure_channel(f"{witness.host}:{witness.grpc_port}", compression=grpc.Compression.Gzip)
+    live = channel.unary_unary(
+        "/inference.GRPCInferenceService/ServerLive", request_serializer=bytes, response_deserializer=bytes
+    )
+    for message in (bytes(1_000_000), bytes(100)):
+        with pytest.raises(grpc.RpcError) as refused:
+            live(message, timeout=PATIENCE_S)
+        assert refused.value.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INVALID_ARGUMENT)

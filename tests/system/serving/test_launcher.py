@@ -13,12 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from serving.wheel import ServerError
 
 from preprocessing.requests import recorded
-from serving.launcher import SHM, ServerOptions, TritonServer, free_port
+from serving.launcher import SHM, ServerOptions, TritonServer
 from serving.releases import seal
 from serving.service import service
+from serving.start_checks import free_port
+from serving.wheel import ServerError
 from tests.support import PATIENCE_S, on_free_ports, wait_until, waited_too_long
 from vivace import contract
 from vivace.client import VivaceClient

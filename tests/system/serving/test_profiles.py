@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving.wheel import ServerError
 
 from preprocessing.requests import recorded
 from serving.launcher import ServerOptions, TritonServer
+from serving.wheel import ServerError
 from tests.support import PatientClient, on_free_ports, quiet
 from training.compile.compiler import CompileConfig, compile_models
 from training.presets import tiny
