@@ -31,7 +31,7 @@ from loadtest.reports.record import record_line
 from preprocessing.requests import recorded
 from serving.launcher import TritonServer
 from serving.service import service
-from serving.watchdog import Watchdog
+from serving.watchdog import Watchdog, living
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError
 from vivace.run import Run
@@ -93,8 +93,8 @@ class Callers:
                 time.sleep(0.02)
 
 
-def kill_one(rng: random.Random, server: TritonServer, watchdog: Watchdog) -> str:
-    """Kills a process by chance; which."""
+def kill_one(rng: random.Random, server: TritonServer, watchdog: Watchdog) -> tuple[str, int]:
+    """Kills a process by chance; which, and its process id."""
     kind = rng.choices(("tritonserver", "envoy", "worker"), (0.6, 0.15, 0.25))[0]
     pid = server.pid
     if kind == "envoy" and server.door is not None:
@@ -106,7 +106,7 @@ def kill_one(rng: random.Random, server: TritonServer, watchdog: Watchdog) -> st
         kind = "tritonserver"
     with contextlib.suppress(ProcessLookupError):  # it was about to end by itself
         os.kill(pid, rng.choice(SIGNALS))
-    return kind
+    return kind, pid
 
 
 def lost_events(store: LmdbStore, callers: Callers) -> list[str]:
@@ -123,14 +123,21 @@ def lost_events(store: LmdbStore, callers: Callers) -> list[str]:
     return faults
 
 
+def wait_ended(pid: int, until: float) -> None:
+    """Until a killed process has ended: one that dies of a signal of its own prints where first."""
+    while living(pid) and time.monotonic() < until:
+        time.sleep(0.005)
+
+
 def watch(server: TritonServer, watchdog: Watchdog, callers: Callers, deaths: int, rng: random.Random) -> dict:
     """Kills ``deaths`` processes; seconds until the next right answer, by kind."""
     seconds: dict[str, list[float]] = {}
     for n in range(deaths):
         time.sleep(rng.uniform(0.2, 1.0))
-        kind, killed = kill_one(rng, server, watchdog), time.monotonic()
-        time.sleep(0.05)
-        while callers.last_good < killed + 0.05 or not server.running() or not server.ready():
+        (kind, pid), killed = kill_one(rng, server, watchdog), time.monotonic()
+        wait_ended(pid, killed + WAIT_S)
+        ended = time.monotonic()
+        while callers.last_good < ended + 0.02 or not server.running() or not server.ready():
             if time.monotonic() > killed + WAIT_S:
                 raise TimeoutError(f"death {n + 1} ({kind}): no answer for {WAIT_S:.0f} s\n{server.log_tail()}")
             time.sleep(0.01)
