@@ -122,8 +122,9 @@ def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
     if event.event_type and event_types and event.event_type not in event_types:
         known = sorted(event_types)
         shown = ", ".join(known[:SHOWN_TYPES]) + (", …" if len(known) > SHOWN_TYPES else "")
+        stored = "stored, but " if status == STATUS_OK else ""
         status = with_reason(
-            status, f"stored, but the data has no {EVENT_TYPE.name} {event.event_type[:64]!r}; it has {shown}"
+            status, f"{stored}the data has no {EVENT_TYPE.name} {event.event_type[:64]!r}; it has {shown}"
         )
     return status
 
