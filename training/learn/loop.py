@@ -210,6 +210,12 @@ class Loop:
                 self._end_epoch(progress)
                 self.seconds = before + time.monotonic() - started
                 self.save()
+            if self.epoch < self.config.epochs:
+                progress.console.print(
+                    f"{self.name}: stopped after epoch {self.epoch} of {self.config.epochs}: the held-back users gained "
+                    f"nothing in {self.config.patience}",
+                    highlight=False,
+                )
         if (self.config.patience or self.average) and self.best_state is not None:
             self.model.load_state_dict(self.best_state)
         self.model.eval()

@@ -42,7 +42,10 @@ def test_what_is_not_known_of_an_event_is_reported():
     assert item == "degraded: stored, but ITEM_ID 'a' is not in the catalogue of the models"
     kind = event_status(event, 3, {"buy", "click"})
     assert kind == "degraded: stored, but the data has no EVENT_TYPE 'view'; it has buy, click"
-    assert event_status(event, contract.OOV_ID, {"buy", "click"}) == f"{item}; {kind.removeprefix('degraded: ')}"
+    assert (
+        event_status(event, contract.OOV_ID, {"buy", "click"})
+        == f"{item}; {kind.removeprefix('degraded: stored, but ')}"
+    )
 
 
 def test_what_a_search_is_told_is_read_back():
