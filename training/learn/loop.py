@@ -212,8 +212,8 @@ class Loop:
                 self.save()
             if self.epoch < self.config.epochs:
                 progress.console.print(
-                    f"{self.name}: stopped after epoch {self.epoch} of {self.config.epochs}: the held-back users gained "
-                    f"nothing in {self.config.patience}",
+                    f"{self.name}: stopped after epoch {self.epoch} of {self.config.epochs}: "
+                    f"nothing gained on the users held back in {self.config.patience}",
                     highlight=False,
                 )
         if (self.config.patience or self.average) and self.best_state is not None:
