@@ -94,8 +94,14 @@ def _adopt(repository: Path) -> None:
 
 @contextlib.contextmanager
 def held(release: Path) -> Iterator[None]:
-    """While a server serves ``release``: nobody removes it. The kernel lets go with the process, however it ends."""
-    with (release / HELD).open("a") as handle:
+    """While a server serves ``release``: nobody removes it. The kernel lets go with the process, however it ends. A
+    folder that cannot be written to is not held: nobody could remove it either."""
+    try:
+        handle = (release / HELD).open("a")
+    except OSError:
+        yield
+        return
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_SH)
         yield
 

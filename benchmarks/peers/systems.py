@@ -181,7 +181,9 @@ def merlin_export(root: Path, kind: str, folder: Path) -> Path:
 def merlin(root: Path, kind: str, folder: Path) -> Iterator[Served]:
     """Merlin Systems 23.8 on the same tritonserver (``merlin_export``; ``folder`` keeps the exports)."""
     repository, names = merlin_export(root, kind, folder), item_names(root)
-    stages = sorted(d.name for d in repository.iterdir() if d.name != contract.ENSEMBLE)  # its first model calls them
+    stages = sorted(
+        d.name for d in repository.iterdir() if d.is_dir() and d.name != contract.ENSEMBLE
+    )  # its first model calls them
     options = on_free_ports(
         repository, log=root / f"peer-merlin-{kind}.log", python=environment("merlin"),
         extra=tuple(f"--load-model={s}" for s in stages),
