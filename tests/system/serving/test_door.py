@@ -223,6 +223,8 @@ def test_cancelled_and_timed_out_calls_do_not_end_the_server(witness):
         else:
             item.contents.bytes_contents.extend(value.ravel().tolist())
 
+    failures: list[str] = []  # of calls that were given their time
+
     def caller(seed: int) -> None:
         rng, usual_s = random.Random(seed), 0.005
         stub = service_pb2_grpc.GRPCInferenceServiceStub(
@@ -235,7 +237,8 @@ def test_cancelled_and_timed_out_calls_do_not_end_the_server(witness):
                     stub.ModelInfer(ask, timeout=PATIENCE_S)
                     usual_s = 0.8 * usual_s + 0.2 * (time.monotonic() - started)
                 except grpc.RpcError as error:
-                    assert waited_too_long(error.details()), error
+                    if not waited_too_long(error.details()):
+                        failures.append(error.details())
             elif n % 2:
                 with contextlib.suppress(grpc.RpcError):
                     stub.ModelInfer(ask, timeout=max(0.001, usual_s * rng.uniform(0.1, 0.6)))
@@ -249,7 +252,7 @@ def test_cancelled_and_timed_out_calls_do_not_end_the_server(witness):
         thread.start()
     for thread in threads:
         thread.join()
-    assert witness.running()
+    assert not failures and witness.running()
 
 
 def test_a_server_that_is_killed_comes_back_and_its_callers_get_their_answers(served):
