@@ -1,4 +1,4 @@
-"""Batches from NVTabular's parquet through ``merlin.dataloader``.
+"""Batches from NVTabular's parquet, read through ``rows``.
 
 The loader hands lists over as values and offsets; here they become windows padded on the left.
 Axis legend: B rows, T history events, V item ids.
@@ -6,26 +6,19 @@ Axis legend: B rows, T history events, V item ids.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
+from training.data.rows import batches_of_rows
 from training.distributed import ALONE, World
 from vivace.contract import ITEM, PADDING_ID, TARGET, TIME, USER, StageTensors, label_column
 from vivace.masks import excluded, seen_ids
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from merlin.dataloader.torch import Loader
-    from merlin.io import Dataset
-
-PUT_WAIT_S = 0.1  # the loader's thread retries a full queue each microsecond by default: a third of two cores' time
 POOL_BATCHES = 16  # batches that are cut, sorted by length and shuffled together
 
 
@@ -55,38 +48,6 @@ def windows(sequence: np.ndarray, length: int, offset: int = 0) -> list[np.ndarr
         pieces.append(sequence[max(0, end - length - 1) : end])
         end -= length
     return pieces
-
-
-def user_hash(users: np.ndarray) -> np.ndarray:
-    """A number of each user id, int64 [n] from 0 on, the same in every file and run."""
-    hashes: np.ndarray = (pd.util.hash_array(users.astype(object)) >> np.uint64(1)).astype(np.int64)
-    return hashes
-
-
-def _with_user_hash(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.assign(**{USER: user_hash(frame[USER].to_numpy())})
-
-
-def _loader(
-    files: list[Path], columns: list[str], rows: int, shuffle: bool, seed: int, world: World = ALONE
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of ``columns`` (a list column as two: values, offsets; USER as its ``user_hash``), on the CPU, in an
-    order set by ``seed`` alone."""
-    if not files:
-        raise ValueError("training data: no parquet file; run 'vivace prepare' first")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lazy = Dataset([str(f) for f in files], engine="parquet", part_size="4GB", cpu=True)
-        frame = lazy.to_ddf()[columns]
-        data = Dataset(frame.map_partitions(_with_user_hash) if USER in columns else frame, cpu=True)
-        np.random.seed(seed)  # what Merlin's loader shuffles by
-        loader = Loader(
-            data, batch_size=rows, shuffle=shuffle, drop_last=False, global_size=world.size, global_rank=world.rank
-        )
-        loader._buff.put_wait = PUT_WAIT_S
-        with loader:
-            for inputs, _ in loader:
-                yield {k: v.cpu() for k, v in inputs.items()}
 
 
 def _split(batch: dict[str, Tensor], column: str) -> list[np.ndarray]:
@@ -120,7 +81,7 @@ def training_batches(
     rng = np.random.default_rng([seed, epoch])
     pool_seed = int(rng.integers(2**31))
     columns = [ITEM, TIME] if timed else [ITEM]
-    for rows in _loader(files, columns, batch_size * POOL_BATCHES, shuffle=True, seed=pool_seed, world=reader):
+    for rows in batches_of_rows(files, columns, batch_size * POOL_BATCHES, shuffle=True, seed=pool_seed, world=reader):
         offset = int(rng.integers(history // 2, history)) if random_offset and epoch else 0
         sequences = _timed(rows) if timed else _split(rows, ITEM)
         pool = [w for s in sequences for w in windows(s, history, offset if len(s) > history + 1 else 0)]
@@ -192,7 +153,7 @@ def requests(
         return
     columns = [USER, ITEM, TIME, *(label_column(h) for h in heads)] + ([] if back else [TARGET])
     shuffle, passed = shuffle_seed is not None, 0
-    for batch in _loader(files, columns, batch_size, shuffle, shuffle_seed or 0):
+    for batch in batches_of_rows(files, columns, batch_size, shuffle, shuffle_seed or 0):
         sequences, users = _timed(batch), batch[USER].reshape(-1)
         if back:
             keep = [i for i, s in enumerate(sequences) if len(s) > back]

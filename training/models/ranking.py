@@ -2,7 +2,7 @@
 
 Target attention as in DIN (Zhou et al. 2018, eq. 3) in multi-head form, with counters as features (retrieval score,
 popularity, directed co-occurrence with the newest events) and a multi-gate mixture of experts over the task heads
-(MMoE, Ma et al. 2018; blocks of ``merlin.models.torch``).
+(MMoE, Ma et al. 2018; see ``blocks``).
 Axis legend: B requests, T history events, N candidates, V item ids, D width, L newest events, K followers kept an item,
 F features, P = B x N.
 """
@@ -10,7 +10,6 @@ F features, P = B x N.
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,17 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.models import blocks
 from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
 from vivace.checks import check_fields, check_minimum, check_shares
 from vivace.contract import FIRST_ID, PADDING_ID
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import merlin.models.torch as mm
-
 
 Mixture = Literal["mmoe", "ple", "shared"]
 MIXTURES: tuple[Mixture, ...] = get_args(Mixture)
@@ -123,10 +118,10 @@ class RankingModel(nn.Module):
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         counters = 5 + 2 * config.lags
         self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
-        towers = mm.ParallelBlock({h: mm.MLPBlock([32], activation=nn.GELU) for h in head_names})
-        self.experts = self._mixture(towers)
+        towers = blocks.towers(head_names)
+        self.experts = blocks.mixture(config.mixture, config.experts, config.expert_width, config.dropout, towers)
         self.towers = towers
-        linears = [nn.Linear(32, 1) for _ in head_names]
+        linears = [nn.Linear(blocks.TOWER, 1) for _ in head_names]
         self.score = nn.ModuleDict(dict(zip(head_names, linears, strict=True)))
         self.task_weights = TaskWeights(len(head_names), weighting)
         self.retrieval_scale = nn.Parameter(torch.ones(()))
@@ -134,7 +129,7 @@ class RankingModel(nn.Module):
         for i, linear in enumerate(linears):
             nn.init.zeros_(linear.weight)
             nn.init.constant_(linear.bias, -4.5 if i else 0.0)  # about one positive among the candidates
-        with torch.no_grad():  # Merlin's layers take their input width from the first batch
+        with torch.no_grad():  # the mixture's layers take their input width from the first batch
             self._heads(torch.zeros(2, 3 * d + 32))
 
     # -- parts ---------------------------------------------------------------------------------------
@@ -208,15 +203,6 @@ class RankingModel(nn.Module):
         mask = (history_BT == PADDING_ID)[:, None, None, :].to(q.dtype) * MASKED
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
         return self.norm_out(candidate_BND + self.out(attended.transpose(1, 2).reshape(-1, n, d)))
-
-    def _mixture(self, towers: mm.ParallelBlock) -> nn.Module:
-        config = self.config
-        expert = mm.MLPBlock([config.expert_width], activation=nn.GELU, dropout=config.dropout or None)
-        if config.mixture == "mmoe":
-            return mm.MMOEBlock(expert, num_experts=config.experts, outputs=towers)
-        if config.mixture == "ple":
-            return mm.PLEBlock(expert, num_shared_experts=config.experts, num_task_experts=1, depth=2, outputs=towers)
-        return expert
 
     def _heads(self, x_PF: Tensor) -> dict[str, Tensor]:
         mixed = self.towers(self.experts(x_PF))  # one tensor for all towers, or one each
