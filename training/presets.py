@@ -49,6 +49,8 @@ class RetrievalTraining:
     """Under torchrun each process reads its own rows instead of its share of every batch."""
     shard_model: bool = False
     """Under torchrun each process keeps a part of the model and of the optimizer's state (FSDP)."""
+    compiled: bool = False
+    """The encoder's blocks run through torch.compile: some seconds more to start, fewer a step."""
     new_items: Literal["neighbours", "described"] = "neighbours"
     """Items without a training event get the mean of the seen items nearest by text and attributes, or stay what those
     say ("described")."""

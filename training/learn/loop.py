@@ -97,8 +97,9 @@ class Loop:
         self.average = {k: p.detach().clone() for k, p in self._trained()} if config.ema else {}
         self.taken = 0
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98)
-        )
+            parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98),
+            fused=next(model.parameters()).is_cuda or None,
+        )  # fmt: skip
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, cosine(config))
         self.epoch = self.step = 0
         self.best, self.bad_epochs = math.inf, 0
@@ -245,8 +246,8 @@ class Loop:
         if self.average:
             with torch.no_grad():
                 decay = min(self.config.ema, (1 + self.taken) / (10 + self.taken))  # short memory while young
-                for k, p in self._trained():
-                    self.average[k].lerp_(p, 1 - decay)
+                trained = self._trained()
+                torch._foreach_lerp_([self.average[k] for k, _ in trained], [p for _, p in trained], 1 - decay)
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"{self.name}: the loss is {value} at epoch {self.epoch + 1}, step {self.step}; lower the learning rate"

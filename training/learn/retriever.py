@@ -133,6 +133,12 @@ def _prepared_model(
     return model, {**freeze_for(model, adaptation), "start": start}
 
 
+def compile_blocks(model: RetrievalModel) -> None:
+    """Runs the encoder's blocks through torch.compile, for windows of any length; the names of the weights stay."""
+    for block in getattr(model.encoder, "blocks", []):
+        block.compile(dynamic=True)
+
+
 def _finished_model(
     loop: Loop, model: RetrievalModel, features: Features, preset: Preset, counts: np.ndarray
 ) -> RetrievalModel:
@@ -181,6 +187,8 @@ def train_retrieval(
     torch.manual_seed(seed)
     counts = popularity(features.files("train"), features.item_count())
     model, record = _prepared_model(features, preset, counts, step, start_from, adaptation, constraint, say)
+    if training.compiled:
+        compile_blocks(model)
     parts = step.folder / "parts" / str(world.local_rank)
     files, probes = hold_back(features.files("train"), parts, training.probe_users, seed)
     world.barrier()  # nobody takes up a checkpoint that another one is about to remove

@@ -1,0 +1,42 @@
+"""Step of the GPU kit: the tests that only a GPU can pass, where no NVTabular is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer
+
+from benchmarks.gpu.record import Figures, device
+
+FILES = ("tests/unit/training/test_gpu.py",)
+
+
+class Outcomes:
+    """Pytest plugin that writes each test's outcome as it comes."""
+
+    def __init__(self, figures: Figures) -> None:
+        self.figures = figures
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            why = {"why": str(report.longrepr).strip().splitlines()[-1][:200]} if report.outcome == "failed" else {}
+            self.figures.row(test=report.nodeid, outcome=report.outcome, seconds=report.duration, **why)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the results")],
+    seconds: float = 45.0,
+    cpu: bool = False,
+) -> None:
+    device(cpu)
+    figures = Figures(out, "gpu_tests", seconds)
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "-m", "gpu", *FILES], plugins=[Outcomes(figures)])
+    failed = [row["test"] for row in figures.values["rows"] if row["outcome"] == "failed"]
+    figures.set(failed=failed, exit_code=int(code))
+    raise typer.Exit(code=int(bool(failed)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

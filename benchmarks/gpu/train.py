@@ -1,0 +1,109 @@
+"""Step of the GPU kit: the trainings, side by side on one card.
+
+A training of this size waits for the processor most of the time, so several share the card; their wall times are those
+of a shared card and say so. Figures of speed come from ``train_speed``, which runs alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.gpu.record import Figures, device
+
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: a data set, a preset with changes, a seed."""
+
+    label: str
+    data: str
+    preset: str
+    seed: int = 7
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+ML = "ml-1m-benchmark"
+ON_GPU = (
+    Training("base-7", ML, "base"),
+    Training("large-7", ML, "large"),
+    Training("base-8", ML, "base", 8),
+    Training("base-9", ML, "base", 9),
+    Training("beauty-7", "beauty", "beauty"),
+    Training("base-dropout.4-7", ML, "base", 7, {"encoder.dropout": 0.4}),
+)
+REHEARSAL = (Training("tiny-7", "", "tiny"),)  # of the first data set at hand
+
+
+def command(training: Training, artifacts: Path, out: Path, seconds: float, cpu: bool) -> list[str]:
+    data = training.data or min(p.parent.name for p in artifacts.glob("*/features"))
+    return [
+        sys.executable, "-m", "benchmarks.gpu.train_one", "--features", str(artifacts / data / "features"),
+        "--root", str(out / "runs" / training.label), "--out", str(out / "trainings"), "--label", training.label,
+        "--preset", training.preset, "--values", json.dumps(training.changes), "--seed", str(training.seed),
+        "--seconds", str(seconds), *["--cpu"] * cpu,
+    ]  # fmt: skip
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """One line of a training's own file."""
+    test = {f"{method} {m}": row[m] for method, row in record.get("test", {}).items() for m in ("NDCG@10", "HR@10")}
+    kept = ("preset", "changes", "seed", "parameters", "retrieval_s", "ranking_s", "seconds", "gpu_memory_mib")
+    return {
+        "label": record["step"], "epochs": len(record["rows"]), **{k: record[k] for k in kept if k in record},
+        "validation_ndcg10": record.get("validation_ndcg10", {}), **test,
+    }  # fmt: skip
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the results")],
+    seconds: float = 170.0,
+    cpu: bool = False,
+    artifacts: Annotated[Path, typer.Option(help="folder of prepared runs")] = Path("artifacts"),
+) -> None:
+    device(cpu)
+    figures = Figures(out, "train", seconds)
+    trainings = [t for t in (REHEARSAL if cpu else ON_GPU) if not t.data or (artifacts / t.data / "features").is_dir()]
+    for missing in sorted({t.data for t in ON_GPU if not cpu} - {t.data for t in trainings}):
+        figures.skip(missing, f"no prepared features under {artifacts}")
+    threads = 1 if cpu else max(1, len(os.sched_getaffinity(0)) // max(len(trainings), 1))
+    (out / "trainings").mkdir(parents=True, exist_ok=True)
+    running = {}
+    for t in trainings:
+        log = (out / "trainings" / f"{t.label}.log").open("w")
+        process = subprocess.Popen(
+            command(t, artifacts, out, figures.left() - 3, cpu), stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        running[t.label] = process
+    while running and figures.left() > 2:
+        for label in [k for k, p in running.items() if p.poll() is not None]:
+            collect(figures, out, label, f"ended with {running.pop(label).returncode}")
+        time.sleep(POLL_S)
+    for label, process in running.items():
+        process.kill()
+        collect(figures, out, label, "stopped when the step's time was over")
+
+
+def collect(figures: Figures, out: Path, label: str, ending: str) -> None:
+    """Adds a training that ended, or was stopped, to the step's figures."""
+    path = out / "trainings" / f"{label}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"step": label, "rows": []}
+    figures.row(ending=ending, **summary(record))
+    if "test" not in record:
+        log = (out / "trainings" / f"{label}.log").read_text(errors="replace").strip().splitlines()
+        figures.skip(label, f"{ending}; last words: {log[-1] if log else 'none'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
