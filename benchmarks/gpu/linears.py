@@ -138,5 +138,3 @@ def sparsify(module: nn.Module, semi_structured: bool = True) -> int:
             layer.weight = nn.Parameter(stored, requires_grad=False)
             count += 1
     return count
-
-

@@ -17,8 +17,6 @@ from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import Preset, preset
 from vivace.contract import FIRST_ID
 
-DATA_SHEET_BF16 = 990e12  # FLOPs a second of an H100 SXM, dense, as its maker gives them
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -64,11 +62,12 @@ def ranking_model(name: str, shape: Shape) -> RankingModel:
 def ranking_inputs(batch: int, shape: Shape) -> list[Tensor]:
     """HISTORY_IDS, CANDIDATE_IDS, CANDIDATE_SCORES, ENCODED_HISTORY."""
     scores = torch.randn(batch, shape.candidates).sort(1, descending=True).values
-    start = torch.randint(0, shape.items - FIRST_ID, (batch, 1))
-    step = torch.arange(shape.candidates) * 7  # no id twice: 7 and the items have no common divisor, or few candidates
+    span = shape.items - FIRST_ID
+    start = torch.randint(0, span, (batch, 1))
+    stride = next(prime for prime in (7, 11, 13, 17, 19) if span % prime)  # walks over all items: none comes twice
     return [
         torch.randint(FIRST_ID, shape.items, (batch, shape.history)),
-        (start + step) % (shape.items - FIRST_ID) + FIRST_ID,
+        (start + torch.arange(shape.candidates) * stride) % span + FIRST_ID,
         scores,
         torch.randn(batch, shape.history, shape.width),
     ]

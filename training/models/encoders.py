@@ -97,7 +97,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 def mask_value(dtype: torch.dtype) -> float:
     """What is added where nothing may be seen: MASKED, or what half precision holds even twice."""
-    return MASKED if dtype != torch.float16 else -2.0**14
+    return MASKED if dtype != torch.float16 else -(2.0**14)
 
 
 def distance_buckets(length: int, buckets: int = BUCKETS) -> Tensor:

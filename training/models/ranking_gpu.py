@@ -1,4 +1,4 @@
-"""The ranker in the form that a GPU likes: the same answers from fewer and larger kernels, in a number format of choice.
+"""The ranker in the form that a GPU likes: the same answers from fewer, larger kernels, in a number format of choice.
 
 What differs from ``RankingModel``: experts and gates are one matrix product, so that their input, the widest tensor of
 the graph, is read once and not five times; keys and values are one; the co-occurrence is either a masked sum, which a
@@ -83,12 +83,12 @@ class GpuRanking(nn.Module):
             part.to(dtype)
 
     def _merge_heads(self, model: RankingModel) -> None:
-        state = model.state_dict()
+        state = {name.replace(".to_wrap", ""): value for name, value in model.state_dict().items()}
         layer = lambda name: (state[f"{name}.weight"], state[f"{name}.bias"])  # noqa: E731
-        experts = sorted((name for name in state if EXPERT.fullmatch(name)), key=lambda n: int(n.split(".")[5]))
+        experts = sorted((name for name in state if EXPERT.fullmatch(name)), key=lambda n: int(n.split(".")[6]))
         if len(experts) != self.config.experts:
             raise ValueError(f"GpuRanking: expected {self.config.experts} experts in the weights, got {len(experts)}")
-        gates = [layer(f"experts.values.1.branches.{h}.values.0.values.0") for h in self.names]
+        gates = [layer(f"experts.values.1.branches.{h}.values.0.values.0") for h in sorted(self.names)]
         self.mixture = merged([*(layer(name.removesuffix(".weight")) for name in experts), *gates], ALIGNED)
         self.tower = merged([layer(f"towers.branches.{h}.values.1") for h in self.names])
         scores = [layer(f"score.{h}") for h in self.names]
