@@ -95,6 +95,11 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * (keep.to(x.dtype) * (256 / (256 - dropped)))
 
 
+def mask_value(dtype: torch.dtype) -> float:
+    """What is added where nothing may be seen: MASKED, or what half precision holds even twice."""
+    return MASKED if dtype != torch.float16 else -(2.0**14)
+
+
 def distance_buckets(length: int, buckets: int = BUCKETS) -> Tensor:
     """Bucket of the distance |i - j|, int64 [length, length]: exact for the first half of the buckets, then
     logarithmic up to ``length`` (Raffel et al. 2020, T5)."""
@@ -213,7 +218,7 @@ class Attention(nn.Module):
         if not (whole and self.causal and not self.biased):  # else the faster causal form
             mask = self.allowed_TT[:t, :t][None, None]
             if not whole:
-                mask = mask + (~known_BT)[:, None, None, :].to(x_BTD.dtype) * MASKED
+                mask = mask + (~known_BT)[:, None, None, :].to(x_BTD.dtype) * mask_value(x_BTD.dtype)
         buckets = None if times_BT is None else time_buckets(times_BT)
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, mask, buckets, newest if i == len(self.blocks) - 1 else 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -273,7 +273,8 @@ class RankingGraph(nn.Module):
     For a history without a known item the retriever's order (popularity) stays. ``folded``: see ``FoldedItems``.
     """
 
-    def __init__(self, model: RankingModel, int8_table: bool = False, folded: bool = False) -> None:
+    def __init__(self, model: Any, int8_table: bool = False, folded: bool = False) -> None:
+        """``model``: a ``RankingModel``, or what stands in for one (``ranking_gpu.GpuRanking``)."""
         super().__init__()
         self.model = fold(model) if folded else model
         if int8_table:

@@ -129,8 +129,10 @@ class RetrievalModel(nn.Module):
         """Retrieval score float32 [B, V]: the newest encoding against every item; where the history holds no
         known item, log popularity. Excluded items and the special ids get EXCLUDED."""
         scores_BV = self.logits(encoded_BTD[:, -1], table_VD)
+        if scores_BV.dtype != torch.float32:  # a graph cast to 16 bits: EXCLUDED is beyond half precision
+            scores_BV = scores_BV.float()
         empty_B1 = (history_BT < FIRST_ID).all(dim=1, keepdim=True)
-        scores_BV = torch.where(empty_B1, torch.log1p(self.popularity)[None], scores_BV)
+        scores_BV = torch.where(empty_B1, torch.log1p(self.popularity.float())[None], scores_BV)
         special_V = torch.arange(scores_BV.shape[1], device=scores_BV.device) < FIRST_ID
         return torch.where(exclude_BV | special_V, torch.full_like(scores_BV, EXCLUDED), scores_BV)
 

@@ -1,0 +1,114 @@
+"""What is measured: rankers and retrievers of a preset with untrained weights, which changes no time, their inputs and
+the work that they do. Axis legend: B requests, T history events, N candidates, V item ids, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from training.models.encoders import mask_value
+from training.models.ranking import ItemTables, RankingGraph, RankingModel
+from training.models.retrieval import RetrievalGraph, RetrievalModel
+from training.presets import Preset, preset
+from vivace.contract import FIRST_ID
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a request."""
+
+    history: int
+    """T."""
+    candidates: int
+    """N."""
+    width: int
+    """D."""
+    items: int
+    """V."""
+
+
+def shape_of(name: str, items: int, candidates: int = 0, history: int = 0) -> Shape:
+    """A preset's sizes, with another number of candidates or events where given."""
+    chosen = preset(name)
+    t = history or chosen.ranker.memory or chosen.encoder.history
+    return Shape(t, candidates or chosen.ranker.candidates, chosen.encoder.width, items)
+
+
+def _with(name: str, shape: Shape) -> Preset:
+    chosen = preset(name)
+    encoder = replace(chosen.encoder, history=shape.history)
+    return replace(chosen, encoder=encoder, ranker=replace(chosen.ranker, candidates=shape.candidates, memory=0))
+
+
+def ranking_model(name: str, shape: Shape) -> RankingModel:
+    """A preset's ranker, untrained."""
+    chosen, items = _with(name, shape), shape.items
+    smallest = replace(chosen.encoder, layers=1, history=1)  # of the retriever only the item table is read
+    retriever = RetrievalModel(smallest, items, torch.ones(items))
+    followers = torch.randint(FIRST_ID, items, (items, chosen.ranker.followers), dtype=torch.int32)
+    none = torch.zeros(items, 0)
+    tables = ItemTables(torch.ones(items), followers, torch.rand(followers.shape), none.long(), (), none)
+    model = RankingModel(chosen.ranker, tables, retriever, ("click", "buy"))
+    for layer in model.score.values():  # zero before training, and eight bits of nothing have no scale
+        torch.nn.init.normal_(layer.weight, std=0.1)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False)
+
+
+def ranking_inputs(batch: int, shape: Shape) -> list[Tensor]:
+    """HISTORY_IDS, CANDIDATE_IDS, CANDIDATE_SCORES, ENCODED_HISTORY."""
+    scores = torch.randn(batch, shape.candidates).sort(1, descending=True).values
+    span = shape.items - FIRST_ID
+    start = torch.randint(0, span, (batch, 1))
+    stride = next(prime for prime in (7, 11, 13, 17, 19) if span % prime)  # walks over all items: none comes twice
+    return [
+        torch.randint(FIRST_ID, shape.items, (batch, shape.history)),
+        (start + torch.arange(shape.candidates) * stride) % span + FIRST_ID,
+        scores,
+        torch.randn(batch, shape.history, shape.width),
+    ]
+
+
+def retrieval_graph(name: str, shape: Shape) -> RetrievalGraph:
+    """A preset's retriever with an exact search of all items, untrained."""
+    model = RetrievalModel(_with(name, shape).encoder, shape.items, torch.ones(shape.items))
+    return RetrievalGraph(model, shape.candidates).eval().requires_grad_(False)
+
+
+def retrieval_inputs(batch: int, shape: Shape) -> list[Tensor]:
+    """HISTORY_IDS and EXCLUDE."""
+    history = torch.randint(FIRST_ID, shape.items, (batch, shape.history))
+    return [history, torch.zeros(batch, shape.items, dtype=torch.bool).scatter_(1, history, True)]
+
+
+def cast(graph: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Weights and masks of a graph in another format, in place."""
+    graph.to(dtype)
+    for name, buffer in graph.named_buffers():
+        if name.endswith("allowed_TT"):
+            buffer.clamp_(min=mask_value(dtype))
+    return graph
+
+
+def flops(graph: nn.Module, inputs: list[Tensor]) -> float:
+    """FLOPs a request, counted in the float32 graph on the CPU: linear layers, products, both of an attention."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        graph(*inputs)
+    return counter.get_total_flops() / len(inputs[0])
+
+
+def bytes_of(graph: nn.Module, inputs: list[Tensor], outputs: list[Tensor], itemsize: int) -> float:
+    """Bytes of weights (item tables of the ranker aside, of which a request reads rows), inputs and outputs."""
+    tables = (".item.", "follower_", "popularity", "described_", "candidate_VF", "history_VE")
+    every = [*graph.named_parameters(), *graph.named_buffers()]
+    weights = sum(x.numel() for name, x in every if x.is_floating_point() and not any(t in name for t in tables))
+    return float(weights * itemsize + sum(x.numel() * x.element_size() for x in (*inputs, *outputs)))
+
+
+def ranker_graph(name: str, shape: Shape) -> RankingGraph:
+    """What is exported of a preset's ranker, untrained."""
+    return RankingGraph(ranking_model(name, shape)).eval()
