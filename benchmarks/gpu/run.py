@@ -46,6 +46,7 @@ STEPS = (
     Step("train", 175, 60, reads_runs=True),
     Step("engines", 120, 40),
     Step("served", 75, 70, reads_runs=True),
+    Step("format_quality", 30, 20, reads_runs=True),
     Step("grid", 60, 20),
     Step("train_speed", 50, 20),
 )
