@@ -15,7 +15,6 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,45 +26,20 @@ import typer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu.subjects import ranking_inputs, ranking_model, shape_of
 from benchmarks.turns import milliseconds
 from loadtest.reports.record import record_line
 from serving.runtime.tensorrt_plan import Plan
 from training.compile.onnx_export import export
 from training.compile.quantize import convert, prepare
 from training.compile.tensorrt_engine import build
-from training.models.ranking import ItemTables, RankingGraph, RankingModel
-from training.models.retrieval import RetrievalModel
-from training.presets import preset
-from vivace.contract import FIRST_ID
+from training.models.ranking import RankingGraph
 from vivace.onnx_session import open_session
 
 NAMES = ["HISTORY_IDS", "CANDIDATE_IDS", "CANDIDATE_SCORES", "ENCODED_HISTORY"]
 OUT = ["RANKED_IDS", "RANKED_VALUES"]
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Run = Callable[[list[np.ndarray]], Any]
-
-
-def ranker(name: str, candidates: int, items: int) -> tuple[RankingGraph, int, int]:
-    """(graph, T, D) of a preset's ranker, untrained."""
-    chosen = preset(name)
-    retriever = RetrievalModel(chosen.encoder, items, torch.ones(items))
-    followers = torch.randint(FIRST_ID, items, (items, chosen.ranker.followers), dtype=torch.int32)
-    none = torch.zeros(items, 0)
-    tables = ItemTables(torch.ones(items), followers, torch.rand(followers.shape), none.long(), (), none)
-    model = RankingModel(replace(chosen.ranker, candidates=candidates), tables, retriever, ("click", "buy"))
-    for layer in model.score.values():  # zero before training, and eight bits of nothing have no scale
-        torch.nn.init.normal_(layer.weight, std=0.1)  # type: ignore[arg-type]
-    return RankingGraph(model).eval(), chosen.ranker.memory or chosen.encoder.history, chosen.encoder.width
-
-
-def inputs(batch: int, t: int, d: int, candidates: int, items: int) -> list[Tensor]:
-    scores = torch.randn(batch, candidates).sort(1, descending=True).values
-    return [
-        torch.randint(FIRST_ID, items, (batch, t)),
-        torch.stack([torch.randperm(items - FIRST_ID)[:candidates] + FIRST_ID for _ in range(batch)]),
-        scores,
-        torch.randn(batch, t, d),
-    ]
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -180,8 +154,9 @@ def timed(
     where: torch.device, compiled: bool, skipped: dict[str, str],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Rows of a preset's ranker by every engine and batch. ``shape``: candidates and items."""
-    graph, t, d = ranker(name, *shape)
-    given = {b: inputs(b, t, d, *shape) for b in batches}
+    sizes = shape_of(name, items=shape[1], candidates=shape[0])
+    graph = RankingGraph(ranking_model(name, sizes)).eval()
+    given = {b: ranking_inputs(b, sizes) for b in batches}
     needed = {b: work(graph, x) for b, x in given.items()}
     with tempfile.TemporaryDirectory() as folder:
         largest = given[max(batches)]

@@ -35,6 +35,7 @@ from training.models.ranking_gpu import gpu_graph
 
 ITEMS = 50_000
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+UNCAPTURED = ("onnxruntime", "tensorrt", "2:4")  # engines and formats with work of their own at each call
 EIGHT_BITS = ("fp8", "fp8-rows", "int8")
 
 
@@ -61,12 +62,12 @@ class Subject:
     model: RankingModel | None = None
     given: dict[int, list[Tensor]] = field(default_factory=dict)
     answers: dict[int, list[Tensor]] = field(default_factory=dict)
-    work: dict[str, float] = field(default_factory=dict)
 
     def inputs(self, batch: int) -> list[Tensor]:
         if batch not in self.given:
             make = subjects.ranking_inputs if self.stage == "ranker" else subjects.retrieval_inputs
-            self.given[batch] = [x.to(self.where) for x in make(batch, self.shape)]
+            with self.where:
+                self.given[batch] = make(batch, self.shape)
         return self.given[batch]
 
     def reference(self, batch: int) -> list[Tensor]:
@@ -77,21 +78,19 @@ class Subject:
                 self.answers[batch] = [x.float() for x in self.graph(*few)[:2]]
         return self.answers[batch]
 
-    def flops(self, form: str) -> float:
-        """FLOPs a request of a form of the graph."""
-        if form not in self.work:
-            graph = copy.deepcopy(self.graph).to("cpu")
-            if form == "folded":
-                graph = gpu_graph(graph.model, torch.float32, folded=True)  # type: ignore[arg-type]
-            self.work[form] = subjects.flops(graph, [x[:2].cpu() for x in self.inputs(min(self.given or [2]))])
-        return self.work[form]
+    def flops(self, folded: bool) -> float:
+        """FLOPs a request."""
+        if self.stage == "retriever":
+            return subjects.retriever_flops(self.name, self.shape)
+        return subjects.ranker_flops(self.name, self.shape, folded)
 
 
 def subject(name: str, stage: str, items: int, where: torch.device) -> Subject:
     shape = subjects.shape_of(name, items)
-    if stage == "retriever":
-        return Subject(name, stage, shape, subjects.retrieval_graph(name, shape).to(where), where)
-    model = subjects.ranking_model(name, shape).to(where)
+    with where:
+        if stage == "retriever":
+            return Subject(name, stage, shape, subjects.retrieval_graph(name, shape), where)
+        model = subjects.ranking_model(name, shape)
     return Subject(name, stage, shape, RankingGraph(model).eval(), where, model)
 
 
@@ -152,16 +151,15 @@ def call_of(of: Subject, variant: Variant, graph: nn.Module, batch: int) -> Call
     return OTHERS[variant.engine](graph, given, variant.format)
 
 
-def _captured(call: Callable[[], Any], where: torch.device) -> tuple[Callable[[], Any], Any, bool]:
+def _captured(call: Callable[[], Any], of: Subject, variant: Variant) -> tuple[Callable[[], Any], Any, bool]:
     """A replay of the call, its outputs, and whether it is a CUDA graph's; the call itself where none takes it."""
-    try:
-        return *clock.captured(call, where), where.type == "cuda"
-    except Exception as error:
-        if where.type == "cpu":
-            raise
-        print(f"not captured: {str(error).splitlines()[0][:200]}", flush=True)
-        torch.cuda.synchronize()
-        return call, call(), False
+    if of.where.type == "cuda" and variant.engine not in UNCAPTURED and variant.format not in UNCAPTURED:
+        try:
+            return *clock.captured(call, of.where), True
+        except Exception as error:
+            print(f"not captured: {str(error).splitlines()[0][:200]}", flush=True)
+            torch.cuda.synchronize()
+    return call, call(), False
 
 
 def measure_variant(
@@ -170,13 +168,13 @@ def measure_variant(
     """Builds, runs and writes one row; its ms."""
     with precision(variant.format):
         call = call_of(of, variant, built(of, variant, batch), batch)
-        replay, out, graphed = _captured(call, of.where)
+        replay, out, graphed = _captured(call, of, variant)
         seconds = 0.25 if of.where.type == "cuda" else 0.02
         ms = clock.device_ms(replay, of.where, seconds)
         replay()
         apart = parity(of.reference(batch), list(out[:2]), of.stage)
         extra = {"host_ms": clock.host_ms(replay, of.inputs(batch), out, of.where, seconds)} if host else {}
-    flop = of.flops("folded" if variant.form == "folded" else "plain") * batch
+    flop = of.flops(variant.form == "folded") * batch
     itemsize = {"fp32": 4, "tf32": 4, "fp8": 1, "fp8-rows": 1, "int8": 1}.get(variant.format, 2)
     moved = subjects.bytes_of(of.graph, of.inputs(batch), list(out), itemsize)
     per_s = flop / ms * 1000

@@ -57,29 +57,17 @@ def intermediates(name: str, stage: str, shape: Shape, batch: int) -> float:
     return batch * (2.0 * n * channels + 2 * 8 * t * d + 40 * of.lags * of.followers)
 
 
-def graph_of(name: str, stage: str, shape: Shape, where: torch.device) -> tuple[nn.Module, float]:
-    """(graph in bf16 on the device, FLOPs a request)."""
-    if stage == "retriever":
-        graph: nn.Module = subjects.retrieval_graph(name, shape)
-        return subjects.cast(graph.to(where), torch.bfloat16), retriever_flops(name, shape)
-    model = subjects.ranking_model(name, shape).to(where)
-    return gpu_graph(model, torch.bfloat16, lookup="sorted"), ranker_flops(name, shape)
-
-
-def ranker_flops(name: str, shape: Shape) -> float:
-    """FLOPs a request of the ranker's linear layers and attention, two for each product and sum."""
-    of, t, n, d = preset(name).ranker, shape.history, shape.candidates, shape.width
-    x = 3 * d + 32
-    candidate = 3 * d * d + (5 + 2 * of.lags) * 64 + 64 * 32 + x * of.experts * of.expert_width
-    heads = 2 * x * of.experts + 2 * 2 * of.expert_width * 32 + 2 * 32
-    return 2.0 * (n * (candidate + heads) + t * 2 * d * 2 * d + 2 * n * t * d)
-
-
-def retriever_flops(name: str, shape: Shape) -> float:
-    """The same of the encoder and the exact search."""
-    of, t, d = preset(name).encoder, shape.history, shape.width
-    block = t * (4 * d * d + 2 * d * of.of_ffn) + 2 * t * t * d
-    return 2.0 * (of.layers * block + d * shape.items)
+def graph_of(
+    name: str, stage: str, shape: Shape, where: torch.device, rankers: dict[str, nn.Module]
+) -> tuple[nn.Module, float]:
+    """(graph in bf16 on the device, FLOPs a request). ``rankers``: those made before, by preset."""
+    with where:
+        if stage == "retriever":
+            graph = subjects.retrieval_graph(name, shape)
+            return subjects.cast(graph, torch.bfloat16), subjects.retriever_flops(name, shape)
+        if name not in rankers:  # of any history and number of candidates
+            rankers[name] = gpu_graph(subjects.ranking_model(name, shape), torch.bfloat16, lookup="sorted")
+    return rankers[name], subjects.ranker_flops(name, shape)
 
 
 def one(
@@ -88,7 +76,8 @@ def one(
 ) -> float:  # fmt: skip
     """Measures and writes a point; its ms."""
     make = subjects.retrieval_inputs if stage == "retriever" else subjects.ranking_inputs
-    given = [x.to(where) for x in make(batch, shape)]
+    with where:
+        given = make(batch, shape)
     if stage == "ranker":
         given[3] = given[3].to(torch.bfloat16)
     replay, _ = clock.captured(lambda: graph(*given), where)
@@ -104,12 +93,12 @@ def one(
 
 def line(
     figures: Figures, name: str, stage: str, shape: Shape, batches: list[int], where: torch.device,
-    rates: dict[str, float],
+    rates: dict[str, float], rankers: dict[str, nn.Module],
 ) -> None:  # fmt: skip
     """All batches of one history and number of candidates, as far as memory and time go."""
     what = f"{name} {stage} history {shape.history} candidates {shape.candidates}"
     try:
-        graph, flop = graph_of(name, stage, shape, where)
+        graph, flop = graph_of(name, stage, shape, where, rankers)
     except Exception as error:
         figures.skip(what, f"{type(error).__name__}: {error}")
         return
@@ -139,11 +128,12 @@ def measure(figures: Figures, where: torch.device) -> None:
     items = 500 if cpu else ITEMS
     rates = peaks.measure(figures, where, ("bf16",), 0.02 if cpu else 0.3)
     figures.set(items=items, data_sheet_bf16=peaks.DATA_SHEET_BF16)
+    rankers: dict[str, nn.Module] = {}
     for name, stage, history, candidates, batches in points(cpu):
         if figures.left() < 1.5:
             figures.skip(f"{name} {stage} history {history} candidates {candidates} and what follows", "no time left")
             return
-        line(figures, name, stage, subjects.shape_of(name, items, candidates, history), batches, where, rates)
+        line(figures, name, stage, subjects.shape_of(name, items, candidates, history), batches, where, rates, rankers)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ best.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -17,10 +18,8 @@ import torch
 from benchmarks.gpu import peaks, steps
 from benchmarks.gpu.record import Figures
 
-MODULES = (
-    "triton", "onnx", "onnxruntime", "onnxruntime_genai", "tensorrt", "tensorrt_rtx", "torch_tensorrt", "merlin.models",
-    "tritonclient", "pytriton", "numpy", "pandas", "pyarrow", "scipy", "sklearn",
-)  # fmt: skip
+ENGINES = ("triton", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "torch_tensorrt", "numpy")
+MODULES = (*ENGINES, "merlin", "tritonclient", "pytriton", "pandas", "pyarrow", "scipy", "sklearn")
 ASKED = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,compute_cap"
 
 
@@ -37,7 +36,10 @@ def answer(*command: str) -> str:
 
 
 def module(name: str) -> str:
-    """Version of a module; the reason where it cannot be imported."""
+    """Version of a module; of an engine, the reason where it cannot be imported."""
+    if name not in ENGINES:
+        here = importlib.util.find_spec(name.partition(".")[0]) is not None
+        return "here" if here else "not here"
     try:
         return str(getattr(importlib.import_module(name), "__version__", "here"))
     except Exception as error:  # libraries that miss a shared object raise all sorts

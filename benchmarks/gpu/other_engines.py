@@ -21,7 +21,7 @@ def aoti(graph: nn.Module, given: list[Tensor], number_format: str) -> Call:
     program = torch.export.export(graph, tuple(given))
     folder = Path(tempfile.mkdtemp(prefix="aoti-"))
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "graph.pt2"))
-    runner = torch._inductor.aoti_load_package(path)
+    runner = torch._inductor.aoti_load_package(path, run_single_threaded=True)  # which a CUDA graph needs
     return lambda: runner(*given)
 
 

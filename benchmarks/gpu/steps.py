@@ -24,6 +24,8 @@ def run(step: str, measure: Callable[[Figures, torch.device], None], describe: s
     logging.getLogger("torch").setLevel(logging.ERROR)
     torch.manual_seed(7)
     where = device(chosen.cpu)
+    if chosen.cpu:
+        torch.set_num_threads(1)  # tiny models; others may be at work
     figures = Figures(chosen.out, step, chosen.seconds)
     figures.set(device=torch.cuda.get_device_name() if where.type == "cuda" else "cpu", torch=torch.__version__)
     with torch.no_grad():

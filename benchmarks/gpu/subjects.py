@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from training.models.encoders import mask_value
-from training.models.ranking import ItemTables, RankingGraph, RankingModel
+from training.models.ranking import ItemTables, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import Preset, preset
 from vivace.contract import FIRST_ID
@@ -46,7 +44,7 @@ def _with(name: str, shape: Shape) -> Preset:
 
 
 def ranking_model(name: str, shape: Shape) -> RankingModel:
-    """A preset's ranker, untrained."""
+    """A preset's ranker, untrained. ``with torch.device(...)`` says where this and the others are made."""
     chosen, items = _with(name, shape), shape.items
     smallest = replace(chosen.encoder, layers=1, history=1)  # of the retriever only the item table is read
     retriever = RetrievalModel(smallest, items, torch.ones(items))
@@ -94,11 +92,22 @@ def cast(graph: nn.Module, dtype: torch.dtype) -> nn.Module:
     return graph
 
 
-def flops(graph: nn.Module, inputs: list[Tensor]) -> float:
-    """FLOPs a request, counted in the float32 graph on the CPU: linear layers, products, both of an attention."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
-        graph(*inputs)
-    return counter.get_total_flops() / len(inputs[0])
+def ranker_flops(name: str, shape: Shape, folded: bool = False) -> float:
+    """FLOPs a request of the ranker's linear layers and attention, two for a product and its sum. ``folded``: without
+    the layers whose answers are read from tables."""
+    of, t, n, d = preset(name).ranker, shape.history, shape.candidates, shape.width
+    x = 3 * d + 32
+    layers = d * d * (1 if folded else 3) + (5 + 2 * of.lags) * 64 + 64 * 32 + x * of.experts * of.expert_width
+    heads = 2 * x * of.experts + 2 * 2 * of.expert_width * 32 + 2 * 32
+    keys = t * 2 * d * d * (1 if folded else 2)
+    return 2.0 * (n * (layers + heads) + keys + 2 * n * t * d)
+
+
+def retriever_flops(name: str, shape: Shape) -> float:
+    """The same of the encoder and the exact search."""
+    of, t, d = preset(name).encoder, shape.history, shape.width
+    block = t * (4 * d * d + 2 * d * of.of_ffn) + 2 * t * t * d
+    return 2.0 * (of.layers * block + d * shape.items)
 
 
 def bytes_of(graph: nn.Module, inputs: list[Tensor], outputs: list[Tensor], itemsize: int) -> float:
@@ -107,8 +116,3 @@ def bytes_of(graph: nn.Module, inputs: list[Tensor], outputs: list[Tensor], item
     every = [*graph.named_parameters(), *graph.named_buffers()]
     weights = sum(x.numel() for name, x in every if x.is_floating_point() and not any(t in name for t in tables))
     return float(weights * itemsize + sum(x.numel() * x.element_size() for x in (*inputs, *outputs)))
-
-
-def ranker_graph(name: str, shape: Shape) -> RankingGraph:
-    """What is exported of a preset's ranker, untrained."""
-    return RankingGraph(ranking_model(name, shape)).eval()
