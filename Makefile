@@ -2,9 +2,13 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 ARGS ?=
+# on the machine with the GPU: its own Python, what deploy/gpu/unpack.py unpacked, and the time to take
+PYTHON_GPU ?= python3
+GPU_HOME ?= /tmp/vivace-gpu
+MINUTES ?= 9
 BIN = $(VENV)/bin
 
-.PHONY: demo test unit setup bench quality lint clean
+.PHONY: demo test unit setup bench quality gpu-pack gpu lint clean
 
 demo: setup
 	$(BIN)/vivace demo $(ARGS)
@@ -34,6 +38,15 @@ bench: setup
 # the ML-1M figures of the README: make quality ARGS="--path /folder/of/ml-1m"
 quality: setup
 	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+# pieces for a machine with a GPU and no network; ARGS="--with tensorrt-rtx,onnxruntime-gpu"; data below $VIVACE_DATA
+gpu-pack: setup
+	$(BIN)/python -m benchmarks.gpu.pack $(ARGS)
+
+# there, after `python3 deploy/gpu/unpack.py FOLDER`: every figure of a GPU; ARGS=--cpu rehearses it without one
+gpu:
+	[ ! -e $(GPU_HOME)/env.sh ] || . $(GPU_HOME)/env.sh; \
+	$(PYTHON_GPU) -m benchmarks.gpu.run --minutes $(MINUTES) --out artifacts/gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) artifacts .tools .pytest_cache .ruff_cache .mypy_cache .hypothesis
