@@ -46,6 +46,7 @@ class ServingProfile:
     backend: str = "onnxruntime"  # of retrieval and ranking
     kind: Literal["CPU", "GPU", "MODEL"] = "CPU"  # where their instances run; MODEL: where the compiled file says
     cuda_graphs: bool = False  # sequences of kernels are recorded for some sizes of batches and replayed
+    container: bool = False  # for the container's own backend, where that reads another configuration than ours
     state_cache: bool = False  # of encoded users; Triton then leaves retrieval out of its latency summaries
     fused: bool = False  # one model in the ensemble's place, of ``recommend_instances``
     recommend_instances: int = 2
@@ -63,11 +64,10 @@ PROFILES = {
     "fused": ServingProfile(fused=True, overload_rows=32, max_queue=128),
     "openvino": ServingProfile(backend="openvino"),
     "gpu": _GPU,
-    "gpu-graphs": replace(_GPU, cuda_graphs=True),
     "tensorrt": replace(_GPU, backend="tensorrt"),
     "tensorrt-graphs": replace(_GPU, backend="tensorrt", cuda_graphs=True),
-    "aoti": replace(_GPU, backend="pytorch"),
-    "aoti-any": replace(_GPU, backend="pytorch", kind="MODEL"),
+    "aoti": replace(_GPU, backend="pytorch", kind="MODEL"),
+    "aoti-container": replace(_GPU, backend="pytorch", container=True, max_batch_size=1),
 }
 
 
@@ -119,16 +119,18 @@ def _graph(config: pb.ModelConfig, profile: ServingProfile) -> pb.ModelConfig:
     if p.backend == "onnxruntime":
         for key in ("intra_op_thread_count", "inter_op_thread_count"):
             config.parameters[key].string_value = str(p.threads)
-        if p.cuda_graphs:  # options of ONNX Runtime's CUDA provider, by its own names
+        if p.kind == "GPU":  # options of ONNX Runtime's CUDA provider; its CUDA graphs: docs/decisions.md says why not
             cuda = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
-            cuda.parameters["enable_cuda_graph"] = cuda.parameters["use_ep_level_unified_stream"] = "1"
+            cuda.parameters["use_ep_level_unified_stream"] = "1"
     if p.backend == "openvino":
         config.default_model_filename = "model.onnx"
         settings = {"INFERENCE_NUM_THREADS": str(p.threads), "NUM_STREAMS": "1"}
         for key, value in settings.items():
             config.parameters[key].string_value = value
     if p.backend == "pytorch":
-        config.platform = "torch_aoti"
+        config.default_model_filename = "model.pt2"  # Triton 2.51 would write model.pt there
+        if p.container:
+            config.platform = "torch_aoti"
         settings = {"INFERENCE_MODE": "true", "INTRA_OP_THREAD_COUNT": str(p.threads)}
         for key, value in settings.items():
             config.parameters[key].string_value = value

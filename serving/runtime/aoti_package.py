@@ -41,7 +41,7 @@ class Package:
         if device and built_for != device.partition(":")[0]:
             raise ValueError(
                 f"{path.name}: compiled for {built_for}, asked to run on {device}; run 'vivace compile --target aoti' "
-                "on such a machine, or serve the profile 'aoti-any'"
+                "on such a machine, or serve the profile 'aoti'"
             )
         self.device = torch.device(built_for, max(index, 0)) if built_for == "cuda" else torch.device("cpu")
         self.sizes, self.say = padded_sizes(largest), say

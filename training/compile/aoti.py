@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from serving.runtime.aoti_package import Package
+from training.models import blocks
+from training.models.ranking import RankingModel
 
 PACKAGE = "model.pt2"
 LARGEST = 4096  # rows of a batch that a package takes
@@ -20,6 +22,20 @@ LARGEST = 4096  # rows of a batch that a package takes
 
 def device_at_hand() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def without_merlin(ranker: RankingModel) -> RankingModel:
+    """A copy whose mixture and towers are plain PyTorch: torch.export does not take the wrappers of Merlin's."""
+    plain, config = copy.deepcopy(ranker), ranker.config
+    plain.towers = blocks.towers(ranker.head_names, plain=True)
+    plain.experts = blocks.mixture(
+        config.mixture, config.experts, config.expert_width, config.dropout, plain.towers, plain=True
+    )
+    plain.to(ranker.popularity.device)
+    with torch.no_grad():  # the layers take their input width from the first batch
+        plain.eval()._heads(torch.zeros(2, 3 * ranker.width + 32, device=ranker.popularity.device))
+    plain.load_state_dict(ranker.state_dict())
+    return plain
 
 
 def build(

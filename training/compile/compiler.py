@@ -17,6 +17,7 @@ from search import published as search
 from serving import repository
 from serving.runtime.item_index import ENCODER
 from training.checkpoints import load_ranker, load_retrieval
+from training.compile.aoti import without_merlin
 from training.compile.engine import Engine
 from training.compile.index import EncoderGraph, Tuned, build_index, validation_states
 from training.compile.onnx_export import (
@@ -211,7 +212,7 @@ class Compilation:
             return records
         graphs = {
             contract.RETRIEVAL: RetrievalGraph(self.retriever, s.candidates, s.memory),
-            contract.RANKING: RankingGraph(self.ranker, folded=self.folded),
+            contract.RANKING: RankingGraph(without_merlin(self.ranker), folded=self.folded),
         }
         feeds: dict[str, dict[str, np.ndarray]] = {
             stage: {t.name: x.numpy() for t, x in zip(tensors, values, strict=True)}

@@ -1,10 +1,14 @@
-"""Triton Python-based backend ``pytorch``: serves AOTInductor packages, ``platform: "torch_aoti"``.
+"""Triton Python-based backend ``pytorch``: serves AOTInductor packages.
 
-Reads what Triton's C++ backend of that name reads since 26.03
+Reads what Triton's C++ backend of that name reads since 26.05
 (https://github.com/triton-inference-server/pytorch_backend#aot-inductor-support-beta): the file ``model.pt2`` unless
 ``default_model_filename`` names another, tensors by their place ("INPUT__0", "OUTPUT__0"), ``instance_group``
-(KIND_MODEL: the device that the package was compiled for), INFERENCE_MODE and INTRA_OP_THREAD_COUNT. What it does
-beyond: whole batches, filled up to a few sizes and replayed as CUDA graphs.
+(KIND_MODEL: the device that the package was compiled for), and the parameter INTRA_OP_THREAD_COUNT. Two things differ:
+
+- the C++ backend needs ``platform: "torch_aoti"``, which Triton 2.51 refuses ("unexpected 'platform' and 'backend'
+  pair"): the profile "aoti" is without, "aoti-container" with it;
+- the C++ backend takes one row at a time so far; this one whole batches, filled up to a few sizes and replayed as CUDA
+  graphs.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ import triton_python_backend_utils as pb_utils
 from serving.runtime.aoti_package import Package
 from serving.triton.graph_model import GraphModel, Tensor, parameters
 
-PLATFORM = "torch_aoti"
 NUMPY_OF_TRITON = {
     "TYPE_FP32": "float32",
     "TYPE_FP16": "float16",
@@ -43,11 +46,6 @@ class TritonPythonModel(GraphModel):
     def open(self, path: Path, config: dict[str, Any], kind: str, device: str) -> None:
         import torch
 
-        if config.get("platform") != PLATFORM:
-            raise ValueError(
-                f"model '{config['name']}': backend pytorch: expected platform \"{PLATFORM}\", "
-                f"got {config.get('platform', '')!r}"
-            )
         given = parameters(config)
         torch.set_num_threads(int(given.get("INTRA_OP_THREAD_COUNT", 1)))
         chosen = {"CPU": "cpu", "GPU": f"cuda:{device or 0}"}.get(kind, "")
