@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +18,12 @@ from torch import Tensor, nn
 from serving.runtime.aoti_package import Package
 from training.models import blocks
 from training.models.ranking import RankingModel
+from vivace.manifest import CHECKOUT
 
 PACKAGE = "model.pt2"
 LARGEST = 4096  # rows of a batch that a package takes
+# of Inductor: headers compiled beforehand pay where many graphs are compiled on one machine, not for two
+SETTINGS: dict[str, Any] = {"aot_inductor.precompile_headers": False, "cpp_cache_precompile_headers": False}
 
 
 def device_at_hand() -> torch.device:
@@ -38,26 +44,54 @@ def without_merlin(ranker: RankingModel) -> RankingModel:
     return plain
 
 
-def build(
-    graph: nn.Module, example: Sequence[Tensor], path: Path, device: torch.device, settings: dict[str, Any] | None = None
-) -> None:
-    """Writes the package of ``graph`` for ``device``; ``example``: arguments of at least two rows. ``settings``: of
-    Inductor, by its names. Raises ValueError where the graph is not taken."""
+def exported(graph: nn.Module, example: Sequence[Tensor], device: torch.device) -> torch.export.ExportedProgram:
+    """``graph`` on ``device`` with a free batch axis; ``example``: arguments of at least two rows. Raises ValueError
+    where torch.export does not take it."""
     moved = copy.deepcopy(graph).eval().to(device)
     arguments = tuple(x.to(device) for x in example)
     batch = torch.export.Dim("batch", min=1, max=LARGEST)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(moved, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments))
-            torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(path), inductor_configs={"fx_graph_cache": False, **(settings or {})}
-            )
+            return torch.export.export(moved, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments))
         except RuntimeError as error:
-            raise ValueError(f"--target aoti: {path.stem}: {str(error).strip().splitlines()[-1][:300]}") from error
+            raise ValueError(f"--target aoti: {type(graph).__name__}: {str(error).strip().splitlines()[0]}") from error
+
+
+def package(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Compiles an exported program into ``path``."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=SETTINGS)
+
+
+def build(graphs: Mapping[str, nn.Module], examples: Mapping[str, Sequence[Tensor]], folder: Path) -> dict[str, Path]:
+    """Packages of all graphs for the device at hand, each compiled by a process of its own as the compilers of C++ and
+    of CUDA take most of the time; their paths by name. Raises ValueError with the last words of one that failed."""
+    device, running, packages = device_at_hand(), {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for name, graph in graphs.items():
+                program, packages[name] = Path(scratch) / f"{name}.pt2", folder / f"{name}.pt2"
+                torch.export.save(exported(graph, examples[name], device), program)
+                command = [sys.executable, "-m", "training.compile.aoti", str(program), str(packages[name])]
+                log = (Path(scratch) / f"{name}.log").open("w")
+                running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT)
+            for name, process in running.items():
+                if process.wait():
+                    words = (Path(scratch) / f"{name}.log").read_text(errors="replace").strip().splitlines()
+                    raise ValueError(f"--target aoti: {name}: {words[-1] if words else process.returncode}")
+        finally:
+            for process in running.values():
+                process.kill()
+    return packages
 
 
 def on_package(path: Path, rows: int) -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
     """The package on its device, for inputs in the order of the exported arguments."""
     package = Package(path, largest=rows)
     return lambda feed: package.run(list(feed.values()))
+
+
+if __name__ == "__main__":  # python -m training.compile.aoti EXPORTED PACKAGE
+    package(torch.export.load(sys.argv[1]), Path(sys.argv[2]))
