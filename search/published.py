@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from search.online import INDEX_FILES, RANKER_FILES
 from vivace import contract
 from vivace.run import SEARCH, Run
 
@@ -17,6 +16,8 @@ def files_of(root: Path) -> dict[str, dict[str, Path]]:
     run = Run(root)
     if not run.has(SEARCH):
         return {}
+    from search.online import INDEX_FILES, RANKER_FILES  # its libraries, which a run without search does without
+
     folder = run.search
     return {
         contract.QUERY_SEARCH: {n: folder / n for n in INDEX_FILES},

@@ -10,11 +10,13 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from serving.releases import publishing
+from serving.runtime.batch_sizes import padded_sizes
 from vivace import contract
 from vivace.run import Run
 
@@ -28,6 +30,9 @@ ONNX_STAGES = (contract.RETRIEVAL, contract.RANKING)
 ALL_MODELS = (*contract.STAGES, contract.QUERY_SEARCH, contract.APPEND_EVENT, contract.ENSEMBLE)
 
 
+Tensors = tuple[contract.WireTensor, ...]
+
+
 @dataclass(frozen=True)
 class ServingProfile:
     """What does not change the answer. Batches in requests, delay in microseconds, threads per session."""
@@ -39,7 +44,9 @@ class ServingProfile:
     ranking_instances: int = 1
     threads: int = 1
     backend: str = "onnxruntime"  # of retrieval and ranking
-    gpu: bool = False
+    kind: Literal["CPU", "GPU", "MODEL"] = "CPU"  # where their instances run; MODEL: where the compiled file says
+    cuda_graphs: bool = False  # sequences of kernels are recorded for some sizes of batches and replayed
+    container: bool = False  # for the container's own backend, where that reads another configuration than ours
     state_cache: bool = False  # of encoded users; Triton then leaves retrieval out of its latency summaries
     fused: bool = False  # one model in the ensemble's place, of ``recommend_instances``
     recommend_instances: int = 2
@@ -50,7 +57,7 @@ class ServingProfile:
     queue_timeout_us: int = 1_000_000  # a request that waited so long for a stage is refused
 
 
-_GPU = ServingProfile(max_batch_size=256, queue_delay_us=200, retrieval_instances=1, gpu=True)
+_GPU = ServingProfile(max_batch_size=256, queue_delay_us=200, retrieval_instances=1, kind="GPU")
 PROFILES = {
     "": ServingProfile(),
     "cached": ServingProfile(state_cache=True),
@@ -58,6 +65,9 @@ PROFILES = {
     "openvino": ServingProfile(backend="openvino"),
     "gpu": _GPU,
     "tensorrt": replace(_GPU, backend="tensorrt"),
+    "tensorrt-graphs": replace(_GPU, backend="tensorrt", cuda_graphs=True),
+    "aoti": replace(_GPU, backend="pytorch", kind="MODEL"),
+    "aoti-container": replace(_GPU, backend="pytorch", container=True, max_batch_size=1),
 }
 
 
@@ -74,13 +84,22 @@ def _io(message, tensors: tuple[contract.WireTensor, ...], ragged: tuple[str, ..
             entry.allow_ragged_batch = True
 
 
-def _base(name: str, backend: str, profile: ServingProfile, inputs, outputs, instances: int = 1):  # noqa: ANN001, ANN202
+def _by_place(tensors: Tensors, side: str, backend: str) -> Tensors:
+    """Tensors of a model by the names that its backend knows: Triton's backend for AOTInductor packages calls them by
+    their place, "INPUT__0" (README of pytorch_backend, "Ordinal Base I/O Names")."""
+    if backend != "pytorch":
+        return tensors
+    return tuple(replace(tensor, name=f"{side}__{place}") for place, tensor in enumerate(tensors))
+
+
+def _base(
+    name: str, backend: str, profile: ServingProfile, inputs: Tensors, outputs: Tensors, instances: int = 1
+) -> pb.ModelConfig:
     config = pb.ModelConfig(name=name, backend=backend, max_batch_size=profile.max_batch_size)
-    _io(config.input, inputs, ragged=(contract.HISTORY.name,))
-    _io(config.output, outputs)
-    on_gpu = profile.gpu and backend != "python"
-    kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
-    config.instance_group.add(count=instances, kind=kind)
+    _io(config.input, _by_place(inputs, "INPUT", backend), ragged=(contract.HISTORY.name,))
+    _io(config.output, _by_place(outputs, "OUTPUT", backend))
+    kind = f"KIND_{'CPU' if backend == 'python' else profile.kind}"
+    config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.Kind.Value(kind))
     config.dynamic_batching.max_queue_delay_microseconds = profile.queue_delay_us
     size = profile.preferred_batch
     while 0 < size <= profile.max_batch_size:
@@ -96,15 +115,38 @@ def _base(name: str, backend: str, profile: ServingProfile, inputs, outputs, ins
 
 def _graph(config: pb.ModelConfig, profile: ServingProfile) -> pb.ModelConfig:
     """Settings of the backend that runs a graph, by the names that Triton's own backends read."""
-    if profile.backend == "onnxruntime":
+    p = profile
+    if p.backend == "onnxruntime":
         for key in ("intra_op_thread_count", "inter_op_thread_count"):
-            config.parameters[key].string_value = str(profile.threads)
-    if profile.backend == "openvino":
+            config.parameters[key].string_value = str(p.threads)
+        if p.kind == "GPU":  # options of ONNX Runtime's CUDA provider; its CUDA graphs: docs/decisions.md says why not
+            cuda = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
+            cuda.parameters["use_ep_level_unified_stream"] = "1"
+    if p.backend == "openvino":
         config.default_model_filename = "model.onnx"
-        settings = {"INFERENCE_NUM_THREADS": str(profile.threads), "NUM_STREAMS": "1"}
+        settings = {"INFERENCE_NUM_THREADS": str(p.threads), "NUM_STREAMS": "1"}
         for key, value in settings.items():
             config.parameters[key].string_value = value
+    if p.backend == "pytorch":
+        config.default_model_filename = "model.pt2"  # Triton 2.51 would write model.pt there
+        if p.container:
+            config.platform = "torch_aoti"
+        settings = {"INFERENCE_MODE": "true", "INTRA_OP_THREAD_COUNT": str(p.threads)}
+        for key, value in settings.items():
+            config.parameters[key].string_value = value
+    if p.backend == "tensorrt" and p.cuda_graphs:
+        config.optimization.cuda.graphs = True
+        for size in padded_sizes(p.max_batch_size):
+            spec = config.optimization.cuda.graph_spec.add(batch_size=size)
+            for tensor in config.input:
+                spec.input[tensor.name].dim.extend(tensor.dims)
     return config
+
+
+def _backend(model: str, s: contract.StageTensors, profile: ServingProfile) -> str:
+    """Backend of a model that is no ensemble."""
+    graph = model in ONNX_STAGES and not (model == contract.RETRIEVAL and s.indexed)
+    return profile.backend if graph else "python"
 
 
 def _ensemble(
@@ -122,10 +164,11 @@ def _ensemble(
     )
     for model, inputs, outputs in steps:
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
-        for tensor in inputs:
-            step.input_map[tensor.name] = tensor.name
-        for tensor in outputs:
-            step.output_map[tensor.name] = tensor.name
+        backend = _backend(model, s, profile)
+        for tensor, its_name in zip(inputs, _by_place(inputs, "INPUT", backend), strict=True):
+            step.input_map[its_name.name] = tensor.name
+        for tensor, its_name in zip(outputs, _by_place(outputs, "OUTPUT", backend), strict=True):
+            step.output_map[its_name.name] = tensor.name
     return config
 
 
@@ -156,10 +199,9 @@ def model_configs(
     p, s = profile, s.reading(profile.history)
     transform = _base(contract.FEATURE_TRANSFORM, "python", p, contract.REQUEST, contract.feature_transform_outputs(s))
     _transforms(transform, s, exclude_seen)
-    backend = "python" if s.indexed else p.backend
     retrieval = _base(
         contract.RETRIEVAL,
-        backend,
+        _backend(contract.RETRIEVAL, s, p),
         p,
         contract.retrieval_inputs(s),
         contract.retrieval_outputs(s),

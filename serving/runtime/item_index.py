@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 
 from serving.runtime.by_length import chunks, together
@@ -33,6 +32,8 @@ class ItemIndex:
     @classmethod
     def build(cls, table_VD: np.ndarray, bias_V: np.ndarray, factory: str = FACTORY, threads: int = 1) -> ItemIndex:
         """``table_VD`` float32 [V, D] and ``bias_V`` [V] of all ids, the special ones included (they are left out)."""
+        import faiss
+
         rows = np.concatenate([table_VD, bias_V[:, None]], 1)[FIRST_ID:]
         rows = np.ascontiguousarray(rows, np.float32)
         faiss.omp_set_num_threads(threads)
@@ -42,11 +43,15 @@ class ItemIndex:
         return cls(index, 1)
 
     def save(self, path: Path) -> None:
+        import faiss
+
         self.index.hnsw.efSearch = self.effort
         faiss.write_index(self.index, str(path))
 
     @classmethod
     def load(cls, path: Path, threads: int = 1) -> ItemIndex:
+        import faiss  # here and above: only an indexed run needs it
+
         if not path.exists():
             raise FileNotFoundError(f"{path}: expected a FAISS index; run vivace compile --index")
         faiss.omp_set_num_threads(threads)
@@ -58,6 +63,8 @@ class ItemIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(ids int64 [B, count], scores float32 [B, count]), best first; PADDING_ID and EXCLUDED where fewer were
         found. ``seen``: ids that each row may not be answered."""
+        import faiss
+
         more = max((len(s) for s in seen), default=0) if seen is not None else 0
         queries = np.concatenate([states_BD, np.ones((len(states_BD), 1), np.float32)], 1).astype(np.float32)
         parameters = faiss.SearchParametersHNSW(efSearch=max(self.effort, count + more))  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from search import published as search
 from serving import repository
 from serving.runtime.item_index import ENCODER
 from training.checkpoints import load_ranker, load_retrieval
+from training.compile.aoti import without_merlin
 from training.compile.engine import Engine
 from training.compile.index import EncoderGraph, Tuned, build_index, validation_states
 from training.compile.onnx_export import (
@@ -77,6 +78,8 @@ class CompileConfig:
         check_fields(self)
         if self.index and not (self.precision == self.tables == "fp32" and not self.targets):
             raise ValueError("--index goes with --precision fp32, --tables fp32 and no --target")
+        if "aoti" in self.targets and not self.exact:
+            raise ValueError("--target aoti goes with --precision fp32 and --tables fp32")
         if self.tables == "int8" and self.precision != "fp32":
             raise ValueError(f"--tables int8 goes with --precision fp32, got {self.precision!r}")
 
@@ -135,10 +138,15 @@ class Compilation:
     def ranking_outputs(self) -> tuple[contract.WireTensor, ...]:
         return contract.ranking_outputs(self.tensors, self.features.schema.heads)
 
+    @property
+    def folded(self) -> bool:
+        """Whether the ranker reads what it needs of an item alone from a table."""
+        return self.config.fold and self.config.tables == "fp32" and self.tensors.items <= FOLD_ITEMS
+
     def export_exact(self) -> None:
         """Both graphs in float32, checked against PyTorch."""
         self.exact_folder.mkdir(exist_ok=True)
-        s, config = self.tensors, self.config
+        s = self.tensors
         self.say("exporting retrieval")
         graph = RetrievalGraph(self.retriever, s.candidates, s.memory)
         self.parity[contract.RETRIEVAL] = export_checked(
@@ -148,9 +156,8 @@ class Compilation:
         with torch.no_grad():
             self.candidates = (self.example[0], *graph(*self.example))
         self.say("exporting ranking")
-        fold = config.fold and config.tables == "fp32" and s.items <= FOLD_ITEMS
         self.parity[contract.RANKING] = export_checked(
-            contract.RANKING, RankingGraph(self.ranker, folded=fold), contract.ranking_inputs(s), self.ranking_outputs,
+            contract.RANKING, RankingGraph(self.ranker, folded=self.folded), contract.ranking_inputs(s), self.ranking_outputs,
             self.candidates, self.exact_folder / "ranking.onnx", RankingGraph(self.ranker),
         )  # fmt: skip
 
@@ -201,6 +208,12 @@ class Compilation:
     def make_targets(self) -> dict[str, dict[str, float]]:
         """What each target records."""
         s, records = self.tensors, dict[str, dict[str, float]]()
+        if not self.config.targets:
+            return records
+        graphs = {
+            contract.RETRIEVAL: RetrievalGraph(self.retriever, s.candidates, s.memory),
+            contract.RANKING: RankingGraph(without_merlin(self.ranker), folded=self.folded),
+        }
         feeds: dict[str, dict[str, np.ndarray]] = {
             stage: {t.name: x.numpy() for t, x in zip(tensors, values, strict=True)}
             for stage, tensors, values in (
@@ -210,7 +223,8 @@ class Compilation:
         }
         for target in self.config.targets:
             self.say(f"target {target}")
-            records[target] = make(target, self.folder, feeds, (1, 16, repository.PROFILES["gpu"].max_batch_size))
+            batches = (1, 16, repository.PROFILES["gpu"].max_batch_size)
+            records[target] = make(target, self.folder, feeds, batches, graphs)
         return records
 
 

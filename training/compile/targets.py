@@ -6,6 +6,7 @@ openvino          OpenVINO reads the same ONNX files; run here and compared with
 cuda              ONNX Runtime's CUDA provider reads the same files; run and compared where there is a GPU
 tensorrt          ``model.plan`` for the GPU at hand, for Triton's own backend; needs one
 tensorrt-rtx      ``model.plan`` built ahead of time without a GPU, for the Python-based backend
+aoti              ``model.pt2`` by AOTInductor, for the GPU at hand, else for this CPU; run and compared
 ================  ==================================================================================================
 """
 
@@ -17,13 +18,16 @@ from typing import Literal, get_args
 
 import numpy as np
 import onnxruntime as ort
+import torch
+from torch import nn
 
+from training.compile import aoti
 from training.compile.parity import difference
 from training.compile.tensorrt_engine import build
 from vivace import contract
 from vivace.onnx_session import open_session
 
-TargetName = Literal["openvino", "cuda", "tensorrt", "tensorrt-rtx"]
+TargetName = Literal["openvino", "cuda", "tensorrt", "tensorrt-rtx", "aoti"]
 TARGETS: tuple[TargetName, ...] = get_args(TargetName)
 PLAN = "model.plan"
 
@@ -62,11 +66,15 @@ def on_cuda(path: Path) -> Run:
 
 
 def make(
-    target: str, folder: Path, feeds: Mapping[str, Mapping[str, np.ndarray]], batches: tuple[int, int, int]
+    target: str,
+    folder: Path,
+    feeds: Mapping[str, Mapping[str, np.ndarray]],
+    batches: tuple[int, int, int],
+    graphs: Mapping[str, nn.Module],
 ) -> dict[str, float]:
-    """Checks or builds one target of the graphs in ``folder``; ``feeds``: example inputs by stage. Returns what to
-    record: how far the answers are from ONNX Runtime's on the CPU (see ``parity``), or the sizes of the plans. Raises
-    ValueError."""
+    """Checks or builds one target of the graphs in ``folder``; ``feeds``: example inputs by stage; ``graphs``: what
+    the ONNX files were exported from. Returns what to record: how far the answers are from ONNX Runtime's on the CPU
+    (see ``parity``), or the sizes of the plans. Raises ValueError."""
     if target not in TARGETS:
         raise ValueError(f"--target: expected one of {TARGETS}, got {target!r}")
     if target.startswith("tensorrt"):
@@ -82,8 +90,15 @@ def make(
             for n in feeds
         }
     apart: dict[str, float] = {}
+    packages = {}
+    if target == "aoti":
+        examples = {name: [torch.from_numpy(x) for x in feed.values()] for name, feed in feeds.items()}
+        packages = aoti.build(graphs, examples, folder)
     for name, feed in feeds.items():
-        run = (on_openvino if target == "openvino" else on_cuda)(folder / f"{name}.onnx")
+        if name in packages:
+            run = aoti.on_package(packages[name], max(len(x) for x in feed.values()))
+        else:
+            run = (on_openvino if target == "openvino" else on_cuda)(folder / f"{name}.onnx")
         expected = open_session(folder / f"{name}.onnx", threads=0)
         names = [t.name for t in expected.get_outputs()]
         by_tensor = difference(expected.run(None, dict(feed)), run(feed), names)
@@ -92,12 +107,14 @@ def make(
 
 
 def has_gpu() -> bool:
-    import torch
-
     return torch.cuda.is_available()
 
 
 def files(folder: Path) -> dict[str, dict[str, Path]]:
-    """Plans that were built, for the repository, by stage."""
-    built = {name: folder / f"{name}.plan" for name in (contract.RETRIEVAL, contract.RANKING)}
-    return {name: {PLAN: path} for name, path in built.items() if path.exists()}
+    """Plans and packages that were built, for the repository, by stage."""
+    built = {
+        stage: {name: folder / f"{stage}{Path(name).suffix}" for name in (PLAN, aoti.PACKAGE)}
+        for stage in (contract.RETRIEVAL, contract.RANKING)
+    }
+    there = {stage: {n: p for n, p in paths.items() if p.exists()} for stage, paths in built.items()}
+    return {stage: paths for stage, paths in there.items() if paths}

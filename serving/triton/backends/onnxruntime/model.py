@@ -1,8 +1,9 @@
 """Triton Python-based backend ``onnxruntime``: serves any model whose config says ``backend: "onnxruntime"``.
 
 Reads what Triton's C++ backend of that name reads: ``default_model_filename``, tensor names, dtypes and dims,
-``instance_group`` (one session an instance), ``optimization.graph.level``, and the parameters
-``intra_op_thread_count``, ``inter_op_thread_count``, ``execution_mode``, ``session.*`` entries.
+``instance_group`` (one session an instance), ``optimization.graph.level``, options of the CUDA provider in
+``optimization.execution_accelerators``, and the parameters ``intra_op_thread_count``, ``inter_op_thread_count``,
+``execution_mode``, ``session.*`` entries.
 """
 
 from __future__ import annotations
@@ -54,8 +55,19 @@ def options_of(config: dict[str, Any]) -> ort.SessionOptions:
     return options
 
 
-def providers(kind: str, device_id: str) -> list[Any]:
-    """Execution providers of an instance; asking for a GPU that ONNX Runtime cannot use is an error, not a fallback."""
+def cuda_options(config: dict[str, Any]) -> dict[str, str]:
+    """What a config says of ONNX Runtime's CUDA provider, by the provider's own names."""
+    accelerators = config.get("optimization", {}).get("execution_accelerators", {})
+    options: dict[str, str] = {}
+    for accelerator in accelerators.get("gpu_execution_accelerator", []):
+        if accelerator.get("name") == "cuda":
+            options |= accelerator.get("parameters", {})
+    return options
+
+
+def providers(kind: str, device_id: str, options: dict[str, str]) -> list[Any]:
+    """Execution providers of an instance; asking for a GPU that ONNX Runtime cannot use is an error, not a fallback.
+    ``options``: of the CUDA provider."""
     if kind != "GPU":
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in ort.get_available_providers():
@@ -63,14 +75,15 @@ def providers(kind: str, device_id: str) -> list[Any]:
             "instance_group asks for KIND_GPU, but this onnxruntime has only "
             f"{ort.get_available_providers()}; install onnxruntime-gpu or choose a CPU profile"
         )
-    return [("CUDAExecutionProvider", {"device_id": int(device_id or 0)}), "CPUExecutionProvider"]
+    return [("CUDAExecutionProvider", {**options, "device_id": int(device_id or 0)}), "CPUExecutionProvider"]
 
 
 class TritonPythonModel(GraphModel):
     runtime = "onnxruntime"
 
     def open(self, path: Path, config: dict[str, Any], kind: str, device: str) -> None:
-        self.session = open_session(path, providers=providers(kind, device), options=options_of(config))
+        chosen = providers(kind, device, cuda_options(config))
+        self.session = open_session(path, providers=chosen, options=options_of(config))
 
     def signature(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         inputs, outputs = (

@@ -1,0 +1,97 @@
+"""AOTInductor packages of the graphs: torch.export with a free batch axis, compiled for the device at hand."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from serving.runtime.aoti_package import Package
+from training.models import blocks
+from training.models.ranking import RankingModel
+from vivace.manifest import CHECKOUT
+
+PACKAGE = "model.pt2"
+LARGEST = 4096  # rows of a batch that a package takes
+# of Inductor: headers compiled beforehand pay where many graphs are compiled on one machine, not for two
+SETTINGS: dict[str, Any] = {"aot_inductor.precompile_headers": False, "cpp_cache_precompile_headers": False}
+
+
+def device_at_hand() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def without_merlin(ranker: RankingModel) -> RankingModel:
+    """A copy whose mixture and towers are plain PyTorch: torch.export does not take the wrappers of Merlin's."""
+    plain, config = copy.deepcopy(ranker), ranker.config
+    plain.towers = blocks.towers(ranker.head_names, plain=True)
+    plain.experts = blocks.mixture(
+        config.mixture, config.experts, config.expert_width, config.dropout, plain.towers, plain=True
+    )
+    plain.to(ranker.popularity.device)
+    with torch.no_grad():  # the layers take their input width from the first batch
+        plain.eval()._heads(torch.zeros(2, 3 * ranker.width + 32, device=ranker.popularity.device))
+    plain.load_state_dict(ranker.state_dict())
+    return plain
+
+
+def exported(graph: nn.Module, example: Sequence[Tensor], device: torch.device) -> torch.export.ExportedProgram:
+    """``graph`` on ``device`` with a free batch axis; ``example``: arguments of at least two rows. Raises ValueError
+    where torch.export does not take it."""
+    moved = copy.deepcopy(graph).eval().to(device)
+    arguments = tuple(x.to(device) for x in example)
+    batch = torch.export.Dim("batch", min=1, max=LARGEST)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(moved, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments))
+        except RuntimeError as error:
+            raise ValueError(f"--target aoti: {type(graph).__name__}: {str(error).strip().splitlines()[0]}") from error
+
+
+def package(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Compiles an exported program into ``path``."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=SETTINGS)
+
+
+def build(graphs: Mapping[str, nn.Module], examples: Mapping[str, Sequence[Tensor]], folder: Path) -> dict[str, Path]:
+    """Packages of all graphs for the device at hand, each compiled by a process of its own as the compilers of C++ and
+    of CUDA take most of the time; their paths by name. Raises ValueError with the last words of one that failed."""
+    device, running, packages = device_at_hand(), {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for name, graph in graphs.items():
+                program, packages[name] = Path(scratch) / f"{name}.pt2", folder / f"{name}.pt2"
+                torch.export.save(exported(graph, examples[name], device), program)
+                command = [sys.executable, "-m", "training.compile.aoti", str(program), str(packages[name])]
+                log = (Path(scratch) / f"{name}.log").open("w")
+                running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT)
+            for name, process in running.items():
+                if process.wait():
+                    words = (Path(scratch) / f"{name}.log").read_text(errors="replace").strip().splitlines()
+                    raise ValueError(f"--target aoti: {name}: {words[-1] if words else process.returncode}")
+        finally:
+            for process in running.values():
+                process.kill()
+    return packages
+
+
+def on_package(path: Path, rows: int) -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
+    """The package on its device, for inputs in the order of the exported arguments."""
+    package = Package(path, largest=rows)
+    return lambda feed: package.run(list(feed.values()))
+
+
+if __name__ == "__main__":  # python -m training.compile.aoti EXPORTED PACKAGE
+    package(torch.export.load(sys.argv[1]), Path(sys.argv[2]))
