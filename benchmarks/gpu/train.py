@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +41,10 @@ ON_GPU = (
     Training("base-8", ML, "base", 8),
     Training("base-9", ML, "base", 9),
     Training("beauty-7", "beauty", "beauty"),
-    Training("base-dropout.4-7", ML, "base", 7, {"encoder.dropout": 0.4}),
+    Training("cpu-7", ML, "cpu"),
+    Training("base-hstu-7", ML, "base", 7, {"encoder.family": "hstu"}),
 )
+KEPT = "base-7"  # whose weights come back
 REHEARSAL = (Training("tiny-7", "", "tiny"),)  # of the first data set at hand
 
 
@@ -93,6 +96,17 @@ def main(
     for label, process in running.items():
         process.kill()
         collect(figures, out, label, "stopped when the step's time was over")
+    keep(out / "runs" / ("tiny-7" if cpu else KEPT), out)
+
+
+def keep(root: Path, out: Path) -> None:
+    """Packs what a run needs to be compiled and served elsewhere, with the features it was made from, into one small
+    file. Nothing where the training did not end."""
+    parts = [p for p in (root / "preset.json", *root.glob("*/weights.pt"), *root.glob("*/manifest.json")) if p.exists()]
+    if (root / "ranking" / "weights.pt") in parts:
+        with tarfile.open(out / f"{root.name}.tar.xz", "w:xz", preset=1) as archive:
+            for part in parts:
+                archive.add(part, part.relative_to(root.parent))
 
 
 def collect(figures: Figures, out: Path, label: str, ending: str) -> None:

@@ -157,7 +157,8 @@ class Compilation:
             self.candidates = (self.example[0], *graph(*self.example))
         self.say("exporting ranking")
         self.parity[contract.RANKING] = export_checked(
-            contract.RANKING, RankingGraph(self.ranker, folded=self.folded), contract.ranking_inputs(s), self.ranking_outputs,
+            contract.RANKING, RankingGraph(self.ranker, folded=self.folded), contract.ranking_inputs(s),
+            self.ranking_outputs,
             self.candidates, self.exact_folder / "ranking.onnx", RankingGraph(self.ranker),
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
 from scipy.sparse.linalg import svds
+from sklearn.utils.extmath import randomized_svd
 
 from preprocessing.features import Features
 from training.models.item_table import attribute_tables
@@ -16,6 +17,8 @@ from training.models.ranking import ItemTables
 from vivace.contract import FIRST_ID, ITEM
 
 WINDOW = 5  # a follower within this many events counts, with weight 1 / distance
+EXACT_WIDTH = 256  # beyond it the exact decomposition takes minutes, the randomized one seconds (Halko et al. 2011)
+POWER_STEPS = 5
 SMOOTHING = 5.0  # added to an item's count: rare items promise less
 
 
@@ -67,7 +70,10 @@ def cooccurrence_embeddings(files: list[Path], items: int, width: int, scale: fl
         return np.zeros((items, width), np.float32)
     matrix = sp.csr_matrix((pmi[keep], (both.row[keep], both.col[keep])), shape=both.shape)
     k = min(width, items - 1)
-    left, values, _ = svds(matrix, k=k, v0=np.ones(items), which="LM")
+    if k > EXACT_WIDTH:
+        left, values, _ = randomized_svd(matrix, k, n_iter=POWER_STEPS, random_state=0)
+    else:
+        left, values, _ = svds(matrix, k=k, v0=np.ones(items), which="LM")
     out = np.zeros((items, width), np.float32)
     out[:, :k] = left * np.sqrt(values)
     size = np.sqrt((out**2).mean(1, keepdims=True))
