@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import clock, peaks, steps, subjects
+from benchmarks.gpu.linears import quantise, sparsify
 from benchmarks.gpu.other_engines import OTHERS
 from benchmarks.gpu.record import Figures
 from benchmarks.gpu.subjects import Shape
@@ -107,8 +108,6 @@ def precision(number_format: str) -> Iterator[None]:
 
 def built(of: Subject, variant: Variant, batch: int) -> nn.Module:
     """The stage's graph in the variant's form and number format."""
-    from benchmarks.gpu.linears import quantise, sparsify
-
     dtype = DTYPES.get(variant.format, torch.bfloat16)
     if of.model is not None and variant.form != "plain":
         graph: nn.Module = gpu_graph(of.model, dtype, variant.form == "folded", variant.lookup)  # type: ignore[arg-type]
@@ -139,9 +138,16 @@ def parity(expected: list[Tensor], got: list[Tensor], stage: str) -> dict[str, f
     return {"largest_difference": worst, "same_top10": float(top)}
 
 
-def call_of(of: Subject, variant: Variant, graph: nn.Module, batch: int) -> Callable[[], Any]:
-    """A call of the variant on inputs that stand on the device."""
+def given_to(of: Subject, variant: Variant, batch: int) -> list[Tensor]:
+    """A batch's inputs on the device; encodings in the format in which a retriever of that format hands them over."""
     given = of.inputs(batch)
+    if of.stage == "ranker" and variant.form != "plain":
+        return [*given[:3], given[3].to(DTYPES.get(variant.format, torch.bfloat16))]
+    return given
+
+
+def call_of(variant: Variant, graph: nn.Module, given: list[Tensor]) -> Callable[[], Any]:
+    """A call of the variant."""
     if variant.engine == "eager":
         return lambda: graph(*given)
     if variant.engine == "compile":
@@ -167,16 +173,17 @@ def measure_variant(
 ) -> float:
     """Builds, runs and writes one row; its ms."""
     with precision(variant.format):
-        call = call_of(of, variant, built(of, variant, batch), batch)
+        given = given_to(of, variant, batch)
+        call = call_of(variant, built(of, variant, batch), given)
         replay, out, graphed = _captured(call, of, variant)
         seconds = 0.25 if of.where.type == "cuda" else 0.02
         ms = clock.device_ms(replay, of.where, seconds)
         replay()
         apart = parity(of.reference(batch), list(out[:2]), of.stage)
-        extra = {"host_ms": clock.host_ms(replay, of.inputs(batch), out, of.where, seconds)} if host else {}
+        extra = {"host_ms": clock.host_ms(replay, given, out, of.where, seconds)} if host else {}
     flop = of.flops(variant.form == "folded") * batch
     itemsize = {"fp32": 4, "tf32": 4, "fp8": 1, "fp8-rows": 1, "int8": 1}.get(variant.format, 2)
-    moved = subjects.bytes_of(of.graph, of.inputs(batch), list(out), itemsize)
+    moved = subjects.bytes_of(of.graph, given, list(out), itemsize)
     per_s = flop / ms * 1000
     figures.row(
         preset=of.name, stage=of.stage, engine=variant.engine, format=variant.format, form=variant.form,
@@ -218,44 +225,47 @@ def best_batch(figures: Figures, of: Subject, variant: Variant, batches: list[in
     return best
 
 
-def rankers() -> list[Variant]:
-    """Ways to run the ranker, in order of worth; the first is run at every batch."""
-    ways = (
-        ("eager", "bf16", "gpu", "sorted"), ("compile", "bf16", "gpu"), ("compile", "fp8", "gpu"),
-        ("compile", "bf16", "folded"), ("compile", "fp8", "folded"), ("eager", "fp32"), ("eager", "tf32"),
-        ("compile", "fp8-rows", "gpu"), ("compile", "int8", "gpu"), ("eager", "fp16", "gpu", "sorted"),
-        ("eager", "2:4", "gpu", "sorted"), ("tensorrt", "fp32"), ("onnxruntime", "fp32"), ("aoti", "bf16", "gpu"),
-        ("compile", "bf16", "gpu", "sorted"), ("eager", "fp8", "gpu", "sorted"), ("compile", "tf32"),
-        ("tensorrt", "fp16"), ("compile", "fp16", "gpu"), ("eager", "bf16", "folded", "sorted"), ("compile", "fp32"),
-    )  # fmt: skip
-    return [Variant("ranker", *way) for way in ways]
+def ways(stage: str, *named: str) -> list[Variant]:
+    """Variants written as "engine format form lookup", the last two where they are not the usual ones."""
+    return [Variant(stage, *way.split()) for way in named]
 
 
-def retrievers() -> list[Variant]:
-    """The same of the retriever."""
-    ways = (
-        ("eager", "bf16"), ("compile", "bf16"), ("compile", "fp8"), ("eager", "fp32"), ("eager", "tf32"),
-        ("eager", "fp16"), ("compile", "fp8-rows"), ("compile", "int8"), ("eager", "2:4"), ("aoti", "bf16"),
-        ("compile", "tf32"),
-    )  # fmt: skip
-    return [Variant("retriever", *way) for way in ways]
+RANKERS = {  # in order of worth
+    "claims": ways("ranker", "eager bf16 gpu sorted", "compile bf16 gpu", "compile fp8 gpu"),
+    "quick": ways("ranker", "eager fp32", "eager tf32", "eager fp16 gpu sorted", "eager bf16 gpu"),
+    "others": ways("ranker", "tensorrt fp32", "onnxruntime fp32", "tensorrt fp16"),
+    "compiled": ways(
+        "ranker", "compile bf16 folded", "compile fp8 folded", "compile int8 gpu", "compile fp8-rows gpu",
+    ),
+    "sparse": ways("ranker", "eager 2:4 gpu sorted"),
+    "rest": ways(
+        "ranker", "aoti bf16 gpu", "compile bf16 gpu sorted", "eager fp8 gpu sorted", "compile tf32",
+        "compile fp16 gpu", "eager bf16 folded sorted", "compile fp32",
+    ),
+}  # fmt: skip
+RETRIEVERS = {
+    "quick": ways("retriever", "eager bf16", "eager fp32", "eager tf32", "eager fp16"),
+    "compiled": ways("retriever", "compile bf16", "compile fp8"),
+    "rest": ways("retriever", "eager 2:4", "compile int8", "compile fp8-rows", "compile tf32"),
+}
+LARGE, BASE, LARGE_RETRIEVER, BASE_RETRIEVER = [256, 512, 1024], [512, 1024, 2048], [64, 256], [256, 1024]
 
 
 def plan(cpu: bool) -> list[tuple[str, str, list[int], list[Variant]]]:
-    """(preset, stage, batches, ways to run it) in order of worth: what the claims rest on first, the rest after."""
+    """(preset, stage, batches, ways to run it) in order of worth: what the claims rest on first, the rest after. The
+    first way of a preset's stage is run at every batch, the others at its best."""
     if cpu:
         slow = ("compile", "aoti")
-        few = [[v for v in ways if v.engine not in slow] for ways in (rankers(), retrievers())]
-        return [("tiny", "ranker", [2, 4], few[0]), ("tiny", "retriever", [2], few[1])]
-    ranker, retriever = rankers(), retrievers()
-    large, base = [256, 512, 1024], [512, 1024, 2048]
+        every = [[v for group in of.values() for v in group if v.engine not in slow] for of in (RANKERS, RETRIEVERS)]
+        return [("tiny", "ranker", [2, 4], every[0]), ("tiny", "retriever", [2], every[1])]
+    large, base = ("large", "ranker", LARGE), ("base", "ranker", BASE)
+    retrievers = [("large", "retriever", LARGE_RETRIEVER), ("base", "retriever", BASE_RETRIEVER)]
     return [
-        ("large", "ranker", large, ranker[:5]), ("base", "ranker", base, ranker[:5]),
-        ("large", "retriever", [64, 256], retriever[:3]), ("base", "retriever", [256, 1024], retriever[:3]),
-        ("large", "ranker", large, ranker[5:13]), ("base", "ranker", base, ranker[5:13]),
-        ("large", "retriever", [64, 256], retriever[3:9]), ("base", "retriever", [256, 1024], retriever[3:9]),
-        ("base", "ranker", base, ranker[13:]), ("large", "ranker", large, ranker[13:]),
-        ("base", "retriever", [256, 1024], retriever[9:]),
+        (*large, RANKERS["claims"]), (*base, RANKERS["claims"]), (*large, RANKERS["quick"]), (*base, RANKERS["quick"]),
+        *((*of, RETRIEVERS["quick"]) for of in retrievers), (*base, RANKERS["others"]), (*large, RANKERS["compiled"]),
+        *((*of, RETRIEVERS["compiled"]) for of in retrievers), (*large, RANKERS["sparse"]),
+        (*base, RANKERS["compiled"]), (*base, RANKERS["sparse"]), (*base, RANKERS["rest"]), (*large, RANKERS["rest"]),
+        *((*of, RETRIEVERS["rest"]) for of in retrievers),
     ]  # fmt: skip
 
 
@@ -278,7 +288,8 @@ def measure(figures: Figures, where: torch.device) -> None:
             best[key], variants = best_batch(figures, of, variants[0], batches, rates), variants[1:]
             figures.set(best_batch={f"{n} {s}": b for (n, s), b in best.items()})
         for variant in variants:
-            attempt(figures, of, variant, best[key], rates, host=variant.engine == "compile")
+            host = (variant.engine, variant.format) == ("compile", "bf16")
+            attempt(figures, of, variant, best[key], rates, host)
 
 
 if __name__ == "__main__":
