@@ -46,7 +46,7 @@ gpu-pack: setup
 # there, after `python3 deploy/gpu/unpack.py FOLDER`: every figure of a GPU; ARGS=--cpu rehearses it without one
 gpu:
 	[ ! -e $(GPU_HOME)/env.sh ] || . $(GPU_HOME)/env.sh; \
-	$(PYTHON_GPU) -m benchmarks.gpu.run --minutes $(MINUTES) --out artifacts/gpu $(ARGS)
+	$(PYTHON_GPU) -m benchmarks.gpu.run --minutes $(MINUTES) --out artifacts/gpu --artifacts "$${VIVACE_ARTIFACTS:-artifacts}" $(ARGS)
 
 clean:
 	rm -rf $(VENV) artifacts .tools .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -26,6 +26,7 @@ from vivace import machine
 Progress = Callable[[str], None]  # where a step says in one line what it does
 CHECKOUT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
+COMMIT = ".commit"  # of a copy that is no checkout: the commit it is of
 OWNER = "owner.key"  # whose a folder is that is not finished
 RECORDED = (
     "nvtabular", "merlin-models", "merlin-dataloader", "torch", "onnx", "onnxruntime", "numpy", "pandas",
@@ -34,7 +35,9 @@ RECORDED = (
 
 
 def commit() -> str:
-    """Commit of the checkout, with "+changes" if the tree is not clean; "unknown" outside git."""
+    """Commit of the checkout, with "+changes" if the tree is not clean; of a copy what it says; else "unknown"."""
+    with contextlib.suppress(FileNotFoundError):
+        return (CHECKOUT / COMMIT).read_text().strip()
     run = lambda *a: subprocess.run(["git", "-C", str(CHECKOUT), *a], capture_output=True, text=True)  # noqa: E731
     try:
         head = run("rev-parse", "--short=12", "HEAD")

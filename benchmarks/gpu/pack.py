@@ -26,7 +26,7 @@ import typer
 
 from benchmarks.gpu import wheels
 from benchmarks.gpu.wheels import Content
-from vivace.manifest import CHECKOUT
+from vivace.manifest import CHECKOUT, COMMIT
 from vivace.manifest import commit as commit_of_checkout
 from vivace.run import Run
 
@@ -35,7 +35,7 @@ UNPACK = CHECKOUT / "deploy" / "gpu" / "unpack.py"
 BASE = ("code", "runs", "served")  # bundles of the piece "base"
 SMALL_SHOP = {"users": 700, "items": 300, "events": 12_000}
 NOT_PACKED = ("workflow", "item_workflow")  # pickles that only NVTabular reads
-SLOW_XZ = ("-T0", "--x86", "--lzma2=preset=6,dict=64MiB")  # of machine code: jumps as absolute addresses
+XZ = ("xz", "-T0", "-c", "--x86")  # x86: of machine code, jumps as absolute addresses
 MIB = 2**20
 
 
@@ -78,13 +78,16 @@ def cut(sizes: dict[str, int], limit: int) -> list[list[Part]]:
 
 
 # -- what a bundle holds ---------------------------------------------------------------------------------
-def code() -> list[Content]:
-    """Every file that git tracks, as it is in the checkout."""
+def code(commit: str) -> list[Content]:
+    """Every file that git tracks, as it is in the checkout, and which ``commit`` that is."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
     paths = [CHECKOUT / name for name in listed.split("\0") if name]
-    return [
-        Content(str(p.relative_to(CHECKOUT)), p.read_bytes(), p.stat().st_mode & 0o100 > 0) for p in paths if p.exists()
+    files = [
+        Content(str(p.relative_to(CHECKOUT)), p.read_bytes(), bool(p.stat().st_mode & 0o100))
+        for p in paths
+        if p.exists()
     ]
+    return [*files, Content(COMMIT, commit.encode())]
 
 
 def prepared(data: str, artifacts: Path) -> list[Content]:
@@ -115,10 +118,10 @@ def packages(section: dict[str, Any], python: str, cache: Path) -> list[Content]
 
 
 # -- bundles and pieces ----------------------------------------------------------------------------------
-def bundle(name: str, holds: str, contents: Iterable[Content], cache: Path) -> Bundle:
-    """``contents`` as one tar.xz; taken from ``cache`` if that holds the same."""
+def bundle(name: str, holds: str, contents: Iterable[Content], cache: Path, level: int = 6) -> Bundle:
+    """``contents`` as one tar.xz, compressed at xz's ``level``; taken from ``cache`` if that holds the same."""
     contents = sorted(contents, key=lambda c: c.name)
-    key = hashlib.sha256(repr(SLOW_XZ).encode())
+    key = hashlib.sha256(f"{XZ} {level}".encode())
     for c in contents:
         key.update(f"{c.name}\0{c.executable}\0{hashlib.sha256(c.data).hexdigest()}\n".encode())
     path = cache / f"{name}-{key.hexdigest()[:16]}.tar.xz"
@@ -128,7 +131,7 @@ def bundle(name: str, holds: str, contents: Iterable[Content], cache: Path) -> B
             old.unlink()
         partial = path.with_suffix(".partial")
         with partial.open("wb") as out:
-            xz = subprocess.Popen(["xz", *SLOW_XZ, "-c"], stdin=subprocess.PIPE, stdout=out)
+            xz = subprocess.Popen([*XZ, f"--lzma2=preset={level}"], stdin=subprocess.PIPE, stdout=out)
             assert xz.stdin is not None
             with xz.stdin, tarfile.open(fileobj=xz.stdin, mode="w|") as tar:
                 for c in contents:
@@ -180,6 +183,7 @@ def main(
     ] = "ml-1m-benchmark,beauty",
     bundles: Annotated[str, typer.Option("--with", help="sections of pieces.toml, with commas")] = "tensorrt-rtx",
     python: Annotated[str, typer.Option(help="of the machine with the GPU")] = "3.12",
+    level: Annotated[int, typer.Option(help="of xz", min=0, max=9)] = 6,
     limit_mib: Annotated[float, typer.Option(help="of one piece", min=0.1)] = 60,
 ) -> None:
     """Pack code, prepared runs and wheels for a machine with a GPU and no network."""
@@ -192,12 +196,12 @@ def main(
 
     def wheels_of(name: str) -> Bundle:
         section = sections[name]
-        return bundle(name, ", ".join(section["wheels"]), packages(section, python, cache / "wheels"), cache)
+        return bundle(name, ", ".join(section["wheels"]), packages(section, python, cache / "wheels"), cache, level)
 
     runs = [c for name in data.split(",") if name for c in prepared(name, cache / "runs")]
     base = [
-        bundle("code", f"the checkout at {commit}", code(), cache),
-        bundle("runs", f"prepared runs: {data}", runs, cache),
+        bundle("code", f"the checkout at {commit}", code(commit), cache, level),
+        bundle("runs", f"prepared runs: {data}", runs, cache, level),
         wheels_of("served"),
     ]
     if out.exists():
