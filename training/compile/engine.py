@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serving.runtime.item_index import IndexedRetrieval
 from training.compile.onnx_export import names_of
 from vivace import contract
 from vivace.onnx_session import open_session
+
+if TYPE_CHECKING:
+    from serving.runtime.item_index import IndexedRetrieval
 
 
 class Engine:
     """Two compiled graphs as one function of the retrieval graph's inputs."""
 
     def __init__(self, folder: Path, tensors: contract.StageTensors, threads: int = 1) -> None:
-        self.index = IndexedRetrieval(folder, tensors, threads) if tensors.indexed else None
+        self.index: IndexedRetrieval | None = None
+        if tensors.indexed:  # imported here: an index needs Faiss, which a machine with a GPU may lack
+            from serving.runtime.item_index import IndexedRetrieval
+
+            self.index = IndexedRetrieval(folder, tensors, threads)
         self.retrieval = None if tensors.indexed else open_session(folder / f"{contract.RETRIEVAL}.onnx", threads)
         self.ranking = open_session(folder / f"{contract.RANKING}.onnx", threads)
         self.names = [names_of(contract.retrieval_inputs(tensors)), names_of(contract.ranking_inputs(tensors))]

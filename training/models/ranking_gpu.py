@@ -103,14 +103,13 @@ class GpuRanking(nn.Module):
         if self.lookup == "sum":
             hit_BNLK = followers_BLK[:, None] == candidates_BN[:, :, None, None]
             return torch.where(hit_BNLK, weights_BLK[:, None], 0.0).sum(3)
-        (b, n), lags = candidates_BN.shape, recent_BL.shape[1]
+        (b, n), (lags, k) = candidates_BN.shape, followers_BLK.shape[1:]
         sorted_BN, place_BN = candidates_BN.sort(1)  # an id twice is padding, which follows nothing
         flat_BM = followers_BLK.flatten(1)
         at_BM = torch.searchsorted(sorted_BN, flat_BM).clamp_max(n - 1)
-        hit_BM = sorted_BN.gather(1, at_BM) == flat_BM
-        lag_M = torch.arange(lags, device=flat_BM.device).repeat_interleave(followers_BLK.shape[2])
+        weights_BM = torch.where(sorted_BN.gather(1, at_BM) == flat_BM, weights_BLK.flatten(1), 0.0)
+        lag_M = torch.arange(lags, device=flat_BM.device)[:, None].expand(lags, k).flatten()
         into_BM = place_BN.gather(1, at_BM) * lags + lag_M
-        weights_BM = torch.where(hit_BM, weights_BLK.flatten(1), 0.0)
         return weights_BM.new_zeros(b, n * lags).scatter_add_(1, into_BM, weights_BM).view(b, n, lags)
 
     def _rank(self, scores_BN: Tensor) -> Tensor:
