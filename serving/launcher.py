@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.error
@@ -37,7 +36,7 @@ from serving.process import become_server, server_environment
 from serving.releases import held, verify
 from serving.repository import check_profile, models
 from serving.start_checks import LEFTOVER, check_ports, free_port, sweep_leftovers
-from serving.wheel import ServerError, backend_folder, wheel_folder
+from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
 
 SHM = Path("/dev/shm")
 # what only the launcher may ask: otherwise anyone who reaches the port loads code into the server or takes models away
@@ -187,9 +186,9 @@ class TritonServer:
         the project installed in it, because its ``python3`` is the first on PATH."""
         env = dict(os.environ)
         binaries = str(self.options.python.parent)
-        libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
+        libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), str(python_library().parent)]
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
-        env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*libraries, env.get("LD_LIBRARY_PATH")]))
+        env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
         return server_environment(env)
 
     def start(self) -> None:
@@ -197,7 +196,8 @@ class TritonServer:
         ValueError for a profile that the repository does not have."""
         o = self.options
         try:
-            metadata.distribution("vivace")
+            if o.python == Path(sys.executable):  # another Python's workers find the project by other ways
+                metadata.distribution("vivace")
         except metadata.PackageNotFoundError:
             raise ServerError("vivace is not installed in this environment; run 'make setup'") from None
         if not (o.repository / "recommend" / "config.pbtxt").exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 
@@ -18,6 +19,23 @@ def wheel_folder() -> Path:
     if spec is None or spec.origin is None:
         raise ServerError("tritonserver: the package nvidia-pytriton is not installed; run 'make setup'")
     return Path(spec.origin).parent
+
+
+def python_library() -> Path:
+    """The shared library of this Python, which Triton's Python stub is linked with. Raises ServerError where there is
+    none: a Python that was built without one cannot run the stub."""
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    places = [sysconfig.get_config_var(key) for key in ("LIBDIR", "LIBPL")]
+    arch = sysconfig.get_config_var("MULTIARCH") or ""
+    places += [f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib/{arch}", f"/usr/lib/{arch}", "/usr/lib64", "/usr/lib"]
+    for place in filter(None, places):
+        if (Path(place) / name).exists():
+            return Path(place) / name
+    raise ServerError(
+        f"tritonserver: its Python backend needs {name}, and {sys.base_prefix} has none (looked in "
+        f"{', '.join(dict.fromkeys(filter(None, places)))}); install the package libpython, or use a Python that was "
+        "built with --enable-shared"
+    )
 
 
 def backend_folder(root: Path) -> Path:

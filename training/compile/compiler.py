@@ -158,8 +158,7 @@ class Compilation:
         self.say("exporting ranking")
         self.parity[contract.RANKING] = export_checked(
             contract.RANKING, RankingGraph(self.ranker, folded=self.folded), contract.ranking_inputs(s),
-            self.ranking_outputs,
-            self.candidates, self.exact_folder / "ranking.onnx", RankingGraph(self.ranker),
+            self.ranking_outputs, self.candidates, self.exact_folder / "ranking.onnx", RankingGraph(self.ranker),
         )  # fmt: skip
 
     def export_reduced(self) -> None:
