@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.run --out artifacts/gpu --minutes 9 [--artifacts FOLDER] [--only train --only engines]
 
 Each step is a process with a time limit of its own; the results are written after every step, so a run that is cut off
-keeps what it has, and a step that hangs or fails costs its own time alone. ``--cpu`` rehearses the steps without a GPU.
+keeps what it has, and a step that hangs or fails costs its own time alone. A later run into the same folder on the same
+day replaces the steps that it runs and keeps the others. ``--cpu`` rehearses the steps without a GPU.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ class Step:
 STEPS = (
     Step("machine", 25, 20),
     Step("gpu_tests", 45, 30),
-    Step("train", 175, 60, reads_runs=True),
-    Step("engines", 120, 40),
-    Step("served", 75, 70, reads_runs=True),
+    Step("train", 205, 60, reads_runs=True),
+    Step("engines", 130, 40),
+    Step("served", 85, 70, reads_runs=True),
     Step("format_quality", 30, 20, reads_runs=True),
-    Step("grid", 60, 20),
+    Step("grid", 55, 20),
+    Step("kernels", 30, 15),
     Step("train_speed", 50, 20),
 )
 
@@ -146,13 +148,17 @@ def main(
     began, known = time.monotonic(), environment()
     path = out / f"gpu-{card()}-{known['date'][:10]}.json"
 
+    chosen = [s for s in STEPS if not only or s.name in only]
+    before = json.loads(path.read_text())["steps"] if path.exists() else {}
+    kept = {name: result for name, result in before.items() if name not in {s.name for s in chosen}}
+
     def write(results: dict[str, Any]) -> None:
-        record = {"rehearsal": cpu, "minutes": minutes, "seconds": time.monotonic() - began, "steps": results, **known}
+        every = {name: {**kept, **results}[name] for name in names if name in {**kept, **results}}
+        record = {"rehearsal": cpu, "minutes": minutes, "seconds": time.monotonic() - began, "steps": every, **known}
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(finite(plain(record)), indent=1, allow_nan=False))
         os.replace(partial, path)
 
-    chosen = [s for s in STEPS if not only or s.name in only]
     steps = [(s.name, s.rehearsal_s if cpu else s.seconds, command_of(s, out, artifacts, cpu)) for s in chosen]
     results = run_steps(steps, out, minutes * 60, write)
     print(f"results: {path}")

@@ -37,12 +37,11 @@ class Training:
 ML = "ml-1m-benchmark"
 ON_GPU = (
     Training("base-7", ML, "base"),
-    Training("large-7", ML, "large"),
+    Training("large-7", ML, "large", 7, {"retrieval.epochs": 16}),
     Training("base-8", ML, "base", 8),
     Training("base-9", ML, "base", 9),
     Training("beauty-7", "beauty", "beauty"),
     Training("cpu-7", ML, "cpu"),
-    Training("base-hstu-7", ML, "base", 7, {"encoder.family": "hstu"}),
 )
 KEPT = "base-7"  # whose weights come back
 REHEARSAL = (Training("tiny-7", "", "tiny"),)  # of the first data set at hand
