@@ -4,9 +4,10 @@
 
 A row: preset, stage, engine, number format, form of the graph ("plain": as trained, "gpu": ``GpuRanking``, "folded":
 with tables of what depends on an item alone), batch. ``ms`` is the median of replays of one CUDA graph with inputs on
-the device. FLOPs are those of the float32 graph of the same form. ``share_bf16`` is of an 8192^3 product measured in
-the same run; parity is against PyTorch in float32: the largest difference of a score, the share of the ten best items
-that both have.
+the device (``graphed`` says where an engine takes none). FLOPs are those of the graph of that form, counted by hand (a
+test compares with PyTorch's counter). ``share_bf16`` is of an 8192^3 product measured in the same run. Parity is
+against PyTorch in float32: the largest difference of a score, the share of the ten best items that both have; with
+untrained weights it is about rounding, not about quality.
 
 Expected before the first run, from FLOPs and bytes: the ranker of ``base`` (0.16 GFLOP and, in bf16, some 8 KB of
 intermediates a candidate at best) is bound by memory, about 25 % of the bf16 peak compiled at batch 1,024; ``large``
@@ -234,7 +235,9 @@ def ways(stage: str, *named: str) -> list[Variant]:
 RANKERS = {  # in order of worth
     "claims": ways("ranker", "eager bf16 gpu sorted", "compile bf16 gpu", "compile fp8 gpu"),
     "quick": ways("ranker", "eager fp32", "eager tf32", "eager fp16 gpu sorted", "eager bf16 gpu"),
-    "others": ways("ranker", "tensorrt fp32", "onnxruntime fp32", "tensorrt fp16"),
+    "others": ways(
+        "ranker", "onnxruntime fp32", "onnxruntime fp16 gpu", "tensorrt fp16 gpu", "tensorrt fp32",
+    ),
     "compiled": ways(
         "ranker", "compile bf16 folded", "compile fp8 folded", "compile int8 gpu", "compile fp8-rows gpu",
     ),

@@ -3,6 +3,7 @@ that answers with tensors. Raises an error that says why, where an engine is not
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,22 +26,11 @@ def aoti(graph: nn.Module, given: list[Tensor], number_format: str) -> Call:
     return lambda: runner(*given)
 
 
-def _onnx(graph: nn.Module, given: list[Tensor], number_format: str, folder: Path) -> Path:
-    """The ranker's graph as an ONNX file in a number format."""
-    import copy
-
+def to_onnx(graph: nn.Module, given: list[Tensor], path: Path) -> Path:
+    """The ranker's graph as an ONNX file, in the number format that its weights and inputs have."""
     from training.compile.onnx_export import export
 
-    few = [x[:2].cpu() for x in given]
-    exact = folder / "fp32.onnx"
-    export(copy.deepcopy(graph).float(), tuple(few), NAMES, OUT, exact)
-    if number_format in ("fp32", "tf32"):
-        return exact
-    from training.compile.quantize import convert, prepare
-
-    ready, path = folder / "ready.onnx", folder / f"{number_format}.onnx"
-    prepare(exact, ready)
-    convert(ready, path, number_format, [{n: x.numpy() for n, x in zip(NAMES, few, strict=True)}])  # type: ignore[arg-type]
+    export(copy.deepcopy(graph), tuple(x[:2].cpu() for x in given), NAMES, OUT, path)
     return path
 
 
@@ -52,7 +42,7 @@ def onnxruntime(graph: nn.Module, given: list[Tensor], number_format: str) -> Ca
     if cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
         raise ValueError(f"onnxruntime {ort.__version__} has {ort.get_available_providers()}, no CUDA")
     with tempfile.TemporaryDirectory() as folder:
-        content = _onnx(graph, given, number_format, Path(folder)).read_bytes()
+        content = to_onnx(graph, given, Path(folder) / "graph.onnx").read_bytes()
     if not cuda:
         host = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
         feed = {n: x.numpy() for n, x in zip(NAMES, given, strict=True)}
@@ -62,7 +52,7 @@ def onnxruntime(graph: nn.Module, given: list[Tensor], number_format: str) -> Ca
     session = ort.InferenceSession(content, providers=[("CUDAExecutionProvider", options)])
     binding = session.io_binding()
     batch, count = given[1].shape
-    kinds = {torch.int64: "int64", torch.float32: "float32"}
+    kinds = {torch.int64: "int64", torch.float32: "float32", torch.float16: "float16"}
     outputs = [torch.empty_like(given[1]), torch.empty(batch, 3, count, device=given[1].device)]
     for bind, names, tensors in ((binding.bind_input, NAMES, given), (binding.bind_output, OUT, outputs)):
         for name, x in zip(names, tensors, strict=True):
@@ -85,7 +75,7 @@ def tensorrt(graph: nn.Module, given: list[Tensor], number_format: str) -> Call:
         raise ValueError(f"{trt.__name__} {trt.__version__}: plans run on a CUDA device, the inputs are on the CPU")
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "graph.plan"
-        build(_onnx(graph, given, number_format, Path(folder)), plan, (1, len(given[0]), len(given[0])))
+        build(to_onnx(graph, given, Path(folder) / "graph.onnx"), plan, (1, len(given[0]), len(given[0])))
         content = plan.read_bytes()
     logger = trt.Logger(trt.Logger.ERROR)
     engine = trt.Runtime(logger).deserialize_cuda_engine(content)
