@@ -77,7 +77,9 @@ def full_softmax(
     ``smoothing``: share of the target's probability that is spread over all ids (Szegedy et al. 2016). Ids with a bias
     below LEFT_OUT take no part."""
     with _in_tf32(h_PD.device):
-        loss: Tensor = _FullSoftmax.apply(h_PD, weight_VD.float(), bias_V.float(), target_P, first_id, smoothing)
+        loss: Tensor = _FullSoftmax.apply(
+            h_PD, weight_VD.to(h_PD.dtype), bias_V.to(h_PD.dtype), target_P, first_id, smoothing
+        )
     return loss
 
 
@@ -127,7 +129,7 @@ def sampled_softmax(
     """
     with _in_tf32(h_PD.device):
         loss: Tensor = _SampledSoftmax.apply(
-            h_PD, weight_VD.float(), bias_V.float(), target_P, sample_S, log_expected_V
+            h_PD, weight_VD.to(h_PD.dtype), bias_V.to(h_PD.dtype), target_P, sample_S, log_expected_V
         )
     return loss
 
