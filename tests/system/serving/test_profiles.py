@@ -1,4 +1,5 @@
-"""One repository, other runtimes by profile: OpenVINO live, TensorRT where there is a GPU and a clear no elsewhere."""
+"""One repository, other runtimes by profile: OpenVINO and AOTInductor live, TensorRT where there is a GPU and a clear no
+elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def targets(features, root, tmp_path_factory):
     """The small shop's run, compiled for OpenVINO and for TensorRT: on the GPU at hand, else ahead of time."""
     own = tmp_path_factory.mktemp("targets") / "shop"
     shutil.copytree(root, own, ignore=shutil.ignore_patterns("compiled", "model_repository", "compressed", "*.log"))
-    kinds = ("openvino", "cuda", "tensorrt") if torch.cuda.is_available() else ("openvino", "tensorrt-rtx")
+    on_gpu = torch.cuda.is_available()
+    kinds = ("openvino", "aoti", *(("cuda", "tensorrt") if on_gpu else ("tensorrt-rtx",)))
     return own, compile_models(features, tiny(), own, 3, quiet, CompileConfig(targets=kinds))
 
 
@@ -48,16 +50,19 @@ def test_targets_are_checked_and_plans_published(targets):
     made = manifest["results"]["targets"]
     assert made["openvino"]["ranking, RANKED_IDS"] > 0.95  # popular items of equal count change places
     assert made["openvino"]["ranking, RANKED_VALUES"] < 1e-4 > made["openvino"]["retrieval, CANDIDATE_SCORES"]
+    assert made["aoti"]["ranking, RANKED_IDS"] > 0.95 and made["aoti"]["retrieval, CANDIDATE_IDS"] > 0.95
     version = str(manifest["results"]["version"])
     for stage in (contract.RETRIEVAL, contract.RANKING):
-        assert (own / "model_repository" / stage / version / "model.plan").stat().st_size > 1000
+        for file in ("model.plan", "model.pt2"):
+            assert (own / "model_repository" / stage / version / file).stat().st_size > 1000
 
 
-def test_openvino_serves_the_same_repository(targets, root, served):
+@pytest.mark.parametrize("profile", ["openvino", "aoti"])
+def test_another_runtime_serves_the_same_repository(targets, root, served, profile):
     own, _ = targets
     server, _ = served
     expected = answers(f"{server.host}:{server.grpc_port}", root)
-    with TritonServer(options(own, "openvino")) as other:
+    with TritonServer(options(own, profile)) as other:
         same(answers(f"{other.host}:{other.grpc_port}", own), expected, 1e-4)
 
 

@@ -66,7 +66,7 @@ REFUSED = (
     (["evaluate", "--data", "msmarco"], ["esci"]),
     (["compile", "--precision", "fp31"], ["fp32", "fp16", "int8", "int8-qdq", "fp8"]),
     (["compile", "--tables", "int4"], ["fp32", "int8"]),
-    (["compile", "--target", "cuda", "--target", "tpu"], ["openvino", "cuda", "tensorrt", "tensorrt-rtx"]),
+    (["compile", "--target", "cuda", "--target", "tpu"], ["openvino", "cuda", "tensorrt", "tensorrt-rtx", "aoti"]),
     (["compile", "--index", "IVF"], ["HNSW32", "HNSW32_SQ8"]),
     (["compile", "--bound", "nan"], ["--bound"]),
     (["compress", "--mixture", "moe"], ["mmoe", "ple", "shared"]),
