@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ from vivace.store.lmdb_store import LmdbStore
 
 SEED, TOP_K, COMPARED = 7, 10, 60
 ATTAINED = 0.99
-FIRST_QPS, RUN_S, MOST_RUNS = 100.0, 2.0, 9
+FIRST_QPS, RUN_S, MOST_RUNS, LEAST_RUNS = 200.0, 1.5, 9, 4
 SAMPLED_S = 0.05
 DEVICE_SECONDS = re.compile(r'^vivace_device_seconds_total\{model="(\w+)".*?\} ([0-9.e+-]+)$', re.M)
 
@@ -206,13 +206,14 @@ def offered(
     return outcome, row
 
 
-def load(figures: Figures, server: TritonServer, root: Path, slo_ms: float, until: float, **about: Any) -> float:
-    """Doubling rates until one is not met, then one between; the largest that was met. ``until``: seconds of the step
-    that must be left when it returns."""
+def load(
+    figures: Figures, server: TritonServer, root: Path, slo_ms: float, enough: Callable[[int], bool], **about: Any
+) -> float:
+    """Doubling rates until one is not met, then between; the largest that was met. ``enough``: of so many runs."""
     pool, on_gpu = messages(root, TOP_K), bool(about.pop("on_gpu"))
     met, rate, failed, runs = 0.0, FIRST_QPS, 0.0, 0
     run(grpc_address(server), pool[:50], np.linspace(0, 0.5, 50), 0.5, slo_ms)  # warm
-    while figures.left() - until > RUN_S + 2 and runs < MOST_RUNS and (not failed or failed - met > 0.15 * failed):
+    while not enough(runs) and (not failed or failed - met > 0.15 * failed):
         (outcome, row), runs = offered(server, pool, rate, slo_ms, on_gpu), runs + 1
         figures.row(**about, **row)
         if outcome.full >= ATTAINED:
@@ -232,6 +233,7 @@ def main(
     slo: Annotated[float, typer.Option(help="ms within which a request must be answered")] = 50.0,
 ) -> None:
     where, began = device(cpu), time.monotonic()
+    out, artifacts = out.resolve(), artifacts.resolve()  # the server and the compilers run elsewhere
     figures = Figures(out, "served", seconds)
     figures.set(device=torch.cuda.get_device_name() if where.type == "cuda" else "cpu", slo_ms=slo, run_s=RUN_S)
     python = workers.make(out / "served" / "python")
@@ -245,8 +247,14 @@ def main(
             try:
                 compiled(under_way[profile], folder, figures.left() - 15)
                 figures.set(**{f"compiled_{profile or 'default'}_s": time.monotonic() - began})
-                until = max(0.4 * figures.left(), min(35.0, figures.left() - 8)) if not profile else 3.0
-                got = serve(figures, folder, profile, python, slo, until, where.type == "cuda")
+
+                def enough(runs: int, first: bool = not profile) -> bool:
+                    """Whether the time, or for the first profile the next one, calls for an end."""
+                    if first and runs >= LEAST_RUNS and under_way["aoti"].poll() is not None:
+                        return True
+                    return runs >= MOST_RUNS or figures.left() < RUN_S + (0.35 * seconds if first else 4.0)
+
+                got = serve(figures, folder, profile, python, slo, enough, where.type == "cuda")
                 if reference:
                     figures.set(answers=apart(reference, got))
                 reference = reference or got
@@ -259,7 +267,7 @@ def main(
 
 
 def serve(
-    figures: Figures, root: Path, profile: str, python: Path, slo_ms: float, until: float, on_gpu: bool
+    figures: Figures, root: Path, profile: str, python: Path, slo_ms: float, enough: Callable[[int], bool], on_gpu: bool
 ) -> list[Recommendation]:
     """Starts a profile, asks it the recorded requests, then loads it; the answers."""
     label, started = profile or "default", time.monotonic()
@@ -272,7 +280,7 @@ def serve(
     with TritonServer(options) as server:
         figures.set(**{f"started_{label}_s": time.monotonic() - started})
         got = answers(server, histories)
-        met = load(figures, server, root, slo_ms, until, profile=label, on_gpu=on_gpu and profile != "")
+        met = load(figures, server, root, slo_ms, enough, profile=label, on_gpu=on_gpu and profile != "")
         figures.set(**{f"knee_{label}_qps": met})
     return got
 

@@ -39,6 +39,6 @@ def make(folder: Path) -> Path:
     standard = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
     seen = [p for p in sys.path if p and Path(p).is_dir() and p not in standard and not p.endswith("lib-dynload")]
     packages = next((folder / "lib").glob("python*/site-packages"))
-    paths = dict.fromkeys(str(Path(p).resolve()) for p in [*numpy_one(), *seen, CHECKOUT])
+    paths = dict.fromkeys(str(p.resolve()) for p in [*numpy_one(), *map(Path, seen), CHECKOUT])
     (packages / "vivace.pth").write_text("\n".join(paths) + "\n")
     return folder / "bin" / "python"

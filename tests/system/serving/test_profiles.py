@@ -1,5 +1,4 @@
-"""One repository, other runtimes by profile: OpenVINO and AOTInductor live, TensorRT where there is a GPU and a clear no
-elsewhere."""
+"""One repository, other runtimes by profile: OpenVINO, AOTInductor, and TensorRT where there is a GPU, else a clear no."""
 
 from __future__ import annotations
 
