@@ -1,4 +1,4 @@
-"""One repository, other runtimes by profile: OpenVINO, AOTInductor, and TensorRT where there is a GPU, else a clear no."""
+"""One repository, other runtimes by profile: OpenVINO, AOTInductor, TensorRT where there is a GPU, else a clear no."""
 
 from __future__ import annotations
 
