@@ -252,12 +252,10 @@ def main(
                     """Whether the time, or for the first profile the next one, calls for an end."""
                     if first and runs >= LEAST_RUNS and under_way["aoti"].poll() is not None:
                         return True
-                    return runs >= MOST_RUNS or figures.left() < RUN_S + (0.35 * seconds if first else 4.0)
+                    return runs >= MOST_RUNS or figures.left() < RUN_S + (0.45 * seconds if first else 4.0)
 
-                got = serve(figures, folder, profile, python, slo, enough, where.type == "cuda")
-                if reference:
-                    figures.set(answers=apart(reference, got))
-                reference = reference or got
+                on_gpu = where.type == "cuda" and profile != ""
+                serve(figures, folder, profile, python, slo, enough, on_gpu, reference)
             except Exception as error:  # the other profile's figures stay
                 figures.skip(f"profile {profile or 'default'}", f"{type(error).__name__}: {error}")
     finally:
@@ -267,9 +265,11 @@ def main(
 
 
 def serve(
-    figures: Figures, root: Path, profile: str, python: Path, slo_ms: float, enough: Callable[[int], bool], on_gpu: bool
-) -> list[Recommendation]:
-    """Starts a profile, asks it the recorded requests, then loads it; the answers."""
+    figures: Figures, root: Path, profile: str, python: Path, slo_ms: float, enough: Callable[[int], bool],
+    on_gpu: bool, reference: list[Recommendation],
+) -> None:  # fmt: skip
+    """Starts a profile, asks it the recorded requests, then loads it. ``reference``: the first profile's answers, which
+    this one's are compared with; empty: they become it."""
     label, started = profile or "default", time.monotonic()
     extra = ("--allow-gpu-metrics=false",)
     options = on_free_ports(
@@ -280,9 +280,12 @@ def serve(
     with TritonServer(options) as server:
         figures.set(**{f"started_{label}_s": time.monotonic() - started})
         got = answers(server, histories)
-        met = load(figures, server, root, slo_ms, enough, profile=label, on_gpu=on_gpu and profile != "")
+        if reference:
+            figures.set(answers=apart(reference, got))
+        else:
+            reference.extend(got)
+        met = load(figures, server, root, slo_ms, enough, profile=label, on_gpu=on_gpu)
         figures.set(**{f"knee_{label}_qps": met})
-    return got
 
 
 if __name__ == "__main__":
