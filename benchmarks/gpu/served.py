@@ -36,6 +36,7 @@ from preprocessing.requests import recorded
 from serving.launcher import TritonServer
 from vivace import contract
 from vivace.client import Recommendation, VivaceClient
+from vivace.machine import process_tree
 from vivace.manifest import CHECKOUT
 from vivace.run import RANKING, RETRIEVAL, Run, StaleError
 from vivace.store.lmdb_store import LmdbStore
@@ -110,13 +111,20 @@ def compiling(root: Path, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT)
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process with all that it started."""
+    for one in process_tree(process.pid) if process.poll() is None else []:
+        one.kill()
+    process.wait()
+
+
 def compiled(process: subprocess.Popen[bytes], root: Path, seconds: float) -> None:
     """Waits for it. Raises RuntimeError with its last words."""
     try:
         code: int | str = process.wait(max(1.0, seconds))
     except subprocess.TimeoutExpired:
-        process.kill()
-        code = f"stopped after {seconds:.0f} s"
+        stop(process)
+        code = "stopped, as the step's time was short"
     if code:
         words = (root / "compile.log").read_text(errors="replace").strip().splitlines()
         raise RuntimeError(f"vivace compile: {code}: {' '.join(words[-3:])[-250:]}")
@@ -260,7 +268,7 @@ def main(
                 figures.skip(f"profile {profile or 'default'}", f"{type(error).__name__}: {error}")
     finally:
         for process in under_way.values():
-            process.kill()
+            stop(process)
     figures.set(seconds=time.monotonic() - began, done=True)
 
 
