@@ -156,7 +156,7 @@ def write_pieces(group: str, bundles: list[Bundle], limit: int, out: Path) -> li
         files = []
         for part in parts:
             source = by_name[part.bundle]
-            count = sum(p.bundle == part.bundle for piece in pieces for p in piece)
+            count = [p.bundle for piece in pieces for p in piece].count(part.bundle)
             file = folder / (f"{part.bundle}.tar.xz" + (f".{part.part}" if count > 1 else ""))
             with source.path.open("rb") as stream:
                 stream.seek(part.start)
