@@ -46,8 +46,8 @@ def make_environment(folder: Path) -> tuple[Path, str]:
     python, version, torch = python_with_torch()
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     inside = folder / "bin" / "python"
-    pip = [str(inside), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile", "-r", str(NEEDS)]
-    done = subprocess.run(pip, capture_output=True, text=True)
+    pip = [str(inside), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
+    done = subprocess.run([*pip, "-r", str(NEEDS)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"gpu-rehearse: pip: {done.stderr.strip()[-800:]}")
     site = folder / "lib" / f"python{version}" / "site-packages"
