@@ -9,6 +9,7 @@ from benchmarks.gpu.rehearse import rehearse
 from benchmarks.gpu.run import STEPS
 
 MINUTES = 4.0
+WITHOUT_A_GPU = ("tensorrt", "cuda")  # engines that may be named as not run
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,8 @@ def test_every_step_runs_or_says_by_name_what_it_could_not(rehearsal):
     outcomes = {name: step["outcome"] for name, step in record["steps"].items()}
     failures = {name: step.get("last_words") for name, step in record["steps"].items() if step["outcome"] != "ok"}
     assert outcomes == {step.name: "ok" for step in STEPS}, failures
-    for name, step in record["steps"].items():
-        assert all(step["not_run"].values()), name
+    not_run = {what: why for step in record["steps"].values() for what, why in step["not_run"].items()}
+    assert not [what for what in not_run if not any(engine in what for engine in WITHOUT_A_GPU)], not_run
 
 
 def test_it_takes_less_than_four_minutes(rehearsal):
