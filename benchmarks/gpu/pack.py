@@ -105,12 +105,13 @@ def prepared(data: str, artifacts: Path) -> list[Content]:
 
 
 def packages(section: dict[str, Any], python: str, cache: Path) -> list[Content]:
-    """Wheels of a section of pieces.toml as one folder, "site", and those of its ``workers`` as another."""
+    """Wheels and files of a section of pieces.toml as a folder "site", and those of its ``workers`` as another."""
+    folders = {"site": section}
+    if "workers" in section:
+        folders[section["workers"]["folder"]] = section["workers"]
     contents = []
-    for folder, part in (
-        ("site", section),
-        *([(section["workers"]["folder"], section["workers"])] if "workers" in section else []),
-    ):
+    for folder, part in folders.items():
+        contents += [Content(f"{folder}/{name}", text.encode()) for name, text in part.get("files", {}).items()]
         leave_out = wheels.for_python(part["leave_out"], python)
         for wheel in wheels.download(part["wheels"], python, cache):
             contents += [Content(f"{folder}/{c.name}", c.data, c.executable) for c in wheels.files(wheel, leave_out)]
@@ -127,8 +128,6 @@ def bundle(name: str, holds: str, contents: Iterable[Content], cache: Path, leve
     path = cache / f"{name}-{key.hexdigest()[:16]}.tar.xz"
     if not path.exists():
         print(f"gpu-pack: {name}: compressing {sum(len(c.data) for c in contents) / MIB:.0f} MiB", flush=True)
-        for old in cache.glob(f"{name}-*.tar.xz"):
-            old.unlink()
         partial = path.with_suffix(".partial")
         with partial.open("wb") as out:
             xz = subprocess.Popen([*XZ, f"--lzma2=preset={level}"], stdin=subprocess.PIPE, stdout=out)
@@ -140,6 +139,8 @@ def bundle(name: str, holds: str, contents: Iterable[Content], cache: Path, leve
                     tar.addfile(entry, io.BytesIO(c.data))
             if xz.wait():
                 raise ValueError(f"gpu-pack: xz stopped with {xz.returncode}")
+        for old in cache.glob(f"{name}-*.tar.xz"):
+            old.unlink()
         partial.rename(path)
     return Bundle(name, path, holds)
 
@@ -153,10 +154,10 @@ def write_pieces(group: str, bundles: list[Bundle], limit: int, out: Path) -> li
         name = group if len(pieces) == 1 else f"{group}-{number}"
         folder = out / name
         folder.mkdir(parents=True)
-        files = []
+        files: list[dict[str, Any]] = []
         for part in parts:
             source = by_name[part.bundle]
-            count = sum(p.bundle == part.bundle for piece in pieces for p in piece)
+            count = [p.bundle for piece in pieces for p in piece].count(part.bundle)
             file = folder / (f"{part.bundle}.tar.xz" + (f".{part.part}" if count > 1 else ""))
             with source.path.open("rb") as stream:
                 stream.seek(part.start)
@@ -174,7 +175,9 @@ def write_pieces(group: str, bundles: list[Bundle], limit: int, out: Path) -> li
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="where the pieces go; emptied first")] = Path("artifacts/gpu-pack"),
+    out: Annotated[Path, typer.Option(help="where the pieces go, in place of what is there")] = Path(
+        "artifacts/gpu-pack"
+    ),
     cache: Annotated[Path, typer.Option(help="wheels, prepared runs and compressed bundles")] = Path(
         "artifacts/gpu-cache"
     ),
@@ -204,14 +207,14 @@ def main(
         bundle("runs", f"prepared runs: {data}", runs, cache, level),
         wheels_of("served"),
     ]
-    if out.exists():
-        shutil.rmtree(out)
-    limit = int(limit_mib * MIB)
-    records = write_pieces("base", base, limit, out)
-    for name in extra:
-        records += write_pieces(name, [wheels_of(name)], limit, out)
-    (out / "pieces.json").write_text(json.dumps({"python": python, "commit": commit, "pieces": records}, indent=1))
-    shutil.copy(UNPACK, out / UNPACK.name)
+    groups = {"base": base} | {name: [wheels_of(name)] for name in extra}
+    new = out.with_name(out.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    records = [r for group, parts in groups.items() for r in write_pieces(group, parts, int(limit_mib * MIB), new)]
+    (new / "pieces.json").write_text(json.dumps({"python": python, "commit": commit, "pieces": records}, indent=1))
+    shutil.copy(UNPACK, new / UNPACK.name)
+    shutil.rmtree(out, ignore_errors=True)
+    new.rename(out)
     for record in records:
         holds = "; ".join(f"{f['file']} {f['size'] / MIB:.1f} MiB: {f['holds']}" for f in record["files"])
         print(f"{out / record['piece']}: {record['size'] / MIB:.1f} MiB: {holds}")

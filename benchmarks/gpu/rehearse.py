@@ -46,15 +46,15 @@ def make_environment(folder: Path) -> tuple[Path, str]:
     python, version, torch = python_with_torch()
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     inside = folder / "bin" / "python"
-    pip = [str(inside), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "-r", str(NEEDS)]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"gpu-rehearse: pip: {done.stderr.strip()[-800:]}")
     site = folder / "lib" / f"python{version}" / "site-packages"
-    for pattern in TORCH:
+    for pattern in TORCH:  # first: pip would fetch it for peft
         for part in torch.glob(pattern):
             if not (site / part.name).exists():
                 (site / part.name).symlink_to(part)
+    pip = [str(inside), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
+    done = subprocess.run([*pip, "-r", str(NEEDS)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"gpu-rehearse: pip: {done.stderr.strip()[-800:]}")
     return inside, version
 
 
@@ -105,7 +105,8 @@ def main(
         if "last_words" in step:
             print(step["last_words"])
     outcomes = {name: step["outcome"] for name, step in record["steps"].items()}
-    print(record_line("gpu rehearsal", outcomes=outcomes, seconds=record["seconds"], before=record["rehearsal_s"]))
+    inside = {"seconds": record["seconds"], "before": record["rehearsal_s"], "rehearsed_with": record["versions"]}
+    print(record_line("gpu rehearsal", outcomes=outcomes, **inside))
     raise typer.Exit(code=int(any(outcome != "ok" for outcome in outcomes.values())))
 
 

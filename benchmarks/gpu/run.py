@@ -50,7 +50,7 @@ STEPS = (
     Step("format_quality", 30, 20, reads_runs=True),
     Step("grid", 55, 20),
     Step("kernels", 30, 15),
-    Step("train_speed", 50, 20),
+    Step("train_speed", 50, 45),
 )
 
 
