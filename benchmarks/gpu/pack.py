@@ -168,7 +168,7 @@ def write_pieces(group: str, bundles: list[Bundle], limit: int, out: Path) -> li
                 "bundle": part.bundle, "build": source.path.name.removesuffix(".tar.xz"),
                 "part": part.part, "parts": count, "holds": source.holds,
             })  # fmt: skip
-        record = {"piece": name, "size": sum(f["size"] for f in files), "files": files}
+        record = {"piece": name, "size": sum(part.end - part.start for part in parts), "files": files}
         (folder / "piece.json").write_text(json.dumps(record, indent=1))
         records.append(record)
     return records
