@@ -1,4 +1,7 @@
-"""Step of the GPU kit: the tests that only a GPU can pass, where no NVTabular is."""
+"""Step of the GPU kit: the tests that only a GPU can pass, where no NVTabular is.
+
+python -m benchmarks.gpu.gpu_tests --out FOLDER --seconds 30
+"""
 
 from __future__ import annotations
 

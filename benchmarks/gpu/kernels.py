@@ -18,13 +18,15 @@ from benchmarks.gpu import steps
 from benchmarks.gpu.engines import ITEMS, Subject, Variant, built, call_of, precision, subject
 from benchmarks.gpu.record import Figures
 
-KINDS = (
+KINDS = (  # the first that fits: a fused kernel may name the product that it prepares
+    ("fused, with reductions", r"triton_(red|per)"),
+    ("fused, pointwise", r"triton_poi"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|scaled_mm|xmma|splitk"),
     ("attention", r"fmha|flash|attention|softmax_warp"),
     ("sorting, top k", r"sort|topk|radix|bitonic"),
     ("copies", r"memcpy|memset|copy_kernel|catarray"),
-    ("fused, pointwise", r"triton_poi|elementwise"),
-    ("fused, with reductions", r"triton_(red|per)|reduce|layer_norm"),
+    ("pointwise", r"elementwise"),
+    ("reductions", r"reduce|layer_norm"),
     ("gathers", r"index|gather|scatter|embedding"),
 )
 CALLS, LONGEST = 5, 12

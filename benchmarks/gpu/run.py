@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,22 +34,24 @@ WORTH_S = 5.0  # with less time than this left no step is begun
 
 @dataclass(frozen=True)
 class Step:
-    """A module of this folder, its time limit in seconds on a GPU and in a rehearsal, and whether it reads runs."""
+    """A module of this folder, its time limit in seconds on a GPU and in a rehearsal, whether it reads runs, and a step
+    whose compiler fills its caches meanwhile, with figures that nobody keeps."""
 
     name: str
     seconds: float
     rehearsal_s: float
     reads_runs: bool = False
+    beside: str = ""
 
 
 STEPS = (
-    Step("machine", 25, 20),
-    Step("gpu_tests", 45, 30),
-    Step("train", 205, 60, reads_runs=True),
-    Step("engines", 130, 40),
-    Step("served", 85, 70, reads_runs=True),
+    Step("machine", 20, 20),
+    Step("gpu_tests", 30, 30),
+    Step("train", 190, 60, reads_runs=True, beside="engines"),
+    Step("served", 110, 70, reads_runs=True),
+    Step("engines", 90, 40),
     Step("format_quality", 30, 20, reads_runs=True),
-    Step("grid", 55, 20),
+    Step("grid", 40, 20),
     Step("kernels", 30, 15),
     Step("train_speed", 50, 45),
 )
@@ -61,6 +64,18 @@ class Ended:
     outcome: str
     seconds: float
     last_words: str
+
+
+@contextmanager
+def beside(command: Sequence[str], log: Path) -> Iterator[None]:
+    """Another command meanwhile, with low priority, which ends with the block."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(["nice", *command], stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            yield
+        finally:
+            _kill(process.pid)
+            process.wait()
 
 
 def run_step(command: Sequence[str], log: Path, seconds: float) -> Ended:
@@ -96,9 +111,10 @@ def run_steps(
     out: Path,
     seconds: float,
     on_step: Callable[[dict[str, Any]], None],
+    meanwhile: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Runs (name, limit, command) one after the other within ``seconds``; returns what each wrote and how it ended, by
-    name. ``on_step`` gets all that is known after each."""
+    name. ``on_step`` gets all that is known after each; ``meanwhile``: commands that run beside a step, by its name."""
     end = time.monotonic() + seconds
     results: dict[str, Any] = {}
     for name, limit, command in steps:
@@ -111,7 +127,9 @@ def run_steps(
             print(f"== {name}: up to {min(limit, left):.0f} of the {left:.0f} s left", flush=True)
             granted = max(1.0, min(limit, left - GRACE_S))
             log = out / f"{name}.log"
-            ended = run_step([part.format(seconds=granted) for part in command], log, granted + GRACE_S)
+            other = [part.format(seconds=granted) for part in (meanwhile or {}).get(name, ())]
+            with beside(other, out / f"{name}-beside.log") if other else nullcontext():
+                ended = run_step([part.format(seconds=granted) for part in command], log, granted + GRACE_S)
             written = json.loads(figures.read_text()) if figures.exists() else {}
             results[name] = {"outcome": ended.outcome, "seconds": ended.seconds, **written}
             if ended.outcome != "ok":
@@ -160,7 +178,9 @@ def main(
         os.replace(partial, path)
 
     steps = [(s.name, s.rehearsal_s if cpu else s.seconds, command_of(s, out, artifacts, cpu)) for s in chosen]
-    results = run_steps(steps, out, minutes * 60, write)
+    by_name, aside = {s.name: s for s in STEPS}, out / "beside"
+    meanwhile = {s.name: command_of(by_name[s.beside], aside, artifacts, cpu) for s in chosen if s.beside and not cpu}
+    results = run_steps(steps, out, minutes * 60, write, meanwhile)
     print(f"results: {path}")
     for name, result in results.items():
         print(f"{name:12} {result['outcome']}")

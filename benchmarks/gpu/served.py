@@ -1,5 +1,7 @@
 """Step of the GPU kit: the real tritonserver, its graphs as AOTInductor packages on the GPU, under open load.
 
+    python -m benchmarks.gpu.served --out FOLDER --seconds 110 [--root FOLDER_OF_A_RUN]
+
 A trained run (``--root``; else the first that lies in the results or among the artifacts, else a tiny one trained here)
 is compiled twice at once by the product's own command, with and without ``--target aoti``. The first serves the default
 profile on the processor, the second "aoti"; answers are compared, then each is offered rising rates until fewer than

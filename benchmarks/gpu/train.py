@@ -1,5 +1,7 @@
 """Step of the GPU kit: the trainings, side by side on one card.
 
+    python -m benchmarks.gpu.train --out FOLDER --seconds 190
+
 A training of this size waits for the processor most of the time, so several share the card; their wall times are those
 of a shared card and say so. Figures of speed come from ``train_speed``, which runs alone.
 """

@@ -1,5 +1,7 @@
 """Step of the GPU kit: how fast the retriever trains alone on the card, plainly and through ``torch.compile``.
 
+    python -m benchmarks.gpu.train_speed --out FOLDER --seconds 50
+
 One step is forward in bfloat16, backward, clipping and AdamW over windows of the whole history, without a data loader.
 FLOPs are those of the products, three times the forward pass; the share is of the product of two large bfloat16
 matrices, measured here.

@@ -50,3 +50,15 @@ def test_a_steps_results_of_an_earlier_run_are_not_taken_for_its_own(tmp_path):
     (tmp_path / "step.json").write_text('{"rows": ["old"]}')
     results = run.run_steps([("step", 5.0, [sys.executable, "-c", "pass"])], tmp_path, 60.0, lambda _: None)
     assert "rows" not in results["step"]
+
+
+def test_what_runs_beside_a_step_ends_with_it(tmp_path):
+    sleeper = [
+        sys.executable,
+        "-c",
+        f"import os, time; open(r'{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(99)",
+    ]
+    steps = [("step", 5.0, [sys.executable, "-c", "import time; time.sleep(1.5)"])]
+    results = run.run_steps(steps, tmp_path, 60.0, lambda _: None, {"step": sleeper})
+    assert results["step"]["outcome"] == "ok"
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))

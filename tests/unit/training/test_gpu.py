@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from training.distributed import Objective
 from training.learn.loop import Loop, LoopConfig
 from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.retriever import compile_blocks
@@ -66,6 +67,28 @@ def test_the_loss_over_all_items_on_cuda_equals_cpu(smoothing):
         results.append([x.detach().cpu() for x in (loss, states.grad, table.grad, bias.grad)])
     for on_cpu, on_gpu in zip(*results, strict=True):  # TF32 has ten bits of mantissa
         torch.testing.assert_close(on_gpu, on_cpu, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("bias", ["none", "relative"])
+@pytest.mark.parametrize("length", [7, 23, 49, 151, 200])
+def test_gradients_of_padded_windows_in_bfloat16_are_those_of_the_cpu(length, bias):
+    torch.manual_seed(0)
+    config = EncoderConfig(width=64, layers=2, heads=2, history=200, dropout=0.0, position_bias=bias)
+    windows = torch.randint(3, 60, (64, length + 1))
+    for row, known in enumerate(torch.randint(2, length + 2, (64,)).tolist()):
+        windows[row, : length + 1 - known] = 0
+    gradients = []
+    for where in ("cpu", "cuda"):
+        torch.manual_seed(1)
+        model = RetrievalModel(config, 60, torch.ones(60)).to(where).train()
+        expected = log_expected_counts(torch.ones(60), RetrievalTraining()).to(where)
+        objective = Objective(model, retrieval_loss(model, RetrievalTraining(), expected))
+        loss, _ = objective(windows)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]))
+    on_cpu, on_gpu = gradients
+    assert torch.isfinite(on_gpu).all()
+    assert float((on_gpu - on_cpu).norm() / on_cpu.norm()) < 0.05
 
 
 @pytest.mark.parametrize("compiled", [False, True])
