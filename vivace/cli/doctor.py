@@ -19,6 +19,9 @@ from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, console
 from vivace.machine import cpu, gpu
 
 
+ENGINES = ("onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "torch-tensorrt")
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -43,6 +46,15 @@ def _libpython() -> tuple[bool, str]:
     except OSError:
         return False, f"{name} is not found: apt-get install {name.removesuffix('.so.1.0')}"
     return True, f"{name}, for Triton's Python workers"
+
+
+def _engines() -> str:
+    """What could run a graph on the GPU at hand, by package and version."""
+    rows = [f"{name} {version}" for name in ENGINES if (version := _version(name))]
+    torch = _version("torch")
+    with_cuda = bool(torch) and "+cpu" not in torch and bool(gpu())
+    aoti = [f"torch {torch} (compile, AOTInductor)"] if with_cuda else []
+    return ", ".join([*aoti, *rows]) or "none: a GPU needs onnxruntime-gpu, tensorrt or a torch with CUDA"
 
 
 def _artifacts(folder: Path) -> str:
@@ -83,6 +95,7 @@ def examine(console: Console, artifacts: Path) -> int:
         rows.append((package, bool(version), version or "not installed: run 'make setup'"))
     rows += [
         ("GPU", True if device else None, device or "none: training and serving use the CPU profile"),
+        ("GPU engines", True if device else None, _engines()),
         ("cuDF", True if _version("cudf-cu12") else None, "GPU pre-processing" if _version("cudf-cu12") else
          "not installed: NVTabular runs on CPU (prepare --workers N spreads it)"),
         ("Redis", True if shutil.which("redis-server") else None, "found; nothing uses it yet"
