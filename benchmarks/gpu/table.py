@@ -73,7 +73,8 @@ def engines(step: dict[str, Any]) -> list[str]:
     return markdown(
         ["graph (batch)", "engine", "format", "form", "ms", "requests/s", "TFLOP/s", "of the bf16 product here",
          "of the data sheet", "speed to bf16 compiled", "ten best as float32"],
-        ([f"`{r['preset']}` {r['stage']} ({r['batch']})", r["engine"], r["format"], ", ".join(filter(None, (r["form"], r["lookup"]))), f"{r['ms']:.2f}",
+        ([f"`{r['preset']}` {r['stage']} ({r['batch']})", r["engine"], r["format"],
+          ", ".join(filter(None, (r["form"], r["lookup"]))), f"{r['ms']:.2f}",
           f"{r['requests_per_s']:,.0f}", f"{r['tflops']:.0f}", f"{r['share_bf16']:.1%}", f"{r['share_data_sheet']:.1%}",
           _relative(r, rows), f"{r['same_top10']:.1%}"] for r in chosen),
     )  # fmt: skip
@@ -93,7 +94,8 @@ def grid(step: dict[str, Any]) -> list[str]:
     rows.sort(key=lambda r: (r["stage"], GRID.index((r["history"], r["candidates"], r["batch"])), r["gflop"]))
     return markdown(
         ["stage", "history", "candidates", "batch", "preset", "ms", "requests/s", "candidates/s", "of the product"],
-        ([r["stage"], f"{r['history']:,}", f"{r['candidates']:,}", f"{r['batch']:,}", f"`{r['preset']}`", f"{r['ms']:.2f}",
+        ([r["stage"], f"{r['history']:,}", f"{r['candidates']:,}", f"{r['batch']:,}", f"`{r['preset']}`",
+          f"{r['ms']:.2f}",
           f"{r['requests_per_s']:,.0f}",
           f"{r['candidates_per_s'] / 1e6:.1f} M" if r["stage"] == "ranker" else "",
           f"{r['share_bf16']:.1%}"] for r in rows),
