@@ -19,8 +19,8 @@ from benchmarks.gpu.engines import ITEMS, Subject, Variant, built, call_of, prec
 from benchmarks.gpu.record import Figures
 
 KINDS = (  # the first that fits: a fused kernel may name the product that it prepares
-    ("fused, with reductions", r"triton_(red|per)"),
-    ("fused, pointwise", r"triton_poi"),
+    ("fused with reductions", r"triton_(red|per)"),
+    ("fused", r"triton_poi"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|scaled_mm|xmma|splitk"),
     ("attention", r"fmha|flash|attention|softmax_warp"),
     ("sorting, top k", r"sort|topk|radix|bitonic"),

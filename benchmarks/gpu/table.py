@@ -8,6 +8,7 @@ It writes what stands between two marks of the page; a test compares page and re
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.gpu.kernels import kind
 from vivace.manifest import CHECKOUT
 
 PAGE = CHECKOUT / "docs" / "results.md"
+WIDTH = 118  # of a line of the page
 BEGIN, END = "<!-- rendered by benchmarks.gpu.table: begin -->", "<!-- rendered by benchmarks.gpu.table: end -->"
 METHODS = (("retrieval", "retrieval"), ("retrieval + ranking", "ranked"))
 GRID = ((200, 500, 1), (200, 500, 64), (200, 500, 1024), (1000, 500, 64), (4096, 500, 16), (200, 2000, 64))
@@ -37,7 +39,7 @@ def trainings(step: dict[str, Any]) -> list[str]:
         figures = [
             f"{r[f'{m} NDCG@10']:.4f} / {r[f'{m} HR@10']:.4f}" if f"{m} NDCG@10" in r else "-" for m, _ in METHODS
         ]
-        how = "" if r["ending"] == "ended with 0" else f": {r['ending'].replace('ended with 1', 'failed')}"
+        how = {"ended with 0": "", "ended with 1": ", failed"}.get(r["ending"], ", cut off")
         changed = ", ".join(f"{k} {v}" for k, v in r.get("changes", {}).items())
         return [
             f"`{r['label']}`" + (f" ({changed})" if changed else ""), total, f"{r['epochs']}{how}", *figures,
@@ -71,8 +73,8 @@ def engines(step: dict[str, Any]) -> list[str]:
     order = {"large ranker": 0, "base ranker": 1, "large retriever": 2, "base retriever": 3}
     chosen.sort(key=lambda r: (order.get(f"{r['preset']} {r['stage']}", 9), r["ms"]))
     return markdown(
-        ["graph (batch)", "engine", "format", "form", "ms", "requests/s", "TFLOP/s", "of the bf16 product here",
-         "of the data sheet", "speed to bf16 compiled", "ten best as float32"],
+        ["graph (batch)", "engine", "format", "form", "ms", "requests/s", "TFLOP/s", "of bf16 here", "of data sheet",
+         "x bf16", "top 10"],
         ([f"`{r['preset']}` {r['stage']} ({r['batch']})", r["engine"], r["format"],
           ", ".join(filter(None, (r["form"], r["lookup"]))), f"{r['ms']:.2f}",
           f"{r['requests_per_s']:,.0f}", f"{r['tflops']:.0f}", f"{r['share_bf16']:.1%}", f"{r['share_data_sheet']:.1%}",
@@ -160,7 +162,11 @@ def render(record: dict[str, Any], source: str) -> str:
     for name, title, part in RENDERED:
         if steps.get(name, {}).get("rows"):
             lines += [f"**{title}.**", "", *part(steps[name])]
-    return "\n".join([*lines, *not_run(steps)]).rstrip() + "\n"
+    lines += not_run(steps)
+    wrapped = (
+        x if x.startswith("|") else textwrap.fill(x, WIDTH, subsequent_indent="  " * x.startswith("- ")) for x in lines
+    )
+    return "\n".join(wrapped).rstrip() + "\n"
 
 
 def between(page: str, text: str) -> str:

@@ -18,7 +18,6 @@ from rich.text import Text
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, console
 from vivace.machine import cpu, gpu
 
-
 ENGINES = ("onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "torch-tensorrt")
 
 

@@ -20,6 +20,7 @@ NOT_LOCKED = {
     "triton_python_backend_utils",  # Triton's own
     "cudf",  # where there is a GPU
     "tensorrt",
+    "pynvml",  # where there is a GPU: benchmarks.gpu.served
     "tantivy",  # only benchmarks.lexical_engines, which names it where it is missing
 }
 
