@@ -164,7 +164,12 @@ def render(record: dict[str, Any], source: str) -> str:
             lines += [f"**{title}.**", "", *part(steps[name])]
     lines += not_run(steps)
     wrapped = (
-        x if x.startswith("|") else textwrap.fill(x, WIDTH, subsequent_indent="  " * x.startswith("- ")) for x in lines
+        x
+        if x.startswith("|")
+        else textwrap.fill(
+            x, WIDTH, break_on_hyphens=False, break_long_words=False, subsequent_indent="  " * x.startswith("- ")
+        )
+        for x in lines
     )
     return "\n".join(wrapped).rstrip() + "\n"
 
