@@ -95,12 +95,16 @@ def _adopt(repository: Path) -> None:
 @contextlib.contextmanager
 def held(release: Path) -> Iterator[None]:
     """While a server serves ``release``: nobody removes it. The kernel lets go with the process, however it ends. A
-    folder that cannot be written to is not held: nobody could remove it either."""
+    container sees its release read-only, and the file that it holds was made with the release. A folder without one
+    that cannot be written to is not held: nobody could remove it either."""
     try:
         handle = (release / HELD).open("a")
     except OSError:
-        yield
-        return
+        try:
+            handle = (release / HELD).open("r")
+        except OSError:
+            yield
+            return
     with handle:
         fcntl.flock(handle, fcntl.LOCK_SH)
         yield
@@ -128,6 +132,7 @@ def publishing(repository: Path) -> Iterator[tuple[Path, int]]:
     try:
         yield partial, version
         seal(partial)
+        (partial / HELD).touch()
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -1,7 +1,7 @@
 """Healthy is what answers: asks ``recommend`` a question. Triton's own readiness stays 200 when a worker has died.
 
-Standard library only. A server that answered before and no longer does is told to stop, and its restart policy starts
-it anew: nothing inside the container revives a dead worker.
+Standard library only. A server that answered before and has not for ``VIVACE_RESTART_S`` is told to stop, and its
+restart policy starts it anew: tritonserver alone never revives a dead worker, and a watchdog may hang.
 """
 
 import json
@@ -15,6 +15,7 @@ import urllib.request
 URL = os.environ.get("VIVACE_URL", "http://127.0.0.1:8000")
 ANSWERED = pathlib.Path("/tmp/vivace-answered")
 TRIES, WAIT_S = 3, 1.0
+RESTART_S = float(os.environ.get("VIVACE_RESTART_S", "20"))  # 0: never
 QUESTION = {
     "inputs": [
         {"name": "USER_ID", "datatype": "BYTES", "shape": [1, 1], "data": [""]},
@@ -42,7 +43,7 @@ def main() -> int:
             ANSWERED.touch()
             return 0
         time.sleep(WAIT_S)
-    if ANSWERED.exists() and os.environ.get("VIVACE_RESTART", "1") == "1":
+    if RESTART_S and ANSWERED.exists() and time.time() - ANSWERED.stat().st_mtime > RESTART_S:
         ANSWERED.unlink()
         os.kill(1, signal.SIGTERM)
     return 1

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Builds what docker-compose.yml names where no registry can be reached: for trials and tests, on Debian, as root.
+#
+#   deploy/compose/build.sh [CACHE]
+#
+# A base by debootstrap stands in for python:3.11-slim, Debian's packages for the images of Prometheus and Redis, under
+# those images' names: use an engine of its own (DOCKER_HOST). Grafana is in no Debian, so its image is not built.
+# Wheels come from pip's index as this machine is set up. CACHE (default ~/.cache/vivace/compose) keeps base and wheels;
+# what is in the engine already and has not changed is not built again.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+cache=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/vivace/compose}
+base=vivace-base:bookworm
+suite=bookworm
+python=${PYTHON:-python3.11}
+export DOCKER_BUILDKIT=0 # Debian's docker has no buildx
+mkdir -p "$cache"
+
+quiet() { # output is shown only if it fails
+  if ! "$@" >"$cache/log" 2>&1; then tail -n 40 "$cache/log" >&2; return 1; fi
+}
+
+if [ ! -e "$cache/$suite.tar" ]; then
+  echo "build: $suite by debootstrap"
+  rm -rf "$cache/root"
+  quiet debootstrap --variant=minbase --include=ca-certificates,libgomp1,libpython3.11,python3-venv $suite "$cache/root"
+  rm -rf "$cache"/root/var/cache/apt/archives/*.deb "$cache"/root/var/lib/apt/lists/*
+  tar -C "$cache/root" -cf "$cache/$suite.tar.part" .
+  mv "$cache/$suite.tar.part" "$cache/$suite.tar"
+  rm -rf "$cache/root"
+fi
+docker image inspect $base >/dev/null 2>&1 || docker import "$cache/$suite.tar" $base >/dev/null
+
+needed=$(cat requirements.txt pyproject.toml deploy/compose/packages.py | sha256sum)
+wheels=$cache/wheels-${needed:0:16}
+if [ ! -d "$wheels" ]; then
+  echo "build: wheels"
+  rm -rf "$cache"/wheels-*
+  "$python" deploy/compose/packages.py search locust >"$cache/packages.txt"
+  quiet "$python" -m pip download --disable-pip-version-check --only-binary :all: --dest "$wheels.part" \
+    --constraint requirements.txt --requirement "$cache/packages.txt"
+  mv "$wheels.part" "$wheels"
+fi
+mkdir -p .tools
+rm -rf .tools/wheels
+cp -rl "$wheels" .tools/wheels 2>/dev/null || cp -r "$wheels" .tools/wheels
+trap 'rm -rf .tools/wheels' EXIT
+
+for target in serve load; do
+  echo "build: vivace-$target:0.1.0"
+  quiet docker build --tag vivace-$target:0.1.0 --target $target --build-arg BASE=$base \
+    --file deploy/compose/serve.Dockerfile .
+done
+
+echo "build: stand-ins for Prometheus and Redis"
+stand_in() { # TARGET NAME
+  quiet docker build --network host --tag "$2" --target "$1" - <<END
+FROM $base AS both
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus redis-server wget
+RUN mkdir -p /prometheus && chown nobody /prometheus
+FROM both AS prometheus
+USER nobody
+WORKDIR /prometheus
+ENTRYPOINT ["prometheus"]
+FROM both AS redis
+USER redis
+WORKDIR /data
+END
+}
+stand_in prometheus prom/prometheus:v2.55.1
+stand_in redis redis:7.4.1-alpine
