@@ -18,6 +18,8 @@ RUN rm -rf /opt/vivace/.tools \
  && /opt/venv/bin/pip install --no-cache-dir --no-index --no-deps --no-build-isolation --editable /opt/vivace
 
 FROM ${BASE} AS serve
+# runc before 1.2 gives a tmpfs the mode of the folder under it from the second start on
+RUN mkdir -m 1777 /var/log/vivace
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 COPY --from=packages /opt/venv /opt/venv
 COPY --from=packages /opt/vivace /opt/vivace

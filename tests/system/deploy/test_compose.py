@@ -1,5 +1,6 @@
 """What `docker compose up` starts, as far as a machine without Docker can tell: the file itself, the pages it mounts,
-and Prometheus, from its package, scraping the live server and answering the dashboard's own queries."""
+and Prometheus, from its package, scraping the live server and answering the dashboard's own queries. The stack itself
+runs in test_compose_run.py."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def test_the_health_check_asks_a_question(served, tmp_path):
     server, _ = served
     script = CHECKOUT / "deploy" / "compose" / "health.py"
     for port, code in ((server.http_port, 0), (free_port(server.host), 1)):
-        env = {"VIVACE_URL": f"http://{server.host}:{port}", "VIVACE_RESTART": "0"}
+        env = {"VIVACE_URL": f"http://{server.host}:{port}", "VIVACE_RESTART_S": "0"}
         assert subprocess.run([sys.executable, str(script)], env=env, capture_output=True).returncode == code
 
 

@@ -1,0 +1,200 @@
+"""`docker compose up` for real, from a copy of what git holds, on an engine of its own. Images are built once by
+deploy/compose/build.sh and kept; Grafana has no image there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.releases import is_free
+from serving.start_checks import free_port
+from tests.support import PatientClient, wait_until
+from tests.system.deploy.engine import CACHE, Engine, NoEngineError, engine
+from vivace.manifest import CHECKOUT
+from vivace.run import Run
+
+SERVICES = ("triton", "prometheus", "locust", "redis")
+PORTS = {"HTTP": 8000, "GRPC": 8001, "METRICS": 8002, "STATUS": 8003, "PROMETHEUS": 9090, "LOCUST": 8089}
+OWNER = 1000  # of the artifacts: somebody who is not root
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The running project; ``ports`` by the names of its variables."""
+
+    engine: Engine
+    checkout: Path
+    ports: dict[str, int]
+
+    def compose(self, *arguments: str) -> str:
+        variables = {f"VIVACE_{name}_PORT": str(port) for name, port in self.ports.items()}
+        done = subprocess.run(
+            ["docker-compose", "--project-name", "vivace-test", *arguments],
+            cwd=self.checkout, env=self.engine.environment | variables, capture_output=True, text=True,
+        )  # fmt: skip
+        assert not done.returncode, f"docker-compose {' '.join(arguments)}: {done.stderr}"
+        return done.stdout
+
+    def container(self, service: str) -> dict[str, Any]:
+        return self.engine.inspect(self.compose("ps", "-q", service).strip())
+
+    def healthy(self, service: str) -> bool:
+        state = self.container(service)["State"]
+        return state["Running"] and state["Health"]["Status"] == "healthy"
+
+    def processes(self, service: str) -> dict[int, tuple[int, str]]:
+        """(user, program) of each process of a service, by its pid on this machine."""
+        lines = self.engine.docker("top", self.container(service)["Id"], "-eo", "pid,uid,comm").splitlines()[1:]
+        return {int(pid): (int(uid), program) for pid, uid, program in (line.split(None, 2) for line in lines)}
+
+    def url(self, port: str) -> str:
+        return f"http://127.0.0.1:{self.ports[port]}"
+
+    def ask(self, port: str, path: str, data: dict[str, Any] | None = None) -> Any:
+        body = urllib.parse.urlencode(data).encode() if data is not None else None
+        with urllib.request.urlopen(self.url(port) + path, body, timeout=10) as answer:
+            return json.load(answer)
+
+    def client(self, protocol: str) -> PatientClient:
+        return PatientClient(f"127.0.0.1:{self.ports[protocol.upper()]}", protocol)
+
+
+def _copy(root: Path, target: Path) -> None:
+    """What git holds, and the run that was compiled, as a user's."""
+    files = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+    for name in files.splitlines():
+        if (CHECKOUT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(CHECKOUT / name, target / name)
+    run, copied = Run(root), Run(target / "artifacts" / "shop")
+    for part in (run.compiled, run.feature_store):
+        shutil.copytree(part, copied.root / part.name)
+    shutil.copytree(run.repository.resolve(), copied.root / run.repository.resolve().name)
+    copied.repository.symlink_to(run.repository.resolve().name)
+    for path in copied.root.rglob("*"):
+        os.chown(path, OWNER, OWNER, follow_symlinks=False)
+
+
+@pytest.fixture(scope="module")
+def stack(root: Path) -> Iterator[Stack]:
+    with tempfile.TemporaryDirectory(prefix="vivace-compose-") as name:
+        folder = Path(name)
+        (folder / "engine").mkdir()
+        folder.chmod(0o755)
+        _copy(root, folder / "vivace")
+        try:
+            with engine(folder / "engine") as runs:
+                built = subprocess.run(
+                    [str(folder / "vivace/deploy/compose/build.sh"), str(CACHE)],
+                    env=runs.environment, capture_output=True, text=True,
+                )  # fmt: skip
+                assert not built.returncode, built.stderr
+                ports = {port: free_port("127.0.0.1") for port in PORTS}
+                running = Stack(runs, folder / "vivace", ports)
+                try:
+                    running.compose("up", "-d", *SERVICES)
+                    for service in SERVICES:
+                        wait_until(lambda s=service: running.healthy(s), f"a healthy {service}", 0.5)
+                    yield running
+                finally:
+                    running.compose("down", "--volumes", "--timeout", "30")
+        except NoEngineError as error:
+            pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_ensemble_answers_through_the_published_ports(stack, protocol):
+    with stack.client(protocol) as client:
+        user = f"visitor of {protocol}"
+        item = client.recommend("", [], 5).items[0]
+        assert client.append(user, item, "click") == 1
+        answer = client.recommend(user, [], 5)
+        assert answer.status == "ok" and len(answer.items) == 5 and item not in answer.items
+
+
+def test_the_ports_are_the_guards(stack):
+    for path in ("/v2/repository/index", "/v2/models/retrieval/infer", "/v2/systemsharedmemory/status"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(stack.url("HTTP") + path, b"{}", timeout=10)
+        assert refused.value.code == 404, path
+
+
+def test_the_server_is_nobody_but_the_runs_owner(stack):
+    users = {uid for uid, program in stack.processes("triton").values() if program != "docker-init"}
+    assert users == {OWNER}
+    assert not is_free(Run(stack.checkout / "artifacts" / "shop").repository.resolve()), "a publish would remove it"
+    limits = stack.container("triton")["HostConfig"]
+    assert limits["Memory"] == 8 << 30 and limits["NanoCpus"] == 2e9 and limits["ReadonlyRootfs"]
+
+
+def test_prometheus_scrapes_server_and_watchdog(stack):
+    def targets() -> dict[str, str]:
+        active = stack.ask("PROMETHEUS", "/api/v1/targets")["data"]["activeTargets"]
+        return {target["labels"]["job"]: target["health"] for target in active}
+
+    wait_until(lambda: targets() == {"triton": "up", "watchdog": "up"}, "both pages scraped", 0.5)
+
+    def values(query: str) -> list[str]:
+        data = stack.ask("PROMETHEUS", f"/api/v1/query?{urllib.parse.urlencode({'query': query})}")["data"]
+        return [row["value"][1] for row in data["result"]]
+
+    wait_until(lambda: values("vivace_server_up") == ["1"], "the watchdog's gauge", 0.5)
+    wait_until(lambda: values('nv_inference_request_success{model="recommend"}'), "Triton's counts", 0.5)
+
+
+def test_load_runs(stack):
+    stack.ask("LOCUST", "/swarm", {"user_count": 4, "spawn_rate": 4})
+    try:
+        stats = wait_until(
+            lambda: (s := stack.ask("LOCUST", "/stats/requests")) and _requests(s).get("Aggregated", 0) > 200 and s,
+            "200 requests", 0.5,
+        )  # fmt: skip
+        assert {row["method"] for row in stats["stats"]} >= {"grpc", "http"}
+        assert not stats["errors"]
+    finally:
+        stack.ask("LOCUST", "/stop", {})
+
+
+def _requests(stats: dict[str, Any]) -> dict[str, int]:
+    return {row["name"]: row["num_requests"] for row in stats["stats"]}
+
+
+def test_a_server_that_ends_is_started_again_in_its_container(stack):
+    [pid] = [pid for pid, (_, program) in stack.processes("triton").items() if program == "tritonserver"]
+    os.kill(pid, signal.SIGKILL)
+    with stack.client("grpc") as client:
+        assert client.recommend("", [], 5).items
+    assert stack.container("triton")["RestartCount"] == 0
+
+
+def test_containers_that_are_killed_come_back(stack):
+    """`docker kill` is no death in Docker's eyes, but an order to stay away: the processes are killed from outside."""
+    with stack.client("grpc") as client:
+        stored = client.append("kept", client.recommend("", [], 1).items[0], "click")
+    for service in SERVICES:
+        os.kill(stack.container(service)["State"]["Pid"], signal.SIGKILL)
+    for service in SERVICES:
+        wait_until(lambda s=service: stack.container(s)["RestartCount"] == 1, f"{service} started again", 0.2)
+        wait_until(lambda s=service: stack.healthy(s), f"a healthy {service}", 0.5)
+    with stack.client("grpc") as client:
+        assert client.append("kept", client.recommend("", [], 1).items[0], "click") == stored + 1
+
+
+def test_a_stop_is_clean(stack):
+    stack.compose("stop")
+    state = stack.container("triton")["State"]
+    assert (state["ExitCode"], state["Status"]) == (0, "exited")
+    assert "stopped" in stack.compose("logs", "--no-color", "--tail", "1", "triton")
