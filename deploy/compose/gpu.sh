@@ -6,6 +6,10 @@ umask 077
 key_file=${VIVACE_KEY_FILE:-/tmp/vivace-key}
 [ -s "$key_file" ] || head -c 32 /dev/urandom | base64 | tr -dc 'a-zA-Z0-9' >"$key_file"
 key=$(cat "$key_file")
+if [ -e /models/model_repository/.held ]; then # as long as it runs, no publish removes this version
+  exec 9</models/model_repository/.held
+  flock --shared 9
+fi
 restricted=model-repository,shared-memory,model-config,logging,trace,statistics
 exec tritonserver \
   --model-repository=/models/model_repository \

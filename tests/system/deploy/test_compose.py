@@ -4,6 +4,7 @@ runs in test_compose_run.py."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -11,12 +12,16 @@ import subprocess
 import sys
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
 from loadtest.generate.generator import messages, run
+from serving.launcher import KEY_HEADER, RESTRICTED
 from serving.start_checks import free_port
 from tests.support import PATIENCE_S, PatientClient, wait_until
 from vivace.manifest import CHECKOUT
@@ -49,15 +54,60 @@ def test_every_service_is_pinned_watched_limited_and_private(services):
     assert "COMPOSE_PROFILES=cpu" in (CHECKOUT / ".env").read_text()
 
 
-def test_the_images_have_what_the_environment_has():
-    """The versions in the Dockerfiles are those that the tests run with."""
+def test_nvidias_image_has_what_the_stages_import():
+    """And in the versions that the tests run with. The other image installs what pyproject.toml and requirements.txt
+    say, and test_compose_run.py starts it."""
     pins = dict(re.findall(r"^([\w.-]+)(?:\[.*\])?==(\S+)", (CHECKOUT / "requirements.txt").read_text(), re.M))
-    found = 0
-    for file in (CHECKOUT / "deploy" / "compose").glob("*.Dockerfile"):
-        for name, version in re.findall(r"([\w-]+)(?:\[[\w,]+\])?==([\w.]+)", file.read_text()):
-            assert pins[name] == version, f"{file.name}: {name} {version}, requirements.txt has {pins[name]}"
-            found += 1
-    assert found >= 6
+    text = (CHECKOUT / "deploy" / "compose" / "gpu.Dockerfile").read_text()
+    installed = dict(re.findall(r"([\w-]+)==([\w.]+)", text))
+    assert installed == {name: pins[name] for name in installed}
+    packages = metadata.packages_distributions()
+    needed = {name for module in imported_by_stages() for name in packages.get(module, [module])[:1]}
+    assert not {"lmdb", "msgpack", "onnxruntime", "numpy"} - needed, "the stages' imports are not seen"
+    assert not needed - set(installed), "not in NVIDIA's image"
+
+
+def imported_by_stages() -> set[str]:
+    """Modules of others that the adapters in the model repository lead to."""
+    todo = [path for path in (CHECKOUT / "model_repository").glob("*/1/model.py")]
+    todo += (CHECKOUT / "serving" / "triton" / "adapters").glob("*.py")
+    seen: set[Path] = set()
+    outside: set[str] = set()
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for module in imports(path):
+            file = CHECKOUT / Path(*module.split("."))
+            inside = [
+                f for f in (file.with_suffix(".py"), file / "__init__.py", file.parent / "__init__.py") if f.exists()
+            ]
+            if inside:
+                todo += inside
+            elif (top := module.partition(".")[0]) not in sys.stdlib_module_names and not (CHECKOUT / top).is_dir():
+                outside.add(top)
+    return outside - {"triton_python_backend_utils", "tritonclient"}  # Triton's own; taken when a client is made
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports, in functions too, but not for a type checker alone."""
+    tree = ast.parse(path.read_text())
+    for node in [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]:
+        node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_the_management_calls_of_nvidias_server_need_the_key():
+    script = (CHECKOUT / "deploy" / "compose" / "gpu.sh").read_text()
+    assert f"restricted={RESTRICTED}\n" in script
+    for flag in ("--http-restricted-api", "--grpc-restricted-protocol"):
+        assert f'{flag}="$restricted:{KEY_HEADER}=$key"' in script
 
 
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="needs docker-compose (apt-get install docker-compose)")

@@ -140,6 +140,11 @@ def test_the_server_is_nobody_but_the_runs_owner(stack):
     assert limits["Memory"] == 8 << 30 and limits["NanoCpus"] == 2e9 and limits["ReadonlyRootfs"]
 
 
+def test_the_image_has_what_search_and_an_index_import(stack):
+    modules = "import search.online, serving.runtime.item_index, bm25s, faiss, Stemmer, symspellpy, tokenizers"
+    stack.compose("exec", "-T", "triton", "python3", "-c", modules)
+
+
 def test_prometheus_scrapes_server_and_watchdog(stack):
     def targets() -> dict[str, str]:
         active = stack.ask("PROMETHEUS", "/api/v1/targets")["data"]["activeTargets"]
@@ -191,6 +196,21 @@ def test_containers_that_are_killed_come_back(stack):
         wait_until(lambda s=service: stack.healthy(s), f"a healthy {service}", 0.5)
     with stack.client("grpc") as client:
         assert client.append("kept", client.recommend("", [], 1).items[0], "click") == stored + 1
+
+
+def test_a_restart_serves_what_was_published_since(stack):
+    repository = Run(stack.checkout / "artifacts" / "shop").repository
+    old = repository.resolve()
+    new = old.with_name(f"{repository.name}.{int(old.suffix[1:]) + 1}")
+    shutil.copytree(old, new)
+    repository.unlink()
+    repository.symlink_to(new.name)
+    assert not is_free(old) and is_free(new)
+    stack.compose("restart", "triton")
+    with stack.client("http") as client:
+        wait_until(lambda: stack.healthy("triton"), "a healthy triton", 0.5)
+        assert client.recommend("", [], 5).items
+    assert is_free(old) and not is_free(new)
 
 
 def test_a_stop_is_clean(stack):
