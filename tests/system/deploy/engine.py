@@ -27,6 +27,7 @@ PROGRAMS = {
     "debootstrap": "debootstrap",
 }
 START_S = 30.0
+MOST_KIB = 10 << 20  # of images that are kept; beyond, all are built anew
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -81,6 +82,9 @@ def engine(folder: Path) -> Iterator[Engine]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise NoEngineError(f"the engine of {CACHE} is in use by another run") from None
+        kept = subprocess.run(["du", "-sk", str(CACHE / "engine")], capture_output=True, text=True).stdout
+        if kept and int(kept.split()[0]) > MOST_KIB:
+            shutil.rmtree(CACHE / "engine")
         runs = Engine(folder / "docker.sock")
         command = ["dockerd", "--host", f"unix://{runs.socket}", "--data-root", str(CACHE / "engine")]
         command += ["--exec-root", str(folder / "exec"), "--pidfile", str(folder / "pid"), "--bridge=none"]
