@@ -103,3 +103,6 @@ def engine(folder: Path) -> Iterator[Engine]:
         finally:
             process.terminate()
             process.wait(60)
+            for line in Path("/proc/mounts").read_text().splitlines():  # of namespaces, which dockerd may leave
+                if (mounted := line.split()[1]).startswith(str(folder)):
+                    subprocess.run(["umount", "--lazy", mounted], check=True)
