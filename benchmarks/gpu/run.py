@@ -45,15 +45,15 @@ class Step:
 
 
 STEPS = (
-    Step("machine", 20, 20),
-    Step("gpu_tests", 30, 30),
-    Step("train", 190, 60, reads_runs=True, beside="engines"),
-    Step("served", 110, 70, reads_runs=True),
-    Step("engines", 90, 40),
-    Step("format_quality", 30, 20, reads_runs=True),
-    Step("grid", 40, 20),
-    Step("kernels", 30, 15),
-    Step("train_speed", 50, 45),
+    Step("machine", 20, 40),
+    Step("gpu_tests", 30, 60),
+    Step("train", 190, 90, reads_runs=True, beside="engines"),
+    Step("served", 110, 120, reads_runs=True),
+    Step("engines", 90, 60),
+    Step("format_quality", 30, 60, reads_runs=True),
+    Step("grid", 40, 40),
+    Step("kernels", 30, 40),
+    Step("train_speed", 50, 100),
 )
 
 
