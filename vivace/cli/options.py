@@ -88,12 +88,14 @@ def progress(status: Any) -> Callable[[str], None]:
 
 
 def chosen_preset(name: str, root: Path, recorded: bool = True) -> Any:
-    """The preset ``name``; without one what the run was trained with (``recorded``), or that of its data set.
+    """The preset ``name``; without one what the run was trained with (``recorded``), or the one that suits its data,
+    which it says.
 
     Raises BadParameter for a preset that cannot be read, ValueError where another version recorded the run's."""
+    from preprocessing.features import Features
+    from training.advice import sizes_of, suited
     from training.presets import from_json, preset
-    from vivace.contract import DataSchema
-    from vivace.run import Run
+    from vivace.run import FEATURES, Run
 
     run = Run(root)
     if recorded and not name and run.preset.exists():
@@ -105,10 +107,11 @@ def chosen_preset(name: str, root: Path, recorded: bool = True) -> Any:
             ) from None
     if name.endswith(".json"):
         json_file(Path(name), "--preset")
-    schema = run.features / "schema.json"
-    data = DataSchema.load(schema).name if schema.exists() else ""
+    if not name and run.has(FEATURES):
+        name, why = suited(sizes_of(Features(run.features)))
+        say(f"preset {name}: {why}; --preset takes another")
     try:
-        return preset(name or ("shop" if data == "shop" else "cpu"))
+        return preset(name or "cpu")
     except TypeError as error:
         raise typer.BadParameter(f"{name}: a value of the wrong type ({error})", param_hint="--preset") from None
 
