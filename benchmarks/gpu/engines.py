@@ -31,6 +31,7 @@ from benchmarks.gpu import clock, peaks, steps, subjects
 from benchmarks.gpu.linears import quantise, sparsify
 from benchmarks.gpu.other_engines import OTHERS
 from benchmarks.gpu.record import Figures
+from benchmarks.gpu.steps import Asked
 from benchmarks.gpu.subjects import Shape
 from training.models.ranking import RankingGraph, RankingModel
 from training.models.ranking_gpu import gpu_graph
@@ -273,7 +274,8 @@ def plan(cpu: bool) -> list[tuple[str, str, list[int], list[Variant]]]:
     ]  # fmt: skip
 
 
-def measure(figures: Figures, where: torch.device) -> None:
+@torch.no_grad()
+def measure(figures: Figures, where: torch.device, given: Asked) -> None:
     cpu = where.type == "cpu"
     items = 500 if cpu else ITEMS
     rates = peaks.measure(figures, where, ("bf16",), 0.02 if cpu else 0.3)

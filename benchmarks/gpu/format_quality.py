@@ -6,7 +6,6 @@ and of the differences to float32 on the same requests a 95 % interval (paired b
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from collections.abc import Iterator
@@ -17,8 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.gpu import steps
 from benchmarks.gpu.linears import quantise, sparsify
-from benchmarks.gpu.record import Figures, device
+from benchmarks.gpu.record import Figures
+from benchmarks.gpu.steps import Asked
 from benchmarks.gpu.subjects import cast
 from benchmarks.gpu.train import ML
 from preprocessing.features import Features
@@ -100,7 +101,7 @@ def ndcg(models: Models, figures: Figures) -> Iterator[tuple[str, str, str, np.n
         yield from ((stage, name, part, np.concatenate(values)) for (stage, name), values in scores.items())
 
 
-def measure(figures: Figures, root: Path, features: Features) -> None:
+def of_run(figures: Figures, root: Path, features: Features) -> None:
     run = Run(root, features.folder)
     if not run.has(RANKING):
         figures.skip(root.name, "no trained ranker: its training did not end")
@@ -116,20 +117,12 @@ def measure(figures: Figures, root: Path, features: Features) -> None:
         )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu.format_quality", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=40.0, help="that the step may take")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of prepared runs")
-    parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU")
-    chosen = parser.parse_args()
-    device(chosen.cpu)
-    figures = Figures(chosen.out, "format_quality", chosen.seconds)
-    prepared = sorted(p.parent.name for p in chosen.artifacts.glob("*/features"))
-    data = Features(chosen.artifacts / (ML if ML in prepared else prepared[0]) / "features")
-    for label in ("tiny-7",) if chosen.cpu else ("base-7", "large-7"):
-        measure(figures, chosen.out / "runs" / label, data)
+def measure(figures: Figures, where: torch.device, given: Asked) -> None:
+    prepared = sorted(p.parent.name for p in given.artifacts.glob("*/features"))
+    data = Features(given.artifacts / (ML if ML in prepared else prepared[0]) / "features")
+    for label in ("tiny-7",) if given.cpu else ("base-7", "large-7"):
+        of_run(figures, given.out / "runs" / label, data)
 
 
 if __name__ == "__main__":
-    main()
+    steps.run("format_quality", measure, "ranking quality by number format")

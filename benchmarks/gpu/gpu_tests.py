@@ -5,13 +5,12 @@ python -m benchmarks.gpu.gpu_tests --out FOLDER --seconds 30
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import pytest
-import typer
+import torch
 
-from benchmarks.gpu.record import Figures, device
+from benchmarks.gpu import steps
+from benchmarks.gpu.record import Figures
+from benchmarks.gpu.steps import Asked
 
 SLOW = "test_training_in_bfloat16_learns[True]"  # compiles for 19 s
 FILES = ("tests/unit/training/test_gpu.py",)
@@ -29,20 +28,15 @@ class Outcomes:
             self.figures.row(test=report.nodeid, outcome=report.outcome, seconds=report.duration, **why)
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="folder of the results")],
-    seconds: float = 45.0,
-    cpu: bool = False,
-) -> None:
-    device(cpu)
-    figures = Figures(out, "gpu_tests", seconds)
+def measure(figures: Figures, where: torch.device, given: Asked) -> None:
     code = pytest.main(
         ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", f"not {SLOW}", *FILES], plugins=[Outcomes(figures)]
     )
     failed = [row["test"] for row in figures.values["rows"] if row["outcome"] == "failed"]
     figures.set(failed=failed, exit_code=int(code))
-    raise typer.Exit(code=int(bool(failed)))
+    if failed:
+        raise SystemExit(f"gpu_tests: failed: {failed}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    steps.run("gpu_tests", measure, "the tests that only a GPU can pass")

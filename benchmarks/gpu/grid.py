@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks.gpu import clock, peaks, steps, subjects
 from benchmarks.gpu.record import Figures
+from benchmarks.gpu.steps import Asked
 from benchmarks.gpu.subjects import Shape
 from training.models.ranking_gpu import gpu_graph
 from training.presets import preset
@@ -123,7 +124,8 @@ def line(
             clock.release(where)
 
 
-def measure(figures: Figures, where: torch.device) -> None:
+@torch.no_grad()
+def measure(figures: Figures, where: torch.device, given: Asked) -> None:
     cpu = where.type == "cpu"
     items = 500 if cpu else ITEMS
     rates = peaks.measure(figures, where, ("bf16",), 0.02 if cpu else 0.3)

@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu import steps
 from benchmarks.gpu.engines import ITEMS, Subject, Variant, built, call_of, precision, subject
 from benchmarks.gpu.record import Figures
+from benchmarks.gpu.steps import Asked
 
 KINDS = (  # the first that fits: a fused kernel may name the product that it prepares
     ("fused with reductions", r"triton_(red|per)"),
@@ -74,7 +75,8 @@ def profile(figures: Figures, of: Subject, variant: Variant, batch: int) -> None
     figures.set(largest=largest)
 
 
-def measure(figures: Figures, where: torch.device) -> None:
+@torch.no_grad()
+def measure(figures: Figures, where: torch.device, given: Asked) -> None:
     cpu = where.type == "cpu"
     for name, batch in (("tiny", 4),) if cpu else (("large", 1024), ("base", 1024)):
         of = subject(name, "ranker", 500 if cpu else ITEMS, where)

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.gpu import peaks, steps
 from benchmarks.gpu.record import Figures
+from benchmarks.gpu.steps import Asked
 
 ENGINES = ("triton", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "torch_tensorrt", "numpy")
 MODULES = (*ENGINES, "merlin", "tritonclient", "pytriton", "pandas", "pyarrow", "scipy", "sklearn")
@@ -67,7 +68,7 @@ def providers() -> list[str]:
         return []
 
 
-def measure(figures: Figures, where: torch.device) -> None:
+def measure(figures: Figures, where: torch.device, given: Asked) -> None:
     figures.set(
         card=card(), cuda=torch.version.cuda, python=platform.python_version(), system=platform.platform(),
         cores=os.cpu_count(), gcc=answer("g++", "--version"), nvcc=answer("nvcc", "--version"),

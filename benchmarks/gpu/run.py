@@ -34,23 +34,22 @@ WORTH_S = 5.0  # with less time than this left no step is begun
 
 @dataclass(frozen=True)
 class Step:
-    """A module of this folder, its time limit in seconds on a GPU and in a rehearsal, whether it reads runs, and a step
-    whose compiler fills its caches meanwhile, with figures that nobody keeps."""
+    """A module of this folder, its time limit in seconds on a GPU and in a rehearsal, and a step whose compiler fills
+    its caches meanwhile, with figures that nobody keeps."""
 
     name: str
     seconds: float
     rehearsal_s: float
-    reads_runs: bool = False
     beside: str = ""
 
 
 STEPS = (
     Step("machine", 20, 40),
     Step("gpu_tests", 30, 60),
-    Step("train", 190, 90, reads_runs=True, beside="engines"),
-    Step("served", 110, 120, reads_runs=True),
+    Step("train", 190, 90, beside="engines"),
+    Step("served", 110, 120),
     Step("engines", 90, 60),
-    Step("format_quality", 30, 60, reads_runs=True),
+    Step("format_quality", 30, 60),
     Step("grid", 40, 40),
     Step("kernels", 30, 40),
     Step("train_speed", 50, 100),
@@ -147,9 +146,8 @@ def card() -> str:
 
 def command_of(step: Step, out: Path, artifacts: Path, cpu: bool) -> list[str]:
     """The command of a step; "{seconds}" stands for what it may take."""
-    runs = ["--artifacts", str(artifacts)] if step.reads_runs else []
     module = [sys.executable, "-m", f"benchmarks.gpu.{step.name}", "--out", str(out), "--seconds", "{seconds}"]
-    return [*module, *runs, *["--cpu"] * cpu]
+    return [*module, "--artifacts", str(artifacts), *["--cpu"] * cpu]
 
 
 def main(

@@ -16,11 +16,13 @@ import tarfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import torch
 
-from benchmarks.gpu.record import Figures, device
+from benchmarks.gpu import steps
+from benchmarks.gpu.record import Figures
+from benchmarks.gpu.steps import Asked
 
 POLL_S = 0.5
 
@@ -69,14 +71,8 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="folder of the results")],
-    seconds: float = 170.0,
-    cpu: bool = False,
-    artifacts: Annotated[Path, typer.Option(help="folder of prepared runs")] = Path("artifacts"),
-) -> None:
-    device(cpu)
-    figures = Figures(out, "train", seconds)
+def measure(figures: Figures, where: torch.device, given: Asked) -> None:
+    out, artifacts, cpu = given.out, given.artifacts, given.cpu
     trainings = [t for t in (REHEARSAL if cpu else ON_GPU) if not t.data or (artifacts / t.data / "features").is_dir()]
     for missing in sorted({t.data for t in ON_GPU if not cpu} - {t.data for t in trainings}):
         figures.skip(missing, f"no prepared features under {artifacts}")
@@ -121,4 +117,4 @@ def collect(figures: Figures, out: Path, label: str, ending: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    steps.run("train", measure, "trainings side by side on one card")

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 
-from benchmarks.gpu.record import Figures, device
+from benchmarks.gpu import steps
+from benchmarks.gpu.record import Figures
+from benchmarks.gpu.steps import Asked
 from training.distributed import ALONE, Parallel
 from training.learn.loop import parameter_groups
 from training.learn.objectives import log_expected_counts, retrieval_loss
@@ -82,16 +81,10 @@ def stepper(chosen: Preset, batch: int, where: torch.device, compiled: bool) -> 
     return step
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="folder of the results")],
-    seconds: float = 60.0,
-    cpu: bool = False,
-) -> None:
-    where = device(cpu)
-    figures = Figures(out, "train_speed", seconds)
+def measure(figures: Figures, where: torch.device, given: Asked) -> None:
     best = peak(where)
     figures.set(peak_bf16_tflops=best / 1e12)
-    for name in ("tiny",) if cpu else ("base", "large"):
+    for name in ("tiny",) if given.cpu else ("base", "large"):
         for compiled in (False, True):
             for batch in BATCHES[name]:
                 how = "compiled" if compiled else "eager"
@@ -115,4 +108,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    steps.run("train_speed", measure, "training steps of the retriever alone on the card")

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.gpu import engines, grid, machine, peaks, subjects
 from benchmarks.gpu.linears import EightBitLinear, fits, quantise, replace_linears, sparsify, two_of_four
 from benchmarks.gpu.record import Figures
+from benchmarks.gpu.steps import Asked
 from training.models.ranking import RankingGraph
 
 CPU = torch.device("cpu")
@@ -154,6 +155,6 @@ def test_a_step_is_rehearsed_on_the_cpu(step, tmp_path, monkeypatch):
     monkeypatch.setattr(peaks, "copy_rate", lambda *a: 1e9)
     figures = Figures(tmp_path, "step", 20)
     with torch.no_grad():
-        step.measure(figures, CPU)
+        step.measure(figures, CPU, Asked(tmp_path, tmp_path, cpu=True))
     written = json.loads((tmp_path / "step.json").read_text())
     assert written["rows"] and written["peaks"]["bf16"] > 0 and not written["not_run"]
