@@ -85,7 +85,7 @@ def measure(figures: Figures, where: torch.device, given: Asked) -> None:
     best = peak(where)
     figures.set(peak_bf16_tflops=best / 1e12)
     for name in ("tiny",) if given.cpu else ("base", "large"):
-        for compiled in (False, True):
+        for compiled in (False,) if given.cpu else (False, True):  # a processor compiles for minutes
             for batch in BATCHES[name]:
                 how = "compiled" if compiled else "eager"
                 if figures.left() < 10:
