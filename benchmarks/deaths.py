@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import numpy as np
 import typer
@@ -39,6 +39,13 @@ from vivace.store.lmdb_store import LmdbStore
 
 WAIT_S = 60.0
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
+
+
+class Appending(Protocol):
+    """Callers that append; each user's events that were acknowledged, and those that were not."""
+
+    acknowledged: dict[str, list[str]]
+    unknown: dict[str, list[str]]
 
 
 class Callers:
@@ -109,7 +116,7 @@ def kill_one(rng: random.Random, server: TritonServer, watchdog: Watchdog) -> tu
     return kind, pid
 
 
-def lost_events(store: LmdbStore, callers: Callers) -> list[str]:
+def lost_events(store: LmdbStore, callers: Appending) -> list[str]:
     """What was acknowledged and is not there once and in order, or is there and was never sent."""
     faults = []
     for user, events in callers.acknowledged.items():
