@@ -49,6 +49,7 @@ ANSWER_S = 30.0  # longer than the guard waits for a slow caller
 REFUSED_S = 5.0  # for frames that need no answer
 REST_S = 3.0  # without strangers, before memory and descriptors are read
 GROWTH = 1.10
+UNCLEAR = ("500", "502", "INTERNAL", "UNKNOWN")
 LEAK = re.compile(r"Traceback|site-packages|/tmp/|/dev/shm|/proc/|\.py\b|\.lua\b")
 KINDS: dict[str, Callable[[random.Random], over_http.Wire | over_grpc.Call]] = {
     **over_http.KINDS,
@@ -133,6 +134,7 @@ class Strangers:
         self.go, self.stop, self.lock = threading.Event(), threading.Event(), threading.Lock()
         self.outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
         self.faults: list[str] = []
+        self.unclear = Counter[str]()  # words of answers that blame the server
 
     def run(self, number: int) -> None:
         """First each kind some times, then by chance."""
@@ -161,6 +163,8 @@ class Strangers:
             outcome, text = f"connection: {type(error).__name__}", ""
         with self.lock:
             self.outcomes[kind][outcome] += 1
+            if outcome in UNCLEAR:
+                self.unclear[f"{kind}: {outcome} {text[:120]}"] += 1
             leak = LEAK.search(text)
             if leak or outcome == "no answer":
                 self.faults.append(f"{key}: {outcome}: {text[max(0, (leak.start() if leak else 0) - 80) :][:300]}")
@@ -315,6 +319,7 @@ def main(
         store.close()
     for kind, outcomes in strangers.outcomes.items():
         print(f"{kind}: {dict(outcomes.most_common())}")
+    print(*(f"{n:5}  {text}" for text, n in strangers.unclear.most_common(40)), sep="\n")
     faults = [*strangers.faults, *(f"{n} times {text}" for text, n in neighbours.faults.items()), *lost, *left]
     growth = seen["memory_ratio"] > GROWTH or seen["processes_replaced"]
     print(*faults[:40], sep="\n")

@@ -19,6 +19,7 @@ PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT)
 SERVICE = "/inference.GRPCInferenceService"
 GRPC_READS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig")
 TYPE = "type.googleapis.com/envoy.extensions.filters"
+INSPECTOR = f"{TYPE}.listener.http_inspector.v3.HttpInspector"
 MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors"
 BRIDGE = "envoy.filters.http.grpc_http1_reverse_bridge"
 HCM = f"{TYPE}.network.http_connection_manager.v3.HttpConnectionManager"
@@ -40,7 +41,10 @@ class DoorOptions:
     max_header_kib: int = 7
     """All headers of a request together; Triton drops the connection at 8."""
     max_connections: int = 4096
-    """Open connections of all clients of one port."""
+    """Open connections of all clients of one port that have said something; three times as many with those that have
+    not."""
+    silent_s: float = 10.0
+    """A connection on which nothing came is closed after so long; until then it takes nobody's place."""
     idle_s: float = 60.0
     """A connection without a request is closed after so long."""
     max_requests: int = 4096
@@ -139,7 +143,8 @@ def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
         base = f"/v2/models/{model}(/versions/[0-9]{{1,9}})?"
         infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": _method("POST")}
         routes.append({"match": infer, "route": _to("triton_http", options, again=model == contract.ENSEMBLE)})
-        look = {"safe_regex": {"regex": f"{base}(/ready|/config)?"}, "headers": _method("GET")}
+        config = "|/config" if model == contract.ENSEMBLE else ""  # that of append_event names the store
+        look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": _method("GET")}
         routes.append({"match": look, "route": _to("triton_http", options, again=True)})
     return [*routes, _nothing()]
 
@@ -191,7 +196,7 @@ def _lua(name: str, files: tuple[str, ...], request: str = "", response: str = "
 
 
 def _http_checks() -> list[dict[str, Any]]:
-    return [_lua("checks", ("json.lua", "checks.lua"), "guard_http")]
+    return [_lua("checks", ("json.lua", "checks.lua"), "guard_http", "blame_caller")]
 
 
 def _grpc_checks() -> list[dict[str, Any]]:
@@ -278,6 +283,8 @@ def _listener(
     return {
         "name": name,
         "address": {"socket_address": {"address": options.host, "port_value": port}},
+        "listener_filters": [{"name": "envoy.filters.listener.http_inspector", "typed_config": {"@type": INSPECTOR}}],
+        "listener_filters_timeout": f"{options.silent_s:g}s",
         "enable_reuse_port": False,  # two doors on one port would share its callers
         "per_connection_buffer_limit_bytes": options.max_body_bytes + (1 << 16),
         "filter_chains": [

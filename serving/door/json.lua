@@ -94,6 +94,12 @@ function read_json(text)
   return value
 end
 
+-- Whether Triton's error is about what the caller sent: it calls JSON that it cannot read an error of its own.
+function callers_fault(text)
+  return string.find(text, '"error":"Unable to parse ', 1, true) or string.find(text, '"error":"failed to parse the req', 1, true)
+    or string.find(text, '"error":"failed to get request', 1, true)
+end
+
 -- Whether text[first..last] is BYTES as Triton packs them: each with its length before it, the last one whole.
 function whole_strings(text, first, last)
   local position, count = first, 0

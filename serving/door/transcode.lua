@@ -171,7 +171,9 @@ function read_infer(text, first)
         reason = "parameters: expected at most " .. MAX_PARTS .. ", each a text, a truth or a number"
         return false
       end
-      request.parameters[#request.parameters + 1] = quoted(key) .. ":" .. value
+      if key ~= "binary_data_output" then -- how HTTP answers is not the caller's to say
+        request.parameters[#request.parameters + 1] = quoted(key) .. ":" .. value
+      end
     elseif field == 5 then
       if #request.inputs >= MAX_PARTS then reason = "inputs: too many"; return false end
       local input = { name = "", datatype = "", shape = {} }
@@ -291,6 +293,7 @@ local function grpc_answer(json, binary)
     raw[#raw + 1] = field_of(6, string.sub(binary, position, position + size - 1))
     position = position + size
   end
+  if #raw == 0 then return nil end
   return table.concat(parts) .. table.concat(raw)
 end
 
@@ -323,7 +326,7 @@ function from_http(handle)
     answer = grpc_answer(string.sub(text, 1, json_bytes), string.sub(text, json_bytes + 1))
     if not answer then answer, code, reason = "", "13", "server: an answer that cannot be read" end
   else
-    code = STATUS[status] or "2"
+    code = callers_fault(text) and "3" or STATUS[status] or "2"
     local _, before = string.find(text, '^{"error":')
     reason = before and read_json_string(text, before + 1) or text
   end
