@@ -50,7 +50,7 @@ REFUSED_S = 5.0  # for frames that need no answer
 REST_S = 3.0  # without strangers, before memory and descriptors are read
 GROWTH = 1.10
 UNCLEAR = ("500", "502", "INTERNAL", "UNKNOWN")
-LEAK = re.compile(r"Traceback|site-packages|/tmp/|/dev/shm|/proc/|\.py\b|\.lua\b")
+LEAK = re.compile(r"Traceback|site-packages|/tmp/|/dev/shm|/proc/|\.py\W+(line|[0-9])|\.lua")
 KINDS: dict[str, Callable[[random.Random], over_http.Wire | over_grpc.Call]] = {
     **over_http.KINDS,
     **over_http2.KINDS,
@@ -172,7 +172,7 @@ class Strangers:
 
     def _wire(self, wire: over_http.Wire, http2: bool) -> tuple[str, str]:
         ports = (self.server.grpc_port, self.server.http_port)
-        port = ports[0] if http2 and hash(wire.pieces[-1]) % 4 else ports[1]
+        port = ports[0] if http2 and len(wire.pieces[-1]) % 4 else ports[1]
         with socket.create_connection((self.server.host, port), timeout=ANSWER_S) as s:
             with contextlib.suppress(OSError):  # refused before all was sent
                 for piece in wire.pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from benchmarks.hostile.values import (
     odd_shape,
     packed,
 )
+from vivace import contract
 
 SERVICE = "/inference.GRPCInferenceService/"
 METHODS = (
@@ -147,11 +149,17 @@ def huge(rng: random.Random) -> Call:
     message = infer(rng, bad=False)
     size = rng.choice((5000, 200_000, 3 << 20, 7 << 20, 9 << 20))
     del message.raw_input_contents[:]
+    if message.model_name == contract.ENSEMBLE and rng.random() < 0.5:
+        message.inputs[2].shape[1] = min(size // 5, 110_000)
     for tensor in message.inputs:
         tensor.ClearField("contents")
         if tensor.datatype == "BYTES":
-            long = rng.random() < 0.4
-            tensor.contents.bytes_contents.extend([b"u" * size] if long else [b"sku"] * 4)
+            long = rng.random() < 0.3 and math.prod(tensor.shape) < 5
+            tensor.contents.bytes_contents.extend([b"u" * size if long else b"sku"] * math.prod(tensor.shape))
+        elif tensor.datatype == "INT64":
+            tensor.contents.int64_contents.append(0)
+        else:
+            tensor.contents.int_contents.append(5)
     return Call(message.SerializeToString())
 
 

@@ -80,9 +80,9 @@ def binary(rng: random.Random) -> Wire:
     inputs, parts = [], []
     for column in columns:
         raw = packed(column.values, column.datatype)
-        if rng.random() < 0.3:
+        if rng.random() < 0.15:
             raw = cut_strings(rng, raw)
-        size = len(raw) if rng.random() < 0.8 else rng.choice((0, -1, len(raw) + 1, 2**31, 2**63, "9", 1.5, None))
+        size = len(raw) if rng.random() < 0.93 else rng.choice((0, -1, len(raw) + 1, 2**31, 2**63, "9", 1.5, None))
         entry = {"name": column.name, "datatype": column.datatype, "shape": column.shape}
         if rng.random() < 0.1:
             entry["shape"] = odd_shape(rng)

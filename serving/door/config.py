@@ -318,6 +318,7 @@ def render(options: DoorOptions, sockets: Sockets) -> str:
                 _cluster("triton_metrics", sockets.metrics, options),
             ],
         },
+        "memory_allocator_manager": {"bytes_to_release": 64 << 20, "memory_release_interval": "1s"},
         "layered_runtime": {
             # a caller that gives up most of its calls after milliseconds is no attacker: Triton does not see it
             "layers": [
