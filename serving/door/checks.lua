@@ -7,7 +7,6 @@ local MAX_DEPTH = 64
 local MAX_BRACKETS = 200000 -- what a pass that tells strings from brackets is worth
 local MAX_HEAD = 65536 -- bytes of the JSON head of a binary request
 local MAX_READ = 4096 -- bytes of a gRPC call that only reads
-local MAX_HEAP_KIB = 65536 -- of this thread's Lua; garbage of large bodies beyond it goes at once
 local CUT = "a BYTES input is cut short: expected each text whole, behind its length of four bytes"
 
 -- The reason becomes the body's "error" over HTTP and the status message over gRPC (``local_reply_config``).
@@ -181,7 +180,7 @@ local function closed(check, code)
       handle:logErr(tostring(reason))
       refuse(handle, "400", "request: could not be checked", code)
     end
-    if collectgarbage("count") > MAX_HEAP_KIB then collectgarbage() end
+    tidy()
   end
 end
 

@@ -3,6 +3,12 @@
 
 null = {}
 MAX_TEXTS = 500000 -- of one input
+local MAX_HEAP_KIB = 16384 -- of one filter in one thread
+
+-- After a request: garbage of large bodies goes at once, as Lua would let it grow to several times what it needs.
+function tidy()
+  if collectgarbage("count") > MAX_HEAP_KIB then collectgarbage() end
+end
 
 local ESCAPES = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
 

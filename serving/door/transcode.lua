@@ -246,7 +246,7 @@ local function http_call(request)
   return path, table.concat(json), table.concat(binary)
 end
 
-function to_http(handle)
+local function request_to_http(handle)
   if handle:headers():get(":path") ~= "/inference.GRPCInferenceService/ModelInfer" then return end
   local body = handle:body()
   local request = assert(read_infer(body and body:getBytes(0, body:length()) or "", 1))
@@ -305,7 +305,7 @@ local function percent(text)
   return (string.gsub(text, "[^ -$&-~]", function(c) return string.format("%%%02X", string.byte(c)) end))
 end
 
-function from_http(handle)
+local function answer_from_http(handle)
   local metadata = handle:streamInfo():dynamicMetadata():get(SPACE)
   if not metadata or metadata["infer"] ~= "yes" then return end
   local headers = handle:headers()
@@ -341,6 +341,16 @@ function from_http(handle)
   headers:replace("content-type", "application/x-protobuf")
   headers:replace("content-length", tostring(length))
   headers:remove("inference-header-content-length")
+end
+
+function to_http(handle)
+  request_to_http(handle)
+  tidy()
+end
+
+function from_http(handle)
+  answer_from_http(handle)
+  tidy()
 end
 
 -- The status of a call that failed goes into the trailers that the bridge made of an empty message.
