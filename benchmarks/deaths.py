@@ -164,6 +164,7 @@ REQUESTS: dict[str, Callable[[TritonServer], None]] = {
     "small chunks": small_chunks,
     "cancelled gRPC calls": cancelled_calls,
 }
+SIGNALS_OF = {"class_count": "SIGFPE", "nested JSON": "SIGSEGV", "small chunks": "SIGSEGV"}  # those that always end it
 KINDS = {"signal": 5, **dict.fromkeys(REQUESTS, 2), "Envoy": 2, "a worker": 3, "all workers": 2}
 
 

@@ -7,7 +7,9 @@ again until the server is back; a call of ``append_event`` is not, as it may hav
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,23 @@ def _method(name: str) -> list[dict[str, Any]]:
     return [{"name": ":method", "string_match": {"exact": name}}]
 
 
+def _refused_pages(options: DoorOptions) -> list[dict[str, Any]]:
+    """Whatever a web page in someone's browser sends: a page of anywhere may post text to a port of its reader's own
+    machine. Browsers name its origin, no other client does. On loopback a domain in Host is refused too, as a name that
+    its owner points here makes the page one of the same origin."""
+    origins = ("cross-site", "same-site", "same-origin")
+    signs: list[dict[str, Any]] = [
+        {"name": "origin", "present_match": True},
+        {"name": "sec-fetch-site", "string_match": {"safe_regex": {"regex": "|".join(origins)}}},
+    ]
+    if ipaddress.ip_address(socket.gethostbyname(options.host)).is_loopback:
+        domain = r"([^:\[]*\.)+[A-Za-z][^:.]*\.?(:.*)?"
+        signs.append({"name": ":authority", "string_match": {"safe_regex": {"regex": domain}}})
+    text = "no call of a web page is taken, nor one for a domain on a loopback address; ask from a program"
+    refusal = {"status": 403, "body": {"inline_string": text}}
+    return [{"match": {"prefix": "/", "headers": [sign]}, "direct_response": refusal} for sign in signs]
+
+
 def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
     routes: list[dict[str, Any]] = [
         {"match": {"path": path, "headers": _method("GET")}, "route": _to("triton_http", options, again=True)}
@@ -146,7 +165,7 @@ def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
         config = "|/config" if model == contract.ENSEMBLE else ""  # that of append_event names the store
         look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": _method("GET")}
         routes.append({"match": look, "route": _to("triton_http", options, again=True)})
-    return [*routes, _nothing()]
+    return [*_refused_pages(options), *routes, _nothing()]
 
 
 def _model(name: str) -> list[dict[str, Any]]:
@@ -301,6 +320,7 @@ def _listener(
 def render(options: DoorOptions, sockets: Sockets) -> str:
     """The bootstrap as JSON."""
     metrics = [
+        *_refused_pages(options),
         {"match": {"path": "/metrics", "headers": _method("GET")}, "route": _to("triton_metrics", options)},
         _nothing(),
     ]
