@@ -70,6 +70,20 @@ local function binary_fault(head, text, first)
   return nil
 end
 
+local ALONE = "outputs: STATUS comes with the answer, not alone; ask for ITEM_ID too, or name no output"
+
+-- Whether JSON text asks for STATUS and nothing else, which Triton's ensemble cannot answer.
+local function only_status(text)
+  local start = string.find(text, '"outputs"', 1, true)
+  local outputs = start and string.match(text, "^%s*:%s*(%b[])", start + 9)
+  if not outputs then return false end
+  local names, status = 0, 0
+  for name in string.gmatch(outputs, '"name"%s*:%s*"([^"]*)"') do
+    names, status = names + 1, status + (name == "STATUS" and 1 or 0)
+  end
+  return names > 0 and names == status
+end
+
 local function check_http(handle)
   local headers = handle:headers()
   if headers:get(":method") ~= "POST" then return end
@@ -82,6 +96,7 @@ local function check_http(handle)
     return refuse(handle, "400", "Inference-Header-Content-Length: expected one number of bytes; send it once")
   end
   local json = head and tonumber(head)
+  local ranks = string.find(headers:get(":path"), "/recommend/", 1, true)
   local body = handle:body() -- from here on ``headers`` is gone: Envoy allows no object across a wait
   if not body then return end
   local length = body:length()
@@ -93,6 +108,7 @@ local function check_http(handle)
   if classifies(text) then
     return refuse(handle, "400", "outputs: the parameter classification is not supported; leave it out")
   end
+  if ranks and only_status(text) then return refuse(handle, "400", ALONE) end
   if json and #text > MAX_HEAD then
     return refuse(handle, "400", "body: expected a JSON head of at most " .. MAX_HEAD .. " bytes")
   end
@@ -103,8 +119,8 @@ local function check_http(handle)
 end
 
 local READS_OF_A_MODEL = {
-  ["/inference.GRPCInferenceService/ModelReady"] = true, ["/inference.GRPCInferenceService/ModelMetadata"] = true,
-  ["/inference.GRPCInferenceService/ModelConfig"] = true,
+  ["/inference.GRPCInferenceService/ModelReady"] = {}, ["/inference.GRPCInferenceService/ModelMetadata"] = {},
+  ["/inference.GRPCInferenceService/ModelConfig"] = { append_event = false }, -- it names the store
 }
 
 local function check_grpc(handle)
@@ -122,7 +138,8 @@ local function check_grpc(handle)
   if string.byte(text, 1) ~= 0 then
     return refuse(handle, "400", "message: expected it uncompressed; turn the compression of the channel off", "12")
   end
-  if READS_OF_A_MODEL[path] and not PUBLIC[read_name(text, 6)] then
+  local name = READS_OF_A_MODEL[path] and read_name(text, 6)
+  if name and not (PUBLIC[name] and READS_OF_A_MODEL[path][name] ~= false) then
     return refuse(handle, "400", "model: expected recommend or append_event; no other model is shown", "5")
   end
   if not infers then return end
@@ -130,6 +147,11 @@ local function check_grpc(handle)
   if not request then return refuse(handle, "400", reason, "3") end
   if not PUBLIC[request.model] then
     return refuse(handle, "400", "model: expected recommend or append_event; no other model takes requests", "5")
+  end
+  local status = 0
+  for _, name in ipairs(request.outputs) do status = status + (name == "STATUS" and 1 or 0) end
+  if status > 0 and status == #request.outputs and request.model == "recommend" then
+    return refuse(handle, "400", ALONE, "3")
   end
   for i, input in ipairs(request.inputs) do
     local raw = request.raw[i]
@@ -141,6 +163,15 @@ local function check_grpc(handle)
   handle:clearRouteCache()
 end
 
+-- Over HTTP too, what the caller got wrong is no fault of the server's.
+function blame_caller(handle)
+  if handle:headers():get(":status") ~= "500" then return end
+  local body = handle:body()
+  if body and callers_fault(body:getBytes(0, math.min(body:length(), 100))) then
+    handle:headers():replace(":status", "400")
+  end
+end
+
 -- A check that fails itself lets nothing through.
 local function closed(check, code)
   return function(handle)
@@ -149,6 +180,7 @@ local function closed(check, code)
       handle:logErr(tostring(reason))
       refuse(handle, "400", "request: could not be checked", code)
     end
+    tidy()
   end
 end
 

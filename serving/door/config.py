@@ -7,7 +7,9 @@ again until the server is back; a call of ``append_event`` is not, as it may hav
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT)
 SERVICE = "/inference.GRPCInferenceService"
 GRPC_READS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig")
 TYPE = "type.googleapis.com/envoy.extensions.filters"
+INSPECTOR = f"{TYPE}.listener.http_inspector.v3.HttpInspector"
 MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors"
 BRIDGE = "envoy.filters.http.grpc_http1_reverse_bridge"
 HCM = f"{TYPE}.network.http_connection_manager.v3.HttpConnectionManager"
@@ -40,7 +43,10 @@ class DoorOptions:
     max_header_kib: int = 7
     """All headers of a request together; Triton drops the connection at 8."""
     max_connections: int = 4096
-    """Open connections of all clients of one port."""
+    """Open connections of all clients of one port that have said something; three times as many with those that have
+    not."""
+    silent_s: float = 10.0
+    """A connection on which nothing came is closed after so long; until then it takes nobody's place."""
     idle_s: float = 60.0
     """A connection without a request is closed after so long."""
     max_requests: int = 4096
@@ -130,6 +136,23 @@ def _method(name: str) -> list[dict[str, Any]]:
     return [{"name": ":method", "string_match": {"exact": name}}]
 
 
+def _refused_pages(options: DoorOptions) -> list[dict[str, Any]]:
+    """Whatever a web page in someone's browser sends: a page of anywhere may post text to a port of its reader's own
+    machine. Browsers name its origin, no other client does. On loopback a domain in Host is refused too, as a name that
+    its owner points here makes the page one of the same origin."""
+    origins = ("cross-site", "same-site", "same-origin")
+    signs: list[dict[str, Any]] = [
+        {"name": "origin", "present_match": True},
+        {"name": "sec-fetch-site", "string_match": {"safe_regex": {"regex": "|".join(origins)}}},
+    ]
+    if ipaddress.ip_address(socket.gethostbyname(options.host)).is_loopback:
+        domain = r"([^:\[]*\.)+[A-Za-z][^:.]*\.?(:.*)?"
+        signs.append({"name": ":authority", "string_match": {"safe_regex": {"regex": domain}}})
+    text = "no call of a web page is taken, nor one for a domain on a loopback address; ask from a program"
+    refusal = {"status": 403, "body": {"inline_string": text}}
+    return [{"match": {"prefix": "/", "headers": [sign]}, "direct_response": refusal} for sign in signs]
+
+
 def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
     routes: list[dict[str, Any]] = [
         {"match": {"path": path, "headers": _method("GET")}, "route": _to("triton_http", options, again=True)}
@@ -139,9 +162,10 @@ def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
         base = f"/v2/models/{model}(/versions/[0-9]{{1,9}})?"
         infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": _method("POST")}
         routes.append({"match": infer, "route": _to("triton_http", options, again=model == contract.ENSEMBLE)})
-        look = {"safe_regex": {"regex": f"{base}(/ready|/config)?"}, "headers": _method("GET")}
+        config = "|/config" if model == contract.ENSEMBLE else ""  # that of append_event names the store
+        look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": _method("GET")}
         routes.append({"match": look, "route": _to("triton_http", options, again=True)})
-    return [*routes, _nothing()]
+    return [*_refused_pages(options), *routes, _nothing()]
 
 
 def _model(name: str) -> list[dict[str, Any]]:
@@ -191,7 +215,7 @@ def _lua(name: str, files: tuple[str, ...], request: str = "", response: str = "
 
 
 def _http_checks() -> list[dict[str, Any]]:
-    return [_lua("checks", ("json.lua", "checks.lua"), "guard_http")]
+    return [_lua("checks", ("json.lua", "checks.lua"), "guard_http", "blame_caller")]
 
 
 def _grpc_checks() -> list[dict[str, Any]]:
@@ -278,6 +302,8 @@ def _listener(
     return {
         "name": name,
         "address": {"socket_address": {"address": options.host, "port_value": port}},
+        "listener_filters": [{"name": "envoy.filters.listener.http_inspector", "typed_config": {"@type": INSPECTOR}}],
+        "listener_filters_timeout": f"{options.silent_s:g}s",
         "enable_reuse_port": False,  # two doors on one port would share its callers
         "per_connection_buffer_limit_bytes": options.max_body_bytes + (1 << 16),
         "filter_chains": [
@@ -294,6 +320,7 @@ def _listener(
 def render(options: DoorOptions, sockets: Sockets) -> str:
     """The bootstrap as JSON."""
     metrics = [
+        *_refused_pages(options),
         {"match": {"path": "/metrics", "headers": _method("GET")}, "route": _to("triton_metrics", options)},
         _nothing(),
     ]
@@ -311,6 +338,7 @@ def render(options: DoorOptions, sockets: Sockets) -> str:
                 _cluster("triton_metrics", sockets.metrics, options),
             ],
         },
+        "memory_allocator_manager": {"bytes_to_release": 64 << 20, "memory_release_interval": "1s"},
         "layered_runtime": {
             # a caller that gives up most of its calls after milliseconds is no attacker: Triton does not see it
             "layers": [

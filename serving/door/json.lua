@@ -3,6 +3,12 @@
 
 null = {}
 MAX_TEXTS = 500000 -- of one input
+local MAX_HEAP_KIB = 16384 -- of one filter in one thread
+
+-- After a request: garbage of large bodies goes at once, as Lua would let it grow to several times what it needs.
+function tidy()
+  if collectgarbage("count") > MAX_HEAP_KIB then collectgarbage() end
+end
 
 local ESCAPES = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
 
@@ -92,6 +98,12 @@ function read_json(text)
   local done, value, position = pcall(read_value, text, 1)
   if not done or skip(text, position) <= #text then return nil end
   return value
+end
+
+-- Whether Triton's error is about what the caller sent: it calls JSON that it cannot read an error of its own.
+function callers_fault(text)
+  return string.find(text, '"error":"Unable to parse ', 1, true) or string.find(text, '"error":"failed to parse the req', 1, true)
+    or string.find(text, '"error":"failed to get request', 1, true)
 end
 
 -- Whether text[first..last] is BYTES as Triton packs them: each with its length before it, the last one whole.

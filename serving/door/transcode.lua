@@ -171,7 +171,9 @@ function read_infer(text, first)
         reason = "parameters: expected at most " .. MAX_PARTS .. ", each a text, a truth or a number"
         return false
       end
-      request.parameters[#request.parameters + 1] = quoted(key) .. ":" .. value
+      if key ~= "binary_data_output" then -- how HTTP answers is not the caller's to say
+        request.parameters[#request.parameters + 1] = quoted(key) .. ":" .. value
+      end
     elseif field == 5 then
       if #request.inputs >= MAX_PARTS then reason = "inputs: too many"; return false end
       local input = { name = "", datatype = "", shape = {} }
@@ -244,7 +246,7 @@ local function http_call(request)
   return path, table.concat(json), table.concat(binary)
 end
 
-function to_http(handle)
+local function request_to_http(handle)
   if handle:headers():get(":path") ~= "/inference.GRPCInferenceService/ModelInfer" then return end
   local body = handle:body()
   local request = assert(read_infer(body and body:getBytes(0, body:length()) or "", 1))
@@ -291,6 +293,7 @@ local function grpc_answer(json, binary)
     raw[#raw + 1] = field_of(6, string.sub(binary, position, position + size - 1))
     position = position + size
   end
+  if #raw == 0 then return nil end
   return table.concat(parts) .. table.concat(raw)
 end
 
@@ -302,7 +305,7 @@ local function percent(text)
   return (string.gsub(text, "[^ -$&-~]", function(c) return string.format("%%%02X", string.byte(c)) end))
 end
 
-function from_http(handle)
+local function answer_from_http(handle)
   local metadata = handle:streamInfo():dynamicMetadata():get(SPACE)
   if not metadata or metadata["infer"] ~= "yes" then return end
   local headers = handle:headers()
@@ -323,7 +326,7 @@ function from_http(handle)
     answer = grpc_answer(string.sub(text, 1, json_bytes), string.sub(text, json_bytes + 1))
     if not answer then answer, code, reason = "", "13", "server: an answer that cannot be read" end
   else
-    code = STATUS[status] or "2"
+    code = callers_fault(text) and "3" or STATUS[status] or "2"
     local _, before = string.find(text, '^{"error":')
     reason = before and read_json_string(text, before + 1) or text
   end
@@ -338,6 +341,16 @@ function from_http(handle)
   headers:replace("content-type", "application/x-protobuf")
   headers:replace("content-length", tostring(length))
   headers:remove("inference-header-content-length")
+end
+
+function to_http(handle)
+  request_to_http(handle)
+  tidy()
+end
+
+function from_http(handle)
+  answer_from_http(handle)
+  tidy()
 end
 
 -- The status of a call that failed goes into the trailers that the bridge made of an empty message.

@@ -16,7 +16,7 @@ import numpy as np
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row, with_reason
-from serving.triton.graph_model import answer, each_by_itself, hopeless, refusal
+from serving.triton.graph_model import answer, each_by_itself, failure, hopeless, refusal
 from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
 
@@ -112,7 +112,7 @@ class RecommendModel(Stage):
                     if batch.responses[request.place] is None:
                         self._answer(Batch([request], batch.responses, self.counts), level)
                 return
-            batch.answer(whole[0], refused(f"{contract.ENSEMBLE}: {error}"))
+            batch.answer(whole[0], failure(error))
 
     def _stages(self, batch: Batch, level: Level) -> None:
         for request in batch.requests:

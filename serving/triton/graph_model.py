@@ -96,10 +96,28 @@ def overdue(request: Any) -> float:
 Execute = Callable[[Any, list[Any]], list[Any]]
 
 
+def reason_of(error: Exception, where: str = "") -> str:
+    """What the answer says of an error. Words of ours (ValueError, StoreError, TimeoutError) as they are; of anything
+    else its kind, and the log has the rest, as messages of libraries name paths of the server."""
+    if isinstance(error, ValueError | StoreError | TimeoutError):
+        return str(error)
+    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+    return f"{where}this request failed ({type(error).__name__}); the server's log says where"
+
+
+def failure(error: Exception, where: str = "") -> Any:
+    """The answer to the request that an error belongs to."""
+    code = pb_utils.TritonError.UNKNOWN
+    if isinstance(error, ValueError):
+        code = pb_utils.TritonError.INVALID_ARG
+    elif isinstance(error, StoreError):
+        code = pb_utils.TritonError.UNAVAILABLE
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(reason_of(error, where), code))
+
+
 def each_by_itself(execute: Execute) -> Execute:
     """The one guard around every ``execute``: where a batch fails, its requests are answered one by one, and the one
-    that is at fault gets an error of its own. Words of ours (ValueError) are the error; of anything else the answer
-    names the kind and the log has the rest, as messages of libraries name paths of the server."""
+    that is at fault gets an error of its own."""
 
     @functools.wraps(execute)
     def guarded(self: Any, requests: list[Any]) -> list[Any]:
@@ -108,15 +126,7 @@ def each_by_itself(execute: Execute) -> Execute:
         except Exception as error:
             if len(requests) > 1:
                 return [guarded(self, [request])[0] for request in requests]
-            if isinstance(error, ValueError):
-                code, reason = pb_utils.TritonError.INVALID_ARG, str(error)
-            elif isinstance(error, StoreError):
-                code, reason = pb_utils.TritonError.UNAVAILABLE, str(error)
-            else:
-                pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
-                code = pb_utils.TritonError.UNKNOWN
-                reason = f"this request failed ({type(error).__name__}); the server's log says where"
-            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(reason, code))]
+            return [failure(error)]
 
     return guarded
 
@@ -210,7 +220,7 @@ class GraphModel:
         except Exception as error:
             if len(requests) > 1:  # find the request that is at fault: the others get their answers
                 return [self._answer([request])[0] for request in requests]
-            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self.runtime}: {error}"))]
+            return [failure(error, f"{self.runtime}: ")]
         responses, start = [], 0
         for row, request in enumerate(requests):
             stop = start + (len(columns[0][row]) if self.batched else 0)

@@ -23,7 +23,7 @@ from serving.runtime.stages import (
     read_search_for,
     search_for,
 )
-from serving.triton.graph_model import answer, each_by_itself, refusal
+from serving.triton.graph_model import answer, each_by_itself, reason_of, refusal
 from serving.triton.stage import Counts, ParsedRequest, Stage, new_only, refused, search_options, strings, tensor_of
 from vivace import contract
 from vivace.store.interface import Event
@@ -127,14 +127,14 @@ class QuerySearchModel(Stage):
             except Exception as error:
                 options += [None] * len(rows)
                 queries += [""] * len(rows)
-                outcomes.append((len(rows), {"error": str(error), "late": isinstance(error, TimeoutError)}))
+                outcomes.append((len(rows), {"error": reason_of(error), "late": isinstance(error, TimeoutError)}))
         try:
             results = self.search(queries, options, excluded)
         except Exception as error:
             if len(requests) > 1:  # find the request that is at fault: the others get their answers
                 return [self.execute([request])[0] for request in requests]
             results = self.search([""] * len(queries), options)
-            outcomes = [(len(queries), {"error": f"{contract.QUERY_SEARCH}: {error}"})]
+            outcomes = [(len(queries), {"error": f"{contract.QUERY_SEARCH}: {reason_of(error)}"})]
         responses, start = [], 0
         for request, (count, problem) in zip(requests, outcomes, strict=True):
             stop = start + count

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
 
 from benchmarks.fuzz_search import Fuzz
 from preprocessing.requests import recorded
@@ -15,7 +17,7 @@ from search.online import QuerySearch, SearchOptions, SearchRanking, pack, unpac
 from search.online import searchable as has_words
 from search.published import FOLDER
 from serving.launcher import TritonServer
-from tests.support import PatientClient, on_free_ports, quiet
+from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet
 from training.compile.compiler import compile_models
 from training.models.text_encoder import TextConfig
 from training.presets import tiny
@@ -218,3 +220,30 @@ def test_a_storm_mixes_nothing_up(server, searchable):
             fuzz.storm(url, asks, 1500, np.random.default_rng(seed))
             fuzz.unchanged()
         assert fuzz.seen["shed"] and fuzz.seen["answered in a storm"] + fuzz.seen["degraded in a storm"]
+
+
+def test_garbage_for_the_inner_search_fails_alone(server):
+    """Only someone of the server's own user reaches that stage; its neighbours are answered all the same."""
+    if server.options.profile:
+        pytest.skip("fused has no inner stage")
+    strange = [b"garbage", b"1 x lamp", b"\xff", b"nan 1,2 lamp", b"1e400 9" + b"9" * 30 + b" lamp"]
+    errors: list[str] = []
+
+    def stranger(n: int) -> None:
+        with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
+            item = grpcclient.InferInput(contract.SEARCH_FOR.name, [1, 1], "BYTES")
+            item.set_data_from_numpy(np.array([[strange[n % len(strange)]]], object))
+            for _ in range(20):
+                try:
+                    client.infer(contract.QUERY_SEARCH, [item], client_timeout=PATIENCE_S)
+                except InferenceServerException as error:
+                    errors.append(str(error))
+
+    with PatientClient(f"{server.host}:{server.grpc_port}") as client, ThreadPoolExecutor(10) as pool:
+        expected = client.recommend("", [], 10, "lamp").items
+        strangers = [pool.submit(stranger, n) for n in range(5)]
+        answers = list(pool.map(lambda _: client.recommend("", [], 10, "lamp").items, range(40)))
+        for done in strangers:
+            done.result()
+    assert all(items == expected for items in answers)
+    assert errors and not [e for e in errors if "Traceback" in e or ".py" in e]
