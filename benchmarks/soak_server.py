@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from serving.repository import ALL_MODELS
 from serving.start_checks import free_port
 from serving.watchdog import STUB
 from vivace.run import Run
@@ -31,7 +32,7 @@ def role(process: psutil.Process) -> str:
     if not line:
         return ""
     if STUB in line[0]:
-        return next((a.split("/")[-3] for a in line if a.endswith("/model.py")), "worker")
+        return next((m for m in ALL_MODELS if any(f"/{m}/" in a for a in line)), "worker")
     name = Path(line[0]).name
     return name if name in ("tritonserver", "envoy") else "supervisor"
 
