@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 
+from serving.process import STUB
 from serving.repository import ALL_MODELS
 from serving.start_checks import free_port
-from serving.watchdog import STUB
 from vivace.run import Run
 
 START_S = 180.0
