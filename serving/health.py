@@ -135,6 +135,7 @@ class Health:
         self.starting = ""  # why it is not ready yet, for whoever warms it up
         self.faults = {name: "not looked at yet" for name in PARTS}
         self.canary = Canary(server, registry)
+        self.slow_s = SLOW_S
         self._others = others
         self._stop = threading.Event()
         self._told: tuple[int, bool] | None = None  # the guard, by its process, and what it was told
@@ -188,7 +189,7 @@ class Health:
             **self._others,
         }  # fmt: skip
         if slow:
-            self._next_slow = time.monotonic() + SLOW_S
+            self._next_slow = time.monotonic() + self.slow_s
             checks |= {
                 "store": lambda: store_fault(self._store, self._identity),
                 "disk": self._disk_fault,

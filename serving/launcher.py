@@ -8,7 +8,6 @@ it stops; its shared-memory segments carry a prefix of their own, so that whatev
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import secrets
 import shutil
@@ -26,9 +25,10 @@ from pathlib import Path
 
 import tritonclient.grpc as grpcclient
 from tritonclient.grpc import InferenceServerClientPlugin, Request
+from tritonclient.utils import InferenceServerException
 
 from serving.door.config import DoorOptions, Sockets
-from serving.door.process import Door, ready_over
+from serving.door.process import DRAIN_S, Door, ready_over
 from serving.logs import open_log, tail
 from serving.process import become_triton, living_workers, server_environment
 from serving.releases import held, verify
@@ -39,6 +39,7 @@ from serving.start_checks import (
     PREFIX_FILE,
     SHM_PREFIX,
     check_cache,
+    check_exposure,
     check_ports,
     check_trace_url,
     connections_for,
@@ -48,6 +49,7 @@ from serving.start_checks import (
     sweep_leftovers,
 )
 from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
+from vivace import contract
 
 # what only the launcher may ask: otherwise anyone who reaches the port loads code into the server or takes models away
 RESTRICTED = "model-repository,shared-memory,model-config,logging,trace,statistics"
@@ -100,11 +102,7 @@ class TritonServer:
 
     def __init__(self, options: ServerOptions) -> None:
         address = local_address(options.host)
-        if not options.guard and not ipaddress.ip_address(address).is_loopback:
-            raise ServerError(
-                f"--host {options.host}: expected a loopback address without the guard, as Triton's own port takes "
-                "whatever it is sent; leave --no-guard out"
-            )
+        check_exposure(options.host, address, options.guard)
         self.options = options
         self.host = address
         self.address = "127.0.0.1" if address == "0.0.0.0" else address  # where this machine reaches it
@@ -335,11 +333,25 @@ class TritonServer:
             self.door.finish()
             self.door.stop()
             self.door = None
+        elif self.running():
+            self._finish()
         self._end_process()
         self._held.close()
         if self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
             self._root = None
+
+    def _finish(self) -> None:
+        """Without a guard: the ensemble goes first and its calls under way are answered, as Triton, told to end, stops
+        the stages before it."""
+        with contextlib.suppress(InferenceServerException), self.control_client() as client:
+            client.unload_model(contract.ENSEMBLE, unload_dependents=False)
+            deadline = time.monotonic() + DRAIN_S
+            while time.monotonic() < deadline:
+                index = client.get_model_repository_index().models
+                if not any(m.name == contract.ENSEMBLE and m.reason != "unloaded" for m in index):
+                    return
+                time.sleep(0.05)
 
     def _end_process(self) -> None:
         if self._process is not None:

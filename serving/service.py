@@ -17,6 +17,7 @@ from serving.process import Reaper, adopt_orphans
 from serving.repository import check_profile
 from serving.start_checks import (
     check_cache,
+    check_exposure,
     check_log,
     check_ports,
     check_trace_url,
@@ -86,7 +87,9 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     """Raises ServerError or ValueError that names the option, before anything is started."""
     ports = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
     named = {f"--{name}-port": port for name, port in ports.items()} | {"--status-port": status_port}
-    check_ports(local_address(options.host), named)
+    address = local_address(options.host)
+    check_exposure(options.host, address, options.guard)
+    check_ports(address, named)
     check_profile(options.repository, options.profile)
     check_cache(options.repository, options.profile, options.cache_bytes)
     check_trace_url(options.trace_url)

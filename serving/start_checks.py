@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import resource
 import shutil
@@ -39,6 +40,15 @@ def local_address(host: str) -> str:
     except (OSError, UnicodeError) as error:
         raise ServerError(f"--host {host}: expected an IPv4 address of this machine or its name; {error}") from None
     return address
+
+
+def check_exposure(host: str, address: str, guard: bool) -> None:
+    """Raises ServerError for an address that others reach without the guard."""
+    if not guard and not ipaddress.ip_address(address).is_loopback:
+        raise ServerError(
+            f"--host {host}: expected a loopback address without the guard, as Triton's own port takes whatever it is "
+            "sent; leave --no-guard out"
+        )
 
 
 def free_port(host: str) -> int:
@@ -132,15 +142,25 @@ def connections_for(most: int) -> int:
 
 # -- what was left -------------------------------------------------------------------------------------
 def sweep_leftovers() -> None:
-    """Removes folders and shared memory of launchers that were killed outright: what nobody holds
+    """Removes folders, shared memory and workers of launchers that were killed outright: what nobody holds
     (``serving.releases.held``)."""
     for folder in Path(tempfile.gettempdir()).glob(f"{LEFTOVER}*"):
         with contextlib.suppress(OSError):  # another start may sweep the same
             if folder.stat().st_uid == os.getuid() and (folder / HELD).exists() and is_free(folder):
+                _end_workers(folder)
                 prefix = (folder / PREFIX_FILE).read_text() if (folder / PREFIX_FILE).exists() else ""
                 if prefix.startswith(SHM_PREFIX) and "/" not in prefix:
                     Segments(prefix).remove()
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_workers(folder: Path) -> None:
+    """Ends the workers whose program lies in ``folder``: one whose server was killed while it handed over an answer
+    waits for ever."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"{folder}/"):
+                process.kill()
 
 
 def remove_environments(launched: float) -> None:

@@ -33,7 +33,7 @@ log = logging.getLogger("vivace.serve")
 LOOK_S = 0.05  # how often the server's own process is looked at
 BACK_OFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a server that ends again and again is started again
 STEADY_S = 1.0  # a server that was ready for so long starts again at once
-SILENT_S = 10.0  # an Envoy that says nothing for so long is ended and started again
+SILENT_S = 5.0  # an Envoy that says nothing for so long is ended and started again
 SETTLED_S = 2.0  # a worker maps its segment within milliseconds of its making
 
 

@@ -133,15 +133,15 @@ class Door:
         self.ask("POST", f"/runtime_modify?{UNREADY}=100&{STOPPING}=100")
 
     def in_flight(self) -> int:
-        """Calls that have not been answered in full; 0 where Envoy does not say."""
-        text = self.ask("GET", "/stats?filter=%5Ehttp%5C.(http%7Cgrpc)%5C.downstream_rq_active%24")
+        """Calls that Triton has not answered; 0 where Envoy does not say."""
+        text = self.ask("GET", "/stats?filter=%5Ecluster%5C..*%5C.upstream_rq_(pending_)%3Factive%24")
         return sum(int(line.rpartition(" ")[2]) for line in text.splitlines() if line.rpartition(" ")[2].isdigit())
 
     def finish(self, wait_s: float = DRAIN_S) -> bool:
         """Refuses what is new and waits for what is under way; whether all of it was answered."""
         self.refuse()
         deadline, quiet = time.monotonic() + wait_s, 0
-        while self.running() and quiet < 3:  # its threads hear of a change one after the other
+        while self.running() and quiet < 4:  # its threads hear of a change one after the other
             if time.monotonic() > deadline:
                 return False
             quiet = quiet + 1 if self.in_flight() == 0 else 0

@@ -101,6 +101,7 @@ def test_a_guard_that_hangs_is_red_and_replaced(served):
 def other(run):
     """A server of a copy of the run, that may be damaged."""
     with service(on_free_ports(run.repository, guard=True), quiet) as (server, watchdog):
+        watchdog.health.slow_s = 0.2
         turns_green(server, watchdog)
         yield run, server, watchdog
 
@@ -151,10 +152,16 @@ def test_the_status_port_says_why(served):
 
 SCRIPT = """
 import sys
+from pathlib import Path
 from serving.health import store_fault
 folder = Path(sys.argv[1])
 if sys.argv[2] == "full":
-    (folder / "filler").write_bytes(bytes(48 << 10))
+    try:
+        with (folder / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+    except OSError:
+        pass
 print(store_fault(folder, None))
 """
 
@@ -176,7 +183,8 @@ def test_a_store_that_cannot_be_written_is_red(root, tmp_path, disk):
 
 def test_little_space_is_red(served, monkeypatch):
     server, watchdog = served
+    monkeypatch.setattr(watchdog.health, "slow_s", 0.2)
     monkeypatch.setattr("serving.health.MIN_FREE_BYTES", 1 << 60)
     turns_red(server, watchdog, "disk", "MiB left in")
-    monkeypatch.undo()
+    monkeypatch.setattr("serving.health.MIN_FREE_BYTES", 0)
     turns_green(server, watchdog)
