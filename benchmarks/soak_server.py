@@ -23,7 +23,10 @@ from vivace.run import Run
 START_S = 180.0
 HOST = "127.0.0.1"
 SHM = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .* (/dev/shm/vivace_\S+)( \(deleted\))?$")
-COUNTED = ("vivace_model_restarts_total", "vivace_server_restarts_total", "vivace_shm_segments_removed_total")
+COUNTED = (
+    "vivace_model_restarts_total", "vivace_server_restarts_total", "vivace_shm_segments_removed_total",
+    "vivace_canary_failures_total", "vivace_ready",
+)  # fmt: skip
 
 
 def role(process: psutil.Process) -> str:

@@ -170,7 +170,7 @@ def _grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
     no_bridge = {"@type": f"{TYPE}.http.grpc_http1_reverse_bridge.v3.FilterConfigPerRoute", "disabled": True}
     readiness = f"{SERVICE}/(ServerReady|ModelReady)"
     away = [
-        _away(STOPPING, {"path": f"{SERVICE}/ModelInfer"}),
+        *(_away(STOPPING, {"prefix": "/", "headers": _model(model)}) for model in PUBLIC),
         _away(UNREADY, {"safe_regex": {"regex": readiness}}, typed_per_filter_config={BRIDGE: no_bridge}),
     ]
     routes: list[dict[str, Any]] = [  # by the model that the checks read in the message; a caller's own header is gone
