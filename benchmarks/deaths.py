@@ -36,8 +36,9 @@ from loadtest.generate.local_server import on_free_ports
 from loadtest.reports.record import record_line
 from preprocessing.requests import recorded
 from serving.launcher import TritonServer
+from serving.process import living
 from serving.service import service
-from serving.watchdog import Watchdog, living
+from serving.watchdog import Watchdog
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError, inputs_of, request_tensors
 from vivace.run import Run

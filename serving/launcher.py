@@ -8,12 +8,10 @@ it stops; its shared-memory segments carry a prefix of their own, so that whatev
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,24 +19,38 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-import psutil
 import tritonclient.grpc as grpcclient
 from tritonclient.grpc import InferenceServerClientPlugin, Request
+from tritonclient.utils import InferenceServerException
 
 from serving.door.config import DoorOptions, Sockets
-from serving.door.process import Door, ready_over
-from serving.process import become_server, server_environment
+from serving.door.process import DRAIN_S, Door, ready_over
+from serving.logs import open_log, tail
+from serving.process import become_triton, living_workers, server_environment
 from serving.releases import held, verify
 from serving.repository import check_profile, models
-from serving.start_checks import LEFTOVER, check_ports, free_port, sweep_leftovers
+from serving.segments import Segments
+from serving.start_checks import (
+    LEFTOVER,
+    PREFIX_FILE,
+    SHM_PREFIX,
+    check_cache,
+    check_exposure,
+    check_ports,
+    check_trace_url,
+    connections_for,
+    free_port,
+    local_address,
+    remove_environments,
+    sweep_leftovers,
+)
 from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
+from vivace import contract
 
-SHM = Path("/dev/shm")
 # what only the launcher may ask: otherwise anyone who reaches the port loads code into the server or takes models away
 RESTRICTED = "model-repository,shared-memory,model-config,logging,trace,statistics"
 KEY_HEADER = "vivace-key"
@@ -84,32 +96,29 @@ class _WithKey(InferenceServerClientPlugin):
 class TritonServer:
     """One running ``tritonserver``; a context manager that is ready inside and leaves nothing behind.
 
-    Attributes: ``http_port``, ``grpc_port``, ``metrics_port`` as bound; ``shm_prefix`` of its /dev/shm segments.
+    Attributes: ``http_port``, ``grpc_port``, ``metrics_port`` as bound; ``segments``, its workers' shared memory;
+    ``release``, the version that it serves.
     """
 
     def __init__(self, options: ServerOptions) -> None:
-        try:
-            address = socket.gethostbyname(options.host)
-        except OSError as error:
-            raise ServerError(f"--host {options.host}: expected an address of this machine; {error}") from None
-        if not options.guard and not ipaddress.ip_address(address).is_loopback:
-            raise ServerError(
-                f"--host {options.host}: expected a loopback address without the guard, as Triton's own port takes "
-                "whatever it is sent; leave --no-guard out"
-            )
+        address = local_address(options.host)
+        check_exposure(options.host, address, options.guard)
         self.options = options
-        self.host = options.host
+        self.host = address
+        self.address = "127.0.0.1" if address == "0.0.0.0" else address  # where this machine reaches it
         self.http_port, self.grpc_port, self.metrics_port = (
-            port or free_port(options.host) for port in (options.http_port, options.grpc_port, options.metrics_port)
+            port or free_port(address) for port in (options.http_port, options.grpc_port, options.metrics_port)
         )
-        self.shm_prefix = f"vivace_{uuid.uuid4().hex[:12]}_"
+        self.segments = Segments(f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_")
         self._held = contextlib.ExitStack()
-        self._release = options.repository
+        self.release = options.repository
         self._key = secrets.token_urlsafe(32)
         self.door: Door | None = None
         self._root: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.log = options.log
+        self._log_start = 0  # where this server's own lines begin
+        self._launched = 0.0
 
     # -- life --------------------------------------------------------------------------------------
     def __enter__(self) -> TritonServer:
@@ -127,12 +136,12 @@ class TritonServer:
         o = self.options
         command = [
             str(wheel_folder() / "tritonserver" / "bin" / "tritonserver"),
-            f"--model-repository={self._release}",
+            f"--model-repository={self.release}",
             f"--backend-directory={root / 'backends'}",
-            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
-            f"--backend-config=onnxruntime,shm-region-prefix-name={self.shm_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self.segments.prefix}",
+            f"--backend-config=onnxruntime,shm-region-prefix-name={self.segments.prefix}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in models(self._release, o.profile)),
+            *(f"--load-model={name}" for name in models(self.release, o.profile)),
             *self._listens(),
             "--metrics-config=summary_latencies=true",
             "--metrics-config=summary_quantiles=0.5:0.01,0.95:0.002,0.99:0.001",
@@ -203,29 +212,34 @@ class TritonServer:
         if not (o.repository / "recommend" / "config.pbtxt").exists():
             raise ServerError(f"model repository: nothing to serve in {o.repository}; run 'vivace compile' first")
         check_profile(o.repository, o.profile)
-        self._release = o.repository.resolve()  # whatever is published since, this server stays with it
-        verify(self._release)
-        self._held.enter_context(held(self._release))
+        check_cache(o.repository, o.profile, o.cache_bytes)
+        check_trace_url(o.trace_url)
+        self.release = o.repository.resolve()  # whatever is published since, this server stays with it
+        verify(self.release)
+        self._held.enter_context(held(self.release))
         ports = {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
         check_ports(self.host, {f"--{name}-port": port for name, port in ports.items()})
         sweep_leftovers()
         self._root = Path(tempfile.mkdtemp(prefix=LEFTOVER))
         self._held.enter_context(held(self._root))
         self.log = o.log or self._root / "triton.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        (self._root / PREFIX_FILE).write_text(self.segments.prefix)
         backend_folder(self._root)
         if self.sockets is not None:
             self.sockets.folder.mkdir(mode=0o700)
         self._launch()
         if self.sockets is not None:
             ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
-            self.door = Door(DoorOptions(host=self.host, **ports), self.sockets)
+            most = connections_for(DoorOptions.max_connections)
+            self.door = Door(DoorOptions(host=self.host, max_connections=most, **ports), self.sockets)
             self.door.start()
 
     def _launch(self, again: bool = False) -> None:
         """One tritonserver, until it is ready. ``again``: in the place of one that was."""
         assert self._root is not None and self.log is not None
-        with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
+        self._launched = time.time()
+        with open_log(self.log) as log:
+            self._log_start = log.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
                 self.command(self._root),
                 stdout=log,
@@ -233,15 +247,18 @@ class TritonServer:
                 stdin=subprocess.DEVNULL,
                 env=self.environment(),
                 start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
-                preexec_fn=become_server,
+                preexec_fn=become_triton,
             )
         wait_s = self.options.start_timeout_s
         deadline = time.monotonic() + wait_s
+        seen: set[int] = set()  # workers
         dead: dict[int, float] = {}  # and since when
         while not self.ready():
             if self._process.poll() is not None:
                 raise ServerError(f"tritonserver {self.end()} while starting\n{self.log_tail()}")
-            dead = {pid: dead.get(pid, time.monotonic()) for pid in self._dead_workers()}
+            now = living_workers(self.pid)
+            seen |= now
+            dead = {pid: dead.get(pid, time.monotonic()) for pid in seen - now}
             if again and any(time.monotonic() - since > UNNOTICED_S for since in dead.values()):
                 raise ServerError(
                     f"tritonserver: a worker died while starting, which it would wait for\n{self.log_tail()}"
@@ -249,22 +266,7 @@ class TritonServer:
             if time.monotonic() > deadline:
                 raise ServerError(f"tritonserver was not ready after {wait_s:.0f} s\n{self.log_tail()}")
             time.sleep(0.05)
-        self.close_segments()
-
-    def _dead_workers(self) -> set[int]:
-        """Processes that the server started, that have ended, and whose end it has not noticed."""
-        try:
-            children = psutil.Process(self.pid).children(recursive=True)
-            return {child.pid for child in children if child.status() == psutil.STATUS_ZOMBIE}
-        except psutil.NoSuchProcess:
-            return set()
-
-    def close_segments(self) -> None:
-        """Shared memory of the workers, which holds what users send, becomes the owner's alone: Triton's library makes
-        it readable for everyone, whatever the umask."""
-        for segment in SHM.glob(f"{self.shm_prefix}*"):
-            with contextlib.suppress(FileNotFoundError):
-                segment.chmod(0o600)
+        self.segments.close()
 
     def relaunch(self) -> float:
         """Starts a server again in the place of one that ended, behind the same ports; the seconds it took. Raises
@@ -308,20 +310,48 @@ class TritonServer:
         return self._process.pid
 
     def log_tail(self, lines: int = 25) -> str:
-        if self.log is None or not self.log.exists():
-            return ""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return tail(self.log, lines, self._log_start)
+
+    def processes(self) -> set[int]:
+        """What this process started and waits for itself."""
+        pids = {self._process.pid} if self._process is not None else set()
+        return pids | ({self.door.pid} if self.door is not None and self.door.started else set())
+
+    def logs(self) -> list[Path]:
+        """What grows while it runs."""
+        return [path for path in (self.log, self.door.log if self.door is not None else None) if path is not None]
+
+    def refuse(self) -> None:
+        """Takes no new call; those under way go on."""
+        if self.door is not None:
+            self.door.refuse()
 
     def stop(self) -> None:
-        """Asks the door and the server to finish, waits, ends the whole process group, then removes what it left."""
+        """Refuses what is new, waits for what is under way, ends the whole process group, then removes what it
+        left."""
         if self.door is not None:
+            self.door.finish()
             self.door.stop()
             self.door = None
+        elif self.running():
+            self._finish()
         self._end_process()
         self._held.close()
         if self._root is not None:
             shutil.rmtree(self._root, ignore_errors=True)
             self._root = None
+
+    def _finish(self) -> None:
+        """Without a guard: the ensemble goes first and its calls under way are answered, as Triton, told to end, stops
+        the stages before it."""
+        with contextlib.suppress(InferenceServerException), self.control_client() as client:
+            client.unload_model(contract.ENSEMBLE, unload_dependents=False)
+            deadline = time.monotonic() + DRAIN_S
+            while time.monotonic() < deadline:
+                index = client.get_model_repository_index().models
+                if not any(m.name == contract.ENSEMBLE and m.reason != "unloaded" for m in index):
+                    return
+                time.sleep(0.05)
 
     def _end_process(self) -> None:
         if self._process is not None:
@@ -336,35 +366,5 @@ class TritonServer:
             except ProcessLookupError:
                 pass
             self._process.wait()
-        for segment in SHM.glob(f"{self.shm_prefix}*"):
-            segment.unlink(missing_ok=True)
-
-    # -- shared memory of workers that died ----------------------------------------------------------
-    def segments(self, older_than_s: float = 0.0) -> set[str]:
-        """Names of this server's shared memory segments that were made at least so long ago."""
-        now, names = time.time(), set()
-        for path in SHM.glob(f"{self.shm_prefix}*"):
-            try:
-                if now - path.stat().st_ctime >= older_than_s:
-                    names.add(path.name)
-            except FileNotFoundError:
-                continue
-        return names
-
-    def sweep_shm(self, candidates: set[str], workers: Iterable[int]) -> list[str]:
-        """Removes those of ``candidates`` that no living worker maps; returns their names.
-
-        Triton itself keeps a dead worker's segment mapped, so only the workers are asked; ``candidates`` must be from
-        before a reload, as a segment is made before its worker maps it.
-        """
-        mapped: set[str] = set()
-        for pid in workers:
-            try:
-                text = Path(f"/proc/{pid}/maps").read_text()
-            except OSError:
-                continue
-            mapped.update(name for name in candidates if name in text)
-        removed = sorted(candidates - mapped)
-        for name in removed:
-            (SHM / name).unlink(missing_ok=True)
-        return removed
+            remove_environments(self._launched)
+        self.segments.remove()

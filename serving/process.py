@@ -5,9 +5,11 @@ The one place for settings of the operating system; each says why it is there.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 # glibc gives blocks of 128 KiB and more back to the kernel at each free: tensors of a batch are of that size.
 # Needed as long as the server's allocator is glibc's.
@@ -17,7 +19,8 @@ _MALLOC = {  # the largest threshold that glibc takes is 32 MiB
     "MALLOC_TOP_PAD_": str(1 << 24),
     "MALLOC_ARENA_MAX": "2",
 }
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
+STUB = "triton_python_backend_stub"  # the program of a Python worker
 _WORKER_NICENESS = 5
 
 
@@ -34,7 +37,72 @@ def become_server() -> None:
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+def become_triton() -> None:
+    """``become_server`` for tritonserver, which never waits for a worker that was killed: the kernel removes it."""
+    become_server()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # stays through exec
+
+
 def give_way() -> None:
     """Lowers the priority of a worker: where processors are short, the server that takes, queues and refuses requests
-    comes first. Its threads inherit it."""
+    comes first. Its threads inherit it. Lets go of the connections of the server's callers, which a worker that was
+    started again inherits."""
     os.nice(_WORKER_NICENESS)
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if int(link.name) > 2 and os.readlink(link).startswith("socket:"):
+                os.close(int(link.name))
+
+
+def children(pid: int | str = "self") -> set[int]:
+    """Processes that a process started or adopted."""
+    pids: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            pids.update(map(int, task.read_text().split()))
+    return pids
+
+
+def living_workers(pid: int) -> set[int]:
+    """Python workers of the tritonserver ``pid``."""
+    workers = set()
+    for child in children(pid):
+        with contextlib.suppress(OSError):
+            if STUB.encode() in Path(f"/proc/{child}/cmdline").read_bytes().partition(b"\0")[0]:  # a zombie has none
+                workers.add(child)
+    return workers
+
+
+def adopt_orphans() -> None:
+    """What this process's children leave when they end becomes its own child, not one of the machine's first process;
+    in a container it may be that itself."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+class Reaper:
+    """Waits for adopted children, which nobody else would: those that were dead at the last look too, so that whoever
+    started one has had the time to wait for it."""
+
+    def __init__(self) -> None:
+        self._dead: set[int] = set()
+
+    def reap(self, but: set[int]) -> list[int]:
+        """The children that it waited for; none of ``but``."""
+        dead = {pid for pid in children() - but if not living(pid)}
+        reaped = []
+        for pid in dead & self._dead:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+                reaped.append(pid)
+        self._dead = dead
+        return reaped
+
+
+def living(pid: int) -> bool:
+    """Whether the process is there and no zombie; far cheaper than a scan of all processes."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError:  # such as no descriptor left: not known, so not dead
+        return True

@@ -62,6 +62,12 @@ def seal(release: Path) -> None:
     (release / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
+def signatures(release: Path) -> dict[str, tuple[int, int, int]]:
+    """Size, time and inode of each file that has a checksum: where they are the same, nothing was written there."""
+    statuses = {path: path.stat() for path in _sealed(release) if path.name != HELD}
+    return {str(path.relative_to(release)): (s.st_size, s.st_mtime_ns, s.st_ino) for path, s in statuses.items()}
+
+
 def verify(release: Path) -> None:
     """Raises DamagedError that names what is missing or changed since it was published, or a model whose version is not
     that of the others. A repository that was not published as a version of its own has no checksums and is believed."""

@@ -1,17 +1,54 @@
-"""What is looked at before a server starts: its ports, and what a launcher left that was killed outright."""
+"""What is looked at before a server starts: its addresses and ports, what it is told, and what a launcher left that was
+killed outright."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import ipaddress
 import os
+import resource
 import shutil
 import socket
 import tempfile
+import time
 from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
 
 from serving.releases import HELD, is_free
+from serving.repository import models, read_config
+from serving.segments import Segments
 from serving.wheel import ServerError
 
 LEFTOVER = "vivace-triton-"  # how a launcher's folder for temporary files is called
+PREFIX_FILE = "segments"  # in it: the prefix of its workers' shared memory
+SHM_PREFIX = "vivace_"
+ENVIRONMENTS = Path("/tmp")  # where Triton's Python backend makes a folder for itself, whatever TMPDIR says
+LEAST_FILES = 512  # descriptors: below it a few hundred callers stop every answer
+FILES_OF_OUR_OWN = 256
+
+
+# -- addresses and ports -------------------------------------------------------------------------------
+def local_address(host: str) -> str:
+    """The IPv4 address that ``host`` names. Raises ServerError where it is none of this machine."""
+    try:
+        address = socket.gethostbyname(host)
+        with socket.socket() as s:
+            s.bind((address, 0))
+    except (OSError, UnicodeError) as error:
+        raise ServerError(f"--host {host}: expected an IPv4 address of this machine or its name; {error}") from None
+    return address
+
+
+def check_exposure(host: str, address: str, guard: bool) -> None:
+    """Raises ServerError for an address that others reach without the guard."""
+    if not guard and not ipaddress.ip_address(address).is_loopback:
+        raise ServerError(
+            f"--host {host}: expected a loopback address without the guard, as Triton's own port takes whatever it is "
+            "sent; leave --no-guard out"
+        )
 
 
 def free_port(host: str) -> int:
@@ -20,31 +57,117 @@ def free_port(host: str) -> int:
         return int(s.getsockname()[1])
 
 
-def port_in_use(host: str, port: int) -> bool:
+def _port_fault(host: str, port: int) -> str:
+    """Why a port cannot be had, or ""."""
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((host, port))
-        except OSError:
-            return True
-    return False
+        except OSError as error:
+            return "is taken" if error.errno == errno.EADDRINUSE else f"cannot be had: {error.strerror}"
+        except OverflowError:
+            return "is no port: expected 0 to 65535"
+    return ""
 
 
 def check_ports(host: str, ports: dict[str, int]) -> None:
-    """Raises ServerError for options of one port, or a port that is taken. 0 stands for any free one."""
+    """Raises ServerError for options of one port, or a port that cannot be had. 0 stands for any free one."""
     chosen = {name: port for name, port in ports.items() if port}
     for name, port in chosen.items():
         same = [other for other, value in chosen.items() if value == port]
         if len(same) > 1:
             raise ServerError(f"{' and '.join(same)}: expected ports of their own, got {port} for both")
-        if port_in_use(host, port):
+        if fault := _port_fault(host, port):
             raise ServerError(
-                f"{name.removeprefix('--').replace('-', ' ')} {port} on {host} is taken; choose another with {name}"
+                f"{name.removeprefix('--').replace('-', ' ')} {port} on {host} {fault}; choose another with {name}"
             )
 
 
+# -- what it is told -----------------------------------------------------------------------------------
+def check_cache(repository: Path, profile: str, cache_bytes: int) -> None:
+    """Raises ServerError for a cache that is larger than the memory, or that no model of the profile would use."""
+    if not cache_bytes:
+        return
+    total = psutil.virtual_memory().total
+    if cache_bytes > total // 2:
+        raise ServerError(
+            f"--cache-mb {cache_bytes >> 20}: expected at most {total >> 21}, half of this machine's memory"
+        )
+    if not any(read_config(repository, m, profile).response_cache.enable for m in models(repository, profile)):
+        raise ServerError(
+            f"--cache-mb: the profile {profile or 'default'} has no cache; leave --profile out, or --cache-mb"
+        )
+
+
+def check_trace_url(url: str) -> None:
+    """Raises ServerError for a collector's address that is no http(s) URL."""
+    if not url:
+        return
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ServerError(f"--trace-url: expected a URL such as http://127.0.0.1:4318/v1/traces, got {url!r}")
+
+
+def check_log(path: Path) -> None:
+    """Raises ServerError where a log cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise ServerError(f"log {path}: cannot be written: {error.strerror}; choose another with --log-file") from None
+
+
+def raise_descriptor_limit() -> None:
+    """As many open files as the system lets this process have: connections are files. Raises ServerError where that is
+    too few for a server."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
+        raise ServerError(f"open files: expected a limit of {LEAST_FILES} and more, got {hard}; see 'ulimit -Hn'")
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def connections_for(most: int) -> int:
+    """How many callers' connections each port takes: as many as there are descriptors for, ``most`` at most."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return most
+    return max(16, min(most, (soft - FILES_OF_OUR_OWN) // 4))  # two ports, and each call has one to Triton
+
+
+# -- what was left -------------------------------------------------------------------------------------
 def sweep_leftovers() -> None:
-    """Removes folders of launchers that were killed outright: those that nobody holds (``serving.releases.held``)."""
+    """Removes folders, shared memory and workers of launchers that were killed outright: what nobody holds
+    (``serving.releases.held``)."""
     for folder in Path(tempfile.gettempdir()).glob(f"{LEFTOVER}*"):
-        if folder.stat().st_uid == os.getuid() and (folder / HELD).exists() and is_free(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another start may sweep the same
+            if folder.stat().st_uid == os.getuid() and (folder / HELD).exists() and is_free(folder):
+                _end_workers(folder)
+                prefix = (folder / PREFIX_FILE).read_text() if (folder / PREFIX_FILE).exists() else ""
+                if prefix.startswith(SHM_PREFIX) and "/" not in prefix:
+                    Segments(prefix).remove()
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_workers(folder: Path) -> None:
+    """Ends the workers whose program lies in ``folder``: one whose server was killed while it handed over an answer
+    waits for ever."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"{folder}/"):
+                process.kill()
+
+
+def remove_environments(launched: float) -> None:
+    """Removes the empty folder that a tritonserver of ours, launched then, leaves where it ends by a signal; it makes
+    it within seconds of its start."""
+    for folder in ENVIRONMENTS.glob("python_env_*"):
+        with contextlib.suppress(OSError):  # one that is not empty is someone's
+            status = folder.stat()
+            if status.st_uid == os.getuid() and launched <= status.st_ctime <= min(launched + 10, time.time()):
+                folder.rmdir()

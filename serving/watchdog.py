@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -22,17 +21,19 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
+from serving.health import Health
 from serving.launcher import TritonServer
+from serving.process import STUB, living
 from serving.repository import ALL_MODELS
 from serving.wheel import ServerError
 from vivace import contract
 
 log = logging.getLogger("vivace.serve")
 
-STUB = "triton_python_backend_stub"
 LOOK_S = 0.05  # how often the server's own process is looked at
 BACK_OFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a server that ends again and again is started again
 STEADY_S = 1.0  # a server that was ready for so long starts again at once
+SILENT_S = 5.0  # an Envoy that says nothing for so long is ended and started again
 SETTLED_S = 2.0  # a worker maps its segment within milliseconds of its making
 
 
@@ -92,16 +93,6 @@ def died(error: InferenceServerException) -> bool:
     )
 
 
-def living(pid: int) -> bool:
-    """Whether the process is there and no zombie; far cheaper than a scan of all processes."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    except OSError:  # such as no descriptor left: not known, so not dead
-        return True
-
-
 class Watchdog:
     """Asks every model in turn, in a thread of its own. ``ask_timeout_s`` without any answer counts as dead."""
 
@@ -123,33 +114,53 @@ class Watchdog:
             for name, target in (("watchdog", self._run), ("watchdog of the door", self._run_door))
         ]
         self._questions: dict[str, list[grpcclient.InferInput]] = {}
+        self._ensemble: list[grpcclient.InferInput] = []  # its question, where ``recommend`` is one
         self._cached: dict[str, tuple[pb.ModelConfig, float]] = {}  # models with a cache: asked anew now and then
         self._rng = np.random.default_rng()
         self._failures, self._up_since = -1, time.monotonic()  # ends in a row; since when the server is ready
         self._workers: dict[int, str] = {}
         self._retired: dict[int, float] = {}  # workers of unloaded instances, and since when
+        self._ill: set[str] = set()  # models that are being revived
+        self._round = time.monotonic()  # when the last one ended
+        self.health = Health(server, self.metrics.registry, {"watchdog": self.fault, "models": self.models_fault})
 
     def __enter__(self) -> Watchdog:
         for name in ALL_MODELS:
             if self._client.is_model_ready(name):
                 config = self._client.get_model_config(name).config
-                if config.platform != "ensemble":
+                self.metrics.healthy.labels(name).set(1)
+                self.metrics.restarts.labels(name)
+                if config.platform == "ensemble":
+                    self._ensemble = question(config)
+                else:
                     self._questions[name] = question(config)
                     if config.response_cache.enable and self.server.options.cache_bytes:
                         self._cached[name] = (config, 0.0)
-                    self.metrics.healthy.labels(name).set(1)
-                    self.metrics.restarts.labels(name)
         self._workers = self.workers()
         self.metrics.server_up.set(1)
         for thread in self._threads:
             thread.start()
+        self.health.__enter__()
         return self
 
     def alive_itself(self) -> bool:
         """Whether its threads run."""
         return all(thread.is_alive() for thread in self._threads)
 
+    # -- for the health page -----------------------------------------------------------------------
+    def fault(self) -> str:
+        """What is wrong with the watchdog itself, or ""."""
+        if not self.alive_itself():
+            return "ended; start the server again"
+        still_s = time.monotonic() - self._round
+        late = still_s > self.ask_timeout_s + 10 and not self._ill and self.server.running()
+        return f"has asked nothing for {still_s:.0f} s" if late else ""
+
+    def models_fault(self) -> str:
+        return f"{', '.join(sorted(self._ill))}: reloading, as they do not answer" if self._ill else ""
+
     def __exit__(self, *_: object) -> None:
+        self.health.__exit__()
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=30)
@@ -173,7 +184,7 @@ class Watchdog:
 
     def alive(self, model: str) -> bool:
         """Whether ``model`` answers its question."""
-        inputs = self._questions[model]
+        inputs = self._questions.get(model, self._ensemble)
         config, last = self._cached.get(model, (None, 0.0))
         if config is not None and time.monotonic() - last > self.ask_timeout_s:  # seldom: each answer takes up cache
             self._cached[model] = (config, time.monotonic())
@@ -190,10 +201,12 @@ class Watchdog:
 
     def revive(self, model: str) -> float:
         """Unloads and loads ``model`` until it answers; returns the seconds it took."""
-        started, segments = time.monotonic(), self.server.segments()
+        started, segments = time.monotonic(), self.server.segments.names()
         self._retired.update({pid: started for pid, served in self.workers().items() if served == model})
         self.metrics.healthy.labels(model).set(0)
-        self._say(f"{model}: its worker died; reloading it")
+        self._ill.add(model)
+        what = "its worker died" if model in self._questions else "it is not loaded"
+        self._say(f"{model}: {what}; reloading it")
         while not self._stop.is_set() and self.server.running():
             try:
                 self._client.unload_model(model, unload_dependents=False)
@@ -204,12 +217,13 @@ class Watchdog:
                 self._say(f"{model}: reload failed: {error.message()}; trying again")
             self._stop.wait(0.2)
         seconds = time.monotonic() - started
-        removed = self.server.sweep_shm(segments, self.workers())
-        self.server.close_segments()
+        removed = self.server.segments.sweep(segments, self.workers())
+        self.server.segments.close()
         self.metrics.swept.inc(len(removed))
         self.metrics.restarts.labels(model).inc()
         self.metrics.recovery.observe(seconds)
         self.metrics.healthy.labels(model).set(1)
+        self._ill.discard(model)
         self._say(f"{model}: answers again after {seconds:.2f} s; removed {len(removed)} shared memory segments")
         return seconds
 
@@ -225,6 +239,10 @@ class Watchdog:
                 self.metrics.failures.labels(model).inc()
                 self.revive(model)
                 revived.append(model)
+        if self._ensemble and not self._stop.is_set() and not self._client.is_model_ready(contract.ENSEMBLE):
+            self.metrics.failures.labels(contract.ENSEMBLE).inc()
+            self.revive(contract.ENSEMBLE)
+        self._round = time.monotonic()
         self._workers = self.workers() if revived or lost else now
         self.sweep(self._workers)
         return revived
@@ -238,10 +256,10 @@ class Watchdog:
                     del self._retired[pid]
                     continue
                 os.kill(pid, signal.SIGKILL)
-        segments = self.server.segments(older_than_s=SETTLED_S)
+        segments = self.server.segments.names(older_than_s=SETTLED_S)
         if len(segments) > len(workers):  # a worker that someone else's reload started is not among ``workers``
             self._workers = self.workers()
-            self.metrics.swept.inc(len(self.server.sweep_shm(segments, self._workers)))
+            self.metrics.swept.inc(len(self.server.segments.sweep(segments, self._workers)))
 
     def bring_back(self) -> None:
         """Starts tritonserver again until it stays, behind the same ports."""
@@ -285,10 +303,19 @@ class Watchdog:
 
     def _run_door(self) -> None:
         """Starts Envoy again where it ended: in a thread of its own, so that it need not wait for a server."""
+        silent_since: float | None = None
         while not self._stop.wait(LOOK_S):
             door = self.server.door
-            if door is None or door.running():
+            if door is None:
                 continue
+            if door.running():
+                silent_since = None if door.answers() else silent_since or time.monotonic()
+                if silent_since is not None and time.monotonic() - silent_since > SILENT_S:
+                    self._say(f"door: Envoy has not answered for {SILENT_S:.0f} s; ending it")
+                    os.kill(door.pid, signal.SIGKILL)
+                self._stop.wait(1.0 - LOOK_S)
+                continue
+            silent_since = None
             self.metrics.server_restarts.labels("envoy").inc()
             self._say("door: Envoy ended by itself; starting it again")
             try:

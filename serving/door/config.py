@@ -24,6 +24,7 @@ TYPE = "type.googleapis.com/envoy.extensions.filters"
 INSPECTOR = f"{TYPE}.listener.http_inspector.v3.HttpInspector"
 MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors"
 BRIDGE = "envoy.filters.http.grpc_http1_reverse_bridge"
+UNREADY, STOPPING = "vivace.unready", "vivace.stopping"  # runtime keys, in per cent of the calls
 HCM = f"{TYPE}.network.http_connection_manager.v3.HttpConnectionManager"
 
 
@@ -132,6 +133,12 @@ def _to(cluster: str, options: DoorOptions, again: bool = False) -> dict[str, An
     return route | ({"retry_policy": _retry(options)} if again else {})
 
 
+def _away(key: str, match: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """503 while ``key`` is set: what the supervisor knows and Triton does not."""
+    chosen = {"default_value": {"numerator": 100 if key == UNREADY else 0}, "runtime_key": key}
+    return {"match": match | {"runtime_fraction": chosen}, "direct_response": {"status": 503}} | more
+
+
 def _method(name: str) -> list[dict[str, Any]]:
     return [{"name": ":method", "string_match": {"exact": name}}]
 
@@ -154,7 +161,12 @@ def _refused_pages(options: DoorOptions) -> list[dict[str, Any]]:
 
 
 def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
+    probes = f"/v2/health/ready|/v2/models/({'|'.join(PUBLIC)})(/versions/[0-9]{{1,9}})?/ready"
     routes: list[dict[str, Any]] = [
+        _away(STOPPING, {"prefix": "/v2/models/", "headers": _method("POST")}),
+        _away(UNREADY, {"safe_regex": {"regex": probes}, "headers": _method("GET")}),
+    ]
+    routes += [
         {"match": {"path": path, "headers": _method("GET")}, "route": _to("triton_http", options, again=True)}
         for path in ("/v2", "/v2/health/live", "/v2/health/ready")
     ]
@@ -180,6 +192,11 @@ def _nothing() -> dict[str, Any]:
 def _grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
     plain = ["grpc-timeout"]  # the client's own timer cuts its wait; Triton 2.51 dies of deadlines it sees
     no_bridge = {"@type": f"{TYPE}.http.grpc_http1_reverse_bridge.v3.FilterConfigPerRoute", "disabled": True}
+    readiness = f"{SERVICE}/(ServerReady|ModelReady)"
+    away = [
+        *(_away(STOPPING, {"prefix": "/", "headers": _model(model)}) for model in PUBLIC),
+        _away(UNREADY, {"safe_regex": {"regex": readiness}}, typed_per_filter_config={BRIDGE: no_bridge}),
+    ]
     routes: list[dict[str, Any]] = [  # by the model that the checks read in the message; a caller's own header is gone
         {"match": {"prefix": "/", "headers": _model(model)}, "route": _to("triton_http", options, again=again)}
         for model, again in ((contract.ENSEMBLE, True), (contract.APPEND_EVENT, False))
@@ -197,7 +214,7 @@ def _grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
     ]
     for route in routes:
         route["request_headers_to_remove"] = plain
-    return [*routes, _nothing() | {"typed_per_filter_config": {BRIDGE: no_bridge}}]
+    return [*away, *routes, _nothing() | {"typed_per_filter_config": {BRIDGE: no_bridge}}]
 
 
 def _lua(name: str, files: tuple[str, ...], request: str = "", response: str = "") -> dict[str, Any]:
@@ -343,6 +360,7 @@ def render(options: DoorOptions, sockets: Sockets) -> str:
             # a caller that gives up most of its calls after milliseconds is no attacker: Triton does not see it
             "layers": [
                 {"name": "static", "static_layer": {"overload.premature_reset_total_stream_count": 100_000}},
+                {"name": "admin", "admin_layer": {}},
             ]
         },
         "overload_manager": {

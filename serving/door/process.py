@@ -9,12 +9,13 @@ import subprocess
 import time
 from pathlib import Path
 
-from serving.door.config import DoorOptions, Sockets, render
+from serving.door.config import STOPPING, UNREADY, DoorOptions, Sockets, render
+from serving.logs import open_log, tail
 from serving.process import become_server
 from serving.wheel import ServerError
 
 START_S = 10.0
-DRAIN_S = 5.0
+DRAIN_S = 8.0  # what is under way then has so long
 
 
 class DoorError(ServerError):
@@ -83,19 +84,23 @@ class Door:
         config.write_text(render(self.options, self.sockets))
         command = [str(envoy_binary()), "-c", str(config), "--concurrency", str(self.options.threads)]
         command += ["--disable-hot-restart", "--log-level", "warning", "--drain-time-s", str(int(DRAIN_S))]
-        with self.log.open("ab") as log:
+        with open_log(self.log) as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
                 preexec_fn=become_server,
             )  # fmt: skip
         deadline = time.monotonic() + START_S
-        while self.ask("GET", "/ready") != "LIVE":
+        while not self.answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise DoorError(f"door: Envoy did not start\n{self.log_tail()}")
             time.sleep(0.02)
 
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def started(self) -> bool:
+        return self._process is not None
 
     @property
     def pid(self) -> int:
@@ -114,12 +119,37 @@ class Door:
         finally:
             connection.close()
 
-    def drain(self) -> None:
-        """Takes no new connection and asks those there are to go, for ``DRAIN_S``; what is under way is finished."""
-        self.ask("POST", "/drain_listeners?graceful")
+    def answers(self) -> bool:
+        """Whether Envoy's main thread lives."""
+        return self.ask("GET", "/ready") == "LIVE"
+
+    def say_ready(self, ready: bool) -> bool:
+        """Lets the probes of the public ports through to Triton, or answers them that the server is not ready; whether
+        Envoy heard it. A new Envoy says no."""
+        return self.ask("POST", f"/runtime_modify?{UNREADY}={0 if ready else 100}") == "OK"
+
+    def refuse(self) -> None:
+        """From now on calls are answered with 503 or UNAVAILABLE; those under way are not touched."""
+        self.ask("POST", f"/runtime_modify?{UNREADY}=100&{STOPPING}=100")
+
+    def in_flight(self) -> int:
+        """Calls that Triton has not answered; 0 where Envoy does not say."""
+        text = self.ask("GET", "/stats?filter=%5Ecluster%5C..*%5C.upstream_rq_(pending_)%3Factive%24")
+        return sum(int(line.rpartition(" ")[2]) for line in text.splitlines() if line.rpartition(" ")[2].isdigit())
+
+    def finish(self, wait_s: float = DRAIN_S) -> bool:
+        """Refuses what is new and waits for what is under way; whether all of it was answered."""
+        self.refuse()
+        deadline, quiet = time.monotonic() + wait_s, 0
+        while self.running() and quiet < 4:  # its threads hear of a change one after the other
+            if time.monotonic() > deadline:
+                return False
+            quiet = quiet + 1 if self.in_flight() == 0 else 0
+            time.sleep(0.05)
+        return True
 
     def log_tail(self, lines: int = 15) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+        return tail(self.log, lines)
 
     def stop(self) -> None:
         """Ends Envoy."""

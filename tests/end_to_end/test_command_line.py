@@ -15,7 +15,7 @@ import pytest
 
 from loadtest.generate.run_locust import results, run_locust
 from preprocessing.requests import recorded
-from serving.launcher import SHM
+from serving.segments import SHM
 from tests.support import PATIENCE_S, on_free_ports, quiet, vivace, wait_until
 from vivace import contract
 from vivace.manifest import CHECKOUT

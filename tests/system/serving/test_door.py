@@ -21,7 +21,8 @@ import tritonclient.grpc as grpcclient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from serving.launcher import SHM, ServerOptions, TritonServer
+from serving.launcher import ServerOptions, TritonServer
+from serving.segments import SHM
 from serving.wheel import ServerError
 from tests.support import PATIENCE_S, PatientClient, wait_until, waited_too_long
 from vivace.client import inputs_of, request_tensors
@@ -294,7 +295,7 @@ def test_a_door_that_is_killed_comes_back(served):
 def test_sockets_log_and_shared_memory_are_the_owners_alone(served):
     server, _ = served
     assert stat.S_IMODE(server.sockets.folder.stat().st_mode) == 0o700
-    segments = list(SHM.glob(f"{server.shm_prefix}*"))
+    segments = list(SHM.glob(f"{server.segments.prefix}*"))
     assert segments
     for path in (*segments, server.log):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path

@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from preprocessing.requests import recorded
-from serving.launcher import SHM, ServerOptions, TritonServer
+from serving.launcher import ServerOptions, TritonServer
 from serving.releases import seal
+from serving.segments import SHM
 from serving.service import service
 from serving.start_checks import free_port
 from serving.wheel import ServerError
@@ -49,7 +50,7 @@ def test_a_killed_worker_is_revived_under_load(root, model):
     frame = recorded(root)
     user, history = frame[contract.USER][0], list(frame[contract.ITEM][0])
     with service(_options(root, log=root / "kill.log"), events.append) as (server, watchdog):
-        segments, workers = len(server.segments()), len(watchdog.workers())
+        segments, workers = len(server.segments.names()), len(watchdog.workers())
         outcomes: list[tuple[float, str]] = []  # when it was asked, "" or the error
         stop = threading.Event()
 
@@ -85,16 +86,16 @@ def test_a_killed_worker_is_revived_under_load(root, model):
         counted = watchdog.metrics.registry.get_sample_value("vivace_model_restarts_total", {"model": model})
         assert counted == 1
         wait_until(  # a sibling worker of the dead one may take a moment to go
-            lambda: len(server.segments()) == segments and len(watchdog.workers()) == workers, "as many as before"
+            lambda: len(server.segments.names()) == segments and len(watchdog.workers()) == workers, "as many as before"
         )
-        prefix = server.shm_prefix
+        prefix = server.segments.prefix
     assert not list(SHM.glob(f"{prefix}*"))
 
 
 def test_shutdown_leaves_nothing(root):
     before = {p.pid for p in _ours()}
     with TritonServer(_options(root)) as server:
-        prefix, folder = server.shm_prefix, server._root
+        prefix, folder = server.segments.prefix, server._root
         assert folder.exists() and {p.pid for p in _ours()} > before
     assert {p.pid for p in _ours()} == before
     assert not list(SHM.glob(f"{prefix}*")) and not folder.exists()

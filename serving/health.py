@@ -1,0 +1,274 @@
+"""Whether a server works, part by part: each is looked at again and again, and red says why.
+
+The ensemble is asked as a client asks it, through the guard, a question whose answer is known; the rest is looked at
+from outside. What comes of it: ``/health``, ``/ready`` and metrics of the status port, and the readiness that the guard
+answers in Triton's place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from tritonclient.utils import InferenceServerException
+
+from serving.launcher import TritonServer
+from serving.releases import DamagedError, signatures, verify
+from serving.segments import SHM
+from vivace import contract
+from vivace.client import VivaceClient, VivaceError
+
+log = logging.getLogger("vivace.serve")
+
+LOOK_S = 0.25  # how often what is cheap to see is looked at
+SLOW_S = 5.0  # and the rest: a file is written, the repository compared
+CANARY_S = 1.0  # how often the ensemble is asked
+CANARY_WAIT_S = 10.0
+BUSY_S = 30.0  # a queue that refuses is no fault of the ensemble, for so long
+MIN_FREE_BYTES = 64 << 20
+BUSY = ("exceeds maximum queue size", "timeout expired")  # Triton's words where a queue refuses
+PARTS = ("server", "guard", "watchdog", "models", "ensemble", "store", "disk", "version")
+
+
+class Canary:
+    """A question to ``recommend`` whose answer is kept from the first time that it was answered in full: items that the
+    served catalogue has, best first. ``fault`` is "" while the answer stays the same."""
+
+    def __init__(self, server: TritonServer, registry: CollectorRegistry) -> None:
+        self.server = server
+        self.expected: list[str] | None = None
+        self.fault = "not asked yet"
+        self._last_good = time.monotonic()
+        self._client: VivaceClient | None = None
+        items = self._items()
+        self._history, self._catalogue = items[:3], set(items)
+        self.failures = Counter(
+            "vivace_canary_failures", "Canary requests without the known answer", ["why"], registry=registry
+        )
+        self.seconds = Gauge("vivace_canary_seconds", "Time of the last canary's answer", registry=registry)
+
+    def _items(self) -> list[str]:
+        """Item ids of the served version, most popular first."""
+        for path in sorted(self.server.release.glob(f"{contract.RESPONSE}/*/items.json")):
+            return [str(item) for item in json.loads(path.read_text(encoding="utf-8"))]
+        return []
+
+    def ask(self) -> str:
+        """Asks once; what is wrong, or ""."""
+        started, why, problem = time.monotonic(), "error", ""
+        try:
+            if self._client is None:
+                self._client = VivaceClient(f"{self.server.address}:{self.server.grpc_port}", timeout_s=CANARY_WAIT_S)
+            answer = self._client.recommend(history=self._history, top_k=10)
+            self.seconds.set(time.monotonic() - started)
+            if answer.status == "ok":
+                why, problem = "answer", self._compare(answer.items)
+            elif not answer.status.startswith("degraded: load"):  # in a hurry, but alive
+                why, problem = "answer", f"expected the status ok, got {answer.status!r}"
+        except VivaceError as error:
+            if any(sign in str(error) for sign in BUSY) and time.monotonic() - self._last_good < BUSY_S:
+                return self.fault
+            problem = str(error)
+            self.close()  # a connection that waits for its next try would report an old failure
+        if problem:
+            self.failures.labels(why).inc()
+        else:
+            self._last_good = time.monotonic()
+        return problem
+
+    def _compare(self, items: list[str]) -> str:
+        strange = sorted(set(items) - self._catalogue)
+        if strange or not items:
+            return f"expected items of the catalogue, got {strange[:3] or 'none'}"
+        if self.expected is None:
+            self.expected = items
+        return "" if items == self.expected else f"expected {self.expected[:3]}…, got {items[:3]}…: another answer"
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+def store_fault(folder: Path, identity: tuple[int, int] | None) -> str:
+    """Why the store in ``folder`` cannot be trusted with events, or "". ``identity``: device and inode of its file when
+    the server opened it."""
+    data = folder / "data.mdb"
+    if not data.exists():
+        return f"no store at {folder}: what is appended goes nowhere; restore it and start the server again"
+    if identity is not None and file_identity(data) != identity:
+        return f"{data}: another file than the server opened; start the server again"
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+        with data.open("r+b"):
+            pass
+    except OSError as error:
+        return f"{folder}: cannot be written to: {error.strerror}"
+    return ""
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class Health:
+    """A context manager that looks inside; ``faults`` by part, "" where all is well. ``others``: parts by name that
+    someone else judges."""
+
+    def __init__(self, server: TritonServer, registry: CollectorRegistry, others: dict[str, Callable[[], str]]) -> None:
+        self.server = server
+        self.starting = ""  # why it is not ready yet, for whoever warms it up
+        self.faults = {name: "not looked at yet" for name in PARTS}
+        self.canary = Canary(server, registry)
+        self.slow_s = SLOW_S
+        self._others = others
+        self._stop = threading.Event()
+        self._told: tuple[int, bool] | None = None  # the guard, by its process, and what it was told
+        self._store = server.release.parent / "feature_store"
+        self._identity = file_identity(self._store / "data.mdb")
+        self._signatures = signatures(server.release)
+        self._next_slow = 0.0
+        self._part = Gauge("vivace_health", "1 while this part works", ["part"], registry=registry)
+        self._ready = Gauge("vivace_ready", "1 while every part works", registry=registry)
+        self._free = Gauge("vivace_disk_free_bytes", "Left on the file system of", ["folder"], registry=registry)
+        self._threads = [
+            threading.Thread(target=self._every, args=(period, work), name=f"health: {name}", daemon=True)
+            for name, period, work in (("parts", LOOK_S, self.look), ("canary", CANARY_S, self.ask))
+        ]
+
+    def __enter__(self) -> Health:
+        self.ask()
+        self.look()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=CANARY_WAIT_S + 5)
+        self.canary.close()
+
+    # -- for those who ask ---------------------------------------------------------------------------
+    @property
+    def ready(self) -> bool:
+        return not self.starting and not any(self.faults.values())
+
+    def report(self) -> dict[str, object]:
+        """What ``/health`` answers."""
+        parts = {name: {"ok": not fault, **({"why": fault} if fault else {})} for name, fault in self.faults.items()}
+        more = {"why": self.starting} if self.starting else {}
+        return {"ready": self.ready, **more, "version": self.server.release.name, "parts": parts}
+
+    # -- looking -------------------------------------------------------------------------------------
+    def ask(self) -> None:
+        """One question to the ensemble; none while there is no server to ask."""
+        if self.server.running() and not self.faults["server"].startswith("tritonserver"):
+            self.canary.fault = self.canary.ask()
+
+    def look(self) -> None:
+        """One round over all parts."""
+        slow = time.monotonic() >= self._next_slow
+        checks: dict[str, Callable[[], str]] = {
+            "server": self._server_fault, "guard": self._guard_fault, "ensemble": lambda: self.canary.fault,
+            **self._others,
+        }  # fmt: skip
+        if slow:
+            self._next_slow = time.monotonic() + self.slow_s
+            checks |= {
+                "store": lambda: store_fault(self._store, self._identity),
+                "disk": self._disk_fault,
+                "version": self._version_fault,
+            }
+        for name, check in checks.items():
+            try:
+                fault = check()
+            except Exception as error:
+                fault = f"{type(error).__name__}: {error}"
+            if fault != self.faults[name] and bool(fault) != bool(self.faults[name]):
+                log.log(logging.WARNING if fault else logging.INFO, "health: %s: %s", name, fault or "works")
+            self.faults[name] = fault
+            self._part.labels(name).set(not fault)
+        self._ready.set(self.ready)
+        self._tell_the_guard()
+
+    def _every(self, period_s: float, work: Callable[[], None]) -> None:
+        while not self._stop.wait(period_s):
+            try:
+                work()
+            except Exception:
+                log.exception("health")
+
+    def _tell_the_guard(self) -> None:
+        """What its port answers when it is asked whether the server is ready; a guard that is new starts with no."""
+        door = self.server.door
+        if door is None or not door.running():
+            return
+        if self._told != (door.pid, self.ready) and door.say_ready(self.ready):
+            self._told = (door.pid, self.ready)
+
+    def _server_fault(self) -> str:
+        if not self.server.running():
+            return "tritonserver: ended; it is started again"
+        return "" if self.server.ready() else "tritonserver: not all of its models are ready"
+
+    def _guard_fault(self) -> str:
+        door = self.server.door
+        if door is None:
+            return ""
+        if not door.running():
+            return "Envoy: ended; it is started again"
+        return "" if door.answers() else "Envoy: does not answer"
+
+    def _disk_fault(self) -> str:
+        folders = {
+            "store": self._store,
+            "log": (self.server.log or self._store).parent,
+            "shared memory": SHM,
+        }
+        low = []
+        for name, folder in folders.items():
+            if not folder.exists():
+                continue
+            free = shutil.disk_usage(folder).free
+            self._free.labels(name).set(free)
+            if free < MIN_FREE_BYTES:
+                low.append(f"{name}: {free >> 20} MiB left in {folder}, expected {MIN_FREE_BYTES >> 20} and more")
+        return "; ".join(low)
+
+    def _version_fault(self) -> str:
+        """Files as they were published, and one version among the models that are loaded."""
+        release = self.server.release
+        now = signatures(release)
+        if now != self._signatures:
+            try:
+                verify(release)
+            except DamagedError as error:
+                return str(error)
+            self._signatures = now
+        if not self.server.running():
+            return self.faults["version"]
+        try:
+            with self.server.control_client() as client:
+                index = client.get_model_repository_index(client_timeout=CANARY_WAIT_S).models
+        except InferenceServerException:
+            return self.faults["version"]  # of the server's part
+        versions = {m.name: m.version for m in index if m.state == "READY"}
+        if len(set(versions.values())) > 1:
+            return f"expected one version of all models, got {versions}"
+        return ""

@@ -1,0 +1,207 @@
+"""How a server stops, what the next one finds, and what it refuses before it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serving.launcher import TritonServer
+from serving.process import children, living
+from serving.service import service
+from serving.start_checks import LEFTOVER, SHM_PREFIX, free_port
+from tests.support import PATIENCE_S, on_free_ports, quiet, wait_until, waited_too_long
+from vivace import contract
+from vivace.client import VivaceClient, VivaceError
+from vivace.manifest import CHECKOUT
+
+HISTORY = ["sku-00001", "sku-00002"]
+GONE = (
+    "try again",
+    "refused",
+    "reset",
+    "closed",
+    "unavailable",
+    "not connect",
+    "broken pipe",
+    "goaway",
+    "no available versions",
+)
+
+
+def stopping(root: Path, guard: bool, protocols: tuple[str, ...]) -> tuple[list, list]:
+    """Stops a server under load: (calls that began before, those after), each its error or ""."""
+    before: list[str] = []
+    after: list[str] = []
+    stop, signalled = threading.Event(), threading.Event()
+
+    def caller(url: str, protocol: str) -> None:
+        with VivaceClient(url, protocol, timeout_s=PATIENCE_S) as client:
+            while not stop.is_set():
+                calls = after if signalled.is_set() else before
+                try:
+                    calls.append("" if client.recommend(history=HISTORY, top_k=5).items else "no items")
+                except (VivaceError, OSError) as error:
+                    calls.append(str(error))
+                    time.sleep(0.01)
+
+    with service(on_free_ports(root / "model_repository", guard=guard), quiet) as (server, _):
+        ports = {"grpc": server.grpc_port, "http": server.http_port}
+        threads = [
+            threading.Thread(target=caller, args=(f"{server.host}:{ports[p]}", p)) for p in protocols for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(before) > 30, "calls under way")
+        signalled.set()
+    stop.set()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    return before, after
+
+
+@pytest.mark.parametrize(("guard", "protocols"), [(True, ("grpc", "http")), (False, ("grpc",))])
+def test_what_is_under_way_is_answered_when_a_server_stops(root, guard, protocols):
+    before, after = stopping(root, guard, protocols)
+    assert [e for e in before if e and not waited_too_long(e)] == []
+    assert after, "calls after the signal"
+    errors = [e for e in after if e and not waited_too_long(e)]
+    assert not [e for e in errors if not any(sign in e.lower() for sign in GONE)], set(errors)
+
+
+@contextlib.contextmanager
+def serving(root: Path, folder: Path, *more: str):
+    """``vivace serve`` as a process that is ready; (process, its folder of temporary files)."""
+    log = folder / "serve.log"
+    command = [
+        sys.executable, "-m", "vivace.cli.main", "serve", "--name", root.name, "--artifacts", str(root.parent),
+        *(a for n in ("http", "grpc", "metrics", "status") for a in (f"--{n}-port", str(free_port("127.0.0.1")))),
+        "--log-file", str(folder / "triton.log"), *more,
+    ]  # fmt: skip
+    environment = os.environ | {"TMPDIR": str(folder)}
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=CHECKOUT, start_new_session=True
+        )
+    try:
+        wait_until(lambda: "ready:" in log.read_text() or process.poll() is not None, "a ready server")
+        assert process.poll() is None, log.read_text()
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def segments_of(process: subprocess.Popen) -> list[Path]:
+    """Shared memory that the processes below map."""
+    names: set[Path] = set()
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{child.pid}/maps").read_text().splitlines()
+            names |= {Path(line.split()[-1]) for line in lines if f"/dev/shm/{SHM_PREFIX}" in line}
+    return sorted(names)
+
+
+def test_a_closed_terminal_cleans_up_and_a_kill_is_swept_by_the_next_start(root, tmp_path):
+    with serving(root, tmp_path) as process:
+        segments = segments_of(process)
+        assert segments and list(tmp_path.glob(f"{LEFTOVER}*"))
+        below = psutil.Process(process.pid).children(recursive=True)
+        for child in below:  # the supervisor first, then all at once: nobody can clean up
+            if child.name().startswith("tritonserver"):
+                process.kill()
+                child.kill()
+    assert list(tmp_path.glob(f"{LEFTOVER}*")) and any(path.exists() for path in segments)
+    with serving(root, tmp_path) as process:
+        _, alive = psutil.wait_procs(below, timeout=PATIENCE_S)
+        assert not alive
+        assert len(list(tmp_path.glob(f"{LEFTOVER}*"))) == 1 and not any(path.exists() for path in segments)
+        segments, below = segments_of(process), psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(PATIENCE_S) == 0
+    _, alive = psutil.wait_procs(below, timeout=PATIENCE_S)
+    assert not alive and not list(tmp_path.glob(f"{LEFTOVER}*")) and not any(path.exists() for path in segments)
+    assert "stopped" in (tmp_path / "serve.log").read_text()
+
+
+def test_workers_that_were_killed_are_no_zombies_and_new_ones_hold_no_connection(root):
+    with service(on_free_ports(root / "model_repository", guard=True), quiet) as (server, watchdog):
+        with VivaceClient(f"{server.host}:{server.grpc_port}", timeout_s=PATIENCE_S) as client:
+            client.recommend(history=HISTORY)
+        for model in (contract.RESPONSE, contract.FEATURE_TRANSFORM):
+            restarts = watchdog.metrics.restarts.labels(model)._value
+            os.kill(next(p for p, m in watchdog.workers().items() if m == model), signal.SIGKILL)
+            wait_until(lambda r=restarts: r.get() >= 1, f"another worker of {model}")
+        assert all(living(pid) for pid in children(server.pid))
+        for pid in watchdog.workers():
+            sockets = [f for f in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(f).startswith("socket:")]
+            assert not sockets, pid
+
+
+def test_what_a_killed_server_made_elsewhere_goes_too(root):
+    ours = lambda: {p for p in Path("/tmp").glob("python_env_*") if p.stat().st_uid == os.getuid()}  # noqa: E731
+    with TritonServer(on_free_ports(root / "model_repository")) as server:
+        made = {p for p in ours() if server._launched <= p.stat().st_ctime}
+        os.kill(server.pid, signal.SIGKILL)
+    assert not made & ours()
+
+
+BAD = {
+    "a status port that is taken": (("--status-port", "{taken}"), "status port {taken} on 127.0.0.1 is taken"),
+    "one port twice": (("--http-port", "{free}", "--grpc-port", "{free}"), "expected ports of their own"),
+    "no port": (("--http-port", "99999"), "less than or equal to 65535"),
+    "a negative port": (("--grpc-port", "-1"), "greater than or equal to 0"),
+    "a profile that is none": (("--profile", "nosuch"), "--profile: expected one of"),
+    "a host that is none": (("--host", "no.such.host.invalid"), "--host no.such.host.invalid: expected an IPv4"),
+    "a host of someone else": (("--host", "192.0.2.7"), "--host 192.0.2.7: expected an IPv4 address of this machine"),
+    "a negative cache": (("--cache-mb", "-5"), "greater than or equal to 0"),
+    "a cache beyond the memory": (("--cache-mb", "100000000"), "half of this machine's memory"),
+    "a cache that nobody uses": (("--cache-mb", "8", "--profile", "fused"), "the profile fused has no cache"),
+    "a collector that is no URL": (("--trace-url", "127.0.0.1:4318"), "--trace-url: expected a URL such as"),
+    "a log that cannot be": (("--log-file", "/proc/none/triton.log"), "log /proc/none/triton.log: cannot be written"),
+    "an open address without the guard": (("--host", "0.0.0.0", "--no-guard"), "leave --no-guard out"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_argument_that_is_wrong_is_named_before_anything_starts(root, name):
+    arguments, expected = BAD[name]
+    with contextlib.closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        ports = {"taken": s.getsockname()[1], "free": free_port("127.0.0.1")}
+        run = f"serve --name {root.name} --artifacts {root.parent} --metrics-port 0".split()
+        given = [a.format(**ports) for a in arguments]
+        for port in ("http", "grpc", "status"):
+            if f"--{port}-port" not in given:
+                run += [f"--{port}-port", "0"]
+        command = [sys.executable, "-m", "vivace.cli.main", *run, *given]
+        out = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, timeout=PATIENCE_S)
+    text = " ".join((out.stdout + out.stderr).replace("│", " ").split())
+    assert out.returncode, text
+    assert expected.format(**ports) in text and "starting Triton" not in text and "Traceback" not in text
+
+
+def test_too_few_descriptors_are_named(root):
+    command = (
+        f"ulimit -n 64; exec {sys.executable} -m vivace.cli.main serve --name {root.name} --artifacts {root.parent}"
+    )
+    ports = " ".join(f"--{n}-port 0" for n in ("http", "grpc", "metrics", "status"))
+    out = subprocess.run(["bash", "-c", f"{command} {ports}"], capture_output=True, text=True, cwd=CHECKOUT)
+    text = " ".join((out.stdout + out.stderr).split())
+    assert out.returncode and "open files: expected a limit of 512 and more, got 64" in text and "Traceback" not in text
+
+
+def test_a_host_by_its_name(root):
+    with TritonServer(on_free_ports(root / "model_repository", host="localhost")) as server:
+        listening = {c.laddr.ip for c in psutil.Process(server.pid).net_connections("inet") if c.status == "LISTEN"}
+        assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
