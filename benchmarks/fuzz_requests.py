@@ -37,7 +37,8 @@ from benchmarks.hostile import over_grpc, over_http, over_http2
 from loadtest.generate.local_server import on_free_ports
 from loadtest.reports.record import record_line
 from preprocessing.requests import recorded
-from serving.launcher import SHM, TritonServer
+from serving.launcher import TritonServer
+from serving.segments import SHM
 from serving.service import raise_descriptor_limit, service, warm_up
 from vivace import contract
 from vivace.client import Recommendation, VivaceClient, VivaceError
@@ -312,7 +313,7 @@ def main(
             warm_up(server)
             neighbours, strangers = Neighbours(server, histories), Strangers(server, seed, chosen)
             seen = fuzz(server, neighbours, strangers, callers, minutes * 60)
-            prefix = server.shm_prefix
+            prefix = server.segments.prefix
         left = [path.name for path in SHM.glob(f"{prefix}*")]
         store = LmdbStore(copy.feature_store, readonly=True)
         lost = lost_events(store, neighbours)

@@ -104,7 +104,7 @@ def test_no_memory_of_the_server_is_read_or_written(served, side, protocol):
     port = server.grpc_port if protocol == "grpc" else server.http_port
     inputs = inputs_of(module, request_tensors(history=HISTORY))
     outputs = [module.InferRequestedOutput("ITEM_ID")]
-    (inputs if side == "inputs" else outputs)[0].set_shared_memory(f"{server.shm_prefix}x", 64)
+    (inputs if side == "inputs" else outputs)[0].set_shared_memory(f"{server.segments.prefix}x", 64)
     with (
         module.InferenceServerClient(f"{server.host}:{port}") as client,
         pytest.raises(InferenceServerException, match=r"not supported|shared memory region"),
