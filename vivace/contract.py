@@ -48,6 +48,8 @@ def label_column(head: str) -> str:
 # -- limits of the public call ---------------------------------------------------------------------
 MAX_TOP_K = 100
 MAX_ID_BYTES = 1024  # longer user or item ids are refused or, inside a history, unknown
+MAX_EVENT_TYPE_BYTES = 128
+MAX_EVENT_ID_BYTES = 128
 MAX_HISTORY_EVENTS = 100_000
 MAX_QUERY_BYTES = 4096
 MAX_SEEN = 1024  # newest distinct items that an index does not answer; the exact search excludes them all
@@ -103,6 +105,10 @@ TIMESTAMP_MS = WireTensor("TIMESTAMP_MS", "INT64", (1,))
 APPEND = (USER_ID, APPEND_ITEM_ID, EVENT_TYPE, TIMESTAMP_MS)
 HISTORY_LENGTH = WireTensor("HISTORY_LENGTH", "INT32", (1,))
 APPEND_OUTPUTS = (HISTORY_LENGTH, STATUS)  # STATUS: "ok", or what of the event is not known; it is stored all the same
+
+# parameter of the request, text: what its sender calls the event of a user. Sent again under the same id, an event is
+# answered as stored and not stored again. Of a request of several rows it is the id of all, each in its own place
+EVENT_ID = "event_id"
 
 # -- models of the repository -----------------------------------------------------------------------
 ENSEMBLE = "recommend"

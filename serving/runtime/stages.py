@@ -18,10 +18,13 @@ import numpy as np
 
 from vivace.contract import (
     APPEND_ITEM_ID,
+    EVENT_ID,
     EVENT_TYPE,
     FIRST_ID,
     HISTORY,
     ITEM,
+    MAX_EVENT_ID_BYTES,
+    MAX_EVENT_TYPE_BYTES,
     MAX_HISTORY_EVENTS,
     MAX_ID_BYTES,
     MAX_QUERY_BYTES,
@@ -94,7 +97,16 @@ def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> 
     return Row(user, items or None, int(top_k), text)
 
 
-def parse_event(user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms: int) -> Event:
+def parse_event_id(given: object) -> str:
+    """The request parameter EVENT_ID; "" where there is none. Raises ValueError for what is no text or too long."""
+    if given is None:
+        return ""
+    if not isinstance(given, str):
+        raise ValueError(f"{EVENT_ID}: expected a text, got {type(given).__name__} {str(given)[:60]!r}")
+    return _text(given.encode("utf-8", "surrogatepass"), EVENT_ID, MAX_EVENT_ID_BYTES)
+
+
+def parse_event(user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms: int, event_id: str = "") -> Event:
     """One event of the append call; raises ValueError naming the input, what was expected, what came."""
     user = _text(user_id, USER_ID.name, MAX_ID_BYTES)
     item = _text(item_id, APPEND_ITEM_ID.name, MAX_ID_BYTES)
@@ -108,7 +120,7 @@ def parse_event(user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms:
             f"{TIMESTAMP_MS.name}: expected Unix time in ms, 1 to {latest_ms} (a day from now), got {timestamp_ms}; "
             "0 is now"
         )
-    return Event(user, item, _text(event_type, EVENT_TYPE.name, MAX_ID_BYTES), timestamp_ms)
+    return Event(user, item, _text(event_type, EVENT_TYPE.name, MAX_EVENT_TYPE_BYTES), timestamp_ms, event_id)
 
 
 def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from typing import Any
 
 import numpy as np
+import triton_python_backend_utils as pb_utils
 
 from serving.runtime.stages import (
     NO_IDS,
@@ -20,6 +22,7 @@ from serving.runtime.stages import (
     ResponseStage,
     event_status,
     parse_event,
+    parse_event_id,
     read_search_for,
     search_for,
 )
@@ -97,6 +100,7 @@ class IndexedRetrievalModel(Stage):
         return responses
 
 
+SWEEP_S, SWEEP_PAUSE_S = 3600.0, 0.05
 ERROR = b'{"error"'  # how a FOUND that is none begins
 
 
@@ -196,10 +200,12 @@ class ResponseModel(Stage):
 
 class AppendEventModel(Stage):
     """USER_ID, ITEM_ID, EVENT_TYPE, TIMESTAMP_MS (0: now) into the feature store; answers the history's new length, and
-    whether what was stored is known: an item to the models, an event type to the data set."""
+    whether what was stored is known: an item to the models, an event type to the data set. Sweeps the store of what has
+    aged out, at its start and every SWEEP_S."""
 
     def setup(self) -> None:
         self.events = self.store(readonly=False)
+        threading.Thread(target=self._sweep, name="sweep of the store", daemon=True).start()
         self.item_ids = ItemVocabulary(self.beside(contract.FEATURE_TRANSFORM) / "transform.onnx")
 
     @each_by_itself
@@ -228,11 +234,21 @@ class AppendEventModel(Stage):
         types, ids = self.events.event_types(), self.item_ids([event.item_id for event in events])
         return [event_status(event, item_id, types) for event, item_id in zip(events, ids.tolist(), strict=True)]
 
+    def _sweep(self) -> None:
+        while True:
+            try:
+                while self.events.sweep():
+                    time.sleep(SWEEP_PAUSE_S)  # appends come between
+            except Exception as error:  # such as a disk that is full: appends say so
+                pb_utils.Logger.log_warn(f"sweep of the store: {type(error).__name__}: {error}")
+            time.sleep(SWEEP_S)
+
     @staticmethod
     def _events(request: Any) -> list[Event]:
         columns = [tensor_of(request, t)[:, 0] for t in contract.APPEND]
+        event_id = parse_event_id(json.loads(request.parameters() or "{}").get(contract.EVENT_ID))
         now_ms = int(time.time() * 1000)
         return [
-            parse_event(user, item, event_type, int(timestamp_ms) or now_ms)
-            for user, item, event_type, timestamp_ms in zip(*columns, strict=True)
+            parse_event(user, item, event_type, int(timestamp_ms) or now_ms, event_id and f"{event_id}/{row}")
+            for row, (user, item, event_type, timestamp_ms) in enumerate(zip(*columns, strict=True))
         ]

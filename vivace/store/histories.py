@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from vivace.store.interface import Event
+from vivace.store.retention import MAX_STORED_EVENTS
 
-MAX_STORED_EVENTS = 4096  # per user; older events fall off
 SECOND_MS = 1000
 
 

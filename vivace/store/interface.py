@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -11,14 +11,16 @@ class StoreError(RuntimeError):
     """The store cannot keep what it was given just now; the message is for the caller."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Event:
-    """One interaction. ``timestamp_ms`` is Unix time in milliseconds."""
+    """One interaction. ``timestamp_ms`` is Unix time in milliseconds. ``event_id``: what its sender calls it, the same
+    when it is sent again; "" where it has no name."""
 
     user_id: str
     item_id: str
     event_type: str = ""
     timestamp_ms: int = 0
+    event_id: str = field(default="", compare=False)
 
 
 class FeatureStore(Protocol):
@@ -32,7 +34,8 @@ class FeatureStore(Protocol):
 
     def append(self, events: Iterable[Event]) -> dict[str, int]:
         """Adds events at the end of their users' histories; returns each user's new length. Durable on return, and kept
-        when the histories are replaced by those of another data set."""
+        when the histories are replaced by those of another data set. An event whose id its user has already sent is not
+        added again."""
 
     def event_types(self) -> set[str]:
         """Event types of the data set; empty if its events have none."""

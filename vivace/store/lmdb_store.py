@@ -3,14 +3,15 @@ while one writes.
 
 A data set fills one of two slots while the other is read; then one short transaction adds what was appended meanwhile
 and exchanges them. So a store can be filled anew under a running server, and a fill that is killed changes nothing.
-What was appended live is also kept in a log of its own, in the order it came, and joins every later data set.
+What was appended live is also kept in a log of its own, in the order it came, and joins every later data set; what
+ages out of the log (``Retention``) goes within the transactions that append, a little each, and by ``sweep``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import defaultdict
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -20,8 +21,10 @@ from typing import TypeVar
 import lmdb
 import msgpack
 
-from vivace.store.histories import MAX_STORED_EVENTS, merged
+from vivace.store.histories import merged
 from vivace.store.interface import Event, StoreError
+from vivace.store.lmdb_log import NEWCOMER, OF_DATA_SET, EventLog, LiveEvents, key_of, number_key
+from vivace.store.retention import MAX_STORED_EVENTS, Retention
 
 T = TypeVar("T")
 DISK_TROUBLE = ("Input/output error", "No space left", "MDB_PANIC")  # in LMDB's words
@@ -29,20 +32,13 @@ DISK_TROUBLE = ("Input/output error", "No space left", "MDB_PANIC")  # in LMDB's
 MAP_SIZE_BYTES = 64 << 30  # address space, not disk: the file is sparse; it grows where that is not enough
 MAX_READERS = 512
 FILL_ROWS = 5_000  # users or titles that a fill writes in one transaction, between which events can be appended
-_MAX_KEY_BYTES = 511  # LMDB's compiled limit
+SWEEP_ROWS = 2_000  # events and users that a sweep looks at in one transaction
 _USERS, _ITEMS = (b"users", b"users.1"), (b"items", b"items.1")  # the slots
-_LOG, _ABOUT = b"log", b"about"
-_SLOT, _EVENT_TYPES = b"slot", b"event_types"  # keys of ``about``
+_MARKS = (b"marks", b"marks.1")  # of each slot's users: see ``lmdb_log``
+_LOG, _IDS, _ABOUT = b"log", b"ids", b"about"
+_SLOT, _EVENT_TYPES, _FILLED = b"slot", b"event_types", b"filled_ms"  # keys of ``about``
 
 UserRow = tuple[str, Sequence[str], Sequence[str], Sequence[int]]  # user, items, event types, times in ms, oldest first
-
-
-def _key(text: str) -> bytes:
-    """LMDB's keys are short: a longer id is keyed by its digest, behind a byte that no UTF-8 text starts with."""
-    raw = text.encode()
-    if len(raw) <= _MAX_KEY_BYTES and raw:
-        return raw
-    return b"\xff" + hashlib.sha256(raw).digest()
 
 
 def _batches(rows: Iterable, size: int = FILL_ROWS) -> Iterator[list]:
@@ -53,17 +49,22 @@ def _batches(rows: Iterable, size: int = FILL_ROWS) -> Iterator[list]:
 
 class LmdbStore:
     """``FeatureStore`` in one LMDB folder. Values: of users, msgpack ``[items, event types, times]``; of items, the
-    title; of the log, by a number that rises, msgpack ``[user, item, event type, time]``."""
+    title; of the log, its ids and marks: see ``lmdb_log``. ``retention``: None takes the folder's own."""
 
-    def __init__(self, path: Path, readonly: bool = False, create: bool = True) -> None:
+    def __init__(
+        self, path: Path, readonly: bool = False, create: bool = True, retention: Retention | None = None
+    ) -> None:
         if (readonly or not create) and not (path / "data.mdb").exists():
             raise FileNotFoundError(f"feature store: no store at {path}; run 'vivace prepare' first")
         path.mkdir(parents=True, exist_ok=True)
         self._readonly = readonly
+        self._retention = retention or (Retention() if readonly else Retention.of(path))
+        self._alone = threading.RLock()  # the map may only be made larger while no transaction is open
+        self._swept_to: bytes | None = b""  # key of the user that the sweep looks at next; None: it has seen all
         self._env = lmdb.open(
             os.fspath(path),
             map_size=MAP_SIZE_BYTES,
-            max_dbs=6,
+            max_dbs=12,
             max_readers=MAX_READERS,
             readonly=readonly,
             mode=0o600,  # what users did is the owner's alone
@@ -74,7 +75,7 @@ class LmdbStore:
 
     # -- transactions --------------------------------------------------------------------------------
     def _open_databases(self) -> None:
-        for name in (*_USERS, *_ITEMS, _LOG, _ABOUT):
+        for name in (*_USERS, *_ITEMS, *_MARKS, _LOG, _IDS, _ABOUT):
             if name not in self._databases:
                 try:
                     self._databases[name] = self._env.open_db(name, create=not self._readonly)
@@ -96,10 +97,11 @@ class LmdbStore:
         the disk is full: nothing of the transaction was kept, and writes go on once there is room."""
         while True:
             try:
-                with self._begin(write=True) as transaction:
+                with self._alone, self._begin(write=True) as transaction:
                     return work(transaction)
             except lmdb.MapFullError:
-                self._env.set_mapsize(2 * self._env.info()["map_size"])
+                with self._alone:
+                    self._env.set_mapsize(2 * self._env.info()["map_size"])
             except lmdb.Error as error:
                 if not any(sign in str(error) for sign in DISK_TROUBLE):
                     raise
@@ -118,7 +120,7 @@ class LmdbStore:
         if _ABOUT not in self._databases:
             self._open_databases()
         for _ in range(2):
-            with self._begin() as transaction:
+            with self._alone, self._begin() as transaction:
                 database = self._databases.get(names[self._slot(transaction)])
                 if database is not None:
                     yield transaction, database
@@ -132,14 +134,14 @@ class LmdbStore:
 
     def timed_histories(self, user_ids: Sequence[str]) -> list[tuple[list[str], list[int]] | None]:
         with self._reading(_USERS) as (transaction, users):
-            raw = [transaction.get(_key(user), db=users) for user in user_ids]
+            raw = [transaction.get(key_of(user), db=users) for user in user_ids]
             rows = [None if r is None else msgpack.unpackb(r) for r in raw]
         return [None if row is None else (row[0], row[2]) for row in rows]
 
     def events(self, user_id: str) -> list[Event]:
         """A user's events with types and times, oldest first; empty for an unknown user."""
         with self._reading(_USERS) as (transaction, users):
-            raw = transaction.get(_key(user_id), db=users)
+            raw = transaction.get(key_of(user_id), db=users)
             return [] if raw is None else _events(user_id, raw)
 
     def users(self) -> Iterator[str]:
@@ -151,7 +153,7 @@ class LmdbStore:
 
     def titles(self, item_ids: Sequence[str]) -> list[str | None]:
         with self._reading(_ITEMS) as (transaction, items):
-            raw = [transaction.get(_key(item), db=items) for item in item_ids]
+            raw = [transaction.get(key_of(item), db=items) for item in item_ids]
             return [None if r is None else r.decode() for r in raw]
 
     def event_types(self) -> set[str]:
@@ -161,89 +163,175 @@ class LmdbStore:
             return set() if raw is None else set(msgpack.unpackb(raw))
 
     # -- writing -------------------------------------------------------------------------------------
+    @property
+    def _log(self) -> EventLog:
+        return EventLog(self._databases[_LOG], self._databases[_IDS])
+
     def append(self, events: Iterable[Event]) -> dict[str, int]:
-        appended = list(events)
+        appended, now_ms = list(events), _now_ms()
 
         def write(transaction: lmdb.Transaction[bytes]) -> dict[str, int]:
             lengths: dict[str, int] = {}
-            users, log = self._databases[_USERS[self._slot(transaction)]], self._databases[_LOG]
-            for number, event in enumerate(appended, self._last_number(transaction) + 1):
-                record = [event.user_id, event.item_id, event.event_type, event.timestamp_ms]
-                transaction.put(_number_key(number), msgpack.packb(record), db=log)
-                lengths[event.user_id] = _append_to_history(transaction, users, event)
+            slot, log = self._slot(transaction), self._log
+            number = log.last(transaction)
+            for event in appended:
+                if log.has(transaction, event):  # sent again, as its sender did not hear of it
+                    lengths[event.user_id] = self._length(transaction, slot, event.user_id)
+                    continue
+                number += 1
+                log.add(transaction, number, event, now_ms)
+                lengths[event.user_id] = self._append_to_history(transaction, slot, event, number)
+            self._age_out(transaction, slot, 2 * len(appended), now_ms)
             return lengths
 
         return self._written(write)
 
+    def _length(self, transaction: lmdb.Transaction[bytes], slot: int, user_id: str) -> int:
+        raw = transaction.get(key_of(user_id), db=self._databases[_USERS[slot]])
+        return len(msgpack.unpackb(raw)[0]) if raw else 0
+
+    def _append_to_history(self, transaction: lmdb.Transaction[bytes], slot: int, event: Event, number: int) -> int:
+        """Puts ``event``, the log's ``number``, behind its user's history; the history's new length."""
+        users, marks = self._databases[_USERS[slot]], self._databases[_MARKS[slot]]
+        key = key_of(event.user_id)
+        raw, mark = transaction.get(key, db=users), transaction.get(key, db=marks)
+        item_ids, types, times = msgpack.unpackb(raw) if raw else ([], [], [])
+        item_ids.append(event.item_id)
+        types.append(event.event_type)
+        times.append(event.timestamp_ms)
+        transaction.put(key, _packed(item_ids, types, times), db=users)
+        of_data_set = mark[8:] if mark else OF_DATA_SET if raw else NEWCOMER
+        transaction.put(key, number_key(number) + of_data_set, db=marks)
+        return min(len(item_ids), MAX_STORED_EVENTS)
+
+    # -- what ages out -------------------------------------------------------------------------------
+    def sweep(self, now_ms: int | None = None) -> bool:
+        """One short transaction of what has aged out; whether there is more. A server asks now and then until there is
+        none."""
+        now_ms = now_ms or _now_ms()
+
+        def work(transaction: lmdb.Transaction[bytes]) -> bool:
+            slot = self._slot(transaction)
+            if transaction.get(_FILLED, db=self._databases[_ABOUT]) is None:  # filled before this was kept
+                transaction.put(_FILLED, str(now_ms).encode(), db=self._databases[_ABOUT])
+            more = self._age_out(transaction, slot, SWEEP_ROWS, now_ms) == SWEEP_ROWS
+            if self._data_set_is_old(transaction, now_ms) and self._swept_to is not None:
+                self._swept_to = self._drop_unmarked(transaction, slot, self._swept_to)
+                more = more or self._swept_to is not None
+            return more
+
+        more = self._written(work)
+        if not more:
+            self._swept_to = b""
+        return more
+
+    def _data_set_is_old(self, transaction: lmdb.Transaction[bytes], now_ms: int) -> bool:
+        filled = transaction.get(_FILLED, db=self._databases[_ABOUT])
+        return filled is not None and int(filled) < self._retention.oldest_ms(now_ms)
+
+    def _age_out(self, transaction: lmdb.Transaction[bytes], slot: int, limit: int, now_ms: int) -> int:
+        """Removes at most ``limit`` events from the log, the oldest, if they are too many or too old, and users who
+        have none left; how many events. The newest event stays: the next one's number follows its."""
+        log, removed = self._log, 0
+        last, oldest_ms = log.last(transaction), self._retention.oldest_ms(now_ms)
+        keep_from = last - self._retention.live_events + 1
+        users_are_old = self._data_set_is_old(transaction, now_ms)
+        while removed < limit and (record := log.oldest(transaction)) is not None:
+            too_old = 0 < record.came_ms < oldest_ms or (not record.came_ms and users_are_old)
+            if record.number == last or not (record.number < keep_from or too_old):
+                break
+            log.remove(transaction, record)
+            self._leave(transaction, slot, record.event.user_id, record.number, users_are_old)
+            removed += 1
+        return removed
+
+    def _leave(
+        self, transaction: lmdb.Transaction[bytes], slot: int, user_id: str, number: int, users_are_old: bool
+    ) -> None:
+        """Event ``number`` is no longer in the log: if it was its user's last, the user goes, or is the data set's."""
+        key, marks = key_of(user_id), self._databases[_MARKS[slot]]
+        mark = transaction.get(key, db=marks)
+        if mark is None or mark[:8] != number_key(number):
+            return
+        transaction.delete(key, db=marks)
+        if mark[8:] == NEWCOMER or users_are_old:
+            transaction.delete(key, db=self._databases[_USERS[slot]])
+
+    def _drop_unmarked(self, transaction: lmdb.Transaction[bytes], slot: int, start: bytes) -> bytes | None:
+        """Removes users without an event in the log, from key ``start`` on; where to go on, None at the end."""
+        cursor = transaction.cursor(db=self._databases[_USERS[slot]])
+        keys = list(islice(cursor.iternext(values=False), SWEEP_ROWS)) if cursor.set_range(start) else []
+        for key in keys:
+            if transaction.get(key, db=self._databases[_MARKS[slot]]) is None:
+                transaction.delete(key, db=self._databases[_USERS[slot]])
+        return keys[-1] + b"\0" if len(keys) == SWEEP_ROWS else None
+
+    # -- a new data set ------------------------------------------------------------------------------
     def fill(self, histories: Iterable[UserRow], titles: Iterable[tuple[str, str]]) -> dict[str, int]:
-        """Replaces histories and titles by those of a data set, under readers and appends that go on; what was ever
-        appended joins the histories (see ``merged``). Each user comes once. Returns the data set's numbers of users
-        and titles."""
+        """Replaces histories and titles by those of a data set, under readers and appends that go on; what was
+        appended and has not aged out joins the histories (see ``merged``). Each user comes once. Returns the data set's
+        numbers of users and titles."""
         with self._begin(write=True) as transaction:
             spare = 1 - self._slot(transaction)
-            users, items = self._databases[_USERS[spare]], self._databases[_ITEMS[spare]]
-            for leftover in (users, items):
-                transaction.drop(leftover, delete=False)
-            last = self._last_number(transaction)
-            live = self._log(transaction, 1, last)
+            for leftover in (_USERS, _ITEMS, _MARKS):
+                transaction.drop(self._databases[leftover[spare]], delete=False)
+            last = self._log.last(transaction)
+            live = self._log.between(transaction, 1, last)
         counts, event_types = {"users": 0, "titles": 0}, set[str]()
         for batch in _batches(histories):
             with self._begin(write=True) as transaction:
                 for user, item_ids, types, times in batch:
                     event_types.update(types)
                     value = _packed(item_ids, types, times)
-                    if user in live:
-                        value = _packed_events(merged(_events(user, value), live.pop(user)))
-                    transaction.put(_key(user), value, db=users)
+                    if user in live.events:
+                        value = _packed_events(merged(_events(user, value), live.events.pop(user)))
+                        self._mark(transaction, spare, user, live.last[user], OF_DATA_SET)
+                    transaction.put(key_of(user), value, db=self._databases[_USERS[spare]])
             counts["users"] += len(batch)
-        for batch in _batches(live.items()):
+        for batch in _batches(live.events.items()):
             with self._begin(write=True) as transaction:
                 for user, events in batch:
-                    transaction.put(_key(user), _packed_events(merged([], events)), db=users)
+                    value = _packed_events(merged([], events))
+                    transaction.put(key_of(user), value, db=self._databases[_USERS[spare]])
+                    self._mark(transaction, spare, user, live.last[user], NEWCOMER)
         for batch in _batches(titles):
             with self._begin(write=True) as transaction:
                 for item, title in batch:
-                    transaction.put(_key(item), title.encode(), db=items)
+                    transaction.put(key_of(item), title.encode(), db=self._databases[_ITEMS[spare]])
             counts["titles"] += len(batch)
-        self._exchange(spare, last, event_types)
+        self._exchange(spare, last, live, event_types)
         return counts
 
-    def _exchange(self, spare: int, last: int, event_types: set[str]) -> None:
-        """Puts slot ``spare`` in use, with the events of the log after number ``last``, and empties the other."""
-        about = self._databases[_ABOUT]
+    def _mark(
+        self, transaction: lmdb.Transaction[bytes], slot: int, user_id: str, number: int, of_data_set: bytes
+    ) -> None:
+        transaction.put(key_of(user_id), number_key(number) + of_data_set, db=self._databases[_MARKS[slot]])
+
+    def _exchange(self, spare: int, last: int, live: LiveEvents, event_types: set[str]) -> None:
+        """Puts slot ``spare`` in use, with the events of the log after number ``last`` and without those of ``live``
+        that have aged out meanwhile, and empties the other."""
+        about, log = self._databases[_ABOUT], self._log
         with self._begin(write=True) as transaction:
-            users = self._databases[_USERS[spare]]
-            for events in self._log(transaction, last + 1, self._last_number(transaction)).values():
+            first = log.first(transaction)
+            for user, number in live.last.items():
+                if number < first:
+                    self._leave(transaction, spare, user, number, users_are_old=False)
+            late = log.between(transaction, last + 1, log.last(transaction))
+            for user, events in late.events.items():
                 for event in events:
-                    _append_to_history(transaction, users, event)
+                    self._append_to_history(transaction, spare, event, late.last[user])
             transaction.put(_SLOT, str(spare).encode(), db=about)
             transaction.put(_EVENT_TYPES, msgpack.packb(sorted(event_types - {""})), db=about)
-            for names in (_USERS, _ITEMS):
+            transaction.put(_FILLED, str(_now_ms()).encode(), db=about)
+            for names in (_USERS, _ITEMS, _MARKS):
                 transaction.drop(self._databases[names[1 - spare]], delete=False)
-
-    def _last_number(self, transaction: lmdb.Transaction[bytes]) -> int:
-        """Number of the newest event of the log; 0 if there is none."""
-        cursor = transaction.cursor(db=self._databases[_LOG])
-        return int.from_bytes(cursor.key(), "big") if cursor.last() else 0
-
-    def _log(self, transaction: lmdb.Transaction[bytes], first: int, last: int) -> dict[str, list[Event]]:
-        """Events of the log by user, in the order they came."""
-        events: dict[str, list[Event]] = defaultdict(list)
-        cursor = transaction.cursor(db=self._databases[_LOG])
-        if cursor.set_range(_number_key(first)):
-            for key, value in cursor:
-                if int.from_bytes(key, "big") > last:
-                    break
-                event = Event(*msgpack.unpackb(value))
-                events[event.user_id].append(event)
-        return events
 
     def close(self) -> None:
         self._env.close()
 
 
-def _number_key(number: int) -> bytes:
-    return number.to_bytes(8, "big")
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _packed(item_ids: Sequence[str], types: Sequence[str], times: Sequence[int]) -> bytes:
@@ -260,18 +348,6 @@ def _packed_events(events: Sequence[Event]) -> bytes:
 
 def _events(user_id: str, packed: bytes) -> list[Event]:
     return [Event(user_id, *columns) for columns in zip(*msgpack.unpackb(packed), strict=True)]
-
-
-def _append_to_history(transaction: lmdb.Transaction[bytes], users: lmdb._Database, event: Event) -> int:
-    """Puts ``event`` behind its user's history; the history's new length."""
-    key = _key(event.user_id)
-    raw = transaction.get(key, db=users)
-    item_ids, types, times = msgpack.unpackb(raw) if raw else ([], [], [])
-    item_ids.append(event.item_id)
-    types.append(event.event_type)
-    times.append(event.timestamp_ms)
-    transaction.put(key, _packed(item_ids, types, times), db=users)
-    return min(len(item_ids), MAX_STORED_EVENTS)
 
 
 def fill_store(path: Path, histories: Iterable[UserRow], titles: Iterable[tuple[str, str]]) -> dict[str, int]:

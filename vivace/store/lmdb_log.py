@@ -1,0 +1,120 @@
+"""The log of what was appended live, in LMDB: events in the order they came, the ids by which retries are known, and
+whose last event is which.
+
+Keys and values: of the log, a number that rises by one, and msgpack ``[user, item, event type, time in ms, digest of
+its id, when it came in ms]`` (the last two are new: older records lack them); of the ids, the digest, and the event's
+number; of the marks, the user, and the number of the user's last live event with a byte that says whether the user was
+there before the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import lmdb
+import msgpack
+
+from vivace.store.interface import Event
+
+_MAX_KEY_BYTES = 511  # LMDB's compiled limit
+_DIGEST_BYTES = 16
+OF_DATA_SET, NEWCOMER = b"\1", b"\0"
+
+Transaction = lmdb.Transaction  # with bytes as values
+
+
+def key_of(text: str) -> bytes:
+    """LMDB's keys are short: a longer id is keyed by its digest, behind a byte that no UTF-8 text starts with."""
+    raw = text.encode()
+    if len(raw) <= _MAX_KEY_BYTES and raw:
+        return raw
+    return b"\xff" + hashlib.sha256(raw).digest()
+
+
+def number_key(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
+def digest(event: Event) -> bytes:
+    """Key of an event's id: ids of different users are different."""
+    if not event.event_id:
+        return b""
+    return hashlib.sha256(msgpack.packb([event.user_id, event.event_id])).digest()[:_DIGEST_BYTES]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One event of the log."""
+
+    number: int
+    event: Event
+    digest: bytes
+    came_ms: int
+    """0: not known."""
+
+    @classmethod
+    def read(cls, key: bytes, value: bytes) -> Record:
+        columns = msgpack.unpackb(value)
+        id_digest, came_ms = columns[4:] or (b"", 0)
+        return cls(int.from_bytes(key, "big"), Event(*columns[:4]), id_digest, came_ms)
+
+
+@dataclass
+class LiveEvents:
+    """Part of the log: each user's events in the order they came, and the number of the last."""
+
+    events: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))
+    last: dict[str, int] = field(default_factory=dict)
+
+
+class EventLog:
+    """The log and its ids in a transaction that the caller holds."""
+
+    def __init__(self, log: lmdb._Database, ids: lmdb._Database) -> None:
+        self._log, self._ids = log, ids
+
+    def last(self, transaction: Transaction) -> int:
+        """Number of the newest event; 0 if there is none."""
+        cursor = transaction.cursor(db=self._log)
+        return int.from_bytes(cursor.key(), "big") if cursor.last() else 0
+
+    def first(self, transaction: Transaction) -> int:
+        """Number of the oldest event; 0 if there is none."""
+        cursor = transaction.cursor(db=self._log)
+        return int.from_bytes(cursor.key(), "big") if cursor.first() else 0
+
+    def has(self, transaction: Transaction, event: Event) -> bool:
+        """Whether an event with the same id of the same user is there."""
+        key = digest(event)
+        return bool(key) and transaction.get(key, db=self._ids) is not None
+
+    def add(self, transaction: Transaction, number: int, event: Event, came_ms: int) -> None:
+        key = digest(event)
+        columns = [event.user_id, event.item_id, event.event_type, event.timestamp_ms, key, came_ms]
+        transaction.put(number_key(number), msgpack.packb(columns), db=self._log, append=True)
+        if key:
+            transaction.put(key, number_key(number), db=self._ids)
+
+    def oldest(self, transaction: Transaction) -> Record | None:
+        cursor = transaction.cursor(db=self._log)
+        return Record.read(bytes(cursor.key()), bytes(cursor.value())) if cursor.first() else None
+
+    def remove(self, transaction: Transaction, record: Record) -> None:
+        transaction.delete(number_key(record.number), db=self._log)
+        if record.digest:
+            transaction.delete(record.digest, db=self._ids)
+
+    def between(self, transaction: Transaction, first: int, last: int) -> LiveEvents:
+        """Events of the numbers ``first`` to ``last``."""
+        live = LiveEvents()
+        cursor = transaction.cursor(db=self._log)
+        if cursor.set_range(number_key(first)):
+            for key, value in cursor:
+                record = Record.read(bytes(key), bytes(value))
+                if record.number > last:
+                    break
+                live.events[record.event.user_id].append(record.event)
+                live.last[record.event.user_id] = record.number
+        return live
