@@ -7,9 +7,11 @@ with VivaceClient("127.0.0.1:8001") as client:
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +19,14 @@ from typing import Any
 import numpy as np
 
 from vivace import contract
+from vivace.client_errors import Limit, VivaceError, VivaceTimeoutError
+from vivace.http_pool import HttpClient
+
+__all__ = [
+    "Appended", "AsyncVivaceClient", "Recommendation", "VivaceClient", "VivaceError", "VivaceTimeoutError",
+]  # fmt: skip
 
 PROTOCOLS = ("grpc", "http")
-
-
-class VivaceError(RuntimeError):
-    """The server refused or failed; the message is the server's own."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ def limits(within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, div
     need the same time). Of an answer to a query: FILTERS and DIVERSITY."""
     parameters: dict[str, Any] = {}
     within_ms, diversity = _number(within_ms, "within_ms"), _number(diversity, "diversity")
+    if within_ms < 0:
+        raise ValueError(f"within_ms: expected 0 (no limit) or more, got {within_ms:g}")
     if filters is not None and not isinstance(filters, Mapping):
         raise ValueError(f"filters: expected a dict, got {type(filters).__name__} {filters!r:.60}")
     if within_ms:
@@ -155,6 +161,13 @@ def limits(within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, div
         parameters[contract.DIVERSITY] = str(diversity)
     timeout = {"timeout": int(within_ms * 1000)} if within_ms else {}
     return timeout | ({"parameters": parameters} if parameters else {})
+
+
+def event_name(event_id: str) -> dict[str, str]:
+    """Parameters of an append call whose sender calls the event so ("": a name that nothing else has). Raises
+    ValueError for a value of a wrong type."""
+    _text(event_id, "event_id")
+    return {contract.EVENT_ID: event_id or uuid.uuid4().hex}
 
 
 def append_tensors(
@@ -193,25 +206,43 @@ def read_appended(result: Any) -> Appended:
     return Appended(int(result.as_numpy(contract.HISTORY_LENGTH.name)[0, 0]), status)
 
 
-def _failed(error: Exception) -> VivaceError:
-    text = error.message() if hasattr(error, "message") and callable(error.message) else str(error)
-    return VivaceError(str(text))
+def _seconds(timeout_s: float) -> float:
+    if _number(timeout_s, "timeout_s") <= 0:
+        raise ValueError(f"timeout_s: expected more than 0, got {timeout_s:g}")
+    return float(timeout_s)
+
+
+def _read(read: Any, result: Any) -> Any:
+    """``read(result)``; raises VivaceError for an answer that is none of ours."""
+    try:
+        return read(result)
+    except Exception as error:
+        raise VivaceError(f"the answer is not one of a Vivace server: {type(error).__name__}: {error}") from error
+
+
+CLOSED = "this client is closed; make another"
 
 
 class VivaceClient:
-    """Blocking calls. ``url`` is host:port of the protocol's endpoint (8001 gRPC, 8000 HTTP by default)."""
+    """Blocking calls, from any number of threads. ``url`` is host:port of the protocol's endpoint (8001 gRPC, 8000 HTTP
+    by default). No call takes longer than ``timeout_s``."""
 
     def __init__(self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0) -> None:
         self._module = _module(protocol, asynchronous=False)
-        http = {"connection_timeout": timeout_s, "network_timeout": timeout_s} if protocol == "http" else {}
-        self._client = self._module.InferenceServerClient(_address(url), **http)
-        self._options = {"client_timeout": timeout_s} if protocol == "grpc" else {}
+        self._timeout_s, self._closed = _seconds(timeout_s), False
+        _address(url)
+        self._client = HttpClient(url) if protocol == "http" else self._module.InferenceServerClient(url)
 
-    def _infer(self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], **limits: Any) -> Any:
+    def _infer(
+        self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], limit: Limit, **more: Any
+    ) -> Any:
+        if self._closed:
+            raise VivaceError(CLOSED)
         try:
-            return self._client.infer(model, inputs_of(self._module, tensors), **self._options, **limits)
+            inputs = inputs_of(self._module, tensors)
+            return self._client.infer(model, inputs, client_timeout=limit.left(), **more)
         except Exception as error:
-            raise _failed(error) from error
+            raise limit.error(VivaceError(CLOSED) if self._closed else error) from error
 
     def recommend(
         self,
@@ -223,20 +254,34 @@ class VivaceClient:
         filters: Mapping[str, Any] | None = None,
         diversity: float = 0.0,
     ) -> Recommendation:
-        """Items for a user; an empty ``history`` asks the feature store for the user's own. ``within_ms``: the server
-        may give up afterwards (0: never). Of a ``query``: ``filters`` {"values": {attribute: [...]}, "ranges": {number:
-        [low, high]}, "seen": False} and ``diversity`` 0..1 of the answer. Raises VivaceError where the server refuses
-        or fails, and ValueError for values of a wrong type."""
-        tensors = request_tensors(user_id, history, top_k, query)
-        return read_answer(self._infer(contract.ENSEMBLE, tensors, **limits(within_ms, filters, diversity)))
+        """Items for a user; an empty ``history`` asks the feature store for the user's own. ``within_ms``: server and
+        client give up afterwards (0: after ``timeout_s``). Of a ``query``: ``filters`` {"values": {attribute: [...]},
+        "ranges": {number: [low, high]}, "seen": False} and ``diversity`` 0..1 of the answer. Raises VivaceError where
+        the server refuses or fails, VivaceTimeoutError where no answer came in time, and ValueError for values of a
+        wrong type."""
+        tensors, more = request_tensors(user_id, history, top_k, query), limits(within_ms, filters, diversity)
+        limit = Limit(self._timeout_s, within_ms)
+        return _read(read_answer, self._infer(contract.ENSEMBLE, tensors, limit, **more))  # type: ignore[no-any-return]
 
-    def append(self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0) -> Appended:
+    def append(
+        self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0, event_id: str = ""
+    ) -> Appended:
         """Adds an event to the user's stored history (time 0: now); returns its new length, an int whose ``status``
-        says whether item and type are known. Raises VivaceError, and ValueError for values of a wrong type."""
-        result = self._infer(contract.APPEND_EVENT, append_tensors(user_id, item_id, event_type, timestamp_ms))
-        return read_appended(result)
+        says whether item and type are known. A server that cannot be reached is asked again, within ``timeout_s``: the
+        event is stored once. ``event_id``, the caller's own name of a user's event, extends that to calls that the
+        caller repeats. Raises VivaceError, and ValueError for values of a wrong type."""
+        tensors = append_tensors(user_id, item_id, event_type, timestamp_ms)
+        parameters, limit, tries = event_name(event_id), Limit(self._timeout_s), 0
+        while True:
+            try:
+                result = self._infer(contract.APPEND_EVENT, tensors, limit, parameters=parameters)
+                return _read(read_appended, result)  # type: ignore[no-any-return]
+            except VivaceError as error:
+                time.sleep(limit.wait_s(error, tries))
+            tries += 1
 
     def close(self) -> None:
+        self._closed = True
         self._client.close()
 
     def __enter__(self) -> VivaceClient:
@@ -247,19 +292,35 @@ class VivaceClient:
 
 
 class AsyncVivaceClient:
-    """The same calls for asyncio. Make it inside a running loop."""
+    """The same calls for asyncio. Make it inside the running loop that it is used in."""
 
     def __init__(self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0) -> None:
         self._module = _module(protocol, asynchronous=True)
+        self._timeout_s, self._closed = _seconds(timeout_s), False
+        _address(url)
+        self._loop = self._running_loop()
         http = {"conn_timeout": timeout_s, "conn_limit": 512} if protocol == "http" else {}
-        self._client = self._module.InferenceServerClient(_address(url), **http)
-        self._options = {"client_timeout": timeout_s} if protocol == "grpc" else {}
+        self._client = self._module.InferenceServerClient(url, **http)
 
-    async def _infer(self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], **limits: Any) -> Any:
+    @staticmethod
+    def _running_loop() -> asyncio.AbstractEventLoop:
         try:
-            return await self._client.infer(model, inputs_of(self._module, tensors), **self._options, **limits)
+            return asyncio.get_running_loop()
+        except RuntimeError:
+            raise VivaceError("AsyncVivaceClient: make it inside a running event loop") from None
+
+    async def _infer(
+        self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], limit: Limit, **more: Any
+    ) -> Any:
+        if self._closed:
+            raise VivaceError(CLOSED)
+        if self._running_loop() is not self._loop:
+            raise VivaceError("AsyncVivaceClient: made in another event loop; make one in each")
+        try:
+            async with asyncio.timeout(limit.left()):
+                return await self._client.infer(model, inputs_of(self._module, tensors), **more)
         except Exception as error:
-            raise _failed(error) from error
+            raise limit.error(VivaceError(CLOSED) if self._closed else error) from error
 
     async def recommend(
         self,
@@ -272,15 +333,26 @@ class AsyncVivaceClient:
         diversity: float = 0.0,
     ) -> Recommendation:
         """See ``VivaceClient.recommend``."""
-        tensors = request_tensors(user_id, history, top_k, query)
-        return read_answer(await self._infer(contract.ENSEMBLE, tensors, **limits(within_ms, filters, diversity)))
+        tensors, more = request_tensors(user_id, history, top_k, query), limits(within_ms, filters, diversity)
+        result = await self._infer(contract.ENSEMBLE, tensors, Limit(self._timeout_s, within_ms), **more)
+        return _read(read_answer, result)  # type: ignore[no-any-return]
 
-    async def append(self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0) -> Appended:
+    async def append(
+        self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0, event_id: str = ""
+    ) -> Appended:
         """See ``VivaceClient.append``."""
-        result = await self._infer(contract.APPEND_EVENT, append_tensors(user_id, item_id, event_type, timestamp_ms))
-        return read_appended(result)
+        tensors = append_tensors(user_id, item_id, event_type, timestamp_ms)
+        parameters, limit, tries = event_name(event_id), Limit(self._timeout_s), 0
+        while True:
+            try:
+                result = await self._infer(contract.APPEND_EVENT, tensors, limit, parameters=parameters)
+                return _read(read_appended, result)  # type: ignore[no-any-return]
+            except VivaceError as error:
+                await asyncio.sleep(limit.wait_s(error, tries))
+            tries += 1
 
     async def close(self) -> None:
+        self._closed = True
         await self._client.close()
 
     async def __aenter__(self) -> AsyncVivaceClient:

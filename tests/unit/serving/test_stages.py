@@ -7,7 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from serving.runtime.stages import ResponseStage, event_status, parse_event, parse_row, read_search_for, search_for
+from serving.runtime.stages import (
+    ResponseStage,
+    event_status,
+    parse_event,
+    parse_event_id,
+    parse_row,
+    read_search_for,
+    search_for,
+)
 from vivace import contract
 from vivace.store.interface import Event
 
@@ -26,12 +34,20 @@ def test_parse_event():
         "USER_ID: expected a user id": (b"", b"a", b""),
         "ITEM_ID: expected an item id": (b"u", b"", b""),
         "ITEM_ID: expected at most 1024 bytes, got 1025": (b"u", b"a" * 1025, b""),
-        "EVENT_TYPE: expected at most 1024 bytes": (b"u", b"a", b"v" * 2000),
+        "EVENT_TYPE: expected at most 128 bytes": (b"u", b"a", b"v" * 129),
         "EVENT_TYPE: expected UTF-8, got byte 0xff": (b"u", b"a", b"\xff"),
     }
     for message, values in cases.items():
         with pytest.raises(ValueError, match=message):
             parse_event(*values, 1)
+    assert parse_event(b"u", b"a", b"", 5, "n").event_id == "n"
+
+
+def test_parse_event_id():
+    assert (parse_event_id(None), parse_event_id(""), parse_event_id("ü" * 64)) == ("", "", "ü" * 64)
+    for given, message in ((5, "expected a text, got int"), ("ü" * 65, "at most 128 bytes"), ("\ud800", "UTF-8")):
+        with pytest.raises(ValueError, match=f"event_id: .*{message}"):
+            parse_event_id(given)
 
 
 def test_what_is_not_known_of_an_event_is_reported():

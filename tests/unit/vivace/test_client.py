@@ -23,6 +23,8 @@ RECOMMEND = {
     "top_k: expected an int of 32 bits, got 2147483648": {"top_k": 1 << 31},
     "within_ms: expected a number, got str '5'": {"within_ms": "5"},
     "within_ms: expected a number, got float inf": {"within_ms": float("inf")},
+    "within_ms: expected 0 .no limit. or more, got -5": {"within_ms": -5},
+    "history: expected a list of item ids, got NoneType None": {"history": None},
     "diversity: expected a number, got float nan": {"diversity": float("nan")},
     "filters: expected a dict, got list": {"filters": ["red"]},
     "filters: expected what JSON can hold": {"filters": {"values": {"brand": {"a", "b"}}}},
@@ -33,6 +35,7 @@ APPEND = {
     "event_type: expected a str, got NoneType None": ("u", "a", None),
     "timestamp_ms: expected an int, got float 1.5": ("u", "a", "view", 1.5),
     "timestamp_ms: expected an int of 64 bits": ("u", "a", "view", 1 << 63),
+    "event_id: expected a str, got int 7": ("u", "a", "view", 1, 7),
 }
 
 

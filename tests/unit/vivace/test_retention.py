@@ -9,7 +9,7 @@ import pytest
 from vivace.store import lmdb_store
 from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
-from vivace.store.retention import DAY_MS, MAX_STORED_EVENTS, SETTINGS, Retention
+from vivace.store.retention import DAY_MS, SETTINGS, Retention
 
 
 @pytest.fixture
