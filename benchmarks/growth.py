@@ -26,7 +26,7 @@ from benchmarks.tables import Scoring, catalogue
 from benchmarks.turns import milliseconds
 from loadtest.reports.record import record_line
 from serving.runtime.item_index import ItemIndex
-from training.compile.index import tune
+from training.compile.index import RECALL, Exact, Probe, tune
 from training.compile.onnx_export import export
 from training.models.ranking import ItemTables, RankingGraph, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
@@ -58,7 +58,8 @@ def retrieval(sizes: list[int], candidates: int, folder: Path, seconds: float) -
         index = ItemIndex.build(full, np.zeros(len(full), np.float32), threads=os.cpu_count() or 1)
         built = time.perf_counter() - began
         faiss.omp_set_num_threads(1)
-        tuned = tune(index, given[:256], best[:256] + FIRST_ID)
+        exactly = Exact(full, np.zeros(len(full), np.float32))
+        tuned = tune(index, exactly, [Probe("states", given[:256], RECALL)], candidates)
         nearest = index.search(given[256:], candidates)[0]
         held_out = float(np.mean([np.isin(a + FIRST_ID, b).mean() for a, b in zip(best[256:], nearest, strict=True)]))
         approximate[items] = milliseconds(lambda i: index.search(given[[i % 512]], candidates), seconds)  # noqa: B023

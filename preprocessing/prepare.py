@@ -36,11 +36,13 @@ from preprocessing.rejects import Rejects
 from preprocessing.splits import SplitConfig, TimeSample, mark
 from preprocessing.workflow import (
     VocabularyConfig,
+    checksums,
     dask_cluster,
     dataset,
     event_workflow,
     extend_vocabulary,
     item_workflow,
+    load_workflow,
     nvt,
     training_rows,
 )
@@ -48,6 +50,8 @@ from vivace import contract
 from vivace.manifest import Progress, Step, replaced
 from vivace.run import Run
 from vivace.store.lmdb_store import fill_store
+
+WORKFLOW, ITEM_WORKFLOW = WORKFLOWS = ("workflow", "item_workflow")  # folders of what NVTabular fitted
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,7 @@ def _items_table(
     for name in schema.item_categoricals:  # a column of nulls alone still is text
         frame[name] = frame[name].astype(object)
     attributes.fit(nvt.Dataset(frame[columns].reset_index(drop=True)))
-    attributes.save(str(folder / "item_workflow"))
+    attributes.save(str(folder / ITEM_WORKFLOW))
     encoded = attributes.transform(nvt.Dataset(frame[columns].reset_index(drop=True))).compute()
     return pd.concat([frame[shown], encoded.reset_index(drop=True)], axis=1)
 
@@ -347,11 +351,12 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         with dask_cluster(config.workers, scratch / "dask") as where:
             workflow = event_workflow(schema, config.vocabulary, scratch / "categories")
             workflow.fit(dataset(training_rows(events, scratch / "fit")))
-            workflow.save(str(folder / "workflow"))
+            workflow.save(str(folder / WORKFLOW))
             if known is not None and config.vocabulary.with_catalogue:
-                added = extend_vocabulary(folder / "workflow", contract.ITEM, catalogue[contract.ITEM])
+                added = extend_vocabulary(folder / WORKFLOW, contract.ITEM, catalogue[contract.ITEM])
                 say(f"{added:,} items of the catalogue have no training event")
-            workflow = nvt.Workflow.load(str(folder / "workflow"))
+            saved = checksums(folder / WORKFLOW)
+            workflow = load_workflow(folder / WORKFLOW, saved)
             say(f"fitted {where}; encoding")
             workflow.transform(dataset(events)).to_parquet(str(scratch / "encoded"))
         counts: dict[str, int] = {}
@@ -387,4 +392,5 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         feature_store=stored,
         searches=searches,
         licence=schema.licence,
+        checksums={name: checksums(folder / name) for name in WORKFLOWS if (folder / name).is_dir()},
     )

@@ -7,6 +7,7 @@ result depends on the row index (NVTabular 23.8).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,8 @@ from vivace.contract import (
     DataSchema,
     label_column,
 )
+from vivace.manifest import read_manifest
+from vivace.run import FEATURES, MADE_BY
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -157,6 +160,34 @@ def item_workflow(schema: DataSchema, scratch: Path) -> nvt.Workflow | None:
         return None
     output = nodes[0] if len(nodes) == 1 else nodes[0] + nodes[1]
     return nvt.Workflow(output)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a saved workflow, by its path in ``folder``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def load_workflow(folder: Path, expected: dict[str, str] | None = None) -> nvt.Workflow:
+    """A saved workflow, once its files have the checksums that were taken when it was saved: it holds a pickle, and
+    loading one runs what is in it. ``expected``: None takes those of the manifest beside ``folder``. Raises ValueError
+    where they differ or there are none."""
+    if expected is None:
+        results = read_manifest(folder.parent, MADE_BY[FEATURES])["results"]
+        expected = results.get("checksums", {}).get(folder.name)
+    if not expected:
+        raise ValueError(
+            f"{folder}: the manifest has no checksums of this workflow, a pickle that may run anything; run "
+            f"'{MADE_BY[FEATURES]}' again"
+        )
+    there = checksums(folder)
+    changed = sorted(name for name in expected.keys() | there.keys() if expected.get(name) != there.get(name))
+    if changed:
+        raise ValueError(
+            f"{folder}: not loaded, as {', '.join(changed[:5])} changed since 'vivace prepare' wrote it; it holds a "
+            f"pickle, which may run anything. Run '{MADE_BY[FEATURES]}' again"
+        )
+    return nvt.Workflow.load(str(folder))
 
 
 def dataset(files: list[Path]) -> nvt.Dataset:

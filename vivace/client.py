@@ -234,10 +234,11 @@ class VivaceClient:
         self._client = HttpClient(url) if protocol == "http" else self._module.InferenceServerClient(url)
 
     def _infer(
-        self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], limit: Limit, **more: Any
+        self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], limit: Limit | None = None, **more: Any
     ) -> Any:
         if self._closed:
             raise VivaceError(CLOSED)
+        limit = limit or Limit(self._timeout_s)
         try:
             inputs = inputs_of(self._module, tensors)
             return self._client.infer(model, inputs, client_timeout=limit.left(), **more)
@@ -310,12 +311,13 @@ class AsyncVivaceClient:
             raise VivaceError("AsyncVivaceClient: make it inside a running event loop") from None
 
     async def _infer(
-        self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], limit: Limit, **more: Any
+        self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], limit: Limit | None = None, **more: Any
     ) -> Any:
         if self._closed:
             raise VivaceError(CLOSED)
         if self._running_loop() is not self._loop:
             raise VivaceError("AsyncVivaceClient: made in another event loop; make one in each")
+        limit = limit or Limit(self._timeout_s)
         try:
             async with asyncio.timeout(limit.left()):
                 return await self._client.infer(model, inputs_of(self._module, tensors), **more)

@@ -52,7 +52,8 @@ MAX_EVENT_TYPE_BYTES = 128
 MAX_EVENT_ID_BYTES = 128
 MAX_HISTORY_EVENTS = 100_000
 MAX_QUERY_BYTES = 4096
-MAX_SEEN = 1024  # newest distinct items that an index does not answer; the exact search excludes them all
+MAX_SEEN = 4096  # newest distinct items that an index does not answer: as many events as a store keeps of a user. The
+# exact search excludes them all
 
 DTYPES = ("BYTES", "INT64", "INT32", "FP32", "BOOL")
 
@@ -141,8 +142,8 @@ class StageTensors:
 
     ``history`` T, ``candidates`` N, ``items`` V (ids 0..V-1, special ids included), ``width`` D; ``timed``: whether the
     retrieval model reads the times of the history; ``memory``: newest encoded events handed to the ranker (0: all T);
-    ``indexed``: candidates come from an approximate index, which is told the seen items by id; ``search``: features
-    of an item that a query found, for the search ranker (0: QUERY is not searched for).
+    ``indexed``: candidates come from an approximate index, which is told the newest ``seen`` items by id; ``search``:
+    features of an item that a query found, for the search ranker (0: QUERY is not searched for).
     """
 
     history: int
@@ -153,6 +154,7 @@ class StageTensors:
     memory: int = 0
     indexed: bool = False
     search: int = 0
+    seen: int = 1024  # what was compiled before it was a number of its own
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -191,7 +193,7 @@ class StageTensors:
     @property
     def seen_ids(self) -> WireTensor:
         """Items that must not be answered, newest last, padded on the left with PADDING_ID."""
-        return WireTensor("SEEN_IDS", "INT64", (MAX_SEEN,))
+        return WireTensor("SEEN_IDS", "INT64", (self.seen,))
 
     @property
     def candidate_ids(self) -> WireTensor:

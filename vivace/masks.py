@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vivace.contract import FIRST_ID, MAX_SEEN, PADDING_ID
+from vivace.contract import FIRST_ID, PADDING_ID
 
 
 def excluded(histories: Sequence[np.ndarray], items: int) -> np.ndarray:
@@ -21,10 +21,10 @@ def excluded(histories: Sequence[np.ndarray], items: int) -> np.ndarray:
     return out_BV
 
 
-def seen_ids(histories: Sequence[np.ndarray]) -> np.ndarray:
-    """int64 [B, MAX_SEEN]: the newest distinct items of each row, newest last, padded on the left."""
-    out_BS = np.full((len(histories), MAX_SEEN), PADDING_ID, np.int64)
+def seen_ids(histories: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """int64 [B, count]: the newest distinct items of each row, newest last, padded on the left."""
+    out_BS = np.full((len(histories), count), PADDING_ID, np.int64)
     for row, history in zip(out_BS, histories, strict=True):
-        distinct = list(dict.fromkeys(history[::-1].tolist()))[:MAX_SEEN][::-1]
-        row[MAX_SEEN - len(distinct) :] = distinct
+        distinct = list(dict.fromkeys(history[::-1].tolist()))[:count][::-1]
+        row[count - len(distinct) :] = distinct
     return out_BS

@@ -2,12 +2,15 @@
 
 A graph of near neighbours (HNSW, Malkov & Yashunin 2018) under the inner product; inverted lists (IVF) were measured
 too and find far less for the same time (docs/log.md). The item bias is one more dimension; a state meets it with a 1.
-``training.compile.index`` builds and judges it. Axis legend: B states, V item ids, D width, N candidates, S seen items.
+Items of equal vectors are one row of the index: a graph of their copies knows no way to the others.
+``training.compile.index`` builds and judges it. Axis legend: B states, V item ids, D width, N candidates, S seen items,
+G groups of items with equal vectors, K rows that a search returns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +22,147 @@ from vivace.onnx_session import open_session
 
 EXCLUDED = -1e30  # as in the exact graph: the score of a place that no item takes
 FACTORY = "HNSW32"  # "HNSW32_SQ8": a quarter of the memory, about one in a hundred candidates less
-INDEX, ENCODER, POPULAR = "index.faiss", "encoder.onnx", "popular.npz"
+INDEX, GROUPS, ENCODER, POPULAR = "index.faiss", "groups.npz", "encoder.onnx", "popular.npz"
+
+
+def with_bias(table_VD: np.ndarray, bias_V: np.ndarray) -> np.ndarray:
+    """Rows float32 [V - FIRST_ID, D + 1] of the items of a table of all ids, the special ones included."""
+    rows = np.concatenate([table_VD, bias_V[:, None]], 1)[FIRST_ID:]
+    return np.ascontiguousarray(rows, np.float32) + np.float32(0)  # -0 becomes 0: equal rows are equal bytes
+
+
+def asking(states_BD: np.ndarray) -> np.ndarray:
+    """States as the rows above are asked with, float32 [B, D + 1]."""
+    return np.concatenate([states_BD, np.ones((len(states_BD), 1), np.float32)], 1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Items by the row of the index that stands for them: ``ids`` int64 [V - FIRST_ID] group by group, each in the
+    order of ids, and where each group starts, ``starts`` int64 [G + 1]."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> tuple[Groups, np.ndarray]:
+        """The groups of ``rows``, in the order of their first items, and the positions of those."""
+        whole = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
+        _, first, group = np.unique(whole, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        group = np.argsort(order)[group.ravel()]
+        starts = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=len(order)))])
+        return cls(np.argsort(group, kind="stable") + FIRST_ID, starts), first[order]
+
+    @classmethod
+    def single(cls, count: int) -> Groups:
+        """Every item by itself."""
+        return cls(np.arange(FIRST_ID, FIRST_ID + count), np.arange(count + 1))
+
+    @property
+    def all_single(self) -> bool:
+        return len(self.starts) == len(self.ids) + 1
+
+    def expand(self, rows_K: np.ndarray, scores_K: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, scores) of the items behind rows of the index, best first, ``limit`` of them if there are as many."""
+        if self.all_single:
+            return rows_K[:limit] + FIRST_ID, scores_K[:limit]
+        starts = self.starts[rows_K]
+        sizes = np.minimum(self.starts[rows_K + 1] - starts, limit)
+        ends = np.cumsum(sizes)
+        stop = int(np.searchsorted(ends, limit)) + 1
+        starts, sizes, ends = starts[:stop], sizes[:stop], ends[:stop]
+        places = np.repeat(starts - ends + sizes, sizes) + np.arange(sizes.sum())
+        return self.ids[places[:limit]], np.repeat(scores_K[:stop], sizes)[:limit]
 
 
 class ItemIndex:
     """``search(states, count, seen)`` answers the ``count`` best items that are not ``seen``. ``effort``: how many
     items a search keeps in view (efSearch); at least the number it is asked for."""
 
-    def __init__(self, index: Any, effort: int) -> None:
-        self.index, self.effort = index, effort
+    def __init__(self, index: Any, effort: int, groups: Groups) -> None:
+        self.index, self.effort, self.groups = index, effort, groups
 
     @classmethod
     def build(cls, table_VD: np.ndarray, bias_V: np.ndarray, factory: str = FACTORY, threads: int = 1) -> ItemIndex:
         """``table_VD`` float32 [V, D] and ``bias_V`` [V] of all ids, the special ones included (they are left out)."""
         import faiss
 
-        rows = np.concatenate([table_VD, bias_V[:, None]], 1)[FIRST_ID:]
-        rows = np.ascontiguousarray(rows, np.float32)
+        rows = with_bias(table_VD, bias_V)
+        groups, first = Groups.of(rows)
+        distinct = np.ascontiguousarray(rows[first])
         faiss.omp_set_num_threads(threads)
         index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-        index.train(rows)
-        index.add(rows)
-        return cls(index, 1)
+        index.train(distinct)
+        index.add(distinct)
+        return cls(index, 1, groups)
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path) -> None:
+        """Writes INDEX and GROUPS."""
         import faiss
 
         self.index.hnsw.efSearch = self.effort
-        faiss.write_index(self.index, str(path))
+        faiss.write_index(self.index, str(folder / INDEX))
+        np.savez(folder / GROUPS, ids=self.groups.ids, starts=self.groups.starts)
 
     @classmethod
-    def load(cls, path: Path, threads: int = 1) -> ItemIndex:
+    def load(cls, folder: Path, threads: int = 1) -> ItemIndex:
         import faiss  # here and above: only an indexed run needs it
 
+        path, groups = folder / INDEX, folder / GROUPS
         if not path.exists():
             raise FileNotFoundError(f"{path}: expected a FAISS index; run vivace compile --index")
         faiss.omp_set_num_threads(threads)
         index: Any = faiss.read_index(str(path))
-        return cls(index, index.hnsw.efSearch)
+        if not groups.exists():  # compiled before there were any
+            return cls(index, index.hnsw.efSearch, Groups.single(index.ntotal))
+        with np.load(groups) as saved:
+            return cls(index, index.hnsw.efSearch, Groups(saved["ids"], saved["starts"]))
 
     def search(
         self, states_BD: np.ndarray, count: int, seen: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """(ids int64 [B, count], scores float32 [B, count]), best first; PADDING_ID and EXCLUDED where fewer were
-        found. ``seen``: ids that each row may not be answered."""
+        found. ``seen``: ids that each row may not be answered, of any number."""
+        queries = asking(states_BD)
+        ids = np.full((len(queries), count), PADDING_ID, np.int64)
+        scores = np.full((len(queries), count), EXCLUDED, np.float32)
+        more = np.array([len(s) for s in seen] if seen is not None else [0] * len(queries))
+        extra = min(int(more.max(initial=0)), count)  # seen items are seldom all among the best
+        places = np.arange(len(queries))
+        while len(places):
+            rows_BK, scores_BK = self._nearest(queries[places], count + extra)
+            short = []
+            for i, rows_K, scores_K in zip(places, rows_BK, scores_BK, strict=True):
+                live = rows_K >= 0
+                kept, kept_scores = self.groups.expand(rows_K[live], scores_K[live], count + int(more[i]))
+                if more[i]:
+                    free = ~np.isin(kept, seen[i])  # type: ignore[index]
+                    kept, kept_scores = kept[free], kept_scores[free]
+                n = min(len(kept), count)
+                ids[i, :n], scores[i, :n] = kept[:n], kept_scores[:n]
+                if n < count and more[i] > extra:
+                    short.append(i)
+            places, extra = np.array(short, np.int64), int(more[short].max(initial=0))
+        return ids, scores
+
+    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of the index int64 [B, K], scores float32 [B, K]), best first; -1 where fewer were found."""
         import faiss
 
-        more = max((len(s) for s in seen), default=0) if seen is not None else 0
-        queries = np.concatenate([states_BD, np.ones((len(states_BD), 1), np.float32)], 1).astype(np.float32)
-        parameters = faiss.SearchParametersHNSW(efSearch=max(self.effort, count + more))  # type: ignore[attr-defined]
-        found_scores, rows = self.index.search(queries, count + more, params=parameters)
-        ids = np.where(rows < 0, PADDING_ID, rows + FIRST_ID)
-        out, scores = np.full((len(ids), count), PADDING_ID, np.int64), np.full((len(ids), count), EXCLUDED, np.float32)
-        for i, row in enumerate(ids):
-            live = row != PADDING_ID
-            if seen is not None and len(seen[i]):
-                live &= ~np.isin(row, seen[i])
-            keep = np.flatnonzero(live)[:count]
-            out[i, : len(keep)], scores[i, : len(keep)] = row[keep], found_scores[i, keep]
-        return out, scores
+        k = min(k, self.index.ntotal)
+        parameters = faiss.SearchParametersHNSW(efSearch=max(self.effort, k))  # type: ignore[attr-defined]
+        scores, rows = self.index.search(queries, k, params=parameters)
+        return rows, scores
 
 
 class IndexedRetrieval:
-    """The retrieval stage as a function: an encoder graph, then the index. Files of ``folder``: ENCODER, INDEX and
-    POPULAR (``ids`` by falling popularity and their ``scores``), which answers a history without a known item."""
+    """The retrieval stage as a function: an encoder graph, then the index. Files of ``folder``: ENCODER, INDEX, GROUPS
+    and POPULAR (``ids`` by falling popularity and their ``scores``), which answers a history without a known item."""
 
     def __init__(self, folder: Path, shapes: StageTensors, threads: int = 1) -> None:
         self.encoder = open_session(folder / ENCODER, threads)
-        self.index, self.shapes = ItemIndex.load(folder / INDEX, threads), shapes
+        self.index, self.shapes = ItemIndex.load(folder, threads), shapes
         with np.load(folder / POPULAR) as saved:
             self.popular, self.popularity = saved["ids"], saved["scores"]
 

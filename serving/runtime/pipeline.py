@@ -122,7 +122,7 @@ class Pipeline:
     def popular(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Popular items that the rows may be answered, as ``rank`` gives them; by no model."""
         if self.shapes.indexed:
-            taken_BN = (inputs[1][:, :, None] == self._popular_N).any(1)
+            taken_BN = np.stack([np.isin(self._popular_N, seen[seen != contract.PADDING_ID]) for seen in inputs[1]])
         else:
             taken_BN = inputs[1][:, self._popular_N]
         order_BN = np.argsort(taken_BN, axis=1, kind="stable")  # free ones first, in their order

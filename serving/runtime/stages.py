@@ -215,7 +215,11 @@ class FeatureTransform:
             history_BT[i, t - len(newest) :] = newest
             ids_to_exclude.append(history_ids if self._exclude_seen else history_ids[:0])
             status.append(self._status(rows[i], history_ids, known_user=stored.get(i) is not None))
-        seen = seen_ids(ids_to_exclude) if self._shapes.indexed else excluded(ids_to_exclude, self._shapes.items)
+        if self._shapes.indexed:
+            seen = seen_ids(ids_to_exclude, self._shapes.seen)
+            status = [with_reason(s, self._not_left_out(h)) for s, h in zip(status, ids_to_exclude, strict=True)]
+        else:
+            seen = excluded(ids_to_exclude, self._shapes.items)
         if not self._shapes.timed:
             return [history_BT, seen], status
         time_BT = np.zeros((len(rows), t), np.int64)
@@ -224,6 +228,15 @@ class FeatureTransform:
                 times = timed[1][-t:]
                 time_BT[i, t - len(times) :] = times
         return [history_BT, seen, time_BT], status
+
+    def _not_left_out(self, history_ids: np.ndarray) -> str:
+        """What an index may answer although it was seen, as a reason of STATUS; "" where that is nothing."""
+        if len(history_ids) <= self._shapes.seen:
+            return ""
+        distinct = len(np.unique(history_ids[history_ids >= FIRST_ID]))
+        if distinct <= self._shapes.seen:
+            return ""
+        return f"of {distinct} items seen, the newest {self._shapes.seen} are left out of the answer"
 
     def _status(self, row: Row, ids: np.ndarray, known_user: bool) -> str:
         if row.query and self._shapes.search:

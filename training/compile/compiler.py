@@ -194,7 +194,7 @@ class Compilation:
         states_BD = validation_states(self.features, self.preset, self.retriever)
         tuned = build_index(self.retriever, states_BD, s.candidates, self.config.index, self.folder)
         self.say(f"index: effort {tuned.effort} finds {tuned.recall:.4f} of the exact candidates")
-        self.tensors = replace(s, indexed=True)
+        self.tensors = replace(s, indexed=True, seen=min(contract.MAX_SEEN, s.items))
         return tuned
 
     def judge(self, reference: Run) -> Verdict:

@@ -9,7 +9,7 @@ from typing import Any
 from preprocessing.features import Features
 from search import published as search
 from serving import repository
-from serving.runtime.item_index import ENCODER, INDEX, POPULAR
+from serving.runtime.item_index import ENCODER, GROUPS, INDEX, POPULAR
 from training.compile.targets import files as plans
 from vivace import contract
 from vivace.manifest import finite, plain, write_json, write_text
@@ -49,7 +49,7 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
     """What goes into the new version, by model and name."""
     built, of_search = plans(folder), search.files_of(run.root)
     if tensors.indexed:
-        retrieval = {name: folder / name for name in (ENCODER, INDEX, POPULAR)}
+        retrieval = {name: folder / name for name in (ENCODER, INDEX, GROUPS, POPULAR)}
     else:
         retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
     response = {ITEMS_FILE: folder / ITEMS_FILE, **of_search.pop(contract.RESPONSE, {})}

@@ -120,7 +120,7 @@ class Requests:
     def inputs(self, s: StageTensors, exclude_seen: bool) -> list[np.ndarray]:
         """Inputs of the retrieval stage, in the contract's order."""
         histories = self._excluding(exclude_seen)
-        seen = seen_ids(histories) if s.indexed else excluded(histories, s.items)
+        seen = seen_ids(histories, s.seen) if s.indexed else excluded(histories, s.items)
         return [self.history_BT.numpy(), seen, *([self.time_BT.numpy()] if s.timed else [])]
 
 

@@ -133,7 +133,7 @@ class Loop:
         parts to it, so all must call, and the file is the same with or without sharding."""
         if not self.world.first and not self.loss.sharded:
             return
-        state = {
+        state = {  # tensors, numbers, texts and None alone: what is loaded runs no code
             "model": whole(self.model.state_dict()),
             "optimizer": whole(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
@@ -154,7 +154,7 @@ class Loop:
         """Takes up a checkpoint of this folder, and says so; False if there is none."""
         if not self._path.exists():
             return False
-        state = torch.load(self._path, weights_only=False)
+        state = torch.load(self._path, weights_only=True)
         present = self.model.state_dict()
         self.model.load_state_dict(sharded_like(state["model"], present))
         for index, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):

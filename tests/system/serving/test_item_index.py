@@ -7,46 +7,22 @@ import shutil
 import numpy as np
 import pytest
 
-from serving.runtime.item_index import ItemIndex
+from preprocessing.features import Features
+from preprocessing.prepare import PrepareConfig, prepare
+from preprocessing.readers.shop import Shop, ShopConfig
 from serving.service import service
 from tests.support import PatientClient, on_free_ports, quiet
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.engine import Engine
-from training.compile.index import recall, tune
 from training.compile.onnx_export import shapes
-from training.judge.gate import GateError
+from training.judge.evaluate import evaluate
+from training.learn.ranker import train_ranker
+from training.learn.retriever import train_retrieval
 from training.presets import tiny
 from vivace import contract
 from vivace.masks import seen_ids
+from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
-
-
-def test_inner_product_and_bias_by_hand():
-    table = np.array([[9, 9], [9, 9], [9, 9], [1, 0], [0, 1], [1, 1], [-1, 0]], np.float32)  # ids 0 to 2 are special
-    index = ItemIndex.build(table, np.array([9, 9, 9, 0, 0.5, 0, 3], np.float32))
-    ids, scores = index.search(np.array([[2, 1]], np.float32), 4)
-    assert ids.tolist() == [[5, 3, 4, 6]] and scores.tolist() == [[3, 2, 1.5, 1]]
-    ids, scores = index.search(np.array([[2, 1], [2, 1]], np.float32), 4, [np.array([5, 4]), np.array([], np.int64)])
-    assert ids.tolist() == [[3, 6, 0, 0], [5, 3, 4, 6]] and scores[0, 2] < -1e29
-    assert recall(np.array([[3, 4, 0]]), np.array([[4, 9]])) == 0.5
-
-
-def test_seen_ids_by_hand():
-    found = seen_ids([np.array([5, 7, 5, 9]), np.arange(3, 2003)])
-    assert found[0, -3:].tolist() == [7, 5, 9] and not found[0, :-3].any()
-    assert found[1].tolist() == list(range(2003 - contract.MAX_SEEN, 2003))
-
-
-def test_an_index_that_finds_too_little_is_refused():
-    rng = np.random.default_rng(0)
-    table, states = (rng.normal(size=(n, 32)).astype(np.float32) for n in (4000, 40))
-    index = ItemIndex.build(table, np.zeros(4000, np.float32))
-    exact = np.argsort(-states @ table[3:].T, 1)[:, :20] + 3
-    tuned = tune(index, states, exact, 0.98)
-    assert tuned.recall >= 0.98 and tuned.effort == index.effort and max(tuned.tried) == tuned.effort
-    wrong = (exact + 1000 - 3) % 3997 + 3  # another catalogue's answers
-    with pytest.raises(GateError, match="not published"):
-        tune(index, states, wrong)
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +55,36 @@ def test_the_live_ensemble_answers_as_the_exact_one(features, root, served, inde
         assert len(answer.items) == 10 and not histories[user] & set(answer.items)
 
 
+def test_of_a_user_of_3000_events_nothing_comes_back(tmp_path):
+    """More distinct items than went to an index once: through the store, the live ensemble and one process."""
+    root = tmp_path / "wide"
+    prepare(Shop(ShopConfig(users=300, items=1_600, events=6_000, seed=4)), PrepareConfig(), root, 4, quiet)
+    features = Features(root / "features")
+    train_retrieval(features, tiny(), root, 4, quiet, quiet=True)
+    train_ranker(features, tiny(), root, 4, quiet, quiet=True)
+    evaluate(features, tiny(), root, 4, quiet)
+    compile_models(features, tiny(), root, 4, quiet, CompileConfig(index="HNSW32", force=True))
+    names = features.items()[contract.ITEM].tolist()
+    assert len(names) > 1_500
+    seen = names[:1_450]  # the most popular, which any answer would begin with
+    store = LmdbStore(root / "feature_store")
+    store.append([Event("reader", seen[n % len(seen)], "view", n + 1) for n in range(3_000)])
+    store.close()
+    for profile in ("", "fused"):
+        options = on_free_ports(root / "model_repository", profile=profile)
+        with service(options, quiet) as (server, _), PatientClient(f"{server.host}:{server.grpc_port}") as client:
+            answer = client.recommend("reader", top_k=50)
+            assert answer.status == contract.STATUS_OK and len(answer.items) == 50
+            assert not set(answer.items) & set(seen)
+
+
 def test_batch_equals_single(features, indexed):
     own, _ = indexed
     s = contract.StageTensors(**{**shapes(tiny(), features.item_count()).__dict__, "indexed": True})
     engine, rng = Engine(own / "compiled", s), np.random.default_rng(0)
     history = rng.integers(3, s.items, (8, s.history))
     history[3] = 0
-    inputs = [history, seen_ids(list(history))]
+    inputs = [history, seen_ids(list(history), s.seen)]
     together = engine(inputs)
     for i in range(8):
         alone = engine([x[i : i + 1] for x in inputs])

@@ -31,7 +31,7 @@ def test_stored_times_reach_the_retriever(features, root, tmp_path):
     for folder in ("features", "feature_store"):
         shutil.copytree(root / folder, own / folder)
     train_retrieval(features, preset, own, 3, quiet, quiet=True)
-    weights = torch.load(own / "retrieval" / "weights.pt")
+    weights = torch.load(own / "retrieval" / "weights.pt", weights_only=True)
     with torch.no_grad():  # two epochs teach it little: make times matter
         weights["encoder.blocks.0.time.bias_RA"].copy_(torch.linspace(-15, 15, 64).reshape(32, 2))
     torch.save(weights, own / "retrieval" / "weights.pt")

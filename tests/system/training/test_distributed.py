@@ -69,7 +69,10 @@ def test_two_processes_take_the_steps_of_one(features, tmp_path, shard_model):
     for mine, reference in zip(two, one, strict=True):
         assert mine["loss"] == pytest.approx(reference["loss"], rel=2e-4)
         assert mine["log_loss"] == pytest.approx(reference["log_loss"], rel=2e-4)
-    weights = [torch.load(tmp_path / n / "retrieval" / "weights.pt")["items.id.weight"] for n in ("one", "two")]
+    weights = [
+        torch.load(tmp_path / n / "retrieval" / "weights.pt", weights_only=True)["items.id.weight"]
+        for n in ("one", "two")
+    ]
     torch.testing.assert_close(*weights, atol=2e-3, rtol=0)
 
 

@@ -11,7 +11,7 @@ from preprocessing.features import Features
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers.shop import Shop, ShopConfig
 from preprocessing.splits import SplitConfig
-from preprocessing.workflow import VocabularyConfig
+from preprocessing.workflow import VocabularyConfig, load_workflow
 from training.data.counters import popularity
 from vivace import contract
 from vivace.manifest import BusyError, exclusive
@@ -93,3 +93,29 @@ def test_items_without_a_training_event_are_in_the_vocabulary(tmp_path):
         counts[new_items] = popularity(features.files("train"), features.item_count())[contract.FIRST_ID :]
     assert len(found[True]) == 80 > len(found[False]) and (counts[False] > 0).all()
     assert found[True][: len(found[False])] == found[False] and (counts[True][len(found[False]) :] == 0).all()
+
+
+def test_a_saved_workflow_is_loaded_only_as_it_was_saved(tmp_path):
+    """It holds a pickle: who can write it would run code."""
+    prepare(SOURCE, PrepareConfig(partitions=1), tmp_path, 0, lambda _: None)
+    folder = tmp_path / "features" / "workflow"
+    assert load_workflow(folder).output_node is not None
+    (pickled,) = folder.glob("*.pkl")
+    content = pickled.read_bytes()
+    ran = tmp_path / "ran"
+    pickled.write_bytes(f"cposix\nsystem\n(S'touch {ran}'\ntR.".encode())
+    with pytest.raises(ValueError, match=rf"not loaded, as {pickled.name} changed since .*vivace prepare' again"):
+        load_workflow(folder)
+    pickled.write_bytes(content)
+    (folder / "more.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"more\.pkl changed"):
+        load_workflow(folder)
+    (folder / "more.pkl").unlink()
+    load_workflow(folder)
+    manifest = tmp_path / "features" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    del record["results"]["checksums"]
+    manifest.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="has no checksums of this workflow"):
+        load_workflow(folder)
+    assert not ran.exists()

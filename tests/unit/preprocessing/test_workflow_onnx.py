@@ -11,7 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preprocessing.workflow import VocabularyConfig, dataset, event_workflow, extend_vocabulary, nvt, training_rows
+from preprocessing.workflow import (
+    VocabularyConfig,
+    checksums,
+    dataset,
+    event_workflow,
+    extend_vocabulary,
+    load_workflow,
+    nvt,
+    training_rows,
+)
 from preprocessing.workflow_onnx import compile_workflow, encoded_name, graph_feed
 from vivace import contract
 
@@ -59,7 +68,7 @@ def fitted(request, tmp_path_factory):
         workflow.save(str(folder / "workflow"))
         if request.param is None:  # the vocabulary with items of the catalogue that have no event
             assert extend_vocabulary(folder / "workflow", contract.ITEM, ["sku-1", "new", "nouveauté", "new"]) == 2
-        workflow = nvt.Workflow.load(str(folder / "workflow"))
+        workflow = load_workflow(folder / "workflow", checksums(folder / "workflow"))
     model = compile_workflow(workflow, COLUMNS)
     return workflow, ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
