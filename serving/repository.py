@@ -247,6 +247,8 @@ def config_file(repository: Path, model: str, profile: str) -> Path:
 
 
 def read_config(repository: Path, model: str, profile: str) -> pb.ModelConfig:
+    """Raises ValueError for a profile that is not there."""
+    check_profile(repository, profile)
     return text_format.Parse(config_file(repository, model, profile).read_text(), pb.ModelConfig())
 
 
@@ -268,7 +270,6 @@ def check_profile(repository: Path, profile: str) -> None:
 def models(repository: Path, profile: str) -> list[str]:
     """What a server loads under a profile: without an ensemble the stages stay where they are. Raises ValueError for a
     profile that is not there."""
-    check_profile(repository, profile)
     names: tuple[str, ...] = ALL_MODELS
     if read_config(repository, contract.ENSEMBLE, profile).platform != "ensemble":
         names = (contract.APPEND_EVENT, contract.ENSEMBLE)
@@ -288,6 +289,16 @@ def served_from(root: Path, profile: str) -> Path:
             f"--save-as {profile}' again, or serve one of {', '.join(profiles(Run(served).repository)) or 'none'}"
         )
     return served
+
+
+def tuned_for(run: Run) -> list[str]:
+    """Names of the profiles that ``vivace tune`` chose for the graphs of a run."""
+    whole, names = run.whole.root, []
+    for path in sorted(Run(whole).tuning.glob("*.json")):
+        chosen = json.loads(path.read_text()).get("chosen")
+        if chosen and (whole / str(chosen["trial"]["engine"])).resolve() == run.root.resolve():
+            names.append(path.stem)
+    return names
 
 
 def render(config: pb.ModelConfig) -> str:

@@ -281,6 +281,11 @@ def _compile(work: Compilation, reference: Run, step: Step) -> dict[str, Any]:
     card |= {"precision": config.precision, "tables": config.tables, "gate": gate}
     version = publish(work.features, run, step.folder, tensors, card)
     work.say(f"published version {version} in {run.repository}")
+    for profile in repository.tuned_for(run):
+        work.say(
+            f"profile {profile} was tuned for the graphs before these and is gone with them: run "
+            f"'vivace tune --name {run.whole.root.name} --save-as {profile}' again"
+        )
     return step.finish(
         time.monotonic() - started,
         parity=work.parity,

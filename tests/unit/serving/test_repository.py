@@ -60,7 +60,12 @@ def test_a_profile_that_is_not_there_is_refused(tmp_path):
         assert contract.APPEND_EVENT in repository.models(run.repository, profile)
         assert repository.served_from(run.root, profile) == run.root
     names = ", ".join(sorted(set(repository.PROFILES) - {""}))
-    for ask in (repository.models, repository.check_profile):
+    asks = (
+        repository.models,
+        repository.check_profile,
+        lambda *where: repository.read_config(where[0], contract.ENSEMBLE, where[1]),
+    )
+    for ask in asks:
         with pytest.raises(ValueError, match=f"one of {names}, or no --profile"):
             ask(run.repository, "fast")
 
@@ -75,6 +80,8 @@ def test_a_tuned_profile_goes_with_the_graphs_it_was_tuned_for(tmp_path):
     record = {"chosen": {"trial": {"engine": "compressed/small"}}}
     (run.tuning / "quick.json").write_text(json.dumps(record))
     assert repository.served_from(run.root, "quick") == engine.root
+    (run.tuning / "nothing.json").write_text('{"chosen": null}')  # none met its objective
+    assert repository.tuned_for(engine) == ["quick"] and repository.tuned_for(run) == []
     repository.write_configs(engine.repository, shapes, heads)  # compiled anew
     with pytest.raises(ValueError, match=r"compiled anew since; run 'vivace tune --name shop --save-as quick' again"):
         repository.served_from(run.root, "quick")
