@@ -23,21 +23,26 @@ def user_hash(users: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def write_events(encoded: list[Path], path: Path) -> int:
-    """Writes all events of the encoded partitions to one file and returns how many: ITEM (id of the vocabulary, or the
-    id of those that are out of it), USER (``user_hash``) and TIME.
+def write_events(encoded: list[Path], events: int, path: Path) -> None:
+    """Writes all ``events`` of the encoded partitions to one file: ITEM (id of the vocabulary, or the id of those that
+    are out of it), USER (``user_hash``) and TIME.
 
     In order of time; of one time, by user and then as the log had them: the same for any number of partitions. Holds
-    these three columns in memory, 24 bytes an event, and their order.
+    these three columns in memory, 24 bytes an event, and as much again to sort them.
     """
-    parts = [_flat(file) for file in encoded]
-    items, users, times = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    items, users, times = (np.empty(events, np.int64) for _ in range(3))
+    stop = 0
+    for file in encoded:
+        part = _flat(file)
+        start, stop = stop, stop + len(part[0])
+        items[start:stop], users[start:stop], times[start:stop] = part
+    if stop != events:
+        raise ValueError(f"events: expected {events} in the encoded partitions, found {stop}")
     order = np.lexsort((users, times))  # stable: a user's events of one time stay in their order
     with pq.ParquetWriter(path, pa.schema([(name, pa.int64()) for name in (ITEM, USER, TIME)])) as writer:
         for start in range(0, len(order), ROWS):
             rows = order[start : start + ROWS]
             writer.write_table(pa.table({ITEM: items[rows], USER: users[rows], TIME: times[rows]}))
-    return len(order)
 
 
 def _flat(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -358,7 +358,7 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
             workflow.transform(dataset(events)).to_parquet(str(scratch / "encoded"))
         counts: dict[str, int] = {}
         partitions = sorted((scratch / "encoded").glob("*.parquet"))
-        write_events(partitions, folder / EVENTS_FILE)
+        write_events(partitions, totals["events"], folder / EVENTS_FILE)
         for i, encoded in enumerate(partitions):
             for name, n in write_requests(encoded, folder, schema).items():
                 counts[name] = counts.get(name, 0) + n
