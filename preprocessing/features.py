@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
@@ -13,7 +14,8 @@ from vivace.manifest import read_manifest
 SCHEMA_FILE = "schema.json"
 CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of item ids: what search reads
 SEARCHES_FILE = "searches.parquet"  # the log of searches, where there is one; ITEM are ids
-LAYOUT = 2  # of the files: features of another layout are prepared again
+EVENTS_FILE = "events.parquet"  # every event of the log in time order, those of no request too: see ``events``
+LAYOUT = 3  # of the files: features of another layout are prepared again
 
 
 class Features:
@@ -31,17 +33,27 @@ class Features:
 
     def files(self, part: str) -> list[Path]:
         """Parquet files of "train", "valid" or "test". Raises ValueError if an earlier version wrote them."""
+        self._check_layout()
+        return sorted((self.folder / part).glob("*.parquet"))
+
+    def _check_layout(self) -> None:
         layout = read_manifest(self.folder, "vivace prepare")["config"].get("layout")
         if layout != LAYOUT:
             raise ValueError(
                 f"features: {self.folder} was written by another version of vivace (layout {layout}, expected "
                 f"{LAYOUT}); run 'vivace prepare' again"
             )
-        return sorted((self.folder / part).glob("*.parquet"))
 
     def items(self) -> pd.DataFrame:
         """One row an item id from FIRST_ID on, in order: ITEM (raw), TITLE, TEXT, encoded attributes."""
         return pd.read_parquet(self.items_file)
+
+    def events(self) -> dict[str, np.ndarray]:
+        """The stream of events, int64 each: ITEM (ids), USER (hashes) and TIME, in order of time. Raises ValueError if
+        an earlier version wrote the features."""
+        self._check_layout()
+        table = pq.read_table(self.folder / EVENTS_FILE)
+        return {name: table[name].to_numpy() for name in (contract.ITEM, contract.USER, contract.TIME)}
 
     def searches(self) -> pd.DataFrame | None:
         """The log of searches by time and list, ITEM as ids; None where there is none."""

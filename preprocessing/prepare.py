@@ -30,7 +30,8 @@ from preprocessing.cleaning import (
     clean_searches,
     drop_duplicates,
 )
-from preprocessing.features import CATALOGUE_FILE, LAYOUT, SCHEMA_FILE, SEARCHES_FILE, Features
+from preprocessing.events import write_events
+from preprocessing.features import CATALOGUE_FILE, EVENTS_FILE, LAYOUT, SCHEMA_FILE, SEARCHES_FILE, Features
 from preprocessing.readers.base import Chunk, SearchSource, Source
 from preprocessing.rejects import Rejects
 from preprocessing.splits import SplitConfig, TimeSample, mark
@@ -205,8 +206,8 @@ def _list(table: pa.Table, column: str) -> pa.ListArray:
 def write_requests(encoded: Path, folder: Path, schema: contract.DataSchema) -> dict[str, int]:
     """One encoded partition to its rows of train, valid and test.
 
-    train: whole training sequences. valid and test: the history before the held-out event, its item and its labels.
-    Each with the times of its events, in ms.
+    train: whole training sequences. valid and test: the history before the held-out event, its item, its time and its
+    labels. Each with the times of its events, in ms.
     """
     table = pq.read_table(encoded)
     split = _list(table, f"{contract.SPLIT}-list")
@@ -237,6 +238,7 @@ def write_requests(encoded: Path, folder: Path, schema: contract.DataSchema) -> 
                 columns[contract.label_column(head)] = _cut(values, stop, keep)
         if held_out:
             columns[contract.TARGET] = _one(lists[contract.ITEM], stop, keep)
+            columns[contract.TARGET_TIME] = _one(lists[contract.TIME], stop, keep)
         target = folder / part / encoded.name
         target.parent.mkdir(parents=True, exist_ok=True)
         rows = int(keep.sum())
@@ -360,7 +362,9 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
             say(f"fitted {where}; encoding")
             workflow.transform(dataset(events)).to_parquet(str(scratch / "encoded"))
         counts: dict[str, int] = {}
-        for i, encoded in enumerate(sorted((scratch / "encoded").glob("*.parquet"))):
+        partitions = sorted((scratch / "encoded").glob("*.parquet"))
+        write_events(partitions, totals["events"], folder / EVENTS_FILE)
+        for i, encoded in enumerate(partitions):
             for name, n in write_requests(encoded, folder, schema).items():
                 counts[name] = counts.get(name, 0) + n
             say(f"sequences of partition {i + 1} of {len(events)}")

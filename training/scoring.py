@@ -30,6 +30,12 @@ def candidates(
     ``memory`` 0: all T events."""
     with torch.no_grad():
         rank, scores, encoded = scored(retriever, request, exclude_seen)
-        top, ids = torch.topk(scores, count, dim=1)
-        ids = torch.where(top > EXCLUDED / 2, ids, torch.zeros_like(ids))
+        ids, top = best(scores, count)
     return rank, ids, top, encoded[:, -memory:]
+
+
+def best(scores_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(ids int64 [B, N], scores [B, N]) of the best ``count`` items, best first; id 0 where only excluded ones are
+    left."""
+    top, ids = torch.topk(scores_BV, count, dim=1)
+    return torch.where(top > EXCLUDED / 2, ids, torch.zeros_like(ids)), top

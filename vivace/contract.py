@@ -38,6 +38,7 @@ SPLIT = "split"
 
 TRAIN, VALID, TEST = 0, 1, 2  # values of SPLIT
 TARGET = "target"  # item id of the held-out event of a request
+TARGET_TIME = "target_time_ms"  # when that event was: the moment of the request
 
 
 def label_column(head: str) -> str:

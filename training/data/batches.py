@@ -110,6 +110,14 @@ class Requests:
     number_B: Tensor
     user_B: Tensor
 
+    def take(self, rows: np.ndarray) -> Requests:
+        """The requests at ``rows`` int64, in their order."""
+        index = torch.from_numpy(rows)
+        labels = {head: values[index] for head, values in self.labels.items()}
+        history_BT, time_BT, target_B = (x[index] for x in (self.history_BT, self.time_BT, self.target_B))
+        number_B, user_B = self.number_B[index], self.user_B[index]
+        return Requests([self.histories[i] for i in rows], history_BT, time_BT, target_B, labels, number_B, user_B)
+
     def _excluding(self, exclude_seen: bool) -> list[np.ndarray]:
         return self.histories if exclude_seen else [h[:0] for h in self.histories]
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from preprocessing.events import user_hash
 from training.distributed import ALONE, World
 from vivace.contract import USER
 
@@ -30,12 +31,6 @@ with warnings.catch_warnings():
         Loader: Any = None  # type: ignore[no-redef]
 
 PUT_WAIT_S = 0.1  # the loader's thread retries a full queue each microsecond by default: a third of two cores' time
-
-
-def user_hash(users: np.ndarray) -> np.ndarray:
-    """A number of each user id, int64 [n] from 0 on, the same in every file and run."""
-    hashes: np.ndarray = (pd.util.hash_array(users.astype(object)) >> np.uint64(1)).astype(np.int64)
-    return hashes
 
 
 def batches_of_rows(

@@ -37,14 +37,18 @@ def evaluate(
     task: Annotated[str, choice("--task", TASKS, "what is judged; search needs --path")] = "recommend",
     data: Annotated[str, choice("--data", JUDGED, "judged queries, for --task search")] = "esci",
     path: DataPath = None,
+    replay: Annotated[bool, typer.Option("--replay", help="answer each request with what was known then")] = False,
 ) -> None:
     """Rank every item for every test request: baselines, retriever, ranker, control. --compare: several runs. --task
-    search: BM25, dense, hybrid and ranker on judged queries."""
+    search: BM25, dense, hybrid and ranker on judged queries. --replay: in order of time, with live counters."""
     if task == "search":
         evaluate_search(name or data, artifacts, data, path, seed)
         return
     if compare:
         compare_runs([find_run(artifacts, part) for part in compare.split(",") if part], artifacts, plot)
+        return
+    if replay:
+        evaluate_replay(name, artifacts, preset)
         return
     with step(name, artifacts) as run, console.status("ranking test requests") as status:
         from preprocessing.features import Features
@@ -56,6 +60,18 @@ def evaluate(
     for table in render(manifest, run.root.name):
         console.print(table)
     say_next("compile", run, artifacts)
+
+
+def evaluate_replay(name: str, artifacts: Path, preset: str) -> None:
+    with step(name, artifacts) as run, console.status("replaying the log") as status:
+        from preprocessing.features import Features
+        from training.judge.replay import FILE, PLOT
+        from training.judge.replay import replay as walk
+        from training.judge.replay_figures import render
+
+        results = walk(Features(run.features), chosen_preset(preset, run.root), run.root, progress(status))
+    console.print(render(results, run.root.name))
+    say(f"figures {run.evaluation / FILE}, plot {run.evaluation / PLOT}")
 
 
 def evaluate_search(name: str, artifacts: Path, data: str, path: Path | None, seed: int) -> None:

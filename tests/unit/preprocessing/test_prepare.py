@@ -7,6 +7,7 @@ import json
 import pandas as pd
 import pytest
 
+from preprocessing.events import user_hash
 from preprocessing.features import Features
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers.shop import Shop, ShopConfig
@@ -29,18 +30,61 @@ def _raw_sequences(folder) -> dict[str, list[str]]:
     }
 
 
+def _stream(folder) -> list[tuple[str, int, int]]:
+    """(raw item, hash of the user, time) of each event, in the order of the file."""
+    features = Features(folder / "features")
+    names = [""] * contract.FIRST_ID + features.items()[contract.ITEM].tolist()
+    stream = features.events()
+    columns = (stream[name].tolist() for name in (contract.ITEM, contract.USER, contract.TIME))
+    return [(names[item], user, time_ms) for item, user, time_ms in zip(*columns, strict=True)]
+
+
 def test_partitions_and_dask_workers_change_nothing(tmp_path):
     configs = {
         "one": PrepareConfig(partitions=1),
         "five": PrepareConfig(partitions=5),
         "dask": PrepareConfig(partitions=4, workers=2),
     }
-    found = {}
+    found, streams = {}, {}
     for name, config in configs.items():
         prepare(SOURCE, config, tmp_path / name, 0, lambda _: None)
         found[name] = _raw_sequences(tmp_path / name)
+        streams[name] = _stream(tmp_path / name)
     assert found["one"] == found["five"] == found["dask"]
     assert len(found["one"]) > 100
+    assert streams["one"] == streams["five"] == streams["dask"]
+
+
+def _log() -> pd.DataFrame:
+    log = pd.concat(x.rows for x in SOURCE.interactions())
+    return log.drop_duplicates([contract.USER, contract.ITEM, contract.TIME, contract.EVENT])
+
+
+@pytest.mark.parametrize("kind", ["leave-one-out", "time"])
+def test_the_stream_holds_every_event_of_the_log_in_order_of_time(tmp_path, kind):
+    config = PrepareConfig(SplitConfig(kind), VocabularyConfig(max_size=20 + contract.FIRST_ID), partitions=3)
+    prepare(SOURCE, config, tmp_path, 0, lambda _: None)
+    log, stream, items = _log(), _stream(tmp_path), set(Features(tmp_path / "features").items()[contract.ITEM])
+    assert [time_ms for _, _, time_ms in stream] == sorted(log[contract.TIME].tolist())
+    names = [name if name in items else "" for name in log[contract.ITEM]]
+    users = user_hash(log[contract.USER].to_numpy())
+    assert "" in names and sorted(stream) == sorted(
+        zip(names, users.tolist(), log[contract.TIME].tolist(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["leave-one-out", "time"])
+def test_a_request_has_its_own_moment(tmp_path, kind):
+    prepare(SOURCE, PrepareConfig(SplitConfig(kind), partitions=2), tmp_path, 0, lambda _: None)
+    features = Features(tmp_path / "features")
+    columns = (features.events()[name].tolist() for name in (contract.ITEM, contract.USER, contract.TIME))
+    stream = set(zip(*columns, strict=True))
+    for part in ("valid", "test"):
+        rows = pd.concat(pd.read_parquet(f) for f in features.files(part))
+        moments = rows[contract.TARGET_TIME].tolist()
+        assert all(times[-1] <= moment for times, moment in zip(rows[contract.TIME], moments, strict=True))
+        users = user_hash(rows[contract.USER].to_numpy()).tolist()
+        assert len(rows) and set(zip(rows[contract.TARGET].tolist(), users, moments, strict=True)) <= stream
 
 
 def test_leave_one_out_holds_back_the_last_two_events(tmp_path):
@@ -81,6 +125,8 @@ def test_features_of_another_version_are_named(tmp_path):
     (tmp_path / "features" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="run 'vivace prepare' again"):
         Features(tmp_path / "features").files("train")
+    with pytest.raises(ValueError, match="run 'vivace prepare' again"):
+        Features(tmp_path / "features").events()
 
 
 def test_items_without_a_training_event_are_in_the_vocabulary(tmp_path):

@@ -1,0 +1,274 @@
+"""``vivace evaluate --replay``: each test request is answered with what was known at its moment.
+
+The requests are walked in order of time, beside the stream of all events: live counters know exactly the events
+strictly before the moment of a request. The models are those of the run, as they are. "static + counters" adds what is
+rising to the retriever's candidates and orders all by the ranker's first logit plus w x log1p(decayed count); w and the
+half-life are chosen on validation requests, replayed the same way.
+
+Axis legend: B requests, V item ids, N candidates, M rising items, L half-lives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from preprocessing.features import Features
+from training.data import batches
+from training.data.counters import popularity
+from training.judge.evaluate import RANKED, RETRIEVAL, Candidates, Models
+from training.judge.replay_figures import Answers, figures, plot_by_hour
+from training.learn.ranker import held_out_users
+from training.metrics import ndcg_of, ranks, ranks_after
+from training.models.retrieval import EXCLUDED
+from training.presets import Preset
+from training.scoring import SCORED, best, scored
+from vivace.contract import FIRST_ID, ITEM, PADDING_ID, TARGET_TIME, TIME
+from vivace.counters import LiveCounts, WindowCounts
+from vivace.manifest import Progress, environment, write_json
+from vivace.run import RANKING, Run
+
+MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000
+WINDOWS = {
+    "clicks of the last 30 min": 30 * MINUTE,
+    "clicks of the last hour": HOUR,
+    "clicks of the last 2 h": 2 * HOUR,
+    "clicks of the last 6 h": 6 * HOUR,
+}
+LAST_HOUR = "clicks of the last hour"
+HALF_LIVES = {"10 min": 10 * MINUTE, "30 min": 30 * MINUTE, "2 h": 2 * HOUR, "1 d": DAY}
+TRAINED = "popularity of the training period"
+COUNTED = "static + counters"
+RISING = 100  # M: items of the live counter that join the retriever's candidates
+WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)  # w; the last is the counter alone
+LEAST_CHOOSING = 200  # validation requests of users whom the ranker did not train on; with fewer, all are used
+SCORES = 1 << 22  # of one method held at once
+FILE, PLOT = "replay.json", "replay.png"
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How counters join the ranker: ``weight`` times log1p of the count that decays by ``half_life``."""
+
+    half_life: str
+    weight: float
+
+
+# -- requests and what is known at their moments -------------------------------------------------------
+def by_moment(features: Features, models: Models, part: str) -> tuple[batches.Requests, np.ndarray]:
+    """(the requests of a part of the split, their moments int64 in ms), in order of time. Numbers stay those of the
+    files, so ties fall as in ``vivace evaluate``."""
+    parts, files = list(models.requests(part)), features.files(part)
+    if not parts:
+        raise ValueError(
+            f"replay: expected {part} requests in {features.folder}, found none; prepare more data, or with another "
+            "split"
+        )
+    moments = np.concatenate([pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files])
+    whole = batches.Requests(
+        [history for p in parts for history in p.histories],
+        torch.cat([p.history_BT for p in parts]),
+        torch.cat([p.time_BT for p in parts]),
+        torch.cat([p.target_B for p in parts]),
+        {head: torch.cat([p.labels[head] for p in parts]) for head in models.heads},
+        torch.cat([p.number_B for p in parts]),
+        torch.cat([p.user_B for p in parts]),
+    )
+    order = np.argsort(moments, kind="stable")
+    return whole.take(order), moments[order]
+
+
+class Present:
+    """What counters know at moments that go forward: of the stream, exactly the events strictly before each."""
+
+    def __init__(self, stream: dict[str, np.ndarray], items: int) -> None:
+        self.ids, self.times = stream[ITEM], stream[TIME]
+        self.live = LiveCounts(items, tuple(HALF_LIVES.values()))
+        self.windows = {name: WindowCounts(items, width) for name, width in WINDOWS.items()}
+        self._fed = 0
+
+    def _feed(self, until_ms: int) -> None:
+        stop = int(np.searchsorted(self.times, until_ms))
+        for counts in (self.live, *self.windows.values()):
+            counts.add(self.ids[self._fed : stop], self.times[self._fed : stop])
+        self._fed = max(self._fed, stop)
+
+    def decayed(self, moments: np.ndarray) -> dict[str, Tensor]:
+        """Decayed counts float32 [B, V] by name of the half-life."""
+        self._feed(int(moments[-1]))
+        rows = [[self.live.every(int(now), h) for h in HALF_LIVES.values()] for now in moments]
+        stacked = torch.from_numpy(np.array(rows, np.float32))
+        return {name: stacked[:, i] for i, name in enumerate(HALF_LIVES)}
+
+    def counted(self, moments: np.ndarray) -> dict[str, Tensor]:
+        """Clicks float32 [B, V] by name of the window."""
+        self._feed(int(moments[-1]))
+        return {
+            name: torch.from_numpy(np.array([window.every(int(now)) for now in moments], np.float32))
+            for name, window in self.windows.items()
+        }
+
+
+def steps(requests: batches.Requests, moments: np.ndarray, items: int) -> Iterator[tuple[batches.Requests, np.ndarray]]:
+    """The requests a few at a time, as many as memory for their scores of all items allows."""
+    rows = min(SCORED, max(1, SCORES // items))
+    for start in range(0, len(moments), rows):
+        chosen = np.arange(start, min(start + rows, len(moments)))
+        yield requests.take(chosen), moments[chosen]
+
+
+# -- static models and counters together ---------------------------------------------------------------
+@dataclass(frozen=True)
+class Extended:
+    """The retriever's candidates and what is rising: ids int64 [B, N + M], the ranker's first logits float32 and
+    log1p of the decayed counts float32 of the same shape; ``before_B``: ranks of targets that are not among them."""
+
+    ids_BN: Tensor
+    logit_BN: Tensor
+    count_BN: Tensor
+    before_B: Tensor
+
+    def scores(self, weight: float) -> Tensor:
+        """float32 [B, N + M]."""
+        scores_BN = self.logit_BN + weight * self.count_BN
+        return torch.where(self.ids_BN == PADDING_ID, torch.full_like(scores_BN, EXCLUDED), scores_BN)
+
+    def ranks(self, weight: float, request: batches.Requests) -> Tensor:
+        """Ranks of the targets, int64 [B]."""
+        target_B, number_B = request.target_B.to(self.ids_BN.device), request.number_B
+        return ranks_after(self.scores(weight), self.ids_BN, target_B, self.before_B, number_B)
+
+
+class Static:
+    """The run's models at a few requests: scored once for all that is asked of them."""
+
+    def __init__(self, models: Models, request: batches.Requests) -> None:
+        self.models, self.request = models, request
+        with torch.no_grad():
+            rank_B, self.scores_BV, encoded = scored(models.retriever, request, models.features.schema.exclude_seen)
+        ids_BN, top_BN = best(self.scores_BV, models.count)
+        self.proposed = Candidates(rank_B, ids_BN, top_BN, encoded[:, -models.preset.ranker.memory :])
+
+    def extended(self, decayed_BV: Tensor) -> Extended:
+        """With the ``RISING`` items of the largest decayed counts that the retriever has not proposed."""
+        ids_BN, before_B = self.proposed.ids_BN, self.proposed.rank_B
+        decayed_BV = decayed_BV.to(ids_BN.device)
+        fresh_BV = torch.where(self.scores_BV > EXCLUDED / 2, decayed_BV, torch.zeros_like(decayed_BV))
+        fresh_BV = fresh_BV.scatter(1, ids_BN, 0.0)
+        count_BM, rising_BM = torch.topk(fresh_BV, min(RISING, fresh_BV.shape[1]), dim=1)
+        rising_BM = torch.where(count_BM > 0, rising_BM, torch.zeros_like(rising_BM))
+        all_BN = torch.cat([ids_BN, rising_BM], 1)
+        score_BM = self.scores_BV.gather(1, rising_BM)  # of padding EXCLUDED
+        scores_BN = torch.cat([self.proposed.scores_BN, score_BM], 1)
+        whole = Candidates(before_B, all_BN, scores_BN, self.proposed.encoded_BMD)
+        logit_BN = self.models.logits(self.request, whole)[..., 0]
+        target_B1 = self.request.target_B.to(ids_BN.device)[:, None]
+        # a target that ties put behind the candidates is none, as in ranks_after; whatever is not proposed comes after
+        joined_B = (rising_BM == target_B1).any(1)
+        after_B = torch.where(before_B < ids_BN.shape[1], before_B, before_B + rising_BM.shape[1])
+        count_BN = torch.log1p(decayed_BV.gather(1, all_BN))
+        return Extended(all_BN, logit_BN, count_BN, torch.where(joined_B, torch.zeros_like(after_B), after_B))
+
+
+def choose(models: Models, stream: dict[str, np.ndarray], seed: int, say: Progress) -> tuple[Blend, dict[str, Any]]:
+    """(the best blend on validation requests, how it was chosen). ``seed``: of the ranker's training; only users whom
+    it held out of the ranker's training count, as the ranker has learned the others' targets."""
+    requests, moments = by_moment(models.features, models, "valid")
+    held_out = held_out_users(requests, models.preset.ranking.held_out, seed)
+    enough = int(held_out.sum()) >= LEAST_CHOOSING
+    rows = np.flatnonzero(held_out) if enough else np.arange(len(moments))
+    requests, moments = requests.take(rows), moments[rows]
+    present, items = Present(stream, models.features.item_count()), models.features.item_count()
+    gained: dict[Blend, float] = {Blend(h, w): 0.0 for w in WEIGHTS for h in HALF_LIVES}
+    done = 0
+    for request, now in steps(requests, moments, items):
+        static = Static(models, request)
+        for half_life, decayed_BV in present.decayed(now).items():
+            extended = static.extended(decayed_BV)
+            for weight in WEIGHTS:
+                rank = extended.ranks(weight, request).cpu().numpy()
+                gained[Blend(half_life, weight)] += float(ndcg_of(rank).sum())
+        done += len(now)
+        say(f"replayed {done:,} of {len(moments):,} validation requests")
+    chosen = max(gained, key=lambda blend: gained[blend])
+    return chosen, {
+        "half-life": chosen.half_life,
+        "weight": chosen.weight,
+        "validation requests": len(moments),
+        "of users whom the ranker did not train on": enough,
+        "validation NDCG@10": gained[chosen] / len(moments),
+        "by half-life and weight": {
+            h: {str(w): gained[Blend(h, w)] / len(moments) for w in WEIGHTS} for h in HALF_LIVES
+        },
+    }
+
+
+# -- the walk --------------------------------------------------------------------------------------------
+def walk(models: Models, stream: dict[str, np.ndarray], blend: Blend, say: Progress) -> tuple[Answers, np.ndarray]:
+    """(everything about the test requests, their moments)."""
+    features, items = models.features, models.features.item_count()
+    requests, moments = by_moment(features, models, "test")
+    present, answers = Present(stream, items), Answers(items)
+    trained_V = torch.tensor(popularity(features.files("train"), items), dtype=torch.float32)
+    done = 0
+    for request, now in steps(requests, moments, items):
+        excluded_BV = request.exclude(items, features.schema.exclude_seen)
+        decayed, counted = present.decayed(now), present.counted(now)
+        lists = {TRAINED: trained_V.expand_as(excluded_BV), **counted}
+        lists |= {f"decayed by half in {name}": counts_BV for name, counts_BV in decayed.items()}
+        for method, counts_BV in lists.items():
+            scores_BV = torch.where(excluded_BV, torch.full_like(counts_BV, EXCLUDED), counts_BV)
+            rank_B = ranks(scores_BV, request.target_B, request.number_B)
+            answers.add(method, rank_B, best(scores_BV, min(answers.CUT, items))[0])
+        static = Static(models, request)
+        proposed = static.proposed
+        logits = models.logits(request, proposed)
+        answers.add(RETRIEVAL, proposed.rank_B, proposed.ids_BN)
+        answers.add(RANKED, models.ranked(request, proposed, logits), _ordered(proposed.ids_BN, logits[..., 0]))
+        extended = static.extended(decayed[blend.half_life])
+        rank_B = extended.ranks(blend.weight, request)
+        answers.add(COUNTED, rank_B, _ordered(extended.ids_BN, extended.scores(blend.weight)))
+        hour_BV = counted[LAST_HOUR]
+        answers.add_propensity(hour_BV.gather(1, request.target_B[:, None])[:, 0], hour_BV.sum(1))
+        answers.unknown += int((request.target_B < FIRST_ID).sum())
+        done += len(now)
+        say(f"replayed {done:,} of {len(moments):,} test requests")
+    return answers, moments
+
+
+def _ordered(ids_BN: Tensor, scores_BN: Tensor) -> Tensor:
+    """The ids by falling score, int64 [B, N]."""
+    return ids_BN.gather(1, torch.argsort(scores_BN, dim=1, descending=True, stable=True))
+
+
+def replay(features: Features, preset: Preset, root: Path, say: Progress) -> dict[str, Any]:
+    """Walks the test requests in order of time; writes figures and a plot to the run's evaluation folder and returns
+    the figures. Raises StaleError where the models were made from other features."""
+    run, started = Run(root, features.folder), time.monotonic()
+    ranking = run.manifest(RANKING)
+    models, stream = Models(features, preset, root, [RANKING]), features.events()
+    blend, how = choose(models, stream, ranking["seed"], say)
+    answers, moments = walk(models, stream, blend, say)
+    hours = (moments - int(stream[TIME][0])) // HOUR
+    results = {
+        "requests": len(moments),
+        "targets_out_of_vocabulary": answers.unknown,
+        "chosen": how,
+        **figures(answers, hours, LAST_HOUR),
+        "ranking": ranking["key"],
+        "seed": ranking["seed"],
+        "seconds": round(time.monotonic() - started, 1),
+        "environment": environment(),
+    }
+    run.evaluation.mkdir(parents=True, exist_ok=True)
+    write_json(run.evaluation / FILE, results)
+    plot_by_hour(results, run.evaluation / PLOT)
+    return results
