@@ -44,10 +44,17 @@ def become_triton() -> None:
 
 
 def give_way() -> None:
-    """Lowers the priority of a worker: where processors are short, the server that takes, queues and refuses requests
-    comes first. Its threads inherit it. Lets go of the connections of the server's callers, which a worker that was
-    started again inherits."""
-    os.nice(_WORKER_NICENESS)
+    """Lowers the priority of a worker and all its threads: where processors are short, the server that takes, queues
+    and refuses requests comes first. Once it has loaded: whoever waits for a worker that died waits for that."""
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            niceness = os.getpriority(os.PRIO_PROCESS, int(thread.name)) + _WORKER_NICENESS
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), min(niceness, 19))
+
+
+def close_callers() -> None:
+    """Lets go of the connections of the server's callers, which a worker that was started again inherits; before
+    anything is opened."""
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             if int(link.name) > 2 and os.readlink(link).startswith("socket:"):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from serving.process import give_way
+from serving.process import close_callers, give_way
 from vivace import contract
 from vivace.store.interface import StoreError
 
@@ -182,7 +182,7 @@ class GraphModel:
         raise NotImplementedError
 
     def initialize(self, args: dict[str, Any]) -> None:
-        give_way()
+        close_callers()
         config = json.loads(args["model_config"])
         self.name = config["name"]
         file = config.get("default_model_filename") or self.default_file
@@ -196,6 +196,7 @@ class GraphModel:
         self.batched = int(config.get("max_batch_size", 0)) > 0
         gc.collect()
         gc.freeze()  # what is loaded stays: later collections need not walk it
+        give_way()
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from serving.process import give_way
+from serving.process import close_callers, give_way
 from serving.runtime.stages import Row, parse_row
 from serving.triton import byte_strings
 from serving.triton.graph_model import deadline
@@ -50,7 +50,7 @@ class Stage:
     """Reads its own config: parameters and the shapes the repository was compiled for."""
 
     def initialize(self, args: dict[str, Any]) -> None:
-        give_way()
+        close_callers()
         config = json.loads(args["model_config"])
         self.parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         self.folder = Path(args["model_repository"]) / args["model_version"]
@@ -62,6 +62,7 @@ class Stage:
         self.setup()
         gc.collect()
         gc.freeze()  # what is loaded stays: later collections need not walk it
+        give_way()
 
     def setup(self) -> None: ...
 
