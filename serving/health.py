@@ -142,6 +142,7 @@ class Health:
         self._store = server.release.parent / "feature_store"
         self._identity = file_identity(self._store / "data.mdb")
         self._signatures = signatures(server.release)
+        self._version = ", ".join(sorted({p.name for p in server.release.glob("*/*") if p.name.isdigit()}))
         self._next_slow = 0.0
         self._part = Gauge("vivace_health", "1 while this part works", ["part"], registry=registry)
         self._ready = Gauge("vivace_ready", "1 while every part works", registry=registry)
@@ -173,7 +174,7 @@ class Health:
         """What ``/health`` answers."""
         parts = {name: {"ok": not fault, **({"why": fault} if fault else {})} for name, fault in self.faults.items()}
         more = {"why": self.starting} if self.starting else {}
-        return {"ready": self.ready, **more, "version": self.server.release.name, "parts": parts}
+        return {"ready": self.ready, **more, "version": self._version, "parts": parts}
 
     # -- looking -------------------------------------------------------------------------------------
     def ask(self) -> None:
@@ -245,10 +246,11 @@ class Health:
         for name, folder in folders.items():
             if not folder.exists():
                 continue
-            free = shutil.disk_usage(folder).free
-            self._free.labels(name).set(free)
-            if free < MIN_FREE_BYTES:
-                low.append(f"{name}: {free >> 20} MiB left in {folder}, expected {MIN_FREE_BYTES >> 20} and more")
+            disk = shutil.disk_usage(folder)
+            least = min(MIN_FREE_BYTES, disk.total // 10)
+            self._free.labels(name).set(disk.free)
+            if disk.free < least:
+                low.append(f"{name}: {disk.free >> 20} MiB left in {folder}, expected {least >> 20} and more")
         return "; ".join(low)
 
     def _version_fault(self) -> str:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO
 
-MAX_BYTES = 32 << 20
+MAX_BYTES = 8 << 20
 KEPT = 4  # older files beside the one that is written: triton.log.1 is the newest of them
 
 

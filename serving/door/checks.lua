@@ -160,6 +160,7 @@ local function check_grpc(handle)
     end
   end
   handle:headers():replace("x-vivace-model", request.model)
+  send_over_http(handle, request)
   handle:clearRouteCache()
 end
 

@@ -25,6 +25,7 @@ INSPECTOR = f"{TYPE}.listener.http_inspector.v3.HttpInspector"
 MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors"
 BRIDGE = "envoy.filters.http.grpc_http1_reverse_bridge"
 UNREADY, STOPPING = "vivace.unready", "vivace.stopping"  # runtime keys, in per cent of the calls
+IN_FLIGHT = r"cluster\..*\.upstream_rq_(pending_)?active"  # the only statistics that anyone reads
 HCM = f"{TYPE}.network.http_connection_manager.v3.HttpConnectionManager"
 
 
@@ -244,7 +245,7 @@ def _grpc_checks() -> list[dict[str, Any]]:
     return [
         _lua("checks", ("json.lua", "transcode.lua", "checks.lua"), "guard_grpc", "end_grpc"),
         {"name": BRIDGE, "typed_config": bridge},
-        _lua("transcode", ("json.lua", "transcode.lua"), "to_http", "from_http"),
+        _lua("transcode", ("json.lua", "transcode.lua"), response="from_http"),
     ]
 
 
@@ -356,6 +357,7 @@ def render(options: DoorOptions, sockets: Sockets) -> str:
             ],
         },
         "memory_allocator_manager": {"bytes_to_release": 64 << 20, "memory_release_interval": "1s"},
+        "stats_config": {"stats_matcher": {"inclusion_list": {"patterns": [{"safe_regex": {"regex": IN_FLIGHT}}]}}},
         "layered_runtime": {
             # a caller that gives up most of its calls after milliseconds is no attacker: Triton does not see it
             "layers": [

@@ -134,7 +134,7 @@ class Door:
 
     def in_flight(self) -> int:
         """Calls that Triton has not answered; 0 where Envoy does not say."""
-        text = self.ask("GET", "/stats?filter=%5Ecluster%5C..*%5C.upstream_rq_(pending_)%3Factive%24")
+        text = self.ask("GET", "/stats?usedonly")
         return sum(int(line.rpartition(" ")[2]) for line in text.splitlines() if line.rpartition(" ")[2].isdigit())
 
     def finish(self, wait_s: float = DRAIN_S) -> bool:

@@ -184,7 +184,8 @@ def test_a_store_that_cannot_be_written_is_red(root, tmp_path, disk):
 def test_little_space_is_red(served, monkeypatch):
     server, watchdog = served
     monkeypatch.setattr(watchdog.health, "slow_s", 0.2)
-    monkeypatch.setattr("serving.health.MIN_FREE_BYTES", 1 << 60)
+    whole = shutil.disk_usage("/")._replace(free=1 << 20)
+    monkeypatch.setattr("serving.health.shutil.disk_usage", lambda folder: whole)
     turns_red(server, watchdog, "disk", "MiB left in")
-    monkeypatch.setattr("serving.health.MIN_FREE_BYTES", 0)
+    monkeypatch.setattr("serving.health.shutil.disk_usage", lambda folder: whole._replace(free=whole.total))
     turns_green(server, watchdog)
