@@ -1,8 +1,10 @@
 """Retrieval through a FAISS index, for catalogues too large to score every item for every request.
 
-A graph of near neighbours (HNSW, Malkov & Yashunin 2018) under the inner product; inverted lists (IVF) were measured
-too and find far less for the same time (docs/log.md). The item bias is one more dimension; a state meets it with a 1.
-Items of equal vectors are one row of the index: a graph of their copies knows no way to the others.
+A graph of near neighbours (HNSW, Malkov & Yashunin 2018); inverted lists (IVF) were measured too and find far less for
+the same time (docs/log.md). The item bias is one more dimension; a state meets it with a 1. A further dimension makes
+all rows equally long, so that the nearest by distance are the best by inner product (Bachrach et al. 2014): a graph by
+the inner product itself leads to long rows alone, and never reaches many others. Items of equal vectors are one row of
+the index: a graph of their copies knows no way to the others.
 ``training.compile.index`` builds and judges it. Axis legend: B states, V item ids, D width, N candidates, S seen items,
 G groups of items with equal vectors, K rows that a search returns.
 """
@@ -29,6 +31,13 @@ def with_bias(table_VD: np.ndarray, bias_V: np.ndarray) -> np.ndarray:
     """Rows float32 [V - FIRST_ID, D + 1] of the items of a table of all ids, the special ones included."""
     rows = np.concatenate([table_VD, bias_V[:, None]], 1)[FIRST_ID:]
     return np.ascontiguousarray(rows, np.float32) + np.float32(0)  # -0 becomes 0: equal rows are equal bytes
+
+
+def lifted(rows: np.ndarray) -> np.ndarray:
+    """The same rows with a further dimension that makes all as long as the longest, float32 [n, D + 2]."""
+    squares = np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
+    more = np.sqrt(squares.max(initial=0.0) - squares)
+    return np.ascontiguousarray(np.concatenate([rows, more[:, None]], 1), np.float32)
 
 
 def asking(states_BD: np.ndarray) -> np.ndarray:
@@ -90,9 +99,9 @@ class ItemIndex:
 
         rows = with_bias(table_VD, bias_V)
         groups, first = Groups.of(rows)
-        distinct = np.ascontiguousarray(rows[first])
+        distinct = lifted(rows[first])
         faiss.omp_set_num_threads(threads)
-        index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(distinct.shape[1], factory, faiss.METRIC_L2)
         index.train(distinct)
         index.add(distinct)
         return cls(index, 1, groups)
@@ -152,8 +161,15 @@ class ItemIndex:
 
         k = min(k, self.index.ntotal)
         parameters = faiss.SearchParametersHNSW(efSearch=max(self.effort, k))  # type: ignore[attr-defined]
-        scores, rows = self.index.search(queries, k, params=parameters)
-        return rows, scores
+        if self.index.metric_type == faiss.METRIC_INNER_PRODUCT:  # compiled before rows were lifted
+            scores, rows = self.index.search(queries, k, params=parameters)
+            return rows, scores
+        width = queries.shape[1]
+        _, rows = self.index.search(np.pad(queries, ((0, 0), (0, 1))), k, params=parameters)
+        vectors = self.index.reconstruct_batch(np.maximum(rows, 0).ravel())[:, :width].reshape(*rows.shape, width)
+        scores = np.where(rows < 0, np.float32(EXCLUDED), np.einsum("bkd,bd->bk", vectors, queries))
+        order = np.argsort(-scores, axis=1, kind="stable")  # distances round otherwise
+        return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
 
 
 class IndexedRetrieval:
