@@ -270,16 +270,18 @@ def main(
     for text, count in callers.errors.most_common(20):
         print(f"{count:5}  {text}")
     unclear = {text: count for text, count in callers.errors.items() if not any(words in text for words in CLEAR)}
+    seconds["all"] = [x for s in seconds.values() for x in s]
     summary = {
-        kind: {"deaths": len(s), "median_s": round(float(np.median(s)), 2), "max_s": round(max(s), 2)}
+        kind: {"deaths": len(s), "median_s": round(float(np.median(s)), 2), "max_s": round(max(s), 2),
+               "over_3_s": sum(x > LONG_S for x in s)}
         for kind, s in sorted(seconds.items())
-    }
+    }  # fmt: skip
     appended = sum(len(events) for events in callers.acknowledged.values())
     print(
         record_line(
             "deaths", seed=seed, deaths=summary, right_answers=callers.good, wrong_answers=callers.wrong,
             errors=sum(callers.errors.values()), unclear_errors=unclear,
-            acknowledged=appended, lost=faults,
+            load=[round(n, 1) for n in os.getloadavg()], acknowledged=appended, lost=faults,
         )
     )  # fmt: skip
     if faults or callers.wrong or unclear:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# No handlers of gRPC around a fork: they revive its threads in the child, whose descriptors are about to be closed, and
+# it may abort before it has become a server.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # One thread: the models are tiny, so a second one costs time, and beside other jobs OpenMP's threads wait by spinning
 # (20 times the processor time). Before torch is imported; what a test starts inherits it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
