@@ -2,8 +2,10 @@
 
 The requests are walked in order of time, beside the stream of all events: live counters know exactly the events
 strictly before the moment of a request. The models are those of the run, as they are. "static + counters" adds what is
-rising to the retriever's candidates and orders all by the ranker's first logit plus w x log1p(decayed count); w and the
-half-life are chosen on validation requests, replayed the same way.
+rising to the retriever's candidates and orders all by the ranker's first logit plus w x log1p(decayed count). As the
+logit has learned what was popular in training, a second row takes log1p(training count) off it, and a third does so
+without the logit: what the model itself brings. Weights and half-lives are chosen on validation requests, replayed the
+same way.
 
 Axis legend: B requests, V item ids, N candidates, M rising items, L half-lives.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,12 @@ LAST_HOUR = "clicks of the last hour"
 HALF_LIVES = {"10 min": 10 * MINUTE, "30 min": 30 * MINUTE, "2 h": 2 * HOUR, "1 d": DAY}
 TRAINED = "popularity of the training period"
 COUNTED = "static + counters"
+RENEWED = "static + counters - trained popularity"
+MODELLESS = "counters - trained popularity, no model"
 RISING = 100  # M: items of the live counter that join the retriever's candidates
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)  # w; the last is the counter alone
+TAKEN_OFF = (0.5, 1.0, 1.5, 2.0)  # of the trained popularity, for a logit
+TAKEN_OFF_COUNTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # and where the counter's weight is 1
 LEAST_CHOOSING = 200  # validation requests of users whom the ranker did not train on; with fewer, all are used
 SCORES = 1 << 22  # of one method held at once
 FILE, PLOT = "replay.json", "replay.png"
@@ -56,10 +62,22 @@ FILE, PLOT = "replay.json", "replay.png"
 
 @dataclass(frozen=True)
 class Blend:
-    """How counters join the ranker: ``weight`` times log1p of the count that decays by ``half_life``."""
+    """A score: ``model`` times the ranker's first logit, plus ``weight`` times log1p of the count that decays by
+    ``half_life``, less ``taken_off`` times log1p of the training count."""
 
     half_life: str
     weight: float
+    taken_off: float = 0.0
+    model: float = 1.0
+
+
+def blends() -> dict[str, list[Blend]]:
+    """What is tried on validation requests, by row."""
+    return {
+        COUNTED: [Blend(h, w) for h in HALF_LIVES for w in WEIGHTS],
+        RENEWED: [Blend(h, w, off) for h in HALF_LIVES for w in WEIGHTS for off in TAKEN_OFF],
+        MODELLESS: [Blend(h, 1.0, off, 0.0) for h in HALF_LIVES for off in TAKEN_OFF_COUNTS],
+    }
 
 
 # -- requests and what is known at their moments -------------------------------------------------------
@@ -128,23 +146,26 @@ def steps(requests: batches.Requests, moments: np.ndarray, items: int) -> Iterat
 # -- static models and counters together ---------------------------------------------------------------
 @dataclass(frozen=True)
 class Extended:
-    """The retriever's candidates and what is rising: ids int64 [B, N + M], the ranker's first logits float32 and
-    log1p of the decayed counts float32 of the same shape; ``before_B``: ranks of targets that are not among them."""
+    """The retriever's candidates and what is rising: ids int64 [B, N + M], and of the same shape float32 the ranker's
+    first logits, log1p of the decayed counts and log1p of the training counts; ``before_B``: ranks of targets that are
+    not among them."""
 
     ids_BN: Tensor
     logit_BN: Tensor
     count_BN: Tensor
+    trained_BN: Tensor
     before_B: Tensor
 
-    def scores(self, weight: float) -> Tensor:
+    def scores(self, blend: Blend) -> Tensor:
         """float32 [B, N + M]."""
-        scores_BN = self.logit_BN + weight * self.count_BN
+        counters_BN = blend.weight * self.count_BN - blend.taken_off * self.trained_BN
+        scores_BN = blend.model * self.logit_BN + counters_BN
         return torch.where(self.ids_BN == PADDING_ID, torch.full_like(scores_BN, EXCLUDED), scores_BN)
 
-    def ranks(self, weight: float, request: batches.Requests) -> Tensor:
+    def ranks(self, blend: Blend, request: batches.Requests) -> Tensor:
         """Ranks of the targets, int64 [B]."""
         target_B, number_B = request.target_B.to(self.ids_BN.device), request.number_B
-        return ranks_after(self.scores(weight), self.ids_BN, target_B, self.before_B, number_B)
+        return ranks_after(self.scores(blend), self.ids_BN, target_B, self.before_B, number_B)
 
 
 class Static:
@@ -175,45 +196,52 @@ class Static:
         joined_B = (rising_BM == target_B1).any(1)
         after_B = torch.where(before_B < ids_BN.shape[1], before_B, before_B + rising_BM.shape[1])
         count_BN = torch.log1p(decayed_BV.gather(1, all_BN))
-        return Extended(all_BN, logit_BN, count_BN, torch.where(joined_B, torch.zeros_like(after_B), after_B))
+        trained_BN = torch.log1p(self.models.retriever.popularity[all_BN])
+        before_B = torch.where(joined_B, torch.zeros_like(after_B), after_B)
+        return Extended(all_BN, logit_BN, count_BN, trained_BN, before_B)
 
 
-def choose(models: Models, stream: dict[str, np.ndarray], seed: int, say: Progress) -> tuple[Blend, dict[str, Any]]:
-    """(the best blend on validation requests, how it was chosen). ``seed``: of the ranker's training; only users whom
-    it held out of the ranker's training count, as the ranker has learned the others' targets."""
+def choose(
+    models: Models, stream: dict[str, np.ndarray], seed: int, say: Progress
+) -> tuple[dict[str, Blend], dict[str, Any]]:
+    """(the best blend of each row on validation requests, how they were chosen). ``seed``: of the ranker's training;
+    only users whom it held out of the ranker's training count, as the ranker has learned the others' targets."""
     requests, moments = by_moment(models.features, models, "valid")
     held_out = held_out_users(requests, models.preset.ranking.held_out, seed)
     enough = int(held_out.sum()) >= LEAST_CHOOSING
     rows = np.flatnonzero(held_out) if enough else np.arange(len(moments))
     requests, moments = requests.take(rows), moments[rows]
     present, items = Present(stream, models.features.item_count()), models.features.item_count()
-    gained: dict[Blend, float] = {Blend(h, w): 0.0 for w in WEIGHTS for h in HALF_LIVES}
+    tried = blends()
+    gained = {blend: 0.0 for row in tried.values() for blend in row}
     done = 0
     for request, now in steps(requests, moments, items):
         static = Static(models, request)
-        for half_life, decayed_BV in present.decayed(now).items():
-            extended = static.extended(decayed_BV)
-            for weight in WEIGHTS:
-                rank = extended.ranks(weight, request).cpu().numpy()
-                gained[Blend(half_life, weight)] += float(ndcg_of(rank).sum())
+        extended = {h: static.extended(decayed_BV) for h, decayed_BV in present.decayed(now).items()}
+        for blend in gained:
+            rank = extended[blend.half_life].ranks(blend, request).cpu().numpy()
+            gained[blend] += float(ndcg_of(rank).sum())
         done += len(now)
         say(f"replayed {done:,} of {len(moments):,} validation requests")
-    chosen = max(gained, key=lambda blend: gained[blend])
+    chosen = {name: max(row, key=lambda blend: gained[blend]) for name, row in tried.items()}
     return chosen, {
-        "half-life": chosen.half_life,
-        "weight": chosen.weight,
         "validation requests": len(moments),
         "of users whom the ranker did not train on": enough,
-        "validation NDCG@10": gained[chosen] / len(moments),
-        "by half-life and weight": {
+        "blends": {
+            name: {**asdict(blend), "validation NDCG@10": gained[blend] / len(moments)}
+            for name, blend in chosen.items()
+        },
+        f"validation NDCG@10 of '{COUNTED}' by half-life and weight": {
             h: {str(w): gained[Blend(h, w)] / len(moments) for w in WEIGHTS} for h in HALF_LIVES
         },
     }
 
 
 # -- the walk --------------------------------------------------------------------------------------------
-def walk(models: Models, stream: dict[str, np.ndarray], blend: Blend, say: Progress) -> tuple[Answers, np.ndarray]:
-    """(everything about the test requests, their moments)."""
+def walk(
+    models: Models, stream: dict[str, np.ndarray], chosen: dict[str, Blend], say: Progress
+) -> tuple[Answers, np.ndarray]:
+    """(everything about the test requests, their moments). ``chosen``: how models and counters join, by row."""
     features, items = models.features, models.features.item_count()
     requests, moments = by_moment(features, models, "test")
     present, answers = Present(stream, items), Answers(items)
@@ -233,9 +261,10 @@ def walk(models: Models, stream: dict[str, np.ndarray], blend: Blend, say: Progr
         logits = models.logits(request, proposed)
         answers.add(RETRIEVAL, proposed.rank_B, proposed.ids_BN)
         answers.add(RANKED, models.ranked(request, proposed, logits), _ordered(proposed.ids_BN, logits[..., 0]))
-        extended = static.extended(decayed[blend.half_life])
-        rank_B = extended.ranks(blend.weight, request)
-        answers.add(COUNTED, rank_B, _ordered(extended.ids_BN, extended.scores(blend.weight)))
+        extended = {h: static.extended(decayed[h]) for h in {blend.half_life for blend in chosen.values()}}
+        for method, blend in chosen.items():
+            joined = extended[blend.half_life]
+            answers.add(method, joined.ranks(blend, request), _ordered(joined.ids_BN, joined.scores(blend)))
         hour_BV = counted[LAST_HOUR]
         answers.add_propensity(hour_BV.gather(1, request.target_B[:, None])[:, 0], hour_BV.sum(1))
         answers.unknown += int((request.target_B < FIRST_ID).sum())
@@ -255,8 +284,8 @@ def replay(features: Features, preset: Preset, root: Path, say: Progress) -> dic
     run, started = Run(root, features.folder), time.monotonic()
     ranking = run.manifest(RANKING)
     models, stream = Models(features, preset, root, [RANKING]), features.events()
-    blend, how = choose(models, stream, ranking["seed"], say)
-    answers, moments = walk(models, stream, blend, say)
+    chosen, how = choose(models, stream, ranking["seed"], say)
+    answers, moments = walk(models, stream, chosen, say)
     hours = (moments - int(stream[TIME][0])) // HOUR
     results = {
         "requests": len(moments),

@@ -17,6 +17,7 @@ DEBIASED = (
     "sum(NDCG@10 / p) / sum(1 / p) over the requests; p: share of the last hour's clicks that were on the target, at "
     f"least {PROPENSITY_FLOOR}"
 )
+MODELS = 5  # the last rows, which are more than a counter: drawn bold
 PLOTTED = 20  # requests of an hour, at least, for the plot
 COLUMNS = ("NDCG@10", "HR@10", "coverage@10", "debiased NDCG@10")
 
@@ -81,10 +82,16 @@ def figures(answers: Answers, hours: np.ndarray, reference: str) -> dict[str, An
 def render(results: dict[str, Any], name: str) -> Table:
     """The table for the terminal."""
     chosen = results["chosen"]
+    notes = [
+        f"{row}: {blend['model']:g} x logit + {blend['weight']:g} x log1p(count, half-life {blend['half_life']}) - "
+        f"{blend['taken_off']:g} x log1p(training count)"
+        for row, blend in chosen["blends"].items()
+    ]
     table = Table(
         title=f"{name}: replay of {results['requests']:,} test requests",
-        caption=f"counters join by {chosen['weight']:g} x log1p(count, half-life {chosen['half-life']}), chosen on "
-        f"{chosen['validation requests']:,} validation requests; gain over {results['gain over']}, 95 % interval",
+        caption="\n".join(notes) + f"\nchosen on {chosen['validation requests']:,} validation requests; gain over "
+        f"{results['gain over']}, 95 % interval",
+        caption_justify="left",
     )
     table.add_column("method")
     for column in (*COLUMNS, "gain", "interval"):
@@ -111,7 +118,7 @@ def plot_by_hour(results: dict[str, Any], path: Path) -> None:
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     methods = list(by_hour["NDCG@10"])
     for number, method in enumerate(methods):
-        model = number >= len(methods) - 3
+        model = number >= len(methods) - MODELS
         style = {"linewidth": 2.5, "marker": "o"} if model else {"linewidth": 1, "linestyle": "--", "marker": "."}
         values = np.array(by_hour["NDCG@10"][method])[shown]
         top.plot(hours, values, label=method, color=colormaps["tab20"](number), **style)

@@ -63,6 +63,10 @@ def test_planted_future_events_change_nothing():
         assert values.any() and torch.equal(values, results[1][name])
 
 
+def _blend(weight: float, taken_off: float = 0.0, model: float = 1.0) -> replay.Blend:
+    return replay.Blend("30 min", weight, taken_off, model)
+
+
 @pytest.fixture
 def static(monkeypatch):
     """Three candidates of nine items; the history holds item 3; logits fall with the id."""
@@ -70,8 +74,10 @@ def static(monkeypatch):
     scores = torch.tensor([[EXCLUDED] * 4 + [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]]).expand(4, -1)
     rank = torch.tensor([1, 5, 6, MISS])
     monkeypatch.setattr(replay, "scored", lambda *_: (rank, scores, torch.zeros(4, 2, 1)))
+    trained = torch.tensor([0.0] * 4 + [99.0, 9.0] + [0.0] * 6)
     models = SimpleNamespace(
-        count=3, retriever=None, features=SimpleNamespace(schema=SimpleNamespace(exclude_seen=True)),
+        count=3, retriever=SimpleNamespace(popularity=trained),
+        features=SimpleNamespace(schema=SimpleNamespace(exclude_seen=True)),
         preset=SimpleNamespace(ranker=SimpleNamespace(memory=1)),
         logits=lambda _, proposed: -proposed.ids_BN[..., None].float(),
     )  # fmt: skip
@@ -85,11 +91,23 @@ def test_rising_items_join_the_candidates(static):
     extended = models.extended(counts)
     assert extended.ids_BN[0, :4].tolist() == [4, 5, 6, 9] and not extended.ids_BN[0, 4:].any()
     np.testing.assert_allclose(extended.count_BN[0, :4], np.log1p([0, 7, 0, 20]), rtol=1e-6)
-    assert extended.ranks(0.0, request).tolist()[:2] == [1, 3]
-    assert extended.ranks(100.0, request).tolist()[:2] == [1, 0]
-    assert extended.ranks(1.9, request).tolist()[:2] == [0, 1]  # -5 + 1.9 ln 8 above -9 + 1.9 ln 21 above -4
+    assert extended.ranks(_blend(0.0), request).tolist()[:2] == [1, 3]
+    assert extended.ranks(_blend(100.0), request).tolist()[:2] == [1, 0]
+    assert extended.ranks(_blend(1.9), request).tolist()[:2] == [0, 1]  # -5 + 1.9 ln 8 above -9 + 1.9 ln 21 above -4
     for weight in (0.0, 100.0):  # neither a candidate nor rising; out of vocabulary
-        assert extended.ranks(weight, request)[2] > 4 and extended.ranks(weight, request)[3] >= MISS
+        assert extended.ranks(_blend(weight), request)[2] > 4 and extended.ranks(_blend(weight), request)[3] >= MISS
+
+
+def test_trained_popularity_is_taken_off(static):
+    models, request = static
+    counts = torch.zeros(4, ITEMS)
+    counts[:, [5, 9]] = torch.tensor([20.0, 7.0])
+    extended = models.extended(counts)
+    np.testing.assert_allclose(
+        extended.scores(_blend(1.0, 2.0, 0.0))[0, :2], [-2 * np.log(100), np.log(21 / 100)], rtol=1e-5
+    )
+    assert extended.ranks(_blend(1.0, 0.0, 0.0), request).tolist()[:2] == [0, 1]
+    assert extended.ranks(_blend(1.0, 1.0, 0.0), request)[1] == 0  # of what is left of 5, 21/10, against 8
 
 
 def _answers() -> Answers:
@@ -114,7 +132,8 @@ def test_figures_by_hand():
 
 
 def test_table_and_plot(tmp_path):
-    chosen = {"weight": 2.0, "half-life": "2 h", "validation requests": 10}
+    blend = {"weight": 2.0, "half_life": "2 h", "taken_off": 1.0, "model": 1.0}
+    chosen = {"blends": {"one": blend}, "validation requests": 10}
     results = {"requests": 3, "chosen": chosen, **figures(_answers(), np.array([7, 7, 9]), "two")}
     assert render(results, "run").row_count == 2
     plot_by_hour(results, tmp_path / "replay.png")
