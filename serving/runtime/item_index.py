@@ -1,10 +1,11 @@
 """Retrieval through a FAISS index, for catalogues too large to score every item for every request.
 
 A graph of near neighbours (HNSW, Malkov & Yashunin 2018); inverted lists (IVF) were measured too and find far less for
-the same time (docs/log.md). The item bias is one more dimension; a state meets it with a 1. A further dimension makes
-all rows equally long, so that the nearest by distance are the best by inner product (Bachrach et al. 2014): a graph by
-the inner product itself leads to long rows alone, and never reaches many others. Items of equal vectors are one row of
-the index: a graph of their copies knows no way to the others.
+the same time (docs/log.md). The item bias is one more dimension; a state meets it with a 1. The graph is one by inner
+products, or by distances of rows that a further dimension makes equally long, so that the nearest are the best by inner
+product too (Bachrach et al. 2014): which finds more depends on the catalogue. The first may lead to long rows alone and
+never reach many others. Items of equal vectors are one row of the index: a graph of their copies knows no way to the
+others.
 ``training.compile.index`` builds and judges it. Axis legend: B states, V item ids, D width, N candidates, S seen items,
 G groups of items with equal vectors, K rows that a search returns.
 """
@@ -24,6 +25,7 @@ from vivace.onnx_session import open_session
 
 EXCLUDED = -1e30  # as in the exact graph: the score of a place that no item takes
 FACTORY = "HNSW32"  # "HNSW32_SQ8": a quarter of the memory, about one in a hundred candidates less
+PRODUCTS, DISTANCES = "inner products", "distances"  # what a graph is one of
 INDEX, GROUPS, ENCODER, POPULAR = "index.faiss", "groups.npz", "encoder.onnx", "popular.npz"
 
 
@@ -93,15 +95,18 @@ class ItemIndex:
         self.index, self.effort, self.groups = index, effort, groups
 
     @classmethod
-    def build(cls, table_VD: np.ndarray, bias_V: np.ndarray, factory: str = FACTORY, threads: int = 1) -> ItemIndex:
+    def build(
+        cls, table_VD: np.ndarray, bias_V: np.ndarray, factory: str = FACTORY, threads: int = 1, by: str = PRODUCTS
+    ) -> ItemIndex:
         """``table_VD`` float32 [V, D] and ``bias_V`` [V] of all ids, the special ones included (they are left out)."""
         import faiss
 
         rows = with_bias(table_VD, bias_V)
         groups, first = Groups.of(rows)
-        distinct = lifted(rows[first])
+        distinct = rows[first] if by == PRODUCTS else lifted(rows[first])
         faiss.omp_set_num_threads(threads)
-        index = faiss.index_factory(distinct.shape[1], factory, faiss.METRIC_L2)
+        metric = faiss.METRIC_INNER_PRODUCT if by == PRODUCTS else faiss.METRIC_L2
+        index = faiss.index_factory(distinct.shape[1], factory, metric)
         index.train(distinct)
         index.add(distinct)
         return cls(index, 1, groups)
@@ -161,7 +166,7 @@ class ItemIndex:
 
         k = min(k, self.index.ntotal)
         parameters = faiss.SearchParametersHNSW(efSearch=max(self.effort, k))  # type: ignore[attr-defined]
-        if self.index.metric_type == faiss.METRIC_INNER_PRODUCT:  # compiled before rows were lifted
+        if self.index.metric_type == faiss.METRIC_INNER_PRODUCT:
             scores, rows = self.index.search(queries, k, params=parameters)
             return rows, scores
         width = queries.shape[1]

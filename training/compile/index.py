@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.features import Features
-from serving.runtime.item_index import POPULAR, Groups, ItemIndex, asking, with_bias
+from serving.runtime.item_index import DISTANCES, POPULAR, PRODUCTS, Groups, ItemIndex, asking, with_bias
 from training.compile.onnx_export import PARITY_REQUESTS
 from training.data import batches
 from training.judge.gate import GateError
@@ -114,6 +114,18 @@ def tune(index: ItemIndex, exact: Exact, probes: Sequence[Probe], count: int) ->
         effort *= 2
 
 
+def tuned_index(
+    table_VD: np.ndarray, bias_V: np.ndarray, factory: str, exact: Exact, probes: Sequence[Probe], count: int
+) -> tuple[ItemIndex, Tuned]:
+    """An index that finds enough: by inner products if that does, else by distances. Raises GateError."""
+    index = ItemIndex.build(table_VD, bias_V, factory, by=PRODUCTS)
+    try:
+        return index, tune(index, exact, probes, count)
+    except GateError:
+        index = ItemIndex.build(table_VD, bias_V, factory, by=DISTANCES)
+        return index, tune(index, exact, probes, count)
+
+
 def item_states(table_VD: np.ndarray, states_BD: np.ndarray, count: int = ITEM_QUERIES, seed: int = 0) -> np.ndarray:
     """Vectors of items as long as the mean of ``states_BD``, float32 [<= count, D]: up to half of them of items that
     share theirs with others and of the shortest, the rest of any. Vectors of length 0 ask for nothing."""
@@ -149,13 +161,13 @@ def build_index(
     that of the other half. Raises GateError."""
     with torch.no_grad():
         table, bias = model.table().detach().cpu().numpy(), model.bias.detach().cpu().numpy()
-    index, exact, states = ItemIndex.build(table, bias, factory), Exact(table, bias), states_BD.numpy()
+    exact, states = Exact(table, bias), states_BD.numpy()
     half = len(states) // 2
     probes = [
         Probe("real histories", states[:half], least),
         Probe("vectors of items", item_states(table, states), ITEM_RECALL),
     ]
-    tuned = tune(index, exact, probes, count)
+    index, tuned = tuned_index(table, bias, factory, exact, probes, count)
     index.save(folder)
     popularity = torch.log1p(model.popularity.cpu()).numpy()
     popularity[:FIRST_ID] = -np.inf

@@ -6,8 +6,8 @@ import faiss
 import numpy as np
 import pytest
 
-from serving.runtime.item_index import GROUPS, INDEX, Groups, ItemIndex, with_bias
-from training.compile.index import ITEM_RECALL, RECALL, Exact, Probe, item_states, tune
+from serving.runtime.item_index import DISTANCES, FACTORY, GROUPS, INDEX, PRODUCTS, Groups, ItemIndex
+from training.compile.index import ITEM_RECALL, RECALL, Exact, Probe, item_states, tune, tuned_index
 from training.judge.gate import GateError
 from vivace import contract
 from vivace.contract import FIRST_ID
@@ -98,8 +98,8 @@ def test_an_odd_catalogue_loses_nothing(spoil):
     """Of 5,000 items most share vectors or have none worth the name."""
     table = catalogue(5000)
     spoil(table)
-    index, exact = ItemIndex.build(table, no_bias(table)), Exact(table, no_bias(table))
-    tune(index, exact, probes(table), COUNT)
+    exact = Exact(table, no_bias(table))
+    index, _ = tuned_index(table, no_bias(table), FACTORY, exact, probes(table), COUNT)
     for probe in probes(table):
         ids, scores = index.search(probe.states_BD, COUNT)
         assert (ids >= FIRST_ID).all() and all(len(set(row)) == COUNT for row in ids.tolist())
@@ -112,15 +112,41 @@ def test_almost_equal_vectors_are_found_or_the_index_is_refused():
     table = catalogue(5000)
     noise = np.random.default_rng(3).normal(size=(4000, WIDTH)).astype(np.float32) * 1e-3
     table[FIRST_ID : FIRST_ID + 4000] = table[FIRST_ID] + noise
-    index, exact = ItemIndex.build(table, no_bias(table)), Exact(table, no_bias(table))
+    exact = Exact(table, no_bias(table))
     try:
-        tune(index, exact, probes(table), COUNT)
+        index, _ = tuned_index(table, no_bias(table), FACTORY, exact, probes(table), COUNT)
     except GateError as error:
         assert "not published: for " in str(error)
         return
     for probe in probes(table):
         ids = index.search(probe.states_BD, COUNT)[0]
         assert exact.recall(probe.states_BD, exact.least(probe.states_BD, COUNT), ids) >= probe.recall
+
+
+@pytest.mark.parametrize("by", [PRODUCTS, DISTANCES])
+def test_both_graphs_answer_the_same_scores(by):
+    table, asked = catalogue(500), states(20)
+    table *= np.geomspace(5.0, 0.5, len(table), dtype=np.float32)[:, None]
+    bias = np.random.default_rng(2).normal(size=len(table)).astype(np.float32)
+    index, exact = ItemIndex.build(table, bias, by=by), Exact(table, bias)
+    index.effort = 500
+    ids, scores = index.search(asked, COUNT)
+    assert exact.recall(asked, exact.least(asked, COUNT), ids) > 0.99 and (np.diff(scores, axis=1) <= 0).all()
+    np.testing.assert_allclose(scores, np.einsum("bd,bnd->bn", asked, table[ids]) + bias[ids], rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_of_distances_takes_over_where_products_lead_to_long_rows_alone(monkeypatch):
+    table = catalogue(3000)
+    exact = Exact(table, no_bias(table))
+    build = ItemIndex.build
+
+    def crippled(*given, by: str, **named) -> ItemIndex:
+        other = catalogue(3000, seed=9)
+        return build(*((other, *given[1:]) if by == PRODUCTS else given), by=by, **named)
+
+    monkeypatch.setattr(ItemIndex, "build", crippled)
+    index, tuned = tuned_index(table, no_bias(table), FACTORY, exact, probes(table), 20)
+    assert index.index.metric_type == faiss.METRIC_L2 and tuned.recall >= ITEM_RECALL
 
 
 def test_an_index_that_finds_too_little_is_refused():
@@ -161,11 +187,6 @@ def test_an_index_is_saved_whole_and_an_old_one_is_read(tmp_path):
     expected = ItemIndex.load(tmp_path).search(asked, 30)[0]
     (tmp_path / GROUPS).unlink()
     assert ItemIndex.load(tmp_path).search(asked, 30)[0].tolist() == expected.tolist()
-    of_before = faiss.index_factory(WIDTH + 1, "HNSW32", faiss.METRIC_INNER_PRODUCT)
-    of_before.add(with_bias(plain, no_bias(plain)))
-    of_before.hnsw.efSearch = 300
-    faiss.write_index(of_before, str(tmp_path / INDEX))
-    assert ItemIndex.load(tmp_path).search(asked, 5)[0].tolist() == [row[:5] for row in expected.tolist()]
     (tmp_path / INDEX).unlink()
     with pytest.raises(FileNotFoundError, match="vivace compile --index"):
         ItemIndex.load(tmp_path)
