@@ -28,6 +28,7 @@ RECALL = 0.98  # of the exact top N that an index must find for real histories t
 ITEM_RECALL = 0.95  # and for the vectors of items
 ITEM_QUERIES = 400
 CHUNK = 64  # states that are scored against every item at a time
+DEAR = 4  # efforts above so many times N are reason to try the other kind of graph
 NEAR = 1e-5  # relative difference of scores that rounding makes
 
 
@@ -117,13 +118,25 @@ def tune(index: ItemIndex, exact: Exact, probes: Sequence[Probe], count: int) ->
 def tuned_index(
     table_VD: np.ndarray, bias_V: np.ndarray, factory: str, exact: Exact, probes: Sequence[Probe], count: int
 ) -> tuple[ItemIndex, Tuned]:
-    """An index that finds enough: by inner products if that does, else by distances. Raises GateError."""
-    index = ItemIndex.build(table_VD, bias_V, factory, by=PRODUCTS)
-    try:
-        return index, tune(index, exact, probes, count)
-    except GateError:
-        index = ItemIndex.build(table_VD, bias_V, factory, by=DISTANCES)
-        return index, tune(index, exact, probes, count)
+    """An index that finds enough with the least effort, by inner products or by distances; the second is built where
+    the first needs more than DEAR times ``count``. Raises GateError."""
+    best: tuple[ItemIndex, Tuned] | None = None
+    fault: GateError | None = None
+    for by in (PRODUCTS, DISTANCES):
+        index = ItemIndex.build(table_VD, bias_V, factory, by=by)
+        try:
+            tuned = tune(index, exact, probes, count)
+        except GateError as error:
+            fault = fault or error
+            continue
+        if best is None or tuned.effort < best[1].effort:
+            best = index, tuned
+        if tuned.effort <= DEAR * count:
+            break
+    if best is None:
+        assert fault is not None
+        raise fault
+    return best
 
 
 def item_states(table_VD: np.ndarray, states_BD: np.ndarray, count: int = ITEM_QUERIES, seed: int = 0) -> np.ndarray:
