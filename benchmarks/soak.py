@@ -118,7 +118,7 @@ def growth(rows: list[dict], key: str) -> dict[str, list[float]]:
 
 def main(
     root: Annotated[Path, typer.Argument(help="a compiled run, such as artifacts/shop")],
-    minutes: Annotated[float, typer.Option(min=1)] = 60,
+    minutes: Annotated[float, typer.Option(min=0.1)] = 60,
     qps: Annotated[float, typer.Option(help="half of what the server takes", min=1)] = 60,
     kill_every_s: Annotated[float, typer.Option(help="a worker, about so often (0: none)", min=0)] = 90,
     save: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,

@@ -28,7 +28,7 @@ from tritonclient.grpc import InferenceServerClientPlugin, Request
 from tritonclient.utils import InferenceServerException
 
 from serving.door.config import DoorOptions, Sockets
-from serving.door.process import DRAIN_S, Door, ready_over
+from serving.door.process import DRAIN_S, Door, health_over
 from serving.logs import open_log, tail
 from serving.process import become_triton, living_workers, server_environment
 from serving.releases import held, verify
@@ -291,10 +291,18 @@ class TritonServer:
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def ready(self) -> bool:
+        """Whether all its models are ready, as it says."""
+        return self._health("ready")
+
+    def answers(self) -> bool:
+        """Whether it answers at all."""
+        return self._health("live")
+
+    def _health(self, question: str) -> bool:
         if self.sockets is not None:
-            return ready_over(self.sockets.http)
+            return health_over(self.sockets.http, question)
         try:
-            url = f"http://{self.host}:{self.http_port}/v2/health/ready"
+            url = f"http://{self.host}:{self.http_port}/v2/health/{question}"
             with urllib.request.urlopen(url, timeout=2) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):

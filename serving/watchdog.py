@@ -33,6 +33,7 @@ log = logging.getLogger("vivace.serve")
 LOOK_S = 0.05  # how often the server's own process is looked at
 BACK_OFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a server that ends again and again is started again
 STEADY_S = 1.0  # a server that was ready for so long starts again at once
+HUNG_S = 15.0  # so too a tritonserver, which answers whether it lives without any model
 SILENT_S = 5.0  # an Envoy that says nothing for so long is ended and started again
 SETTLED_S = 2.0  # a worker maps its segment within milliseconds of its making
 
@@ -120,6 +121,9 @@ class Watchdog:
         self._failures, self._up_since = -1, time.monotonic()  # ends in a row; since when the server is ready
         self._workers: dict[int, str] = {}
         self._retired: dict[int, float] = {}  # workers of unloaded instances, and since when
+        self.hung_s = HUNG_S
+        self._starting = False  # a server that starts answers nothing yet
+        self._silent: dict[str, tuple[int, float]] = {}  # by process: its id, since when
         self._ill: set[str] = set()  # models that are being revived
         self._round = time.monotonic()  # when the last one ended
         self.health = Health(server, self.metrics.registry, {"watchdog": self.fault, "models": self.models_fault})
@@ -271,11 +275,14 @@ class Watchdog:
         self._say(f"tritonserver {self.server.end()}; starting it again" + (f" in {wait_s:.1f} s" if wait_s else ""))
         if self._stop.wait(wait_s):
             return
+        self._starting = True
         try:
             self.server.relaunch()
         except ServerError as error:
             self._say(f"tritonserver: {error}")
             return
+        finally:
+            self._starting = False
         self._client.close()
         self._client, self._retired, self._workers = self.server.control_client(), {}, self.workers()
         self._up_since = time.monotonic()
@@ -302,26 +309,36 @@ class Watchdog:
                 self._stop.wait(1.0)
 
     def _run_door(self) -> None:
-        """Starts Envoy again where it ended: in a thread of its own, so that it need not wait for a server."""
-        silent_since, due = None, 0.0
+        """Starts Envoy again where it ended, and ends what runs and says nothing: in a thread of its own, so that it
+        need not wait for a server."""
+        due = time.monotonic()
         while not self._stop.wait(LOOK_S):
-            door = self.server.door
-            if door is None:
-                continue
-            if door.running():
-                if time.monotonic() < due:  # asked once a second, looked at more often
-                    continue
-                due = time.monotonic() + 1.0
-                silent_since = None if door.answers() else silent_since or time.monotonic()
-                if silent_since is not None and time.monotonic() - silent_since > SILENT_S:
-                    self._say(f"door: Envoy has not answered for {SILENT_S:.0f} s; ending it")
-                    os.kill(door.pid, signal.SIGKILL)
-                continue
-            silent_since = None
-            self.metrics.server_restarts.labels("envoy").inc()
-            self._say("door: Envoy ended by itself; starting it again")
             try:
-                door.start()
+                door = self.server.door
+                if door is not None and not door.running():
+                    self._silent.pop("door", None)
+                    self.metrics.server_restarts.labels("envoy").inc()
+                    self._say("door: Envoy ended by itself; starting it again")
+                    door.start()
+                elif time.monotonic() >= due:
+                    due = time.monotonic() + 1.0
+                    if door is not None:
+                        self._end_if_silent("door", door.pid, door.answers(), SILENT_S)
+                    if self.server.running() and not self._starting:
+                        self._end_if_silent("tritonserver", self.server.pid, self.server.answers(), self.hung_s)
             except Exception as error:
                 self._say(f"{error}; trying again")
                 self._stop.wait(1.0)
+
+    def _end_if_silent(self, name: str, pid: int, answers: bool, patience_s: float) -> None:
+        """Kills a process that has not answered for ``patience_s``, so that it is started again."""
+        if answers:
+            self._silent.pop(name, None)
+            return
+        dead, since = self._silent.setdefault(name, (pid, time.monotonic()))
+        if dead != pid:
+            del self._silent[name]
+        elif time.monotonic() - since > patience_s:
+            del self._silent[name]
+            self._say(f"{name}: has not answered for {patience_s:.0f} s; ending it")
+            os.kill(pid, signal.SIGKILL)

@@ -44,11 +44,11 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
-def ready_over(path: Path) -> bool:
-    """Whether the Triton behind a Unix socket says that all its models are ready."""
+def health_over(path: Path, question: str) -> bool:
+    """Whether the Triton behind a Unix socket says that it lives ("live"), or all its models are ready ("ready")."""
     connection = UnixConnection(path)
     try:
-        connection.request("GET", "/v2/health/ready")
+        connection.request("GET", f"/v2/health/{question}")
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False

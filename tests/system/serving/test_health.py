@@ -20,6 +20,7 @@ from serving.health import store_fault
 from serving.service import service
 from serving.start_checks import free_port
 from serving.status import start_status_page
+from serving.watchdog import HUNG_S
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, wait_until
 from tests.system.serving.test_versions import HISTORY, run
 from vivace import contract
@@ -94,6 +95,16 @@ def test_a_guard_that_hangs_is_red_and_replaced(served):
     os.kill(hanging, signal.SIGSTOP)
     wait_until(lambda: watchdog.health.faults["guard"], "guard red")
     wait_until(lambda: server.door.pid != hanging, "another Envoy")
+    turns_green(server, watchdog)
+
+
+def test_a_server_that_hangs_is_red_and_replaced(served):
+    server, watchdog = served
+    hanging, watchdog.hung_s = server.pid, 3.0
+    os.kill(hanging, signal.SIGSTOP)
+    wait_until(lambda: watchdog.health.faults["server"], "server red")
+    wait_until(lambda: server.pid != hanging, "another tritonserver")
+    watchdog.hung_s = HUNG_S
     turns_green(server, watchdog)
 
 
