@@ -46,7 +46,7 @@ from vivace.store.lmdb_store import LmdbStore
 
 WAIT_S = 60.0
 LONG_S = 3.0
-CANCELLING_S = 20.0
+CANCELLING_S = 10.0
 CLEAR = ("try again", "not healthy", "not ready", "no available version", "timeout expired", "failed to connect",
          "refused", "connection", "Connection", "Stub process", "Socket closed", "is stopping")  # fmt: skip
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)

@@ -31,7 +31,7 @@ from vivace import contract
 log = logging.getLogger("vivace.serve")
 
 LOOK_S = 0.05  # how often the server's own process is looked at
-BACK_OFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # before a server that ends again and again is started again
+BACK_OFF_S = (0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 2.0, 5.0, 10.0)  # before one that ends again and again is started again
 STEADY_S = 1.0  # a server that was ready for so long starts again at once
 HUNG_S = 15.0  # so too a tritonserver, which answers whether it lives without any model
 SILENT_S = 5.0  # an Envoy that says nothing for so long is ended and started again
@@ -235,6 +235,10 @@ class Watchdog:
         """One round: models revived."""
         now = {pid: model for pid, model in self._workers.items() if living(pid)}
         lost = {m for pid, m in self._workers.items() if m and pid not in now and pid not in self._retired}
+        if len(lost) > 1 and lost == set(self._questions):  # each call under way would wait seconds for a dead stage
+            self._say("all workers died; starting the server anew, which loads them side by side")
+            os.kill(self.server.pid, signal.SIGKILL)
+            return []
         revived = []
         for model in self._questions:
             if self._stop.is_set():
