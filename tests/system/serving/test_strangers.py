@@ -230,6 +230,15 @@ def door(tmp_path):
         yield running
 
 
+@pytest.fixture
+def connect():
+    """Opens connections to a port, which are closed at the end."""
+    with contextlib.ExitStack() as held:
+        yield lambda port, count: [
+            held.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(count)
+        ]
+
+
 def ended(connections: list[socket.socket]) -> bool:
     """Whether the other side closed every one; what it said before does not matter."""
     for connection in connections:
@@ -252,9 +261,9 @@ def status_of(port: int, headers: str = "") -> bytes:
 
 
 @pytest.mark.parametrize("which", ["http", "grpc"])
-def test_connections_that_say_nothing_take_nobodys_place(door, which):
+def test_connections_that_say_nothing_take_nobodys_place(door, connect, which):
     port = getattr(door.options, f"{which}_port")
-    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(10)]  # more than the limit
+    silent = connect(port, 10)  # more than the limit
     if which == "http":
         assert status_of(port) == b"HTTP/1.1 404"
     else:
@@ -269,9 +278,9 @@ def test_connections_that_say_nothing_take_nobodys_place(door, which):
     assert time.monotonic() - began < 30  # far less than the idle time of a real guard
 
 
-def test_idle_connections_fill_a_port_for_a_while_only(door):
+def test_idle_connections_fill_a_port_for_a_while_only(door, connect):
     port = door.options.http_port
-    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+    held = connect(port, 4)
     for connection in held:
         connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 404")
