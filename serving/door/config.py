@@ -111,12 +111,13 @@ def _cluster(name: str, path: Path, options: DoorOptions, http2: bool = False) -
             ]
         },
     }
-    if http2:
-        protocol = "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-        explicit = {"explicit_http_config": {"http2_protocol_options": {"max_concurrent_streams": 2048}}}
-        cluster["typed_extension_protocol_options"] = {
-            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {"@type": protocol, **explicit}
-        }
+    explicit = {"http2_protocol_options": {"max_concurrent_streams": 2048}} if http2 else {"http_protocol_options": {}}
+    protocol = {
+        "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "explicit_http_config": explicit,
+        "common_http_protocol_options": {"idle_timeout": f"{options.idle_s:g}s"},  # what a burst took is given back
+    }
+    cluster["typed_extension_protocol_options"] = {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protocol}
     return cluster
 
 
