@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import BinaryIO
 
 MAX_BYTES = 8 << 20
+ERROR, ERRORS = re.compile(r"E\d{4} "), 5  # Triton's error lines, and how many a message quotes
 KEPT = 4  # older files beside the one that is written: triton.log.1 is the newest of them
 
 
@@ -43,10 +45,13 @@ def rotate(path: Path, max_bytes: int = MAX_BYTES, kept: int = KEPT) -> bool:
 
 
 def tail(path: Path | None, lines: int, start: int = 0) -> str:
-    """The last lines behind byte ``start``; of a log that was emptied since, all there is."""
+    """The last lines behind byte ``start``, and before them the last errors further up, which say why; of a log that
+    was emptied since, all there is."""
     if path is None or not path.exists():
         return ""
     with path.open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(start if start <= size else 0, size - (1 << 16)))
-        return "\n".join(stream.read().decode(errors="replace").splitlines()[-lines:])
+        every = stream.read().decode(errors="replace").splitlines()
+    errors = [line for line in every[:-lines] if ERROR.match(line)]
+    return "\n".join([*errors[-ERRORS:], *every[-lines:]])
