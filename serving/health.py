@@ -170,6 +170,12 @@ class Health:
     def ready(self) -> bool:
         return not self.starting and not any(self.faults.values())
 
+    @property
+    def told_ready(self) -> bool:
+        """Whether the guard of now lets readiness probes through."""
+        door = self.server.door
+        return self.ready and (door is None or (door.running() and self._told == (door.pid, True)))
+
     def report(self) -> dict[str, object]:
         """What ``/health`` answers."""
         parts = {name: {"ok": not fault, **({"why": fault} if fault else {})} for name, fault in self.faults.items()}
