@@ -133,7 +133,7 @@ def main(
             rows = asyncio.run(soak(server, calls, minutes, qps, kill_every_s, seed))
             metrics = server.metrics()
             code = server.stop(signal.SIGTERM)
-        left = server.leftovers()
+        left, ends = server.leftovers(), server.ends()
         lost = lost_events(copy.feature_store, calls)
     for text, count in calls.errors.most_common(12):
         print(f"{count:5}  {text}")
@@ -142,7 +142,7 @@ def main(
         shares={"cancelled": CANCELLED, "malformed": MALFORMED, "appends": APPENDS}, totals=dict(calls.totals),
         appended=sum(map(len, calls.acknowledged.values())), lost=lost, workers_killed=server.killed,
         pss_mib=growth(rows, "pss_mib"), descriptors=growth(rows, "descriptors"), shm=growth(rows, "shm"),
-        errors=dict(calls.errors.most_common(20)), metrics=metrics, exit_code=code, left=left, rows=rows,
+        errors=dict(calls.errors.most_common(20)), metrics=metrics, exit_code=code, left=left, ends=ends, rows=rows,
     )  # fmt: skip
     if save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)

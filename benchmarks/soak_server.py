@@ -99,6 +99,11 @@ class ServedProcess:
         segments = [p.name for p in Path("/dev/shm").glob("vivace_*") if p.name[:20] in self._prefixes]
         return [f"process {p.pid}" for p in alive] + segments
 
+    def ends(self) -> list[str]:
+        """What the supervisor said of processes that ended by themselves."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [line for line in lines if "starting it again" in line or "ending it" in line]
+
     def processes(self) -> list[psutil.Process]:
         root = psutil.Process(self._process.pid)
         return [root, *root.children(recursive=True)]
