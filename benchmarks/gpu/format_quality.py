@@ -32,6 +32,7 @@ from training.scoring import candidates
 from vivace.run import RANKING, Run
 
 FORMATS = ("bf16", "fp8", "fp8-rows", "int8", "fp16", "2:4")
+ON_CPU = ("bf16", "int8")  # of a rehearsal: a processor takes long for the others
 PARTS = ("valid", "test")
 
 
@@ -49,7 +50,7 @@ def rankers(models: Models, figures: Figures, example: tuple[Requests, Candidate
     request, proposed = example
     given = (request.history_BT.to(proposed.ids_BN.device), proposed.ids_BN, proposed.scores_BN, proposed.encoded_BMD)
     made: dict[str, nn.Module] = {"fp32": models.ranker}
-    for name in FORMATS:
+    for name in FORMATS if models.retriever.bias.is_cuda else ON_CPU:
         try:
             graph = gpu_graph(models.ranker, torch.float16 if name == "fp16" else torch.bfloat16, lookup="sorted").model
             made[name] = formatted(graph, name, lambda graph=graph: graph(*given))
@@ -64,7 +65,7 @@ def retrievers(models: Models, figures: Figures, request: Requests) -> dict[str,
     """The retriever in each format that runs here."""
     made: dict[str, Any] = {"fp32": models.retriever}
     count, exclude_seen = models.count, models.features.schema.exclude_seen
-    for name in FORMATS:
+    for name in FORMATS if models.retriever.bias.is_cuda else ON_CPU:
         try:
             model = copy.deepcopy(models.retriever)
             cast(model, torch.float16 if name == "fp16" else torch.bfloat16)
