@@ -26,6 +26,7 @@ import typer
 
 from benchmarks.gpu import wheels
 from benchmarks.gpu.wheels import Content
+from preprocessing.features import Features
 from vivace.manifest import CHECKOUT, COMMIT
 from vivace.manifest import commit as commit_of_checkout
 from vivace.run import Run
@@ -90,10 +91,18 @@ def code(commit: str) -> list[Content]:
     return [*files, Content(COMMIT, commit.encode())]
 
 
+def is_current(run: Run) -> bool:
+    """Whether a run's features are there, and of this version's layout."""
+    try:
+        return bool(Features(run.features).files("train"))
+    except (ValueError, FileNotFoundError):
+        return False
+
+
 def prepared(data: str, artifacts: Path) -> list[Content]:
     """Features and feature store of a run of ``data``, prepared in ``artifacts`` if it is not there."""
     run = Run(artifacts / data)
-    if not (run.features / "manifest.json").exists():
+    if not is_current(run):
         from vivace.cli.prepare import prepare
 
         size: dict[str, Any] = SMALL_SHOP if data == "shop" else {}
