@@ -163,24 +163,22 @@ def _end_workers(folder: Path) -> None:
                 process.kill()
 
 
+MAKES_S = 10.0  # after its start a tritonserver has made its folder
+
+
 def remove_environments(launched: float) -> None:
     """Removes the empty folder that a tritonserver of ours, launched then, leaves where it ends by a signal; it makes
-    it within seconds of its start. None while another tritonserver of this user lives: its folder may be as old and as
-    empty, and it ends at once without it."""
-    folders = []
+    it within seconds of its start. None that another tritonserver of this user, started at about that time, may have
+    made: it ends at once without its own."""
+    started = [p.info["create_time"] for p in psutil.process_iter(["name", "create_time", "status"]) if _alive(p)]
     for folder in ENVIRONMENTS.glob("python_env_*"):
-        with contextlib.suppress(OSError):
-            status = folder.stat()
-            if status.st_uid == os.getuid() and launched <= status.st_ctime <= min(launched + 10, time.time()):
-                folders.append(folder)
-    if not folders or _another_tritonserver():
-        return
-    for folder in folders:
         with contextlib.suppress(OSError):  # one that is not empty is someone's
-            folder.rmdir()
+            status = folder.stat()
+            ours = status.st_uid == os.getuid() and launched <= status.st_ctime <= min(launched + MAKES_S, time.time())
+            if ours and not any(abs(other - status.st_ctime) <= MAKES_S for other in started):
+                folder.rmdir()
 
 
-def _another_tritonserver() -> bool:
-    """Whether any tritonserver of this user is alive."""
-    alive = [p.info for p in psutil.process_iter(["name", "uids", "status"]) if p.info["name"] == "tritonserver"]
-    return any(i["uids"] and i["uids"].real == os.getuid() and i["status"] != psutil.STATUS_ZOMBIE for i in alive)
+def _alive(process: psutil.Process) -> bool:
+    """Whether it is a tritonserver that lives."""
+    return bool(process.info["name"] == "tritonserver" and process.info["status"] != psutil.STATUS_ZOMBIE)
