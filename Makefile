@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 # on the machine with the GPU: its own Python, what deploy/gpu/unpack.py unpacked, and the time to take
 PYTHON_GPU ?= python3
-GPU_HOME ?= /tmp/vivace-gpu
+GPU_HOME ?= $(HOME)/.cache/vivace/gpu
 MINUTES ?= 9
 BIN = $(VENV)/bin
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Unpacks pieces of ``make gpu-pack`` on a machine that has nothing of the project yet. Standard library only.
 
-    python3 unpack.py FOLDER [PIECE...] [--to /tmp/vivace-gpu]
-    . /tmp/vivace-gpu/env.sh
+    python3 unpack.py FOLDER [PIECE...] [--to ~/.cache/vivace/gpu]
+    . ~/.cache/vivace/gpu/env.sh
 
 Pieces may come in several rounds: a bundle is unpacked when its last part is there, into a folder of its name. env.sh
 puts what is there so far on the paths; ``VIVACE_CODE`` names a checkout to use in place of the code that came along.
@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Unpack pieces of make gpu-pack")
     parser.add_argument("folder", type=Path, help="folder of the pieces")
     parser.add_argument("pieces", nargs="*", help="names of pieces (default: those that are there)")
-    parser.add_argument("--to", type=Path, default=Path("/tmp/vivace-gpu"))
+    parser.add_argument("--to", type=Path, default=Path.home() / ".cache" / "vivace" / "gpu")
     options = parser.parse_args()
     to = options.to.absolute()
     names = options.pieces or sorted(p.parent.name for p in options.folder.glob("*/piece.json"))

@@ -21,12 +21,23 @@ from serving.service import service
 from serving.start_checks import free_port
 from serving.status import start_status_page
 from serving.watchdog import HUNG_S
-from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, wait_until
+from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, vivace, wait_until
 from tests.system.serving.test_versions import HISTORY, run
 from vivace import contract
 from vivace.run import Run
 
 __all__ = ["run"]  # the fixture
+FEW_ITEMS = """
+name = "few"
+[interactions]
+files = "events.csv"
+user = "user_id"
+item = "item_id"
+time = "ts"
+time_unit = "s"
+[heads]
+click = 0
+"""
 
 
 def probe(server) -> tuple[int, bool]:
@@ -53,6 +64,22 @@ def turns_red(server, watchdog, part: str, why: str) -> None:
 def turns_green(server, watchdog) -> None:
     wait_until(lambda: watchdog.health.ready, "ready")
     wait_until(lambda: probe(server) == (200, True), "ready at the public ports")
+
+
+@pytest.mark.parametrize("items", [1, 2])
+def test_a_server_of_few_items_is_ready(items, tmp_path):
+    rows = [f"user-{u},item-{(u + n) % items},{1_700_000_000 + u * 1000 + n * 60}" for u in range(40) for n in range(5)]
+    (tmp_path / "events.csv").write_text("\n".join(["user_id,item_id,ts", *rows]) + "\n")
+    (tmp_path / "mapping.toml").write_text(FEW_ITEMS)
+    where = ("--name", "few", "--artifacts", str(tmp_path))
+    for step in (
+        ("prepare", "--data", "tables", "--path", str(tmp_path / "mapping.toml")), ("train", "--preset", "tiny"),
+        ("compile",),
+    ):  # fmt: skip
+        done = vivace(*step, *where)
+        assert done.returncode == 0, done.stdout + done.stderr
+    with service(on_free_ports(Run(tmp_path / "few").repository, guard=True), quiet) as (server, watchdog):
+        turns_green(server, watchdog)
 
 
 def test_an_ensemble_that_is_gone_is_red_and_comes_back(served):
