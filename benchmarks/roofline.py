@@ -26,6 +26,7 @@ import typer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu.peaks import copy_rate, product_rate
 from benchmarks.gpu.subjects import ranking_inputs, ranking_model, shape_of
 from benchmarks.turns import milliseconds
 from loadtest.reports.record import record_line
@@ -45,29 +46,11 @@ Run = Callable[[list[np.ndarray]], Any]
 def ceilings(device: torch.device) -> dict[str, float]:
     """FLOPs a second of a large matrix product by format, and bytes a second of a copy (read and write)."""
     n = 8192 if device.type == "cuda" else 1536
-    sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    rates = {}
-    for name, dtype in FORMATS.items():
-        if device.type == "cpu" and dtype == torch.float16:
-            continue  # no CPU here computes in it
-        a = torch.randn(n, n, device=device).to(dtype)
-
-        def product(_: int, a: Tensor = a) -> None:
-            a @ a
-            sync()
-
-        rates[name] = 2 * n**3 / milliseconds(product, 1.0) * 1000
+    formats = [name for name in FORMATS if device.type == "cuda" or name != "fp16"]  # no CPU here computes in it
+    rates = {name: product_rate(name, device, n, 1.0) for name in formats}
     if device.type == "cpu":  # a format that the CPU lacks is computed in float32, by whoever does it better
         rates = {name: max(rate, rates["fp32"]) for name, rate in rates.items()}
-    block = torch.empty((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
-    other = torch.empty_like(block)
-
-    def copy(_: int) -> None:
-        other.copy_(block)
-        sync()
-
-    rates["copy"] = 2 * block.numel() * 4 / milliseconds(copy, 1.0) * 1000
-    return rates
+    return rates | {"copy": copy_rate(device, 1.0)}
 
 
 def _session(session: ort.InferenceSession, given: list[np.ndarray]) -> Any:

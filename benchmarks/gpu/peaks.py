@@ -36,7 +36,7 @@ def product_rate(kind: str, where: torch.device, n: int, seconds: float) -> floa
 
 def copy_rate(where: torch.device, seconds: float) -> float:
     """Bytes a second, read and written, of a copy that no cache holds."""
-    block = torch.empty((1 << 30 if where.type == "cuda" else 1 << 26) // 4, device=where)
+    block = torch.empty((1 << 30 if where.type == "cuda" else 1 << 28) // 4, device=where)
     other = torch.empty_like(block)
     return 2.0 * block.numel() * 4 / device_ms(lambda: other.copy_(block), where, seconds) * 1000
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.gpu import steps
+from benchmarks.gpu.peaks import product_rate
 from benchmarks.gpu.record import Figures
 from benchmarks.gpu.steps import Asked
 from training.distributed import ALONE, Parallel
@@ -36,15 +37,6 @@ def flop_of_step(chosen: Preset, batch: int, items: int) -> float:
     inner = e.heads * e.of_head
     of_token = e.layers * (4 * e.width * inner + 2 * e.width * e.of_ffn + 2 * t * inner) + e.width * items
     return 3.0 * 2.0 * batch * t * of_token
-
-
-def peak(where: torch.device) -> float:
-    """FLOP/s of a product of two bfloat16 matrices: 8192 wide on a GPU."""
-    n = 8192 if where.type == "cuda" else 512
-    a = torch.randn(n, n, device=where, dtype=torch.bfloat16)
-    for _ in range(3):
-        a @ a
-    return 2.0 * n**3 / seconds_of(lambda: a @ a, 10, where)
 
 
 def seconds_of(call: Callable[[], object], times: int, where: torch.device) -> float:
@@ -82,7 +74,7 @@ def stepper(chosen: Preset, batch: int, where: torch.device, compiled: bool) -> 
 
 
 def measure(figures: Figures, where: torch.device, given: Asked) -> None:
-    best = peak(where)
+    best = product_rate("bf16", where, 8192 if where.type == "cuda" else 512, 0.3)
     figures.set(peak_bf16_tflops=best / 1e12)
     for name in ("tiny",) if given.cpu else ("base", "large"):
         for compiled in (False,) if given.cpu else (False, True):  # a processor compiles for minutes
