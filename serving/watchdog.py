@@ -231,18 +231,23 @@ class Watchdog:
         self._say(f"{model}: answers again after {seconds:.2f} s; removed {len(removed)} shared memory segments")
         return seconds
 
+    def lost(self) -> set[str]:
+        """Models a worker of which has ended since the last round."""
+        ended = {pid: model for pid, model in self._workers.items() if model and not living(pid)}
+        return {model for pid, model in ended.items() if pid not in self._retired}
+
     def check(self) -> list[str]:
         """One round: models revived."""
         now = {pid: model for pid, model in self._workers.items() if living(pid)}
-        lost = {m for pid, m in self._workers.items() if m and pid not in now and pid not in self._retired}
-        if len(lost) > 1 and lost == set(self._questions):  # each call under way would wait seconds for a dead stage
-            self._say("all workers died; starting the server anew, which loads them side by side")
-            os.kill(self.server.pid, signal.SIGKILL)
-            return []
-        revived = []
+        revived: list[str] = []
         for model in self._questions:
             if self._stop.is_set():
                 break
+            lost = self.lost()
+            if len(lost) > max(1, len(self._questions) // 2):  # calls would wait for one dead stage after the other
+                self._say("most workers died; starting the server anew, which loads them side by side")
+                os.kill(self.server.pid, signal.SIGKILL)
+                return revived
             if model in lost or not self.alive(model):
                 self.metrics.failures.labels(model).inc()
                 self.revive(model)
@@ -251,7 +256,7 @@ class Watchdog:
             self.metrics.failures.labels(contract.ENSEMBLE).inc()
             self.revive(contract.ENSEMBLE)
         self._round = time.monotonic()
-        self._workers = self.workers() if revived or lost else now
+        self._workers = self.workers() if revived else now
         self.sweep(self._workers)
         return revived
 
