@@ -33,7 +33,15 @@ from preprocessing.requests import recorded
 from search.online import SearchOptions
 from serving.launcher import TritonServer
 from vivace import contract
-from vivace.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError, read_answer, request_tensors
+from vivace.client import (
+    AsyncVivaceClient,
+    Recommendation,
+    VivaceClient,
+    VivaceError,
+    VivaceTimeoutError,
+    read_answer,
+    request_tensors,
+)
 from vivace.run import Run
 
 TOP_K, ROUND = 5, 200
@@ -120,6 +128,10 @@ class Fuzz:
             history, query = asks[which]
             try:
                 answer = await client.recommend(history=history, top_k=TOP_K, query=query, within_ms=ms)
+            except VivaceTimeoutError:
+                assert ms, "a request without a limit was lost"
+                self.seen["given up by the client"] += 1
+                return
             except VivaceError as error:
                 assert any(r in str(error) for r in SHED), error
                 self.seen["shed"] += 1

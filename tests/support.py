@@ -10,8 +10,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow.parquet as pq
+
+from preprocessing.features import Features
 from serving.launcher import ServerOptions
 from vivace.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError
+from vivace.contract import USER
 from vivace.manifest import CHECKOUT
 
 T = TypeVar("T")
@@ -43,6 +47,12 @@ def on_free_ports(repository: Path, **more: Any) -> ServerOptions:
     more.setdefault("start_timeout_s", PATIENCE_S)
     more.setdefault("log", repository.parent / f"triton-{more.get('profile') or 'default'}.log")
     return ServerOptions(repository, http_port=0, grpc_port=0, metrics_port=0, **more)
+
+
+def users_of_data(root: Path) -> set[str]:
+    """Users of a run's data set, not those that tests before this one appended events of to its store."""
+    files = Features(root / "features").files("train")
+    return {user for file in files for user in pq.read_table(file, columns=[USER])[USER].to_pylist()}
 
 
 def waited_too_long(error: Exception | str) -> bool:

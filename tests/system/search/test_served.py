@@ -56,7 +56,7 @@ def searchable(root, features, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["", "fused"])
 def server(request, searchable):
-    options = on_free_ports(searchable / "model_repository", profile=request.param)
+    options = on_free_ports(searchable / "model_repository", profile=request.param, guard=True)  # clients give up
     with TritonServer(options) as running:
         yield running
 
@@ -230,7 +230,7 @@ def test_garbage_for_the_inner_search_fails_alone(server):
     errors: list[str] = []
 
     def stranger(n: int) -> None:
-        with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
+        with server.control_client() as client:
             item = grpcclient.InferInput(contract.SEARCH_FOR.name, [1, 1], "BYTES")
             item.set_data_from_numpy(np.array([[strange[n % len(strange)]]], object))
             for _ in range(20):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from serving.service import service
-from tests.support import PatientClient, on_free_ports, quiet
+from tests.support import PatientClient, on_free_ports, quiet, users_of_data
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import compile_models
 from training.compile.onnx_export import shapes
@@ -46,8 +46,8 @@ def test_stored_times_reach_the_retriever(features, root, tmp_path):
     names = features.items()["item_id"].tolist()
     ids = {name: i for i, name in enumerate(names, FIRST_ID)}
     store = LmdbStore(own / "feature_store", readonly=True)
-    known = (u for u in store.users() if all(e.item_id in ids for e in store.events(u)))  # not what tests appended
-    users = list(itertools.islice(known, 20))
+    of_data = users_of_data(root)
+    users = list(itertools.islice((u for u in store.users() if u in of_data), 20))
     stored = [[(ids.get(e.item_id, 2), e.timestamp_ms) for e in store.events(u)] for u in users]
     store.close()
     request = batches.of_sequences([np.array(s) for s in stored], 20, torch.zeros(len(users)), {})
