@@ -47,7 +47,7 @@ STEPS = (
     Step("machine", 20, 40),
     Step("gpu_tests", 30, 60),
     Step("train", 190, 90, beside="engines"),
-    Step("served", 110, 120),
+    Step("served", 200, 120),
     Step("engines", 90, 60),
     Step("format_quality", 30, 60),
     Step("grid", 40, 40),

@@ -1,8 +1,8 @@
-"""The GPU part of docs/results.md, rendered from a record of ``make gpu``.
+"""The GPU part of docs/results.md, rendered from the records of ``make gpu``.
 
-    python -m benchmarks.gpu.table docs/benchmarks/gpu-h100-80gb-hbm3-2026-11-26.json
+    python -m benchmarks.gpu.table docs/benchmarks/gpu-*.json
 
-It writes what stands between two marks of the page; a test compares page and record.
+It writes what stands between two marks of the page, record by record; a test compares page and records.
 """
 
 from __future__ import annotations
@@ -153,10 +153,14 @@ def render(record: dict[str, Any], source: str) -> str:
     machine = steps.get("machine", {})
     peaks = machine.get("peaks", {})
     measured = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in peaks.items() if name != "copy")
+    known: dict[str, Any] = machine or next(iter(steps.values()), {})
     lines = [
-        f"{machine.get('device', record['gpu'] or 'no GPU')}, {machine.get('cores', '?')} cores, {record['date']}, "
-        f"commit {record['commit']}, torch {machine.get('torch', '?')}; `{source}`. Measured in the same run: TFLOP/s "
-        f"of an 8192³ product {measured}; copy {peaks.get('copy', 0) / 1e12:.1f} TB/s.",
+        f"{known.get('device', record['gpu'] or 'no GPU')}, {record['cores']} cores, {record['date']}, commit "
+        f"{record['commit']}, torch {known.get('torch', record['versions'].get('torch', '?'))}; `{source}`."
+        + (
+            f" Measured in the same run: TFLOP/s of an 8192³ product {measured}; copy {peaks['copy'] / 1e12:.1f} TB/s."
+            if peaks else ""
+        ),
         "",
     ]  # fmt: skip
     for name, title, part in RENDERED:
@@ -182,9 +186,13 @@ def between(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}"
 
 
-def main(record: Annotated[Path, typer.Argument(help="what make gpu wrote")]) -> None:
-    source = str(record.resolve().relative_to(CHECKOUT)) if record.resolve().is_relative_to(CHECKOUT) else record.name
-    PAGE.write_text(between(PAGE.read_text(), render(json.loads(record.read_text()), source)))
+def main(records: Annotated[list[Path], typer.Argument(help="what make gpu wrote")]) -> None:
+    PAGE.write_text(between(PAGE.read_text(), "\n".join(render(json.loads(r.read_text()), named(r)) for r in records)))
+
+
+def named(record: Path) -> str:
+    path = record.resolve()
+    return str(path.relative_to(CHECKOUT)) if path.is_relative_to(CHECKOUT) else record.name
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The GPU part of the results page is what its record renders to."""
+"""The GPU part of the results page is what its records render to."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from benchmarks.gpu import table
 from benchmarks.gpu.kernels import kind
 
 
-def test_the_page_is_rendered_from_the_record():
+def test_the_page_is_rendered_from_the_records():
     page = table.PAGE.read_text()
     part = page.partition(table.BEGIN)[2].partition(table.END)[0]
-    match = re.search(r"`(docs/benchmarks/gpu-[^`]+\.json)`", part)
-    assert match is not None, "the page names no record"
-    record = json.loads((table.CHECKOUT / match[1]).read_text())
-    assert part == "\n" + table.render(record, match[1])
+    names = re.findall(r"`(docs/benchmarks/gpu-[^`]+\.json)`", part)
+    assert names, "the page names no record"
+    assert part == "\n" + "\n".join(table.render(json.loads((table.CHECKOUT / n).read_text()), n) for n in names)
 
 
 def test_what_did_not_run_is_named():
@@ -23,7 +22,7 @@ def test_what_did_not_run_is_named():
         "train": {"outcome": "stopped", "rows": [], "not_run": {"large": "no time", "base": "no time left"}},
         "grid": {"outcome": "ok", "rows": []},
     }
-    text = table.render({"steps": steps, "gpu": "", "date": "d", "commit": "c"}, "f.json")
+    text = table.render({"steps": steps, "gpu": "", "date": "d", "commit": "c", "cores": 2, "versions": {}}, "f.json")
     assert "- train: large: no time" in text and "1 further combinations" in text and "- train: stopped" in text
     assert "grid" not in text
 
