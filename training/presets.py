@@ -169,6 +169,17 @@ def news_time() -> Preset:
     return replace(preset, encoder=replace(preset.encoder, family="hstu", time_bias=True))
 
 
+def news_live() -> Preset:
+    """``news`` whose ranker reads what is clicked most at the moment: for logs with real times where what counts is
+    what is new."""
+    preset = news()
+    return replace(
+        preset,
+        ranker=replace(preset.ranker, rising=200),
+        ranking=replace(preset.ranking, epochs=12, patience=3, learning_rate=3e-3, batch_size=128),
+    )
+
+
 def base() -> Preset:
     """One GPU, an hour: about 1 million parameters and the items. Written for a GPU, not run on one yet."""
     preset = cpu()
@@ -223,6 +234,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "beauty": beauty,
     "news": news,
     "news-time": news_time,
+    "news-live": news_live,
     "shop": shop,
     "tiny": tiny,
 }

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from training.data.batches import Requests
 from training.metrics import ranks
-from training.models.retrieval import EXCLUDED, RetrievalModel
+from training.models.retrieval import RetrievalModel, propose
+from vivace.contract import PADDING_ID
 
 SCORED = 256  # requests scored at once in evaluation
 
@@ -27,15 +28,22 @@ def candidates(
     retriever: RetrievalModel, request: Requests, count: int, exclude_seen: bool, memory: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(rank of the target [B], ids [B, N], scores [B, N], encoded [B, memory, D]) of the retriever, without gradients;
-    ``memory`` 0: all T events."""
+    ``memory`` 0: all T events. With live counters their rising items come first, see ``propose``."""
     with torch.no_grad():
         rank, scores, encoded = scored(retriever, request, exclude_seen)
-        ids, top = best(scores, count)
+        rising = None if request.rising_BM is None else request.rising_BM.to(scores.device)
+        ids, top = propose(scores, count, rising)
     return rank, ids, top, encoded[:, -memory:]
 
 
-def best(scores_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(ids int64 [B, N], scores [B, N]) of the best ``count`` items, best first; id 0 where only excluded ones are
-    left."""
-    top, ids = torch.topk(scores_BV, count, dim=1)
-    return torch.where(top > EXCLUDED / 2, ids, torch.zeros_like(ids)), top
+best = propose
+
+
+def behind_rising(rank_B: Tensor, request: Requests) -> Tensor:
+    """The retriever's ranks int64 [B], of targets that are among the rising items 0 and of others behind those: what
+    ``ranks_after`` takes as the ranks before ranking."""
+    if request.rising_BM is None:
+        return rank_B
+    rising_BM, target_B = request.rising_BM.to(rank_B.device), request.target_B.to(rank_B.device)
+    joined_B = (rising_BM == target_B[:, None]).any(1) & (target_B != PADDING_ID)
+    return torch.where(joined_B, torch.zeros_like(rank_B), rank_B + rising_BM.shape[1])

@@ -56,6 +56,10 @@ MAX_QUERY_BYTES = 4096
 MAX_SEEN = 4096  # newest distinct items that an index does not answer: as many events as a store keeps of a user. The
 # exact search excludes them all
 
+# half-lives of the live counters, and the numbers they give of an item (``vivace.live``)
+LIVE_HALF_LIVES_MS = tuple(minutes * 60_000 for minutes in (3, 10, 30, 120, 720))
+LIVE_FEATURES = 4 * len(LIVE_HALF_LIVES_MS) + 1
+
 DTYPES = ("BYTES", "INT64", "INT32", "FP32", "BOOL")
 
 
@@ -144,7 +148,8 @@ class StageTensors:
     ``history`` T, ``candidates`` N, ``items`` V (ids 0..V-1, special ids included), ``width`` D; ``timed``: whether the
     retrieval model reads the times of the history; ``memory``: newest encoded events handed to the ranker (0: all T);
     ``indexed``: candidates come from an approximate index, which is told the newest ``seen`` items by id; ``search``:
-    features of an item that a query found, for the search ranker (0: QUERY is not searched for).
+    features of an item that a query found, for the search ranker (0: QUERY is not searched for); ``rising``: items of
+    the live counters that join the candidates (0: none, and no counter is read).
     """
 
     history: int
@@ -156,6 +161,7 @@ class StageTensors:
     indexed: bool = False
     search: int = 0
     seen: int = 1024  # what was compiled before it was a number of its own
+    rising: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -197,12 +203,27 @@ class StageTensors:
         return WireTensor("SEEN_IDS", "INT64", (self.seen,))
 
     @property
+    def rising_ids(self) -> WireTensor:
+        """Items that are clicked most just now, best first, PADDING_ID where there are fewer."""
+        return WireTensor("RISING_IDS", "INT64", (self.rising,))
+
+    @property
+    def rising_features(self) -> WireTensor:
+        """What the live counters say of the same items (``vivace.live``)."""
+        return WireTensor("RISING_FEATURES", "FP32", (self.rising, LIVE_FEATURES))
+
+    @property
+    def proposed(self) -> int:
+        """Candidates that are ranked: the retriever's and the rising items."""
+        return self.candidates + self.rising
+
+    @property
     def candidate_ids(self) -> WireTensor:
-        return WireTensor("CANDIDATE_IDS", "INT64", (self.candidates,))
+        return WireTensor("CANDIDATE_IDS", "INT64", (self.proposed,))
 
     @property
     def candidate_scores(self) -> WireTensor:
-        return WireTensor("CANDIDATE_SCORES", "FP32", (self.candidates,))
+        return WireTensor("CANDIDATE_SCORES", "FP32", (self.proposed,))
 
     @property
     def encoded_history(self) -> WireTensor:
@@ -211,12 +232,12 @@ class StageTensors:
     @property
     def ranked_ids(self) -> WireTensor:
         """Candidates, best first; PADDING_ID where there were fewer than N to choose from."""
-        return WireTensor("RANKED_IDS", "INT64", (self.candidates,))
+        return WireTensor("RANKED_IDS", "INT64", (self.proposed,))
 
     def ranked_values(self, heads: tuple[TaskHead, ...]) -> WireTensor:
         """Row 0: the score that ordered the candidates; row 1 + i: calibrated probability of head i. One tensor, as
         each tensor between two stages costs the server more than its bytes do."""
-        return WireTensor("RANKED_VALUES", "FP32", (1 + len(heads), self.candidates))
+        return WireTensor("RANKED_VALUES", "FP32", (1 + len(heads), self.proposed))
 
 
 @dataclass(frozen=True)
@@ -292,11 +313,13 @@ class DataSchema:
 
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (*retrieval_inputs(s), STATUS, *([SEARCH_FOR] if s.search else []))
+    live = [s.rising_features] if s.rising else []
+    return (*retrieval_inputs(s), *live, STATUS, *([SEARCH_FOR] if s.search else []))
 
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (s.history_ids, s.seen_ids if s.indexed else s.exclude, *([s.history_times] if s.timed else []))
+    seen = s.seen_ids if s.indexed else s.exclude
+    return (s.history_ids, seen, *([s.history_times] if s.timed else []), *([s.rising_ids] if s.rising else []))
 
 
 def retrieval_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -304,7 +327,8 @@ def retrieval_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
 
 
 def ranking_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (s.history_ids, s.candidate_ids, s.candidate_scores, s.encoded_history)
+    live = [s.rising_ids, s.rising_features] if s.rising else []
+    return (s.history_ids, s.candidate_ids, s.candidate_scores, s.encoded_history, *live)
 
 
 def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:

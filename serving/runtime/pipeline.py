@@ -54,7 +54,7 @@ class Pipeline:
     ) -> None:
         at = lambda stage: repository / stage / version  # noqa: E731
         self.shapes, self.whole = shapes, whole
-        self.ranked = min(ranked or shapes.candidates, shapes.candidates)
+        self.ranked = min(ranked or shapes.proposed, shapes.proposed)
         self.transform = FeatureTransform(
             at(contract.FEATURE_TRANSFORM) / "transform.onnx", store, shapes, exclude_seen
         )
@@ -92,24 +92,28 @@ class Pipeline:
         return cls(run.repository, str(run.version()), shapes, store, seen, threads, ranked, whole)
 
     def retrieve(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Candidate ids int64 [B, N] and scores float32 [B, N], encoded history float32 [B, M, D]."""
+        """Candidate ids int64 [B, N] and scores float32 [B, N], encoded history float32 [B, M, D]; then the inputs of
+        ranking that come from the feature transform."""
         if self._index is not None:
             return self._index(inputs)
-        history_BT, exclude_BV, *times = inputs
+        given, live = inputs[: len(self._retrieval_names)], inputs[-2:] if self.shapes.rising else []
+        of_events = (self.shapes.history_ids.name, self.shapes.history_times.name)
         parts = []
-        for places, t in chunks(history_BT, self.whole):
-            tensors = [history_BT[places, -t:], exclude_BV[places], *(v[places, -t:] for v in times)]
-            parts.append((places, self._retrieval.run(None, dict(zip(self._retrieval_names, tensors, strict=True)))))
-        return together(parts, len(history_BT), self.shapes.memory or history_BT.shape[1])
+        for places, t in chunks(given[0], self.whole):
+            named = zip(self._retrieval_names, given, strict=True)
+            tensors = {n: v[places, -t:] if n in of_events else v[places] for n, v in named}
+            parts.append((places, self._retrieval.run(None, tensors)))
+        return [*together(parts, len(given[0]), self.shapes.memory or given[0].shape[1]), *live]
 
     def rank(self, history_BT: np.ndarray, retrieved: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
         """Ids int64 [B, N], best first, and their values float32 [B, C, N]: of the retriever's first ``count``."""
-        ids, scores, encoded = retrieved
+        ids, scores, encoded, *live = retrieved
         if count < ids.shape[1]:
             ids, scores = np.ascontiguousarray(ids[:, :count]), np.ascontiguousarray(scores[:, :count])
         parts = []
         for places, t in chunks(history_BT, self.whole):
-            tensors = (history_BT[places, -t:], ids[places], scores[places], encoded[places, -t:])
+            parts_of_live = (x[places] for x in live)
+            tensors = (history_BT[places, -t:], ids[places], scores[places], encoded[places, -t:], *parts_of_live)
             parts.append((places, self._ranking.run(None, dict(zip(self._ranking_names, tensors, strict=True)))))
         return together(parts, len(history_BT))
 
@@ -120,19 +124,29 @@ class Pipeline:
         return [ids_BN, values]
 
     def popular(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Popular items that the rows may be answered, as ``rank`` gives them; by no model."""
+        """Popular items that the rows may be answered, as ``rank`` gives them; by no model. With live counters those
+        that are rising come first."""
+        popular_N, popularity_N = self._popular_N, self._popularity_N
+        if self.shapes.rising:
+            rising = inputs[-2][0]
+            rising = rising[rising != contract.PADDING_ID]
+            others = ~np.isin(popular_N, rising)
+            count = len(popular_N)
+            popular_N = np.concatenate([rising, popular_N[others]])[:count]
+            first = max(float(popularity_N[0]), 0.0) + np.arange(len(rising), 0, -1, dtype=np.float32)
+            popularity_N = np.concatenate([first, popularity_N[others]])[:count]
         if self.shapes.indexed:
-            taken_BN = np.stack([np.isin(self._popular_N, seen[seen != contract.PADDING_ID]) for seen in inputs[1]])
+            taken_BN = np.stack([np.isin(popular_N, seen[seen != contract.PADDING_ID]) for seen in inputs[1]])
         else:
-            taken_BN = inputs[1][:, self._popular_N]
+            taken_BN = inputs[1][:, popular_N]
         order_BN = np.argsort(taken_BN, axis=1, kind="stable")  # free ones first, in their order
-        ids = np.where(np.take_along_axis(taken_BN, order_BN, 1), contract.PADDING_ID, self._popular_N[order_BN])
-        return self.unranked(ids, self._popularity_N[order_BN])
+        ids = np.where(np.take_along_axis(taken_BN, order_BN, 1), contract.PADDING_ID, popular_N[order_BN])
+        return self.unranked(ids, popularity_N[order_BN])
 
     def count_to_rank(self, top_k: int, level: Level = Level.FULL) -> int:
         """How many candidates are ranked when up to ``top_k`` are asked for."""
         share = self.ranked // FEWER if level == Level.FEWER else self.ranked
-        return min(self.shapes.candidates, max(share, top_k))
+        return min(self.shapes.proposed, max(share, top_k))
 
     def warm(self, rows: int) -> Iterator[tuple[Level, float]]:
         """Answers ``rows`` at once at each level, as long histories as are read: (level, seconds it took). What memory

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.runtime.live_feed import LiveFeed
 from vivace.contract import (
     APPEND_ITEM_ID,
     EVENT_ID,
@@ -40,6 +41,7 @@ from vivace.contract import (
     USER_ID,
     StageTensors,
 )
+from vivace.live import RECENT
 from vivace.masks import excluded, seen_ids
 from vivace.onnx_session import open_session
 from vivace.store.interface import Event, FeatureStore
@@ -192,12 +194,13 @@ class FeatureTransform:
         self, graph: Path, store: FeatureStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1
     ) -> None:
         self.item_ids = ItemVocabulary(graph, threads)
+        self.live = LiveFeed(graph.parent / RECENT, store, self.item_ids, shapes) if shapes.rising else None
         self._store, self._shapes, self._exclude_seen = store, shapes, exclude_seen
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[str]]:
         """(inputs of ``retrieval`` in the contract's order, status of each row): history ids int64 [B, T], exclude bool
         [B, V] (for an index seen ids int64 [B, S]) and, for timed shapes, times int64 [B, T]. Only histories of the
-        feature store have times."""
+        feature store have times. With live counters, rising ids int64 [B, M] and features float32 [B, M, F]."""
         t = self._shapes.history
         unsent = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
         timed_histories = self._store.timed_histories([rows[i].user_id for i in unsent]) if unsent else []
@@ -220,14 +223,18 @@ class FeatureTransform:
             status = [with_reason(s, self._not_left_out(h)) for s, h in zip(status, ids_to_exclude, strict=True)]
         else:
             seen = excluded(ids_to_exclude, self._shapes.items)
+        live = []
+        if self.live is not None:
+            live, late = self.live.rows(len(rows)), self.live.status()
+            status = [with_reason(s, late) for s in status] if late else status
         if not self._shapes.timed:
-            return [history_BT, seen], status
+            return [history_BT, seen, *live], status
         time_BT = np.zeros((len(rows), t), np.int64)
         for i, timed in stored.items():
             if timed is not None and timed[1]:
                 times = timed[1][-t:]
                 time_BT[i, t - len(times) :] = times
-        return [history_BT, seen, time_BT], status
+        return [history_BT, seen, time_BT, *live], status
 
     def _not_left_out(self, history_ids: np.ndarray) -> str:
         """What an index may answer although it was seen, as a reason of STATUS; "" where that is nothing."""

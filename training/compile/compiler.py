@@ -148,13 +148,15 @@ class Compilation:
         self.exact_folder.mkdir(exist_ok=True)
         s = self.tensors
         self.say("exporting retrieval")
-        graph = RetrievalGraph(self.retriever, s.candidates, s.memory)
+        graph = RetrievalGraph(self.retriever, s.candidates, s.memory, rising=s.rising)
+        inputs = contract.retrieval_inputs(s)
+        given, live = self.example[: len(inputs)], self.example[-2:] if s.rising else ()
         self.parity[contract.RETRIEVAL] = export_checked(
-            contract.RETRIEVAL, graph, contract.retrieval_inputs(s), contract.retrieval_outputs(s), self.example,
+            contract.RETRIEVAL, graph, inputs, contract.retrieval_outputs(s), given,
             self.exact_folder / "retrieval.onnx",
         )  # fmt: skip
         with torch.no_grad():
-            self.candidates = (self.example[0], *graph(*self.example))
+            self.candidates = (self.example[0], *graph(*given), *live)
         self.say("exporting ranking")
         self.parity[contract.RANKING] = export_checked(
             contract.RANKING, RankingGraph(self.ranker, folded=self.folded), contract.ranking_inputs(s),
@@ -252,6 +254,11 @@ def compile_models(
     StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ, GateError where
     the engine lost more quality than the bound."""
     config = config or CompileConfig()
+    if preset.ranker.rising and not (config.exact and not config.index and not config.targets):
+        raise ValueError(
+            f"compile: a ranker with live counters (ranker.rising {preset.ranker.rising}) goes with float32 graphs for "
+            "ONNX Runtime alone so far; leave out --precision, --tables, --index and --target"
+        )
     run = Run(root, features.folder)
     reference = Run(config.reference, features.folder) if config.reference is not None else run
     step = _step(features, preset, run, reference, seed, config)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from preprocessing.features import Features
 from training.compile.parity import difference
 from training.data import batches
+from training.data.live import with_live
 from training.presets import Preset
 from vivace import contract
 from vivace.onnx_session import open_session
@@ -39,7 +40,9 @@ def shapes(preset: Preset, items: int) -> contract.StageTensors:
     """The tensors between the stages for a preset and a vocabulary."""
     count = min(preset.ranker.candidates, items - contract.FIRST_ID)
     e = preset.encoder
-    return contract.StageTensors(e.history, count, items, e.width, e.time_bias, preset.ranker.memory)
+    return contract.StageTensors(
+        e.history, count, items, e.width, e.time_bias, preset.ranker.memory, rising=preset.ranker.rising
+    )
 
 
 def names_of(tensors: Sequence[contract.WireTensor]) -> list[str]:
@@ -47,15 +50,18 @@ def names_of(tensors: Sequence[contract.WireTensor]) -> list[str]:
 
 
 def example_requests(features: Features, preset: Preset, count: int = PARITY_REQUESTS) -> tuple[Tensor, ...]:
-    """(history ids [B, T], exclude [B, V]), and times [B, T] if the encoder reads them, of validation requests, the
-    last one with an empty history: inputs of the retrieval graph."""
+    """What the feature transform gives of validation requests, the last one with an empty history: history ids [B, T],
+    exclude [B, V], times [B, T] if the encoder reads them and, with live counters, rising ids [B, M] and features
+    [B, M, F]."""
     heads = [h.name for h in features.schema.heads]
     files = features.files("valid") or features.files("test")  # short logs have no validation; targets are not read
-    request = next(iter(batches.requests(files, heads, preset.encoder.history, count)))
+    requests = batches.requests(files, heads, preset.encoder.history, count)
+    part = "valid" if features.files("valid") else "test"
+    request = next(iter(with_live(requests, features, part, preset.ranker.rising)))
     history, times = request.history_BT.clone(), request.time_BT.clone()
     history[-1] = times[-1] = contract.PADDING_ID
     exclude = request.exclude(features.item_count(), features.schema.exclude_seen)
-    return (history, exclude, times) if preset.encoder.time_bias else (history, exclude)
+    return (history, exclude, *([times] if preset.encoder.time_bias else []), *request.live)
 
 
 def export(

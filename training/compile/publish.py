@@ -12,6 +12,7 @@ from serving import repository
 from serving.runtime.item_index import ENCODER, GROUPS, INDEX, POPULAR
 from training.compile.targets import files as plans
 from vivace import contract
+from vivace.live import RECENT, entries, save_recent
 from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, RANKING, RETRIEVAL, Run, StaleError
 
@@ -54,7 +55,10 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
         retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
     response = {ITEMS_FILE: folder / ITEMS_FILE, **of_search.pop(contract.RESPONSE, {})}
     return {
-        contract.FEATURE_TRANSFORM: {"transform.onnx": features.folder / "transform_request.onnx"},
+        contract.FEATURE_TRANSFORM: {
+            "transform.onnx": features.folder / "transform_request.onnx",
+            **({RECENT: folder / RECENT} if tensors.rising else {}),
+        },
         contract.RETRIEVAL: retrieval,
         contract.RANKING: {"model.onnx": folder / "ranking.onnx", **built.get(contract.RANKING, {})},
         contract.RESPONSE: response,
@@ -70,6 +74,12 @@ def publish(features: Features, run: Run, folder: Path, tensors: contract.StageT
     write_text(folder / ITEMS_FILE, json.dumps(features.items()[contract.ITEM].tolist(), ensure_ascii=False))
     write_text(folder / SCHEMA_FILE, json.dumps(schema.to_json()))
     write_json(folder / run.card_file.name, card)
+    if tensors.rising:
+        stream = features.events()
+        save_recent(
+            folder / RECENT, stream[contract.ITEM], stream[contract.TIME],
+            entries(stream[contract.USER], stream[contract.TIME]),
+        )  # fmt: skip
     metadata = {"precision": card["precision"], "tables": card["tables"], "gate": json.dumps(gate)}
     return repository.assemble(
         run.repository,

@@ -100,7 +100,8 @@ def training_batches(
 class Requests:
     """Held-out requests: ``histories`` whole (for the seen filter), ``history_BT`` as the encoder reads them,
     ``time_BT`` ms of its events (0 where padded), ``target_B`` item ids, ``labels`` float [B] by head, ``number_B``
-    int64: which request of the pass it is, from 0; ``user_B`` int64: the user's ``user_hash``, 0 where unknown."""
+    int64: which request of the pass it is, from 0; ``user_B`` int64: the user's ``user_hash``, 0 where unknown. With
+    live counters, ``rising_BM`` int64 and ``live_BMF`` float32: what was rising at the moment (``data.live``)."""
 
     histories: list[np.ndarray]
     history_BT: Tensor
@@ -109,6 +110,13 @@ class Requests:
     labels: dict[str, Tensor]
     number_B: Tensor
     user_B: Tensor
+    rising_BM: Tensor | None = None
+    live_BMF: Tensor | None = None
+
+    @property
+    def live(self) -> tuple[Tensor, ...]:
+        """The last inputs of a ranker with live counters; none without."""
+        return () if self.rising_BM is None or self.live_BMF is None else (self.rising_BM, self.live_BMF)
 
     def take(self, rows: np.ndarray) -> Requests:
         """The requests at ``rows`` int64, in their order."""
@@ -116,7 +124,10 @@ class Requests:
         labels = {head: values[index] for head, values in self.labels.items()}
         history_BT, time_BT, target_B = (x[index] for x in (self.history_BT, self.time_BT, self.target_B))
         number_B, user_B = self.number_B[index], self.user_B[index]
-        return Requests([self.histories[i] for i in rows], history_BT, time_BT, target_B, labels, number_B, user_B)
+        live = (x[index] for x in self.live)
+        return Requests(
+            [self.histories[i] for i in rows], history_BT, time_BT, target_B, labels, number_B, user_B, *live
+        )
 
     def _excluding(self, exclude_seen: bool) -> list[np.ndarray]:
         return self.histories if exclude_seen else [h[:0] for h in self.histories]
@@ -126,10 +137,25 @@ class Requests:
         return torch.from_numpy(excluded(self._excluding(exclude_seen), items))
 
     def inputs(self, s: StageTensors, exclude_seen: bool) -> list[np.ndarray]:
-        """Inputs of the retrieval stage, in the contract's order."""
+        """What the feature transform gives, in the contract's order: inputs of the retrieval stage and, with live
+        counters, what they say of the rising items."""
         histories = self._excluding(exclude_seen)
         seen = seen_ids(histories, s.seen) if s.indexed else excluded(histories, s.items)
-        return [self.history_BT.numpy(), seen, *([self.time_BT.numpy()] if s.timed else [])]
+        times = [self.time_BT.numpy()] if s.timed else []
+        return [self.history_BT.numpy(), seen, *times, *(x.numpy() for x in self.live)]
+
+
+def together(parts: list[Requests]) -> Requests:
+    """Several as one, in their order. Raises ValueError for none."""
+    if not parts:
+        raise ValueError("together: expected requests, got none")
+    joined = {
+        name: torch.cat([getattr(p, name) for p in parts])
+        for name in ("history_BT", "time_BT", "target_B", "number_B", "user_B", "rising_BM", "live_BMF")
+        if getattr(parts[0], name) is not None
+    }
+    labels = {head: torch.cat([p.labels[head] for p in parts]) for head in parts[0].labels}
+    return Requests([history for p in parts for history in p.histories], labels=labels, **joined)
 
 
 def of_sequences(

@@ -21,13 +21,14 @@ from preprocessing.features import Features
 from training.checkpoints import device, load_ranker, load_retrieval
 from training.data import batches
 from training.data.counters import follower_matrix, popularity
+from training.data.live import with_live
 from training.judge.tables import plot_reliability
 from training.learn.ranker import head_auc
 from training.metrics import Collected, ranks, ranks_after
 from training.models.ranking import RankingModel
 from training.models.retrieval import EXCLUDED
 from training.presets import Preset
-from training.scoring import SCORED, candidates
+from training.scoring import SCORED, behind_rising, candidates
 from vivace.contract import FIRST_ID
 from vivace.manifest import Progress, Step, write_json
 from vivace.run import CONTROL as CONTROL_STEP
@@ -103,7 +104,8 @@ class Models:
         return self.rankers[RANKING]
 
     def requests(self, part: str) -> Iterator[batches.Requests]:
-        return batches.requests(self.features.files(part), self.heads, self.preset.encoder.history, SCORED)
+        requests = batches.requests(self.features.files(part), self.heads, self.preset.encoder.history, SCORED)
+        return with_live(requests, self.features, part, self.preset.ranker.rising)
 
     def retrieve(self, request: batches.Requests) -> Candidates:
         exclude_seen = self.features.schema.exclude_seen
@@ -113,14 +115,18 @@ class Models:
         """Logits float32 [B, N, heads] of a ranker for the candidates."""
         history_BT = request.history_BT.to(proposed.ids_BN.device)
         with torch.no_grad():
-            logits: Tensor = self.rankers[name](history_BT, proposed.ids_BN, proposed.scores_BN, proposed.encoded_BMD)
+            live = (x.to(history_BT.device) for x in request.live)
+            logits: Tensor = self.rankers[name](
+                history_BT, proposed.ids_BN, proposed.scores_BN, proposed.encoded_BMD, *live
+            )
         return logits
 
     def ranked(self, request: batches.Requests, proposed: Candidates, logits_BNH: Tensor) -> Tensor:
         """Ranks of the targets int64 [B] when the first head's logits order the candidates."""
         ids_BN = proposed.ids_BN
         target_B = request.target_B.to(ids_BN.device)
-        return ranks_after(logits_BNH[..., 0], ids_BN, target_B, proposed.rank_B, request.number_B)
+        before_B = behind_rising(proposed.rank_B, request)
+        return ranks_after(logits_BNH[..., 0], ids_BN, target_B, before_B, request.number_B)
 
 
 def _add_heads(collected: Collected, models: Models, request: batches.Requests, ids_BN: Tensor, logits: Tensor) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +91,7 @@ def by_moment(features: Features, models: Models, part: str) -> tuple[batches.Re
             "split"
         )
     moments = np.concatenate([pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files])
-    whole = batches.Requests(
-        [history for p in parts for history in p.histories],
-        torch.cat([p.history_BT for p in parts]),
-        torch.cat([p.time_BT for p in parts]),
-        torch.cat([p.target_B for p in parts]),
-        {head: torch.cat([p.labels[head] for p in parts]) for head in models.heads},
-        torch.cat([p.number_B for p in parts]),
-        torch.cat([p.user_B for p in parts]),
-    )
+    whole = batches.together(parts)
     order = np.argsort(moments, kind="stable")
     return whole.take(order), moments[order]
 
@@ -206,6 +198,8 @@ def choose(
 ) -> tuple[dict[str, Blend], dict[str, Any]]:
     """(the best blend of each row on validation requests, how they were chosen). ``seed``: of the ranker's training;
     only users whom it held out of the ranker's training count, as the ranker has learned the others' targets."""
+    if models.preset.ranker.rising:  # it reads the counters itself: there is nothing to add
+        return {}, {"validation requests": 0, "blends": {}}
     requests, moments = by_moment(models.features, models, "valid")
     held_out = held_out_users(requests, models.preset.ranking.held_out, seed)
     enough = int(held_out.sum()) >= LEAST_CHOOSING
@@ -256,15 +250,17 @@ def walk(
             scores_BV = torch.where(excluded_BV, torch.full_like(counts_BV, EXCLUDED), counts_BV)
             rank_B = ranks(scores_BV, request.target_B, request.number_B)
             answers.add(method, rank_B, best(scores_BV, min(answers.CUT, items))[0])
-        static = Static(models, request)
-        proposed = static.proposed
+        static = None if models.preset.ranker.rising else Static(models, request)
+        proposed = models.retrieve(request) if static is None else static.proposed
         logits = models.logits(request, proposed)
-        answers.add(RETRIEVAL, proposed.rank_B, proposed.ids_BN)
+        alone = proposed if static is not None else models.retrieve(replace(request, rising_BM=None, live_BMF=None))
+        answers.add(RETRIEVAL, proposed.rank_B, alone.ids_BN)
         answers.add(RANKED, models.ranked(request, proposed, logits), _ordered(proposed.ids_BN, logits[..., 0]))
-        extended = {h: static.extended(decayed[h]) for h in {blend.half_life for blend in chosen.values()}}
-        for method, blend in chosen.items():
-            joined = extended[blend.half_life]
-            answers.add(method, joined.ranks(blend, request), _ordered(joined.ids_BN, joined.scores(blend)))
+        if static is not None:
+            extended = {h: static.extended(decayed[h]) for h in {blend.half_life for blend in chosen.values()}}
+            for method, blend in chosen.items():
+                joined = extended[blend.half_life]
+                answers.add(method, joined.ranks(blend, request), _ordered(joined.ids_BN, joined.scores(blend)))
         hour_BV = counted[LAST_HOUR]
         answers.add_propensity(hour_BV.gather(1, request.target_B[:, None])[:, 0], hour_BV.sum(1))
         answers.unknown += int((request.target_B < FIRST_ID).sum())

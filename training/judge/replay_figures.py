@@ -89,7 +89,9 @@ def render(results: dict[str, Any], name: str) -> Table:
     ]
     table = Table(
         title=f"{name}: replay of {results['requests']:,} test requests",
-        caption="\n".join(notes) + f"\nchosen on {chosen['validation requests']:,} validation requests; gain over "
+        caption=""
+        if not notes
+        else "\n".join(notes) + f"\nchosen on {chosen['validation requests']:,} validation requests; gain over "
         f"{results['gain over']}, 95 % interval",
         caption_justify="left",
     )

@@ -20,12 +20,13 @@ from torch import Tensor
 from preprocessing.features import Features
 from training.checkpoints import build_ranker, device, finish_training, keep_only_own_checkpoint, load_retrieval
 from training.data import batches
+from training.data.live import with_live
 from training.learn.loop import Loop, LoopConfig
 from training.metrics import list_auc, mean_ndcg, ranks_after
 from training.models.ranking import RankingModel
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
-from training.scoring import SCORED, candidates
+from training.scoring import SCORED, behind_rising, candidates
 from vivace.contract import FIRST_ID
 from vivace.manifest import Progress, Step
 from vivace.run import CONTROL, RANKING, RETRIEVAL, Run
@@ -48,14 +49,17 @@ class RankerBatch(NamedTuple):
     encoded_BTD: Tensor
     hit_BN: Tensor  # bool: the candidate is the target
     labels_BH: Tensor
-    rank_B: Tensor  # of the target, by the retriever
+    rank_B: Tensor  # of the target, before the ranker
     target_B: Tensor
     number_B: Tensor  # of the request
+    rising_BM: Tensor | None = None
+    live_BMF: Tensor | None = None
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self) -> tuple[Tensor, ...]:
         """What the model reads."""
-        return self.history_BT, self.candidates_BN, self.scores_BN, self.encoded_BTD
+        live = () if self.rising_BM is None or self.live_BMF is None else (self.rising_BM, self.live_BMF)
+        return self.history_BT, self.candidates_BN, self.scores_BN, self.encoded_BTD, *live
 
 
 class RankerData:
@@ -69,6 +73,18 @@ class RankerData:
         self.schema = features.schema
         self.heads = [h.name for h in self.schema.heads]
         self.count = min(preset.ranker.candidates, features.item_count() - FIRST_ID)
+        self.known: batches.Requests | None = self._replayed() if preset.ranker.rising else None
+
+    def _replayed(self) -> batches.Requests:
+        """The validation requests with what was rising at the moment of each."""
+        if self.control or self.preset.ranking.past_events:
+            raise ValueError(
+                f"ranker.rising {self.preset.ranker.rising}: expected validation requests and past_events 0, got "
+                f"{'none' if self.control else self.preset.ranking.past_events}: the retriever has learned from all "
+                "training events, so what it says of their moments is hindsight"
+            )
+        parts = batches.requests(self.features.files("valid"), self.heads, self.preset.encoder.history, SCORED)
+        return batches.together(list(with_live(parts, self.features, "valid", self.preset.ranker.rising)))
 
     def sources(self, held_out: bool) -> list[tuple[list[Path], int]]:
         """(files, how far back the event to predict lies; 0: the validation event). Of the held-out users only the
@@ -87,6 +103,13 @@ class RankerData:
         return -(-rows // batch_size)
 
     def _requests(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[batches.Requests]:
+        if self.known is not None:
+            order = np.arange(len(self.known.target_B))
+            if shuffle_seed is not None:
+                order = np.random.default_rng(shuffle_seed).permutation(order)
+            for start in range(0, len(order), batch_size):
+                yield self.known.take(order[start : start + batch_size])
+            return
         history = self.preset.encoder.history
         for files, back in self.sources(held_out):
             yield from batches.requests(files, self.heads, history, batch_size, shuffle_seed, back)
@@ -106,7 +129,9 @@ class RankerData:
             labels = torch.stack([request.labels[h] for h in self.heads], 1).to(ids.device)
             history, number = request.history_BT.to(ids.device), request.number_B.to(ids.device)
             if keep.any():
-                parts = (history, ids, scores, encoded, hit, labels, rank, target, number)
+                live = (x.to(ids.device) for x in request.live)
+                before = behind_rising(rank, request)
+                parts = (history, ids, scores, encoded, hit, labels, before, target, number, *live)
                 yield RankerBatch(*(x[keep] for x in parts))
 
 
@@ -206,6 +231,9 @@ def train_ranker(
     source = RankerData(features, retriever, preset, seed, control)
     if source.without_validation:
         say("no validation request (no user has three events): the ranker learns from the last training events")
+    if model.live is not None and source.known is not None:
+        ids_BM, live_BMF = source.known.live
+        model.live.measure(live_BMF[ids_BM >= FIRST_ID])
     loop = Loop(
         model,
         LoopConfig(

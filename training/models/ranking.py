@@ -23,7 +23,10 @@ from training.models.int8_table import Int8Table
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
 from vivace.checks import check_fields, check_minimum, check_shares
-from vivace.contract import FIRST_ID, PADDING_ID
+from vivace.contract import FIRST_ID, LIVE_FEATURES, PADDING_ID
+
+LIVE_RETRIEVAL_SCALE = 0.1  # of the retriever's score at first, where counts of now are at hand
+COLD_RISING = 1000.0  # above any log popularity
 
 Mixture = Literal["mmoe", "ple", "shared"]
 MIXTURES: tuple[Mixture, ...] = get_args(Mixture)
@@ -53,10 +56,14 @@ class RankerConfig:
     """How the task heads share: "mmoe" a gate each over common experts (Ma et al. 2018), "ple" experts of their own
     beside common ones in two layers (Tang et al. 2020), "shared" one common layer."""
 
+    rising: int = 0
+    """M, items that are clicked most at the moment of the request: they join the candidates, and the ranker reads their
+    live counts (0: no live counters)."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
-        check_minimum(self, 0, "memory")
+        check_minimum(self, 0, "memory", "rising")
         check_shares(self, "dropout")
 
 
@@ -116,7 +123,7 @@ class RankingModel(nn.Module):
         self.key, self.value = nn.Linear(2 * d, d), nn.Linear(2 * d, d)
         self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
-        counters = 5 + 2 * config.lags
+        counters = 5 + 2 * config.lags + LIVE_FEATURES * bool(config.rising)
         self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
         towers = blocks.towers(head_names)
         self.experts = blocks.mixture(config.mixture, config.experts, config.expert_width, config.dropout, towers)
@@ -124,7 +131,8 @@ class RankingModel(nn.Module):
         linears = [nn.Linear(blocks.TOWER, 1) for _ in head_names]
         self.score = nn.ModuleDict(dict(zip(head_names, linears, strict=True)))
         self.task_weights = TaskWeights(len(head_names), weighting)
-        self.retrieval_scale = nn.Parameter(torch.ones(()))
+        self.retrieval_scale = nn.Parameter(torch.full((), LIVE_RETRIEVAL_SCALE if config.rising else 1.0))
+        self.live = LiveFeatures() if config.rising else None
         self.folded: FoldedItems | None = None  # what ``fold`` worked out of each item
         for i, linear in enumerate(linears):
             nn.init.zeros_(linear.weight)
@@ -208,22 +216,57 @@ class RankingModel(nn.Module):
         mixed = self.towers(self.experts(x_PF))  # one tensor for all towers, or one each
         return {h: self.score[h](mixed[h]) for h in self.head_names}
 
-    def forward(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor) -> Tensor:
-        """Logits float32 [B, N, heads]."""
+    def forward(
+        self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor,
+        rising_BM: Tensor | None = None, live_BMF: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits float32 [B, N, heads]. The last two arguments, of a ranker with live counters: ids of the rising items
+        and what the counters say of each."""
         n, f = candidates_BN.shape[1], len(self.head_names)  # without int(): free axes of the exported graph
         candidate, query, item, popularity, category = self.candidate_parts(candidates_BN)
         attended = self.attend(candidate, query, history_BT, encoded_BTD)
-        features = self.counter(self.counters(history_BT, candidates_BN, scores_BN, popularity, category))
+        counted = self.counters(history_BT, candidates_BN, scores_BN, popularity, category)
+        if self.live is not None:
+            live_BNF = self.live(candidates_BN, rising_BM, live_BMF)
+            counted = torch.cat([counted, live_BNF], 2)
+        features = self.counter(counted)
         user = encoded_BTD[:, -1:, :] * item
         x = torch.cat([attended, candidate, user, features], dim=2).flatten(0, 1)
         heads = self._heads(x)
         logits = torch.cat([heads[h] for h in self.head_names], dim=1).view(-1, n, f)
         residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)
+        if self.live is not None:
+            residual = residual + self.live.direct(live_BNF).squeeze(2)
         return torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], dim=2)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities [..., heads] of logits of the same shape (Platt scaling)."""
         return torch.sigmoid(logits * self.calibration[:, 0] + self.calibration[:, 1])
+
+
+class LiveFeatures(nn.Module):
+    """What live counters say of each candidate, normalised: nothing (zeros before) of those that are not rising."""
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(LIVE_FEATURES))
+        self.register_buffer("spread", torch.ones(LIVE_FEATURES))
+        self.direct = nn.Linear(LIVE_FEATURES, 1, bias=False)
+        nn.init.zeros_(self.direct.weight)
+
+    def measure(self, live_RF: Tensor) -> None:
+        """Takes mean and spread of features float [R, F] of rising items in training."""
+        self.mean.copy_(live_RF.float().mean(0))
+        self.spread.copy_(live_RF.float().std(0).clamp_min(1e-3))
+
+    def forward(self, candidates_BN: Tensor, rising_BM: Tensor, live_BMF: Tensor) -> Tensor:
+        """float32 [B, N, F], of -6 to 6."""
+        same_BNM = (candidates_BN[:, :, None] == rising_BM[:, None, :]) & (candidates_BN != PADDING_ID)[:, :, None]
+        live_BNF = same_BNM.to(live_BMF.dtype) @ live_BMF
+        return ((live_BNF - self.mean) / self.spread).clamp(-6.0, 6.0)
 
 
 class FoldedItems(nn.Module):
@@ -283,10 +326,16 @@ class RankingGraph(nn.Module):
             self.model.item = Int8Table(model.item.weight.detach())
 
     def forward(
-        self, history_ids: Tensor, candidate_ids: Tensor, candidate_scores: Tensor, encoded_history: Tensor
-    ) -> tuple[Tensor, ...]:
-        logits = self.model(history_ids, candidate_ids, candidate_scores, encoded_history)
+        self, history_ids: Tensor, candidate_ids: Tensor, candidate_scores: Tensor, encoded_history: Tensor,
+        rising_ids: Tensor | None = None, rising_features: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        live = [x for x in (rising_ids, rising_features) if x is not None]
+        logits = self.model(history_ids, candidate_ids, candidate_scores, encoded_history, *live)
         empty_B1 = (history_ids < FIRST_ID).all(dim=1, keepdim=True)
+        if live:  # of a cold user, what is clicked most now comes before what was popular in training
+            place = torch.arange(candidate_ids.shape[1], 0, -1, device=logits.device, dtype=logits.dtype)
+            is_rising = (candidate_ids[:, :, None] == live[0][:, None, :]).any(2)
+            candidate_scores = candidate_scores + is_rising.to(logits.dtype) * (COLD_RISING + place)
         score = torch.where(empty_B1, candidate_scores, logits[..., 0])
         score = torch.where(candidate_ids == PADDING_ID, torch.full_like(score, EXCLUDED), score)
         ranked, order = torch.topk(score, score.shape[1], dim=1)

@@ -16,7 +16,7 @@ from training.models.int8_table import Int8Table
 from training.models.item_table import ItemAttributes, ItemTable
 from vivace.contract import FIRST_ID, PADDING_ID
 
-__all__ = ["EXCLUDED", "MASKED", "EncoderConfig", "RetrievalGraph", "RetrievalModel"]
+__all__ = ["EXCLUDED", "MASKED", "EncoderConfig", "RetrievalGraph", "RetrievalModel", "propose"]
 
 EXCLUDED = -1e30
 
@@ -143,10 +143,13 @@ class RetrievalGraph(nn.Module):
 
     table_VD: Tensor | Int8Table
 
-    def __init__(self, model: RetrievalModel, candidates: int, memory: int = 0, int8_table: bool = False) -> None:
-        """``memory``: newest encoded events that are handed to the ranker (0: all)."""
+    def __init__(
+        self, model: RetrievalModel, candidates: int, memory: int = 0, int8_table: bool = False, rising: int = 0
+    ) -> None:
+        """``memory``: newest encoded events that are handed to the ranker (0: all); ``rising``: items that join the
+        candidates (0: none)."""
         super().__init__()
-        self.model, self.candidates, self.memory = model, candidates, memory
+        self.model, self.candidates, self.memory, self.rising = model, candidates, memory, rising
         with torch.no_grad():
             table = model.table().detach().clone()
         if int8_table:
@@ -155,10 +158,30 @@ class RetrievalGraph(nn.Module):
             self.register_buffer("table_VD", table)
 
     def forward(
-        self, history_ids: Tensor, exclude: Tensor, history_times: Tensor | None = None
+        self, history_ids: Tensor, exclude: Tensor, third: Tensor | None = None, fourth: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        encoded = self.model.encode(history_ids, self.table_VD, history_times, self.memory)
+        """The inputs are those of ``contract.retrieval_inputs``: after the exclusions come the times of the history, if
+        the encoder reads them, then the rising items, if there are any."""
+        more = [x for x in (third, fourth) if x is not None]
+        times = more[0] if self.model.config.time_bias and more else None
+        encoded = self.model.encode(history_ids, self.table_VD, times, self.memory)
         scores = self.model.scores(history_ids, encoded, exclude, self.table_VD)
-        top, ids = torch.topk(scores, self.candidates, dim=1)
-        ids = torch.where(top > EXCLUDED / 2, ids, torch.full_like(ids, PADDING_ID))
-        return ids, top, encoded
+        return *propose(scores, self.candidates, more[-1] if self.rising else None), encoded
+
+
+def propose(scores_BV: Tensor, count: int, rising_BM: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(ids int64 [B, N], scores [B, N]) of the best ``count`` items, best first; id 0 where only excluded ones are
+    left. With ``rising_BM`` int64 [B, M] those come before them, each item once, in [B, M + N]."""
+    if rising_BM is None:
+        top, ids = torch.topk(scores_BV, count, dim=1)
+        return torch.where(top > EXCLUDED / 2, ids, torch.full_like(ids, PADDING_ID)), top
+    of_rising_BM = scores_BV.gather(1, rising_BM)
+    others_BV = scores_BV.scatter(1, rising_BM, torch.full_like(of_rising_BM, EXCLUDED))
+    top, ids = torch.topk(others_BV, count, dim=1)
+    ids_BN, scores_BN = torch.cat([rising_BM, ids], 1), torch.cat([of_rising_BM, top], 1)
+    there_BN = scores_BN > EXCLUDED / 2
+    # in their order, what is left out to the end: topk of distinct integers is a stable sort
+    place = torch.arange(ids_BN.shape[1], 0, -1, device=ids_BN.device, dtype=scores_BN.dtype)
+    _, order = torch.topk(there_BN.to(scores_BN.dtype) * 65536.0 + place, ids_BN.shape[1], dim=1)
+    ids_BN = torch.where(there_BN, ids_BN, torch.full_like(ids_BN, PADDING_ID))
+    return ids_BN.gather(1, order), scores_BN.gather(1, order)

@@ -1,0 +1,119 @@
+"""Live counters, served: what is appended is rising within a second, and the server reads what training reads."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from serving.runtime.live_feed import LiveFeed
+from serving.runtime.stages import ItemVocabulary
+from serving.service import service
+from tests.support import PatientClient, on_free_ports, quiet, users_of_data
+from training.checkpoints import load_ranker, load_retrieval
+from training.compile.compiler import CompileConfig, compile_models
+from training.data import batches
+from training.judge.evaluate import evaluate
+from training.learn.ranker import train_ranker
+from training.models.ranking import RankingGraph
+from training.models.retrieval import RetrievalGraph
+from training.presets import tiny
+from vivace.contract import FEATURE_TRANSFORM, FIRST_ID
+from vivace.live import RECENT
+from vivace.run import Run
+from vivace.store.lmdb_store import LmdbStore
+
+RISING = 24
+CANDIDATES = 60  # with what is rising, fewer than an answer may have
+PRESET = replace(tiny(), ranker=replace(tiny().ranker, candidates=CANDIDATES, rising=RISING))
+
+
+@pytest.fixture(scope="module")
+def live_root(features, root, tmp_path_factory):
+    own = tmp_path_factory.mktemp("live") / "shop"
+    for folder in ("features", "feature_store", "retrieval"):
+        shutil.copytree(root / folder, own / folder)
+    train_ranker(features, PRESET, own, 3, quiet, quiet=True)
+    evaluate(features, PRESET, own, 3, quiet)
+    compile_models(features, PRESET, own, 3, quiet)
+    return own
+
+
+def _rare(features, taken: int) -> str:
+    """An item that training saw least."""
+    return str(features.items()["item_id"].tolist()[-1 - taken])
+
+
+@pytest.mark.parametrize("profile", ["", "fused"])
+def test_what_is_appended_is_rising_within_a_second(live_root, root, features, profile):
+    rising = _rare(features, taken=["", "fused"].index(profile))
+    with (
+        service(on_free_ports(live_root / "model_repository", profile=profile), quiet) as (server, _),
+        PatientClient(f"{server.host}:{server.grpc_port}") as client,
+    ):
+        before = client.recommend("nobody", top_k=10)
+        assert rising not in before.items
+        for n in range(60 if profile else 40):  # more than the other profile left in the store
+            client.append(f"crowd {profile} {n}", rising)
+        appended = time.monotonic()
+        while rising not in (items := list(client.recommend("nobody", top_k=10).items)):
+            assert time.monotonic() - appended < 1.0, f"not rising after a second: {items}"
+        assert items[0] == rising  # a cold user gets what is clicked most now, before what was popular in training
+        user = min(users_of_data(root))
+        assert rising in client.recommend(user, top_k=100).items
+        assert rising not in client.recommend(f"crowd {profile} 0", top_k=100).items  # who has seen it
+
+        run, names = Run(live_root), features.items()["item_id"].tolist()
+        version = run.repository / FEATURE_TRANSFORM / str(run.version())
+        store = LmdbStore(live_root / "feature_store", readonly=True)
+        feed = LiveFeed(
+            version / RECENT, store, ItemVocabulary(version / "transform.onnx"), run.shapes(), start=False
+        )  # fmt: skip
+        histories = [names[i : i + 5] for i in range(0, 60, 3)]
+        served = [client.recommend("", history, 20) for history in histories]
+    ids = [np.array([[FIRST_ID + names.index(item), 0] for item in history]) for history in histories]
+    request = batches.of_sequences(ids, PRESET.encoder.history, torch.zeros(len(ids)), {})
+    rising_BM, live_BMF = (torch.from_numpy(x) for x in feed.rows(len(ids)))
+    assert int((rising_BM[0] >= FIRST_ID).sum()) >= 1
+    first = RetrievalGraph(load_retrieval(features, PRESET, live_root), CANDIDATES, rising=RISING)
+    second = RankingGraph(load_ranker(features, PRESET, live_root))
+    with torch.no_grad():
+        proposed = first(request.history_BT, request.exclude(features.item_count(), True), rising_BM)
+        ranked, values = second(request.history_BT, *proposed, rising_BM, live_BMF)
+    for row, got in enumerate(served):
+        expected = [names[i - FIRST_ID] for i in ranked[row, :20].tolist()]
+        assert len(set(expected) & set(got.items)) >= 18  # counts have decayed by seconds in between
+        np.testing.assert_allclose(got.scores, values[row, 0, :20].numpy(), atol=0.05)
+
+
+def test_a_restart_counts_what_the_log_holds(live_root, features):
+    store = LmdbStore(live_root / "feature_store", readonly=True)
+    run = Run(live_root)
+    version = run.repository / FEATURE_TRANSFORM / str(run.version())
+    ids = ItemVocabulary(version / "transform.onnx")
+    following = LiveFeed(version / RECENT, store, ids, run.shapes(), start=False)
+    with (
+        service(on_free_ports(live_root / "model_repository"), quiet) as (server, _),
+        PatientClient(f"{server.host}:{server.grpc_port}") as client,
+    ):
+        for n in range(6):
+            client.append(f"later {n % 2}", _rare(features, 5 + n % 3))
+            following.refresh()
+    now = int(time.time() * 1000) + 1000
+    following.refresh(now)
+    anew = LiveFeed(version / RECENT, store, ids, run.shapes(), start=False)
+    anew.refresh(now)
+    for followed, counted in zip(following.rows(1), anew.rows(1), strict=True):
+        np.testing.assert_array_equal(followed, counted)
+
+
+def test_what_live_counters_do_not_go_with_is_refused(live_root, features):
+    with pytest.raises(ValueError, match=r"live counters .* float32"):
+        compile_models(features, PRESET, live_root, 3, quiet, CompileConfig(precision="int8"))
+    past = replace(PRESET, ranking=replace(PRESET.ranking, past_events=1))
+    with pytest.raises(ValueError, match="hindsight"):
+        train_ranker(features, past, live_root, 3, quiet, quiet=True)

@@ -1,0 +1,93 @@
+"""A ranker with live counters: which candidates it gets, what it reads of them, and of which moment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from training.data.batches import of_sequences, together
+from training.data.live import STEP_MS, LiveAt
+from training.metrics import ranks_after
+from training.models.ranking import LiveFeatures
+from training.models.retrieval import EXCLUDED, propose
+from training.scoring import behind_rising
+from vivace.contract import FIRST_ID, ITEM, LIVE_FEATURES, PADDING_ID, TARGET_TIME, TIME, USER
+from vivace.live import LiveTable, entries
+
+START = 1_506_826_800_000
+
+
+def test_rising_items_come_first_and_each_item_once():
+    scores = torch.tensor([[EXCLUDED] * 3 + [5.0, EXCLUDED, 3.0, 4.0, 1.0]])  # ids 3..7; 4 was seen
+    rising = torch.tensor([[6, 4, 7, PADDING_ID]])
+    ids, values = propose(scores, 3, rising)
+    assert ids.tolist() == [[6, 7, 3, 5, 0, 0, 0]]  # 4 is left out; what is missing stands at the end
+    assert values[0, :4].tolist() == [4.0, 1.0, 5.0, 3.0]
+    assert propose(scores, 3)[0].tolist() == [[3, 6, 5]]
+
+
+def _request(target: int, rising: list[int]):
+    request = of_sequences([np.array([[FIRST_ID, 1]])], 4, torch.tensor([target]), {})
+    live = torch.zeros(1, len(rising), LIVE_FEATURES)
+    return replace(request, rising_BM=torch.tensor([rising]), live_BMF=live)
+
+
+@pytest.mark.parametrize(
+    ("target", "before", "expected"), [(9, 5000, 0), (5, 1, 1), (8, 2, 2 + 2)], ids=["rising", "proposed", "neither"]
+)
+def test_ranks_of_targets_that_are_rising(target, before, expected):
+    candidates = torch.tensor([[9, 4, 6, 5]])  # two rising, two of the retriever
+    logits = torch.tensor([[4.0, 1.0, 2.0, 3.0]])
+    request = _request(target, [9, 4])
+    before_B = behind_rising(torch.tensor([before]), request)
+    got = ranks_after(logits, candidates, request.target_B, before_B, request.number_B)
+    assert got.tolist() == [expected]
+
+
+def test_counts_belong_to_their_candidate_wherever_it_stands():
+    layer = LiveFeatures()
+    rising = torch.tensor([[5, 7, PADDING_ID]])
+    features = torch.randn(1, 3, LIVE_FEATURES)
+    candidates = torch.tensor([[7, 4, 5, PADDING_ID]])
+    out = layer(candidates, rising, features)
+    torch.testing.assert_close(out[0, 0], features[0, 1].clamp(-6, 6))
+    torch.testing.assert_close(out[0, 2], features[0, 0].clamp(-6, 6))
+    assert not out[0, 1].any() and not out[0, 3].any()
+    order = torch.tensor([1, 2, 0])
+    torch.testing.assert_close(layer(candidates, rising[:, order], features[:, order]), out)
+
+
+def test_a_request_sees_what_lies_before_its_moment(tmp_path):
+    """A planted future: the item that everybody clicks after the request is not rising at it."""
+    rng = np.random.default_rng(4)
+    times = START + np.sort(rng.integers(0, 3_600_000, 500))
+    ids, users = rng.integers(FIRST_ID, FIRST_ID + 5, 500), rng.integers(0, 50, 500)
+    moments = START + np.array([3_000_000, 1_200_000])  # of the file, not in order of time
+    planted = FIRST_ID + 7
+    ids[times >= moments[1]] = planted
+    pq.write_table(pa.table({TARGET_TIME: moments}), tmp_path / "part.parquet")
+    features = SimpleNamespace(
+        files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 10,
+        events=lambda: {ITEM: ids, TIME: times, USER: users},
+    )  # fmt: skip
+    live = LiveAt(features, "valid", 6)
+    assert planted in live.ids[0] and planted not in live.ids[1]
+    table = LiveTable(FIRST_ID + 10, 6)
+
+    table.add(ids, times, entries(users, times))
+    expected_ids, expected = table.at(moments[1] // STEP_MS * STEP_MS)
+    np.testing.assert_array_equal(live.ids[1], expected_ids)
+    np.testing.assert_allclose(live.features[1], expected, atol=4e-3)  # kept in 16 bits
+
+
+def test_parts_are_put_together_with_what_was_rising():
+    both = together([_request(4, [9, 4]), _request(5, [3, 8])])
+    assert both.rising_BM.tolist() == [[9, 4], [3, 8]] and both.target_B.tolist() == [4, 5]
+    assert both.take(np.array([1])).rising_BM.tolist() == [[3, 8]]
+    assert together([of_sequences([np.array([[3, 1]])], 4, torch.tensor([4]), {})]).live == ()
