@@ -49,9 +49,9 @@ STORM, STORM_S = 1500, 180.0  # far beyond any queue: what is not answered by th
 SHED = (
     "timeout expired",
     "exceeds maximum queue size",
+    "more requests than it takes",
     "Exceeds maximum queue size",
     f"{contract.DEADLINE}:",
-    "too late;",
 )
 REFUSALS = ("QUERY:", f"{contract.FILTERS}:", f"{contract.DIVERSITY}:")
 ODD = ["\x00", "\x1b[31m", "\u202e", "\u200d", "😀", "👩‍👩‍👧", "ﷺ", "' OR 1=1 --", "(a+)+$", "[", "\\", "%s", "{}", "ß",
@@ -118,11 +118,13 @@ class Fuzz:
             assert time.monotonic() < stop, f"still degraded after {STORM_S:g} s: {answer}"
             time.sleep(0.1)
 
-    def storm(self, url: str, asks: list[tuple[list[str], str]], size: int, rng: np.random.Generator) -> None:
-        """``size`` of ``asks`` (history and query) at once."""
+    def storm(
+        self, url: str, asks: list[tuple[list[str], str]], size: int, rng: np.random.Generator, limited: float = 0.5
+    ) -> None:
+        """``size`` of ``asks`` (history and query) at once, a share ``limited`` of them with a deadline."""
         alone = [self.whole(h, q) for h, q in asks]
         picked = rng.integers(len(asks), size=size)
-        within = np.where(rng.random(size) < 0.5, 0, rng.integers(5, 1000, size))
+        within = np.where(rng.random(size) >= limited, 0, rng.integers(5, 1000, size))
 
         async def one(client: AsyncVivaceClient, which: int, ms: float) -> None:
             history, query = asks[which]

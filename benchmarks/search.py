@@ -1,11 +1,11 @@
-"""Search beside recommendation on one live server: does the query's branch run beside the other, and what does it cost?
+"""Search beside recommendation on one live server: what does each cost?
 
     python -m benchmarks.search artifacts/shop --profile fused
 
 Closed loop over gRPC at concurrency 1 and 16, the two kinds of requests taking turns in one run; queries are titles'
 first words. Beside it a server of the same run without search answers the recommendations: what search costs those who
-do not ask for it. From Triton's statistics: time of each stage, and of the ensemble beside the sum of its stages and
-its longest path. The last line of stdout is one JSON object.
+do not ask for it. From Triton's statistics: time of each stage, and of the ensemble beside the sum of its stages.
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from loadtest.reports.record import record_line
 from preprocessing.features import CATALOGUE_FILE
 from preprocessing.requests import recorded
 from serving.launcher import ServerOptions, TritonServer
+from serving.releases import seal
 from serving.repository import write_configs
 from vivace import contract
 from vivace.client import request_tensors
@@ -105,8 +106,7 @@ def spans(records: Sequence[dict[str, Any]]) -> list[dict[str, tuple[float, floa
 
 
 def traced(options: ServerOptions, sent: Sequence[bytes]) -> dict[str, Any]:
-    """The trace of searches one at a time: median ms at which each stage began and ended, and for how long the two
-    branches, retrieval with ranking and query_search, were at work at once."""
+    """The trace of searches one at a time: median ms at which each stage began and ended."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")
         settings = ("mode=triton", f"triton,file={file}", "rate=1", "level=TIMESTAMPS")
@@ -114,12 +114,7 @@ def traced(options: ServerOptions, sent: Sequence[bytes]) -> dict[str, Any]:
             closed(grpc_address(server), list(sent), 1, 3.0)
         searches = spans(json.loads(file.read_text()))[20:]  # the first pay for what is set up late
     stages = {n: [float(np.median([r[n][e] for r in searches])) for e in (0, 1)] for n in searches[0]}
-    both = [
-        min(r[contract.RANKING][1], r[contract.QUERY_SEARCH][1])
-        - max(r[contract.RETRIEVAL][0], r[contract.QUERY_SEARCH][0])
-        for r in searches
-    ]
-    return {"requests": len(searches), "stages_ms": stages, "both_at_work_ms": float(np.median(both))}
+    return {"requests": len(searches), "stages_ms": stages}
 
 
 @contextmanager
@@ -131,6 +126,7 @@ def without_search(root: Path) -> Iterator[Path]:
         copy.feature_store.symlink_to(run.feature_store.resolve())
         schema = run.schema()
         write_configs(copy.repository, replace(run.shapes(), search=0), schema.heads, schema.exclude_seen)
+        seal(copy.repository)
         yield copy.repository
 
 
@@ -161,14 +157,10 @@ def measure(
 
 
 def stage_sentence(took: dict[str, float]) -> str:
-    """What a search takes in the server, by Triton's statistics: its first stage, the two branches, its last."""
-    first, last = took.get(contract.FEATURE_TRANSFORM, 0.0), took.get(contract.RESPONSE, 0.0)
-    history, query = took.get(contract.RETRIEVAL, 0.0) + took.get(contract.RANKING, 0.0), took[contract.QUERY_SEARCH]
-    return (
-        f"a search takes {took[contract.ENSEMBLE]:.2f} ms in the server: first {first:.2f}, the branches {history:.2f} "
-        f"(history) and {query:.2f} (query), then {last:.2f}: longest path {first + max(history, query) + last:.2f}, "
-        f"sum {first + history + query + last:.2f}"
-    )
+    """What a search takes in the server, by Triton's statistics."""
+    stages = {name: ms for name, ms in took.items() if name != contract.ENSEMBLE}
+    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in stages.items())
+    return f"a search takes {took[contract.ENSEMBLE]:.2f} ms in the server: {parts}; sum {sum(stages.values()):.2f}"
 
 
 def main(
@@ -199,10 +191,7 @@ def main(
         options = on_free_ports(Run(root).repository, profile, Run(root).server_log)
         trace = traced(options, sent["search"])
         parts = (f"{n} {a:.1f} to {b:.1f}" for n, (a, b) in trace["stages_ms"].items())
-        console.print(
-            f"Triton's trace of {trace['requests']} searches, ms: {', '.join(parts)}; both branches at work for "
-            f"{trace['both_at_work_ms']:.1f}"
-        )
+        console.print(f"Triton's trace of {trace['requests']} searches, ms: {', '.join(parts)}")
     took = {m: s["total_ms"] for m, s in stages["search"].items() if s["total_ms"]}
     if took.get(contract.QUERY_SEARCH):
         console.print(stage_sentence(took))

@@ -160,7 +160,7 @@ def _ensemble(
         (contract.RETRIEVAL, contract.retrieval_inputs(s), contract.retrieval_outputs(s)),
         (contract.RANKING, contract.ranking_inputs(s), contract.ranking_outputs(s, heads)),
         (contract.RESPONSE, contract.response_inputs(s, heads), contract.response_outputs(s, heads)),
-        *([(contract.QUERY_SEARCH, contract.QUERY_SEARCH_INPUTS, contract.QUERY_SEARCH_OUTPUTS)] if s.search else []),
+        *([(contract.QUERY_SEARCH, contract.query_search_inputs(s), (contract.FOUND,))] if s.search else []),
     )
     for model, inputs, outputs in steps:
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
@@ -226,9 +226,8 @@ def model_configs(
     append.parameters["feature_store"].string_value = FEATURE_STORE
     search = {}
     if s.search:
-        config = _base(contract.QUERY_SEARCH, "python", p, contract.QUERY_SEARCH_INPUTS, contract.QUERY_SEARCH_OUTPUTS)
+        config = _base(contract.QUERY_SEARCH, "python", p, contract.query_search_inputs(s), (contract.FOUND,))
         config.parameters["shapes"].string_value = json.dumps(asdict(s))
-        config.dynamic_batching.ClearField("default_queue_policy")  # it never refuses: SEARCH_FOR bounds its queue
         search[contract.QUERY_SEARCH] = config
     return search | {
         contract.FEATURE_TRANSFORM: transform,

@@ -11,6 +11,7 @@ from types import FrameType
 
 import tritonclient.grpc as grpcclient
 
+from serving.door.config import DoorOptions
 from serving.launcher import ServerOptions, TritonServer
 from serving.logs import rotate
 from serving.process import Reaper, adopt_orphans
@@ -30,7 +31,7 @@ from serving.wheel import ServerError
 from vivace import contract
 from vivace.client import inputs_of, request_tensors
 
-WARM_AT_ONCE = 256  # requests in the server at one time, about what its queues hold
+WARM_AT_ONCE = DoorOptions.max_recommends
 WARM_EVENTS = 200
 WARM_S = 20.0
 

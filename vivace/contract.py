@@ -124,11 +124,11 @@ RANKING = "ranking"
 RESPONSE = "response"
 
 # Between the stages of a search, one tensor each way: every tensor more costs a request without a query as much.
-# QUERY as the feature transform hands it on: the Unix ms when nobody waits for its answer any longer, a blank, the ids
-# of items that must not be found, by commas, a blank, the text; "" without a query
+# QUERY as the feature transform hands it on: the ids of items that must not be found, by commas, a blank, the text; ""
+# without a query
 SEARCH_FOR = WireTensor("SEARCH_FOR", "BYTES", (1,))
 FOUND = WireTensor("FOUND", "BYTES", (1,))  # ``search.online.pack``: items, features, UNDERSTOOD; "" without a query
-QUERY_SEARCH = "query_search"  # beside the other stages, where a run has search
+QUERY_SEARCH = "query_search"  # between ranking and response, where a run has search
 APPEND_EVENT = "append_event"
 STAGES = (FEATURE_TRANSFORM, RETRIEVAL, RANKING, RESPONSE)
 
@@ -335,14 +335,14 @@ def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireT
     return (s.ranked_ids, s.ranked_values(heads))
 
 
-# Not QUERY itself: the stage waits until the feature transform has refused what it refuses, and reads memory that
-# stays. Triton 2.51 answers a request when one branch of an ensemble fails and lets its own input tensors go, while a
-# stage of the other branch may still be handed them.
-QUERY_SEARCH_INPUTS, QUERY_SEARCH_OUTPUTS = (SEARCH_FOR,), (FOUND,)
+def query_search_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
+    """RANKED_IDS is there to be waited for: no two stages may be at work for one request, as Triton 2.51 loses requests
+    and frees memory twice where one of two fails."""
+    return (SEARCH_FOR, s.ranked_ids)
 
 
 def response_inputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (*ranking_outputs(s, heads), STATUS, TOP_K, *(QUERY_SEARCH_OUTPUTS if s.search else ()))
+    return (*ranking_outputs(s, heads), STATUS, TOP_K, *([FOUND] if s.search else []))
 
 
 def response_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:

@@ -51,8 +51,12 @@ class DoorOptions:
     """A connection on which nothing came is closed after so long; until then it takes nobody's place."""
     idle_s: float = 60.0
     """A connection without a request is closed after so long."""
-    max_requests: int = 4096
-    """Requests at Triton and waiting for it; more are answered 503 at once."""
+    max_recommends: int = 208
+    """Calls of ``recommend`` at Triton; more are answered 503 at once. Triton's HTTP side hands an answer to the thread
+    that sends it through a socket and forgets it where that is full, which it is with 278: of all calls together there
+    must be fewer, as one thread may have them all."""
+    max_others: int = 48
+    """The same of all other calls, which a storm of those does not keep out."""
     slow_client_s: float = 15.0
     """A request that has not arrived whole by then is dropped."""
     timeout_s: float = 60.0
@@ -93,7 +97,8 @@ def _pipe(path: Path) -> dict[str, Any]:
     return {"pipe": {"path": str(path)}}
 
 
-def _cluster(name: str, path: Path, options: DoorOptions, http2: bool = False) -> dict[str, Any]:
+def _cluster(name: str, path: Path, options: DoorOptions, most: int, http2: bool = False) -> dict[str, Any]:
+    """``most``: calls at once."""
     endpoint = {"endpoint": {"address": _pipe(path)}}
     cluster: dict[str, Any] = {
         "name": name,
@@ -104,9 +109,9 @@ def _cluster(name: str, path: Path, options: DoorOptions, http2: bool = False) -
             "thresholds": [
                 {
                     "max_connections": options.max_connections,
-                    "max_pending_requests": options.max_requests,
-                    "max_requests": options.max_requests,
-                    "max_retries": options.max_requests,
+                    "max_pending_requests": most,
+                    "max_requests": most,
+                    "max_retries": options.max_connections,
                 }
             ]
         },
@@ -133,6 +138,11 @@ def _retry(options: DoorOptions) -> dict[str, Any]:
 def _to(cluster: str, options: DoorOptions, again: bool = False) -> dict[str, Any]:
     route: dict[str, Any] = {"cluster": cluster, "timeout": f"{options.timeout_s:g}s"}
     return route | ({"retry_policy": _retry(options)} if again else {})
+
+
+def _infer(model: str, options: DoorOptions) -> dict[str, Any]:
+    ranks = model == contract.ENSEMBLE
+    return _to("triton_recommend" if ranks else "triton_http", options, again=ranks)
 
 
 def _away(key: str, match: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -175,7 +185,7 @@ def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
     for model in PUBLIC:
         base = f"/v2/models/{model}(/versions/[0-9]{{1,9}})?"
         infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": _method("POST")}
-        routes.append({"match": infer, "route": _to("triton_http", options, again=model == contract.ENSEMBLE)})
+        routes.append({"match": infer, "route": _infer(model, options)})
         config = "|/config" if model == contract.ENSEMBLE else ""  # that of append_event names the store
         look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": _method("GET")}
         routes.append({"match": look, "route": _to("triton_http", options, again=True)})
@@ -200,8 +210,7 @@ def _grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
         _away(UNREADY, {"safe_regex": {"regex": readiness}}, typed_per_filter_config={BRIDGE: no_bridge}),
     ]
     routes: list[dict[str, Any]] = [  # by the model that the checks read in the message; a caller's own header is gone
-        {"match": {"prefix": "/", "headers": _model(model)}, "route": _to("triton_http", options, again=again)}
-        for model, again in ((contract.ENSEMBLE, True), (contract.APPEND_EVENT, False))
+        {"match": {"prefix": "/", "headers": _model(model)}, "route": _infer(model, options)} for model in PUBLIC
     ]
     routes += [
         {"match": {"path": f"{SERVICE}/ModelInfer"}, "route": _to("triton_http", options)},
@@ -352,9 +361,10 @@ def render(options: DoorOptions, sockets: Sockets) -> str:
                 _listener("metrics", options, options.metrics_port, metrics, []),
             ],
             "clusters": [
-                _cluster("triton_http", sockets.http, options),
-                _cluster("triton_grpc", sockets.grpc, options, http2=True),
-                _cluster("triton_metrics", sockets.metrics, options),
+                _cluster("triton_recommend", sockets.http, options, options.max_recommends),
+                _cluster("triton_http", sockets.http, options, options.max_others),
+                _cluster("triton_grpc", sockets.grpc, options, options.max_others, http2=True),
+                _cluster("triton_metrics", sockets.metrics, options, options.max_others),
             ],
         },
         "memory_allocator_manager": {"bytes_to_release": 64 << 20, "memory_release_interval": "1s"},

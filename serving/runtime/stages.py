@@ -8,7 +8,6 @@ Axis legend: B rows, T history events, V item ids, N candidates, K answered item
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
@@ -153,17 +152,17 @@ def with_reason(status: str, reason: str) -> str:
 NO_IDS = np.empty(0, np.int64)
 
 
-def search_for(until_ms: float, unwanted: np.ndarray, query: str) -> str:
+def search_for(unwanted: np.ndarray, query: str) -> str:
     """One row of SEARCH_FOR."""
-    return f"{until_ms:.0f} {','.join(map(str, unwanted.tolist()))} {query}" if query else ""
+    return f"{','.join(map(str, unwanted.tolist()))} {query}" if query else ""
 
 
-def read_search_for(raw: bytes) -> tuple[float, np.ndarray, str]:
-    """The reverse: (until, Unix ms; ids int64; query), (inf, none, "") for a row without a query."""
+def read_search_for(raw: bytes) -> tuple[np.ndarray, str]:
+    """The reverse: (ids int64, query), (none, "") for a row without a query."""
     if not raw:
-        return math.inf, NO_IDS, ""
-    until_ms, ids, query = raw.decode().split(" ", 2)
-    return float(until_ms), np.array(ids.split(",") if ids else [], np.int64), query
+        return NO_IDS, ""
+    ids, query = raw.decode().split(" ", 1)
+    return np.array(ids.split(",") if ids else [], np.int64), query
 
 
 class ItemVocabulary:

@@ -6,8 +6,8 @@ Python stub only (it imports ``triton_python_backend_utils``).
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import threading
 import time
 from typing import Any
@@ -26,7 +26,7 @@ from serving.runtime.stages import (
     read_search_for,
     search_for,
 )
-from serving.triton.graph_model import answer, each_by_itself, reason_of, refusal
+from serving.triton.graph_model import answer, each_by_itself, overdue, refusal
 from serving.triton.stage import Counts, ParsedRequest, Stage, new_only, refused, search_options, strings, tensor_of
 from vivace import contract
 from vivace.store.interface import Event
@@ -67,17 +67,15 @@ class FeatureTransformModel(Stage):
         texts = [f"{contract.STATUS_ERROR}{e}" if e else s for e, s in zip(errors, status, strict=True)]
         values = [*inputs, strings(texts)]
         if self.search:
-            values.append(self._search_for(request, inputs[0], now_ms))
+            values.append(self._search_for(request, inputs[0]))
         self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)
 
-    def _search_for(self, request: ParsedRequest, history_BT: np.ndarray, now_ms: float) -> np.ndarray:
+    def _search_for(self, request: ParsedRequest, history_BT: np.ndarray) -> np.ndarray:
         """SEARCH_FOR of each row."""
-        until_ms = min(request.deadline, now_ms + self.waits_ms if self.waits_ms else math.inf)
         without_seen = request.has_query and new_only(request.request)
         excluded = [ids[ids >= contract.FIRST_ID] if without_seen else NO_IDS for ids in history_BT]
-        rows = zip(excluded, request.rows, strict=True)
-        return strings([search_for(until_ms, ids, row.query) for ids, row in rows])
+        return strings([search_for(ids, row.query) for ids, row in zip(excluded, request.rows, strict=True)])
 
 
 class IndexedRetrievalModel(Stage):
@@ -100,16 +98,8 @@ class IndexedRetrievalModel(Stage):
         return responses
 
 
-SWEEP_S, SWEEP_PAUSE_S = 3600.0, 0.05
-ERROR = b'{"error"'  # how a FOUND that is none begins
-
-
 class QuerySearchModel(Stage):
-    """QUERY to FOUND: the items, their features and UNDERSTOOD; beside the stages that read the history.
-
-    It never fails, and its queue never refuses: where two branches of one ensemble request fail, Triton 2.51 may answer
-    nothing more. Its error is a FOUND, for ``response`` to refuse; what waited too long is one, without any work.
-    """
+    """SEARCH_FOR to FOUND: the items, their features and UNDERSTOOD."""
 
     def setup(self) -> None:
         from search.online import QuerySearch, pack
@@ -118,44 +108,35 @@ class QuerySearchModel(Stage):
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
+        responses: list[Any] = [None] * len(requests)
         queries: list[str] = []
-        options, excluded, now_ms = [], [], time.time() * 1000
-        outcomes: list[tuple[int, dict[str, Any]]] = []  # rows of each request, and what is wrong with it
-        for request in requests:
-            rows = [read_search_for(raw) for raw in tensor_of(request, contract.SEARCH_FOR)[:, 0]]
-            excluded += [ids for _, ids, _ in rows]
+        options, excluded = [], []
+        rows_of: dict[int, int] = {}  # of the requests that are searched, by their place
+        for i, request in enumerate(requests):
+            if late_ms := overdue(request):
+                responses[i] = refusal(late_ms, contract.QUERY_SEARCH)
+                continue
             try:
-                options += [self._options(request, rows, now_ms)] * len(rows)
-                queries += [query for _, _, query in rows]
-                outcomes.append((len(rows), {}))
-            except Exception as error:
-                options += [None] * len(rows)
-                queries += [""] * len(rows)
-                outcomes.append((len(rows), {"error": reason_of(error), "late": isinstance(error, TimeoutError)}))
-        try:
-            results = self.search(queries, options, excluded)
-        except Exception as error:
-            if len(requests) > 1:  # find the request that is at fault: the others get their answers
-                return [self.execute([request])[0] for request in requests]
-            results = self.search([""] * len(queries), options)
-            outcomes = [(len(queries), {"error": f"{contract.QUERY_SEARCH}: {reason_of(error)}"})]
-        responses, start = [], 0
-        for request, (count, problem) in zip(requests, outcomes, strict=True):
-            stop = start + count
+                rows = [read_search_for(raw) for raw in tensor_of(request, contract.SEARCH_FOR)[:, 0]]
+                options += [self._options(request, rows)] * len(rows)
+            except ValueError as error:
+                responses[i] = refused(str(error))
+                continue
+            excluded += [ids for ids, _ in rows]
+            queries += [query for _, query in rows]
+            rows_of[i] = len(rows)
+        found = iter(self.search(queries, options, excluded))
+        for i, count in rows_of.items():
             packed = np.array([b""] * count, object)
-            packed[:] = json.dumps(problem).encode() if problem else [self.pack(*row) for row in results[start:stop]]
-            responses.append(answer(request, [contract.FOUND.name], [packed[:, None]]))
-            start = stop
+            packed[:] = [self.pack(*row) for row in itertools.islice(found, count)]
+            responses[i] = answer(requests[i], [contract.FOUND.name], [packed[:, None]])
         return responses
 
-    def _options(self, request: Any, rows: list[tuple[float, np.ndarray, str]], now_ms: float) -> Any:
-        """What the request asks of its answer; None without a query. Raises TimeoutError where nobody waits for it any
-        longer and ValueError for what the catalogue does not have."""
-        if not any(query for _, _, query in rows):
+    def _options(self, request: Any, rows: list[tuple[np.ndarray, str]]) -> Any:
+        """What the request asks of its answer; None without a query. Raises ValueError for what the catalogue does not
+        have."""
+        if not any(query for _, query in rows):
             return None
-        late_ms = now_ms - min(until_ms for until_ms, _, _ in rows)
-        if late_ms > 0:
-            raise TimeoutError(f"{contract.QUERY_SEARCH}: its turn came {late_ms:.0f} ms too late; ask fewer at once")
         options = search_options(request)
         self.search.index.allowed(options.filters)
         return options
@@ -184,9 +165,6 @@ class ResponseModel(Stage):
         understood = []
         if self.search_ranking is not None:
             packed = tensor_of(request, contract.FOUND)[:, 0]
-            problems = [p for p in packed if p.startswith(ERROR)]
-            if problems:
-                return refused(**json.loads(problems[0]))
             understood = [packed[:, None]]
             if any(packed):
                 results = [self.unpack(p) for p in packed]
@@ -196,6 +174,9 @@ class ResponseModel(Stage):
         return answer(
             request, self.outputs, [*self.respond(ranked, values, top_k[:, 0], status[:, 0]), *understood]
         )  # fmt: skip
+
+
+SWEEP_S, SWEEP_PAUSE_S = 3600.0, 0.05
 
 
 class AppendEventModel(Stage):

@@ -35,10 +35,9 @@ def tensor_of(request: Any, tensor: contract.WireTensor | str) -> np.ndarray:
     return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
 
 
-def refused(error: str, late: bool = False) -> Any:
-    """The answer to a request that is at fault, or came too ``late``."""
-    code = pb_utils.TritonError.UNAVAILABLE if late else pb_utils.TritonError.INVALID_ARG
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(error, code))
+def refused(error: str) -> Any:
+    """The answer to a request that is at fault."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(error, pb_utils.TritonError.INVALID_ARG))
 
 
 def strings(values: list[str]) -> np.ndarray:
@@ -55,8 +54,6 @@ class Stage:
         self.parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
         self.folder = Path(args["model_repository"]) / args["model_version"]
         self.largest = int(config["max_batch_size"])
-        policy = config.get("dynamic_batching", {}).get("default_queue_policy", {})
-        self.waits_ms = int(policy.get("default_timeout_microseconds", 0)) / 1000
         self.inputs = [t["name"] for t in config["input"]]
         self.outputs = [t["name"] for t in config["output"]]
         self.setup()

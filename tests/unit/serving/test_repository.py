@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -28,6 +29,19 @@ def test_every_ensemble_tensor_has_one_source():
         assert not known & set(step.output_map.values())
         known |= set(step.output_map.values())
     assert {t.name for t in configs[contract.ENSEMBLE].output} <= known
+
+
+@pytest.mark.parametrize("search", [0, 8])
+def test_no_two_stages_are_at_work_for_one_request(search):
+    """Triton 2.51 loses requests and corrupts its memory where a stage fails beside another."""
+    shapes = replace(repository.DEFAULT_SHAPES, search=search)
+    configs = repository.model_configs(shapes, repository.DEFAULT_HEADS, repository.PROFILES[""])
+    known = {t.name for t in configs[contract.ENSEMBLE].input}
+    waiting = list(configs[contract.ENSEMBLE].ensemble_scheduling.step)
+    while waiting:
+        (step,) = (s for s in waiting if set(s.input_map.values()) <= known)
+        waiting.remove(step)
+        known |= set(step.output_map.values())
 
 
 def test_the_gpu_profile_moves_only_the_onnx_stages():
