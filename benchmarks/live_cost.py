@@ -12,14 +12,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from benchmarks.tables import record_line
 from benchmarks.turns import in_turns, spread, with_spread
-from loadtest.generate.generator import at_rate, messages, run
+from loadtest.generate.generator import LoadRun, at_rate, messages, run
 from loadtest.generate.local_server import grpc_address, on_free_ports
 from preprocessing.requests import recorded
 from serving.launcher import TritonServer
@@ -45,6 +47,10 @@ def _appending(address: str, items: list[str], per_second: float, over: threadin
     return thread
 
 
+def _offered(address: str, seconds: float, due: np.ndarray, sent: list[bytes]) -> LoadRun:
+    return run(address, sent, due, seconds, SLO_MS)
+
+
 def measured(root: Path, profile: str, qps: float, seconds: float, events: float) -> tuple[float, float]:
     """(p50 in ms, processor time of a request in ms) of one server under load."""
     pool, over = messages(root, TOP_K), threading.Event()
@@ -53,10 +59,7 @@ def measured(root: Path, profile: str, qps: float, seconds: float, events: float
         address = grpc_address(server)
         appending = _appending(address, items, events, over) if events else None
         for length in (WARM_S, seconds):
-            outcome, processor_ms = at_rate(
-                lambda due, sent, length=length: run(address, sent, due, length, SLO_MS), server.pid, pool, qps,
-                length, SEED,
-            )  # fmt: skip
+            outcome, processor_ms = at_rate(partial(_offered, address, length), server.pid, pool, qps, length, SEED)
         over.set()
         if appending is not None:
             appending.join(2)

@@ -175,7 +175,7 @@ def news_live() -> Preset:
     preset = news()
     return replace(
         preset,
-        ranker=replace(preset.ranker, rising=200),
+        ranker=replace(preset.ranker, candidates=50, rising=100),
         ranking=replace(preset.ranking, epochs=12, patience=3, learning_rate=3e-3, batch_size=128),
     )
 
