@@ -63,5 +63,6 @@ def suited(log: LogSizes) -> tuple[str, str]:
         return "cpu", f"{size}: long histories"
     if log.items >= MANY_ITEMS:
         name = "news-time" if log.times else "news"
-        return name, f"{size}: short histories of many items, {'with' if log.times else 'without'} real times"
+        more = "; where a server is told of events, 'news-live' reads what is clicked most now" if log.times else ""
+        return name, f"{size}: short histories of many items, {'with' if log.times else 'without'} real times{more}"
     return "shop", f"{size}: short histories"

@@ -29,8 +29,8 @@ LOAD_USERS = 8
 
 
 def _answers(run: Run, server: TritonServer, search: bool) -> None:
-    """A few readable answers: held-out users, an anonymous one; with ``search`` a query with a typing error, with and
-    without a history."""
+    """A few readable answers: held-out users, a newcomer before and after a first event; with ``search`` a query with
+    a typing error, with and without a history."""
     from preprocessing.requests import recorded
 
     sample = recorded(run.root)
@@ -42,7 +42,11 @@ def _answers(run: Run, server: TritonServer, search: bool) -> None:
             (title,) = titles(run, [target])
             where = " (among the answers)" if target in answer.items else ""
             say(f"held-out next item: {target} {title}{where}")
-        print_answer(run, "", [], client.recommend(top_k=5))
+        visitor, item = f"visitor-{int(time.time())}", sample[contract.TARGET][0]
+        print_answer(run, visitor, [], client.recommend(visitor, top_k=5))
+        client.append(visitor, item)
+        say(f"appended one event: {visitor} looks at {item} {titles(run, [item])[0]}")
+        print_answer(run, visitor, [item], client.recommend(visitor, top_k=5))
         if search:
             user, history = sample[contract.USER][0], list(sample[contract.ITEM][0])
             words = (titles(run, history[-1:])[0] or history[-1]).split()[:3]
