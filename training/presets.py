@@ -169,6 +169,19 @@ def news_time() -> Preset:
     return replace(preset, encoder=replace(preset.encoder, family="hstu", time_bias=True))
 
 
+def session() -> Preset:
+    """Logs of sessions: short histories of nobody known, whose items may come again."""
+    return Preset(
+        encoder=EncoderConfig(history=50, dropout=0.5, ffn_factor=2, neighbours=64),
+        retrieval=RetrievalTraining(
+            epochs=2, batch_size=128, learning_rate=3e-3, ema=0.99, loss="sampled", negatives=2048,
+            random_offset=False,
+        ),
+        ranker=RankerConfig(lags=20),
+        ranking=RankerTraining(epochs=2, batch_size=128),
+    )  # fmt: skip
+
+
 def base() -> Preset:
     """One GPU, an hour: about 1 million parameters and the items. Written for a GPU, not run on one yet."""
     preset = cpu()
@@ -223,6 +236,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "beauty": beauty,
     "news": news,
     "news-time": news_time,
+    "session": session,
     "shop": shop,
     "tiny": tiny,
 }

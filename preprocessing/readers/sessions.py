@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from preprocessing.readers.base import CHUNK_ROWS, DETAIL, LINE, REASON, Chunk, require
-from preprocessing.rejects import MALFORMED
+from preprocessing.readers.base import CHUNK_ROWS, LINE, Chunk, require
 from vivace.contract import EVENT, GIVEN, GIVEN_TEST, ITEM, SOURCE_ROW, SPLIT, TIME, TRAIN, USER, DataSchema, TaskHead
 from vivace.manifest import fingerprint_files
 
@@ -93,5 +92,5 @@ def _chunk(rows: list[tuple[str, str, int]], malformed: list[tuple[str, int]], f
     frame[SOURCE_ROW] = np.arange(first, first + len(frame))
     frame[TIME], frame[EVENT] = frame[SOURCE_ROW].astype(float) + 1, "click"
     bad = pd.DataFrame(malformed, columns=[LINE, SOURCE_ROW])
-    bad[REASON], bad[DETAIL] = MALFORMED, f"a line of {file.name}: expected items, a tab and one item"
+    bad["why"] = f"a line of {file.name}: expected items, a tab and one item"
     return Chunk(frame, malformed=bad if len(bad) else None)

@@ -21,6 +21,7 @@ from preprocessing.features import Features
 from training.checkpoints import device, load_ranker, load_retrieval
 from training.data import batches
 from training.data.counters import follower_matrix, popularity
+from training.judge.session_neighbours import SESSIONS, SessionNeighbours
 from training.judge.tables import plot_reliability
 from training.learn.ranker import head_auc
 from training.metrics import Collected, ranks, ranks_after
@@ -68,10 +69,12 @@ class Candidates:
 
 
 class Baselines:
-    """Popularity, and what most often came after the last item; popularity breaks the latter's ties."""
+    """Popularity, what most often came after the last item (popularity breaks its ties), and of a log of sessions what
+    the nearest ones hold."""
 
     def __init__(self, features: Features) -> None:
         files, items = features.files("train"), features.item_count()
+        self.sessions = SessionNeighbours(files, items) if features.schema.sessions else None
         self.exclude_seen = features.schema.exclude_seen
         self.counts_V = torch.tensor(popularity(files, items), dtype=torch.float32)
         self.followers_VV: sp.csr_matrix = follower_matrix(files, items)
@@ -82,9 +85,12 @@ class Baselines:
         popular_BV = self.counts_V[None].expand(len(request.histories), -1)
         last = np.array([int(h[-1]) for h in request.histories])
         near_BV = torch.from_numpy(np.asarray(self.followers_VV[last].todense(), np.float32)) + popular_BV * 1e-9
+        scores = {POPULARITY: popular_BV, NEIGHBOUR: near_BV}
+        if self.sessions is not None:
+            scores[SESSIONS] = torch.from_numpy(self.sessions.scores(request.histories))
         return {
             name: torch.where(excluded_BV, torch.full_like(scores_BV, EXCLUDED), scores_BV)
-            for name, scores_BV in ((POPULARITY, popular_BV), (NEIGHBOUR, near_BV))
+            for name, scores_BV in scores.items()
         }
 
 

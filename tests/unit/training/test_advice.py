@@ -14,6 +14,7 @@ LOGS = {  # users, items, training events, of the median user, real times
     "news without times": (LogSizes(322_897, 46_033, 2_300_000, 4, False), "news"),
     "demo shop": (LogSizes(10_000, 5_000, 250_000, 23, True), "shop"),
     "Retailrocket": (LogSizes(2_174, 29_905, 93_000, 21, True), "beauty"),
+    "Tmall": (LogSizes(61_232, 40_727, 375_000, 4, False, True), "session"),
     "nothing": (LogSizes(0, 0, 0, 0, False), "beauty"),
 }
 
