@@ -97,7 +97,7 @@ def _step(
     return Step(Run(root).retrieval, "train retrieval", config, seed, inputs)
 
 
-def _windows(
+def training_windows(
     files: list[Path], preset: Preset, seed: int, world: World
 ) -> tuple[Callable[[int], Iterator[Tensor]], int]:
     """(batches of an epoch for this process, steps of an epoch: as many as every process has). Raises ValueError
@@ -195,7 +195,7 @@ def train_retrieval(
     parts = step.folder / "parts" / str(world.local_rank)
     files, probes = hold_back(features.files("train"), parts, training.probe_users, seed)
     world.barrier()  # nobody takes up a checkpoint that another one is about to remove
-    of_epoch, steps = _windows(files, preset, seed, world)
+    of_epoch, steps = training_windows(files, preset, seed, world)
     log_expected_V = log_expected_counts(torch.tensor(counts), training).to(device())
     loop = Loop(
         model,
