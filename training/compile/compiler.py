@@ -256,9 +256,14 @@ def compile_models(
     features: Features, preset: Preset, root: Path, seed: int, say: Progress, config: CompileConfig | None = None
 ) -> dict[str, Any]:
     """Writes ``artifacts/<name>/compiled`` and publishes a new version in ``artifacts/<name>/model_repository``. Raises
-    StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ, GateError where
-    the engine lost more quality than the bound."""
+    StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ or an index
+    cannot do what the retriever does, GateError where the engine lost more quality than the bound."""
     config = config or CompileConfig()
+    if config.index and preset.encoder.neighbours:
+        raise ValueError(
+            "--index finds items by their vectors alone, and this run's retriever has a session memory beside them: "
+            "compile without --index, or train with encoder.neighbours 0"
+        )
     run = Run(root, features.folder)
     reference = Run(config.reference, features.folder) if config.reference is not None else run
     step = _step(features, preset, run, reference, seed, config)
