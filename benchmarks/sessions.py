@@ -94,9 +94,8 @@ def main(
         keys = (f"P@{K}", f"MRR@{K}", f"P@{K} gain", f"MRR@{K} gain")
         table.add_row(row["method"], *(percent(row, key) for key in keys))
     console.print(table)
-    record_line(
-        rows=rows, protocol=manifest["results"]["protocol"], seed=manifest["seed"], sessions=int(session.max()) + 1
-    )
+    count, results = int(session.max()) + 1, manifest["results"]
+    print(record_line("sessions", rows=rows, protocol=results["protocol"], seed=manifest["seed"], sessions=count))
 
 
 if __name__ == "__main__":
