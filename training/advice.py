@@ -9,14 +9,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from preprocessing.features import Features
-from vivace.contract import FIRST_ID, ITEM, TIME
+from vivace.contract import FIRST_ID, ITEM, TEXT, TIME
 
 LONG = 40  # training events of the median user from which a history of 200 is worth its cost
 SPARSE = 25.0  # training events an item below which items say little by their id alone
 MANY_ITEMS = 20_000  # from which the softmax over all items is drawn from a sample
 YEAR_MS = 31_536_000_000
 SHORT = 10  # training events of the median user up to which a log may be one of sessions
-AGAIN = 0.2  # share of the events on an item the user had before from which such a log counts as one
+AGAIN = 0.05  # share of the events on an item the user had before from which such a log, without text, counts as one
 GAPS = 0.05  # share of different gaps between events below which times are made up
 
 
@@ -52,6 +52,7 @@ def sizes_of(features: Features) -> LogSizes:
     every, schema = np.concatenate([*lengths, np.empty(0, np.int64)]), features.schema
     total, events = int(every.sum()), float(np.median(every)) if len(every) else 0.0
     repeats = not schema.exclude_seen and events <= SHORT and total - once > AGAIN * total
+    repeats = repeats and not pc.any(pc.not_equal(pq.read_table(features.items_file, columns=[TEXT])[TEXT], "")).as_py()
     return LogSizes(
         users=len(every), items=features.item_count() - FIRST_ID, total=total, events=events,
         times=newest > YEAR_MS and distinct > GAPS * gaps, sessions=schema.sessions or repeats,
