@@ -73,11 +73,12 @@ class SessionMemory(nn.Module):
         weight_T = torch.exp(lag_T * nn.functional.logsigmoid(self.decay))
         ids = self.neighbour_ids_VK[history_BT].to(torch.int64).flatten(1)
         shares = (self.neighbour_shares_VK[history_BT] * (known_BT * weight_T)[:, :, None]).flatten(1)
-        none_BV = torch.zeros_like(scores_BV)
-        near_BV = torch.log(none_BV.scatter_add(1, ids, shares) + torch.exp(self.floor))
-        again_T = self.again_T[self.again_T.shape[0] - t :]
-        again_BV = none_BV.scatter_add(1, history_BT, known_BT * again_T)
-        seen_BV = none_BV.scatter_add(1, history_BT, known_BT).clamp(max=1.0)
+        # few passes over [B, V]: what concerns items of the history alone is worked out at its places
+        near_BV = torch.log(torch.zeros_like(scores_BV).scatter_add(1, ids, shares) + torch.exp(self.floor))
         length_B1 = torch.log(known_BT.sum(1, keepdim=True).clamp_min(1.0))
-        of_seen_BV = self.seen + self.seen_length * length_B1 + self.seen_weight * near_BV
-        return self.own * scores_BV + self.weight * near_BV + again_BV + seen_BV * of_seen_BV
+        of_seen_BT = self.seen + self.seen_length * length_B1 + self.seen_weight * near_BV.gather(1, history_BT)
+        again_BTT = (history_BT[:, :, None] == history_BT[:, None, :]) & (lag_T[:, None] > lag_T[None, :])[None]
+        newest_BT = (again_BTT.to(scores_BV.dtype).sum(2) == 0).to(scores_BV.dtype)
+        again_T = self.again_T[self.again_T.shape[0] - t :]
+        places_BT = known_BT * (again_T + newest_BT * of_seen_BT)
+        return (self.own * scores_BV + self.weight * near_BV).scatter_add(1, history_BT, places_BT)

@@ -71,6 +71,17 @@ def test_the_score_of_each_item(tmp_path):
     np.testing.assert_allclose(out[FIRST_ID:], [expected[i] for i in (A, B, C, D)], rtol=1e-5)
 
 
+def test_an_item_that_came_twice_counts_by_place_and_is_seen_once(tmp_path):
+    # history A, B, A: weights 1/4, 1/2, 1
+    near = {A: 1 / 2 * 2 / 3, B: 1 / 4 + 1, C: 1 / 4 * 1 / 2 + 1 / 2 * 2 / 3 + 1 / 2, D: 0.0}
+    log = {item: math.log(value + 0.1) for item, value in near.items()}
+    expected = {item: 2 * log[item] for item in near}
+    for item, again in ((A, 0.25 + 1.0), (B, 0.5)):
+        expected[item] += again + 3 + log[item] - math.log(3)
+    out = memory_of(tmp_path)(torch.zeros(1, ITEMS), torch.tensor([[A, B, A]]))[0]
+    np.testing.assert_allclose(out[FIRST_ID:], [expected[i] for i in (A, B, C, D)], rtol=1e-5)
+
+
 def test_padding_changes_nothing_and_a_batch_answers_as_each_alone(tmp_path):
     memory = memory_of(tmp_path)
     scores_BV = torch.randn(3, ITEMS)
