@@ -20,7 +20,7 @@ from torch import Tensor
 from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from training.data import batches
-from training.learn.adversarial import direction
+from training.learn.objectives import direction
 from training.metrics import metrics, ranks
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset

@@ -19,6 +19,7 @@ from vivace.contract import (
     QUERY_TEXT,
     SEARCH,
     SOURCE_ROW,
+    SPLIT,
     TEXT,
     TIME,
     TITLE,
@@ -109,6 +110,8 @@ def clean_interactions(chunk: Chunk, schema: DataSchema, catalogue: pd.Index | N
     for name in schema.event_continuous:
         typed[name] = pd.to_numeric(frame[name], errors="coerce").astype("float32")
     typed[SOURCE_ROW] = frame[SOURCE_ROW].astype("int64")
+    if SPLIT in frame:  # a reader that brings a test set
+        typed[SPLIT] = frame[SPLIT].astype("int8")
     return pd.DataFrame(typed)
 
 

@@ -1,4 +1,5 @@
-"""The stream of events: every event of the log in time order, as ids; what counters and replays read.
+"""The stream of events: every event of the log in time order, as ids; what counters and replays read. Events of a test
+set that came with the log are none of it.
 
 Needs no NVTabular.
 """
@@ -12,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vivace.contract import ITEM, TIME, USER
+from vivace.contract import GIVEN, ITEM, SPLIT, TIME, USER
 
 ROWS = 1 << 20  # of a row group of the file
 
@@ -47,12 +48,10 @@ def write_events(encoded: list[Path], events: int, path: Path) -> None:
 
 def _flat(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(items, hashes of users, times) of the events of one encoded partition, int64 each."""
-    names = (f"{ITEM}-list", f"{TIME}-list")
+    names = (f"{ITEM}-list", f"{TIME}-list", f"{SPLIT}-list")
     table = pq.read_table(file, columns=[USER, *names])
-    items, times = (table[name].combine_chunks() for name in names)
-    lengths = np.diff(items.offsets.to_numpy())
-    users = np.repeat(user_hash(table[USER].to_numpy()), lengths)
-    flat_items, flat_times = (
-        column.flatten().to_numpy(zero_copy_only=False).astype(np.int64) for column in (items, times)
-    )
-    return flat_items, users, flat_times
+    columns = [table[name].combine_chunks() for name in names]
+    users = np.repeat(user_hash(table[USER].to_numpy()), np.diff(columns[0].offsets.to_numpy()))
+    items, times, marks = (c.flatten().to_numpy(zero_copy_only=False).astype(np.int64) for c in columns)
+    own = marks < GIVEN
+    return items[own], users[own], times[own]

@@ -15,7 +15,7 @@ SCHEMA_FILE = "schema.json"
 CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of item ids: what search reads
 SEARCHES_FILE = "searches.parquet"  # the log of searches, where there is one; ITEM are ids
 EVENTS_FILE = "events.parquet"  # every event of the log in time order, those of no request too: see ``events``
-LAYOUT = 3  # of the files: features of another layout are prepared again
+LAYOUT = 4  # of the files: features of another layout are prepared again
 
 
 class Features:
@@ -32,7 +32,8 @@ class Features:
         return contract.DataSchema.load(self.folder / SCHEMA_FILE)
 
     def files(self, part: str) -> list[Path]:
-        """Parquet files of "train", "valid" or "test". Raises ValueError if an earlier version wrote them."""
+        """Parquet files of "train", "valid", "test" or "whole" (``sequences.write_requests``). Raises ValueError
+        if an earlier version wrote them."""
         self._check_layout()
         return sorted((self.folder / part).glob("*.parquet"))
 

@@ -34,6 +34,7 @@ from preprocessing.events import write_events
 from preprocessing.features import CATALOGUE_FILE, EVENTS_FILE, LAYOUT, SCHEMA_FILE, SEARCHES_FILE, Features
 from preprocessing.readers.base import Chunk, SearchSource, Source
 from preprocessing.rejects import Rejects
+from preprocessing.sequences import write_requests
 from preprocessing.splits import SplitConfig, TimeSample, mark
 from preprocessing.workflow import (
     VocabularyConfig,
@@ -116,7 +117,7 @@ def _ingest(
     for chunk in source.interactions():
         clean = clean_interactions(chunk, source.schema, catalogue, rejects)
         if len(clean):
-            times.add(clean[contract.TIME].to_numpy())
+            times.add(clean[contract.TIME].to_numpy(), clean.get(contract.SPLIT))
             partitions.add(clean)
         if chunk.read:
             say(f"read {rejects.read['interactions']:,} rows, rejected {sum(rejects.counts.values()):,}")
@@ -140,7 +141,7 @@ def _events(
     """Partition by partition: duplicates out, in time order, split marked, labels set."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    out, totals = [], {"events": 0, "users": 0}
+    out, totals = [], {"events": 0, "users": 0, "given": 0}
     positives = dict.fromkeys((h.name for h in schema.heads), 0)
     for file in files:
         frame = drop_duplicates(pd.read_parquet(file), rejects)
@@ -159,6 +160,7 @@ def _events(
         frame.to_parquet(folder / file.name, row_group_size=max(len(frame), 1), index=False)
         out.append(folder / file.name)
         totals["events"] += len(frame)
+        totals["given"] += int((frame[contract.SPLIT] >= contract.GIVEN).sum())
         totals["users"] += frame[contract.USER].nunique()
     _check_labels(positives, schema, rejects)
     return out, totals
@@ -178,78 +180,7 @@ def _check_labels(positives: dict[str, int], schema: contract.DataSchema, reject
     )
 
 
-# -- 2. encoded sequences to training rows and requests ----------------------------------------------
-def _cut(values: pa.ListArray, stops: np.ndarray, keep: np.ndarray) -> pa.ListArray:
-    """The first ``stops[i]`` values of each kept list."""
-    offsets, flat = values.offsets.to_numpy(), values.values.to_numpy(zero_copy_only=False)
-    starts, lengths = offsets[:-1][keep], stops[keep]
-    new = np.concatenate([[0], np.cumsum(lengths)])
-    take = np.repeat(starts - new[:-1], lengths) + np.arange(new[-1])
-    return pa.ListArray.from_arrays(pa.array(new, pa.int32()), pa.array(flat[take]))
-
-
-def _one(values: pa.ListArray, index: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Value ``index[i]`` of each kept list."""
-    flat = values.values.to_numpy(zero_copy_only=False)
-    picked: np.ndarray = flat[values.offsets.to_numpy()[:-1][keep] + index[keep]]
-    return picked
-
-
-def _list(table: pa.Table, column: str) -> pa.ListArray:
-    array = table[column].combine_chunks()
-    array = array.cast(pa.list_(array.type.value_type))
-    return pa.ListArray.from_arrays(
-        pa.array(array.offsets.to_numpy() - array.offsets[0].as_py(), pa.int32()), array.flatten()
-    )
-
-
-def write_requests(encoded: Path, folder: Path, schema: contract.DataSchema) -> dict[str, int]:
-    """One encoded partition to its rows of train, valid and test.
-
-    train: whole training sequences. valid and test: the history before the held-out event, its item, its time and its
-    labels. Each with the times of its events, in ms.
-    """
-    table = pq.read_table(encoded)
-    split = _list(table, f"{contract.SPLIT}-list")
-    owner = np.repeat(np.arange(len(split)), np.diff(split.offsets.to_numpy()))
-    flags = split.values.to_numpy(zero_copy_only=False)
-    counts = np.stack(
-        [np.bincount(owner, flags == s, minlength=len(split)) for s in (contract.TRAIN, contract.VALID, contract.TEST)]
-    )
-    n_train, n_valid, n_test = counts.astype(np.int64)
-    sequence_columns = [contract.ITEM, contract.TIME, *schema.event_categoricals, *schema.event_continuous]
-    lists = {name: _list(table, f"{name}-list") for name in sequence_columns}
-    labels = {h.name: _list(table, f"{contract.label_column(h.name)}-list") for h in schema.heads}
-    users = table[contract.USER].combine_chunks()
-    written = {}
-    parts = (
-        ("train", n_train, n_train > 0, False),
-        ("valid", n_train, (n_train > 0) & (n_valid > 0), True),
-        ("test", n_train + n_valid, (n_train > 0) & (n_test > 0), True),
-    )
-    for part, stop, keep, held_out in parts:
-        columns: dict[str, Any] = {contract.USER: users.filter(pa.array(keep))}
-        for name in sequence_columns:
-            columns[name] = _cut(lists[name], stop, keep)
-        for head, values in labels.items():
-            if held_out:
-                columns[contract.label_column(head)] = _one(values, stop, keep)
-            else:
-                columns[contract.label_column(head)] = _cut(values, stop, keep)
-        if held_out:
-            columns[contract.TARGET] = _one(lists[contract.ITEM], stop, keep)
-            columns[contract.TARGET_TIME] = _one(lists[contract.TIME], stop, keep)
-        target = folder / part / encoded.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        rows = int(keep.sum())
-        if rows:
-            pq.write_table(pa.table(columns), target, row_group_size=rows)
-        written[part] = rows
-    written["skipped_without_training_history"] = int(((n_train == 0) & (n_valid + n_test > 0)).sum())
-    return written
-
-
-# -- 3. catalogue and feature store --------------------------------------------------------------------
+# -- 2. catalogue and feature store --------------------------------------------------------------------
 def _items_table(
     workflow: nvt.Workflow, catalogue: pd.DataFrame, schema: contract.DataSchema, folder: Path
 ) -> pd.DataFrame:
@@ -306,8 +237,21 @@ def _searches(source: Source, items: pd.Series, folder: Path, rejects: Rejects, 
     return lists
 
 
+def _held_out_items(files: list[Path]) -> list[str]:
+    """Items of held-out events, in the order of the log's files: where there is no catalogue, a final fit meets them.
+    Those of a test set that came with the log stay out."""
+    names: dict[str, None] = {}
+    for file in files:
+        frame = pd.read_parquet(file, columns=[contract.ITEM, contract.SPLIT])
+        own = frame[contract.SPLIT].between(contract.VALID, contract.CONTEXT)
+        names.update(dict.fromkeys(frame.loc[own, contract.ITEM]))
+    return list(names)
+
+
 def _histories(file: Path) -> Iterator[tuple[str, list[str], list[str], list[int]]]:
+    """(user, items, event types, times) of each user of the log; a test set that came with it is nobody's history."""
     frame = pd.read_parquet(file)
+    frame = frame[frame[contract.SPLIT] < contract.GIVEN]
     kinds = frame[contract.EVENT].fillna("") if contract.EVENT in frame else pd.Series("", index=frame.index)
     frame = frame.assign(**{contract.EVENT: kinds})
     for user, rows in frame.groupby(contract.USER, sort=False):
@@ -354,18 +298,19 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
             workflow = event_workflow(schema, config.vocabulary, scratch / "categories")
             workflow.fit(dataset(training_rows(events, scratch / "fit")))
             workflow.save(str(folder / WORKFLOW))
-            if known is not None and config.vocabulary.with_catalogue:
-                added = extend_vocabulary(folder / WORKFLOW, contract.ITEM, catalogue[contract.ITEM])
-                say(f"{added:,} items of the catalogue have no training event")
+            if config.vocabulary.with_catalogue:
+                later = _held_out_items(events) if known is None else catalogue[contract.ITEM]
+                added = extend_vocabulary(folder / WORKFLOW, contract.ITEM, later)
+                say(f"{added:,} items of the {'log' if known is None else 'catalogue'} have no training event")
             saved = checksums(folder / WORKFLOW)
             workflow = load_workflow(folder / WORKFLOW, saved)
             say(f"fitted {where}; encoding")
             workflow.transform(dataset(events)).to_parquet(str(scratch / "encoded"))
         counts: dict[str, int] = {}
         partitions = sorted((scratch / "encoded").glob("*.parquet"))
-        write_events(partitions, totals["events"], folder / EVENTS_FILE)
+        write_events(partitions, totals["events"] - totals["given"], folder / EVENTS_FILE)
         for i, encoded in enumerate(partitions):
-            for name, n in write_requests(encoded, folder, schema).items():
+            for name, n in write_requests(encoded, folder, schema, config.split.every).items():
                 counts[name] = counts.get(name, 0) + n
             say(f"sequences of partition {i + 1} of {len(events)}")
         items = _items_table(workflow, catalogue, schema, folder)
@@ -393,6 +338,7 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         items_in_vocabulary=Features(folder).item_count() - contract.FIRST_ID,
         items_in_catalogue=len(catalogue),
         split=config.split.describe(times),
+        given_test=times.given,
         feature_store=stored,
         searches=searches,
         licence=schema.licence,

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from preprocessing.features import Features
+from preprocessing.sequences import WHOLE
 from training.data.counters import item_tables
 from training.models.item_table import item_attributes
 from training.models.ranking import RankingModel
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
 from vivace.manifest import Step
-from vivace.run import RANKING, RETRIEVAL, Run
+from vivace.run import FINAL, RANKING, RETRIEVAL, Run
 
 WEIGHTS = "weights.pt"
 
@@ -43,27 +44,34 @@ def finish_training(step: Step, model: torch.nn.Module, report: dict[str, Any], 
     return step.finish(seconds, **report, **more, device=str(device()))
 
 
-def load_retrieval(features: Features, preset: Preset, root: Path) -> RetrievalModel:
-    """The trained retriever of a run. Raises StaleError if it was trained on other features than ``features``."""
+def load_retrieval(features: Features, preset: Preset, root: Path, final: bool = False) -> RetrievalModel:
+    """The trained retriever of a run; ``final``: as fitted again on all events. Raises StaleError if it was trained on
+    other features than ``features``, or if the final fit is of another one."""
     run = Run(root, features.folder)
-    run.manifest(RETRIEVAL)
+    run.manifest(FINAL if final else RETRIEVAL)
     items = features.item_count()
     model = RetrievalModel(preset.encoder, items, torch.zeros(items), item_attributes(features, preset.encoder))
-    model.load_state_dict(torch.load(run.retrieval / WEIGHTS, weights_only=True, map_location="cpu"))
+    folder = (run.final if final else run).retrieval
+    model.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True, map_location="cpu"))
     return model.eval().to(device())
 
 
-def build_ranker(features: Features, preset: Preset, retriever: RetrievalModel) -> RankingModel:
-    tables = item_tables(features, preset.ranker.followers)
+def build_ranker(features: Features, preset: Preset, retriever: RetrievalModel, part: str = "train") -> RankingModel:
+    """An untrained ranker over ``retriever``'s items, whose counters are those of a part of the features."""
+    tables = item_tables(features, preset.ranker.followers, part)
     names = tuple(h.name for h in features.schema.heads)
     return RankingModel(preset.ranker, tables, retriever.cpu(), names, preset.ranking.weighting)
 
 
-def load_ranker(features: Features, preset: Preset, root: Path, name: str = RANKING) -> RankingModel:
-    """The trained ranker of a run. Raises StaleError if it was trained on another retriever or other features."""
+def load_ranker(
+    features: Features, preset: Preset, root: Path, name: str = RANKING, final: bool = False
+) -> RankingModel:
+    """The trained ranker of a run. Raises StaleError if it was trained on another retriever or other features.
+    ``final``: see ``load_retrieval``."""
     run = Run(root, features.folder)
-    run.manifest(name)
-    retriever = load_retrieval(features, preset, root)
-    model = build_ranker(features, preset, retriever)
-    model.load_state_dict(torch.load(run.step(name) / WEIGHTS, weights_only=True, map_location="cpu"))
+    run.manifest(FINAL if final else name)
+    retriever = load_retrieval(features, preset, root, final)
+    model = build_ranker(features, preset, retriever, WHOLE if final else "train")
+    folder = run.final.ranking if final else run.step(name)
+    model.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True, map_location="cpu"))
     return model.eval().to(device())

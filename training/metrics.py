@@ -18,7 +18,7 @@ from training.models.retrieval import EXCLUDED
 from vivace.contract import FIRST_ID
 
 BINS = 15  # of a reliability curve
-CUTS = (1, 5, 10, 50)
+CUTS = (1, 5, 10, 20, 50)
 MISS = 1 << 30  # the rank of a target that cannot be answered
 STREAMS = 2
 ALL_ITEMS, CANDIDATES = range(STREAMS)  # streams of random places: a second draw must not repeat the first

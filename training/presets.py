@@ -180,6 +180,19 @@ def news_live() -> Preset:
     )
 
 
+def session() -> Preset:
+    """Logs of sessions: short histories of nobody known, whose items may come again."""
+    return Preset(
+        encoder=EncoderConfig(history=50, dropout=0.5, ffn_factor=2, neighbours=64),
+        retrieval=RetrievalTraining(
+            epochs=2, batch_size=128, learning_rate=3e-3, ema=0.99, loss="sampled", negatives=2048,
+            random_offset=False,
+        ),
+        ranker=RankerConfig(lags=20),
+        ranking=RankerTraining(epochs=2, batch_size=128),
+    )  # fmt: skip
+
+
 def base() -> Preset:
     """One GPU, an hour: about 1 million parameters and the items. Written for a GPU, not run on one yet."""
     preset = cpu()
@@ -235,6 +248,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "news": news,
     "news-time": news_time,
     "news-live": news_live,
+    "session": session,
     "shop": shop,
     "tiny": tiny,
 }

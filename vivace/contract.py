@@ -37,6 +37,8 @@ SOURCE_ROW = "source_row"  # position in the source: breaks ties of time, and na
 SPLIT = "split"
 
 TRAIN, VALID, TEST = 0, 1, 2  # values of SPLIT
+CONTEXT = 3  # of a held-out session: history of the events to predict, learned from by the final fit alone
+GIVEN, GIVEN_TEST = 4, 5  # of a test set that came with the log: history, event to predict; nothing learns from them
 TARGET = "target"  # item id of the held-out event of a request
 TARGET_TIME = "target_time_ms"  # when that event was: the moment of the request
 
@@ -260,7 +262,7 @@ class DataSchema:
 
     ``heads[0]`` is the task that orders the answer. ``unknown_items`` says what happens to an event whose item the
     catalogue does not list: "reject" (to the rejects file) or "keep" (attributes stay null).
-    ``exclude_seen``: items of the history are not answered.
+    ``exclude_seen``: items of the history are not answered. ``sessions``: a user is one session of somebody unknown.
     """
 
     name: str
@@ -272,6 +274,7 @@ class DataSchema:
     unknown_items: str = "reject"
     exclude_seen: bool = True
     licence: str = ""
+    sessions: bool = False
 
     def __post_init__(self) -> None:
         if self.unknown_items not in ("reject", "keep"):

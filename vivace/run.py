@@ -21,6 +21,7 @@ from vivace.manifest import MANIFEST, read_manifest
 FEATURES, RETRIEVAL, RANKING, CONTROL = "features", "retrieval", "ranking", "ranking_control"
 TEXT, PRETRAINED, SEARCH, EVALUATION, COMPILED = "text", "pretrained", "query_search", "evaluation", "compiled"
 COMPRESSED = "compressed"
+FINAL = "final"  # the models fitted again on all events: what is served, and what no evaluation of the log may judge
 TEACHER, REFERENCE = "teacher", "reference"  # of a variant: the whole run's retriever, and its evaluation
 
 RECORDED_PARTS = ("test", "valid")  # of the split: what ``vivace compile`` records requests of
@@ -32,6 +33,7 @@ MADE_BY = {
     RETRIEVAL: "vivace train",
     RANKING: "vivace train",
     CONTROL: "vivace train --control",
+    FINAL: "vivace train --final",
     SEARCH: "vivace train --task search",
     EVALUATION: "vivace evaluate",
     COMPILED: "vivace compile",
@@ -73,6 +75,11 @@ class Run:
     @property
     def ranking(self) -> Path:
         return self.root / RANKING
+
+    @property
+    def final(self) -> Run:
+        """Where the final fit lies, a folder of models like a run's own."""
+        return Run(self.root / FINAL, self.features)
 
     @property
     def evaluation(self) -> Path:

@@ -17,8 +17,10 @@ FOLDERS = {  # where a data set lies under VIVACE_DATA, by default
     "globo": "globo",
     "hm": "hm",
     "retailrocket": "retailrocket",
+    "tmall": "tmall",
 }
-DATA_SETS = (SHOP, *FOLDERS, TABLES)
+SESSIONS = "sessions"
+DATA_SETS = (SHOP, *FOLDERS, SESSIONS, TABLES)
 READERS = {
     "ml-1m": "movielens.MovieLens",
     "ml-1m-benchmark": "movielens.MovieLensBenchmark",
@@ -26,6 +28,8 @@ READERS = {
     "globo": "globo.Globo",
     "hm": "hm.HM",
     "retailrocket": "retailrocket.Retailrocket",
+    "tmall": "sessions.Tmall",
+    SESSIONS: "sessions.Sessions",
     TABLES: "tables.Tables",
 }
 DATA_FOLDER = "VIVACE_DATA"  # folder that holds the data sets

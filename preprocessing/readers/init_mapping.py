@@ -22,6 +22,7 @@ from preprocessing.readers.parts import is_parquet
 SAMPLE_ROWS, SAMPLE_BYTES = 1000, 1 << 20
 MAX_CATEGORIES = 0.5  # distinct values a row, up to which a text column is a category
 YEAR_1990_MS, YEAR_2100_MS = 631_152_000_000, 4_102_444_800_000
+SESSION = "session"  # in the name of the column of users: the log is one of sessions
 _USER = ("user", "visitor", "customer", "member", "client", "session", "account", "uid")
 _ITEM = ("item", "product", "article", "sku", "asin", "movie", "track", "song", "book", "video", "content", "iid")
 _TIME = ("timestamp", "time", "date", "ts", "created", "at", "when")
@@ -207,7 +208,11 @@ def draft(file: Path, items: Path | None, folder: Path) -> str:
         key = _guess(shared, _ITEM) or _guess(names, (*_ITEM, "id")) or names[0]
     lines = [f"# A first mapping of {file.name}, guessed from its columns: check each line (docs/preprocessing.md)."]
     name = re.sub(r"[^\w.\-]+", "-", file.resolve().parent.name).strip("-.") or "data"
-    lines += [f"name = {_toml(name)}", "", "[interactions]", *_interactions(events, key, folder)]
+    interactions = _interactions(events, key, folder)
+    of_sessions = any(line.startswith("user = ") and SESSION in line.lower() for line in interactions)
+    lines += [f"name = {_toml(name)}"]
+    lines += ["sessions = true  # check: each is of somebody unknown, and its items may come again"] * of_sessions
+    lines += ["", "[interactions]", *interactions]
     if catalogue is not None and key is not None:
         lines += ["", "[items]", *_items(catalogue, key, folder)]
     lines += ["", "[heads]  # what to predict: the least weight of an event that counts", "click = 0"]

@@ -26,8 +26,8 @@ TEXT, TEXTS, BOOLEAN, NUMBERS, NAMES = "a text", "a text or a list of texts", "t
 _FORM = {"delimiter": TEXT, "encoding": TEXT, "quote": TEXT, "decimal": TEXT, "time_zone": TEXT, "missing": TEXTS}
 _KEYS: dict[str, dict[str, str]] = {
     "": {
-        "name": TEXT, "unknown_items": TEXT, "exclude_seen": BOOLEAN, "licence": TEXT, INTERACTIONS: "", ITEMS: "",
-        SEARCHES: "", "heads": NUMBERS, **_FORM,
+        "name": TEXT, "unknown_items": TEXT, "exclude_seen": BOOLEAN, "sessions": BOOLEAN, "licence": TEXT,
+        INTERACTIONS: "", ITEMS: "", SEARCHES: "", "heads": NUMBERS, **_FORM,
     },
     INTERACTIONS: {
         "files": TEXTS, "user": TEXT, "item": TEXT, "time": TEXT, "time_unit": TEXT, "event_type": TEXT,
@@ -160,11 +160,12 @@ def read_mapping(path: Path) -> Mapping:
         raise ValueError(f"{path}: expected a table [interactions], found none")
     shared = {key: keys[key] for key in FORM if key in keys}
     sections = {}
+    ordered = keys.get("sessions", False)  # then the order of rows may stand for times
     for name, needed in NEEDED.items():
         if name not in keys:
             continue
         for key in needed:
-            if key not in keys[name]:
+            if key not in keys[name] and not (ordered and (name, key) == (INTERACTIONS, "time")):
                 raise ValueError(f"{path}: [{name}] expected the key '{key}', found none")
         sections[name] = Section(path, name, {**shared, **keys[name]})
         _check_form(sections[name])
@@ -257,7 +258,8 @@ def _schema(path: Path, keys: dict[str, Any], sections: dict[str, Section]) -> D
             item_continuous=tuple(items.columns("continuous")) if items else (),
             heads=tuple(TaskHead(name, float(weight)) for name, weight in heads.items()),
             unknown_items=keys.get("unknown_items", "reject"),
-            exclude_seen=keys.get("exclude_seen", True),
+            exclude_seen=keys.get("exclude_seen", not keys.get("sessions", False)),
+            sessions=keys.get("sessions", False),
             licence=keys.get("licence", ""),
         )
     except ValueError as error:

@@ -67,12 +67,13 @@ class Tables:
         section = self.sections[INTERACTIONS]
         keys, context = section.keys, section.columns("context")
         optional = [keys[k] for k in ("event_type", "weight") if k in keys]
-        columns = [keys["user"], keys["item"], keys["time"], *optional, *context.values()]
+        timed = [keys["time"]] if "time" in keys else []
+        columns = [keys["user"], keys["item"], *timed, *optional, *context.values()]
         weigh = _Weights(section)
         base = 0
         for part, base in self._parts(section, columns):
             rows = pd.DataFrame({USER: part.ids(keys["user"]), ITEM: part.ids(keys["item"])})
-            rows[TIME] = part.times(keys["time"])
+            rows[TIME] = part.times(keys["time"]) if timed else (base + part.lines).astype(float)
             rows[EVENT] = part.category(keys["event_type"]) if "event_type" in keys else "event"
             for name, column in context.items():
                 rows[name] = part.category(column)

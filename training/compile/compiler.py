@@ -33,6 +33,7 @@ from training.compile.onnx_export import (
 from training.compile.publish import model_card, publish
 from training.compile.quantize import OVERLAP, Precision, overlap, reduce_precision
 from training.compile.targets import TargetName, make
+from training.judge.evaluate import RANKED, Models, rank_validation
 from training.judge.gate import BOUND, Verdict, judge_engine
 from training.models.ranking import RankingGraph, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
@@ -40,7 +41,7 @@ from training.presets import Preset
 from vivace import contract
 from vivace.checks import check_fields
 from vivace.manifest import Progress, Step, replaced
-from vivace.run import EVALUATION, FEATURES, RANKING, RECORDED_PARTS, REFERENCE, RETRIEVAL, SEARCH, Run
+from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RECORDED_PARTS, REFERENCE, RETRIEVAL, SEARCH, Run
 
 FOLD_ITEMS = 100_000  # items up to which the ranker's table of five numbers for one of the embedding is worth it
 LAYOUT = 7  # of the stages' tensors and the recorded requests: what has another layout is compiled again
@@ -123,8 +124,9 @@ class Compilation:
     def of(
         cls, features: Features, preset: Preset, run: Run, config: CompileConfig, folder: Path, say: Progress
     ) -> Compilation:
-        retriever = load_retrieval(features, preset, run.root).cpu()
-        ranker = load_ranker(features, preset, run.root).cpu()
+        final = run.has(FINAL)
+        retriever = load_retrieval(features, preset, run.root, final).cpu()
+        ranker = load_ranker(features, preset, run.root, final=final).cpu()
         tensors = shapes(preset, features.item_count())
         example = example_requests(features, preset)
         return cls(features, preset, run, config, folder, say, retriever, ranker, tensors, example)
@@ -202,8 +204,13 @@ class Compilation:
     def judge(self, reference: Run) -> Verdict:
         """Raises GateError where the engine lost too much."""
         self.say("ranking the validation requests by the compiled graphs")
-        engine, config = Engine(self.folder, self.tensors), self.config
-        verdict = judge_engine(self.features, self.tensors, engine, self.run, reference, config.bound, config.force)
+        engine, config, before = Engine(self.folder, self.tensors), self.config, None
+        if self.run.has(FINAL) and reference == self.run:  # it knows these requests: only the difference says something
+            models = Models(self.features, self.preset, self.run.root, [RANKING], final=True)
+            before = rank_validation(models, self.say)[RANKED]
+        verdict = judge_engine(
+            self.features, self.tensors, engine, self.run, reference, config.bound, config.force, before
+        )
         self.say(verdict.sentence())
         return verdict
 
@@ -232,7 +239,7 @@ class Compilation:
 
 def _step(features: Features, preset: Preset, run: Run, reference: Run, seed: int, config: CompileConfig) -> Step:
     """The step with the keys of all that it is made from. Raises StaleError where those do not belong together."""
-    inputs = {name: run.key(name) for name in (FEATURES, RETRIEVAL, RANKING)}
+    inputs = {name: run.key(name) for name in (FEATURES, RETRIEVAL, RANKING, *([FINAL] if run.has(FINAL) else []))}
     if search.features_of(run.root):
         inputs[SEARCH] = run.key(SEARCH)
     if config.judged:
@@ -251,13 +258,18 @@ def compile_models(
     features: Features, preset: Preset, root: Path, seed: int, say: Progress, config: CompileConfig | None = None
 ) -> dict[str, Any]:
     """Writes ``artifacts/<name>/compiled`` and publishes a new version in ``artifacts/<name>/model_repository``. Raises
-    StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ, GateError where
-    the engine lost more quality than the bound."""
+    StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ or an index
+    cannot do what the retriever does, GateError where the engine lost more quality than the bound."""
     config = config or CompileConfig()
     if preset.ranker.rising and not (config.exact and not config.index and not config.targets):
         raise ValueError(
             f"compile: a ranker with live counters (ranker.rising {preset.ranker.rising}) goes with float32 graphs for "
             "ONNX Runtime alone so far; leave out --precision, --tables, --index and --target"
+        )
+    if config.index and preset.encoder.neighbours:
+        raise ValueError(
+            "--index finds items by their vectors alone, and this run's retriever has a session memory beside them: "
+            "compile without --index, or train with encoder.neighbours 0"
         )
     run = Run(root, features.folder)
     reference = Run(config.reference, features.folder) if config.reference is not None else run

@@ -14,13 +14,13 @@ from training.compile.targets import files as plans
 from vivace import contract
 from vivace.live import RECENT, entries, save_recent
 from vivace.manifest import finite, plain, write_json, write_text
-from vivace.run import EVALUATION, FEATURES, RANKING, RETRIEVAL, Run, StaleError
+from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
 
 ITEMS_FILE, SCHEMA_FILE = "items.json", "schema.json"
 
 
 def _quality(run: Run) -> dict[str, Any] | str:
-    """What ``vivace evaluate`` found of the very models that are compiled."""
+    """What ``vivace evaluate`` found of the models that are compiled; of a final fit, of those it went on from."""
     try:
         results: dict[str, Any] = run.manifest(EVALUATION)["results"]
     except FileNotFoundError:
@@ -35,8 +35,10 @@ def model_card(
 ) -> dict[str, Any]:
     """Data, configuration, seed, commit and quality of what is served, beside the models."""
     manifests = {name: run.manifest(name) for name in (FEATURES, RETRIEVAL, RANKING)}
+    final = run.manifest(FINAL)["results"]["card"] if run.has(FINAL) else "none: served as judged"
     return {
         "data": features.schema.name,
+        "final_fit": final,
         "licence": features.schema.licence,
         "shapes": tensors.__dict__,
         "seed": seed,

@@ -94,9 +94,9 @@ def top_followers(matrix: sp.csr_matrix, keep: int) -> tuple[np.ndarray, np.ndar
     return ids, weights
 
 
-def item_tables(features: Features, followers: int) -> ItemTables:
-    """What the ranker knows of every item."""
-    files, items, schema = features.files("train"), features.item_count(), features.schema
+def item_tables(features: Features, followers: int, part: str = "train") -> ItemTables:
+    """What the ranker knows of every item, counted in a part of the features."""
+    files, items, schema = features.files(part), features.item_count(), features.schema
     ids, weights = top_followers(follower_matrix(files, items), followers)
     categories, sizes, numbers = attribute_tables(features.items(), schema.item_categoricals, schema.item_continuous)
     return ItemTables(

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from preprocessing.features import Features
+from preprocessing.sequences import WHOLE
 from training.checkpoints import device, load_ranker, load_retrieval
 from training.data import batches
 from training.data.counters import follower_matrix, popularity
 from training.data.live import with_live
+from training.judge.session_neighbours import SESSIONS, SessionNeighbours
 from training.judge.tables import plot_reliability
 from training.learn.ranker import head_auc
 from training.metrics import Collected, ranks, ranks_after
@@ -32,7 +34,7 @@ from training.scoring import SCORED, behind_rising, candidates
 from vivace.contract import FIRST_ID
 from vivace.manifest import Progress, Step, write_json
 from vivace.run import CONTROL as CONTROL_STEP
-from vivace.run import FEATURES, RANKING, Run
+from vivace.run import FEATURES, FINAL, RANKING, Run
 from vivace.run import RETRIEVAL as RETRIEVAL_STEP
 
 RANKS = "ranks.npz"  # rank of every test request's target by method
@@ -40,6 +42,7 @@ VALIDATION_RANKS = "validation_ranks.npz"  # the same of the validation requests
 LAYOUT = 2  # of these files: an evaluation of another layout is made again
 POPULARITY, NEIGHBOUR = "popularity", "last-item neighbour"
 RETRIEVAL, RANKED, CONTROL = "retrieval", "retrieval + ranking", "control: ranker without the extra label"
+FINAL_FIT = "final fit: "  # before the name of a row whose models and counts have learned from all of the log
 WITHOUT_TIMES = ", HISTORY without times"  # what a request that carries its own HISTORY gets of an encoder with times
 
 
@@ -69,10 +72,13 @@ class Candidates:
 
 
 class Baselines:
-    """Popularity, and what most often came after the last item; popularity breaks the latter's ties."""
+    """Popularity, what most often came after the last item (popularity breaks its ties), and of a log of sessions what
+    the nearest ones hold."""
 
-    def __init__(self, features: Features) -> None:
-        files, items = features.files("train"), features.item_count()
+    def __init__(self, features: Features, part: str = "train") -> None:
+        """``part`` of the features that is counted."""
+        files, items = features.files(part), features.item_count()
+        self.sessions = SessionNeighbours(files, items) if features.schema.sessions else None
         self.exclude_seen = features.schema.exclude_seen
         self.counts_V = torch.tensor(popularity(files, items), dtype=torch.float32)
         self.followers_VV: sp.csr_matrix = follower_matrix(files, items)
@@ -83,27 +89,42 @@ class Baselines:
         popular_BV = self.counts_V[None].expand(len(request.histories), -1)
         last = np.array([int(h[-1]) for h in request.histories])
         near_BV = torch.from_numpy(np.asarray(self.followers_VV[last].todense(), np.float32)) + popular_BV * 1e-9
+        scores = {POPULARITY: popular_BV, NEIGHBOUR: near_BV}
+        if self.sessions is not None:
+            scores[SESSIONS] = torch.from_numpy(self.sessions.scores(request.histories))
         return {
             name: torch.where(excluded_BV, torch.full_like(scores_BV, EXCLUDED), scores_BV)
-            for name, scores_BV in ((POPULARITY, popular_BV), (NEIGHBOUR, near_BV))
+            for name, scores_BV in scores.items()
         }
 
 
-class Models:
-    """A run's retriever and rankers, by the names of their steps."""
+def brings_test(features: Features) -> bool:
+    """Whether the test requests came with the log as a set of their own, which no fit has learned from."""
+    return bool(Run(features.folder.parent, features.folder).manifest(FEATURES)["results"].get("given_test"))
 
-    def __init__(self, features: Features, preset: Preset, root: Path, rankers: list[str]) -> None:
-        self.features, self.preset = features, preset
+
+class Models:
+    """A run's retriever and rankers, by the names of their steps. ``final``: as fitted again on all events of the log,
+    of which they can say nothing any more; an engine made of them is compared with them."""
+
+    def __init__(self, features: Features, preset: Preset, root: Path, rankers: list[str], final: bool = False) -> None:
+        self.features, self.preset, self.final = features, preset, final
         self.heads = [head.name for head in features.schema.heads]
         self.count = min(preset.ranker.candidates, features.item_count() - FIRST_ID)
-        self.retriever = load_retrieval(features, preset, root)
-        self.rankers = {name: load_ranker(features, preset, root, name) for name in rankers}
+        self.retriever = load_retrieval(features, preset, root, final)
+        self.rankers = {name: load_ranker(features, preset, root, name, final) for name in rankers}
 
     @property
     def ranker(self) -> RankingModel:
         return self.rankers[RANKING]
 
     def requests(self, part: str) -> Iterator[batches.Requests]:
+        """Raises ValueError for test requests that a final fit has learned from."""
+        if self.final and part == "test" and not brings_test(self.features):
+            raise ValueError(
+                "evaluate: the final fit has learned from these test requests; judge the models of 'vivace train', or "
+                "prepare a log that brings a test set of its own"
+            )
         requests = batches.requests(self.features.files(part), self.heads, self.preset.encoder.history, SCORED)
         return with_live(requests, self.features, part, self.preset.ranker.rising)
 
@@ -165,7 +186,22 @@ def _rank_test(models: Models, baselines: Baselines, say: Progress) -> tuple[Col
     return collected, done, unknown
 
 
-def _rank_validation(models: Models, say: Progress) -> dict[str, np.ndarray]:
+def _rank_final(models: Models, baselines: Baselines, say: Progress) -> Collected:
+    """Ranks of the test requests by the final fit, and by baselines that counted as much."""
+    collected, done = Collected(), 0
+    for request in models.requests("test"):
+        for method, scores_BV in baselines.scores(request).items():
+            collected.add_ranks(FINAL_FIT + method, ranks(scores_BV, request.target_B, request.number_B))
+        proposed = models.retrieve(request)
+        collected.add_ranks(FINAL_FIT + RETRIEVAL, proposed.rank_B)
+        ranked_B = models.ranked(request, proposed, models.logits(request, proposed))
+        collected.add_ranks(FINAL_FIT + RANKED, ranked_B)
+        done += len(request.target_B)
+        say(f"ranked {done:,} test requests by the final fit")
+    return collected
+
+
+def rank_validation(models: Models, say: Progress) -> dict[str, np.ndarray]:
     """Ranks of the validation requests' targets int64 by method, in the order of the requests."""
     collected, done = Collected(), 0
     for request in models.requests("valid"):
@@ -179,10 +215,15 @@ def _rank_validation(models: Models, say: Progress) -> dict[str, np.ndarray]:
 
 def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Progress) -> dict[str, Any]:
     """Runs the step unless its artifact is there; returns its manifest with ``results`` table, gauc and protocol.
-    Raises StaleError where the models were made from other features."""
+    Raises StaleError where the models were made from other features.
+
+    The models are those that ``vivace train`` left. Those of a final fit have rows of their own, where the test set
+    came with the log; elsewhere they have learned from what would be asked."""
     run = Run(root, features.folder)
     rankers = [RANKING] + [CONTROL_STEP] * run.has(CONTROL_STEP)
     inputs = {name: run.key(name) for name in (RETRIEVAL_STEP, *rankers)}
+    if final := run.has(FINAL) and brings_test(features):
+        inputs[FINAL] = run.key(FINAL)
     step = Step(run.evaluation, "evaluate", {"layout": LAYOUT}, seed, inputs)
     if step.done():
         assert step.manifest is not None
@@ -196,9 +237,12 @@ def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Pro
             f"evaluate: expected test requests in {features.folder}, found none: no user has a test event after "
             "training events; prepare more data, or with another split"
         )
+    if final:
+        of_final = Models(features, preset, root, [RANKING], final)
+        collected.rank |= _rank_final(of_final, Baselines(features, WHOLE), say).rank
     table = collected.table()
     np.savez_compressed(step.folder / RANKS, **collected.ranks())
-    np.savez_compressed(step.folder / VALIDATION_RANKS, **_rank_validation(models, say))
+    np.savez_compressed(step.folder / VALIDATION_RANKS, **rank_validation(models, say))
     plot_reliability(collected.reliability(), step.folder / "reliability.png")
     manifest = step.finish(
         time.monotonic() - started, table=table, gauc=collected.gauc(), ece=collected.ece(),

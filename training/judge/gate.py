@@ -167,10 +167,13 @@ def judge_engine(
     reference: Run,
     bound: float = BOUND,
     forced: bool = False,
+    before: np.ndarray | None = None,
 ) -> Verdict:
     """Judges the graphs ``answer`` of ``run`` against the evaluated ``reference``, on all validation requests if that
-    is the same run. Raises GateError."""
-    before, after = reference_ranks(reference), graph_ranks(features, tensors, answer)
+    is the same run. ``before``: ranks to compare with in place of the evaluated ones, as of a final fit. Raises
+    GateError."""
+    before = reference_ranks(reference) if before is None else before
+    after = graph_ranks(features, tensors, answer)
     if reference == run:
         return judge(before, after, bound, forced, ALL_USERS)
     held_out = held_out_requests(features, (run, reference))

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from training.judge.session_neighbours import SESSIONS
+
 COLUMNS = ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@5", "NDCG@10", "NDCG@50", "MRR@10")
+OF_SESSIONS = ("HR@1", "HR@5", "HR@10", "HR@20", "HR@50", "NDCG@10", "MRR@10", "MRR@20")  # HR@20 is published as P@20
 
 
 def render(manifest: dict[str, Any], data_name: str) -> list[Table]:
@@ -16,10 +19,11 @@ def render(manifest: dict[str, Any], data_name: str) -> list[Table]:
     results = manifest["results"]
     main = Table(title=f"{data_name}: full ranking of {results['requests']:,} test requests, seed {manifest['seed']}")
     main.add_column("method")
-    for name in COLUMNS:
+    columns = OF_SESSIONS if SESSIONS in results["table"] else COLUMNS
+    for name in columns:
         main.add_column(name, justify="right")
     for method, values in results["table"].items():
-        main.add_row(method, *(f"{values[column]:.4f}" for column in COLUMNS))
+        main.add_row(method, *(f"{values[column]:.4f}" for column in columns))
     heads = Table(title="within the candidates, by task head")
     for name in ("head", "GAUC", "lists", "ECE"):
         heads.add_column(name, justify="left" if name == "head" else "right")

@@ -72,7 +72,7 @@ class Loop:
 
     ``metric()`` after each epoch gives named figures of held-back users; its "log_loss" (smaller is better, and far
     less noisy than a ranking metric of some hundred users) decides on early stopping and on the best weights. {}: the
-    last weights are kept.
+    last weights are kept, or their average.
     """
 
     def __init__(
@@ -219,6 +219,8 @@ class Loop:
                 )
         if (self.config.patience or self.average) and self.best_state is not None:
             self.model.load_state_dict(self.best_state)
+        elif self.average:
+            self._swap()
         self.model.eval()
         return self.report()
 

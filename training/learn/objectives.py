@@ -1,4 +1,6 @@
-"""What the retriever minimises: next-item and masked-item losses over a batch of windows.
+"""What the retriever minimises: next-item and masked-item losses over a batch of windows, and how it is made to
+withstand perturbations of the item embeddings (FGM, Miyato et al. 2017; adversarial personalised ranking, He et al.
+2018, eq. 6 to 8).
 
 Axis legend: B windows, T events, V item ids, P predicted places, D width, S sampled negatives.
 """
@@ -12,7 +14,6 @@ import torch
 from torch import Tensor
 
 from training.data.batches import ids_and_times
-from training.learn.adversarial import adversarial
 from training.learn.distill import Teacher
 from training.losses import full_softmax, gbce, sampled_softmax
 from training.models.retrieval import MASKED, RetrievalModel
@@ -93,3 +94,17 @@ def hide(window_BT: Tensor, share: float) -> Tensor:
     only_last = torch.rand(len(window_BT), 1, device=window_BT.device) < LAST_ONLY
     hidden = torch.where(only_last, last, drawn) & real
     return hidden | (last & real & ~hidden.any(1, keepdim=True))
+
+
+def direction(gradient_VD: Tensor) -> Tensor:
+    """Each row of a gradient at length one; rows without a gradient stay zero."""
+    return gradient_VD / gradient_VD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def adversarial(loss_of: Callable[[Tensor], Tensor], table_VD: Tensor, epsilon: float, weight: float) -> Tensor:
+    """``loss_of(table)`` plus ``weight`` times the same at the table moved ``epsilon`` of its mean row length along the
+    loss's gradient."""
+    loss = loss_of(table_VD)
+    (gradient,) = torch.autograd.grad(loss, table_VD, retain_graph=True)
+    length = table_VD.detach()[FIRST_ID:].norm(dim=1).mean()
+    return loss + weight * loss_of(table_VD + epsilon * length * direction(gradient).detach())

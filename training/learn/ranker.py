@@ -117,15 +117,17 @@ class RankerData:
     def batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[RankerBatch]:
         """Requests whose target is among the candidates (training), or all of them (held out)."""
         for request in self._requests(held_out, shuffle_seed, batch_size):
+            of_side = held_out_users(request, self.preset.ranking.held_out, self.seed) == held_out
+            if not of_side.all():  # the retriever scores every item for each request: only for those that are read
+                request = request.take(np.flatnonzero(of_side))
+            if not len(request.target_B):
+                continue
             rank, ids, scores, encoded = candidates(
                 self.retriever, request, self.count, self.schema.exclude_seen, self.preset.ranker.memory
             )
             target = request.target_B.to(ids.device)
             hit = ids == target[:, None]
-            of_held_out = held_out_users(request, self.preset.ranking.held_out, self.seed)
-            keep = torch.from_numpy(of_held_out == held_out).to(ids.device)
-            if not held_out:
-                keep &= hit.any(1)
+            keep = hit.any(1) if not held_out else torch.ones_like(hit[:, 0])
             labels = torch.stack([request.labels[h] for h in self.heads], 1).to(ids.device)
             history, number = request.history_BT.to(ids.device), request.number_B.to(ids.device)
             if keep.any():

@@ -26,6 +26,7 @@ from training.distributed import ALONE, World, whole
 from training.learn.constraints import Constraint, constrain, release
 from training.learn.distill import Teacher
 from training.learn.loop import Loop, LoopConfig
+from training.learn.memory import fit_memory, remember
 from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.warm_start import free_unseen, new_retriever, take_up
 from training.metrics import mean_ndcg
@@ -96,7 +97,7 @@ def _step(
     return Step(Run(root).retrieval, "train retrieval", config, seed, inputs)
 
 
-def _windows(
+def training_windows(
     files: list[Path], preset: Preset, seed: int, world: World
 ) -> tuple[Callable[[int], Iterator[Tensor]], int]:
     """(batches of an epoch for this process, steps of an epoch: as many as every process has). Raises ValueError
@@ -150,6 +151,7 @@ def _finished_model(
         model.load_state_dict(state)
     merge(model)
     release(model)
+    model.remembers = True
     free_unseen(model, counts, features, preset.retrieval.new_items == "neighbours")
     return model
 
@@ -187,12 +189,13 @@ def train_retrieval(
     torch.manual_seed(seed)
     counts = popularity(features.files("train"), features.item_count())
     model, record = _prepared_model(features, preset, counts, step, start_from, adaptation, constraint, say)
+    model.remembers = False
     if training.compiled:
         compile_blocks(model)
     parts = step.folder / "parts" / str(world.local_rank)
     files, probes = hold_back(features.files("train"), parts, training.probe_users, seed)
     world.barrier()  # nobody takes up a checkpoint that another one is about to remove
-    of_epoch, steps = _windows(files, preset, seed, world)
+    of_epoch, steps = training_windows(files, preset, seed, world)
     log_expected_V = log_expected_counts(torch.tensor(counts), training).to(device())
     loop = Loop(
         model,
@@ -217,4 +220,6 @@ def train_retrieval(
     model = _finished_model(loop, model, features, preset, counts)
     if not world.first:
         return report
+    remember(model, features.files("train"))
+    record["memory"] = fit_memory(model.eval(), features, seed, preset.ranking.held_out)
     return finish_training(step, model, report, **record, processes=world.size)

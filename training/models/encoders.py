@@ -58,6 +58,9 @@ class EncoderConfig:
     id_dropout: float = 0.0
     """Share of the items that a training step knows by attributes and text alone, so that those learn to speak for new
     items (DropoutNet, Volkovs et al. 2017); 0 <= p < 1."""
+    neighbours: int = 0
+    """Items that are kept of each item's co-occurrence in sessions, for a memory beside the encoder
+    (``session_memory``; 0: none). For logs whose items may come again."""
     head_width: int = 0
     """Width of an attention head after pruning (0: width / heads)."""
     ffn_width: int = 0
@@ -76,7 +79,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_minimum(self, 1, "width", "layers", "heads", "history", "ffn_factor")
-        check_minimum(self, 0, "text_tokens", "adapter", "head_width", "ffn_width")
+        check_minimum(self, 0, "text_tokens", "adapter", "neighbours", "head_width", "ffn_width")
         check_shares(self, "dropout", "id_dropout")
         if self.time_bias and self.family in ("gru", "lstm"):
             raise ValueError(f"EncoderConfig.time_bias is for attention, got the {self.family!r} family")

@@ -167,15 +167,12 @@ class RankingModel(nn.Module):
         return torch.cat([torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL], dim=2)
 
     def _category(self, ids: Tensor) -> Tensor:
-        """First categorical attribute of items, int64; 0 where the catalogue has none."""
-        return self.categories[:, 0][ids] if len(self.attribute) else torch.zeros_like(ids)
+        """First categorical attribute of items, int64; the item itself where the catalogue has none, so that an item
+        that comes again is told from the others."""
+        return self.categories[:, 0][ids] if len(self.attribute) else ids
 
     def _same_category(self, recent_BL: Tensor, category_BN: Tensor) -> Tensor:
         """1 where candidate and recent event share their first categorical attribute, float32 [B, N, L]."""
-        if not len(self.attribute):
-            return torch.zeros(
-                *category_BN.shape, recent_BL.shape[1], device=category_BN.device, dtype=self.numbers.dtype
-            )
         same = category_BN[:, :, None] == self._category(recent_BL)[:, None, :]
         return (same & (recent_BL >= FIRST_ID)[:, None, :]).to(self.numbers.dtype)
 

@@ -59,7 +59,7 @@ class GpuRanking(nn.Module):
             raise ValueError(f"GpuRanking: expected the mixture 'mmoe', got {model.config.mixture!r}")
         model = copy.deepcopy(model).eval().requires_grad_(False)
         self.config, self.width, self.names, self.dtype = model.config, model.width, model.head_names, dtype
-        self.folded, self.lookup, self.attributes = folded, lookup, len(model.attribute)
+        self.folded, self.lookup = folded, lookup
         d, items = model.width, torch.arange(len(model.popularity), device=model.popularity.device)
         for name in ("popularity", "follower_ids", "follower_weights", "calibration"):
             self.register_buffer(name, getattr(model, name))
@@ -129,10 +129,8 @@ class GpuRanking(nn.Module):
         follow_BNL = self._follow(recent_BL, candidates_BN)
         parts = [gap_BN, share_BN, torch.log1p(self._rank(scores_BN)), self.popularity[candidates_BN]]
         parts.append(torch.log1p(follow_BNL.sum(2) * 1000.0))
-        same_BNL = torch.zeros_like(follow_BNL)
-        if self.attributes:
-            same = self.category_V[candidates_BN][:, :, None] == self.category_V[recent_BL][:, None, :]
-            same_BNL = (same & (recent_BL >= FIRST_ID)[:, None, :]).float()
+        same = self.category_V[candidates_BN][:, :, None] == self.category_V[recent_BL][:, None, :]
+        same_BNL = (same & (recent_BL >= FIRST_ID)[:, None, :]).float()
         return torch.cat([torch.stack(parts, 2), torch.log1p(follow_BNL * 1000.0), same_BNL], 2)
 
     def _candidates(self, ids_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from training.models.encoders import MASKED, Adapter, EncoderConfig, build_encoder, dropout
 from training.models.int8_table import Int8Table
 from training.models.item_table import ItemAttributes, ItemTable
+from training.models.session_memory import SessionMemory
 from vivace.contract import FIRST_ID, PADDING_ID
 
 __all__ = ["EXCLUDED", "MASKED", "EncoderConfig", "RetrievalGraph", "RetrievalModel", "propose"]
@@ -57,6 +58,8 @@ class RetrievalModel(nn.Module):
                 module.reset()
         with torch.no_grad():
             self.items.id.weight[PADDING_ID].zero_()
+        self.memory = SessionMemory(items, config.neighbours, config.history) if config.neighbours else None
+        self.remembers = True  # False while the encoder is trained: the memory's table holds the targets of training
         self.mask_token = nn.Parameter(torch.zeros(config.width).normal_(std=0.02)) if self.masked else None
 
     def table(self) -> Tensor:
@@ -126,9 +129,12 @@ class RetrievalModel(nn.Module):
         exclude_BV: Tensor,
         table_VD: Tensor | Int8Table | None = None,
     ) -> Tensor:
-        """Retrieval score float32 [B, V]: the newest encoding against every item; where the history holds no
-        known item, log popularity. Excluded items and the special ids get EXCLUDED."""
+        """Retrieval score float32 [B, V]: the newest encoding against every item, with what the session
+        memory adds; where the history holds no known item, log popularity. Excluded items and the special ids get
+        EXCLUDED."""
         scores_BV = self.logits(encoded_BTD[:, -1], table_VD)
+        if self.memory is not None and self.remembers:
+            scores_BV = self.memory(scores_BV, history_BT)
         if scores_BV.dtype != torch.float32:  # a graph cast to 16 bits: EXCLUDED is beyond half precision
             scores_BV = scores_BV.float()
         empty_B1 = (history_BT < FIRST_ID).all(dim=1, keepdim=True)

@@ -120,6 +120,7 @@ def run_demo(
     clock.done("prepare")
     name = run_name(run, artifacts)
     steps: list[tuple[str, Callable[..., None]]] = [("train", train), ("evaluate", evaluate)]
+    steps += [("final fit", partial(train, final=True))]
     steps += [("search", partial(train, task="search"))] if search else []
     for label, verb in (*steps, ("compile", compile_)):
         verb(name=name, artifacts=artifacts, preset=preset, seed=seed)

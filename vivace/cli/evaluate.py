@@ -22,7 +22,7 @@ from vivace.cli.options import (
 )
 from vivace.cli.runs import find_run, new_run, run_name, say_next, step
 from vivace.cli.values import choice
-from vivace.run import EVALUATION, Run
+from vivace.run import EVALUATION, FINAL, Run
 
 JUDGED = ("esci",)
 
@@ -59,7 +59,7 @@ def evaluate(
         manifest = judge(Features(run.features), sizes, run.root, seed, progress(status))
     for table in render(manifest, run.root.name):
         console.print(table)
-    say_next("compile", run, artifacts)
+    say_next("compile" if run.has(FINAL) else "train --final", run, artifacts)
 
 
 def evaluate_replay(name: str, artifacts: Path, preset: str) -> None:

@@ -22,7 +22,10 @@ def prepare(
     name: NewName = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     seed: Seed = 7,
-    split: Annotated[str, choice("--split", SPLITS, "what is held out")] = "leave-one-out",
+    split: Annotated[
+        str,
+        choice("--split", SPLITS, "what is held out; empty: sessions of a log of sessions, else leave-one-out"),
+    ] = "",
     freq_threshold: Annotated[
         int, typer.Option(help="items with fewer events are out of vocabulary (0: none)", min=0)
     ] = 0,
@@ -50,11 +53,12 @@ def prepare(
     source = open_source(data, path, size | {"seed": seed})
     from preprocessing.prepare import PrepareConfig
     from preprocessing.prepare import prepare as prepare_run
-    from preprocessing.splits import SplitConfig
+    from preprocessing.splits import LEAVE_ONE_OUT, SESSIONS, SplitConfig
     from preprocessing.workflow import VocabularyConfig
     from vivace.contract import FIRST_ID
 
     vocabulary = VocabularyConfig(freq_threshold, max_items + FIRST_ID if max_items else 0, new_items)
+    split = split or (SESSIONS if source.schema.sessions else LEAVE_ONE_OUT)
     config = PrepareConfig(split=SplitConfig(kind=split), vocabulary=vocabulary, partitions=partitions, workers=workers)
     with new_run(name or source.schema.name, artifacts) as run:
         results = prepare_run(source, config, run.root, seed, say)["results"]

@@ -45,13 +45,19 @@ def train(
     ] = None,
     adapt: Annotated[str, choice("--adapt", METHODS, "with --from, what is trained")] = "full",
     rank: Annotated[int, typer.Option(help="with --adapt lora: rank of the updates", min=1)] = 8,
+    final: Annotated[
+        bool, typer.Option("--final", help="fit the judged models again on all events: what is then compiled")
+    ] = False,
     wandb: Wandb = False,
     task: Annotated[
         str, choice("--task", TASKS, "what is trained; search makes a trained run's catalogue searchable")
     ] = "recommend",
 ) -> None:
     """Train the retriever, then the ranker; resumes from the last checkpoint. --task search: then the text encoder, the
-    word index and the search ranker."""
+    word index and the search ranker. --final: after 'vivace evaluate', on the held-out events too."""
+    if final:
+        train_final(name, artifacts, preset)
+        return
     if task == "search":
         train_search(name, artifacts, preset, seed)
         return
@@ -84,6 +90,16 @@ def train(
             if control:
                 train_ranker(features, sizes, run.root, seed, say, control=True)
     say_next("evaluate", run, artifacts)
+
+
+def train_final(name: str, artifacts: Path, preset: str) -> None:
+    with step(name, artifacts) as run:
+        from preprocessing.features import Features
+        from training.learn.final import train_final as fit
+
+        manifest = fit(Features(run.features), chosen_preset(preset, run.root), run.root, say)
+    say(f"{manifest['results']['card']}, {manifest['seconds']:.0f} s")
+    say_next("compile", run, artifacts)
 
 
 def train_search(name: str, artifacts: Path, preset: str, seed: int) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.attack import under_attack
 from training.checkpoints import load_retrieval
-from training.learn.adversarial import adversarial, direction
+from training.learn.objectives import adversarial, direction
 from training.presets import tiny
 
 

@@ -44,3 +44,14 @@ def test_the_mapping_in_the_docs_is_one(tmp_path):
     (text,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     write(tmp_path, "mapping.toml", text)
     assert read_mapping(tmp_path / "mapping.toml").schema.event_categoricals == (EVENT, "os")
+
+
+def test_a_table_by_session_is_one_of_sessions_and_needs_no_times(tmp_path):
+    write(tmp_path, "e.csv", "SessionId,ItemId\ns1,A\ns1,A\ns2,B\n")
+    write(tmp_path, "mapping.toml", draft(tmp_path / "e.csv", None, tmp_path))
+    schema = read_mapping(tmp_path / "mapping.toml").schema
+    assert schema.sessions and not schema.exclude_seen
+    out = taken(tmp_path / "mapping.toml")
+    assert out.column(ITEM) == ["A", "A", "B"] and out.column(TIME) == [2, 3, 4], "places in the file: its lines"
+    write(tmp_path, "e.csv", "user,SessionId,ItemId\nu,s1,A\n")
+    assert "sessions" not in draft(tmp_path / "e.csv", None, tmp_path)

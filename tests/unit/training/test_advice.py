@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from training.advice import LogSizes, suited
+from preprocessing.features import Features
+from preprocessing.prepare import PrepareConfig, prepare
+from preprocessing.readers import open_source
+from preprocessing.splits import SplitConfig
+from training.advice import LogSizes, sizes_of, suited
 from training.presets import PRESETS
 
 LOGS = {  # users, items, training events, of the median user, real times
@@ -14,6 +18,7 @@ LOGS = {  # users, items, training events, of the median user, real times
     "news without times": (LogSizes(322_897, 46_033, 2_300_000, 4, False), "news"),
     "demo shop": (LogSizes(10_000, 5_000, 250_000, 23, True), "shop"),
     "Retailrocket": (LogSizes(2_174, 29_905, 93_000, 21, True), "beauty"),
+    "Tmall": (LogSizes(61_232, 40_727, 375_000, 4, False, True), "session"),
     "nothing": (LogSizes(0, 0, 0, 0, False), "beauty"),
 }
 
@@ -24,3 +29,29 @@ def test_each_kind_of_log_gets_its_preset(log):
     name, why = suited(sizes)
     assert name == expected and name in PRESETS
     assert f"{sizes.items:,} items" in why and "\n" not in why
+
+
+def sizes(folder, mapping: str) -> LogSizes:
+    """Of 60 visits of three events each, one of which is on an item that came before."""
+    rows = [f"v{v},i{item},{10 * v + n}" for v in range(60) for n, item in enumerate((v % 7, v % 5, v % 7))]
+    (folder / "log.csv").write_text("\n".join(["visit,sku,at", *rows]) + "\n")
+    (folder / "items.csv").write_text("\n".join(["sku,title", *(f"i{i},thing {i}" for i in range(7))]) + "\n")
+    columns = '[interactions]\nfiles = "log.csv"\nuser = "visit"\nitem = "sku"\ntime = "at"\n'
+    top, _, tables = mapping.partition("[")
+    (folder / "mapping.toml").write_text(top + columns + ("[" + tables if tables else ""))
+    source = open_source("tables", folder / "mapping.toml")
+    prepare(source, PrepareConfig(split=SplitConfig("sessions")), folder / "run", 0, lambda _: None)
+    return sizes_of(Features(folder / "run" / "features"))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        ("sessions = true\n", True),
+        ("exclude_seen = false\n", True),
+        ("", False),
+        ('exclude_seen = false\n[items]\nfiles = "items.csv"\nitem = "sku"\ntitle = "title"\n', False),
+    ],
+)
+def test_sessions_are_told_by_the_mapping_or_by_what_comes_again(tmp_path, mapping, expected):
+    assert sizes(tmp_path, mapping).sessions == expected

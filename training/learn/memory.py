@@ -1,0 +1,91 @@
+"""Fits a retriever's session memory: its table from the log, its few numbers on requests whose targets are not in it.
+
+Axis legend: B requests, V item ids, T history events, S sessions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+
+from preprocessing.features import Features
+from training.data import batches
+from training.models.retrieval import RetrievalModel
+from training.models.session_memory import LONGEST, neighbour_shares
+from vivace.contract import FIRST_ID, ITEM
+
+REQUESTS, BATCH = 4096, 256  # that the numbers are fitted on, and of a step
+PASSES, RATE = 8, 0.1
+
+
+def session_sets(files: list[Path], items: int) -> sp.csr_matrix:
+    """1 where a training sequence has an item among its LONGEST newest events, float32 [S, V]."""
+    rows, columns, first = [], [], 0
+    for file in files:
+        column = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks()
+        flat, lengths = column.flatten().to_numpy(), np.diff(column.offsets.to_numpy())
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        from_end = np.cumsum(lengths)[row] - np.arange(len(row))
+        known = (flat >= FIRST_ID) & (from_end <= LONGEST)
+        rows.append(row[known] + first)
+        columns.append(flat[known])
+        first += len(lengths)
+    index = (np.concatenate([*rows, np.empty(0, int)]), np.concatenate([*columns, np.empty(0, int)]))
+    sets = sp.csr_matrix((np.ones(len(index[0]), np.float32), index), shape=(first, items))
+    sets.sum_duplicates()
+    sets.data[:] = 1.0
+    return sets
+
+
+def remember(model: RetrievalModel, files: list[Path]) -> None:
+    """Fills the memory's table from sequences; does nothing for a model without one."""
+    if model.memory is not None:
+        sets = session_sets(files, len(model.bias))
+        model.memory.remember(*neighbour_shares(sets, model.config.neighbours))
+
+
+def fit_memory(model: RetrievalModel, features: Features, seed: int, held_out: float) -> dict[str, float]:
+    """Fits the memory's numbers by the log loss of validation requests, those of a share of the users ``held_out`` left
+    out (who they are: see ``ranker.held_out_users``), and says that loss of the first and of the last pass. {} where
+    there is no memory or no such request: the numbers stay those of another log."""
+    from training.learn.ranker import held_out_users
+
+    files, heads = features.files("valid"), [h.name for h in features.schema.heads]
+    if model.memory is None or not files:
+        return {}
+    where, table = model.bias.device, model.table().detach()
+    read = batches.requests(files, heads, model.config.history, BATCH, shuffle_seed=seed)
+    requests = list(itertools.islice(read, REQUESTS // BATCH))
+    numbers = [p.requires_grad_() for p in model.memory.parameters()]
+    optimizer = torch.optim.Adam(numbers, lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PASSES * len(requests))
+    losses: list[float] = []
+    for _ in range(PASSES):
+        total, count = 0.0, 0
+        for request in requests:
+            exclude_BV = request.exclude(len(model.bias), features.schema.exclude_seen)
+            target_B = request.target_B
+            known_B = (target_B >= FIRST_ID) & ~exclude_BV.gather(1, target_B[:, None])[:, 0]
+            known_B &= torch.from_numpy(~held_out_users(request, held_out, seed))
+            if not known_B.any():
+                continue
+            history_BT, known_B = request.history_BT.to(where), known_B.to(where)
+            with torch.no_grad():
+                encoded = model.encode(history_BT, table, request.time_BT.to(where), 1)
+            scores_BV = model.scores(history_BT, encoded, exclude_BV.to(where), table)
+            loss = F.cross_entropy(scores_BV[known_B], target_B.to(where)[known_B])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total, count = total + float(loss.detach()) * int(known_B.sum()), count + int(known_B.sum())
+        losses.append(total / max(count, 1))
+    model.zero_grad(set_to_none=True)
+    model.memory.requires_grad_(False)
+    return {"first": losses[0], "last": losses[-1]}
