@@ -194,7 +194,7 @@ def session() -> Preset:
 
 
 def base() -> Preset:
-    """One GPU, an hour: about 1 million parameters and the items. Written for a GPU, not run on one yet."""
+    """One GPU: about 1 million parameters and the items."""
     preset = cpu()
     return replace(
         preset,
@@ -205,7 +205,7 @@ def base() -> Preset:
 
 
 def large() -> Preset:
-    """One GPU of 80 GiB and more: 25 million parameters and the items. Written for a GPU, not run on one yet."""
+    """One GPU of 80 GiB and more: 25 million parameters and the items; too many for a million events."""
     preset = base()
     return replace(
         preset,

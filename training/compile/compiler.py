@@ -261,10 +261,11 @@ def compile_models(
     StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ or an index
     cannot do what the retriever does, GateError where the engine lost more quality than the bound."""
     config = config or CompileConfig()
-    if preset.ranker.rising and not (config.exact and not config.index and not config.targets):
+    plain = config.exact and not config.index and not config.targets and not search.features_of(root)
+    if preset.ranker.rising and not plain:
         raise ValueError(
             f"compile: a ranker with live counters (ranker.rising {preset.ranker.rising}) goes with float32 graphs for "
-            "ONNX Runtime alone so far; leave out --precision, --tables, --index and --target"
+            "ONNX Runtime alone so far; leave out --precision, --tables, --index, --target and search"
         )
     if config.index and preset.encoder.neighbours:
         raise ValueError(
