@@ -21,7 +21,7 @@ class LiveFeed:
     """Rising items and what the counters say of them, read by every process for itself from the store.
 
     Counting begins with the events that came along with the models, and goes on with those of the store's log that are
-    later than the last of them. A thread looks for new ones every ``EVERY_S``.
+    later than the last of them, at the start the newest 500,000. A thread looks for new ones every ``EVERY_S``.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class LiveFeed:
         self._table, self._visits = LiveTable(shapes.items, shapes.rising), Visits()
         self._table.add(ids, times, entry)
         self._after_ms = int(times[-1]) if len(times) else 0
-        self._number, self.error = 0, ""
+        self._number, self._now_ms, self.error = 0, 0, ""
         self.refresh()
         if start:
             threading.Thread(target=self._follow, name="live counters", daemon=True).start()
@@ -47,6 +47,7 @@ class LiveFeed:
     def refresh(self, now_ms: int | None = None) -> None:
         """Counts what came since, and works out what is rising at ``now_ms`` (Unix ms; None: now)."""
         now_ms = int(time.time() * 1000) if now_ms is None else now_ms
+        now_ms = self._now_ms = max(now_ms, self._now_ms)  # a clock that is set back stands still for the counters
         self._number, events = self._store.live_events(self._number, now_ms - KEPT_MS)
         events = [event for event in events if event.timestamp_ms > self._after_ms]
         if events:

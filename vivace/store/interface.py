@@ -37,9 +37,9 @@ class FeatureStore(Protocol):
         when the histories are replaced by those of another data set. An event whose id its user has already sent is not
         added again."""
 
-    def live_events(self, after: int, since_ms: int = 0) -> tuple[int, list[Event]]:
-        """(number of the newest event that was appended, those of a number above ``after`` in the order they came; no
-        older ones than came since ``since_ms``)."""
+    def live_events(self, after: int, since_ms: int = 0, most: int = 500_000) -> tuple[int, list[Event]]:
+        """(number of the newest event that was appended, those of a number above ``after`` in the order they came: the
+        ``most`` newest of those that came since ``since_ms``)."""
 
     def event_types(self) -> set[str]:
         """Event types of the data set; empty if its events have none."""

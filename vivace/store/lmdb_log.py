@@ -106,14 +106,15 @@ class EventLog:
         if record.digest:
             transaction.delete(record.digest, db=self._ids)
 
-    def after(self, transaction: Transaction, number: int, since_ms: int) -> tuple[int, list[Event]]:
-        """(number of the newest event, events of a number above ``number`` that came since ``since_ms``, oldest
-        first)."""
+    def after(self, transaction: Transaction, number: int, since_ms: int, most: int) -> tuple[int, list[Event]]:
+        """(number of the newest event, the ``most`` newest events of a number above ``number`` that came since
+        ``since_ms``, oldest first)."""
         cursor, events, newest = transaction.cursor(db=self._log), list[Event](), number
         for key, value in cursor.iterprev() if cursor.last() else ():
             record = Record.read(bytes(key), bytes(value))
             newest = max(newest, record.number)
-            if record.number <= number or (record.came_ms and record.came_ms < since_ms):
+            too_old = record.number <= number or (record.came_ms and record.came_ms < since_ms)
+            if too_old or len(events) == most:
                 break
             events.append(record.event)
         return newest, events[::-1]

@@ -156,15 +156,15 @@ class LmdbStore:
             raw = [transaction.get(key_of(item), db=items) for item in item_ids]
             return [None if r is None else r.decode() for r in raw]
 
-    def live_events(self, after: int, since_ms: int = 0) -> tuple[int, list[Event]]:
+    def live_events(self, after: int, since_ms: int = 0, most: int = 500_000) -> tuple[int, list[Event]]:
         """(number of the newest event of the log, those of a number above ``after`` in the order they came). Where the
-        log goes back further, only what came since ``since_ms``."""
+        log goes back further, only the ``most`` newest of those that came since ``since_ms``."""
         if _LOG not in self._databases:
             self._open_databases()
         if _LOG not in self._databases:
             return after, []
         with self._alone, self._begin() as transaction:
-            return self._log.after(transaction, after, since_ms)
+            return self._log.after(transaction, after, since_ms, most)
 
     def event_types(self) -> set[str]:
         with self._reading(_USERS) as (transaction, _):

@@ -1,0 +1,87 @@
+"""What a server counts: the prepared log's newest events, then the store's log, whatever clock and store do."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from serving.runtime.live_feed import LiveFeed
+from vivace.contract import FIRST_ID, OOV_ID, StageTensors
+from vivace.live import LiveTable, save_recent
+from vivace.store.interface import Event
+from vivace.store.lmdb_store import LmdbStore
+
+SHAPES = StageTensors(history=8, candidates=4, items=FIRST_ID + 6, width=4, rising=4)
+HOUR = 3_600_000
+
+
+def _ids(items):
+    return np.array([FIRST_ID + int(i) if i.isdigit() and int(i) < 6 else OOV_ID for i in items])
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = LmdbStore(tmp_path / "store")
+    opened.fill([], [])
+    yield opened
+    opened.close()
+
+
+def _feed(tmp_path, store, prepared: list[tuple[int, int]]) -> LiveFeed:
+    ids, times = np.array([i for i, _ in prepared], np.int64), np.array([t for _, t in prepared], np.int64)
+    save_recent(tmp_path / "recent.npz", ids, times, np.ones(len(ids), bool))
+    return LiveFeed(tmp_path / "recent.npz", store, _ids, SHAPES, start=False)
+
+
+def test_it_goes_on_where_the_prepared_log_ends(tmp_path, store):
+    now = int(time.time() * 1000) + 60_000  # the feed has looked at its start: later than that
+    prepared = [(FIRST_ID, now - HOUR)]
+    store.append(
+        [Event("a", "0", "", now - HOUR), Event("a", "1", "", now - 60_000), Event("b", "x", "", now - 50_000)]
+    )
+    feed = _feed(tmp_path, store, prepared)
+    store.append([Event("c", "1", "", now - 40_000), Event("c", "2", "", now - 30_000)])
+    feed.refresh(now)
+    expected = LiveTable(SHAPES.items, SHAPES.rising)  # the first event came with the data, x is no item
+    expected.add(
+        np.array([FIRST_ID, FIRST_ID + 1, FIRST_ID + 1, FIRST_ID + 2]),
+        now - np.array([HOUR, 60_000, 40_000, 30_000]), np.array([True, True, True, False]),
+    )  # fmt: skip
+    ids, features = feed.rows(2)
+    for got, rows in zip(expected.at(now), (ids, features), strict=True):
+        np.testing.assert_array_equal(rows, np.stack([got, got]))
+    assert ids[0].tolist() == [FIRST_ID + 1, FIRST_ID + 2, FIRST_ID, 0]
+
+
+def test_a_clock_that_is_set_back_stops_nothing(tmp_path, store):
+    now = int(time.time() * 1000) + HOUR
+    feed = _feed(tmp_path, store, [])
+    feed.refresh(now)
+    store.append([Event("a", "3", "", now - 2 * HOUR)])
+    feed.refresh(now - HOUR)
+    assert feed.rows(1)[0][0, 0] == FIRST_ID + 3
+
+
+def test_old_counts_are_said_to_be_old(tmp_path, store, monkeypatch):
+    feed = _feed(tmp_path, store, [])
+    feed.error = "OSError: no such store"
+    assert feed.status() == ""  # a moment's trouble
+    later = time.monotonic() + 60
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert "live counts are" in feed.status() and "no such store" in feed.status()
+
+
+def test_a_version_without_its_events_is_refused(tmp_path, store):
+    with pytest.raises(FileNotFoundError, match="vivace compile"):
+        LiveFeed(tmp_path / "none.npz", store, _ids, SHAPES, start=False)
+
+
+def test_a_long_log_is_read_from_its_end(store):
+    store.append([Event(f"u{n}", str(n % 6), "", 1_000 + n) for n in range(50)])
+    number, events = store.live_events(0, most=7)
+    assert [e.timestamp_ms for e in events] == list(range(1_043, 1_050))
+    assert store.live_events(number) == (number, [])
+    assert [e.user_id for e in store.live_events(number - 2)[1]] == ["u48", "u49"]
+    assert store.live_events(0, since_ms=int(time.time() * 1000) + HOUR)[1] == []
