@@ -13,6 +13,7 @@ client, LMDB, NumPy 1 for its workers).
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ from loadtest.generate.local_server import grpc_address, on_free_ports
 from preprocessing.features import Features
 from preprocessing.requests import recorded
 from serving.launcher import TritonServer
+from training.compile.aoti import LOGS
 from vivace import contract
 from vivace.client import Recommendation, VivaceClient
 from vivace.machine import process_tree
@@ -112,7 +114,8 @@ def compiling(root: Path, *arguments: str) -> subprocess.Popen[bytes]:
         sys.executable, "-m", "vivace.cli.main", "compile", "--name", root.name, "--artifacts", str(root.parent),
         *arguments,
     ]  # fmt: skip
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT)
+    environment = {**os.environ, LOGS: str(root)}
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT, env=environment)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -130,8 +133,9 @@ def compiled(process: subprocess.Popen[bytes], root: Path, seconds: float) -> No
         stop(process)
         code = "stopped, as the step's time was short"
     if code:
-        words = (root / "compile.log").read_text(errors="replace").strip().splitlines()
-        raise RuntimeError(f"vivace compile: {code}: {' '.join(words[-3:])[-250:]}")
+        logs = [root / "compile.log", *sorted(root.glob("r*.log"))]  # its own, and those of retrieval and ranking
+        words = " | ".join(" ".join(f.read_text(errors="replace").split()[-60:])[-600:] for f in logs)
+        raise RuntimeError(f"vivace compile: {code}: {words}")
 
 
 # -- the GPU's own time ----------------------------------------------------------------------------------

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +25,9 @@ from training.models.ranking import RankingModel
 from vivace.manifest import CHECKOUT
 
 PACKAGE = "model.pt2"
+LOGS = (
+    "VIVACE_COMPILE_LOGS"  # variable with a folder in which the compilers' logs stay, with where they are by the time
+)
 LARGEST = 4096  # rows of a batch that a package takes
 # of Inductor: headers compiled beforehand pay where many graphs are compiled on one machine, not for two
 SETTINGS: dict[str, Any] = {"aot_inductor.precompile_headers": False, "cpp_cache_precompile_headers": False}
@@ -70,16 +77,17 @@ def build(graphs: Mapping[str, nn.Module], examples: Mapping[str, Sequence[Tenso
     of CUDA take most of the time; their paths by name. Raises ValueError with the last words of one that failed."""
     device, running, packages = device_at_hand(), {}, {}
     with tempfile.TemporaryDirectory() as scratch:
+        logs = Path(os.environ.get(LOGS, scratch))
         try:
             for name, graph in graphs.items():
                 program, packages[name] = Path(scratch) / f"{name}.pt2", folder / f"{name}.pt2"
                 torch.export.save(exported(graph, examples[name], device), program)
                 command = [sys.executable, "-m", "training.compile.aoti", str(program), str(packages[name])]
-                log = (Path(scratch) / f"{name}.log").open("w")
+                log = (logs / f"{name}.log").open("w")
                 running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT)
             for name, process in running.items():
                 if process.wait():
-                    words = (Path(scratch) / f"{name}.log").read_text(errors="replace").strip().splitlines()
+                    words = (logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
                     raise ValueError(f"--target aoti: {name}: {words[-1] if words else process.returncode}")
         finally:
             for process in running.values():
@@ -93,5 +101,21 @@ def on_package(path: Path, rows: int) -> Callable[[Mapping[str, np.ndarray]], li
     return lambda feed: package.run(list(feed.values()))
 
 
+def tell_where(every_s: float = 15.0) -> None:
+    """Prints where the compiler is, now and then: what a log says of one that is stopped as its time is over."""
+    main = threading.main_thread().ident or 0
+
+    def tell() -> None:
+        began = time.monotonic()
+        while True:
+            time.sleep(every_s)
+            stack = traceback.format_stack(sys._current_frames()[main])
+            print(f"after {time.monotonic() - began:.0f} s:", *stack[-12:], sep="\n", flush=True)
+
+    threading.Thread(target=tell, daemon=True).start()
+
+
 if __name__ == "__main__":  # python -m training.compile.aoti EXPORTED PACKAGE
+    if LOGS in os.environ:
+        tell_where()
     package(torch.export.load(sys.argv[1]), Path(sys.argv[2]))
