@@ -6,6 +6,7 @@ Heavy modules are imported by the fixtures that need them: unit tests ask for no
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from preprocessing.features import Features
     from preprocessing.prepare import PrepareConfig, prepare
     from preprocessing.readers.shop import Shop, ShopConfig
-    from tests.support import quiet
+    from tests.support import quiet, untouched_store
     from training.compile.compiler import compile_models
     from training.judge.evaluate import evaluate
     from training.learn.ranker import train_ranker
@@ -59,6 +60,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_ranker(features, tiny(), root, SEED, quiet, quiet=True)
     evaluate(features, tiny(), root, SEED, quiet)
     compile_models(features, tiny(), root, SEED, quiet)
+    shutil.copytree(root / "feature_store", untouched_store(root))
     return root
 
 

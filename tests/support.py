@@ -49,6 +49,11 @@ def on_free_ports(repository: Path, **more: Any) -> ServerOptions:
     return ServerOptions(repository, http_port=0, grpc_port=0, metrics_port=0, **more)
 
 
+def untouched_store(root: Path) -> Path:
+    """The feature store of the small shop as it was prepared, whatever other tests have appended since."""
+    return root.parent / "untouched" / "feature_store"
+
+
 def users_of_data(root: Path) -> set[str]:
     """Users of a run's data set, not those that tests before this one appended events of to its store."""
     files = Features(root / "features").files("train")

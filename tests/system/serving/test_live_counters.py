@@ -13,7 +13,7 @@ import torch
 from serving.runtime.live_feed import LiveFeed
 from serving.runtime.stages import ItemVocabulary
 from serving.service import service
-from tests.support import PatientClient, on_free_ports, quiet, users_of_data
+from tests.support import PatientClient, on_free_ports, quiet, untouched_store, users_of_data
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
 from training.data import batches
@@ -35,8 +35,9 @@ PRESET = replace(tiny(), ranker=replace(tiny().ranker, candidates=CANDIDATES, ri
 @pytest.fixture(scope="module")
 def live_root(features, root, tmp_path_factory):
     own = tmp_path_factory.mktemp("live") / "shop"
-    for folder in ("features", "feature_store", "retrieval"):
+    for folder in ("features", "retrieval"):
         shutil.copytree(root / folder, own / folder)
+    shutil.copytree(untouched_store(root), own / "feature_store")  # of other tests' events some would rise
     train_ranker(features, PRESET, own, 3, quiet, quiet=True)
     evaluate(features, PRESET, own, 3, quiet)
     compile_models(features, PRESET, own, 3, quiet)
