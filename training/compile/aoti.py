@@ -83,8 +83,8 @@ def build(graphs: Mapping[str, nn.Module], examples: Mapping[str, Sequence[Tenso
                 program, packages[name] = Path(scratch) / f"{name}.pt2", folder / f"{name}.pt2"
                 torch.export.save(exported(graph, examples[name], device), program)
                 command = [sys.executable, "-m", "training.compile.aoti", str(program), str(packages[name])]
-                log = (logs / f"{name}.log").open("w")
-                running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT)
+                with (logs / f"{name}.log").open("w") as log:
+                    running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT)
             for name, process in running.items():
                 if process.wait():
                     words = (logs / f"{name}.log").read_text(errors="replace").strip().splitlines()

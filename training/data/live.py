@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from preprocessing.features import Features
+from preprocessing.splits import YEAR_MS
 from training.data.batches import Requests
 from vivace.contract import ITEM, LIVE_FEATURES, TARGET_TIME, TIME, USER
 from vivace.live import LiveTable, entries
@@ -25,6 +26,8 @@ class LiveAt:
 
     Args:
         part: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
+
+    Raises ValueError for a log without real times.
     """
 
     def __init__(self, features: Features, part: str, rising: int) -> None:
@@ -34,6 +37,12 @@ class LiveAt:
         )
         stream, table = features.events(), LiveTable(features.item_count(), rising)
         ids, times = stream[ITEM], stream[TIME]
+        if not len(times) or times[-1] < YEAR_MS:
+            raise ValueError(
+                f"ranker.rising {rising}: expected events with real times, Unix ms, got "
+                f"{f'a newest time of {int(times[-1])}' if len(times) else 'no event'}; name the time column in the "
+                "mapping, or train with ranker.rising 0"
+            )
         entry = entries(stream[USER], times)
         self.ids = np.zeros((len(self.moments), rising), np.int32)
         self.features = np.zeros((len(self.moments), rising, LIVE_FEATURES), np.float16)

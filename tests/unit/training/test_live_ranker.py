@@ -86,6 +86,16 @@ def test_a_request_sees_what_lies_before_its_moment(tmp_path):
     np.testing.assert_allclose(live.features[1], expected, atol=4e-3)  # kept in 16 bits
 
 
+def test_a_log_without_times_is_refused(tmp_path):
+    pq.write_table(pa.table({TARGET_TIME: np.array([7])}), tmp_path / "part.parquet")
+    order = {ITEM: np.full(9, FIRST_ID), TIME: np.arange(9), USER: np.zeros(9, np.int64)}
+    features = SimpleNamespace(
+        files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: 9, events=lambda: order
+    )
+    with pytest.raises(ValueError, match="expected events with real times"):
+        LiveAt(features, "valid", 4)
+
+
 def test_parts_are_put_together_with_what_was_rising():
     both = together([_request(4, [9, 4]), _request(5, [3, 8])])
     assert both.rising_BM.tolist() == [[9, 4], [3, 8]] and both.target_B.tolist() == [4, 5]
