@@ -38,7 +38,7 @@ class LiveFeed:
         self._store, self._item_ids = store, item_ids
         self._table, self._visits = LiveTable(shapes.items, shapes.rising), Visits()
         self._table.add(ids, times, entry)
-        self._after_ms = int(times[-1]) if len(times) else 0
+        self._after_ms = min(int(times[-1]), int(time.time() * 1000)) if len(times) else 0  # a log may hold the future
         self._number, self._now_ms, self.error = 0, 0, ""
         self.refresh()
         if start:
