@@ -9,12 +9,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from preprocessing.features import Features
+from preprocessing.splits import YEAR_MS
 from vivace.contract import FIRST_ID, ITEM, TEXT, TIME
 
 LONG = 40  # training events of the median user from which a history of 200 is worth its cost
 SPARSE = 25.0  # training events an item below which items say little by their id alone
 MANY_ITEMS = 20_000  # from which the softmax over all items is drawn from a sample
-YEAR_MS = 31_536_000_000
 SHORT = 10  # training events of the median user up to which a log may be one of sessions
 AGAIN = 0.05  # share of the events on an item the user had before from which such a log, without text, counts as one
 GAPS = 0.05  # share of different gaps between events below which times are made up

@@ -113,13 +113,14 @@ def reliability(probability: np.ndarray, label: np.ndarray, bins: int = BINS) ->
     return np.array([[probability[p].mean(), label[p].mean(), len(p)] for p in parts])
 
 
-def list_auc(scores_BN: Tensor, positive_BN: Tensor) -> Tensor:
+def list_auc(scores_BN: Tensor, positive_BN: Tensor, there_BN: Tensor | None = None) -> Tensor:
     """AUC within each list that has both classes, float [<= B]; ties count one half. Their mean is the GAUC
-    (Zhou et al. 2018) for lists of equal length."""
-    both = positive_BN.any(1) & (~positive_BN).any(1)
-    s, p = scores_BN[both], positive_BN[both]
+    (Zhou et al. 2018) for lists of equal length. ``there_BN``: False where a shorter list is padded."""
+    negative_BN = ~positive_BN if there_BN is None else ~positive_BN & there_BN
+    both = positive_BN.any(1) & negative_BN.any(1)
+    s, p, n = scores_BN[both], positive_BN[both], negative_BN[both]
     wins = (s[:, :, None] > s[:, None, :]).float() + 0.5 * (s[:, :, None] == s[:, None, :]).float()
-    pairs = (p[:, :, None] & ~p[:, None, :]).float()
+    pairs = (p[:, :, None] & n[:, None, :]).float()
     return (wins * pairs).sum((1, 2)) / pairs.sum((1, 2))
 
 

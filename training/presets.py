@@ -125,6 +125,14 @@ class Preset:
     ranking: RankerTraining = field(default_factory=RankerTraining)
     """Training of the ranker."""
 
+    def __post_init__(self) -> None:
+        if self.ranker.rising and self.ranking.past_events:
+            raise ValueError(
+                f"Preset: expected ranking.past_events 0 beside ranker.rising {self.ranker.rising}, got "
+                f"{self.ranking.past_events}: the retriever has learned from all training events, so what it says of "
+                "their moments is hindsight"
+            )
+
 
 def cpu() -> Preset:
     """Minutes on two cores; what the ML-1M figures of the README use."""

@@ -36,9 +36,6 @@ def candidates(
     return rank, ids, top, encoded[:, -memory:]
 
 
-best = propose
-
-
 def behind_rising(rank_B: Tensor, request: Requests) -> Tensor:
     """The retriever's ranks int64 [B], of targets that are among the rising items 0 and of others behind those: what
     ``ranks_after`` takes as the ranks before ranking."""

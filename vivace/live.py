@@ -9,6 +9,7 @@ Axis legend: V item ids, M rising items, L half-lives, F features = 4 L + 1.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +92,10 @@ class Visits:
 
 
 def save_recent(path: Path, ids: np.ndarray, times_ms: np.ndarray, entry: np.ndarray) -> None:
-    """What a server begins with: the newest events of a log, as long as any may count (``KEPT_MS``)."""
-    kept = times_ms > times_ms[-1] - KEPT_MS if len(times_ms) else np.zeros(0, bool)
+    """What a server begins with: the newest events of a log, as long as any may count (``KEPT_MS``). Times of the
+    future do not make the others old."""
+    newest_ms = min(int(times_ms[-1]), int(time.time() * 1000)) if len(times_ms) else 0
+    kept = times_ms > newest_ms - KEPT_MS
     np.savez_compressed(path, ids=ids[kept].astype(np.int32), times_ms=times_ms[kept], entry=entry[kept])
 
 

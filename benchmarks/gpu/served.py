@@ -254,7 +254,7 @@ def main(
     figures.set(device=torch.cuda.get_device_name() if where.type == "cuda" else "cpu", slo_ms=slo, run_s=RUN_S)
     python = workers.make(out / "served" / "python")
     source, features = chosen_run(root, out, artifacts) or trained_here(out, artifacts)
-    figures.set(run=str(source), features=str(features), found_s=time.monotonic() - began)
+    figures.set(run=source.name, features=features.parent.name, found_s=time.monotonic() - began)
     runs = {profile: copied(source, features, out / "served" / (profile or "default")) for profile in ("", "aoti")}
     under_way = {"": compiling(runs[""]), "aoti": compiling(runs["aoti"], "--target", "aoti")}
     reference: list[Recommendation] = []

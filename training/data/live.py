@@ -21,13 +21,40 @@ from vivace.live import LiveTable, entries
 STEP_MS = 5_000  # requests of so long see the same counts, those at its beginning: a server's are no fresher by much
 
 
+def check_times(features: Features) -> None:
+    """Raises ValueError where the events have no times that counters can go by."""
+    times = features.events()[TIME]
+    if not len(times) or times[-1] < YEAR_MS or times[0] == times[-1]:
+        got = f"{len(times):,} events of {times[0]} to {times[-1]}" if len(times) else "no event"
+        raise ValueError(
+            f"{features.folder}: live counters: expected events with real times that differ, Unix ms, got {got}; name "
+            "the time column in the mapping and prepare again"
+        )
+
+
+def check_live(features: Features, rising: int, control: bool = False) -> None:
+    """Raises ValueError where a ranker with live counters (``ranker.rising`` above 0) cannot be trained. ``control``: a
+    control of it, on training events, is wanted too."""
+    if not rising:
+        return
+    if control:
+        raise ValueError(
+            f"--control: expected a ranker without live counters, got ranker.rising {rising}: what its retriever says "
+            "of training events is hindsight"
+        )
+    check_times(features)
+    if not features.files("valid"):
+        raise ValueError(
+            f"{features.folder}: ranker.rising {rising}: expected validation requests, found none: no user has three "
+            "events; prepare more data, or train with ranker.rising 0"
+        )
+
+
 class LiveAt:
     """Rising items and their features at the moments of a part's requests, by the requests' numbers.
 
     Args:
         part: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
-
-    Raises ValueError for a log without real times.
     """
 
     def __init__(self, features: Features, part: str, rising: int) -> None:
@@ -37,12 +64,6 @@ class LiveAt:
         )
         stream, table = features.events(), LiveTable(features.item_count(), rising)
         ids, times = stream[ITEM], stream[TIME]
-        if not len(times) or times[-1] < YEAR_MS:
-            raise ValueError(
-                f"ranker.rising {rising}: expected events with real times, Unix ms, got "
-                f"{f'a newest time of {int(times[-1])}' if len(times) else 'no event'}; name the time column in the "
-                "mapping, or train with ranker.rising 0"
-            )
         entry = entries(stream[USER], times)
         self.ids = np.zeros((len(self.moments), rising), np.int32)
         self.features = np.zeros((len(self.moments), rising, LIVE_FEATURES), np.float16)

@@ -25,13 +25,13 @@ from training.data.counters import follower_matrix, popularity
 from training.data.live import with_live
 from training.judge.session_neighbours import SESSIONS, SessionNeighbours
 from training.judge.tables import plot_reliability
-from training.learn.ranker import head_auc
+from training.learn.ranker import head_auc, without_padding
 from training.metrics import Collected, ranks, ranks_after
 from training.models.ranking import RankingModel
 from training.models.retrieval import EXCLUDED
 from training.presets import Preset
 from training.scoring import SCORED, behind_rising, candidates
-from vivace.contract import FIRST_ID
+from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.manifest import Progress, Step, write_json
 from vivace.run import CONTROL as CONTROL_STEP
 from vivace.run import FEATURES, FINAL, RANKING, Run
@@ -147,17 +147,20 @@ class Models:
         ids_BN = proposed.ids_BN
         target_B = request.target_B.to(ids_BN.device)
         before_B = behind_rising(proposed.rank_B, request)
-        return ranks_after(logits_BNH[..., 0], ids_BN, target_B, before_B, request.number_B)
+        return ranks_after(
+            without_padding(logits_BNH[..., 0], ids_BN != PADDING_ID), ids_BN, target_B, before_B, request.number_B
+        )
 
 
 def _add_heads(collected: Collected, models: Models, request: batches.Requests, ids_BN: Tensor, logits: Tensor) -> None:
     """Adds calibration and AUC of each task head within the candidates."""
-    hit_BN = ids_BN == request.target_B.to(ids_BN.device)[:, None]
+    hit_BN, there_BN = ids_BN == request.target_B.to(ids_BN.device)[:, None], ids_BN != PADDING_ID
     probability_BNH = models.ranker.probabilities(logits)
     for number, head in enumerate(models.heads):
         label_B = request.labels[head].to(ids_BN.device)
-        collected.add_calibration(head, probability_BNH[..., number], hit_BN & (label_B[:, None] > 0))
-        collected.add_auc(head, head_auc(logits[..., number], hit_BN, label_B))
+        labelled_BN = hit_BN & (label_B[:, None] > 0)
+        collected.add_calibration(head, probability_BNH[..., number][there_BN], labelled_BN[there_BN])
+        collected.add_auc(head, head_auc(logits[..., number], hit_BN, label_B, there_BN))
 
 
 def _rank_test(models: Models, baselines: Baselines, say: Progress) -> tuple[Collected, int, int]:

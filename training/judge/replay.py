@@ -26,13 +26,14 @@ from torch import Tensor
 from preprocessing.features import Features
 from training.data import batches
 from training.data.counters import popularity
+from training.data.live import check_times
 from training.judge.evaluate import RANKED, RETRIEVAL, Candidates, Models
 from training.judge.replay_figures import Answers, figures, plot_by_hour
 from training.learn.ranker import held_out_users
 from training.metrics import ndcg_of, ranks, ranks_after
-from training.models.retrieval import EXCLUDED
+from training.models.retrieval import EXCLUDED, propose
 from training.presets import Preset
-from training.scoring import SCORED, best, scored
+from training.scoring import SCORED, scored
 from vivace.contract import FIRST_ID, ITEM, PADDING_ID, TARGET_TIME, TIME
 from vivace.counters import LiveCounts, WindowCounts
 from vivace.manifest import Progress, environment, write_json
@@ -167,7 +168,7 @@ class Static:
         self.models, self.request = models, request
         with torch.no_grad():
             rank_B, self.scores_BV, encoded = scored(models.retriever, request, models.features.schema.exclude_seen)
-        ids_BN, top_BN = best(self.scores_BV, models.count)
+        ids_BN, top_BN = propose(self.scores_BV, models.count)
         self.proposed = Candidates(rank_B, ids_BN, top_BN, encoded[:, -models.preset.ranker.memory :])
 
     def extended(self, decayed_BV: Tensor) -> Extended:
@@ -249,7 +250,7 @@ def walk(
         for method, counts_BV in lists.items():
             scores_BV = torch.where(excluded_BV, torch.full_like(counts_BV, EXCLUDED), counts_BV)
             rank_B = ranks(scores_BV, request.target_B, request.number_B)
-            answers.add(method, rank_B, best(scores_BV, min(answers.CUT, items))[0])
+            answers.add(method, rank_B, propose(scores_BV, min(answers.CUT, items))[0])
         static = None if models.preset.ranker.rising else Static(models, request)
         proposed = models.retrieve(request) if static is None else static.proposed
         logits = models.logits(request, proposed)
@@ -277,6 +278,7 @@ def _ordered(ids_BN: Tensor, scores_BN: Tensor) -> Tensor:
 def replay(features: Features, preset: Preset, root: Path, say: Progress) -> dict[str, Any]:
     """Walks the test requests in order of time; writes figures and a plot to the run's evaluation folder and returns
     the figures. Raises StaleError where the models were made from other features."""
+    check_times(features)
     run, started = Run(root, features.folder), time.monotonic()
     ranking = run.manifest(RANKING)
     models, stream = Models(features, preset, root, [RANKING]), features.events()

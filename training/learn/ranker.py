@@ -20,14 +20,14 @@ from torch import Tensor
 from preprocessing.features import Features
 from training.checkpoints import build_ranker, device, finish_training, keep_only_own_checkpoint, load_retrieval
 from training.data import batches
-from training.data.live import with_live
+from training.data.live import check_live, with_live
 from training.learn.loop import Loop, LoopConfig
 from training.metrics import list_auc, mean_ndcg, ranks_after
 from training.models.ranking import RankingModel
-from training.models.retrieval import RetrievalModel
+from training.models.retrieval import EXCLUDED, RetrievalModel
 from training.presets import Preset
 from training.scoring import SCORED, behind_rising, candidates
-from vivace.contract import FIRST_ID
+from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.manifest import Progress, Step
 from vivace.run import CONTROL, RANKING, RETRIEVAL, Run
 
@@ -56,6 +56,11 @@ class RankerBatch(NamedTuple):
     live_BMF: Tensor | None = None
 
     @property
+    def there(self) -> Tensor:
+        """bool [B, N]: a candidate, not the padding where there were fewer."""
+        return self.candidates_BN != PADDING_ID
+
+    @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What the model reads."""
         live = () if self.rising_BM is None or self.live_BMF is None else (self.rising_BM, self.live_BMF)
@@ -77,12 +82,7 @@ class RankerData:
 
     def _replayed(self) -> batches.Requests:
         """The validation requests with what was rising at the moment of each."""
-        if self.control or self.preset.ranking.past_events:
-            raise ValueError(
-                f"ranker.rising {self.preset.ranker.rising}: expected validation requests and past_events 0, got "
-                f"{'none' if self.control else self.preset.ranking.past_events}: the retriever has learned from all "
-                "training events, so what it says of their moments is hindsight"
-            )
+        check_live(self.features, self.preset.ranker.rising, self.control and not self.without_validation)
         parts = batches.requests(self.features.files("valid"), self.heads, self.preset.encoder.history, SCORED)
         return batches.together(list(with_live(parts, self.features, "valid", self.preset.ranker.rising)))
 
@@ -137,13 +137,19 @@ class RankerData:
                 yield RankerBatch(*(x[keep] for x in parts))
 
 
+def without_padding(logits_BN: Tensor, there_BN: Tensor) -> Tensor:
+    """Logits with EXCLUDED where there is no candidate."""
+    return torch.where(there_BN, logits_BN, torch.full_like(logits_BN, EXCLUDED))
+
+
 def ranker_loss(model: RankingModel, batch: RankerBatch) -> Tensor:
     """Listwise softmax over the candidates for the head that orders; binary cross-entropy for the others."""
-    logits = model(*batch.inputs)
-    losses = [F.cross_entropy(logits[..., 0], batch.hit_BN.to(torch.int64).argmax(1))]
+    logits, there_BN = model(*batch.inputs), batch.there
+    losses = [F.cross_entropy(without_padding(logits[..., 0], there_BN), batch.hit_BN.to(torch.int64).argmax(1))]
     for head in range(1, logits.shape[2]):
         label_BN = batch.hit_BN.float() * batch.labels_BH[:, head, None]
-        losses.append(F.binary_cross_entropy_with_logits(logits[..., head], label_BN, reduction="none").sum(1).mean())
+        loss_BN = F.binary_cross_entropy_with_logits(logits[..., head], label_BN, reduction="none")
+        losses.append((loss_BN * there_BN).sum(1).mean())
     return model.task_weights(losses, model.own.weight)
 
 
@@ -182,9 +188,8 @@ def calibrate(model: RankingModel, held_out: Iterator[RankerBatch]) -> dict[str,
     logits, labels = [], []
     with torch.no_grad():
         for batch in held_out:
-            out = model(*batch.inputs)
-            logits.append(out.reshape(-1, out.shape[2]).cpu())
-            labels.append((batch.hit_BN[..., None] * batch.labels_BH[:, None, :]).reshape(-1, out.shape[2]).cpu())
+            logits.append(model(*batch.inputs)[batch.there].cpu())
+            labels.append((batch.hit_BN[..., None] * batch.labels_BH[:, None, :])[batch.there].cpu())
     if not logits:
         return {}
     x, y = torch.cat(logits).double(), torch.cat(labels).double()
@@ -203,7 +208,7 @@ def _held_out_metric(model: RankingModel, source: RankerData) -> Callable[[], di
         ranks, losses = [], []
         with torch.no_grad():
             for batch in source.batches(True, None, SCORED):
-                logits = model(*batch.inputs)[..., 0]
+                logits = without_padding(model(*batch.inputs)[..., 0], batch.there)
                 ranks.append(ranks_after(logits, batch.candidates_BN, batch.target_B, batch.rank_B, batch.number_B))
                 among = batch.hit_BN.any(1)
                 place = batch.hit_BN[among].to(torch.int64).argmax(1)
@@ -257,6 +262,6 @@ def train_ranker(
     return finish_training(step, model, report, calibration=calibration, parameters=parameters)
 
 
-def head_auc(probability_BN: Tensor, hit_BN: Tensor, label_B: Tensor) -> Tensor:
-    """AUC of one head within each candidate list whose target carries the label."""
-    return list_auc(probability_BN, hit_BN & (label_B[:, None] > 0))
+def head_auc(probability_BN: Tensor, hit_BN: Tensor, label_B: Tensor, there_BN: Tensor | None = None) -> Tensor:
+    """AUC of one head within each candidate list whose target carries the label; ``there_BN``: as in ``list_auc``."""
+    return list_auc(probability_BN, hit_BN & (label_B[:, None] > 0), there_BN)

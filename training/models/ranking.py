@@ -26,7 +26,7 @@ from vivace.checks import check_fields, check_minimum, check_shares
 from vivace.contract import FIRST_ID, LIVE_FEATURES, PADDING_ID
 
 LIVE_RETRIEVAL_SCALE = 0.1  # of the retriever's score at first, where counts of now are at hand
-COLD_RISING = 1000.0  # above any log popularity
+COLD_STEP = 0.01  # between the scores of two rising items of a cold user, which are above all log popularities
 
 Mixture = Literal["mmoe", "ple", "shared"]
 MIXTURES: tuple[Mixture, ...] = get_args(Mixture)
@@ -256,8 +256,9 @@ class LiveFeatures(nn.Module):
 
     def measure(self, live_RF: Tensor) -> None:
         """Takes mean and spread of features float [R, F] of rising items in training."""
-        self.mean.copy_(live_RF.float().mean(0))
-        self.spread.copy_(live_RF.float().std(0).clamp_min(1e-3))
+        if len(live_RF) > 1:  # else nothing had been clicked before any request
+            self.mean.copy_(live_RF.float().mean(0))
+            self.spread.copy_(live_RF.float().std(0).clamp_min(1e-3))
 
     def forward(self, candidates_BN: Tensor, rising_BM: Tensor, live_BMF: Tensor) -> Tensor:
         """float32 [B, N, F], of -6 to 6."""
@@ -332,7 +333,8 @@ class RankingGraph(nn.Module):
         if live:  # of a cold user, what is clicked most now comes before what was popular in training
             place = torch.arange(candidate_ids.shape[1], 0, -1, device=logits.device, dtype=logits.dtype)
             is_rising = (candidate_ids[:, :, None] == live[0][:, None, :]).any(2)
-            candidate_scores = candidate_scores + is_rising.to(logits.dtype) * (COLD_RISING + place)
+            above = candidate_scores.amax(1, keepdim=True) + COLD_STEP * place
+            candidate_scores = torch.where(is_rising, above, candidate_scores)
         score = torch.where(empty_B1, candidate_scores, logits[..., 0])
         score = torch.where(candidate_ids == PADDING_ID, torch.full_like(score, EXCLUDED), score)
         ranked, order = torch.topk(score, score.shape[1], dim=1)

@@ -40,8 +40,7 @@ def _answers(run: Run, server: TritonServer, search: bool) -> None:
             answer = client.recommend(user, list(history), 5)
             print_answer(run, user, list(history), answer)
             (title,) = titles(run, [target])
-            where = " (among the answers)" if target in answer.items else ""
-            say(f"held-out next item: {target} {title}{where}")
+            say(f"next item in the log, which the final fit has learned too: {target} {title}")
         visitor, item = f"visitor-{int(time.time())}", sample[contract.TARGET][0]
         print_answer(run, visitor, [], client.recommend(visitor, top_k=5))
         client.append(visitor, item)

@@ -65,6 +65,7 @@ def train(
     run = find_run(artifacts, name)
     from preprocessing.features import Features
     from training import distributed
+    from training.data.live import check_live
     from training.learn.ranker import train_ranker
     from training.learn.retriever import train_retrieval
     from training.models.adapters import Adaptation
@@ -73,6 +74,7 @@ def train(
     with distributed.group() as world:
         sizes = with_overrides(chosen_preset(preset, run.root, recorded=False), epochs, loss)
         features = Features(run.features)
+        check_live(features, sizes.ranker.rising, control)  # before the retriever's minutes
         with exclusive(run.root) if world.first else contextlib.nullcontext():
             retriever = train_retrieval(
                 features, sizes, run.root, seed, say if world.first else lambda _: None,

@@ -13,7 +13,7 @@ import torch
 from serving.runtime.live_feed import LiveFeed
 from serving.runtime.stages import ItemVocabulary
 from serving.service import service
-from tests.support import PatientClient, on_free_ports, quiet, untouched_store, users_of_data
+from tests.support import PatientClient, on_free_ports, quiet, untouched_store, users_of_data, wait_until
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
 from training.data import batches
@@ -115,6 +115,16 @@ def test_a_restart_counts_what_the_log_holds(live_root, features):
 def test_what_live_counters_do_not_go_with_is_refused(live_root, features):
     with pytest.raises(ValueError, match=r"live counters .* float32"):
         compile_models(features, PRESET, live_root, 3, quiet, CompileConfig(precision="int8"))
-    past = replace(PRESET, ranking=replace(PRESET.ranking, past_events=1))
     with pytest.raises(ValueError, match="hindsight"):
-        train_ranker(features, past, live_root, 3, quiet, quiet=True)
+        replace(PRESET, ranking=replace(PRESET.ranking, past_events=1))
+
+
+def test_an_answer_that_counters_change_is_no_fault(live_root):
+    with service(on_free_ports(live_root / "model_repository", guard=True), quiet) as (_, watchdog):
+        wait_until(lambda: watchdog.health.ready, "ready")
+        canary = watchdog.health.canary
+        other = canary.expected = canary.expected[::-1]
+        asked = time.monotonic()
+        wait_until(lambda: canary.expected is not other, "the canary asks again")
+        assert watchdog.health.ready and time.monotonic() - asked < 10
+        assert canary.fault == ""

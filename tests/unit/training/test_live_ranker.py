@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 
 from training.data.batches import of_sequences, together
-from training.data.live import STEP_MS, LiveAt
-from training.metrics import ranks_after
+from training.data.live import STEP_MS, LiveAt, check_live
+from training.learn.ranker import without_padding
+from training.metrics import list_auc, ranks_after
 from training.models.ranking import LiveFeatures
 from training.models.retrieval import EXCLUDED, propose
 from training.scoring import behind_rising
@@ -86,14 +88,31 @@ def test_a_request_sees_what_lies_before_its_moment(tmp_path):
     np.testing.assert_allclose(live.features[1], expected, atol=4e-3)  # kept in 16 bits
 
 
-def test_a_log_without_times_is_refused(tmp_path):
-    pq.write_table(pa.table({TARGET_TIME: np.array([7])}), tmp_path / "part.parquet")
-    order = {ITEM: np.full(9, FIRST_ID), TIME: np.arange(9), USER: np.zeros(9, np.int64)}
-    features = SimpleNamespace(
-        files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: 9, events=lambda: order
-    )
-    with pytest.raises(ValueError, match="expected events with real times"):
-        LiveAt(features, "valid", 4)
+def test_a_log_without_times_or_validation_is_refused(tmp_path):
+    def log(times: np.ndarray, files: list):
+        return SimpleNamespace(folder=tmp_path, files=lambda part: files, events=lambda: {TIME: times})
+
+    for times in (np.arange(9), np.full(9, START), np.empty(0, np.int64)):  # places in a file, all equal, none
+        with pytest.raises(ValueError, match="expected events with real times"):
+            check_live(log(times, [tmp_path]), 4)
+        check_live(log(times, [tmp_path]), 0)
+    with pytest.raises(ValueError, match="validation requests"):
+        check_live(log(START + np.arange(9), []), 4)
+    check_live(log(START + np.arange(9), [tmp_path]), 4)
+    with pytest.raises(ValueError, match="--control"):
+        check_live(log(START + np.arange(9), [tmp_path]), 4, control=True)
+
+
+def test_padding_is_no_candidate():
+    """Of three candidates and two places of padding: the same loss and AUC as of the three alone."""
+    logits = torch.tensor([[0.3, 1.0, -0.5]])
+    padded = torch.cat([logits, torch.tensor([[9.0, -9.0]])], 1)
+    hit = torch.tensor([[True, False, False]])
+    there = torch.tensor([[True, True, True, False, False]])
+    loss = F.cross_entropy(without_padding(padded, there), torch.tensor([0]))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.tensor([0])))
+    wide = torch.cat([hit, torch.zeros(1, 2, dtype=torch.bool)], 1)
+    assert list_auc(padded, wide, there).tolist() == list_auc(logits, hit).tolist() == [0.5]
 
 
 def test_parts_are_put_together_with_what_was_rising():

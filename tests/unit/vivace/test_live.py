@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -67,5 +69,11 @@ def test_what_a_server_begins_with_counts_as_the_whole_log(tmp_path):
     (ids_whole, of_whole), (ids_newest, of_newest) = whole.at(now), newest.at(now)
     np.testing.assert_array_equal(ids_whole, ids_newest)
     np.testing.assert_allclose(of_whole[:, :-1], of_newest[:, :-1], atol=1e-4)
+    today = times + int(time.time() * 1000) - times[-1]
+    save_recent(tmp_path / "today.npz", ids, today, entry)
+    late = np.append(today, 10 * today[-1])  # one event that no clock has reached makes the others no older
+    save_recent(tmp_path / "late.npz", np.append(ids, FIRST_ID), late, np.append(entry, True))
+    of_today, of_late = (len(load_recent(tmp_path / f"{name}.npz")[0]) for name in ("today", "late"))
+    assert of_late == pytest.approx(of_today, abs=2)
     save_recent(tmp_path / "none.npz", ids[:0], times[:0], entry[:0])
     assert len(load_recent(tmp_path / "none.npz")[0]) == 0
