@@ -38,6 +38,16 @@ def popularity(files: list[Path], items: int) -> np.ndarray:
     return counts
 
 
+def incidence(rows: np.ndarray, ids: np.ndarray, shape: tuple[int, int]) -> sp.csr_matrix:
+    """float32 [sessions, V]: 1 where a session, by its row int64 [n], has an item of the vocabulary, by its id int64
+    [n], however often."""
+    known = ids >= FIRST_ID
+    sets = sp.csr_matrix((np.ones(int(known.sum()), np.float32), (rows[known], ids[known])), shape=shape)
+    sets.sum_duplicates()
+    sets.data[:] = 1.0
+    return sets
+
+
 def follower_matrix(files: list[Path], items: int) -> sp.csr_matrix:
     """Row i: how often each item came within WINDOW events after i, weighted by 1 / distance, over i's count."""
     counts = popularity(files, items)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
+from training.data.counters import incidence
 from vivace.contract import FIRST_ID, ITEM, TIME
 
 SESSIONS = "nearest sessions (V-SKNN)"  # the row of an evaluation
@@ -48,12 +49,7 @@ class SessionNeighbours:
         """1 where a session has an item of the vocabulary."""
         flat = np.concatenate([*sessions, np.empty(0, np.int64)])
         rows = np.repeat(np.arange(len(sessions)), [len(s) for s in sessions])
-        known = flat >= FIRST_ID
-        ones = np.ones(int(known.sum()), np.float32)
-        sets = sp.csr_matrix((ones, (rows[known], flat[known])), shape=(len(sessions), self.items))
-        sets.sum_duplicates()
-        sets.data[:] = 1.0
-        return sets
+        return incidence(rows, flat, (len(sessions), self.items))
 
     def _weights(self, histories: Sequence[np.ndarray]) -> sp.csr_matrix:
         """Weight of each item of each request, float32 [B, V]."""

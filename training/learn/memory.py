@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from preprocessing.features import Features
 from training.data import batches
+from training.data.counters import incidence
 from training.models.retrieval import RetrievalModel
 from training.models.session_memory import LONGEST, neighbour_shares
 from vivace.contract import FIRST_ID, ITEM
@@ -32,15 +33,12 @@ def session_sets(files: list[Path], items: int) -> sp.csr_matrix:
         flat, lengths = column.flatten().to_numpy(), np.diff(column.offsets.to_numpy())
         row = np.repeat(np.arange(len(lengths)), lengths)
         from_end = np.cumsum(lengths)[row] - np.arange(len(row))
-        known = (flat >= FIRST_ID) & (from_end <= LONGEST)
-        rows.append(row[known] + first)
-        columns.append(flat[known])
+        newest = from_end <= LONGEST
+        rows.append(row[newest] + first)
+        columns.append(flat[newest])
         first += len(lengths)
-    index = (np.concatenate([*rows, np.empty(0, int)]), np.concatenate([*columns, np.empty(0, int)]))
-    sets = sp.csr_matrix((np.ones(len(index[0]), np.float32), index), shape=(first, items))
-    sets.sum_duplicates()
-    sets.data[:] = 1.0
-    return sets
+    none = np.empty(0, np.int64)
+    return incidence(np.concatenate([*rows, none]), np.concatenate([*columns, none]), (first, items))
 
 
 def remember(model: RetrievalModel, files: list[Path]) -> None:
