@@ -40,7 +40,8 @@ from serving.process import living
 from serving.service import service
 from serving.watchdog import Watchdog
 from vivace import contract
-from vivace.client import VivaceClient, VivaceError, inputs_of, request_tensors
+from vivace.client import VivaceClient, VivaceError, inputs_of
+from vivace.client_request import request_tensors
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
 

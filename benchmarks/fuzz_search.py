@@ -23,8 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 
 from loadtest.generate.local_server import grpc_address, on_free_ports
 from loadtest.reports.record import record_line
@@ -33,15 +32,8 @@ from preprocessing.requests import recorded
 from search.online import SearchOptions
 from serving.launcher import TritonServer
 from vivace import contract
-from vivace.client import (
-    AsyncVivaceClient,
-    Recommendation,
-    VivaceClient,
-    VivaceError,
-    VivaceTimeoutError,
-    read_answer,
-    request_tensors,
-)
+from vivace.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError, VivaceTimeoutError, read_answer
+from vivace.client_request import request_tensors
 from vivace.run import Run
 
 TOP_K, ROUND = 5, 200

@@ -26,13 +26,13 @@ from preprocessing.features import Features
 from serving.service import service
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.engine import Engine
-from training.compile.onnx_export import example_requests, export, shapes
+from training.compile.onnx_export import example_requests, export
 from training.compile.targets import on_openvino
 from training.judge.gate import BOUND
 from training.metrics import MISS, bootstrap, ndcg_of
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
-from training.presets import Preset
+from training.presets import Preset, shapes
 from vivace import contract
 from vivace.run import Run
 
@@ -125,7 +125,7 @@ def climb(features: Features, preset: Preset, root: Path, users: int, whole: tup
         first = ("PyTorch, whole model", _of(offline_answers(features, whole[0], whole[1], users)))
         last = ("PyTorch, compressed", last[1])
         rungs.append(rung(last[0], "fewer weights", first, last[1], targets))
-    s = shapes(preset, features.item_count())
+    s = shapes(preset, features)
     request = offline.requests
     feed = [request.history_BT.numpy(), request.exclude(s.items, features.schema.exclude_seen).numpy()]
 
@@ -174,7 +174,7 @@ def by_server(run: Run, histories: list[list[str]], count: int) -> Answers:
 
 def plain(features: Features, preset: Preset, root: Path, folder: Path) -> Engine:
     """The float32 graphs without folding, exported anew."""
-    s = shapes(preset, features.item_count())
+    s = shapes(preset, features)
     retriever, ranker = load_retrieval(features, preset, root).cpu(), load_ranker(features, preset, root).cpu()
     example = example_requests(features, preset)
     graph = RetrievalGraph(retriever, s.candidates, s.memory)

@@ -22,10 +22,9 @@ from loadtest.generate.local_server import grpc_address, on_free_ports
 from loadtest.generate.open_loop import HEADER, console, row
 from loadtest.reports.record import record_line
 from serving.launcher import TritonServer
-from serving.repository import pb as model_config
-from serving.repository import render
+from serving.repository import pb as model_config, render
 from vivace import contract
-from vivace.client import request_tensors
+from vivace.client_request import request_tensors
 
 MODEL = '''"""Answers one empty row."""
 import numpy as np

@@ -24,12 +24,11 @@ from preprocessing.features import Features
 from preprocessing.requests import OUT_OF_VOCABULARY
 from serving.service import service
 from training.checkpoints import load_ranker, load_retrieval
-from training.compile.onnx_export import shapes
 from training.data import batches
 from training.metrics import MISS, metrics
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
-from training.presets import Preset
+from training.presets import Preset, shapes
 from vivace import contract
 from vivace.client import AsyncVivaceClient, Recommendation
 from vivace.run import Run
@@ -55,7 +54,7 @@ def offline_answers(features: Features, preset: Preset, root: Path, users: int) 
     heads = [h.name for h in features.schema.heads]
     request = next(iter(batches.requests(features.files("test"), heads, preset.encoder.history, users)))
     exclude = request.exclude(features.item_count(), features.schema.exclude_seen)
-    s = shapes(preset, features.item_count())
+    s = shapes(preset, features)
     graph = RetrievalGraph(retriever, s.candidates, s.memory)
     with torch.no_grad():
         ids, scores, encoded = graph(request.history_BT, exclude)

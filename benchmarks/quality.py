@@ -15,8 +15,7 @@ from typing import Annotated
 import typer
 
 from loadtest.reports.record import record_line
-from training.judge.evaluate import CONTROL, RANKED
-from training.judge.evaluate import RETRIEVAL as RETRIEVED
+from training.judge.evaluate import CONTROL, RANKED, RETRIEVAL as RETRIEVED
 from vivace.cli.evaluate import evaluate
 from vivace.cli.options import DEFAULT_ARTIFACTS
 from vivace.cli.prepare import prepare

@@ -41,7 +41,7 @@ from serving.launcher import ServerOptions, TritonServer
 from serving.releases import seal
 from serving.repository import write_configs
 from vivace import contract
-from vivace.client import request_tensors
+from vivace.client_request import request_tensors
 from vivace.machine import cpu, memory_mib
 from vivace.run import Run
 

@@ -13,7 +13,8 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from vivace.client import AsyncVivaceClient, VivaceError, request_tensors
+from vivace.client import AsyncVivaceClient, VivaceError
+from vivace.client_request import request_tensors
 
 CANCELLED, MALFORMED, APPENDS = 0.05, 0.02, 0.08
 USERS = 8

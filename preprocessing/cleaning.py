@@ -9,6 +9,7 @@ import pandas as pd
 from preprocessing.readers.base import Chunk
 from preprocessing.readers.csv_rows import ENCODING, QUOTE
 from preprocessing.rejects import MALFORMED, Rejects
+from vivace.context import clock
 from vivace.contract import (
     CLICKED,
     EVENT,
@@ -56,6 +57,7 @@ EVENT_HINTS = {
     DUPLICATE: "rows of one user, item, time and type are one event; check these columns",
 }
 ITEM_HINTS = {**_FILE_HINTS}
+USER_HINTS = {**_FILE_HINTS, NO_USER: "check the column user of [users]"}
 SEARCH_HINTS = {**_FILE_HINTS, **{reason: "check the columns of [searches]" for reason in (
     NO_SEARCH, NO_QUERY, LONG_QUERY, BAD_TIME, OTHER_TIME, BAD_POSITION, BAD_CLICK, UNKNOWN_ITEM
 )}}  # fmt: skip
@@ -105,14 +107,44 @@ def clean_interactions(chunk: Chunk, schema: DataSchema, catalogue: pd.Index | N
         checks.append((UNKNOWN_ITEM, ~frame[ITEM].isin(catalogue)))
     frame = frame[_reject("interactions", chunk, frame, checks, rejects)]
     typed = {USER: frame[USER], ITEM: frame[ITEM], TIME: frame[TIME].astype("int64")}
+    of_users = schema.user_columns  # their values join later: see ``joined_users``
     for name in schema.event_categoricals:
-        typed[name] = text_ids(frame[name])
+        typed[name] = None if name in of_users else text_ids(frame[name])
+    if schema.time_zone:
+        typed.update(clock(typed[TIME].to_numpy(), schema.time_zone))
     for name in schema.event_continuous:
-        typed[name] = pd.to_numeric(frame[name], errors="coerce").astype("float32")
+        typed[name] = np.nan if name in of_users else pd.to_numeric(frame[name], errors="coerce").astype("float32")
     typed[SOURCE_ROW] = frame[SOURCE_ROW].astype("int64")
     if SPLIT in frame:  # a reader that brings a test set
         typed[SPLIT] = frame[SPLIT].astype("int8")
     return pd.DataFrame(typed)
+
+
+def clean_users(chunks: list[Chunk], schema: DataSchema, rejects: Rejects) -> pd.DataFrame:
+    """The table of users: one row a user, indexed by id, with ``user_columns``: text or None, float32."""
+    known, parts = pd.Index([], dtype=object), []
+    for chunk in chunks:
+        rejects.take("users", chunk)
+        frame = chunk.rows.reset_index(drop=True)
+        frame[USER] = text_ids(frame[USER])
+        again = frame[USER].notna() & (frame.duplicated([USER], keep="first") | frame[USER].isin(known))
+        checks = [(NO_USER, frame[USER].isna()), (LONG_ID, _too_long(frame[USER])), (DUPLICATE, again)]
+        frame = frame[_reject("users", chunk, frame, checks, rejects)]
+        known = known.union(pd.Index(frame[USER], dtype=object), sort=False)
+        typed = {}
+        for name in schema.user_columns:
+            number = name in schema.event_continuous
+            as_number = pd.to_numeric(frame[name], errors="coerce").astype("float32") if number else None
+            typed[name] = text_ids(frame[name]) if as_number is None else as_number.where(np.isfinite(as_number))
+        parts.append(pd.DataFrame(typed).set_index(pd.Index(frame[USER], dtype=object)))
+    return pd.concat(parts)
+
+
+def joined_users(events: pd.DataFrame, users: pd.DataFrame | None) -> pd.DataFrame:
+    """Clean events with the attributes of their users; null for users that the table does not have."""
+    if users is None:
+        return events
+    return events.assign(**{name: events[USER].map(users[name]) for name in users.columns})
 
 
 def _flag(raw: pd.Series) -> pd.Series:

@@ -9,13 +9,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from vivace import contract
+from vivace.context import CONTEXT_FILE, ContextColumns
 from vivace.manifest import read_manifest
 
 SCHEMA_FILE = "schema.json"
+REQUEST_GRAPH = "transform_request.onnx"
 CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of item ids: what search reads
 SEARCHES_FILE = "searches.parquet"  # the log of searches, where there is one; ITEM are ids
 EVENTS_FILE = "events.parquet"  # every event of the log in time order, those of no request too: see ``events``
-LAYOUT = 4  # of the files: features of another layout are prepared again
+LAYOUT = 5  # of the files: features of another layout are prepared again
 
 
 class Features:
@@ -30,6 +32,12 @@ class Features:
     @property
     def schema(self) -> contract.DataSchema:
         return contract.DataSchema.load(self.folder / SCHEMA_FILE)
+
+    @property
+    def context(self) -> ContextColumns:
+        """Columns of a request's moment, and how many ids each has."""
+        self._check_layout()
+        return ContextColumns.load(self.folder / CONTEXT_FILE)
 
     def files(self, part: str) -> list[Path]:
         """Parquet files of "train", "valid", "test" or "whole" (``sequences.write_requests``). Raises ValueError

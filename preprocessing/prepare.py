@@ -25,14 +25,25 @@ from preprocessing.cleaning import (
     EVENT_HINTS,
     ITEM_HINTS,
     SEARCH_HINTS,
+    USER_HINTS,
     clean_interactions,
     clean_items,
     clean_searches,
+    clean_users,
     drop_duplicates,
+    joined_users,
 )
 from preprocessing.events import write_events
-from preprocessing.features import CATALOGUE_FILE, EVENTS_FILE, LAYOUT, SCHEMA_FILE, SEARCHES_FILE, Features
-from preprocessing.readers.base import Chunk, SearchSource, Source
+from preprocessing.features import (
+    CATALOGUE_FILE,
+    EVENTS_FILE,
+    LAYOUT,
+    REQUEST_GRAPH,
+    SCHEMA_FILE,
+    SEARCHES_FILE,
+    Features,
+)
+from preprocessing.readers.base import Chunk, SearchSource, Source, UserSource
 from preprocessing.rejects import Rejects
 from preprocessing.sequences import write_requests
 from preprocessing.splits import SplitConfig, TimeSample, mark
@@ -49,6 +60,7 @@ from preprocessing.workflow import (
     training_rows,
 )
 from vivace import contract
+from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColumns
 from vivace.manifest import Progress, Step, replaced
 from vivace.run import Run
 from vivace.store.lmdb_store import fill_store
@@ -110,12 +122,23 @@ def _catalogue(source: Source, rejects: Rejects) -> tuple[pd.DataFrame, pd.Index
     return catalogue, pd.Index(catalogue[contract.ITEM])
 
 
+def _users(source: Source, rejects: Rejects) -> pd.DataFrame | None:
+    """The table of users by id; None where the data set has none."""
+    chunks = source.users() if source.schema.user_columns and isinstance(source, UserSource) else None
+    if chunks is None:
+        return None
+    users = clean_users(chunks, source.schema, rejects)
+    rejects.refuse_nearly_all("users", USER_HINTS)
+    return users
+
+
 def _ingest(
-    source: Source, config: PrepareConfig, catalogue: pd.Index | None, folder: Path, rejects: Rejects, say: Progress
-) -> tuple[list[Path], TimeSample]:
+    source: Source, config: PrepareConfig, catalogue: pd.Index | None, users: pd.DataFrame | None, folder: Path,
+    rejects: Rejects, say: Progress,
+) -> tuple[list[Path], TimeSample]:  # fmt: skip
     partitions, times = _Partitions(folder, config.partitions), TimeSample()
     for chunk in source.interactions():
-        clean = clean_interactions(chunk, source.schema, catalogue, rejects)
+        clean = joined_users(clean_interactions(chunk, source.schema, catalogue, rejects), users)
         if len(clean):
             times.add(clean[contract.TIME].to_numpy(), clean.get(contract.SPLIT))
             partitions.add(clean)
@@ -263,6 +286,34 @@ def _histories(file: Path) -> Iterator[tuple[str, list[str], list[str], list[int
         )
 
 
+def _attributes(users: pd.DataFrame | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(user, what the table of users says of him, without what it does not know)."""
+    if users is not None:
+        for user, row in zip(users.index, users.to_dict("records"), strict=True):
+            yield user, {name: value for name, value in row.items() if not pd.isna(value)}
+
+
+def _compile_transforms(workflow: nvt.Workflow, schema: contract.DataSchema, folder: Path) -> None:
+    """Writes the fitted workflow as graphs: of all columns, and of those that a request has, by what has as many rows:
+    the items of histories, the types of their events, and the context."""
+    from preprocessing.workflow_onnx import compile_workflow, event_vocabulary, save
+
+    columns = [contract.ITEM, *schema.encoded_categoricals, *schema.event_continuous]
+    save(compile_workflow(workflow, columns), folder / "transform.onnx")
+    save(compile_workflow(workflow, [contract.ITEM]), folder / REQUEST_GRAPH)
+    sizes = [len(event_vocabulary(workflow, n)) + contract.FIRST_ID for n in schema.context_categoricals]
+    types = 0
+    if contract.EVENT in schema.event_categoricals:
+        words = len(event_vocabulary(workflow, contract.EVENT))
+        types = words + contract.FIRST_ID if words > 1 else 0
+    columns_of_request = ContextColumns.of(schema, tuple(sizes), types)
+    columns_of_request.save(folder / CONTEXT_FILE)
+    if types:
+        save(compile_workflow(workflow, [contract.EVENT]), folder / TYPES_GRAPH)
+    if columns_of_request.names:
+        save(compile_workflow(workflow, columns_of_request.names), folder / CONTEXT_GRAPH)
+
+
 # -- the step -----------------------------------------------------------------------------------------
 def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: Progress) -> dict[str, Any]:
     """Runs the step unless its artifact is there; returns its manifest."""
@@ -287,7 +338,8 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
     (folder / SCHEMA_FILE).write_text(json.dumps(schema.to_json(), indent=2))
     rejects = Rejects(folder / "rejects.csv")
     catalogue, known = _catalogue(source, rejects)
-    files, times = _ingest(source, config, known, scratch / "raw", rejects, say)
+    users = _users(source, rejects)
+    files, times = _ingest(source, config, known, users, scratch / "raw", rejects, say)
     events, totals = _events(files, scratch / "events", schema, config.split, times, rejects)
     rejects.refuse_nearly_all("interactions", EVENT_HINTS)
     rejects.notes.extend(times.doubts())
@@ -316,15 +368,12 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         items = _items_table(workflow, catalogue, schema, folder)
         items.to_parquet(folder / "items.parquet", index=False)
         searches = _searches(source, items[contract.ITEM], folder, rejects, say)
-        from preprocessing.workflow_onnx import compile_workflow, save
-
-        columns = [contract.ITEM, *schema.event_categoricals, *schema.event_continuous]
-        save(compile_workflow(workflow, columns), folder / "transform.onnx")
-        save(compile_workflow(workflow, [contract.ITEM]), folder / "transform_request.onnx")
+        _compile_transforms(workflow, schema, folder)
     histories = (row for file in events for row in _histories(file))
     stored = fill_store(
-        Run(root).feature_store, histories, zip(catalogue[contract.ITEM], catalogue[contract.TITLE], strict=True)
-    )
+        Run(root).feature_store, histories, zip(catalogue[contract.ITEM], catalogue[contract.TITLE], strict=True),
+        _attributes(users),
+    )  # fmt: skip
     shutil.rmtree(scratch)
     return step.finish(
         time.monotonic() - started,

@@ -51,7 +51,7 @@ def held_out(flags: np.ndarray, owner: np.ndarray, place: np.ndarray, part: str,
 def write_requests(encoded: Path, folder: Path, schema: contract.DataSchema, every: bool = False) -> dict[str, int]:
     """One encoded partition to its rows of train, valid, test and whole; how many of each.
 
-    train: whole training sequences. valid and test: the history before a held-out event, its item, its time and its
+    train: whole training sequences. valid and test: the history before a held-out event, its item, time, context and
     labels; of each user the first held-out event, or ``every`` one, as of sessions. whole: all events of the log in
     training sequences, those held out too, but not those of a test set that came with it. Each with the times of its
     events, in ms.
@@ -65,7 +65,7 @@ def write_requests(encoded: Path, folder: Path, schema: contract.DataSchema, eve
     learned = np.bincount(owner, flags == contract.TRAIN, minlength=len(split)).astype(np.int64)
     own = np.bincount(owner, flags < contract.GIVEN, minlength=len(split)).astype(np.int64)
     read = np.bincount(owner, np.isin(flags, (contract.TRAIN, contract.CONTEXT, contract.GIVEN)), minlength=len(split))
-    columns = [contract.ITEM, contract.TIME, *schema.event_categoricals, *schema.event_continuous]
+    columns = [contract.ITEM, contract.TIME, *schema.encoded_categoricals, *schema.event_continuous]
     lists = {name: _list(table, f"{name}-list") for name in columns}
     labels = {
         contract.label_column(h.name): _list(table, f"{contract.label_column(h.name)}-list") for h in schema.heads
@@ -91,6 +91,8 @@ def write_requests(encoded: Path, folder: Path, schema: contract.DataSchema, eve
         targets = {name: _one(values, rows, index) for name, values in labels.items()}
         targets[contract.TARGET] = _one(lists[contract.ITEM], rows, index)
         targets[contract.TARGET_TIME] = _one(lists[contract.TIME], rows, index)
+        for name in (*schema.context_categoricals, *schema.context_continuous):
+            targets[contract.target_column(name)] = _one(lists[name], rows, index)
         write(part, rows, index, targets)
     asked = np.bincount(owner, np.isin(flags, sum(PARTS.values(), ())), minlength=len(split)) > 0
     written["skipped_without_training_history"] = int((asked & (read == 0)).sum())

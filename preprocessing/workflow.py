@@ -122,12 +122,12 @@ def event_workflow(schema: DataSchema, vocabulary: VocabularyConfig, scratch: Pa
     Output columns: USER (raw), and ``<column>-list`` for ITEM, TIME, SPLIT, each categorical (int64 ids) and each
     continuous column (float32, normalised).
     """
-    encoded = _categorical([ITEM, *schema.event_categoricals], vocabulary, scratch)
+    encoded = _categorical([ITEM, *schema.encoded_categoricals], vocabulary, scratch)
     if schema.event_continuous:
         encoded = encoded + _continuous(list(schema.event_continuous))
     labels = [label_column(head.name) for head in schema.heads]
     rows = encoded + [USER, TIME, SOURCE_ROW, SPLIT, *labels]
-    lists = [ITEM, *schema.event_categoricals, *schema.event_continuous, TIME, SPLIT, *labels]
+    lists = [ITEM, *schema.encoded_categoricals, *schema.event_continuous, TIME, SPLIT, *labels]
     sequences = rows >> ops.Groupby(
         groupby_cols=[USER], sort_cols=[TIME, SOURCE_ROW], aggs={name: ["list"] for name in lists}, name_sep="-"
     )

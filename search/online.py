@@ -18,11 +18,9 @@ from tokenizers import Tokenizer
 from search.data import Catalogue
 from search.features import features, personal
 from search.hybrid import Filters, HybridIndex, diversify
-from search.lexical import FILE as LEXICAL_FILE
-from search.lexical import Lexical
+from search.lexical import FILE as LEXICAL_FILE, Lexical
 from search.text import normalise, words
-from search.understanding import FILE as UNDERSTANDING_FILE
-from search.understanding import QueryUnderstanding, Understood, likely
+from search.understanding import FILE as UNDERSTANDING_FILE, QueryUnderstanding, Understood, likely
 from vivace import contract
 from vivace.onnx_session import open_session
 

@@ -82,6 +82,8 @@ def _io(message, tensors: tuple[contract.WireTensor, ...], ragged: tuple[str, ..
         entry = message.add(name=tensor.name, data_type=pb.DataType.Value(tensor.config_datatype), dims=tensor.dims)
         if tensor.name in ragged:
             entry.allow_ragged_batch = True
+        if tensor.optional:
+            entry.optional = True
 
 
 def _by_place(tensors: Tensors, side: str, backend: str) -> Tensors:

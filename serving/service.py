@@ -29,7 +29,8 @@ from serving.status import start_status_page
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
 from vivace import contract
-from vivace.client import inputs_of, request_tensors
+from vivace.client import inputs_of
+from vivace.client_request import request_tensors
 
 WARM_AT_ONCE = DoorOptions.max_recommends
 WARM_EVENTS = 200

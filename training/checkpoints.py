@@ -50,7 +50,8 @@ def load_retrieval(features: Features, preset: Preset, root: Path, final: bool =
     run = Run(root, features.folder)
     run.manifest(FINAL if final else RETRIEVAL)
     items = features.item_count()
-    model = RetrievalModel(preset.encoder, items, torch.zeros(items), item_attributes(features, preset.encoder))
+    attributes = item_attributes(features, preset.encoder)
+    model = RetrievalModel(preset.encoder, items, torch.zeros(items), attributes, features.context)
     folder = (run.final if final else run).retrieval
     model.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True, map_location="cpu"))
     return model.eval().to(device())

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from preprocessing.features import Features
 from training.models.ranking import RankerConfig
 from training.models.retrieval import EncoderConfig
 from training.models.task_heads import check_weighting
+from vivace import contract
 from vivace.checks import check_fields, check_minimum, check_positive, check_shares
 
 
@@ -295,3 +297,16 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"--preset: expected one of {sorted(PRESETS)} or a JSON file, got {name!r}")
     return PRESETS[name]()
+
+
+def shapes(preset: Preset, features: Features) -> contract.StageTensors:
+    """The tensors between the stages for a preset and a prepared data set."""
+    items, e, columns = features.item_count(), preset.encoder, features.context
+    count = min(preset.ranker.candidates, items - contract.FIRST_ID)
+    causal = e.family != "bert4rec"
+    return contract.StageTensors(
+        e.history, count, items, e.width, e.time_bias, preset.ranker.memory, rising=preset.ranker.rising,
+        types=bool(columns.types and e.types and causal),
+        context=len(columns.categoricals) if e.context and causal else 0,
+        amounts=len(columns.continuous) if e.context and causal else 0,
+    )  # fmt: skip

@@ -19,9 +19,10 @@ def scored(model: RetrievalModel, request: Requests, exclude_seen: bool) -> tupl
     where = model.bias.device
     history = request.history_BT.to(where)
     exclude = request.exclude(len(model.bias), exclude_seen).to(where)
-    encoded = model.encode(history, times=request.time_BT.to(where))
-    scores = model.scores(history, encoded, exclude)
-    return ranks(scores, request.target_B.to(where), request.number_B), scores, encoded
+    request = request.to(where)
+    encoded = model.encode(history, times=request.time_BT, types=request.type_BT)
+    scores = model.scores(history, encoded, exclude, context=request.context)
+    return ranks(scores, request.target_B, request.number_B), scores, encoded
 
 
 def candidates(

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 
 from vivace import contract
 from vivace.client_errors import Limit, VivaceError, VivaceTimeoutError
+from vivace.client_request import PastEvent, address, append_tensors, event_name, limits, number, request_tensors
 from vivace.http_pool import HttpClient
 
 __all__ = [
@@ -81,105 +80,6 @@ def inputs_of(module: Any, tensors: Sequence[tuple[contract.WireTensor, np.ndarr
     return inputs
 
 
-# -- what callers give, checked: a wrong type is named before anything is sent --------------------------
-def _text(value: str | bytes, name: str) -> bytes:
-    """UTF-8 of ``value``; raises ValueError that names it."""
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(f"{name}: expected a str, got {type(value).__name__} {value!r:.60}")
-    try:
-        return value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: expected text that UTF-8 can hold, got {value[error.start]!r}") from None
-
-
-def _whole(value: int, name: str, bits: int) -> int:
-    """``value`` if it is a whole number that a signed integer of ``bits`` holds; raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name}: expected an int, got {type(value).__name__} {value!r:.60}")
-    if not -(1 << bits - 1) <= value < 1 << bits - 1:
-        raise ValueError(f"{name}: expected an int of {bits} bits, got {value}")
-    return int(value)
-
-
-def _number(value: float, name: str) -> float:
-    """``value`` if it is a finite number; raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a number, got {type(value).__name__} {value!r:.60}")
-    return float(value)
-
-
-def _items(history: Sequence[str | bytes]) -> np.ndarray:
-    """HISTORY of one row, object [1, H]; raises ValueError."""
-    if isinstance(history, str | bytes):
-        raise ValueError(f"history: expected a list of item ids, got {history!r:.60}; write [{history!r:.60}]")
-    if isinstance(history, Mapping) or not isinstance(history, Iterable):
-        raise ValueError(f"history: expected a list of item ids, got {type(history).__name__} {history!r:.60}")
-    return np.array([_text(item, f"history[{i}]") for i, item in enumerate(history)], object).reshape(1, -1)
-
-
-def _address(url: str) -> str:
-    """``url`` if it is host:port; raises ValueError."""
-    host, _, port = url.rpartition(":") if isinstance(url, str) else ("", "", "")
-    if not host or not port.isdecimal() or "/" in url:
-        example = url.partition("://")[2].rstrip("/") if isinstance(url, str) and "://" in url else "127.0.0.1:8001"
-        raise ValueError(f"url: expected host:port without a scheme or a path, such as {example!r}, got {url!r}")
-    return url
-
-
-def request_tensors(
-    user_id: str | bytes = "", history: Sequence[str | bytes] = (), top_k: int = 10, query: str | bytes = ""
-) -> list[tuple[contract.WireTensor, np.ndarray]]:
-    """The public call as arrays of one row. Raises ValueError for values of a wrong type."""
-    return [
-        (contract.USER_ID, np.array([[_text(user_id, "user_id")]], object)),
-        (contract.QUERY, np.array([[_text(query, "query")]], object)),
-        (contract.HISTORY, _items(history)),
-        (contract.TOP_K, np.array([[_whole(top_k, "top_k", 32)]], np.int32)),
-    ]
-
-
-def limits(within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, diversity: float = 0.0) -> dict[str, Any]:
-    """Arguments of Triton's client beside the tensors. Of a request that is worth nothing after ``within_ms``: how long
-    it may wait in a queue (``timeout``, microseconds) and when it ends (parameter DEADLINE, Unix ms: client and server
-    need the same time). Of an answer to a query: FILTERS and DIVERSITY."""
-    parameters: dict[str, Any] = {}
-    within_ms, diversity = _number(within_ms, "within_ms"), _number(diversity, "diversity")
-    if within_ms < 0:
-        raise ValueError(f"within_ms: expected 0 (no limit) or more, got {within_ms:g}")
-    if filters is not None and not isinstance(filters, Mapping):
-        raise ValueError(f"filters: expected a dict, got {type(filters).__name__} {filters!r:.60}")
-    if within_ms:
-        parameters[contract.DEADLINE] = int(time.time() * 1000 + within_ms)
-    if filters:
-        try:
-            parameters[contract.FILTERS] = json.dumps(filters)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"filters: expected what JSON can hold, got {filters!r:.200}: {error}") from None
-    if diversity:
-        parameters[contract.DIVERSITY] = str(diversity)
-    timeout = {"timeout": int(within_ms * 1000)} if within_ms else {}
-    return timeout | ({"parameters": parameters} if parameters else {})
-
-
-def event_name(event_id: str) -> dict[str, str]:
-    """Parameters of an append call whose sender calls the event so ("": a name that nothing else has). Raises
-    ValueError for a value of a wrong type."""
-    _text(event_id, "event_id")
-    return {contract.EVENT_ID: event_id or uuid.uuid4().hex}
-
-
-def append_tensors(
-    user_id: str, item_id: str, event_type: str, timestamp_ms: int
-) -> list[tuple[contract.WireTensor, np.ndarray]]:
-    """The append call as arrays of one row. Raises ValueError for values of a wrong type."""
-    texts = {"user_id": user_id, "item_id": item_id, "event_type": event_type}
-    columns = [np.array([[_text(value, name)]], object) for name, value in texts.items()]
-    time_ms = np.array([[_whole(timestamp_ms, "timestamp_ms", 64)]], np.int64)
-    return list(zip(contract.APPEND, [*columns, time_ms], strict=True))
-
-
 def outputs_of(result: Any) -> list[str]:
     """Names of the outputs that came, over either protocol."""
     response = result.get_response()
@@ -207,7 +107,7 @@ def read_appended(result: Any) -> Appended:
 
 
 def _seconds(timeout_s: float) -> float:
-    if _number(timeout_s, "timeout_s") <= 0:
+    if number(timeout_s, "timeout_s") <= 0:
         raise ValueError(f"timeout_s: expected more than 0, got {timeout_s:g}")
     return float(timeout_s)
 
@@ -230,7 +130,7 @@ class VivaceClient:
     def __init__(self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0) -> None:
         self._module = _module(protocol, asynchronous=False)
         self._timeout_s, self._closed = _seconds(timeout_s), False
-        _address(url)
+        address(url)
         self._client = HttpClient(url) if protocol == "http" else self._module.InferenceServerClient(url)
 
     def _infer(
@@ -248,19 +148,22 @@ class VivaceClient:
     def recommend(
         self,
         user_id: str = "",
-        history: Sequence[str | bytes] = (),
+        history: Sequence[PastEvent] = (),
         top_k: int = 10,
         query: str = "",
         within_ms: float = 0.0,
         filters: Mapping[str, Any] | None = None,
         diversity: float = 0.0,
+        context: Mapping[str, Any] | None = None,
     ) -> Recommendation:
         """Items for a user; an empty ``history`` asks the feature store for the user's own. ``within_ms``: server and
         client give up afterwards (0: after ``timeout_s``). Of a ``query``: ``filters`` {"values": {attribute: [...]},
-        "ranges": {number: [low, high]}, "seen": False} and ``diversity`` 0..1 of the answer. Raises VivaceError where
+        "ranges": {number: [low, high]}, "seen": False} and ``diversity`` 0..1 of the answer. ``context``: what is known
+        of the moment and the user by the data set's columns, such as {"device": "phone"}; an event of ``history`` may
+        be (item id, event type, Unix time in ms). Raises VivaceError where
         the server refuses or fails, VivaceTimeoutError where no answer came in time, and ValueError for values of a
         wrong type."""
-        tensors, more = request_tensors(user_id, history, top_k, query), limits(within_ms, filters, diversity)
+        tensors, more = request_tensors(user_id, history, top_k, query, context), limits(within_ms, filters, diversity)
         limit = Limit(self._timeout_s, within_ms)
         return _read(read_answer, self._infer(contract.ENSEMBLE, tensors, limit, **more))  # type: ignore[no-any-return]
 
@@ -298,7 +201,7 @@ class AsyncVivaceClient:
     def __init__(self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0) -> None:
         self._module = _module(protocol, asynchronous=True)
         self._timeout_s, self._closed = _seconds(timeout_s), False
-        _address(url)
+        address(url)
         self._loop = self._running_loop()
         http = {"conn_timeout": timeout_s, "conn_limit": 512} if protocol == "http" else {}
         self._client = self._module.InferenceServerClient(url, **http)
@@ -327,15 +230,16 @@ class AsyncVivaceClient:
     async def recommend(
         self,
         user_id: str = "",
-        history: Sequence[str | bytes] = (),
+        history: Sequence[PastEvent] = (),
         top_k: int = 10,
         query: str = "",
         within_ms: float = 0.0,
         filters: Mapping[str, Any] | None = None,
         diversity: float = 0.0,
+        context: Mapping[str, Any] | None = None,
     ) -> Recommendation:
         """See ``VivaceClient.recommend``."""
-        tensors, more = request_tensors(user_id, history, top_k, query), limits(within_ms, filters, diversity)
+        tensors, more = request_tensors(user_id, history, top_k, query, context), limits(within_ms, filters, diversity)
         result = await self._infer(contract.ENSEMBLE, tensors, Limit(self._timeout_s, within_ms), **more)
         return _read(read_answer, result)  # type: ignore[no-any-return]
 

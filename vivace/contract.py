@@ -1,7 +1,7 @@
 """The one contract: special ids, columns, wire tensors, stage tensors and data-set schema.
 
 Everything that crosses a stage border is named here and nowhere else: training, the ONNX exports,
-``config.pbtxt``, the clients and the load tests import it. This module depends on nothing.
+``config.pbtxt``, the clients and the load tests import it. What the data side reads lies in ``vivace.columns``.
 
 Axis legend: B requests, H raw history events, T encoded history events, N candidates, V item ids, D width.
 """
@@ -9,44 +9,42 @@ Axis legend: B requests, H raw history events, T encoded history events, N candi
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-# -- ids: what Categorify in NVTabular 23.8 writes -------------------------------------------------
-PADDING_ID = 0
-NULL_ID = 1
-OOV_ID = 2
-FIRST_ID = 3  # the vocabulary follows, by falling frequency
-
-# -- columns of the typed tables -------------------------------------------------------------------
-USER = "user_id"
-ITEM = "item_id"
-TIME = "timestamp_ms"
-EVENT = "event_type"
-WEIGHT = "weight"
-TITLE = "title"
-TEXT = "text"  # what models read of an item, if it is more than its title
-SEARCH = "search_id"  # of a log of searches: rows with the same value are one list of results
-QUERY_TEXT = "query"
-POSITION = "position"  # of an item in the list, from 1
-CLICKED = "clicked"
-SOURCE_ROW = "source_row"  # position in the source: breaks ties of time, and names rejected rows
-SPLIT = "split"
-
-TRAIN, VALID, TEST = 0, 1, 2  # values of SPLIT
-CONTEXT = 3  # of a held-out session: history of the events to predict, learned from by the final fit alone
-GIVEN, GIVEN_TEST = 4, 5  # of a test set that came with the log: history, event to predict; nothing learns from them
-TARGET = "target"  # item id of the held-out event of a request
-TARGET_TIME = "target_time_ms"  # when that event was: the moment of the request
-
-
-def label_column(head: str) -> str:
-    """Column that holds a task head's label (0 or 1) of an event, or of a request's target."""
-    return f"label_{head}"
-
+from vivace.columns import (
+    CLICKED as CLICKED,
+    CONTEXT as CONTEXT,
+    EVENT as EVENT,
+    FIRST_ID as FIRST_ID,
+    GIVEN as GIVEN,
+    GIVEN_TEST as GIVEN_TEST,
+    HOUR as HOUR,
+    ITEM as ITEM,
+    NULL_ID as NULL_ID,
+    OOV_ID as OOV_ID,
+    PADDING_ID as PADDING_ID,
+    POSITION as POSITION,
+    PUBLIC_TENSORS as PUBLIC_TENSORS,
+    QUERY_TEXT as QUERY_TEXT,
+    SEARCH as SEARCH,
+    SOURCE_ROW as SOURCE_ROW,
+    SPLIT as SPLIT,
+    TARGET as TARGET,
+    TARGET_TIME as TARGET_TIME,
+    TEST as TEST,
+    TEXT as TEXT,
+    TIME as TIME,
+    TITLE as TITLE,
+    TRAIN as TRAIN,
+    USER as USER,
+    VALID as VALID,
+    WEEKDAY as WEEKDAY,
+    WEIGHT as WEIGHT,
+    DataSchema as DataSchema,
+    TaskHead as TaskHead,
+    label_column as label_column,
+    target_column as target_column,
+)
 
 # -- limits of the public call ---------------------------------------------------------------------
 MAX_TOP_K = 100
@@ -55,6 +53,7 @@ MAX_EVENT_TYPE_BYTES = 128
 MAX_EVENT_ID_BYTES = 128
 MAX_HISTORY_EVENTS = 100_000
 MAX_QUERY_BYTES = 4096
+MAX_CONTEXT_BYTES = 16_384
 MAX_SEEN = 4096  # newest distinct items that an index does not answer: as many events as a store keeps of a user. The
 # exact search excludes them all
 
@@ -72,6 +71,8 @@ class WireTensor:
     name: str
     datatype: str
     dims: tuple[int, ...]
+    optional: bool = False
+    """A request may leave it out."""
 
     def __post_init__(self) -> None:
         if self.datatype not in DTYPES:
@@ -88,7 +89,11 @@ USER_ID = WireTensor("USER_ID", "BYTES", (1,))
 QUERY = WireTensor("QUERY", "BYTES", (1,))
 HISTORY = WireTensor("HISTORY", "BYTES", (-1,))
 TOP_K = WireTensor("TOP_K", "INT32", (1,))
-REQUEST = (USER_ID, QUERY, HISTORY, TOP_K)
+CONTEXT_OF_REQUEST = WireTensor("CONTEXT", "BYTES", (1,), optional=True)
+"""JSON by the names of the data set's context and user columns, such as {"device": "phone"}; "" for none."""
+REQUEST = (USER_ID, QUERY, HISTORY, TOP_K, CONTEXT_OF_REQUEST)
+EVENT_PART = "\x1f"
+"""Between the parts of one event of HISTORY: item id, event type, Unix time in ms. The last two may be left out."""
 
 ITEM_ID = WireTensor("ITEM_ID", "BYTES", (-1,))
 SCORE = WireTensor("SCORE", "FP32", (-1,))
@@ -151,7 +156,8 @@ class StageTensors:
     retrieval model reads the times of the history; ``memory``: newest encoded events handed to the ranker (0: all T);
     ``indexed``: candidates come from an approximate index, which is told the newest ``seen`` items by id; ``search``:
     features of an item that a query found, for the search ranker (0: QUERY is not searched for); ``rising``: items of
-    the live counters that join the candidates (0: none, and no counter is read).
+    the live counters that join the candidates (0: none, and no counter is read); ``types``: whether the types of the
+    history's events are read; ``context`` and ``amounts``: categorical and continuous columns of the request's moment.
     """
 
     history: int
@@ -164,6 +170,9 @@ class StageTensors:
     search: int = 0
     seen: int = 1024  # what was compiled before it was a number of its own
     rising: int = 0
+    types: bool = False
+    context: int = 0
+    amounts: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -193,6 +202,34 @@ class StageTensors:
     def history_times(self) -> WireTensor:
         """Unix time of the same events in ms; 0 where padded or not known."""
         return WireTensor("HISTORY_TIMES", "INT64", (self.history,))
+
+    @property
+    def history_types(self) -> WireTensor:
+        """Ids of the types of the same events; PADDING_ID where padded, NULL_ID where not known."""
+        return WireTensor("HISTORY_TYPES", "INT64", (self.history,))
+
+    @property
+    def context_ids(self) -> WireTensor:
+        """Ids of the categorical columns of the request's moment and user, in the schema's order."""
+        return WireTensor("CONTEXT_IDS", "INT64", (self.context,))
+
+    @property
+    def context_amounts(self) -> WireTensor:
+        """The continuous ones, normalised."""
+        return WireTensor("CONTEXT_AMOUNTS", "FP32", (self.amounts,))
+
+    @property
+    def moment(self) -> tuple[WireTensor, ...]:
+        """What retrieval and ranking read beside items and times: of the history's events, then of the request."""
+        types = [self.history_types] if self.types else []
+        ids = [self.context_ids] if self.context else []
+        return (*types, *ids, *([self.context_amounts] if self.amounts else []))
+
+    @property
+    def passed_on(self) -> int:
+        """Place among the outputs of the feature transform of the first that ranking reads too: it reads all from there
+        on, without STATUS and what is of a search."""
+        return 2 + self.timed
 
     @property
     def exclude(self) -> WireTensor:
@@ -242,78 +279,6 @@ class StageTensors:
         return WireTensor("RANKED_VALUES", "FP32", (1 + len(heads), self.proposed))
 
 
-@dataclass(frozen=True)
-class TaskHead:
-    """A thing to predict of the next event: its label is 1 where the event's weight is at least ``min_weight``."""
-
-    name: str
-    min_weight: float
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise ValueError(f"TaskHead: expected a lower-case identifier, got {self.name!r}")
-        if self.name.upper() in {t.name for t in (*REQUEST, ITEM_ID, SCORE, STATUS, UNDERSTOOD)}:
-            raise ValueError(f"TaskHead: {self.name!r} is the name of another tensor; choose another")
-
-
-@dataclass(frozen=True)
-class DataSchema:
-    """What one data set carries beyond user, item and time.
-
-    ``heads[0]`` is the task that orders the answer. ``unknown_items`` says what happens to an event whose item the
-    catalogue does not list: "reject" (to the rejects file) or "keep" (attributes stay null).
-    ``exclude_seen``: items of the history are not answered. ``sessions``: a user is one session of somebody unknown.
-    """
-
-    name: str
-    event_categoricals: tuple[str, ...] = (EVENT,)
-    event_continuous: tuple[str, ...] = (WEIGHT,)
-    item_categoricals: tuple[str, ...] = ()
-    item_continuous: tuple[str, ...] = ()
-    heads: tuple[TaskHead, ...] = field(default=(TaskHead("click", float("-inf")),))
-    unknown_items: str = "reject"
-    exclude_seen: bool = True
-    licence: str = ""
-    sessions: bool = False
-
-    def __post_init__(self) -> None:
-        if self.unknown_items not in ("reject", "keep"):
-            raise ValueError(f"DataSchema.unknown_items: expected 'reject' or 'keep', got {self.unknown_items!r}")
-        if not self.heads:
-            raise ValueError("DataSchema.heads: expected at least one task head, got none")
-        for names in (self.event_columns, (ITEM, TEXT, *self.item_columns)):  # two tables
-            if len(set(names)) != len(names):
-                raise ValueError(f"DataSchema {self.name}: column names repeat: {sorted(names)}")
-
-    @property
-    def event_columns(self) -> tuple[str, ...]:
-        return (USER, ITEM, TIME, *self.event_categoricals, *self.event_continuous)
-
-    @property
-    def item_columns(self) -> tuple[str, ...]:
-        """Columns of the catalogue other than its key (ITEM)."""
-        return (TITLE, *self.item_categoricals, *self.item_continuous)
-
-    def to_json(self) -> dict[str, Any]:
-        record = dataclasses.asdict(self)
-        for head in record["heads"]:
-            head["min_weight"] = None if head["min_weight"] == float("-inf") else head["min_weight"]
-        return record
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> DataSchema:
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-        fields["heads"] = tuple(
-            TaskHead(h["name"], float("-inf") if h["min_weight"] is None else float(h["min_weight"]))
-            for h in record["heads"]
-        )
-        return cls(**fields)
-
-    @classmethod
-    def load(cls, path: Path) -> DataSchema:
-        return cls.from_json(json.loads(path.read_text()))
-
-
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     live = [s.rising_features] if s.rising else []
@@ -322,7 +287,8 @@ def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
     seen = s.seen_ids if s.indexed else s.exclude
-    return (s.history_ids, seen, *([s.history_times] if s.timed else []), *([s.rising_ids] if s.rising else []))
+    times, rising = [s.history_times] if s.timed else [], [s.rising_ids] if s.rising else []
+    return (s.history_ids, seen, *times, *s.moment, *rising)
 
 
 def retrieval_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -331,7 +297,7 @@ def retrieval_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
 
 def ranking_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
     live = [s.rising_ids, s.rising_features] if s.rising else []
-    return (s.history_ids, s.candidate_ids, s.candidate_scores, s.encoded_history, *live)
+    return (s.history_ids, s.candidate_ids, s.candidate_scores, s.encoded_history, *s.moment, *live)
 
 
 def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:

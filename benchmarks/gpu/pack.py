@@ -27,8 +27,7 @@ import typer
 from benchmarks.gpu import wheels
 from benchmarks.gpu.wheels import Content
 from preprocessing.features import Features
-from vivace.manifest import CHECKOUT, COMMIT
-from vivace.manifest import commit as commit_of_checkout
+from vivace.manifest import CHECKOUT, COMMIT, commit as commit_of_checkout
 from vivace.run import Run
 
 PIECES = Path(__file__).with_name("pieces.toml")

@@ -26,7 +26,7 @@ from tritonclient.utils import serialize_byte_tensor
 from loadtest.generate.arrivals import REPEAT, due_times, picks
 from preprocessing.requests import recorded
 from vivace import contract
-from vivace.client import request_tensors
+from vivace.client_request import request_tensors
 from vivace.machine import processor_seconds
 
 T = TypeVar("T")

@@ -59,6 +59,15 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class UserSource(Protocol):
+    """A data set that also has a table of users, or None."""
+
+    def users(self) -> list[Chunk] | None:
+        """Rows of USER, SOURCE_ROW and the schema's ``user_columns``."""
+        ...
+
+
+@runtime_checkable
 class SearchSource(Protocol):
     """A data set that also has a log of searches, or None."""
 

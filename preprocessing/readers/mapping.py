@@ -20,22 +20,26 @@ from preprocessing.times import TIME_UNITS, zone_of
 from vivace import contract
 from vivace.contract import DataSchema, TaskHead
 
-INTERACTIONS, ITEMS, SEARCHES = "interactions", "items", "searches"
+INTERACTIONS, ITEMS, USERS, SEARCHES = "interactions", "items", "users", "searches"
 FORM = ("delimiter", "encoding", "quote", "decimal", "time_zone", "missing")
 TEXT, TEXTS, BOOLEAN, NUMBERS, NAMES = "a text", "a text or a list of texts", "true or false", "numbers", "texts"
 _FORM = {"delimiter": TEXT, "encoding": TEXT, "quote": TEXT, "decimal": TEXT, "time_zone": TEXT, "missing": TEXTS}
 _KEYS: dict[str, dict[str, str]] = {
     "": {
         "name": TEXT, "unknown_items": TEXT, "exclude_seen": BOOLEAN, "sessions": BOOLEAN, "licence": TEXT,
-        INTERACTIONS: "", ITEMS: "", SEARCHES: "", "heads": NUMBERS, **_FORM,
+        INTERACTIONS: "", ITEMS: "", USERS: "", SEARCHES: "", "heads": NUMBERS, "clock": BOOLEAN, **_FORM,
     },
     INTERACTIONS: {
         "files": TEXTS, "user": TEXT, "item": TEXT, "time": TEXT, "time_unit": TEXT, "event_type": TEXT,
-        "weight": TEXT, "weights": NUMBERS, "context": TEXTS, "rename": NAMES, **_FORM,
+        "weight": TEXT, "weights": NUMBERS, "context": TEXTS, "context_continuous": TEXTS,
+        "rename": NAMES, **_FORM,
     },
     ITEMS: {
         "files": TEXTS, "item": TEXT, "title": TEXTS, "categorical": TEXTS, "continuous": TEXTS, "rename": NAMES,
         **_FORM,
+    },
+    USERS: {
+        "files": TEXTS, "user": TEXT, "categorical": TEXTS, "continuous": TEXTS, "rename": NAMES, **_FORM,
     },
     SEARCHES: {
         "files": TEXTS, "search": TEXT, "user": TEXT, "time": TEXT, "time_unit": TEXT, "query": TEXT, "item": TEXT,
@@ -45,13 +49,14 @@ _KEYS: dict[str, dict[str, str]] = {
 NEEDED = {
     INTERACTIONS: ("files", "user", "item", "time"),
     ITEMS: ("files", "item"),
+    USERS: ("files", "user"),
     SEARCHES: ("files", "search", "user", "time", "query", "item", "position", "clicked"),
 }
 _NAME = re.compile(r"\w([\w .\-]*\w)?")
 _EVENT_NAMES = {contract.USER, contract.ITEM, contract.TIME, contract.EVENT, contract.WEIGHT, contract.SOURCE_ROW,
-                contract.SPLIT, contract.TARGET}  # fmt: skip
+                contract.SPLIT, contract.TARGET, contract.TARGET_TIME, contract.HOUR, contract.WEEKDAY}  # fmt: skip
 _ITEM_NAMES = {contract.ITEM, contract.TITLE, contract.TEXT, contract.SOURCE_ROW}
-_ENDINGS = ("-list", "__values", "__offsets", "__encoded")
+_ENDINGS = ("-list", "-target", "__values", "__offsets", "__encoded")
 
 
 def texts(value: str | list[str] | None) -> list[str]:
@@ -245,15 +250,23 @@ def _check_names(section: Section, reserved: set[str], *keys: str) -> None:
 
 
 def _schema(path: Path, keys: dict[str, Any], sections: dict[str, Section]) -> DataSchema:
-    events, items = sections[INTERACTIONS], sections.get(ITEMS)
-    _check_names(events, _EVENT_NAMES, "context")
+    events, items, users = sections[INTERACTIONS], sections.get(ITEMS), sections.get(USERS)
+    _check_names(events, _EVENT_NAMES, "context", "context_continuous")
+    context, amounts = events.columns("context"), events.columns("context_continuous")
+    if users is not None:
+        _check_names(users, _EVENT_NAMES | {*context, *amounts}, "categorical", "continuous")
+    of_users = [users.columns(kind) if users else {} for kind in ("categorical", "continuous")]
+    zone = (events.zone or "UTC") if keys.get("clock", False) else ""
     if items is not None:
         _check_names(items, _ITEM_NAMES, "categorical", "continuous")
     heads = keys.get("heads") or {"click": float("-inf")}
     try:
         return DataSchema(
             name=keys.get("name", path.stem),
-            event_categoricals=(contract.EVENT, *events.columns("context")),
+            event_categoricals=(contract.EVENT, *context, *of_users[0]),
+            event_continuous=(contract.WEIGHT, *amounts, *of_users[1]),
+            user_columns=(*of_users[0], *of_users[1]),
+            time_zone=zone,
             item_categoricals=tuple(items.columns("categorical")) if items else (),
             item_continuous=tuple(items.columns("continuous")) if items else (),
             heads=tuple(TaskHead(name, float(weight)) for name, weight in heads.items()),

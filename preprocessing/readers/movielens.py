@@ -20,17 +20,19 @@ from vivace.manifest import fingerprint_files
 
 LICENCE = "MovieLens: research use only, no redistribution, no commercial use without permission (GroupLens)"
 EXTRA_FILE = "movies_extrainfos.dat"  # optional: not of GroupLens
+USER_COLUMNS = ("gender", "age", "occupation")
 BENCHMARK_FILE = "sasrec_ml-1m.txt.xz"
 
 
 def _schema(name: str) -> DataSchema:
     return DataSchema(
         name=name,
-        event_categoricals=(EVENT, "gender", "age", "occupation"),
+        event_categoricals=(EVENT, *USER_COLUMNS),
         item_categoricals=("genres", "main_genre"),
         item_continuous=("year",),
         heads=(TaskHead("watched", float("-inf")), TaskHead("liked", 4.0)),
         licence=LICENCE,
+        user_columns=USER_COLUMNS,
     )
 
 
@@ -83,12 +85,11 @@ class MovieLens:
         joined = people.str.replace(r"[^\w,]+", "_", regex=True).str.replace(r"_*,_*", " ", regex=True)
         return joined + " " + extra["plot"]
 
-    def users(self) -> pd.DataFrame:
-        frame, _ = _fields(self.path / "users.dat", [USER, "gender", "age", "occupation", "zip"])
-        return frame.drop_duplicates(USER).set_index(USER)[["gender", "age", "occupation"]]
+    def users(self) -> list[Chunk]:
+        rows, bad = _fields(self.path / "users.dat", [USER, *USER_COLUMNS, "zip"])
+        return [Chunk(rows, bad)]
 
     def interactions(self) -> Iterator[Chunk]:
-        users = self.users()
         first = 0
         with (self.path / "ratings.dat").open(encoding="latin-1") as stream:
             while lines := [x.rstrip("\r\n") for x in itertools.islice(stream, CHUNK_ROWS)]:
@@ -96,7 +97,7 @@ class MovieLens:
                 first += len(lines)
                 rows[EVENT] = "rating"
                 rows[TIME] = parse_time_ms(rows[TIME], "s")
-                yield Chunk(rows.join(users, on=USER), bad)
+                yield Chunk(rows, bad)
 
 
 class MovieLensBenchmark(MovieLens):
@@ -131,7 +132,7 @@ class MovieLensBenchmark(MovieLens):
     def interactions(self) -> Iterator[Chunk]:
         ratings, _ = _fields(self.path / "ratings.dat", [USER, ITEM, WEIGHT, "seconds"])
         stars = ratings.drop_duplicates([USER, ITEM]).set_index([USER, ITEM])[WEIGHT]
-        log = self._log().join(stars, on=[USER, ITEM]).join(self.users(), on=USER)
+        log = self._log().join(stars, on=[USER, ITEM])
         log[EVENT] = "rating"
         for start in range(0, len(log), CHUNK_ROWS):
             yield Chunk(log.iloc[start : start + CHUNK_ROWS].reset_index(drop=True))

@@ -2,7 +2,9 @@
 
 Categories hold items of unequal popularity; a user has tastes over categories and a price level, both of which drift
 from session to session; a session keeps to a category and walks along "goes with" links between items; a purchase is
-likelier where the price fits. Titles name brand, category and kind, so that answers can be read. Before some views the
+likelier where the price fits. What is wanted depends on the moment too: each category is worth more or less on each
+device and at each time of the day, and dear items are worth less to users who mind prices (``SENSITIVITIES``, a column
+of the table of users); ``log_appeal`` says by how much. Titles name brand, category and kind, so that answers can be read. Before some views the
 user searched: with words of the item, its category or a word that its title does not have (``OTHER_WORDS``); the
 results came in an order that knows nothing of the user, with the item somewhere among them, and a place was looked at
 with chance 1 / position.
@@ -50,10 +52,13 @@ OTHER_WORDS = {
     "notebook": "journal", "mirror": "glass",
 }  # fmt: skip
 DEVICES = ("phone", "desktop", "tablet")
+DAY_PARTS = 4  # of six hours each, from midnight UTC
+SENSITIVITIES = {"low": 0.0, "middle": 0.7, "high": 1.4}  # what a doubled price costs an item, as a logarithm
 EVENTS, WEIGHTS = ("view", "cart", "buy"), np.array([1.0, 2.0, 3.0], np.float32)
+OPTIONS = 6  # items of a category that a user looks at before one is chosen
 START_MS = 1_735_689_600_000  # 2025-01-01
 DAY_MS = 86_400_000
-GENERATOR = 2  # counts what the same configuration generates otherwise than before
+GENERATOR = 3  # counts what the same configuration generates otherwise than before
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class ShopConfig:
     follow: float = 0.55  # chance that the next view follows such a link
     searches: float = 0.04  # share of views that a search went before
     shown: int = 10  # results of a search
+    moment: float = 0.9  # standard deviation of what a device or a part of the day does to a category's log appeal
 
     def __post_init__(self) -> None:
         if min(self.users, self.items, self.events, self.days) < 1 or self.items < len(CATEGORIES):
@@ -80,7 +86,9 @@ class Shop:
 
     schema = DataSchema(
         name="shop",
-        event_categoricals=(EVENT, "device"),
+        event_categoricals=(EVENT, "device", "price_sensitivity"),
+        user_columns=("price_sensitivity",),
+        time_zone="UTC",
         item_categoricals=("category", "brand"),
         item_continuous=("price",),
         heads=(TaskHead("click", float("-inf")), TaskHead("buy", 3.0)),
@@ -99,6 +107,11 @@ class Shop:
         self._style = rng.integers(0, len(STYLES), config.items)
         self._start = np.searchsorted(self._category, np.arange(n + 1))
         self._near = rng.permuted(np.tile(np.arange(n), (n, 1)), axis=1)[:, :4]  # categories bought together
+        moments = np.random.default_rng([config.seed, 3])
+        self._of_device = moments.normal(0, config.moment, (len(DEVICES), n))
+        self._of_day_part = moments.normal(0, config.moment, (DAY_PARTS, n))
+        self._dearness = (self._log_price - level[self._category]) / np.log(2)  # doublings of the category's price
+        self._sensitivity = moments.integers(0, len(SENSITIVITIES), config.users)
         # companions: mostly of the same or a near category, fixed for the whole log
         same_category = rng.random((config.items, config.companions)) < 0.6
         near = self._near[self._category[:, None], rng.integers(0, 4, same_category.shape)]
@@ -110,6 +123,20 @@ class Shop:
         low = np.concatenate([[0.0], cdf])[self._start[category]]
         high = np.concatenate([[0.0], cdf])[self._start[category + 1]]
         return np.minimum(np.searchsorted(cdf, low + rng.random(category.shape) * (high - low), "right"), len(cdf) - 1)
+
+    def log_appeal(self, device: np.ndarray, day_part: np.ndarray, sensitivity: np.ndarray) -> np.ndarray:
+        """What the moment adds to the logarithm of each item's chance, float64 [B, items]: of numbers of DEVICES, of
+        parts of the day and of SENSITIVITIES, int64 [B] each."""
+        of_category = self._of_device[device] + self._of_day_part[day_part]
+        cost = np.array(list(SENSITIVITIES.values()))[sensitivity]
+        appeal: np.ndarray = of_category[:, self._category] - cost[:, None] * self._dearness
+        return appeal
+
+    def users(self) -> list[Chunk]:
+        words = np.array(list(SENSITIVITIES), object)[self._sensitivity]
+        names = [f"user-{u:05d}" for u in range(self.config.users)]
+        rows = {USER: names, "price_sensitivity": words, SOURCE_ROW: np.arange(len(names))}
+        return [Chunk(pd.DataFrame(rows))]
 
     def fingerprint(self) -> str:
         return digest(asdict(self.config) | {"generator": GENERATOR})
@@ -167,10 +194,21 @@ class Shop:
         clock: np.ndarray,
     ) -> pd.DataFrame:
         """One session of every user in ``live``, step by step over all of them at once."""
-        focus = taste[live, rng.integers(0, 4, len(live))]
-        device = np.array(DEVICES, object)[rng.choice(3, len(live), p=(0.6, 0.3, 0.1))]
+        device, every = rng.choice(3, len(live), p=(0.6, 0.3, 0.1)), np.arange(len(live))
+        day_part = clock[live] % DAY_MS * DAY_PARTS // DAY_MS
+        of_category = self._of_device[device] + self._of_day_part[day_part]  # [B, categories]
+        cost = np.array(list(SENSITIVITIES.values()))[self._sensitivity[live]]
+
+        def drawn(category: np.ndarray) -> np.ndarray:
+            """Items of the categories, by appeal and the user's sense of prices."""
+            options = np.stack([self._draw(rng, category) for _ in range(OPTIONS)], 1)
+            fit = -cost[:, None] * self._dearness[options] + rng.gumbel(0, 1, options.shape)
+            return options[every, fit.argmax(1)]
+
+        leaning = of_category[every[:, None], taste[live]] + rng.gumbel(0, 1, (len(live), 4))
+        focus = taste[live, leaning.argmax(1)]
         length = rng.geometric(0.2, len(live)).clip(1, 15)
-        item = self._draw(rng, focus)
+        item = drawn(focus)
         now = clock[live].copy()
         steps = []
         for step in range(int(length.max())):
@@ -180,13 +218,14 @@ class Shop:
                 # of the companions, users prefer those near their price level
                 options = self._companion[item]
                 fit = -((self._log_price[options] - budget[live, None]) ** 2) + rng.gumbel(0, 0.5, options.shape)
-                linked = options[np.arange(len(live)), fit.argmax(1)]
-                item = np.where(follow, linked, self._draw(rng, focus))
+                fit += of_category[every[:, None], self._category[options]] - cost[:, None] * self._dearness[options]
+                item = np.where(follow, options[every, fit.argmax(1)], drawn(focus))
                 now = now + (rng.exponential(45_000, len(live))).astype("int64") + 1000
             match = np.exp(-((self._log_price[item] - budget[live]) ** 2))
             u = rng.random(len(live))
             kind = np.where(u < 0.15 * match, 2, np.where(u < 0.35 * match, 1, 0))
-            frame = pd.DataFrame({USER: live, ITEM: item, TIME: now, "kind": kind, "device": device})
+            names = np.array(DEVICES, object)[device]
+            frame = pd.DataFrame({USER: live, ITEM: item, TIME: now, "kind": kind, "device": names})
             steps.append(frame[on])
         out = pd.concat(steps)
         out[EVENT] = np.array(EVENTS, object)[out["kind"]]

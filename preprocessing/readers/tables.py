@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from preprocessing.readers.base import Chunk
-from preprocessing.readers.mapping import INTERACTIONS, ITEMS, NEEDED, SEARCHES, Section, read_mapping, texts
+from preprocessing.readers.mapping import INTERACTIONS, ITEMS, NEEDED, SEARCHES, USERS, Section, read_mapping, texts
 from preprocessing.readers.parts import Part, parts
 from vivace.contract import CLICKED, EVENT, ITEM, POSITION, QUERY_TEXT, SEARCH, TIME, TITLE, USER, WEIGHT
 from vivace.manifest import fingerprint_files
@@ -63,12 +63,30 @@ class Tables:
             raise ValueError(f"{section.where} no row in {names}: a catalogue needs items; or leave [items] out")
         return chunks
 
+    def users(self) -> list[Chunk] | None:
+        section = self.sections.get(USERS)
+        if section is None:
+            return None
+        categorical, continuous = section.columns("categorical"), section.columns("continuous")
+        key, chunks = section.keys["user"], []
+        for part, base in self._parts(section, [key, *categorical.values(), *continuous.values()]):
+            rows = pd.DataFrame({USER: part.ids(key)})
+            for name, column in categorical.items():
+                rows[name] = part.category(column)
+            for name, column in continuous.items():
+                rows[name] = part.numbers(column)
+            chunks.append(part.chunk(rows, base))
+        if not sum(chunk.read for chunk in chunks):
+            names = ", ".join(str(f) for f in section.files())
+            raise ValueError(f"{section.where} no row in {names}: a table of users needs users; or leave [users] out")
+        return chunks
+
     def interactions(self) -> Iterator[Chunk]:
         section = self.sections[INTERACTIONS]
-        keys, context = section.keys, section.columns("context")
+        keys, context, amounts = section.keys, section.columns("context"), section.columns("context_continuous")
         optional = [keys[k] for k in ("event_type", "weight") if k in keys]
         timed = [keys["time"]] if "time" in keys else []
-        columns = [keys["user"], keys["item"], *timed, *optional, *context.values()]
+        columns = [keys["user"], keys["item"], *timed, *optional, *context.values(), *amounts.values()]
         weigh = _Weights(section)
         base = 0
         for part, base in self._parts(section, columns):
@@ -77,6 +95,8 @@ class Tables:
             rows[EVENT] = part.category(keys["event_type"]) if "event_type" in keys else "event"
             for name, column in context.items():
                 rows[name] = part.category(column)
+            for name, column in amounts.items():
+                rows[name] = part.numbers(column)
             rows[WEIGHT] = weigh(part, rows[EVENT])
             yield part.chunk(rows, base)
         yield Chunk(pd.DataFrame(columns=[USER, ITEM, TIME]), base=base, notes=tuple(weigh.unused()))

@@ -27,6 +27,7 @@ EXCLUDED = -1e30  # as in the exact graph: the score of a place that no item tak
 FACTORY = "HNSW32"  # "HNSW32_SQ8": a quarter of the memory, about one in a hundred candidates less
 PRODUCTS, DISTANCES = "inner products", "distances"  # what a graph is one of
 INDEX, GROUPS, ENCODER, POPULAR = "index.faiss", "groups.npz", "encoder.onnx", "popular.npz"
+STATE = "STATE"  # output of the encoder graph before the encoded history, where a run reads context
 
 
 def with_bias(table_VD: np.ndarray, bias_V: np.ndarray) -> np.ndarray:
@@ -188,17 +189,20 @@ class IndexedRetrieval:
             self.popular, self.popularity = saved["ids"], saved["scores"]
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Candidate ids int64 [B, N], scores float32 [B, N], encoded history float32 [B, M, D] of history ids
-        [B, T], seen ids [B, S] and, for timed shapes, times [B, T]."""
-        history_BT, seen_BS, *times = inputs
-        names, parts = [i.name for i in self.encoder.get_inputs()], []
+        """Candidate ids int64 [B, N], scores float32 [B, N], encoded history float32 [B, M, D] of what
+        ``contract.retrieval_inputs`` names."""
+        history_BT, seen_BS, *more = inputs
+        s, names, parts = self.shapes, [i.name for i in self.encoder.get_inputs()], []
+        of_events = (s.history_ids.name, s.history_times.name, s.history_types.name)
         for places, t in chunks(history_BT):
-            tensors = [v[places, -t:] for v in (history_BT, *times)]
-            parts.append((places, self.encoder.run(None, dict(zip(names, tensors, strict=True)))))
-        encoded = together(parts, len(history_BT), self.shapes.memory or history_BT.shape[1])[0]
+            named = zip(names, (history_BT, *more), strict=True)
+            tensors = {n: v[places, -t:] if n in of_events else v[places] for n, v in named}
+            parts.append((places, self.encoder.run(None, tensors)))
+        *state, encoded = together(parts, len(history_BT), s.memory or history_BT.shape[1])
+        state_BD = state[0] if state else encoded[:, -1]
         count = self.shapes.candidates
         seen = [row[row != PADDING_ID] for row in seen_BS]
-        ids, scores = self.index.search(encoded[:, -1], count, seen)
+        ids, scores = self.index.search(state_BD, count, seen)
         for i in np.flatnonzero((history_BT < FIRST_ID).all(1)):
             keep = np.flatnonzero(~np.isin(self.popular, seen[i]))[:count]
             ids[i, : len(keep)], scores[i, : len(keep)] = self.popular[keep], self.popularity[keep]

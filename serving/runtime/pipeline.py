@@ -94,26 +94,29 @@ class Pipeline:
     def retrieve(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Candidate ids int64 [B, N] and scores float32 [B, N], encoded history float32 [B, M, D]; then the inputs of
         ranking that come from the feature transform."""
+        given, passed_on = inputs[: len(self._retrieval_names)], inputs[self.shapes.passed_on :]
         if self._index is not None:
-            return self._index(inputs)
-        given, live = inputs[: len(self._retrieval_names)], inputs[-2:] if self.shapes.rising else []
-        of_events = (self.shapes.history_ids.name, self.shapes.history_times.name)
+            return [*self._index(given), *passed_on]
+        s = self.shapes
+        of_events = (s.history_ids.name, s.history_times.name, s.history_types.name)
         parts = []
         for places, t in chunks(given[0], self.whole):
             named = zip(self._retrieval_names, given, strict=True)
             tensors = {n: v[places, -t:] if n in of_events else v[places] for n, v in named}
             parts.append((places, self._retrieval.run(None, tensors)))
-        return [*together(parts, len(given[0]), self.shapes.memory or given[0].shape[1]), *live]
+        return [*together(parts, len(given[0]), s.memory or given[0].shape[1]), *passed_on]
 
     def rank(self, history_BT: np.ndarray, retrieved: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
         """Ids int64 [B, N], best first, and their values float32 [B, C, N]: of the retriever's first ``count``."""
-        ids, scores, encoded, *live = retrieved
+        ids, scores, encoded, *passed_on = retrieved
         if count < ids.shape[1]:
             ids, scores = np.ascontiguousarray(ids[:, :count]), np.ascontiguousarray(scores[:, :count])
         parts = []
         for places, t in chunks(history_BT, self.whole):
-            parts_of_live = (x[places] for x in live)
-            tensors = (history_BT[places, -t:], ids[places], scores[places], encoded[places, -t:], *parts_of_live)
+            of_events = [self.shapes.types and i == 0 for i in range(len(passed_on))]
+            more = (x[places, -t:] if is_of_events else x[places]
+                    for x, is_of_events in zip(passed_on, of_events, strict=True))  # fmt: skip
+            tensors = (history_BT[places, -t:], ids[places], scores[places], encoded[places, -t:], *more)
             parts.append((places, self._ranking.run(None, dict(zip(self._ranking_names, tensors, strict=True)))))
         return together(parts, len(history_BT))
 

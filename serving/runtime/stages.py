@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from serving.runtime.live_feed import LiveFeed
+from serving.runtime.moment import Moment
+from vivace.context import ContextColumns, parse_context, unknown_names
 from vivace.contract import (
     APPEND_ITEM_ID,
     EVENT_ID,
+    EVENT_PART,
     EVENT_TYPE,
     FIRST_ID,
     HISTORY,
@@ -45,6 +48,8 @@ from vivace.masks import excluded, seen_ids
 from vivace.onnx_session import open_session
 from vivace.store.interface import Event, FeatureStore
 
+TypedHistory = tuple[list[str], list[str], list[int]]
+MAX_DIGITS = 15  # of a time in ms
 NO_SUCH_ITEM = "\0"
 DAY_MS = 86_400_000
 NO_SEARCH = f"no search in this run; {QUERY.name} was left out: 'vivace train --task search', then 'vivace compile'"
@@ -59,6 +64,14 @@ class Row:
     history: list[str] | None
     top_k: int
     query: str = ""
+    types: tuple[str, ...] | None = None
+    """Of the events of ``history``, where they came with it; "" for one that is not known."""
+    times: tuple[int, ...] | None = None
+    """Unix ms of the same; 0 for one that is not known."""
+    context: Mapping[str, str | float] = field(default_factory=dict)
+    """Values that CONTEXT names, by column."""
+    unknown_context: tuple[str, ...] = ()
+    """Names in it that are no columns."""
 
 
 def _text(raw: bytes, what: str, limit_bytes: int) -> str:
@@ -79,7 +92,36 @@ def _history_item(raw: bytes, index: int) -> str:
     return _text(raw, f"{HISTORY.name}[{index}]", MAX_ID_BYTES)
 
 
-def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> Row:
+def _parts_of_events(events: list[str]) -> tuple[list[str], tuple[str, ...], tuple[int, ...]]:
+    """(items, types, times) of events whose parts are joined by EVENT_PART. Raises ValueError."""
+    items, types, times = list[str](), list[str](), list[int]()
+    for index, event in enumerate(events):
+        item, *more = event.split(EVENT_PART)
+        if len(more) > 2 or (len(more) == 2 and more[1] and not more[1].isdecimal()):
+            raise ValueError(
+                f"{HISTORY.name}[{index}]: expected an item id, or item id, event type and Unix time in ms with "
+                f"U+001F between them, got {event[:60]!r}"
+            )
+        kind, when = [*more, "", ""][:2]
+        if len(kind.encode()) > MAX_EVENT_TYPE_BYTES or len(when) > MAX_DIGITS:
+            raise ValueError(
+                f"{HISTORY.name}[{index}]: expected an event type of at most {MAX_EVENT_TYPE_BYTES} bytes and a time "
+                f"in ms, got {event[:60]!r}"
+            )
+        items.append(item)
+        types.append(kind)
+        times.append(int(when or 0))
+    return items, tuple(types), tuple(times)
+
+
+def parse_row(
+    user_id: bytes,
+    query: bytes,
+    history: np.ndarray,
+    top_k: int,
+    context: bytes = b"",
+    columns: ContextColumns | None = None,
+) -> Row:
     """One row of the public call; raises ValueError naming the input, what was expected, what came."""
     user = _text(user_id, USER_ID.name, MAX_ID_BYTES)
     text = _text(query, QUERY.name, MAX_QUERY_BYTES)
@@ -95,7 +137,11 @@ def parse_row(user_id: bytes, query: bytes, history: np.ndarray, top_k: int) -> 
             raise ValueError
     except ValueError:  # name the event at fault, or let over-long ids pass as unknown items
         items = [_history_item(raw, i) for i, raw in enumerate(history) if raw]
-    return Row(user, items or None, int(top_k), text)
+    types = times = None
+    if any(EVENT_PART in item for item in items):
+        items, types, times = _parts_of_events(items)
+    values, unknown = parse_context(context, columns or ContextColumns()) if context else ({}, [])
+    return Row(user, items or None, int(top_k), text, types, times, values, tuple(unknown))
 
 
 def parse_event_id(given: object) -> str:
@@ -193,17 +239,19 @@ class FeatureTransform:
         self, graph: Path, store: FeatureStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1
     ) -> None:
         self.item_ids = ItemVocabulary(graph, threads)
+        self.moment = Moment(graph.parent, shapes, store, threads)
         self.live = LiveFeed(graph.parent / RECENT, store, self.item_ids, shapes) if shapes.rising else None
         self._store, self._shapes, self._exclude_seen = store, shapes, exclude_seen
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[str]]:
         """(inputs of ``retrieval`` in the contract's order, status of each row): history ids int64 [B, T], exclude bool
-        [B, V] (for an index seen ids int64 [B, S]) and, for timed shapes, times int64 [B, T]. Only histories of the
-        feature store have times. With live counters, rising ids int64 [B, M] and features float32 [B, M, F]."""
+        [B, V] (for an index seen ids int64 [B, S]) and, as the shapes read them, times and types int64 [B, T] (0 and
+        null where the history came without), context ids int64 [B, C] and amounts float32 [B, F]; with live counters,
+        rising ids int64 [B, M] and features float32 [B, M, F]."""
         t = self._shapes.history
         unsent = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
-        timed_histories = self._store.timed_histories([rows[i].user_id for i in unsent]) if unsent else []
-        stored = dict(zip(unsent, timed_histories, strict=True))
+        typed_histories = self._store.typed_histories([rows[i].user_id for i in unsent]) if unsent else []
+        stored = dict(zip(unsent, typed_histories, strict=True))
         histories = [
             row.history if row.history is not None else (stored.get(i) or [[]])[0] for i, row in enumerate(rows)
         ]
@@ -222,18 +270,38 @@ class FeatureTransform:
             status = [with_reason(s, self._not_left_out(h)) for s, h in zip(status, ids_to_exclude, strict=True)]
         else:
             seen = excluded(ids_to_exclude, self._shapes.items)
+        moment = self.moment.types(self._types(rows, histories, stored))
+        status = [
+            with_reason(s, unknown_names(row.unknown_context, self.moment.columns)) if row.unknown_context else s
+            for s, row in zip(status, rows, strict=True)
+        ]
+        moment += self.moment.context([row.user_id for row in rows], [row.context for row in rows])
         live = []
         if self.live is not None:
             live, late = self.live.rows(len(rows)), self.live.status()
             status = [with_reason(s, late) for s in status] if late else status
         if not self._shapes.timed:
-            return [history_BT, seen, *live], status
+            return [history_BT, seen, *moment, *live], status
         time_BT = np.zeros((len(rows), t), np.int64)
         for i, timed in stored.items():
-            if timed is not None and timed[1]:
-                times = timed[1][-t:]
+            if timed is not None and timed[2]:
+                times = timed[2][-t:]
                 time_BT[i, t - len(times) :] = times
-        return [history_BT, seen, time_BT, *live], status
+        for i, row in enumerate(rows):
+            if row.times:
+                time_BT[i, t - len(row.times[-t:]) :] = row.times[-t:]
+        return [history_BT, seen, time_BT, *moment, *live], status
+
+    @staticmethod
+    def _types(
+        rows: Sequence[Row], histories: Sequence[Sequence[str]], stored: Mapping[int, TypedHistory | None]
+    ) -> list[Sequence[str]]:
+        """Types of each row's events, as many as it has events."""
+        types: list[Sequence[str]] = []
+        for i, (row, history) in enumerate(zip(rows, histories, strict=True)):
+            typed = stored.get(i)
+            types.append(row.types if row.types is not None else typed[1] if typed else [""] * len(history))
+        return types
 
     def _not_left_out(self, history_ids: np.ndarray) -> str:
         """What an index may answer although it was seen, as a reason of STATUS; "" where that is nothing."""

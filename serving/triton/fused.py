@@ -76,7 +76,8 @@ class RecommendModel(Stage):
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
-        parsed = [ParsedRequest(i, request) for i, request in enumerate(requests)]
+        columns = self.pipeline.transform.moment.columns
+        parsed = [ParsedRequest(i, request, columns) for i, request in enumerate(requests)]
         batch = Batch(parsed, [None] * len(requests), self.counts)
         rows, began = len(batch.rows), time.monotonic()
         level = self._level(batch, rows)

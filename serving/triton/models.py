@@ -47,7 +47,7 @@ class FeatureTransformModel(Stage):
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
-        parsed = [ParsedRequest(i, request) for i, request in enumerate(requests)]
+        parsed = [ParsedRequest(i, request, self.transform.moment.columns) for i, request in enumerate(requests)]
         inputs, status = self.transform([row for request in parsed for row in request.rows])
         now_ms, responses, start = time.time() * 1000, [], 0
         for request in parsed:

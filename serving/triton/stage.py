@@ -21,6 +21,7 @@ from serving.runtime.stages import Row, parse_row
 from serving.triton import byte_strings
 from serving.triton.graph_model import deadline
 from vivace import contract
+from vivace.context import ContextColumns
 from vivace.store.lmdb_store import LmdbStore
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Stage:
         return self.folder.parent.parent / model / self.folder.name
 
 
+NO_CONTEXT = [(b"",)]
 COLD = f"{contract.STATUS_DEGRADED}popular items"
 
 
@@ -118,9 +120,9 @@ class ParsedRequest:
     ("" if nothing), its deadline (Unix ms); ``options`` and ``understood`` (of each row) are for requests with a query.
     """
 
-    def __init__(self, place: int, request: Any) -> None:
+    def __init__(self, place: int, request: Any, columns: ContextColumns) -> None:
         self.place, self.request, self.deadline = place, request, math.inf
-        self.rows, self.errors = _parse(request)
+        self.rows, self.errors = _parse(request, columns)
         try:
             self.deadline = deadline(request)
         except ValueError as error:
@@ -133,12 +135,16 @@ class ParsedRequest:
         return any(row.query for row in self.rows)
 
 
-def _parse(request: Any) -> tuple[list[Row], list[str]]:
-    columns = (tensor_of(request, t) for t in (contract.USER_ID, contract.QUERY, contract.HISTORY, contract.TOP_K))
+def _parse(request: Any, columns: ContextColumns) -> tuple[list[Row], list[str]]:
+    users, queries, histories, top_ks = (
+        tensor_of(request, t) for t in (contract.USER_ID, contract.QUERY, contract.HISTORY, contract.TOP_K)
+    )
+    sent = pb_utils.get_input_tensor_by_name(request, contract.CONTEXT_OF_REQUEST.name)
+    contexts = NO_CONTEXT * len(users) if sent is None else sent.as_numpy()
     rows, errors = [], []
-    for user, query, history, top_k in zip(*columns, strict=True):
+    for user, query, history, top_k, context in zip(users, queries, histories, top_ks, contexts, strict=True):
         try:
-            rows.append(parse_row(user[0], query[0], history, int(top_k[0])))
+            rows.append(parse_row(user[0], query[0], history, int(top_k[0]), context[0], columns))
             errors.append("")
         except ValueError as error:
             rows.append(Row("", None, 1))

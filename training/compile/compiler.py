@@ -15,7 +15,7 @@ from preprocessing.features import Features
 from preprocessing.requests import record
 from search import published as search
 from serving import repository
-from serving.runtime.item_index import ENCODER
+from serving.runtime.item_index import ENCODER, STATE
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.aoti import without_merlin
 from training.compile.engine import Engine
@@ -28,7 +28,6 @@ from training.compile.onnx_export import (
     export,
     export_checked,
     names_of,
-    shapes,
 )
 from training.compile.publish import model_card, publish
 from training.compile.quantize import OVERLAP, Precision, overlap, reduce_precision
@@ -37,7 +36,7 @@ from training.judge.evaluate import RANKED, Models, rank_validation
 from training.judge.gate import BOUND, Verdict, judge_engine
 from training.models.ranking import RankingGraph, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
-from training.presets import Preset
+from training.presets import Preset, shapes
 from vivace import contract
 from vivace.checks import check_fields
 from vivace.manifest import Progress, Step, replaced
@@ -127,7 +126,7 @@ class Compilation:
         final = run.has(FINAL)
         retriever = load_retrieval(features, preset, run.root, final).cpu()
         ranker = load_ranker(features, preset, run.root, final=final).cpu()
-        tensors = shapes(preset, features.item_count())
+        tensors = shapes(preset, features)
         example = example_requests(features, preset)
         return cls(features, preset, run, config, folder, say, retriever, ranker, tensors, example)
 
@@ -152,13 +151,13 @@ class Compilation:
         self.say("exporting retrieval")
         graph = RetrievalGraph(self.retriever, s.candidates, s.memory, rising=s.rising)
         inputs = contract.retrieval_inputs(s)
-        given, live = self.example[: len(inputs)], self.example[-2:] if s.rising else ()
+        given = self.example[: len(inputs)]
         self.parity[contract.RETRIEVAL] = export_checked(
             contract.RETRIEVAL, graph, inputs, contract.retrieval_outputs(s), given,
             self.exact_folder / "retrieval.onnx",
         )  # fmt: skip
         with torch.no_grad():
-            self.candidates = (self.example[0], *graph(*given), *live)
+            self.candidates = (self.example[0], *graph(*given), *self.example[s.passed_on :])
         self.say("exporting ranking")
         self.parity[contract.RANKING] = export_checked(
             contract.RANKING, RankingGraph(self.ranker, folded=self.folded), contract.ranking_inputs(s),
@@ -191,7 +190,7 @@ class Compilation:
             EncoderGraph(self.retriever, s.memory),
             (self.example[0], *self.example[2:]),
             [name for name in names_of(contract.retrieval_inputs(s)) if name != s.exclude],
-            [contract.ENCODED_HISTORY],
+            [*([STATE] if s.context or s.amounts else []), contract.ENCODED_HISTORY],
             self.folder / ENCODER,
             RETRIEVAL_AXES,
         )
@@ -247,7 +246,7 @@ def _step(features: Features, preset: Preset, run: Run, reference: Run, seed: in
     settings = {
         "opset": OPSET,
         "layout": LAYOUT,
-        "shapes": shapes(preset, features.item_count()),
+        "shapes": shapes(preset, features),
         "profiles": {name: repr(profile) for name, profile in repository.PROFILES.items()},
         **{name: value for name, value in asdict(config).items() if name != "reference"},
     }

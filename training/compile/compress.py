@@ -21,6 +21,7 @@ from training.compile.compiler import CompileConfig, compile_models
 from training.compile.prune import Importance, Target, measure, prune
 from training.compile.quantize import Precision
 from training.data import batches
+from training.data.columns import EventColumns
 from training.data.counters import popularity
 from training.judge.evaluate import evaluate
 from training.judge.gate import BOUND
@@ -104,8 +105,9 @@ def _importance(features: Features, preset: Preset, model: RetrievalModel, seed:
     counts = torch.tensor(popularity(features.files("train"), features.item_count()))
     log_expected = log_expected_counts(counts, config).to(model.bias.device)
     epoch = batches.training_batches(
-        features.files("train"), preset.encoder.history, config.batch_size, seed, 0, timed=preset.encoder.time_bias
-    )
+        features.files("train"), preset.encoder.history, config.batch_size, seed, 0,
+        columns=EventColumns.read_by(model),
+    )  # fmt: skip
     windows = list(itertools.islice(epoch, MEASURED_BATCHES))
     return measure(model, windows, lambda part, batch: retrieval_loss(part, config, log_expected)(batch)[0])
 

@@ -27,18 +27,18 @@ class Engine:
             self.index = IndexedRetrieval(folder, tensors, threads)
         self.retrieval = None if tensors.indexed else open_session(folder / f"{contract.RETRIEVAL}.onnx", threads)
         self.ranking = open_session(folder / f"{contract.RANKING}.onnx", threads)
-        self.rising = tensors.rising
+        self.tensors = tensors
         self.names = [names_of(contract.retrieval_inputs(tensors)), names_of(contract.ranking_inputs(tensors))]
 
     def retrieve(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Outputs of the retrieval stage: candidate ids and scores, the encoded history; then the inputs of the ranking
         stage that come from the feature transform."""
+        given, passed_on = inputs[: len(self.names[0])], inputs[self.tensors.passed_on :]
         if self.index is not None:
-            return self.index(inputs)
+            return [*self.index(given), *passed_on]
         assert self.retrieval is not None
-        given, live = inputs[: len(self.names[0])], inputs[-2:] if self.rising else ()
         candidates: list[np.ndarray] = self.retrieval.run(None, dict(zip(self.names[0], given, strict=True)))
-        return [*candidates, *live]
+        return [*candidates, *passed_on]
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Outputs of the ranking graph: ids best first, values."""

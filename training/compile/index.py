@@ -20,7 +20,7 @@ from serving.runtime.item_index import DISTANCES, POPULAR, PRODUCTS, Groups, Ite
 from training.compile.onnx_export import PARITY_REQUESTS
 from training.data import batches
 from training.judge.gate import GateError
-from training.models.retrieval import RetrievalModel
+from training.models.retrieval import RetrievalModel, read_inputs
 from training.presets import Preset
 from vivace.contract import FIRST_ID, MAX_SEEN, PADDING_ID
 
@@ -33,7 +33,8 @@ NEAR = 1e-5  # relative difference of scores that rounding makes
 
 
 class EncoderGraph(nn.Module):
-    """What is exported as ``encoder.onnx``: history ids (and times, where they are read) to the encoded history."""
+    """What is exported as ``encoder.onnx``: the inputs of retrieval without the exclusions to the encoded history and,
+    where the context is read, before it the state that items are scored against."""
 
     def __init__(self, model: RetrievalModel, memory: int = 0) -> None:
         super().__init__()
@@ -41,9 +42,10 @@ class EncoderGraph(nn.Module):
         with torch.no_grad():
             self.register_buffer("table_VD", model.table().detach().clone())
 
-    def forward(self, history_ids: Tensor, history_times: Tensor | None = None) -> Tensor:
-        encoded: Tensor = self.model.encode(history_ids, self.table_VD, history_times, self.memory)  # type: ignore[arg-type]
-        return encoded
+    def forward(self, history_ids: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        times, types, context, _ = read_inputs(self.model, more)
+        encoded: Tensor = self.model.encode(history_ids, self.table_VD, times, self.memory, types)  # type: ignore[arg-type]
+        return encoded if self.model.context is None else (self.model.state(encoded[:, -1], context), encoded)
 
 
 class Exact:
@@ -160,7 +162,8 @@ def validation_states(features: Features, preset: Preset, model: RetrievalModel,
     heads, parts = [h.name for h in features.schema.heads], list[Tensor]()
     with torch.no_grad():
         for request in batches.requests(features.files("valid"), heads, preset.encoder.history, PARITY_REQUESTS):
-            parts.append(model.encode(request.history_BT, times=request.time_BT)[:, -1])
+            encoded = model.encode(request.history_BT, times=request.time_BT, types=request.type_BT)[:, -1]
+            parts.append(model.state(encoded, request.context))
             if sum(map(len, parts)) >= count:
                 break
     return torch.cat(parts)[:count]

@@ -17,7 +17,7 @@ from preprocessing.features import Features
 from training.compile.parity import difference
 from training.data import batches
 from training.data.live import with_live
-from training.presets import Preset
+from training.presets import Preset, shapes
 from vivace import contract
 from vivace.onnx_session import open_session
 
@@ -27,7 +27,7 @@ EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
 
 # axes that are free beside the batch, by tensor: a server may read less of the history and rank fewer candidates
-RETRIEVAL_AXES = {t: (1, "history") for t in ("HISTORY_IDS", "HISTORY_TIMES")} | {
+RETRIEVAL_AXES = {t: (1, "history") for t in ("HISTORY_IDS", "HISTORY_TIMES", "HISTORY_TYPES")} | {
     contract.ENCODED_HISTORY: (1, "encoded")
 }
 RANKING_AXES = RETRIEVAL_AXES | {
@@ -36,32 +36,24 @@ RANKING_AXES = RETRIEVAL_AXES | {
 }
 
 
-def shapes(preset: Preset, items: int) -> contract.StageTensors:
-    """The tensors between the stages for a preset and a vocabulary."""
-    count = min(preset.ranker.candidates, items - contract.FIRST_ID)
-    e = preset.encoder
-    return contract.StageTensors(
-        e.history, count, items, e.width, e.time_bias, preset.ranker.memory, rising=preset.ranker.rising
-    )
-
-
 def names_of(tensors: Sequence[contract.WireTensor]) -> list[str]:
     return [t.name for t in tensors]
 
 
 def example_requests(features: Features, preset: Preset, count: int = PARITY_REQUESTS) -> tuple[Tensor, ...]:
-    """What the feature transform gives of validation requests, the last one with an empty history: history ids [B, T],
-    exclude [B, V], times [B, T] if the encoder reads them and, with live counters, rising ids [B, M] and features
-    [B, M, F]."""
+    """What the feature transform gives of validation requests, the last one with an empty history: see
+    ``Requests.inputs``."""
     heads = [h.name for h in features.schema.heads]
     files = features.files("valid") or features.files("test")  # short logs have no validation; targets are not read
     requests = batches.requests(files, heads, preset.encoder.history, count)
     part = "valid" if features.files("valid") else "test"
     request = next(iter(with_live(requests, features, part, preset.ranker.rising)))
-    history, times = request.history_BT.clone(), request.time_BT.clone()
-    history[-1] = times[-1] = contract.PADDING_ID
-    exclude = request.exclude(features.item_count(), features.schema.exclude_seen)
-    return (history, exclude, *([times] if preset.encoder.time_bias else []), *request.live)
+    s = shapes(preset, features)
+    inputs = [torch.from_numpy(x.copy()) for x in request.inputs(s, features.schema.exclude_seen)]
+    for tensor, value in zip(contract.retrieval_inputs(s), inputs, strict=False):
+        if tensor.name in (s.history_ids.name, s.history_times.name, s.history_types.name):
+            value[-1] = contract.PADDING_ID
+    return tuple(inputs)
 
 
 def export(

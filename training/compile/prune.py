@@ -134,7 +134,7 @@ def _smaller(model: RetrievalModel, config: EncoderConfig) -> RetrievalModel:
         sizes = tuple(len(category.weight) for category in items.category)  # type: ignore[arg-type]
         words = items.word.num_embeddings if items.word is not None else 1
         attributes = ItemAttributes(items.categories, sizes, items.numbers, items.words, words, items.vectors)
-    return RetrievalModel(config, len(model.bias), model.popularity.clone(), attributes)
+    return RetrievalModel(config, len(model.bias), model.popularity.clone(), attributes, model.columns)
 
 
 def _kept_in_block(

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from preprocessing.features import Features
+from preprocessing.features import REQUEST_GRAPH, Features
 from search import published as search
 from serving import repository
 from serving.runtime.item_index import ENCODER, GROUPS, INDEX, POPULAR
 from training.compile.targets import files as plans
 from vivace import contract
+from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH
 from vivace.live import RECENT, entries, save_recent
 from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
@@ -55,10 +56,14 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
         retrieval = {name: folder / name for name in (ENCODER, INDEX, GROUPS, POPULAR)}
     else:
         retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
+    graphs = [TYPES_GRAPH] if tensors.types else []
+    graphs += [CONTEXT_GRAPH] if tensors.context or tensors.amounts else []
     response = {ITEMS_FILE: folder / ITEMS_FILE, **of_search.pop(contract.RESPONSE, {})}
     return {
         contract.FEATURE_TRANSFORM: {
-            "transform.onnx": features.folder / "transform_request.onnx",
+            "transform.onnx": features.folder / REQUEST_GRAPH,
+            CONTEXT_FILE: features.folder / CONTEXT_FILE,
+            **{name: features.folder / name for name in graphs},
             **({RECENT: folder / RECENT} if tensors.rising else {}),
         },
         contract.RETRIEVAL: retrieval,

@@ -12,8 +12,7 @@ from rich.table import Table
 from training.judge.evaluate import RANKED, RANKS, RETRIEVAL, WITHOUT_TIMES
 from training.metrics import bootstrap, metrics, ndcg_of
 from vivace.manifest import write_json
-from vivace.run import EVALUATION, RANKING, Run
-from vivace.run import RETRIEVAL as RETRIEVAL_STEP
+from vivace.run import EVALUATION, RANKING, RETRIEVAL as RETRIEVAL_STEP, Run
 
 METHODS = (RETRIEVAL, RANKED, RETRIEVAL + WITHOUT_TIMES, RANKED + WITHOUT_TIMES)
 

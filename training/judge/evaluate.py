@@ -33,9 +33,7 @@ from training.presets import Preset
 from training.scoring import SCORED, behind_rising, candidates
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.manifest import Progress, Step, write_json
-from vivace.run import CONTROL as CONTROL_STEP
-from vivace.run import FEATURES, FINAL, RANKING, Run
-from vivace.run import RETRIEVAL as RETRIEVAL_STEP
+from vivace.run import CONTROL as CONTROL_STEP, FEATURES, FINAL, RANKING, RETRIEVAL as RETRIEVAL_STEP, Run
 
 RANKS = "ranks.npz"  # rank of every test request's target by method
 VALIDATION_RANKS = "validation_ranks.npz"  # the same of the validation requests, of the models alone
@@ -136,9 +134,9 @@ class Models:
         """Logits float32 [B, N, heads] of a ranker for the candidates."""
         history_BT = request.history_BT.to(proposed.ids_BN.device)
         with torch.no_grad():
-            live = (x.to(history_BT.device) for x in request.live)
+            more = (x.to(history_BT.device) for x in request.read_by(self.retriever))
             logits: Tensor = self.rankers[name](
-                history_BT, proposed.ids_BN, proposed.scores_BN, proposed.encoded_BMD, *live
+                history_BT, proposed.ids_BN, proposed.scores_BN, proposed.encoded_BMD, *more
             )
         return logits
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.models.context import Context
 from training.models.retrieval import RetrievalModel
 from vivace.checks import check_fields, check_minimum, check_positive
 from vivace.contract import FIRST_ID
@@ -67,11 +68,16 @@ class Teacher:
         with torch.no_grad():
             self.table = model.table()
 
-    def loss(self, states_PD: Tensor, table_VD: Tensor, bias_V: Tensor, inputs_BT: Tensor, keep_BT: Tensor) -> Tensor:
-        """What the student's states at the kept positions of ``inputs_BT`` add to its loss."""
+    def loss(
+        self, states_PD: Tensor, table_VD: Tensor, bias_V: Tensor, inputs_BT: Tensor, keep_BT: Tensor,
+        types_BT: Tensor | None = None, context: Context | None = None,
+    ) -> Tensor:  # fmt: skip
+        """What the student's states at the kept positions of ``inputs_BT``, events of ``types_BT``, add to its loss.
+        ``context``: of the kept positions."""
         config = self.config
         with torch.no_grad():
-            teacher_PE = self.model.encode(inputs_BT, self.table)[keep_BT]
+            encoded = self.model.encode(inputs_BT, self.table, types=types_BT)[keep_BT]
+            teacher_PE = self.model.state(encoded, context)
             chosen = torch.randperm(len(teacher_PE), device=teacher_PE.device)[: config.positions]
             teacher_SE = teacher_PE[chosen]
             scores_SV = F.linear(teacher_SE, self.table, self.model.bias)

@@ -20,6 +20,7 @@ import torch
 from preprocessing.features import Features
 from preprocessing.sequences import WHOLE
 from training.checkpoints import WEIGHTS, build_ranker, device, load_ranker, load_retrieval
+from training.data.columns import EventColumns
 from training.data.counters import popularity
 from training.distributed import ALONE
 from training.learn.loop import Loop, LoopConfig
@@ -52,7 +53,8 @@ def _fit_retriever(
 ) -> dict[str, Any]:
     """Goes on with the judged ``model`` for ``epochs`` over all events; the loop's report."""
     training = preset.retrieval
-    of_epoch, steps = training_windows(features.files(WHOLE), preset, step.seed, ALONE)
+    columns = EventColumns.read_by(model)
+    of_epoch, steps = training_windows(features.files(WHOLE), preset, step.seed, ALONE, columns)
     model.popularity.copy_(torch.tensor(counts))
     model.remembers = False
     loop = Loop(

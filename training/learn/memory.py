@@ -73,10 +73,10 @@ def fit_memory(model: RetrievalModel, features: Features, seed: int, held_out: f
             known_B &= torch.from_numpy(~held_out_users(request, held_out, seed))
             if not known_B.any():
                 continue
-            history_BT, known_B = request.history_BT.to(where), known_B.to(where)
+            on, known_B = request.to(where), known_B.to(where)
             with torch.no_grad():
-                encoded = model.encode(history_BT, table, request.time_BT.to(where), 1)
-            scores_BV = model.scores(history_BT, encoded, exclude_BV.to(where), table)
+                encoded = model.encode(on.history_BT, table, on.time_BT, 1, on.type_BT)
+            scores_BV = model.scores(on.history_BT, encoded, exclude_BV.to(where), table, on.context)
             loss = F.cross_entropy(scores_BV[known_B], target_B.to(where)[known_B])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

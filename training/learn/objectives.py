@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data.batches import ids_and_times
+from training.data.columns import EventColumns
 from training.learn.distill import Teacher
 from training.losses import full_softmax, gbce, sampled_softmax
 from training.models.retrieval import MASKED, RetrievalModel
@@ -57,26 +57,33 @@ def item_loss(
 def retrieval_loss(
     model: RetrievalModel, config: RetrievalTraining, log_expected_V: Tensor, teacher: Teacher | None = None
 ) -> Callable[..., Any]:
-    """Loss of a batch of windows int64 [B, T + 1] or, with times, [B, T + 1, 2]: (mean, number of its terms)."""
-    of_items = item_loss(model, config, log_expected_V)
+    """Loss of a batch of windows of the columns that the model reads, int64 [B, T + 1] or [B, T + 1, W]: (mean, number
+    of its terms)."""
+    of_items, columns = item_loss(model, config, log_expected_V), EventColumns.read_by(model)
 
     def next_item(batch: Tensor) -> tuple[Tensor, Tensor]:
-        (window, times), table = ids_and_times(batch.to(model.bias.device)), model.table()
-        inputs, targets = window[:, :-1], window[:, 1:]
-        input_times = None if times is None else times[:, :-1]
+        events, table = columns.read(batch.to(model.bias.device)), model.table()
+        inputs, targets = events.ids[:, :-1], events.ids[:, 1:]
+        of_inputs = [None if x is None else x[:, :-1] for x in (events.times, events.types)]
         keep = (inputs != PADDING_ID) & (targets >= FIRST_ID)
+        ids, amounts = (None if x is None else x[:, 1:][keep] for x in events.context)  # of the moments asked about
 
         def at(moved: Tensor) -> Tensor:
-            states = model.encode(inputs, moved, input_times)[keep].float()
+            encoded = model.encode(inputs, moved, of_inputs[0], types=of_inputs[1])[keep]
+            states = model.state(encoded, (ids, amounts)).float()
             loss = of_items(states, targets[keep], moved)
-            return loss if teacher is None else loss + teacher.loss(states, moved, model.bias, inputs, keep)
+            if teacher is None:
+                return loss
+            of_teacher = (states, moved, model.bias, inputs, keep, of_inputs[1], (ids, amounts))
+            return loss + teacher.loss(*of_teacher)
 
         if not config.adversarial:
             return at(table), keep.sum()
         return adversarial(at, table, config.adversarial, config.adversarial_weight), keep.sum()
 
     def masked_item(batch: Tensor) -> tuple[Tensor, Tensor]:
-        (window, times), table = ids_and_times(batch.to(model.bias.device)), model.table()
+        window, times, _, _ = columns.read(batch.to(model.bias.device))
+        table = model.table()
         hidden = hide(window, config.mask_share)
         encoded = model.encode_masked(window, hidden, table, times)[hidden]
         return of_items(encoded.float(), window[hidden], table), hidden.sum()

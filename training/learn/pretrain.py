@@ -18,6 +18,7 @@ from torch import Tensor
 from preprocessing.features import Features
 from training.checkpoints import finish_training, keep_only_own_checkpoint
 from training.data.batches import pad_left, training_batches
+from training.data.columns import TIMED
 from training.data.counters import popularity
 from training.data.probes import hold_back
 from training.learn.loop import Loop, LoopConfig
@@ -187,7 +188,7 @@ def pretrain(
     history = preset.encoder.history
     model = new_retriever(features, preset, popularity(features.files("train"), features.item_count()))
     files, probes = hold_back(features.files("train"), step.folder / "parts", preset.retrieval.probe_users, seed)
-    steps = sum(1 for _ in training_batches(files, history, config.batch_size, seed, 0, timed=True))
+    steps = sum(1 for _ in training_batches(files, history, config.batch_size, seed, 0, columns=TIMED))
     of_window = objective(model, config)
 
     def metric() -> dict[str, float]:
@@ -203,7 +204,7 @@ def pretrain(
         LoopConfig(epochs=config.epochs, steps_per_epoch=steps, learning_rate=config.learning_rate, seed=seed),
         step.folder,
         "pretraining",
-        lambda epoch: training_batches(files, history, config.batch_size, seed, epoch, timed=True),
+        lambda epoch: training_batches(files, history, config.batch_size, seed, epoch, columns=TIMED),
         of_window,
         metric,
         quiet,

@@ -52,8 +52,7 @@ class RankerBatch(NamedTuple):
     rank_B: Tensor  # of the target, before the ranker
     target_B: Tensor
     number_B: Tensor  # of the request
-    rising_BM: Tensor | None = None
-    live_BMF: Tensor | None = None
+    more: tuple[Tensor, ...]  # what the ranker reads of the moment and of live counters
 
     @property
     def there(self) -> Tensor:
@@ -63,8 +62,7 @@ class RankerBatch(NamedTuple):
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What the model reads."""
-        live = () if self.rising_BM is None or self.live_BMF is None else (self.rising_BM, self.live_BMF)
-        return self.history_BT, self.candidates_BN, self.scores_BN, self.encoded_BTD, *live
+        return self.history_BT, self.candidates_BN, self.scores_BN, self.encoded_BTD, *self.more
 
 
 class RankerData:
@@ -131,10 +129,12 @@ class RankerData:
             labels = torch.stack([request.labels[h] for h in self.heads], 1).to(ids.device)
             history, number = request.history_BT.to(ids.device), request.number_B.to(ids.device)
             if keep.any():
-                live = (x.to(ids.device) for x in request.live)
+                more = tuple(x.to(ids.device)[keep] for x in request.read_by(self.retriever))
                 before = behind_rising(rank, request)
-                parts = (history, ids, scores, encoded, hit, labels, before, target, number, *live)
-                yield RankerBatch(*(x[keep] for x in parts))
+                yield RankerBatch(
+                    history[keep], ids[keep], scores[keep], encoded[keep], hit[keep], labels[keep], before[keep],
+                    target[keep], number[keep], more,
+                )  # fmt: skip
 
 
 def without_padding(logits_BN: Tensor, there_BN: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from preprocessing.features import Features
 from training.checkpoints import device, finish_training, keep_only_own_checkpoint
 from training.data import batches
+from training.data.columns import EventColumns
 from training.data.counters import popularity
 from training.data.probes import hold_back
 from training.distributed import ALONE, World, whole
@@ -40,9 +41,10 @@ from vivace.run import TEXT, Run
 
 
 def _probe_metric(
-    model: RetrievalModel, probes: list[np.ndarray], exclude_seen: bool
+    model: RetrievalModel, probes: list[np.ndarray], columns: EventColumns, exclude_seen: bool
 ) -> Callable[[], dict[str, float]]:
-    """Log loss and NDCG@10 of the events that were held back."""
+    """Log loss and NDCG@10 of the events that were held back, the last of each of ``probes``."""
+    of_history = replace(columns, context=(), amounts=())
 
     def metric() -> dict[str, float]:
         ranks, losses = [], []
@@ -50,7 +52,11 @@ def _probe_metric(
             for start in range(0, len(probes), SCORED):
                 part = probes[start : start + SCORED]
                 targets = torch.tensor([int(p[-1, 0]) for p in part])
-                request = batches.of_sequences([p[:-1] for p in part], model.config.history, targets, {}, start)
+                context = columns.read(torch.from_numpy(np.stack([p[-1] for p in part]))).context
+                histories = [p[:-1, : of_history.width] for p in part]
+                request = batches.of_sequences(
+                    histories, model.config.history, targets, {}, start, columns=of_history, context=context
+                )
                 rank, scores, _ = scored(model, request, exclude_seen)
                 ranks.append(rank)
                 losses.append(F.cross_entropy(scores, request.target_B.to(scores.device), reduction="none"))
@@ -98,7 +104,7 @@ def _step(
 
 
 def training_windows(
-    files: list[Path], preset: Preset, seed: int, world: World
+    files: list[Path], preset: Preset, seed: int, world: World, columns: EventColumns
 ) -> tuple[Callable[[int], Iterator[Tensor]], int]:
     """(batches of an epoch for this process, steps of an epoch: as many as every process has). Raises ValueError
     where there is no step to take."""
@@ -107,7 +113,7 @@ def training_windows(
     def of_epoch(epoch: int) -> Iterator[Tensor]:
         return batches.training_batches(
             files, preset.encoder.history, training.batch_size, seed, epoch, training.random_offset, world,
-            training.shard_reading, preset.encoder.time_bias,
+            training.shard_reading, columns,
         )  # fmt: skip
 
     steps = world.smallest(sum(1 for _ in of_epoch(0)))
@@ -147,7 +153,7 @@ def _finished_model(
     if loop.loss.sharded:
         state = whole(model.state_dict())
         attributes = item_attributes(features, preset.encoder)
-        model = RetrievalModel(preset.encoder, len(counts), torch.tensor(counts), attributes)
+        model = RetrievalModel(preset.encoder, len(counts), torch.tensor(counts), attributes, features.context)
         model.load_state_dict(state)
     merge(model)
     release(model)
@@ -195,7 +201,7 @@ def train_retrieval(
     parts = step.folder / "parts" / str(world.local_rank)
     files, probes = hold_back(features.files("train"), parts, training.probe_users, seed)
     world.barrier()  # nobody takes up a checkpoint that another one is about to remove
-    of_epoch, steps = training_windows(files, preset, seed, world)
+    of_epoch, steps = training_windows(files, preset, seed, world, EventColumns.read_by(model))
     log_expected_V = log_expected_counts(torch.tensor(counts), training).to(device())
     loop = Loop(
         model,
@@ -208,7 +214,7 @@ def train_retrieval(
         "retrieval",
         of_epoch,
         retrieval_loss(model, training, log_expected_V, teacher),
-        _probe_metric(model, probes, features.schema.exclude_seen),
+        _probe_metric(model, probes, EventColumns.of_files(files), features.schema.exclude_seen),
         quiet,
         world,
         on_epoch,

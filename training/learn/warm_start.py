@@ -24,7 +24,8 @@ RARE_SHARE = 0.25  # the least frequent quarter of the items counts as rare
 def new_retriever(features: Features, preset: Preset, counts: np.ndarray) -> RetrievalModel:
     """An untrained retriever of a prepared data set; ``counts``: training events of each item id [V]."""
     attributes = item_attributes(features, preset.encoder)
-    model = RetrievalModel(preset.encoder, len(counts), torch.tensor(counts), attributes).to(device())
+    model = RetrievalModel(preset.encoder, len(counts), torch.tensor(counts), attributes, features.context)
+    model.to(device())
     if preset.retrieval.start == "cooccurrence":
         start_from_counts(model, features.files("train"), counts)
     return model

@@ -51,13 +51,13 @@ def mixture(
     return expert  # type: ignore[no-any-return]
 
 
-class _Names(nn.Module):
+class Names(nn.Module):
     """Modules under the names that Merlin's containers give them."""
 
     def __init__(self, path: str, children: Mapping[str, nn.Module]) -> None:
         super().__init__()
         first, _, rest = path.partition(".")
-        for name, child in ({first: _Names(rest, children)} if first else children).items():
+        for name, child in ({first: Names(rest, children)} if first else children).items():
             self.add_module(name, child)
 
 
@@ -67,7 +67,7 @@ class PlainLayer(nn.Module):
     def __init__(self, width: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.linear = [nn.LazyLinear(width)]  # in a list: its weights are named below
-        self.add_module("values", _Names("1", {"to_wrap": self.linear[0]}))
+        self.add_module("values", Names("1", {"to_wrap": self.linear[0]}))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,12 +107,12 @@ class PlainMMoE(nn.Module):
         super().__init__()
         self.experts = (_layers(experts, width, dropout),)  # in tuples: named below
         self.gates = ({name: nn.LazyLinear(experts) for name in names},)
-        gates = {name: _Names("values.0.values.0", {"to_wrap": gate}) for name, gate in self.gates[0].items()}
+        gates = {name: Names("values.0.values.0", {"to_wrap": gate}) for name, gate in self.gates[0].items()}
         children = {
-            "0": _Names("values.0.branches", _branches(self.experts[0])),
-            "1": _Names("branches", gates),
+            "0": Names("values.0.branches", _branches(self.experts[0])),
+            "1": Names("branches", gates),
         }
-        self.add_module("values", _Names("", children))
+        self.add_module("values", Names("", children))
 
     def forward(self, x_PF: Tensor) -> dict[str, Tensor]:
         experts_PEW = _stacked(self.experts[0], x_PF)
@@ -129,17 +129,17 @@ class _PlainCGC(nn.Module):
         self.gates = ({name: nn.LazyLinear(experts + 1) for name in names},)
         self.common = (nn.LazyLinear(experts) if common else None,)
         branches = {
-            name: _Names("", {
-                "values": _Names("0.values.0.values.0", {"to_wrap": self.gates[0][name]}),
-                "task_experts": _Names("branches", {"0": self.task[0][name]}),
+            name: Names("", {
+                "values": Names("0.values.0.values.0", {"to_wrap": self.gates[0][name]}),
+                "task_experts": Names("branches", {"0": self.task[0][name]}),
             })
             for name in names
         }  # fmt: skip
         if self.common[0] is not None:
-            branches["experts"] = _Names("values.0.values.0.values.0", {"to_wrap": self.common[0]})
+            branches["experts"] = Names("values.0.values.0.values.0", {"to_wrap": self.common[0]})
         self.named = {
-            "0": _Names("values.0.branches", _branches(self.experts[0])),
-            "1": _Names("branches", branches),
+            "0": Names("values.0.branches", _branches(self.experts[0])),
+            "1": Names("branches", branches),
         }
 
     def materialise(self, x_PF: Tensor) -> None:
@@ -159,8 +159,8 @@ class PlainPLE(nn.Module):
     def __init__(self, experts: int, width: int, dropout: float, names: Sequence[str]) -> None:
         super().__init__()
         self.layers = tuple(_PlainCGC(experts, width, dropout, names, common) for common in (True, False))
-        named = {str(number): _Names("values", layer.named) for number, layer in enumerate(self.layers)}
-        self.add_module("values", _Names("", named))
+        named = {str(number): Names("values", layer.named) for number, layer in enumerate(self.layers)}
+        self.add_module("values", Names("", named))
 
     def forward(self, x_PF: Tensor) -> dict[str, Tensor]:
         first, second = self.layers

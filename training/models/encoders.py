@@ -47,6 +47,12 @@ class EncoderConfig:
     it."""
     time_bias: bool = False
     """A learned bias by log-bucketed seconds between two events (Zhai et al. 2024), for attention families."""
+    types: bool = True
+    """The types of the history's events, such as view and buy, join their items, where a log has more than one. Not for
+    bert4rec."""
+    context: bool = True
+    """The context of a request, such as device, hour and the user's attributes, joins the user's state and the ranker's
+    features, where a log has any. Not for bert4rec."""
     attributes: bool = False
     """Categorical and continuous attributes of an item join its embedding."""
     text_tokens: int = 0

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.models import blocks
+from training.models.context import CONTEXT_WIDTH, Context, ContextTower, moment_of
 from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
@@ -121,6 +122,14 @@ class RankingModel(nn.Module):
         attributes = 8 * len(tables.category_sizes) + tables.numbers.shape[1]
         self.own = nn.Linear(d + attributes, d)  # the candidate as the attention sees it; named so in saved weights
         self.key, self.value = nn.Linear(2 * d, d), nn.Linear(2 * d, d)
+        self.types = retriever.types
+        self.type_embedding = (
+            nn.Embedding(self.types, 2 * d) if self.types else None
+        )  # what a type adds to keys and values
+        columns = retriever.read_context
+        self.columns = columns
+        self.context = ContextTower(columns, CONTEXT_WIDTH) if columns.names else None
+        self.of_context = nn.Linear(CONTEXT_WIDTH, d) if columns.names else None
         self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         counters = 5 + 2 * config.lags + LIVE_FEATURES * bool(config.rising)
@@ -137,8 +146,10 @@ class RankingModel(nn.Module):
         for i, linear in enumerate(linears):
             nn.init.zeros_(linear.weight)
             nn.init.constant_(linear.bias, -4.5 if i else 0.0)  # about one positive among the candidates
+        if self.type_embedding is not None:
+            nn.init.zeros_(self.type_embedding.weight)
         with torch.no_grad():  # the mixture's layers take their input width from the first batch
-            self._heads(torch.zeros(2, 3 * d + 32))
+            self._heads(torch.zeros(2, 3 * d + 32 + (d + CONTEXT_WIDTH) * bool(columns.names)))
 
     # -- parts ---------------------------------------------------------------------------------------
     def counters(
@@ -181,12 +192,19 @@ class RankingModel(nn.Module):
         parts = [self.item(ids), *(e(self.categories[ids][..., i]) for i, e in enumerate(self.attribute))]
         return torch.cat([*parts, self.numbers[ids]], dim=-1)
 
-    def keys_and_values(self, encoded_BTD: Tensor, history_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """What the attention reads of each event, float32 [B, T, D] twice, of its encoding and its item."""
+    def keys_and_values(
+        self, encoded_BTD: Tensor, history_BT: Tensor, types_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the attention reads of each event, float32 [B, T, D] twice, of its encoding, its item and its type."""
         if self.folded is not None:
-            return self.folded.keys_and_values(encoded_BTD, history_BT)
-        memory = torch.cat([encoded_BTD, self.item(history_BT)], dim=2)
-        return self.key(memory), self.value(memory)
+            key, value = self.folded.keys_and_values(encoded_BTD, history_BT)
+        else:
+            memory = torch.cat([encoded_BTD, self.item(history_BT)], dim=2)
+            key, value = self.key(memory), self.value(memory)
+        if self.type_embedding is None or types_BT is None:
+            return key, value
+        of_key, of_value = self.type_embedding(types_BT).split(self.width, -1)
+        return key + of_key, value + of_value
 
     def candidate_parts(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All that depends on a candidate alone: its own vector, its query and its embedding float32 [..., D], its
@@ -197,11 +215,14 @@ class RankingModel(nn.Module):
         vector = dropout(vector, self.config.dropout, self.training)
         return vector, self.query(vector), self.item(ids), self.popularity[ids], self._category(ids)
 
-    def attend(self, candidate_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
+    def attend(
+        self, candidate_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor,
+        types_BT: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """What each candidate finds in the encoded part of the history, float32 [B, N, D]."""
         n, d, t, h = candidate_BND.shape[1], self.width, encoded_BTD.shape[1], self.config.heads
         history_BT = history_BT[:, -t:]
-        key, value = self.keys_and_values(encoded_BTD, history_BT)
+        key, value = self.keys_and_values(encoded_BTD, history_BT, None if types_BT is None else types_BT[:, -t:])
         q = query_BND.view(-1, n, h, d // h).transpose(1, 2)
         k = key.view(-1, t, h, d // h).transpose(1, 2)
         v = value.view(-1, t, h, d // h).transpose(1, 2)
@@ -213,22 +234,33 @@ class RankingModel(nn.Module):
         mixed = self.towers(self.experts(x_PF))  # one tensor for all towers, or one each
         return {h: self.score[h](mixed[h]) for h in self.head_names}
 
+    def context_parts(self, context: Context, candidate_BND: Tensor) -> list[Tensor]:
+        """What the context says, alone and of each candidate: float32 [B, N, W] and [B, N, D]; none without one."""
+        if self.context is None or self.of_context is None:
+            return []
+        ids, amounts = context
+        b = candidate_BND.shape[0]
+        ids = candidate_BND.new_zeros(b, 0, dtype=torch.long) if ids is None else ids
+        vector_BW = self.context(ids, candidate_BND.new_zeros(b, 0) if amounts is None else amounts)
+        alone = vector_BW[:, None, :] + torch.zeros_like(candidate_BND[:, :, :1])
+        return [alone, self.of_context(vector_BW)[:, None, :] * candidate_BND]
+
     def forward(
-        self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor,
-        rising_BM: Tensor | None = None, live_BMF: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Logits float32 [B, N, heads]. The last two arguments, of a ranker with live counters: ids of the rising items
-        and what the counters say of each."""
+        self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor, *more: Tensor
+    ) -> Tensor:
+        """Logits float32 [B, N, heads]. The inputs are those of ``contract.ranking_inputs``."""
         n, f = candidates_BN.shape[1], len(self.head_names)  # without int(): free axes of the exported graph
+        types_BT, context, live = moment_of(self.types, self.columns, more)
         candidate, query, item, popularity, category = self.candidate_parts(candidates_BN)
-        attended = self.attend(candidate, query, history_BT, encoded_BTD)
+        attended = self.attend(candidate, query, history_BT, encoded_BTD, types_BT)
         counted = self.counters(history_BT, candidates_BN, scores_BN, popularity, category)
         if self.live is not None:
-            live_BNF = self.live(candidates_BN, rising_BM, live_BMF)
+            live_BNF = self.live(candidates_BN, *live)
             counted = torch.cat([counted, live_BNF], 2)
         features = self.counter(counted)
         user = encoded_BTD[:, -1:, :] * item
-        x = torch.cat([attended, candidate, user, features], dim=2).flatten(0, 1)
+        parts = [attended, candidate, user, features, *self.context_parts(context, candidate)]
+        x = torch.cat(parts, dim=2).flatten(0, 1)
         heads = self._heads(x)
         logits = torch.cat([heads[h] for h in self.head_names], dim=1).view(-1, n, f)
         residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)
@@ -325,10 +357,10 @@ class RankingGraph(nn.Module):
 
     def forward(
         self, history_ids: Tensor, candidate_ids: Tensor, candidate_scores: Tensor, encoded_history: Tensor,
-        rising_ids: Tensor | None = None, rising_features: Tensor | None = None,
+        *more: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        live = [x for x in (rising_ids, rising_features) if x is not None]
-        logits = self.model(history_ids, candidate_ids, candidate_scores, encoded_history, *live)
+        logits = self.model(history_ids, candidate_ids, candidate_scores, encoded_history, *more)
+        live = more[-2:] if self.model.config.rising else ()
         empty_B1 = (history_ids < FIRST_ID).all(dim=1, keepdim=True)
         if live:  # of a cold user, what is clicked most now comes before what was popular in training
             place = torch.arange(candidate_ids.shape[1], 0, -1, device=logits.device, dtype=logits.dtype)

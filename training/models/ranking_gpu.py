@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.models.context import Context, moment_of
 from training.models.encoders import mask_value
 from training.models.ranking import RankingGraph, RankingModel
 from training.models.retrieval import EXCLUDED
@@ -67,7 +68,8 @@ class GpuRanking(nn.Module):
         self.register_buffer("retrieval_scale", model.retrieval_scale.detach().clone())
         self.key_value = merged([model.key, model.value])
         self.out, self.norm_out = model.out, model.norm_out
-        self.counter = model.counter
+        self.counter, self.of_context, self.context = model.counter, model.of_context, model.context
+        self.types, self.columns, self.type_embedding = model.types, model.columns, model.type_embedding
         if folded:
             vector, query, item, *_ = model.candidate_parts(items)
             self.register_buffer("candidate_VF", torch.cat([vector, query, item], 1).to(dtype))
@@ -150,11 +152,16 @@ class GpuRanking(nn.Module):
         both: Tensor = self.key_value(torch.cat([encoded_BTD, item], 2))
         return both
 
-    def _attend(self, vector_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor) -> Tensor:
+    def _attend(
+        self, vector_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor, types_BT: Tensor | None
+    ) -> Tensor:
         n, d, t, h = vector_BND.shape[1], self.width, encoded_BTD.shape[1], self.config.heads
         history_BT = history_BT[:, -t:]
         q = query_BND.view(-1, n, h, d // h).transpose(1, 2)
-        key_value = self._key_value(encoded_BTD, history_BT).view(-1, t, 2, h, d // h)
+        flat = self._key_value(encoded_BTD, history_BT)
+        if self.type_embedding is not None and types_BT is not None:
+            flat = flat + self.type_embedding(types_BT[:, -t:])
+        key_value = flat.view(-1, t, 2, h, d // h)
         k, v = key_value[:, :, 0].transpose(1, 2), key_value[:, :, 1].transpose(1, 2)
         mask = (history_BT == PADDING_ID)[:, None, None, :].to(q.dtype) * mask_value(q.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
@@ -170,13 +177,29 @@ class GpuRanking(nn.Module):
         scores: Tensor = self.score(F.gelu(self.tower(mixed_PHW.flatten(1))))
         return scores
 
-    def forward(self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor) -> Tensor:
+    def _context(self, context: Context, vector_BND: Tensor) -> list[Tensor]:
+        """See ``RankingModel.context_parts``."""
+        if self.context is None or self.of_context is None:
+            return []
+        ids, amounts = context
+        b = vector_BND.shape[0]
+        ids = vector_BND.new_zeros(b, 0, dtype=torch.long) if ids is None else ids
+        amounts = vector_BND.new_zeros(b, 0) if amounts is None else amounts.to(self.dtype)
+        vector_BW = self.context(ids, amounts)
+        alone = vector_BW[:, None, :].expand(-1, vector_BND.shape[1], -1)
+        return [alone, self.of_context(vector_BW)[:, None, :] * vector_BND]
+
+    def forward(
+        self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor, *more: Tensor
+    ) -> Tensor:
         """Logits float32 [B, N, heads]: see ``RankingModel``."""
+        types_BT, context, _ = moment_of(self.types, self.columns, more)
         scores_BN, encoded_BTD = scores_BN.float(), encoded_BTD.to(self.dtype)
         vector, query, item = self._candidates(candidates_BN)
-        attended = self._attend(vector, query, history_BT, encoded_BTD)
+        attended = self._attend(vector, query, history_BT, encoded_BTD, types_BT)
         features = self.counter(self.counters(history_BT, candidates_BN, scores_BN).to(self.dtype))
-        x_PF = torch.cat([attended, vector, encoded_BTD[:, -1:] * item, features], 2).flatten(0, 1)
+        parts = [attended, vector, encoded_BTD[:, -1:] * item, features, *self._context(context, vector)]
+        x_PF = torch.cat(parts, 2).flatten(0, 1)
         logits = self._heads(x_PF).float().view(*candidates_BN.shape, -1)
         residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)
         return torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], 2)

@@ -7,17 +7,21 @@ Axis legend: B requests, T history events, V item ids, D width, N candidates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.models.context import CONTEXT_WIDTH, Context, ContextTower, moment_of
 from training.models.encoders import MASKED, Adapter, EncoderConfig, build_encoder, dropout
 from training.models.int8_table import Int8Table
 from training.models.item_table import ItemAttributes, ItemTable
 from training.models.session_memory import SessionMemory
-from vivace.contract import FIRST_ID, PADDING_ID
+from vivace.context import ContextColumns
+from vivace.contract import FIRST_ID, NULL_ID, PADDING_ID
 
-__all__ = ["EXCLUDED", "MASKED", "EncoderConfig", "RetrievalGraph", "RetrievalModel", "propose"]
+__all__ = ["EXCLUDED", "MASKED", "Context", "EncoderConfig", "RetrievalGraph", "RetrievalModel", "propose"]
 
 EXCLUDED = -1e30
 
@@ -30,12 +34,18 @@ class RetrievalModel(nn.Module):
         items: V, the number of item ids including the special ids 0..2.
         popularity: float [V], events of each item in the training data; orders the answer to an empty history.
         attributes: what the catalogue says of the items, where ``config`` asks for it.
+        columns: event types and context of the data set, which ``config`` may leave unread.
     """
 
     popularity: Tensor
 
     def __init__(
-        self, config: EncoderConfig, items: int, popularity: Tensor, attributes: ItemAttributes | None = None
+        self,
+        config: EncoderConfig,
+        items: int,
+        popularity: Tensor,
+        attributes: ItemAttributes | None = None,
+        columns: ContextColumns | None = None,
     ) -> None:
         super().__init__()
         if popularity.shape != (items,):
@@ -48,6 +58,12 @@ class RetrievalModel(nn.Module):
         self.position = None if recurrent else nn.Embedding(length, config.width)  # the last row is the newest event's
         self.encoder = build_encoder(config, length)
         self.norm = nn.LayerNorm(config.width)
+        self.columns = ContextColumns() if columns is None or self.masked else columns
+        self.types = self.columns.types if config.types else 0
+        self.type_embedding = nn.Embedding(self.types, config.width) if self.types else None
+        reads = config.context and bool(self.columns.names)
+        self.context = ContextTower(self.columns, CONTEXT_WIDTH) if reads else None
+        self.of_context = nn.Linear(CONTEXT_WIDTH, config.width) if reads else None
         self.bias = nn.Parameter(torch.zeros(items))
         self.register_buffer("popularity", popularity.float())
         for module in self.modules():
@@ -58,6 +74,10 @@ class RetrievalModel(nn.Module):
                 module.reset()
         with torch.no_grad():
             self.items.id.weight[PADDING_ID].zero_()
+            if self.type_embedding is not None:
+                self.type_embedding.weight.zero_()
+            if self.of_context is not None:
+                self.of_context.weight.zero_()
         self.memory = SessionMemory(items, config.neighbours, config.history) if config.neighbours else None
         self.remembers = True  # False while the encoder is trained: the memory's table holds the targets of training
         self.mask_token = nn.Parameter(torch.zeros(config.width).normal_(std=0.02)) if self.masked else None
@@ -66,6 +86,23 @@ class RetrievalModel(nn.Module):
         """Embeddings of all items float32 [V, D]; training asks once a step, an exported graph holds them."""
         table: Tensor = self.items()
         return table
+
+    @property
+    def read_context(self) -> ContextColumns:
+        """The context's columns that the model reads."""
+        return self.columns if self.context is not None else ContextColumns()
+
+    def state(self, encoded: Tensor, context: Context | None = None) -> Tensor:
+        """The user's state [..., D] that items are scored against, of an encoding [..., D] and the context [..., C] and
+        [..., F] of the request; all of it null where there is none."""
+        if self.context is None or self.of_context is None:
+            return encoded
+        ids, amounts = context or (None, None)
+        if ids is None:
+            ids = torch.full((*encoded.shape[:-1], len(self.columns.sizes)), NULL_ID, device=encoded.device)
+        if amounts is None:
+            amounts = encoded.new_zeros(*encoded.shape[:-1], len(self.columns.continuous))
+        return encoded + self.of_context(self.context(ids, amounts.to(encoded.dtype)))
 
     def _run(self, x_BTD: Tensor, known_BT: Tensor, times: Tensor | None, newest: int = 0) -> Tensor:
         if self.position is not None:
@@ -78,9 +115,10 @@ class RetrievalModel(nn.Module):
         h = self.norm(self.encoder(x_BTD, known_BT, times, newest))
         return h * known_BT[:, -newest:, None].to(x_BTD.dtype)
 
-    def _embedded(self, history_BT: Tensor, table: Tensor | Int8Table) -> Tensor:
+    def _embedded(self, history_BT: Tensor, table: Tensor | Int8Table, types: Tensor | None = None) -> Tensor:
         rows = table(history_BT) if isinstance(table, Int8Table) else F.embedding(history_BT, table)
-        return rows * self.config.width**0.5
+        x_BTD = rows * self.config.width**0.5
+        return x_BTD if self.type_embedding is None or types is None else x_BTD + self.type_embedding(types)
 
     def encode(
         self,
@@ -88,15 +126,17 @@ class RetrievalModel(nn.Module):
         table_VD: Tensor | Int8Table | None = None,
         times: Tensor | None = None,
         newest: int = 0,
+        types: Tensor | None = None,
     ) -> Tensor:
         """Encoded history float32 [B, T, D] of ids int64 [B, T], padded on the left; T <= config.history. ``times`` in
         ms, int64 [B, T], 0 where unknown: read by a configuration with ``time_bias``. ``newest``: only the last so many
-        rows are worked out, [B, newest, D] (0: all).
+        rows are worked out, [B, newest, D] (0: all). ``types``: ids of the events' types int64 [B, T], None where they
+        are not known.
 
         The newest row is the user's state, which is scored against the items; rows of padding are zero."""
         table_VD = self.table() if table_VD is None else table_VD
         known_BT = history_BT != PADDING_ID
-        x_BTD = self._embedded(history_BT, table_VD)
+        x_BTD = self._embedded(history_BT, table_VD, types)
         if self.mask_token is None:
             return self._run(x_BTD, known_BT, times, newest)
         mask_B1D = self.mask_token + torch.zeros_like(x_BTD[:, :1])
@@ -128,11 +168,12 @@ class RetrievalModel(nn.Module):
         encoded_BTD: Tensor,
         exclude_BV: Tensor,
         table_VD: Tensor | Int8Table | None = None,
+        context: Context | None = None,
     ) -> Tensor:
-        """Retrieval score float32 [B, V]: the newest encoding against every item, with what the session
-        memory adds; where the history holds no known item, log popularity. Excluded items and the special ids get
-        EXCLUDED."""
-        scores_BV = self.logits(encoded_BTD[:, -1], table_VD)
+        """Retrieval score float32 [B, V]: the newest encoding, in the request's context, against every item, with what
+        the session memory adds; where the history holds no known item, log popularity. Excluded items and the special
+        ids get EXCLUDED."""
+        scores_BV = self.logits(self.state(encoded_BTD[:, -1], context), table_VD)
         if self.memory is not None and self.remembers:
             scores_BV = self.memory(scores_BV, history_BT)
         if scores_BV.dtype != torch.float32:  # a graph cast to 16 bits: EXCLUDED is beyond half precision
@@ -163,16 +204,22 @@ class RetrievalGraph(nn.Module):
         else:
             self.register_buffer("table_VD", table)
 
-    def forward(
-        self, history_ids: Tensor, exclude: Tensor, third: Tensor | None = None, fourth: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The inputs are those of ``contract.retrieval_inputs``: after the exclusions come the times of the history, if
-        the encoder reads them, then the rising items, if there are any."""
-        more = [x for x in (third, fourth) if x is not None]
-        times = more[0] if self.model.config.time_bias and more else None
-        encoded = self.model.encode(history_ids, self.table_VD, times, self.memory)
-        scores = self.model.scores(history_ids, encoded, exclude, self.table_VD)
-        return *propose(scores, self.candidates, more[-1] if self.rising else None), encoded
+    def forward(self, history_ids: Tensor, exclude: Tensor, *more: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs are those of ``contract.retrieval_inputs``."""
+        times, types, context, rest = read_inputs(self.model, more)
+        encoded = self.model.encode(history_ids, self.table_VD, times, self.memory, types)
+        scores = self.model.scores(history_ids, encoded, exclude, self.table_VD, context)
+        return *propose(scores, self.candidates, rest[0] if self.rising else None), encoded
+
+
+def read_inputs(
+    model: RetrievalModel, more: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor | None, Context, list[Tensor]]:
+    """(times, types, context, what comes behind) of the inputs of a retrieval stage after the exclusions: each is there
+    if the model reads it."""
+    left = list(more)
+    times = left.pop(0) if model.config.time_bias and left else None
+    return times, *moment_of(model.types, model.read_context, left)
 
 
 def propose(scores_BV: Tensor, count: int, rising_BM: Tensor | None = None) -> tuple[Tensor, Tensor]:

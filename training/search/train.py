@@ -39,7 +39,7 @@ from training.checkpoints import load_ranker, load_retrieval
 from training.data import batches
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
-from training.presets import Preset
+from training.presets import Preset, shapes
 from training.search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
 from training.search.judging import SearchRequests, diversity_costs, judged_log, kinds_of
 from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
@@ -142,20 +142,16 @@ class Recommender:
     """A run's own models: what they recommend after a history."""
 
     def __init__(self, features: Features, preset: Preset, root: Path) -> None:
-        self.items, self.exclude_seen = features.item_count(), features.schema.exclude_seen
-        count = min(preset.ranker.candidates, self.items - contract.FIRST_ID)
-        self.retrieval = RetrievalGraph(
-            load_retrieval(features, preset, root).cpu(), count, preset.ranker.memory
-        ).eval()
+        self.exclude_seen, self.shapes = features.schema.exclude_seen, shapes(preset, features)
+        retriever = load_retrieval(features, preset, root).cpu()
+        self.retrieval = RetrievalGraph(retriever, self.shapes.candidates, preset.ranker.memory).eval()
         self.ranking = RankingGraph(load_ranker(features, preset, root).cpu()).eval()
-        self.timed = bool(preset.encoder.time_bias)
 
     def __call__(self, request: batches.Requests) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 [B, N], best first, and their scores float32 [B, N]."""
-        times = [request.time_BT] if self.timed else []
+        inputs = [torch.from_numpy(x) for x in request.inputs(self.shapes, self.exclude_seen)]
         with torch.inference_mode():
-            exclude = request.exclude(self.items, self.exclude_seen)
-            ids, values = self.ranking(request.history_BT, *self.retrieval(request.history_BT, exclude, *times))
+            ids, values = self.ranking(inputs[0], *self.retrieval(*inputs), *inputs[self.shapes.passed_on :])
         return ids.numpy(), values.numpy()[:, 0]
 
 

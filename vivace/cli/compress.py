@@ -54,8 +54,7 @@ def compress(
     """Prune an evaluated run, let the whole model teach it, compile it, refuse it if it lost too much."""
     with step(name, artifacts) as run:
         from preprocessing.features import Features
-        from training.compile.compress import Compression, SmallerRanker
-        from training.compile.compress import compress as compress_run
+        from training.compile.compress import Compression, SmallerRanker, compress as compress_run
         from training.compile.prune import Target
         from training.learn.constraints import Constraint
 

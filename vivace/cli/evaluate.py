@@ -65,8 +65,7 @@ def evaluate(
 def evaluate_replay(name: str, artifacts: Path, preset: str) -> None:
     with step(name, artifacts) as run, console.status("replaying the log") as status:
         from preprocessing.features import Features
-        from training.judge.replay import FILE, PLOT
-        from training.judge.replay import replay as walk
+        from training.judge.replay import FILE, PLOT, replay as walk
         from training.judge.replay_figures import render
 
         results = walk(Features(run.features), chosen_preset(preset, run.root), run.root, progress(status))

@@ -51,8 +51,7 @@ def prepare(
     from preprocessing.readers import open_source
 
     source = open_source(data, path, size | {"seed": seed})
-    from preprocessing.prepare import PrepareConfig
-    from preprocessing.prepare import prepare as prepare_run
+    from preprocessing.prepare import PrepareConfig, prepare as prepare_run
     from preprocessing.splits import LEAVE_ONE_OUT, SESSIONS, SplitConfig
     from preprocessing.workflow import VocabularyConfig
     from vivace.contract import FIRST_ID

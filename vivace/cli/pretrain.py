@@ -47,8 +47,7 @@ def pretrain(
         raise typer.BadParameter(f"{TEXT} goes alone, got {objective!r}", param_hint="--objective")
     with step(name, artifacts) as run:
         from preprocessing.features import Features
-        from training.learn.pretrain import Pretraining
-        from training.learn.pretrain import pretrain as pretrain_encoder
+        from training.learn.pretrain import Pretraining, pretrain as pretrain_encoder
 
         features = Features(run.features)
         if TEXT in objectives:

@@ -107,8 +107,7 @@ def train_final(name: str, artifacts: Path, preset: str) -> None:
 def train_search(name: str, artifacts: Path, preset: str, seed: int) -> None:
     with step(name, artifacts) as run:
         from preprocessing.features import Features
-        from training.search.train import SearchTraining
-        from training.search.train import train_search as train_search_run
+        from training.search.train import SearchTraining, train_search as train_search_run
 
         sizes = chosen_preset(preset, run.root)
         manifest = train_search_run(Features(run.features), sizes, run.root, SearchTraining(), seed, say)

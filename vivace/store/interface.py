@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class StoreError(RuntimeError):
@@ -29,8 +29,11 @@ class FeatureStore(Protocol):
     def histories(self, user_ids: Sequence[str]) -> list[list[str] | None]:
         """Item ids of each user, oldest first; None for a user who is not known."""
 
-    def timed_histories(self, user_ids: Sequence[str]) -> list[tuple[list[str], list[int]] | None]:
-        """The same with the times in ms."""
+    def typed_histories(self, user_ids: Sequence[str]) -> list[tuple[list[str], list[str], list[int]] | None]:
+        """The same with event types and times in ms: (items, types, times)."""
+
+    def attributes(self, user_ids: Sequence[str]) -> list[dict[str, Any] | None]:
+        """What the data set's table of users says of each, by column, as prepared; None where it says nothing."""
 
     def append(self, events: Iterable[Event]) -> dict[str, int]:
         """Adds events at the end of their users' histories; returns each user's new length. Durable on return, and kept

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lmdb
 import msgpack
@@ -34,6 +34,7 @@ MAX_READERS = 512
 FILL_ROWS = 5_000  # users or titles that a fill writes in one transaction, between which events can be appended
 SWEEP_ROWS = 2_000  # events and users that a sweep looks at in one transaction
 _USERS, _ITEMS = (b"users", b"users.1"), (b"items", b"items.1")  # the slots
+_ATTRIBUTES = (b"attributes", b"attributes.1")  # of users, by the data set's table of them
 _MARKS = (b"marks", b"marks.1")  # of each slot's users: see ``lmdb_log``
 _LOG, _IDS, _ABOUT = b"log", b"ids", b"about"
 _SLOT, _EVENT_TYPES, _FILLED = b"slot", b"event_types", b"filled_ms"  # keys of ``about``
@@ -64,7 +65,7 @@ class LmdbStore:
         self._env = lmdb.open(
             os.fspath(path),
             map_size=MAP_SIZE_BYTES,
-            max_dbs=12,
+            max_dbs=24,
             max_readers=MAX_READERS,
             readonly=readonly,
             mode=0o600,  # what users did is the owner's alone
@@ -75,7 +76,7 @@ class LmdbStore:
 
     # -- transactions --------------------------------------------------------------------------------
     def _open_databases(self) -> None:
-        for name in (*_USERS, *_ITEMS, *_MARKS, _LOG, _IDS, _ABOUT):
+        for name in (*_USERS, *_ITEMS, *_ATTRIBUTES, *_MARKS, _LOG, _IDS, _ABOUT):
             if name not in self._databases:
                 try:
                     self._databases[name] = self._env.open_db(name, create=not self._readonly)
@@ -130,13 +131,17 @@ class LmdbStore:
 
     # -- reading -------------------------------------------------------------------------------------
     def histories(self, user_ids: Sequence[str]) -> list[list[str] | None]:
-        return [None if timed is None else timed[0] for timed in self.timed_histories(user_ids)]
+        return [None if row is None else row[0] for row in self.typed_histories(user_ids)]
 
-    def timed_histories(self, user_ids: Sequence[str]) -> list[tuple[list[str], list[int]] | None]:
+    def typed_histories(self, user_ids: Sequence[str]) -> list[tuple[list[str], list[str], list[int]] | None]:
         with self._reading(_USERS) as (transaction, users):
             raw = [transaction.get(key_of(user), db=users) for user in user_ids]
-            rows = [None if r is None else msgpack.unpackb(r) for r in raw]
-        return [None if row is None else (row[0], row[2]) for row in rows]
+            return [None if r is None else tuple(msgpack.unpackb(r)) for r in raw]
+
+    def attributes(self, user_ids: Sequence[str]) -> list[dict[str, Any] | None]:
+        with self._reading(_ATTRIBUTES) as (transaction, attributes):
+            raw = [transaction.get(key_of(user), db=attributes) for user in user_ids]
+            return [None if r is None else msgpack.unpackb(r) for r in raw]
 
     def events(self, user_id: str) -> list[Event]:
         """A user's events with types and times, oldest first; empty for an unknown user."""
@@ -226,6 +231,7 @@ class LmdbStore:
                 transaction.put(_FILLED, str(now_ms).encode(), db=self._databases[_ABOUT])
             more = self._age_out(transaction, slot, SWEEP_ROWS, now_ms) == SWEEP_ROWS
             if self._data_set_is_old(transaction, now_ms) and self._swept_to is not None:
+                transaction.drop(self._databases[_ATTRIBUTES[slot]], delete=False)
                 self._swept_to = self._drop_unmarked(transaction, slot, self._swept_to)
                 more = more or self._swept_to is not None
             return more
@@ -277,13 +283,18 @@ class LmdbStore:
         return keys[-1] + b"\0" if len(keys) == SWEEP_ROWS else None
 
     # -- a new data set ------------------------------------------------------------------------------
-    def fill(self, histories: Iterable[UserRow], titles: Iterable[tuple[str, str]]) -> dict[str, int]:
-        """Replaces histories and titles by those of a data set, under readers and appends that go on; what was
-        appended and has not aged out joins the histories (see ``merged``). Each user comes once. Returns the data set's
-        numbers of users and titles."""
+    def fill(
+        self,
+        histories: Iterable[UserRow],
+        titles: Iterable[tuple[str, str]],
+        attributes: Iterable[tuple[str, dict[str, Any]]] = (),
+    ) -> dict[str, int]:
+        """Replaces histories, titles and attributes of users by those of a data set, under readers and appends that go
+        on; what was appended and has not aged out joins the histories (see ``merged``). Each user comes once. Returns
+        the data set's numbers of users and titles."""
         with self._begin(write=True) as transaction:
             spare = 1 - self._slot(transaction)
-            for leftover in (_USERS, _ITEMS, _MARKS):
+            for leftover in (_USERS, _ITEMS, _ATTRIBUTES, _MARKS):
                 transaction.drop(self._databases[leftover[spare]], delete=False)
             last = self._log.last(transaction)
             live = self._log.between(transaction, 1, last)
@@ -309,6 +320,10 @@ class LmdbStore:
                 for item, title in batch:
                     transaction.put(key_of(item), title.encode(), db=self._databases[_ITEMS[spare]])
             counts["titles"] += len(batch)
+        for of_users in _batches(attributes):
+            with self._begin(write=True) as transaction:
+                for user, record in of_users:
+                    transaction.put(key_of(user), msgpack.packb(record), db=self._databases[_ATTRIBUTES[spare]])
         self._exchange(spare, last, live, event_types)
         return counts
 
@@ -333,7 +348,7 @@ class LmdbStore:
             transaction.put(_SLOT, str(spare).encode(), db=about)
             transaction.put(_EVENT_TYPES, msgpack.packb(sorted(event_types - {""})), db=about)
             transaction.put(_FILLED, str(_now_ms()).encode(), db=about)
-            for names in (_USERS, _ITEMS, _MARKS):
+            for names in (_USERS, _ITEMS, _ATTRIBUTES, _MARKS):
                 transaction.drop(self._databases[names[1 - spare]], delete=False)
 
     def close(self) -> None:
@@ -360,10 +375,15 @@ def _events(user_id: str, packed: bytes) -> list[Event]:
     return [Event(user_id, *columns) for columns in zip(*msgpack.unpackb(packed), strict=True)]
 
 
-def fill_store(path: Path, histories: Iterable[UserRow], titles: Iterable[tuple[str, str]]) -> dict[str, int]:
+def fill_store(
+    path: Path,
+    histories: Iterable[UserRow],
+    titles: Iterable[tuple[str, str]],
+    attributes: Iterable[tuple[str, dict[str, Any]]] = (),
+) -> dict[str, int]:
     """Fills the store at ``path``, which a server may be using, from a data set: see ``LmdbStore.fill``."""
     store = LmdbStore(path)
     try:
-        return store.fill(histories, titles)
+        return store.fill(histories, titles, attributes)
     finally:
         store.close()

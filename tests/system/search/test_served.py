@@ -13,8 +13,7 @@ from tritonclient.utils import InferenceServerException
 
 from benchmarks.fuzz_search import Fuzz
 from preprocessing.requests import recorded
-from search.online import QuerySearch, SearchOptions, SearchRanking, pack, unpack
-from search.online import searchable as has_words
+from search.online import QuerySearch, SearchOptions, SearchRanking, pack, searchable as has_words, unpack
 from search.published import FOLDER
 from serving.launcher import TritonServer
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet

@@ -18,7 +18,8 @@ from loadtest.generate.statistics import largest_batches
 from preprocessing.requests import recorded
 from tests.support import PatientClient, patient, patient_async_client, patiently
 from vivace import contract
-from vivace.client import VivaceError, read_answer, request_tensors
+from vivace.client import VivaceError, read_answer
+from vivace.client_request import request_tensors
 
 POPULAR = "degraded: popular items: "
 

@@ -14,7 +14,8 @@ import tritonclient.grpc as grpcclient
 
 from tests.support import PATIENCE_S, PatientClient, wait_until
 from vivace import AsyncVivaceClient, VivaceClient, VivaceError, VivaceTimeoutError, contract
-from vivace.client import append_tensors, inputs_of
+from vivace.client import inputs_of
+from vivace.client_request import append_tensors
 from vivace.store.lmdb_store import LmdbStore
 
 HISTORY = ["sku-00001", "sku-00002"]

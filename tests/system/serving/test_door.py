@@ -25,7 +25,8 @@ from serving.launcher import ServerOptions, TritonServer
 from serving.segments import SHM
 from serving.wheel import ServerError
 from tests.support import PATIENCE_S, PatientClient, wait_until, waited_too_long
-from vivace.client import inputs_of, request_tensors
+from vivace.client import inputs_of
+from vivace.client_request import request_tensors
 from vivace.store.lmdb_store import LmdbStore
 
 HISTORY = ["sku-00001", "sku-00002"]

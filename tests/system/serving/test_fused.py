@@ -19,10 +19,10 @@ from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from serving.service import service, warm_up
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, patient, quiet, wait_until
-from training.compile.onnx_export import shapes
-from training.presets import tiny
+from training.presets import shapes, tiny
 from vivace import contract
-from vivace.client import VivaceError, request_tensors
+from vivace.client import VivaceError
+from vivace.client_request import request_tensors
 from vivace.store.lmdb_store import LmdbStore
 
 
@@ -37,7 +37,7 @@ def fused(root):
 def pipeline(root, features):
     store = LmdbStore(root / "feature_store", readonly=True)
     version = max(p.name for p in (root / "model_repository" / contract.RANKING).iterdir() if p.name.isdigit())
-    yield Pipeline(root / "model_repository", version, shapes(tiny(), features.item_count()), store)
+    yield Pipeline(root / "model_repository", version, shapes(tiny(), features), store)
     store.close()
 
 

@@ -14,11 +14,10 @@ from serving.service import service
 from tests.support import PatientClient, on_free_ports, quiet
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.engine import Engine
-from training.compile.onnx_export import shapes
 from training.judge.evaluate import evaluate
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
-from training.presets import tiny
+from training.presets import shapes, tiny
 from vivace import contract
 from vivace.masks import seen_ids
 from vivace.store.interface import Event
@@ -80,7 +79,7 @@ def test_of_a_user_of_3000_events_nothing_comes_back(tmp_path):
 
 def test_batch_equals_single(features, indexed):
     own, _ = indexed
-    s = contract.StageTensors(**{**shapes(tiny(), features.item_count()).__dict__, "indexed": True})
+    s = contract.StageTensors(**{**shapes(tiny(), features).__dict__, "indexed": True})
     engine, rng = Engine(own / "compiled", s), np.random.default_rng(0)
     history = rng.integers(3, s.items, (8, s.history))
     history[3] = 0

@@ -13,7 +13,8 @@ from tritonclient.utils import InferenceServerException
 from serving.service import service
 from tests.support import PATIENCE_S, on_free_ports, quiet, waited_too_long
 from vivace import contract
-from vivace.client import inputs_of, read_answer, request_tensors
+from vivace.client import inputs_of, read_answer
+from vivace.client_request import request_tensors
 
 HISTORY = ["sku-00001", "sku-00002"]
 

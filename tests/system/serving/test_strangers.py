@@ -27,7 +27,8 @@ from serving.launcher import TritonServer
 from serving.service import service
 from serving.start_checks import free_port
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, wait_until
-from vivace.client import VivaceError, inputs_of, read_answer, request_tensors
+from vivace.client import VivaceError, inputs_of, read_answer
+from vivace.client_request import request_tensors
 from vivace.store.lmdb_store import LmdbStore
 
 HISTORY = ["sku-00001", "sku-00002"]

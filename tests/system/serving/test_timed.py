@@ -14,14 +14,13 @@ from serving.service import service
 from tests.support import PatientClient, on_free_ports, quiet, users_of_data
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import compile_models
-from training.compile.onnx_export import shapes
 from training.data import batches
 from training.judge.evaluate import RANKED, RANKS, RETRIEVAL, WITHOUT_TIMES, evaluate
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
-from training.presets import tiny
+from training.presets import shapes, tiny
 from vivace.contract import FIRST_ID
 from vivace.store.lmdb_store import LmdbStore
 
@@ -51,7 +50,7 @@ def test_stored_times_reach_the_retriever(features, root, tmp_path):
     stored = [[(ids.get(e.item_id, 2), e.timestamp_ms) for e in store.events(u)] for u in users]
     store.close()
     request = batches.of_sequences([np.array(s) for s in stored], 20, torch.zeros(len(users)), {})
-    graph = RetrievalGraph(load_retrieval(features, preset, own), shapes(preset, features.item_count()).candidates)
+    graph = RetrievalGraph(load_retrieval(features, preset, own), shapes(preset, features).candidates)
     ranking = RankingGraph(load_ranker(features, preset, own))
     exclude = request.exclude(features.item_count(), True)
 

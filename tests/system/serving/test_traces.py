@@ -12,7 +12,7 @@ import tritonclient.grpc as grpcclient
 from serving.launcher import TritonServer
 from tests.support import on_free_ports, wait_until
 from vivace import contract
-from vivace.client import request_tensors
+from vivace.client_request import request_tensors
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from training.checkpoints import load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.compress import Compression, SmallerRanker, compress, prune_retriever
 from training.compile.engine import Engine
-from training.compile.onnx_export import shapes
 from training.compile.prune import Target, measure, prune
 from training.judge.gate import HELD_OUT_USERS, GateError, graph_ranks, held_out_requests, reference_ranks
 from training.learn.constraints import Constraint, largest
@@ -28,7 +27,7 @@ from training.learn.distill import Distillation, divergence, list_mle, relations
 from training.learn.retriever import train_retrieval
 from training.metrics import MISS
 from training.models.retrieval import EncoderConfig, RetrievalModel
-from training.presets import from_json, tiny
+from training.presets import from_json, shapes, tiny
 from vivace import contract
 from vivace.run import Run
 
@@ -126,7 +125,7 @@ def test_the_variant_is_smaller_and_judged(features, root, variant):
 
 def test_graph_ranks_are_the_evaluated_ones(features, root):
     """The gate's own ranking of the uncompressed graphs agrees with PyTorch's of the validation requests."""
-    s = shapes(tiny(), features.item_count())
+    s = shapes(tiny(), features)
     engine = Engine(root / "compiled", s)
     found = graph_ranks(features, s, engine)
     expected = reference_ranks(Run(root))

@@ -15,18 +15,18 @@ from serving.runtime.tensorrt_plan import library
 from tests.support import quiet
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.engine import Engine
-from training.compile.onnx_export import example_requests, export, shapes
+from training.compile.onnx_export import example_requests, export
 from training.compile.quantize import PRECISIONS, convert, overlap, prepare, products, reduce_precision, sensitivities
 from training.compile.tensorrt_engine import build
 from training.models.int8_table import Int8Table, quantize_rows
-from training.presets import tiny
+from training.presets import shapes, tiny
 from vivace import contract
 from vivace.onnx_session import open_session
 
 
 @pytest.fixture(scope="module")
 def s(features):
-    return shapes(tiny(), features.item_count())
+    return shapes(tiny(), features)
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)

@@ -205,7 +205,8 @@ def test_movielens_layout(tmp_path):
     (chunk,) = source.interactions()
     assert chunk.rows[contract.ITEM].tolist() == ["10", "20", "30", "99"]
     assert chunk.rows[contract.TIME].tolist()[0] == 978300760000.0
-    assert chunk.rows["gender"].tolist() == ["F", "F", "F", "M"]
+    (users,) = source.users()
+    assert users.rows[[contract.USER, "gender", "age"]].to_numpy().tolist() == [["1", "F", "1"], ["2", "M", "25"]]
     assert chunk.malformed["line"].tolist() == ["1::10::4"]
     with pytest.raises(FileNotFoundError, match=r"users\.dat"):
         (tmp_path / "users.dat").unlink()

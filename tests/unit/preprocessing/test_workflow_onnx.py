@@ -8,8 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from preprocessing.workflow import (
     VocabularyConfig,

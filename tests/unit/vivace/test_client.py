@@ -67,7 +67,7 @@ def test_an_address_is_host_and_port(protocol, url):
 
 
 def test_kinds_of_numbers_and_text_that_are_right_pass():
-    from vivace.client import request_tensors
+    from vivace.client_request import request_tensors
 
     columns = dict((t.name, v) for t, v in request_tensors(b"u", np.array(["a", "b"]), np.int64(3), "red"))
     assert columns["HISTORY"].tolist() == [[b"a", b"b"]] and columns["TOP_K"].dtype == np.int32

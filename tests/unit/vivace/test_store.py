@@ -80,7 +80,7 @@ def test_histories_and_titles(store, reader, tmp_path):
     first = [Event("u", "a", "view", 1), Event("u", "b", "buy", 2)]
     assert store.append([*first, Event(long_id, "c")]) == {"u": 2, long_id: 1}
     assert store.histories(["u", long_id, "nobody", ""]) == [["a", "b"], ["c"], None, None]
-    assert store.timed_histories(["u"]) == [(["a", "b"], [1, 2])]
+    assert store.typed_histories(["u"]) == [(["a", "b"], ["view", "buy"], [1, 2])]
     assert store.events("u") == first and list(store.users()) == ["u"]
     store.append(Event("busy", str(i)) for i in range(MAX_STORED_EVENTS + 10))
     (kept,) = store.histories(["busy"])

@@ -1,0 +1,152 @@
+"""What callers give, checked, as the arrays and parameters of a request: a wrong type is named before anything is
+sent."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vivace import contract
+
+
+def _text(value: str | bytes, name: str) -> bytes:
+    """UTF-8 of ``value``; raises ValueError that names it."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a str, got {type(value).__name__} {value!r:.60}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected text that UTF-8 can hold, got {value[error.start]!r}") from None
+
+
+def _whole(value: int, name: str, bits: int) -> int:
+    """``value`` if it is a whole number that a signed integer of ``bits`` holds; raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name}: expected an int, got {type(value).__name__} {value!r:.60}")
+    if not -(1 << bits - 1) <= value < 1 << bits - 1:
+        raise ValueError(f"{name}: expected an int of {bits} bits, got {value}")
+    return int(value)
+
+
+def number(value: float, name: str) -> float:
+    """``value`` if it is a finite number; raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a number, got {type(value).__name__} {value!r:.60}")
+    return float(value)
+
+
+PastEvent = str | bytes | tuple[str, str] | tuple[str, str, int]
+"""One event of a history: an item id, or (item id, event type) or (item id, event type, Unix time in ms)."""
+
+
+def _event(event: PastEvent, index: int) -> bytes:
+    if not isinstance(event, tuple):
+        return _text(event, f"history[{index}]")
+    if not 1 <= len(event) <= 3:
+        raise ValueError(f"history[{index}]: expected (item id, event type, Unix time in ms), got {event!r:.60}")
+    parts = [_text(part, f"history[{index}][{i}]") for i, part in enumerate(event[:2])]
+    if len(event) == 3:
+        parts.append(str(_whole(event[2], f"history[{index}][2]", 64)).encode())
+    return contract.EVENT_PART.encode().join(parts)
+
+
+def _items(history: Sequence[PastEvent]) -> np.ndarray:
+    """HISTORY of one row, object [1, H]; raises ValueError."""
+    if isinstance(history, str | bytes):
+        raise ValueError(f"history: expected a list of item ids, got {history!r:.60}; write [{history!r:.60}]")
+    if isinstance(history, Mapping) or not isinstance(history, Iterable):
+        raise ValueError(f"history: expected a list of item ids, got {type(history).__name__} {history!r:.60}")
+    return np.array([_event(event, i) for i, event in enumerate(history)], object).reshape(1, -1)
+
+
+def _context(context: Mapping[str, Any] | None) -> list[tuple[contract.WireTensor, np.ndarray]]:
+    """CONTEXT of one row, or nothing; raises ValueError."""
+    if not context:
+        return []
+    if not isinstance(context, Mapping):
+        raise ValueError(f"context: expected a dict, got {type(context).__name__} {context!r:.60}")
+    try:
+        sent = json.dumps(dict(context), allow_nan=False, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"context: expected what JSON can hold, got {context!r:.200}: {error}") from None
+    return [(contract.CONTEXT_OF_REQUEST, np.array([[sent.encode()]], object))]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} {value!r:.60}")
+
+
+def address(url: str) -> str:
+    """``url`` if it is host:port; raises ValueError."""
+    host, _, port = url.rpartition(":") if isinstance(url, str) else ("", "", "")
+    if not host or not port.isdecimal() or "/" in url:
+        example = url.partition("://")[2].rstrip("/") if isinstance(url, str) and "://" in url else "127.0.0.1:8001"
+        raise ValueError(f"url: expected host:port without a scheme or a path, such as {example!r}, got {url!r}")
+    return url
+
+
+def request_tensors(
+    user_id: str | bytes = "",
+    history: Sequence[PastEvent] = (),
+    top_k: int = 10,
+    query: str | bytes = "",
+    context: Mapping[str, Any] | None = None,
+) -> list[tuple[contract.WireTensor, np.ndarray]]:
+    """The public call as arrays of one row. Raises ValueError for values of a wrong type."""
+    return [
+        (contract.USER_ID, np.array([[_text(user_id, "user_id")]], object)),
+        (contract.QUERY, np.array([[_text(query, "query")]], object)),
+        (contract.HISTORY, _items(history)),
+        (contract.TOP_K, np.array([[_whole(top_k, "top_k", 32)]], np.int32)),
+        *_context(context),
+    ]
+
+
+def limits(within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, diversity: float = 0.0) -> dict[str, Any]:
+    """Arguments of Triton's client beside the tensors. Of a request that is worth nothing after ``within_ms``: how long
+    it may wait in a queue (``timeout``, microseconds) and when it ends (parameter DEADLINE, Unix ms: client and server
+    need the same time). Of an answer to a query: FILTERS and DIVERSITY."""
+    parameters: dict[str, Any] = {}
+    within_ms, diversity = number(within_ms, "within_ms"), number(diversity, "diversity")
+    if within_ms < 0:
+        raise ValueError(f"within_ms: expected 0 (no limit) or more, got {within_ms:g}")
+    if filters is not None and not isinstance(filters, Mapping):
+        raise ValueError(f"filters: expected a dict, got {type(filters).__name__} {filters!r:.60}")
+    if within_ms:
+        parameters[contract.DEADLINE] = int(time.time() * 1000 + within_ms)
+    if filters:
+        try:
+            parameters[contract.FILTERS] = json.dumps(filters)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"filters: expected what JSON can hold, got {filters!r:.200}: {error}") from None
+    if diversity:
+        parameters[contract.DIVERSITY] = str(diversity)
+    timeout = {"timeout": int(within_ms * 1000)} if within_ms else {}
+    return timeout | ({"parameters": parameters} if parameters else {})
+
+
+def event_name(event_id: str) -> dict[str, str]:
+    """Parameters of an append call whose sender calls the event so ("": a name that nothing else has). Raises
+    ValueError for a value of a wrong type."""
+    _text(event_id, "event_id")
+    return {contract.EVENT_ID: event_id or uuid.uuid4().hex}
+
+
+def append_tensors(
+    user_id: str, item_id: str, event_type: str, timestamp_ms: int
+) -> list[tuple[contract.WireTensor, np.ndarray]]:
+    """The append call as arrays of one row. Raises ValueError for values of a wrong type."""
+    texts = {"user_id": user_id, "item_id": item_id, "event_type": event_type}
+    columns = [np.array([[_text(value, name)]], object) for name, value in texts.items()]
+    time_ms = np.array([[_whole(timestamp_ms, "timestamp_ms", 64)]], np.int64)
+    return list(zip(contract.APPEND, [*columns, time_ms], strict=True))
