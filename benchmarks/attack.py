@@ -42,18 +42,20 @@ def under_attack(
     for request in requests:
         moved = plain.clone().requires_grad_()
         known = request.target_B.to(where) >= FIRST_ID
-        history = request.history_BT.to(where)[known]
-        encoded = model.encode(history, moved, request.time_BT.to(where)[known])[:, -1]
-        loss = F.cross_entropy(model.logits(encoded, moved), request.target_B.to(where)[known], reduction="sum")
+        on = request.to(where).take(np.flatnonzero(known.cpu().numpy()))
+        encoded = model.encode(on.history_BT, moved, on.time_BT, types=on.type_BT)[:, -1]
+        logits = model.logits(model.state(encoded, on.context), moved)
+        loss = F.cross_entropy(logits, on.target_B, reduction="sum")
         gradient += torch.autograd.grad(loss, moved)[0]
 
     def ndcg(table: Tensor) -> float:
         ranks_by_batch = []
         with torch.no_grad():
             for request in requests:
-                history = request.history_BT.to(where)
+                on = request.to(where)
                 exclude = request.exclude(len(table), features.schema.exclude_seen).to(where)
-                scores = model.scores(history, model.encode(history, table, request.time_BT.to(where)), exclude, table)
+                encoded = model.encode(on.history_BT, table, on.time_BT, types=on.type_BT)
+                scores = model.scores(on.history_BT, encoded, exclude, table, on.context)
                 ranks_by_batch.append(ranks(scores, request.target_B.to(where), request.number_B).cpu().numpy())
         return metrics(np.concatenate(ranks_by_batch))["NDCG@10"]
 

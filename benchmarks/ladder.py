@@ -127,7 +127,7 @@ def climb(features: Features, preset: Preset, root: Path, users: int, whole: tup
         rungs.append(rung(last[0], "fewer weights", first, last[1], targets))
     s = shapes(preset, features)
     request = offline.requests
-    feed = [request.history_BT.numpy(), request.exclude(s.items, features.schema.exclude_seen).numpy()]
+    feed = request.inputs(s, features.schema.exclude_seen)
 
     def answers(ranked: list[np.ndarray]) -> Answers:
         return Answers(names[ranked[0]], ranked[1][:, 0])
@@ -158,8 +158,8 @@ def by_openvino(run: Run, s: contract.StageTensors, feed: list[np.ndarray]) -> l
     """Outputs of the compiled ranking graph where OpenVINO runs both graphs."""
     graphs = [on_openvino(run.graph(n)) for n in (contract.RETRIEVAL, contract.RANKING)]
     inputs = [[t.name for t in side] for side in (contract.retrieval_inputs(s), contract.ranking_inputs(s))]
-    retrieved = graphs[0](dict(zip(inputs[0], feed, strict=True)))
-    return graphs[1](dict(zip(inputs[1], (feed[0], *retrieved), strict=True)))
+    retrieved = graphs[0](dict(zip(inputs[0], feed, strict=False)))
+    return graphs[1](dict(zip(inputs[1], (feed[0], *retrieved, *feed[s.passed_on :]), strict=True)))
 
 
 def by_server(run: Run, histories: list[list[str]], count: int) -> Answers:
@@ -183,7 +183,7 @@ def plain(features: Features, preset: Preset, root: Path, folder: Path) -> Engin
         for side in (contract.retrieval_inputs(s), contract.retrieval_outputs(s), contract.ranking_inputs(s))
     ]
     export(graph, example, sides[0], sides[1], folder / "retrieval.onnx")
-    rows = (example[0], *graph(*example))
+    rows = (example[0], *graph(*example), *example[s.passed_on :])
     outputs = [t.name for t in contract.ranking_outputs(s, features.schema.heads)]
     export(RankingGraph(ranker), rows, sides[2], outputs, folder / "ranking.onnx")
     return Engine(folder, s)

@@ -9,7 +9,7 @@ line of stdout is one JSON object.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from vivace.client import AsyncVivaceClient, Recommendation
 from vivace.run import Run
 
 CONCURRENCY = 32
+NO_CLOCK = {contract.HOUR: None, contract.WEEKDAY: None}  # else a run that reads them takes those of the moment
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ def offline_answers(features: Features, preset: Preset, root: Path, users: int) 
     names = np.array(["", OUT_OF_VOCABULARY, OUT_OF_VOCABULARY, *features.items()[contract.ITEM]], object)
     heads = [h.name for h in features.schema.heads]
     request = next(iter(batches.requests(features.files("test"), heads, preset.encoder.history, users)))
-    exclude = request.exclude(features.item_count(), features.schema.exclude_seen)
+    timeless = torch.zeros_like(request.time_BT)  # the same requests are served without times, types and context
+    request = replace(request, time_BT=timeless, type_BT=None, context_BC=None, amount_BF=None)
     s = shapes(preset, features)
+    inputs = [torch.from_numpy(x) for x in request.inputs(s, features.schema.exclude_seen)]
     graph = RetrievalGraph(retriever, s.candidates, s.memory)
     with torch.no_grad():
-        ids, scores, encoded = graph(request.history_BT, exclude)
-        ranked, values = RankingGraph(ranker)(request.history_BT, ids, scores, encoded)
+        ranked, values = RankingGraph(ranker)(inputs[0], *graph(*inputs), *inputs[s.passed_on :])
     return Offline(
         request,
         [names[h].tolist() for h in request.histories],
@@ -69,7 +71,7 @@ def offline_answers(features: Features, preset: Preset, root: Path, users: int) 
 
 
 def served_answers(url: str, histories: list[list[str]]) -> list[Recommendation]:
-    """The same histories through the live ensemble, many at once."""
+    """The same histories through the live ensemble, many at once; a run without a clock says so in STATUS."""
 
     async def ask() -> list[Recommendation]:
         limit = asyncio.Semaphore(CONCURRENCY)
@@ -77,7 +79,7 @@ def served_answers(url: str, histories: list[list[str]]) -> list[Recommendation]
 
             async def one(history: list[str]) -> Recommendation:
                 async with limit:
-                    return await client.recommend("", history, contract.MAX_TOP_K)
+                    return await client.recommend("", history, contract.MAX_TOP_K, context=NO_CLOCK)
 
             return await asyncio.gather(*(one(h) for h in histories))
 

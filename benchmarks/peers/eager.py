@@ -39,6 +39,10 @@ class EagerRecommender:
             raise ValueError("peers: expected a model without times, got one with time_bias")
         count = min(preset.ranker.candidates, self.items - contract.FIRST_ID)
         encoder = load_retrieval(features, preset, root).cpu()
+        if encoder.read_context.time_zone:
+            raise ValueError(
+                "peers: expected a model without a clock, as peers have none; train with encoder.context false"
+            )
         self.retrieval = RetrievalGraph(encoder, count, preset.ranker.memory).eval()
         self.ranking = RankingGraph(load_ranker(features, preset, root).cpu()).eval()
 

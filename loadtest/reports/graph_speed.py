@@ -39,9 +39,10 @@ class Graphs:
 
     def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         names = [t.name for t in contract.retrieval_inputs(self.shapes)]
-        retrieved = self.retrieval.run(None, dict(zip(names, inputs, strict=True)))
+        retrieved = self.retrieval.run(None, dict(zip(names, inputs, strict=False)))
         names = [t.name for t in contract.ranking_inputs(self.shapes)]
-        ranked: list[np.ndarray] = self.ranking.run(None, dict(zip(names, (inputs[0], *retrieved), strict=True)))
+        rows = (inputs[0], *retrieved, *inputs[self.shapes.passed_on :])
+        ranked: list[np.ndarray] = self.ranking.run(None, dict(zip(names, rows, strict=True)))
         return ranked
 
 
@@ -59,7 +60,8 @@ class Eager:
     def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         tensors = [torch.from_numpy(x) for x in inputs]
         with torch.inference_mode():
-            ranked = self.ranking(tensors[0], *self.retrieval(*tensors))
+            retrieved = self.retrieval(*tensors[: len(contract.retrieval_inputs(self.shapes))])
+            ranked = self.ranking(tensors[0], *retrieved, *tensors[self.shapes.passed_on :])
         return [x.numpy() for x in ranked]
 
 
@@ -74,8 +76,9 @@ class OpenVino:
         self.bytes = sum(f.stat().st_size for f in files)
 
     def __call__(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        retrieved = self.runs[0](dict(zip(self.names[0], inputs, strict=True)))
-        return self.runs[1](dict(zip(self.names[1], (inputs[0], *retrieved), strict=True)))
+        retrieved = self.runs[0](dict(zip(self.names[0], inputs, strict=False)))
+        rows = (inputs[0], *retrieved, *inputs[self.shapes.passed_on :])
+        return self.runs[1](dict(zip(self.names[1], rows, strict=True)))
 
 
 Engines = Graphs | Eager | OpenVino

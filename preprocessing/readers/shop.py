@@ -4,10 +4,10 @@ Categories hold items of unequal popularity; a user has tastes over categories a
 from session to session; a session keeps to a category and walks along "goes with" links between items; a purchase is
 likelier where the price fits. What is wanted depends on the moment too: each category is worth more or less on each
 device and at each time of the day, and dear items are worth less to users who mind prices (``SENSITIVITIES``, a column
-of the table of users); ``log_appeal`` says by how much. Titles name brand, category and kind, so that answers can be read. Before some views the
-user searched: with words of the item, its category or a word that its title does not have (``OTHER_WORDS``); the
-results came in an order that knows nothing of the user, with the item somewhere among them, and a place was looked at
-with chance 1 / position.
+of the table of users); ``log_appeal`` says by how much. Titles name brand, category and kind, so that answers can be
+read. Before some views the user searched: with words of the item, its category or a word that its title does not have
+(``OTHER_WORDS``); the results came in an order that knows nothing of the user, with the item somewhere among them, and
+a place was looked at with chance 1 / position.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ class Compilation:
         export(
             EncoderGraph(self.retriever, s.memory),
             (self.example[0], *self.example[2:]),
-            [name for name in names_of(contract.retrieval_inputs(s)) if name != s.exclude],
+            [t.name for t in contract.retrieval_inputs(s) if t != s.exclude],
             [*([STATE] if s.context or s.amounts else []), contract.ENCODED_HISTORY],
             self.folder / ENCODER,
             RETRIEVAL_AXES,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from training.models.blocks import Names, mm
 from vivace.context import ContextColumns
+from vivace.contract import NULL_ID
 
 EMBEDDING = 16  # E
 CONTEXT_WIDTH = 32  # W
@@ -106,7 +107,7 @@ def _nested(parts: dict[str, nn.Module]) -> nn.Module:
 
 
 class ContextTower(nn.Module):
-    """float32 [..., W] of a context's ids int64 [..., C] and amounts float32 [..., F].
+    """float32 [..., W] of a context, for the rows of an encoding or a candidate vector ``like`` [..., D].
 
     Args:
         columns: of the data set.
@@ -120,12 +121,16 @@ class ContextTower(nn.Module):
         self.plain = plain
         self.net = _Plain(columns, width) if plain else _merlin(columns, width)
         with torch.no_grad():  # Merlin's layers take their input width from the first batch
-            ids = torch.zeros(2, len(columns.sizes), dtype=torch.long)
-            self.forward(ids, torch.zeros(2, len(columns.continuous)))
+            self.forward((None, None), torch.zeros(2, 1))
 
-    def forward(self, ids: Tensor, amounts: Tensor) -> Tensor:
-        shape = (ids if self.sizes else amounts).shape[:-1]
-        amounts_PF = amounts.reshape(-1, self.amounts).clamp(-CLAMP, CLAMP) if self.amounts else None
+    def forward(self, context: Context, like: Tensor) -> Tensor:
+        rows = like.shape[:-1]
+        ids, amounts = context
+        if ids is None:
+            ids = torch.full((*rows, len(self.sizes)), NULL_ID, device=like.device)
+        if amounts is None:
+            amounts = like.new_zeros(*rows, self.amounts)
+        amounts_PF = amounts.to(like.dtype).reshape(-1, self.amounts).clamp(-CLAMP, CLAMP) if self.amounts else None
         ids_PC = ids.reshape(-1, len(self.sizes)) if self.sizes else None
         if self.plain or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing() or torch.compiler.is_compiling():
             out = self._by_weights(ids_PC, amounts_PF)
@@ -134,7 +139,7 @@ class ContextTower(nn.Module):
             if amounts_PF is not None:
                 named |= {_column(len(self.sizes) + i): amounts_PF[:, i : i + 1] for i in range(self.amounts)}
             out = self.net(named)
-        return out.reshape(*shape, self.width)
+        return out.reshape(*rows, self.width)
 
     def _by_weights(self, ids_PC: Tensor | None, amounts_PF: Tensor | None) -> Tensor:
         """What ``net`` computes, by its weights."""

@@ -238,10 +238,7 @@ class RankingModel(nn.Module):
         """What the context says, alone and of each candidate: float32 [B, N, W] and [B, N, D]; none without one."""
         if self.context is None or self.of_context is None:
             return []
-        ids, amounts = context
-        b = candidate_BND.shape[0]
-        ids = candidate_BND.new_zeros(b, 0, dtype=torch.long) if ids is None else ids
-        vector_BW = self.context(ids, candidate_BND.new_zeros(b, 0) if amounts is None else amounts)
+        vector_BW = self.context(context, candidate_BND[:, 0])
         alone = vector_BW[:, None, :] + torch.zeros_like(candidate_BND[:, :, :1])
         return [alone, self.of_context(vector_BW)[:, None, :] * candidate_BND]
 

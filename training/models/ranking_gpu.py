@@ -181,11 +181,7 @@ class GpuRanking(nn.Module):
         """See ``RankingModel.context_parts``."""
         if self.context is None or self.of_context is None:
             return []
-        ids, amounts = context
-        b = vector_BND.shape[0]
-        ids = vector_BND.new_zeros(b, 0, dtype=torch.long) if ids is None else ids
-        amounts = vector_BND.new_zeros(b, 0) if amounts is None else amounts.to(self.dtype)
-        vector_BW = self.context(ids, amounts)
+        vector_BW = self.context(context, vector_BND[:, 0])
         alone = vector_BW[:, None, :].expand(-1, vector_BND.shape[1], -1)
         return [alone, self.of_context(vector_BW)[:, None, :] * vector_BND]
 

@@ -19,7 +19,7 @@ from training.models.int8_table import Int8Table
 from training.models.item_table import ItemAttributes, ItemTable
 from training.models.session_memory import SessionMemory
 from vivace.context import ContextColumns
-from vivace.contract import FIRST_ID, NULL_ID, PADDING_ID
+from vivace.contract import FIRST_ID, PADDING_ID
 
 __all__ = ["EXCLUDED", "MASKED", "Context", "EncoderConfig", "RetrievalGraph", "RetrievalModel", "propose"]
 
@@ -97,12 +97,8 @@ class RetrievalModel(nn.Module):
         [..., F] of the request; all of it null where there is none."""
         if self.context is None or self.of_context is None:
             return encoded
-        ids, amounts = context or (None, None)
-        if ids is None:
-            ids = torch.full((*encoded.shape[:-1], len(self.columns.sizes)), NULL_ID, device=encoded.device)
-        if amounts is None:
-            amounts = encoded.new_zeros(*encoded.shape[:-1], len(self.columns.continuous))
-        return encoded + self.of_context(self.context(ids, amounts.to(encoded.dtype)))
+        state: Tensor = encoded + self.of_context(self.context(context or (None, None), encoded))
+        return state
 
     def _run(self, x_BTD: Tensor, known_BT: Tensor, times: Tensor | None, newest: int = 0) -> Tensor:
         if self.position is not None:

@@ -56,7 +56,7 @@ def test_tensorrt_builds_every_graph_without_a_gpu(engine, s, tmp_path):
     if precision == "int8":
         pytest.skip("dynamic int8 is for ONNX Runtime on CPUs; TensorRT takes int8-qdq")
     t, n = (1, s.history, s.history), (1, s.candidates, s.candidates)
-    axes = {"HISTORY_IDS": t, "ENCODED_HISTORY": t, "CANDIDATE_IDS": n, "CANDIDATE_SCORES": n}
+    axes = {"HISTORY_IDS": t, "HISTORY_TYPES": t, "ENCODED_HISTORY": t, "CANDIDATE_IDS": n, "CANDIDATE_SCORES": n}
     for stage in (contract.RETRIEVAL, contract.RANKING):
         assert build(folder / f"{stage}.onnx", tmp_path / "model.plan", name="tensorrt_rtx", axes=axes) > 10_000
     if precision == "fp32":
@@ -82,9 +82,11 @@ def test_the_product_that_hurts_is_found(root, features, s, tmp_path):
     ready = tmp_path / "ready.onnx"
     prepare(root / "compiled" / "retrieval.onnx", ready)
     names, model = products(ready), onnx.load(ready)
-    victim = next(n for n in model.graph.node if n.name in names and n.op_type == "Gemm")  # states against items
     constants = {t.name: t for t in model.graph.initializer}
-    (table,) = [constants[i] for i in victim.input if i in constants and len(constants[i].dims) == 2]
+    of_items = {name for name, t in constants.items() if len(t.dims) == 2 and s.items in t.dims}
+    products_of_items = [n for n in model.graph.node if n.name in names and n.op_type == "Gemm"]
+    victim = next(n for n in products_of_items if of_items & set(n.input))  # states against items
+    (table,) = [constants[i] for i in victim.input if i in of_items]
     values = onnx.numpy_helper.to_array(table).copy()
     values[:3] = 3000 * np.abs(values).max()  # the special ids, which are never answered
     table.CopyFrom(onnx.numpy_helper.from_array(values, table.name))
