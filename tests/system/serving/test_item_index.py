@@ -83,7 +83,8 @@ def test_batch_equals_single(features, indexed):
     engine, rng = Engine(own / "compiled", s), np.random.default_rng(0)
     history = rng.integers(3, s.items, (8, s.history))
     history[3] = 0
-    inputs = [history, seen_ids(list(history), s.seen)]
+    types, context = np.where(history, rng.integers(3, 6, history.shape), 0), rng.integers(1, 4, (8, s.context))
+    inputs = [history, seen_ids(list(history), s.seen), types, context]
     together = engine(inputs)
     for i in range(8):
         alone = engine([x[i : i + 1] for x in inputs])
