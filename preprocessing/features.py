@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from vivace import contract
 from vivace.context import CONTEXT_FILE, ContextColumns
+from vivace.live import Stream
 from vivace.manifest import read_manifest
 
 SCHEMA_FILE = "schema.json"
@@ -58,11 +59,18 @@ class Features:
         return pd.read_parquet(self.items_file)
 
     def events(self) -> dict[str, np.ndarray]:
-        """The stream of events, int64 each: ITEM (ids), USER (hashes) and TIME, in order of time. Raises ValueError if
-        an earlier version wrote the features."""
+        """The stream of events, int64 each: ITEM (ids), USER (hashes), TIME and ids of the context's categorical
+        columns, in order of time. Raises ValueError if an earlier version wrote the features."""
         self._check_layout()
         table = pq.read_table(self.folder / EVENTS_FILE)
-        return {name: table[name].to_numpy() for name in (contract.ITEM, contract.USER, contract.TIME)}
+        return {name: table[name].to_numpy() for name in table.column_names}
+
+    def stream(self, columns: ContextColumns) -> Stream:
+        """The same as live counters take them, with the context of the columns that they go by."""
+        events = self.events()
+        context = [events[columns.categoricals[i]] for i in columns.counted]
+        context_NC = np.stack(context, 1) if context else np.empty((len(events[contract.ITEM]), 0), np.int64)
+        return Stream.of(events[contract.USER], events[contract.ITEM], events[contract.TIME], context_NC)
 
     def searches(self) -> pd.DataFrame | None:
         """The log of searches by time and list, ITEM as ids; None where there is none."""

@@ -360,7 +360,8 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
             workflow.transform(dataset(events)).to_parquet(str(scratch / "encoded"))
         counts: dict[str, int] = {}
         partitions = sorted((scratch / "encoded").glob("*.parquet"))
-        write_events(partitions, totals["events"] - totals["given"], folder / EVENTS_FILE)
+        of_events = schema.context_categoricals
+        write_events(partitions, totals["events"] - totals["given"], folder / EVENTS_FILE, of_events)
         for i, encoded in enumerate(partitions):
             for name, n in write_requests(encoded, folder, schema, config.split.every).items():
                 counts[name] = counts.get(name, 0) + n

@@ -309,4 +309,5 @@ def shapes(preset: Preset, features: Features) -> contract.StageTensors:
         types=bool(columns.types and e.types and causal),
         context=len(columns.categoricals) if e.context and causal else 0,
         amounts=len(columns.continuous) if e.context and causal else 0,
+        counted=len(columns.counted) if e.context and causal and preset.ranker.rising else 0,
     )  # fmt: skip

@@ -18,14 +18,25 @@ import numpy as np
 
 from vivace import contract
 from vivace.client_errors import Limit, VivaceError, VivaceTimeoutError
-from vivace.client_request import PastEvent, address, append_tensors, event_name, limits, number, request_tensors
+from vivace.client_request import (
+    PastEvent,
+    address,
+    append_tensors,
+    batch_tensors,
+    event_name,
+    limits,
+    number,
+    request_tensors,
+)
 from vivace.http_pool import HttpClient
+from vivace.store.interface import Event
 
 __all__ = [
     "Appended", "AsyncVivaceClient", "Recommendation", "VivaceClient", "VivaceError", "VivaceTimeoutError",
 ]  # fmt: skip
 
 PROTOCOLS = ("grpc", "http")
+BATCH = 32  # events of one append request
 
 
 @dataclass(frozen=True)
@@ -99,11 +110,12 @@ def read_answer(result: Any) -> Recommendation:
     return Recommendation(items, scores, {n.lower(): a[0] for n, a in arrays.items()}, status, understood)
 
 
-def read_appended(result: Any) -> Appended:
-    """One row's answer of an ``append_event`` call."""
-    statuses = result.as_numpy(contract.STATUS.name) if contract.STATUS.name in outputs_of(result) else None
-    status = "" if statuses is None else statuses[0, 0].decode()
-    return Appended(int(result.as_numpy(contract.HISTORY_LENGTH.name)[0, 0]), status)
+def read_appended(result: Any) -> list[Appended]:
+    """The answer of an ``append_event`` call, one a row."""
+    lengths = result.as_numpy(contract.HISTORY_LENGTH.name)[:, 0].tolist()
+    there = contract.STATUS.name in outputs_of(result)
+    statuses = [s.decode() for s in result.as_numpy(contract.STATUS.name)[:, 0]] if there else [""] * len(lengths)
+    return [Appended(length, status) for length, status in zip(lengths, statuses, strict=True)]
 
 
 def _seconds(timeout_s: float) -> float:
@@ -168,13 +180,26 @@ class VivaceClient:
         return _read(read_answer, self._infer(contract.ENSEMBLE, tensors, limit, **more))  # type: ignore[no-any-return]
 
     def append(
-        self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0, event_id: str = ""
-    ) -> Appended:
+        self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0, event_id: str = "",
+        context: Mapping[str, Any] | None = None,
+    ) -> Appended:  # fmt: skip
         """Adds an event to the user's stored history (time 0: now); returns its new length, an int whose ``status``
         says whether item and type are known. A server that cannot be reached is asked again, within ``timeout_s``: the
         event is stored once. ``event_id``, the caller's own name of a user's event, extends that to calls that the
-        caller repeats. Raises VivaceError, and ValueError for values of a wrong type."""
-        tensors = append_tensors(user_id, item_id, event_type, timestamp_ms)
+        caller repeats. ``context``: what was known of the moment, as for ``recommend``. Raises VivaceError, and
+        ValueError for values of a wrong type."""
+        tensors = append_tensors(user_id, item_id, event_type, timestamp_ms, context)
+        appended: Appended = self._append(tensors, event_id)[0]
+        return appended
+
+    def append_many(self, events: Sequence[Event], event_id: str = "") -> list[Appended]:
+        """The same for many events, BATCH to a request. ``event_id``: of all together; each has its place in it."""
+        out = list[Appended]()
+        for start in range(0, len(events), BATCH):
+            out += self._append(batch_tensors(events[start : start + BATCH]), event_id and f"{event_id}/{start}")
+        return out
+
+    def _append(self, tensors: list[tuple[contract.WireTensor, np.ndarray]], event_id: str) -> list[Appended]:
         parameters, limit, tries = event_name(event_id), Limit(self._timeout_s), 0
         while True:
             try:
@@ -244,10 +269,23 @@ class AsyncVivaceClient:
         return _read(read_answer, result)  # type: ignore[no-any-return]
 
     async def append(
-        self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0, event_id: str = ""
-    ) -> Appended:
+        self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0, event_id: str = "",
+        context: Mapping[str, Any] | None = None,
+    ) -> Appended:  # fmt: skip
         """See ``VivaceClient.append``."""
-        tensors = append_tensors(user_id, item_id, event_type, timestamp_ms)
+        tensors = append_tensors(user_id, item_id, event_type, timestamp_ms, context)
+        appended: Appended = (await self._append(tensors, event_id))[0]
+        return appended
+
+    async def append_many(self, events: Sequence[Event], event_id: str = "") -> list[Appended]:
+        """See ``VivaceClient.append_many``."""
+        out = list[Appended]()
+        for start in range(0, len(events), BATCH):
+            part = batch_tensors(events[start : start + BATCH])
+            out += await self._append(part, event_id and f"{event_id}/{start}")
+        return out
+
+    async def _append(self, tensors: list[tuple[contract.WireTensor, np.ndarray]], event_id: str) -> list[Appended]:
         parameters, limit, tries = event_name(event_id), Limit(self._timeout_s), 0
         while True:
             try:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vivace import contract
+from vivace.store.interface import Event
 
 
 def _text(value: str | bytes, name: str) -> bytes:
@@ -143,10 +144,18 @@ def event_name(event_id: str) -> dict[str, str]:
 
 
 def append_tensors(
-    user_id: str, item_id: str, event_type: str, timestamp_ms: int
+    user_id: str, item_id: str, event_type: str, timestamp_ms: int, context: Mapping[str, Any] | None = None
 ) -> list[tuple[contract.WireTensor, np.ndarray]]:
     """The append call as arrays of one row. Raises ValueError for values of a wrong type."""
     texts = {"user_id": user_id, "item_id": item_id, "event_type": event_type}
     columns = [np.array([[_text(value, name)]], object) for name, value in texts.items()]
     time_ms = np.array([[_whole(timestamp_ms, "timestamp_ms", 64)]], np.int64)
-    return list(zip(contract.APPEND, [*columns, time_ms], strict=True))
+    return [*zip(contract.APPEND, [*columns, time_ms], strict=False), *_context(context)]
+
+
+def batch_tensors(events: Sequence[Event]) -> list[tuple[contract.WireTensor, np.ndarray]]:
+    """The append call of several events, a row each. Raises ValueError for values of a wrong type."""
+    rows = [append_tensors(e.user_id, e.item_id, e.event_type, e.timestamp_ms) for e in events]
+    joined = [np.concatenate([row[i][1] for row in rows]) for i in range(len(rows[0]))]
+    contexts = np.array([[_text(e.context, "context")] for e in events], object)
+    return [*zip(contract.APPEND, [*joined, contexts], strict=True)]

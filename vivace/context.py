@@ -58,6 +58,11 @@ class ContextColumns:
         path.write_text(json.dumps(asdict(self), indent=2))
 
     @property
+    def counted(self) -> list[int]:
+        """Places among ``categoricals`` of the columns that live counters go by: all but the clock's."""
+        return [i for i, name in enumerate(self.categoricals) if name not in (HOUR, WEEKDAY)]
+
+    @property
     def names(self) -> tuple[str, ...]:
         return (*self.categoricals, *self.continuous)
 

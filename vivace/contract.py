@@ -61,6 +61,12 @@ MAX_SEEN = 4096  # newest distinct items that an index does not answer: as many 
 LIVE_HALF_LIVES_MS = tuple(minutes * 60_000 for minutes in (3, 10, 30, 120, 720))
 LIVE_FEATURES = 4 * len(LIVE_HALF_LIVES_MS) + 1
 
+
+def live_features(columns: int) -> int:
+    """Numbers of a rising item in the context of a request, of whose columns so many are counted by."""
+    return LIVE_FEATURES + 2 * columns + 2
+
+
 DTYPES = ("BYTES", "INT64", "INT32", "FP32", "BOOL")
 
 
@@ -115,7 +121,7 @@ DIVERSITY = "diversity"
 APPEND_ITEM_ID = WireTensor("ITEM_ID", "BYTES", (1,))
 EVENT_TYPE = WireTensor("EVENT_TYPE", "BYTES", (1,))
 TIMESTAMP_MS = WireTensor("TIMESTAMP_MS", "INT64", (1,))
-APPEND = (USER_ID, APPEND_ITEM_ID, EVENT_TYPE, TIMESTAMP_MS)
+APPEND = (USER_ID, APPEND_ITEM_ID, EVENT_TYPE, TIMESTAMP_MS, CONTEXT_OF_REQUEST)
 HISTORY_LENGTH = WireTensor("HISTORY_LENGTH", "INT32", (1,))
 APPEND_OUTPUTS = (HISTORY_LENGTH, STATUS)  # STATUS: "ok", or what of the event is not known; it is stored all the same
 
@@ -157,7 +163,8 @@ class StageTensors:
     ``indexed``: candidates come from an approximate index, which is told the newest ``seen`` items by id; ``search``:
     features of an item that a query found, for the search ranker (0: QUERY is not searched for); ``rising``: items of
     the live counters that join the candidates (0: none, and no counter is read); ``types``: whether the types of the
-    history's events are read; ``context`` and ``amounts``: categorical and continuous columns of the request's moment.
+    history's events are read; ``context`` and ``amounts``: categorical and continuous columns of the request's moment;
+    ``counted``: those of the categorical ones that live counters go by.
     """
 
     history: int
@@ -173,6 +180,7 @@ class StageTensors:
     types: bool = False
     context: int = 0
     amounts: int = 0
+    counted: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -249,7 +257,7 @@ class StageTensors:
     @property
     def rising_features(self) -> WireTensor:
         """What the live counters say of the same items (``vivace.live``)."""
-        return WireTensor("RISING_FEATURES", "FP32", (self.rising, LIVE_FEATURES))
+        return WireTensor("RISING_FEATURES", "FP32", (self.rising, live_features(self.counted)))
 
     @property
     def proposed(self) -> int:

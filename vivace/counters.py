@@ -140,6 +140,10 @@ class LiveCounts(_Counts):
         ids = np.asarray(ids)
         return np.stack([self._decayed(n, ids, now_ms) for n in range(len(self.half_lives_ms))], axis=-1)
 
+    def counted(self, ids: np.ndarray, now_ms: int) -> np.ndarray:
+        """The same by the events that were counted so far: it counts none itself, so that another thread may ask."""
+        return np.stack([self._decayed(n, ids, now_ms) for n in range(len(self.half_lives_ms))], axis=-1)
+
     def every(self, now_ms: int, half_life_ms: int) -> np.ndarray:
         """Decayed count float64 [V] of every item; the special ids have 0."""
         self._count(now_ms)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.runtime.moment import Moment
 from vivace.contract import FIRST_ID, StageTensors
-from vivace.live import KEPT_MS, LiveTable, Visits, load_recent
-from vivace.store.interface import FeatureStore
+from vivace.live import KEPT_MS, LiveTable, Stream, Visits
+from vivace.store.interface import Event, FeatureStore
 
 EVERY_S = 0.2
 STALE_S = 5.0
@@ -30,15 +31,17 @@ class LiveFeed:
         store: FeatureStore,
         item_ids: Callable[[Sequence[str]], np.ndarray],
         shapes: StageTensors,
+        moment: Moment | None = None,
         start: bool = True,
     ) -> None:
         if not recent.exists():
             raise FileNotFoundError(f"live counters: nothing at {recent}; run 'vivace compile' again")
-        ids, times, entry = load_recent(recent)
-        self._store, self._item_ids = store, item_ids
-        self._table, self._visits = LiveTable(shapes.items, shapes.rising), Visits()
-        self._table.add(ids, times, entry)
-        self._after_ms = min(int(times[-1]), int(time.time() * 1000)) if len(times) else 0  # a log may hold the future
+        stream = Stream.load(recent)
+        self._store, self._item_ids, self._moment, self._counted = store, item_ids, moment, shapes.counted
+        self._table, self._visits = LiveTable(shapes.items, shapes.rising, shapes.counted), Visits()
+        stream.into(self._table)
+        newest_ms = int(stream.times_ms[-1]) if len(stream) else 0
+        self._after_ms = min(newest_ms, int(time.time() * 1000))  # a log may hold the future
         self._number, self._now_ms, self.error = 0, 0, ""
         self.refresh()
         if start:
@@ -53,15 +56,32 @@ class LiveFeed:
         if events:
             ids = self._item_ids([event.item_id for event in events])
             times = np.array([event.timestamp_ms for event in events], np.int64)
-            entry = np.array([self._visits.entry(event.user_id, event.timestamp_ms) for event in events])
-            known = ids >= FIRST_ID
-            self._table.add(ids[known], times[known], entry[known])
-        self._rows = self._table.at(now_ms)
+            visits = [
+                self._visits.entry(event.user_id, event.timestamp_ms, int(item))
+                for event, item in zip(events, ids, strict=True)
+            ]
+            entry, previous = (np.array(part) for part in zip(*visits, strict=True))
+            Stream(ids, times, entry, self._context(events), previous)[ids >= FIRST_ID].into(self._table)
+        self._rows = self._table.rows(now_ms)
         self._at = time.monotonic()
 
-    def rows(self, count: int) -> list[np.ndarray]:
-        """Rising ids int64 [count, M] and features float32 [count, M, F], the same in every row."""
-        return [np.repeat(part[None], count, 0) for part in self._rows]
+    def _context(self, events: Sequence[Event]) -> np.ndarray:
+        """Ids int64 [n, C] of the columns that are counted by; what an event sent that is none of them, or cannot be
+        read, is null."""
+        if self._moment is None or not self._counted:
+            return np.empty((len(events), 0), np.int64)
+        sent = [self._moment.sent(event.context) for event in events]
+        ids = self._moment.context([event.user_id for event in events], sent)[0]
+        return ids[:, self._moment.columns.counted]
+
+    def rows(self, context_BC: np.ndarray | None, newest_B: np.ndarray) -> list[np.ndarray]:
+        """Rising ids int64 [B, M] and features float32 [B, M, F] of requests in a context, ids [B, all columns], whose
+        newest events are ``newest_B``."""
+        if context_BC is None or self._moment is None or not self._counted:
+            context_BC = np.empty((len(newest_B), 0), np.int64)
+        else:
+            context_BC = context_BC[:, self._moment.columns.counted]
+        return list(self._rows.of(context_BC, newest_B))
 
     def status(self) -> str:
         """Why the counts are old, as a reason of STATUS; "" where they are not."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColumns, clock
+from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColumns, clock, parse_context
 from vivace.contract import EVENT, PADDING_ID, StageTensors
 from vivace.onnx_session import open_session
 from vivace.store.interface import FeatureStore
@@ -36,6 +36,13 @@ class Moment:
         self._context = open_session(folder / CONTEXT_GRAPH, threads) if reads_context else None
         if not reads_context:
             self.columns = ContextColumns(types=self.columns.types)
+
+    def sent(self, context: str) -> Values:
+        """Values by column of the CONTEXT of a stored event; {} for one that cannot be read."""
+        try:
+            return parse_context(context.encode(), self.columns)[0]
+        except ValueError:  # of another run's columns
+            return {}
 
     def types(self, types: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """[ids int64 [B, T]] of each row's event types, oldest first, as many as it has events ("": not known), padded

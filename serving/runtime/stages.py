@@ -153,8 +153,12 @@ def parse_event_id(given: object) -> str:
     return _text(given.encode("utf-8", "surrogatepass"), EVENT_ID, MAX_EVENT_ID_BYTES)
 
 
-def parse_event(user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms: int, event_id: str = "") -> Event:
-    """One event of the append call; raises ValueError naming the input, what was expected, what came."""
+def parse_event(
+    user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms: int, event_id: str = "", context: bytes = b"",
+    columns: ContextColumns | None = None,
+) -> Event:  # fmt: skip
+    """One event of the append call; raises ValueError naming the input, what was expected, what came. Names of
+    ``context``, CONTEXT, that are no ``columns`` are kept for models that know them."""
     user = _text(user_id, USER_ID.name, MAX_ID_BYTES)
     item = _text(item_id, APPEND_ITEM_ID.name, MAX_ID_BYTES)
     if not user:
@@ -167,7 +171,9 @@ def parse_event(user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms:
             f"{TIMESTAMP_MS.name}: expected Unix time in ms, 1 to {latest_ms} (a day from now), got {timestamp_ms}; "
             "0 is now"
         )
-    return Event(user, item, _text(event_type, EVENT_TYPE.name, MAX_EVENT_TYPE_BYTES), timestamp_ms, event_id)
+    parse_context(context, columns or ContextColumns())
+    kind = _text(event_type, EVENT_TYPE.name, MAX_EVENT_TYPE_BYTES)
+    return Event(user, item, kind, timestamp_ms, event_id, context.decode())
 
 
 def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
@@ -240,7 +246,9 @@ class FeatureTransform:
     ) -> None:
         self.item_ids = ItemVocabulary(graph, threads)
         self.moment = Moment(graph.parent, shapes, store, threads)
-        self.live = LiveFeed(graph.parent / RECENT, store, self.item_ids, shapes) if shapes.rising else None
+        self.live = None
+        if shapes.rising:
+            self.live = LiveFeed(graph.parent / RECENT, store, self.item_ids, shapes, self.moment)
         self._store, self._shapes, self._exclude_seen = store, shapes, exclude_seen
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[str]]:
@@ -275,10 +283,14 @@ class FeatureTransform:
             with_reason(s, unknown_names(row.unknown_context, self.moment.columns)) if row.unknown_context else s
             for s, row in zip(status, rows, strict=True)
         ]
-        moment += self.moment.context([row.user_id for row in rows], [row.context for row in rows])
+        context = self.moment.context([row.user_id for row in rows], [row.context for row in rows])
+        moment += context
         live = []
         if self.live is not None:
-            live, late = self.live.rows(len(rows)), self.live.status()
+            live, late = (
+                self.live.rows(context[0] if self._shapes.counted else None, history_BT[:, -1]),
+                self.live.status(),
+            )
             status = [with_reason(s, late) for s in status] if late else status
         if not self._shapes.timed:
             return [history_BT, seen, *moment, *live], status

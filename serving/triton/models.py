@@ -25,10 +25,22 @@ from serving.runtime.stages import (
     parse_event_id,
     read_search_for,
     search_for,
+    with_reason,
 )
 from serving.triton.graph_model import answer, each_by_itself, overdue, refusal
-from serving.triton.stage import Counts, ParsedRequest, Stage, new_only, refused, search_options, strings, tensor_of
+from serving.triton.stage import (
+    Counts,
+    ParsedRequest,
+    Stage,
+    contexts_of,
+    new_only,
+    refused,
+    search_options,
+    strings,
+    tensor_of,
+)
 from vivace import contract
+from vivace.context import CONTEXT_FILE, ContextColumns, parse_context, unknown_names
 from vivace.store.interface import Event
 
 
@@ -187,7 +199,10 @@ class AppendEventModel(Stage):
     def setup(self) -> None:
         self.events = self.store(readonly=False)
         threading.Thread(target=self._sweep, name="sweep of the store", daemon=True).start()
-        self.item_ids = ItemVocabulary(self.beside(contract.FEATURE_TRANSFORM) / "transform.onnx")
+        transform = self.beside(contract.FEATURE_TRANSFORM)
+        self.item_ids = ItemVocabulary(transform / "transform.onnx")
+        context = transform / CONTEXT_FILE
+        self.columns = ContextColumns.load(context) if context.exists() else ContextColumns()
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -213,7 +228,12 @@ class AppendEventModel(Stage):
 
     def _statuses(self, events: list[Event]) -> list[str]:
         types, ids = self.events.event_types(), self.item_ids([event.item_id for event in events])
-        return [event_status(event, item_id, types) for event, item_id in zip(events, ids.tolist(), strict=True)]
+        statuses = []
+        for event, item_id in zip(events, ids.tolist(), strict=True):
+            _, unknown = parse_context(event.context.encode(), self.columns)
+            status = event_status(event, item_id, types)
+            statuses.append(with_reason(status, unknown_names(unknown, self.columns)))
+        return statuses
 
     def _sweep(self) -> None:
         while True:
@@ -224,12 +244,20 @@ class AppendEventModel(Stage):
                 pb_utils.Logger.log_warn(f"sweep of the store: {type(error).__name__}: {error}")
             time.sleep(SWEEP_S)
 
-    @staticmethod
-    def _events(request: Any) -> list[Event]:
-        columns = [tensor_of(request, t)[:, 0] for t in contract.APPEND]
+    def _events(self, request: Any) -> list[Event]:
+        columns: list[Any] = [tensor_of(request, t)[:, 0] for t in contract.APPEND if not t.optional]
+        columns.append([c[0] for c in contexts_of(request, len(columns[0]))])
         event_id = parse_event_id(json.loads(request.parameters() or "{}").get(contract.EVENT_ID))
         now_ms = int(time.time() * 1000)
         return [
-            parse_event(user, item, event_type, int(timestamp_ms) or now_ms, event_id and f"{event_id}/{row}")
-            for row, (user, item, event_type, timestamp_ms) in enumerate(zip(*columns, strict=True))
+            parse_event(
+                user,
+                item,
+                event_type,
+                int(timestamp_ms) or now_ms,
+                event_id and f"{event_id}/{row}",
+                context,
+                self.columns,
+            )
+            for row, (user, item, event_type, timestamp_ms, context) in enumerate(zip(*columns, strict=True))
         ]

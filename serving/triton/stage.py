@@ -135,12 +135,17 @@ class ParsedRequest:
         return any(row.query for row in self.rows)
 
 
+def contexts_of(request: Any, rows: int) -> Any:
+    """CONTEXT of each row, [rows][1] of bytes; b"" where the request has none."""
+    sent = pb_utils.get_input_tensor_by_name(request, contract.CONTEXT_OF_REQUEST.name)
+    return NO_CONTEXT * rows if sent is None else sent.as_numpy()
+
+
 def _parse(request: Any, columns: ContextColumns) -> tuple[list[Row], list[str]]:
     users, queries, histories, top_ks = (
         tensor_of(request, t) for t in (contract.USER_ID, contract.QUERY, contract.HISTORY, contract.TOP_K)
     )
-    sent = pb_utils.get_input_tensor_by_name(request, contract.CONTEXT_OF_REQUEST.name)
-    contexts = NO_CONTEXT * len(users) if sent is None else sent.as_numpy()
+    contexts = contexts_of(request, len(users))
     rows, errors = [], []
     for user, query, history, top_k, context in zip(users, queries, histories, top_ks, contexts, strict=True):
         try:

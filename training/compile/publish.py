@@ -12,8 +12,8 @@ from serving import repository
 from serving.runtime.item_index import ENCODER, GROUPS, INDEX, POPULAR
 from training.compile.targets import files as plans
 from vivace import contract
-from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH
-from vivace.live import RECENT, entries, save_recent
+from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColumns
+from vivace.live import RECENT
 from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
 
@@ -82,11 +82,7 @@ def publish(features: Features, run: Run, folder: Path, tensors: contract.StageT
     write_text(folder / SCHEMA_FILE, json.dumps(schema.to_json()))
     write_json(folder / run.card_file.name, card)
     if tensors.rising:
-        stream = features.events()
-        save_recent(
-            folder / RECENT, stream[contract.ITEM], stream[contract.TIME],
-            entries(stream[contract.USER], stream[contract.TIME]),
-        )  # fmt: skip
+        features.stream(features.context if tensors.counted else ContextColumns()).save(folder / RECENT)
     metadata = {"precision": card["precision"], "tables": card["tables"], "gate": json.dumps(gate)}
     return repository.assemble(
         run.repository,

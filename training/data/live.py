@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,8 +16,10 @@ import torch
 from preprocessing.features import Features
 from preprocessing.splits import YEAR_MS
 from training.data.batches import Requests
-from vivace.contract import ITEM, LIVE_FEATURES, TARGET_TIME, TIME, USER
-from vivace.live import LiveTable, entries
+from training.presets import Preset, shapes
+from vivace.context import ContextColumns
+from vivace.contract import ITEM, TARGET_TIME, TIME, live_features, target_column
+from vivace.live import LiveTable
 
 STEP_MS = 5_000  # requests of so long see the same counts, those at its beginning: a server's are no fresher by much
 
@@ -57,27 +60,28 @@ class LiveAt:
         part: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
     """
 
-    def __init__(self, features: Features, part: str, rising: int) -> None:
-        files = features.files(part)
+    def __init__(self, features: Features, part: str, rising: int, columns: ContextColumns | None = None) -> None:
+        files, columns = features.files(part), columns or ContextColumns()
         self.moments = np.concatenate(
             [np.empty(0, np.int64), *(pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files)]
         )
-        stream, table = features.events(), LiveTable(features.item_count(), rising)
-        ids, times = stream[ITEM], stream[TIME]
-        entry = entries(stream[USER], times)
+        counted = columns.counted
+        stream, table = features.stream(columns), LiveTable(features.item_count(), rising, len(counted))
+        names = [target_column(columns.categoricals[i]) for i in counted]
+        context_RC, newest_R = _context(files, names), _newest(files)
         self.ids = np.zeros((len(self.moments), rising), np.int32)
-        self.features = np.zeros((len(self.moments), rising, LIVE_FEATURES), np.float16)
-        fed, step = 0, -1
-        rows: tuple[np.ndarray, np.ndarray] = (self.ids[:0], self.features[:0])
+        self.features = np.zeros((len(self.moments), rising, live_features(len(counted))), np.float16)
+        fed, step, rows = 0, -1, table.rows(0)
         for request in np.argsort(self.moments, kind="stable"):
             moment = int(self.moments[request])
             if moment // STEP_MS != step:
                 step = moment // STEP_MS
                 until = step * STEP_MS
-                stop = int(np.searchsorted(times, until))
-                table.add(ids[fed:stop], times[fed:stop], entry[fed:stop])
-                fed, rows = stop, table.at(until)
-            self.ids[request], self.features[request] = rows
+                stop = int(np.searchsorted(stream.times_ms, until))
+                stream[fed:stop].into(table)
+                fed, rows = stop, table.rows(until)
+            of_request = rows.of(context_RC[request : request + 1], newest_R[request : request + 1])
+            self.ids[request], self.features[request] = (x[0] for x in of_request)
 
     def of(self, request: Requests) -> Requests:
         """The same requests with what was rising."""
@@ -89,11 +93,29 @@ class LiveAt:
         )
 
 
-def with_live(requests: Iterable[Requests], features: Features, part: str, rising: int) -> Iterator[Requests]:
-    """Requests of a part, in the order of its files, with what was rising; as they are where ``rising`` is 0."""
-    if not rising:
+def _context(files: list[Path], names: list[str]) -> np.ndarray:
+    """Ids int64 [R, C] of columns of all requests."""
+    parts = [pq.read_table(f, columns=[*names, TARGET_TIME]) for f in files]
+    none = np.empty((sum(map(len, parts)), 0), np.int64)
+    columns = [np.concatenate([t[name].to_numpy() for t in parts])[:, None] for name in names]
+    return np.concatenate([none, *columns], 1)
+
+
+def _newest(files: list[Path]) -> np.ndarray:
+    """The newest item int64 [R] of each request's history."""
+    parts = [pq.read_table(f, columns=[ITEM])[ITEM].combine_chunks() for f in files]
+    ends = [column.offsets.to_numpy()[1:] - column.offsets.to_numpy()[0] - 1 for column in parts]
+    newest = [column.flatten().to_numpy()[end] for column, end in zip(parts, ends, strict=True)]
+    return np.concatenate([np.empty(0, np.int64), *newest])
+
+
+def with_live(requests: Iterable[Requests], features: Features, part: str, preset: Preset) -> Iterator[Requests]:
+    """Requests of a part, in the order of its files, with what was rising; as they are where the preset's ranker reads
+    no live counters."""
+    if not preset.ranker.rising:
         yield from requests
         return
-    live = LiveAt(features, part, rising)
+    counted = shapes(preset, features).counted
+    live = LiveAt(features, part, preset.ranker.rising, features.context if counted else None)
     for request in requests:
         yield live.of(request)

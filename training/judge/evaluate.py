@@ -124,7 +124,7 @@ class Models:
                 "prepare a log that brings a test set of its own"
             )
         requests = batches.requests(self.features.files(part), self.heads, self.preset.encoder.history, SCORED)
-        return with_live(requests, self.features, part, self.preset.ranker.rising)
+        return with_live(requests, self.features, part, self.preset)
 
     def retrieve(self, request: batches.Requests) -> Candidates:
         exclude_seen = self.features.schema.exclude_seen

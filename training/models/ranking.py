@@ -24,7 +24,7 @@ from training.models.int8_table import Int8Table
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
 from vivace.checks import check_fields, check_minimum, check_shares
-from vivace.contract import FIRST_ID, LIVE_FEATURES, PADDING_ID
+from vivace.contract import FIRST_ID, PADDING_ID, live_features
 
 LIVE_RETRIEVAL_SCALE = 0.1  # of the retriever's score at first, where counts of now are at hand
 COLD_STEP = 0.01  # between the scores of two rising items of a cold user, which are above all log popularities
@@ -132,7 +132,8 @@ class RankingModel(nn.Module):
         self.of_context = nn.Linear(CONTEXT_WIDTH, d) if columns.names else None
         self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
-        counters = 5 + 2 * config.lags + LIVE_FEATURES * bool(config.rising)
+        live = live_features(len(columns.counted)) if config.rising else 0
+        counters = 5 + 2 * config.lags + live
         self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
         towers = blocks.towers(head_names)
         self.experts = blocks.mixture(config.mixture, config.experts, config.expert_width, config.dropout, towers)
@@ -141,7 +142,7 @@ class RankingModel(nn.Module):
         self.score = nn.ModuleDict(dict(zip(head_names, linears, strict=True)))
         self.task_weights = TaskWeights(len(head_names), weighting)
         self.retrieval_scale = nn.Parameter(torch.full((), LIVE_RETRIEVAL_SCALE if config.rising else 1.0))
-        self.live = LiveFeatures() if config.rising else None
+        self.live = LiveFeatures(live) if config.rising else None
         self.folded: FoldedItems | None = None  # what ``fold`` worked out of each item
         for i, linear in enumerate(linears):
             nn.init.zeros_(linear.weight)
@@ -276,11 +277,11 @@ class LiveFeatures(nn.Module):
     mean: Tensor
     spread: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(LIVE_FEATURES))
-        self.register_buffer("spread", torch.ones(LIVE_FEATURES))
-        self.direct = nn.Linear(LIVE_FEATURES, 1, bias=False)
+        self.register_buffer("mean", torch.zeros(count))
+        self.register_buffer("spread", torch.ones(count))
+        self.direct = nn.Linear(count, 1, bias=False)
         nn.init.zeros_(self.direct.weight)
 
     def measure(self, live_RF: Tensor) -> None:

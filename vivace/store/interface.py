@@ -14,13 +14,14 @@ class StoreError(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class Event:
     """One interaction. ``timestamp_ms`` is Unix time in milliseconds. ``event_id``: what its sender calls it, the same
-    when it is sent again; "" where it has no name."""
+    when it is sent again; "" where it has no name. ``context``: JSON of what was known of the moment, or ""."""
 
     user_id: str
     item_id: str
     event_type: str = ""
     timestamp_ms: int = 0
     event_id: str = field(default="", compare=False)
+    context: str = field(default="", compare=False)
 
 
 class FeatureStore(Protocol):

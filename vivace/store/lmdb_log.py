@@ -44,6 +44,9 @@ def digest(event: Event) -> bytes:
     return hashlib.sha256(msgpack.packb([event.user_id, event.event_id])).digest()[:_DIGEST_BYTES]
 
 
+_ABSENT = [None, None, None, None, b"", 0, ""]  # columns that logs of before they were kept do not have
+
+
 @dataclass(frozen=True)
 class Record:
     """One event of the log."""
@@ -57,8 +60,9 @@ class Record:
     @classmethod
     def read(cls, key: bytes, value: bytes) -> Record:
         columns = msgpack.unpackb(value)
-        id_digest, came_ms = columns[4:] or (b"", 0)
-        return cls(int.from_bytes(key, "big"), Event(*columns[:4]), id_digest, came_ms)
+        user, item, kind, time_ms, id_digest, came_ms, context = columns + _ABSENT[len(columns) :]
+        event = Event(user, item, kind, time_ms, context=context)
+        return cls(int.from_bytes(key, "big"), event, id_digest, came_ms)
 
 
 @dataclass
@@ -93,6 +97,7 @@ class EventLog:
     def add(self, transaction: Transaction, number: int, event: Event, came_ms: int) -> None:
         key = digest(event)
         columns = [event.user_id, event.item_id, event.event_type, event.timestamp_ms, key, came_ms]
+        columns += [event.context] if event.context else []
         transaction.put(number_key(number), msgpack.packb(columns), db=self._log, append=True)
         if key:
             transaction.put(key, number_key(number), db=self._ids)

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from serving.runtime.live_feed import LiveFeed
-from serving.runtime.stages import ItemVocabulary
+from serving.runtime.moment import Moment
+from serving.runtime.stages import FeatureTransform, ItemVocabulary, Row
 from serving.service import service
 from tests.support import PatientClient, on_free_ports, quiet, untouched_store, users_of_data, wait_until
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
-from training.data import batches
 from training.judge.evaluate import evaluate
 from training.learn.ranker import train_ranker
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
 from training.presets import tiny
-from vivace.contract import FEATURE_TRANSFORM, FIRST_ID
+from vivace.contract import FEATURE_TRANSFORM, FIRST_ID, live_features
 from vivace.live import RECENT
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
@@ -50,7 +50,7 @@ def _rare(features, taken: int) -> str:
 
 
 @pytest.mark.parametrize("profile", ["", "fused"])
-def test_what_is_appended_is_rising_within_a_second(live_root, root, features, profile):
+def test_what_is_appended_is_rising_within_a_second(live_root, root, features, profile, tmp_path):
     rising = _rare(features, taken=["", "fused"].index(profile))
     with (
         service(on_free_ports(live_root / "model_repository", profile=profile), quiet) as (server, _),
@@ -70,21 +70,18 @@ def test_what_is_appended_is_rising_within_a_second(live_root, root, features, p
 
         run, names = Run(live_root), features.items()["item_id"].tolist()
         version = run.repository / FEATURE_TRANSFORM / str(run.version())
-        store = LmdbStore(live_root / "feature_store", readonly=True)
-        feed = LiveFeed(
-            version / RECENT, store, ItemVocabulary(version / "transform.onnx"), run.shapes(), start=False
-        )  # fmt: skip
+        shutil.copytree(live_root / "feature_store", tmp_path / "feature_store")  # which the feed keeps open
+        store = LmdbStore(tmp_path / "feature_store", readonly=True)
+        transform = FeatureTransform(version / "transform.onnx", store, run.shapes())
         histories = [names[i : i + 5] for i in range(0, 60, 3)]
         served = [client.recommend("", history, 20) for history in histories]
-    ids = [np.array([[FIRST_ID + names.index(item), 0] for item in history]) for history in histories]
-    request = batches.of_sequences(ids, PRESET.encoder.history, torch.zeros(len(ids)), {})
-    rising_BM, live_BMF = (torch.from_numpy(x) for x in feed.rows(len(ids)))
-    assert int((rising_BM[0] >= FIRST_ID).sum()) >= 1
+    inputs = [torch.from_numpy(x) for x in transform([Row("", history, 20) for history in histories])[0]]
+    rising_BM, live_BMF = inputs[-2:]
+    assert int((rising_BM[0] >= FIRST_ID).sum()) >= 1 and live_BMF.shape[2] == live_features(2)  # device, sensitivity
     first = RetrievalGraph(load_retrieval(features, PRESET, live_root), CANDIDATES, rising=RISING)
     second = RankingGraph(load_ranker(features, PRESET, live_root))
     with torch.no_grad():
-        proposed = first(request.history_BT, request.exclude(features.item_count(), True), rising_BM)
-        ranked, values = second(request.history_BT, *proposed, rising_BM, live_BMF)
+        ranked, values = second(inputs[0], *first(*inputs[:-1]), *inputs[run.shapes().passed_on :])
     for row, got in enumerate(served):
         expected = [names[i - FIRST_ID] for i in ranked[row, :20].tolist()]
         assert len(set(expected) & set(got.items)) >= 18  # counts have decayed by seconds in between
@@ -96,20 +93,27 @@ def test_a_restart_counts_what_the_log_holds(live_root, features):
     run = Run(live_root)
     version = run.repository / FEATURE_TRANSFORM / str(run.version())
     ids = ItemVocabulary(version / "transform.onnx")
-    following = LiveFeed(version / RECENT, store, ids, run.shapes(), start=False)
+    moment = Moment(version, run.shapes(), store)
+    following = LiveFeed(version / RECENT, store, ids, run.shapes(), moment, start=False)
     with (
         service(on_free_ports(live_root / "model_repository"), quiet) as (server, _),
         PatientClient(f"{server.host}:{server.grpc_port}") as client,
     ):
         for n in range(6):
-            client.append(f"later {n % 2}", _rare(features, 5 + n % 3))
+            client.append(f"later {n % 2}", _rare(features, 5 + n % 3), context={"device": ("phone", "tablet")[n % 2]})
             following.refresh()
     now = int(time.time() * 1000) + 1000
     following.refresh(now)
-    anew = LiveFeed(version / RECENT, store, ids, run.shapes(), start=False)
+    anew = LiveFeed(version / RECENT, store, ids, run.shapes(), moment, start=False)
     anew.refresh(now)
-    for followed, counted in zip(following.rows(1), anew.rows(1), strict=True):
+    contexts = moment.context(["", ""], [{"device": "phone"}, {"device": "tablet"}], 0)[0]
+    newest = ids([_rare(features, 5), _rare(features, 6)])
+    rows = [feed.rows(contexts, newest) for feed in (following, anew)]
+    for followed, counted in zip(*rows, strict=True):
         np.testing.assert_array_equal(followed, counted)
+    (on_phone, on_tablet), features_of = rows[0][0], rows[0][1]
+    assert (on_phone != on_tablet).any()  # what was clicked on a device comes first on it
+    assert features_of[0, :, -2].any()  # what came after an item
 
 
 def test_what_live_counters_do_not_go_with_is_refused(live_root, features):

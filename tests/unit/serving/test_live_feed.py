@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from serving.runtime.live_feed import LiveFeed
-from vivace.contract import FIRST_ID, OOV_ID, StageTensors
-from vivace.live import LiveTable, save_recent
+from vivace.contract import FIRST_ID, LIVE_FEATURES, OOV_ID, PADDING_ID, StageTensors
+from vivace.live import LiveTable, Stream
 from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
 
@@ -31,7 +31,7 @@ def store(tmp_path):
 
 def _feed(tmp_path, store, prepared: list[tuple[int, int]]) -> LiveFeed:
     ids, times = np.array([i for i, _ in prepared], np.int64), np.array([t for _, t in prepared], np.int64)
-    save_recent(tmp_path / "recent.npz", ids, times, np.ones(len(ids), bool))
+    Stream.of(np.arange(len(ids)), ids, times, np.empty((len(ids), 0), np.int64)).save(tmp_path / "recent.npz")
     return LiveFeed(tmp_path / "recent.npz", store, _ids, SHAPES, start=False)
 
 
@@ -49,9 +49,12 @@ def test_it_goes_on_where_the_prepared_log_ends(tmp_path, store):
         np.array([FIRST_ID, FIRST_ID + 1, FIRST_ID + 1, FIRST_ID + 2]),
         now - np.array([HOUR, 60_000, 40_000, 30_000]), np.array([True, True, True, False]),
     )  # fmt: skip
-    ids, features = feed.rows(2)
-    for got, rows in zip(expected.at(now), (ids, features), strict=True):
+    ids, features = feed.rows(None, np.array([FIRST_ID + 1, PADDING_ID]))
+    for got, rows in zip(expected.at(now), (ids, features[..., :LIVE_FEATURES]), strict=True):
         np.testing.assert_array_equal(rows, np.stack([got, got]))
+    # of the feed's visits one went on, from 1 to 2: 30 s ago
+    assert np.expm1(features[0, 1, -2]) == pytest.approx(1, abs=0.02) and not features[0, [0, 2, 3], -2].any()
+    assert not features[1, :, -2:].any()
     assert ids[0].tolist() == [FIRST_ID + 1, FIRST_ID + 2, FIRST_ID, 0]
 
 
@@ -61,7 +64,7 @@ def test_a_clock_that_is_set_back_stops_nothing(tmp_path, store):
     feed.refresh(now)
     store.append([Event("a", "3", "", now - 2 * HOUR)])
     feed.refresh(now - HOUR)
-    assert feed.rows(1)[0][0, 0] == FIRST_ID + 3
+    assert feed.rows(None, np.zeros(1, np.int64))[0][0, 0] == FIRST_ID + 3
 
 
 def test_old_counts_are_said_to_be_old(tmp_path, store, monkeypatch):

@@ -19,8 +19,8 @@ from training.metrics import list_auc, ranks_after
 from training.models.ranking import LiveFeatures
 from training.models.retrieval import EXCLUDED, propose
 from training.scoring import behind_rising
-from vivace.contract import FIRST_ID, ITEM, LIVE_FEATURES, PADDING_ID, TARGET_TIME, TIME, USER
-from vivace.live import LiveTable, entries
+from vivace.contract import FIRST_ID, ITEM, LIVE_FEATURES, PADDING_ID, TARGET_TIME, TIME
+from vivace.live import LiveTable, Stream
 
 START = 1_506_826_800_000
 
@@ -53,7 +53,7 @@ def test_ranks_of_targets_that_are_rising(target, before, expected):
 
 
 def test_counts_belong_to_their_candidate_wherever_it_stands():
-    layer = LiveFeatures()
+    layer = LiveFeatures(LIVE_FEATURES)
     rising = torch.tensor([[5, 7, PADDING_ID]])
     features = torch.randn(1, 3, LIVE_FEATURES)
     candidates = torch.tensor([[7, 4, 5, PADDING_ID]])
@@ -73,19 +73,23 @@ def test_a_request_sees_what_lies_before_its_moment(tmp_path):
     moments = START + np.array([3_000_000, 1_200_000])  # of the file, not in order of time
     planted = FIRST_ID + 7
     ids[times >= moments[1]] = planted
-    pq.write_table(pa.table({TARGET_TIME: moments}), tmp_path / "part.parquet")
+    histories = pa.array([[FIRST_ID], [FIRST_ID + 1, FIRST_ID]])
+    pq.write_table(pa.table({TARGET_TIME: moments, ITEM: histories}), tmp_path / "part.parquet")
+    stream = Stream.of(users, ids, times, np.empty((500, 0), np.int64))
     features = SimpleNamespace(
         files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 10,
-        events=lambda: {ITEM: ids, TIME: times, USER: users},
+        stream=lambda columns: stream,
     )  # fmt: skip
     live = LiveAt(features, "valid", 6)
     assert planted in live.ids[0] and planted not in live.ids[1]
     table = LiveTable(FIRST_ID + 10, 6)
 
-    table.add(ids, times, entries(users, times))
-    expected_ids, expected = table.at(moments[1] // STEP_MS * STEP_MS)
-    np.testing.assert_array_equal(live.ids[1], expected_ids)
-    np.testing.assert_allclose(live.features[1], expected, atol=4e-3)  # kept in 16 bits
+    stream.into(table)
+    rows = table.rows(moments[1] // STEP_MS * STEP_MS)
+    expected_ids, expected = rows.of(np.empty((1, 0), np.int64), np.array([FIRST_ID]))
+    np.testing.assert_array_equal(live.ids[1], expected_ids[0])
+    np.testing.assert_allclose(live.features[1], expected[0], atol=4e-3)  # kept in 16 bits
+    assert expected[..., -2].any()  # what came after the newest item of the history
 
 
 def test_a_log_without_times_or_validation_is_refused(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from vivace.contract import FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, OOV_ID, PADDING_ID
-from vivace.live import KEPT_MS, VISIT_GAP_MS, LiveTable, Visits, entries, load_recent, save_recent
+from vivace.live import KEPT_MS, VISIT_GAP_MS, LiveTable, Stream, Visits, entries, previous_items
+from vivace.live_moment import HALF_LIFE_MS, PairCounts
 
 MINUTE = 60_000
 A, B, C = FIRST_ID, FIRST_ID + 1, FIRST_ID + 2
@@ -47,10 +49,11 @@ def test_the_future_and_the_cut_into_batches_change_nothing():
 def test_a_stream_has_the_visits_of_its_log():
     rng = np.random.default_rng(5)
     users, times = rng.integers(0, 9, 400), START + np.sort(rng.integers(0, 600 * MINUTE, 400))
-    visits = Visits()
-    streamed = [visits.entry(str(user), int(at)) for user, at in zip(users, times, strict=True)]
+    visits, ids = Visits(), rng.integers(FIRST_ID, 40, 400)
+    streamed = [visits.entry(str(u), int(at), int(i)) for u, at, i in zip(users, times, ids, strict=True)]
     logged = entries(users, times)
-    assert logged.tolist() == streamed and 0.1 < logged.mean() < 0.9
+    assert logged.tolist() == [begins for begins, _ in streamed] and 0.1 < logged.mean() < 0.9
+    assert previous_items(users, ids, logged).tolist() == [before for _, before in streamed]
     by_hand = entries(np.array([1, 2, 1, 1]), START + np.array([0, 0, VISIT_GAP_MS, 2 * VISIT_GAP_MS + 1]))
     assert by_hand.tolist() == [True, True, False, True]
 
@@ -59,21 +62,69 @@ def test_what_a_server_begins_with_counts_as_the_whole_log(tmp_path):
     rng = np.random.default_rng(7)
     times = START + np.sort(rng.integers(0, 3 * KEPT_MS, 3_000))
     ids, entry = rng.integers(FIRST_ID, 30, 3_000), rng.random(3_000) < 0.5
-    save_recent(tmp_path / "recent.npz", ids, times, entry)
-    kept = load_recent(tmp_path / "recent.npz")
-    assert 0 < len(kept[0]) < 0.5 * len(ids)
-    whole, newest = LiveTable(30, 10), LiveTable(30, 10)
-    whole.add(ids, times, entry)
-    newest.add(*kept)
+    context, previous = rng.integers(1, 6, (3_000, 2)), rng.integers(0, 30, 3_000)
+    log = Stream(ids, times, entry, context, previous)
+    log.save(tmp_path / "recent.npz")
+    kept = Stream.load(tmp_path / "recent.npz")
+    assert 0 < len(kept) < 0.5 * len(ids) and kept.entry.dtype == bool
+    whole, newest = LiveTable(30, 10, 2), LiveTable(30, 10, 2)
+    log.into(whole)
+    kept.into(newest)
     now = int(times[-1]) + 1
     (ids_whole, of_whole), (ids_newest, of_newest) = whole.at(now), newest.at(now)
     np.testing.assert_array_equal(ids_whole, ids_newest)
     np.testing.assert_allclose(of_whole[:, :-1], of_newest[:, :-1], atol=1e-4)
-    today = times + int(time.time() * 1000) - times[-1]
-    save_recent(tmp_path / "today.npz", ids, today, entry)
-    late = np.append(today, 10 * today[-1])  # one event that no clock has reached makes the others no older
-    save_recent(tmp_path / "late.npz", np.append(ids, FIRST_ID), late, np.append(entry, True))
-    of_today, of_late = (len(load_recent(tmp_path / f"{name}.npz")[0]) for name in ("today", "late"))
+    moments = [(np.array([[3, 4]]), np.array([FIRST_ID])), (np.array([[1, 1]]), np.array([PADDING_ID]))]
+    for context_BC, newest_B in moments:
+        (ids_a, a), (ids_b, b) = (table.rows(now).of(context_BC, newest_B) for table in (whole, newest))
+        np.testing.assert_array_equal(ids_a, ids_b)
+        np.testing.assert_allclose(a[..., LIVE_FEATURES:], b[..., LIVE_FEATURES:], atol=1e-4)
+    today = replace(log, times_ms=times + int(time.time() * 1000) - times[-1])
+    today.save(tmp_path / "today.npz")
+    # one event that no clock has reached makes the others no older
+    late = Stream(*(np.append(getattr(today, f.name), getattr(today, f.name)[-1:], 0) for f in fields(Stream)))
+    replace(late, times_ms=np.append(today.times_ms, 10 * today.times_ms[-1])).save(tmp_path / "late.npz")
+    of_today, of_late = (len(Stream.load(tmp_path / f"{name}.npz")) for name in ("today", "late"))
     assert of_late == pytest.approx(of_today, abs=2)
-    save_recent(tmp_path / "none.npz", ids[:0], times[:0], entry[:0])
-    assert len(load_recent(tmp_path / "none.npz")[0]) == 0
+    log[:0].save(tmp_path / "none.npz")
+    assert len(Stream.load(tmp_path / "none.npz")) == 0
+
+
+def test_counts_by_context_and_after_an_item_are_those_counted_by_hand():
+    rng = np.random.default_rng(11)
+    ids, times = rng.integers(FIRST_ID, 60, 4_000), START + np.sort(rng.integers(0, 90 * MINUTE, 4_000))
+    context, previous = rng.integers(1, 5, (4_000, 2)), rng.integers(0, 60, 4_000)
+    pairs, now, items = PairCounts(2), START + 80 * MINUTE, np.arange(FIRST_ID, 60)
+    for part in np.array_split(np.arange(4_000), 5):
+        pairs.add(ids[part], times[part], context[part], previous[part])
+    pairs.count(now)
+    past = times < now
+    weight = np.exp2((times - now) / HALF_LIFE_MS) * past
+
+    def by_hand(with_value: np.ndarray) -> np.ndarray:
+        counts = np.bincount(ids[with_value], weight[with_value], minlength=60)[FIRST_ID:]
+        return np.stack([np.log1p(counts), np.log((counts + 0.1) / (weight[with_value].sum() + 1))], 1)
+
+    for kind, value, rows in ((0, 3, context[:, 0] == 3), (1, 3, context[:, 1] == 3), (2, 7, previous == 7)):
+        np.testing.assert_allclose(pairs.features(kind, value, items, now), by_hand(rows), atol=1e-3)
+
+
+def test_each_context_has_an_order_of_its_own():
+    """What is clicked on phones comes first on phones; features stay with their items."""
+    table, minute = LiveTable(12, 4, 1), START + MINUTE
+    ids = np.array([A] * 6 + [B] * 5)
+    phone, desktop = 3, 4
+    context = np.where(ids == B, phone, desktop)[:, None]
+    Stream(ids, np.full(11, START), np.ones(11, bool), context, np.full(11, C)).into(table)
+    rows = table.rows(minute)
+    both = np.array([[phone], [desktop], [1]])
+    ids_BM, features = rows.of(both, np.array([C, C, PADDING_ID]))
+    assert ids_BM[:, :2].tolist() == [[B, A], [A, B], [A, B]]
+    for row in range(3):
+        alone_ids, alone = rows.of(both[row : row + 1], np.array([C, C, PADDING_ID])[row : row + 1])
+        np.testing.assert_array_equal(alone_ids[0], ids_BM[row])
+        np.testing.assert_array_equal(alone[0], features[row])
+    of_b = features[0, 0]
+    assert np.expm1(of_b[LIVE_FEATURES]) == pytest.approx(5, abs=0.2)  # on phones
+    assert np.expm1(features[0, 1, LIVE_FEATURES]) == pytest.approx(0, abs=1e-6)  # A was never clicked there
+    assert np.expm1(of_b[-2]) == pytest.approx(5, abs=0.2) and not features[2, :, -2:].any()  # after C; after nothing
