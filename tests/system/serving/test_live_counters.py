@@ -22,7 +22,7 @@ from training.learn.ranker import train_ranker
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
 from training.presets import tiny
-from vivace.contract import FEATURE_TRANSFORM, FIRST_ID, live_features
+from vivace.contract import FEATURE_TRANSFORM, FIRST_ID, LIVE_FEATURES, live_features
 from vivace.live import RECENT
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
@@ -111,8 +111,11 @@ def test_a_restart_counts_what_the_log_holds(live_root, features):
     rows = [feed.rows(contexts, newest) for feed in (following, anew)]
     for followed, counted in zip(*rows, strict=True):
         np.testing.assert_array_equal(followed, counted)
-    (on_phone, on_tablet), features_of = rows[0][0], rows[0][1]
-    assert (on_phone != on_tablet).any()  # what was clicked on a device comes first on it
+    ids_BM, features_of = rows[0]
+    by_item = [
+        dict(zip(i.tolist(), f, strict=True)) for i, f in zip(ids_BM, features_of[..., LIVE_FEATURES], strict=True)
+    ]
+    assert any(by_item[0][item] != by_item[1][item] for item in by_item[0])  # clicked more on one device
     assert features_of[0, :, -2].any()  # what came after an item
 
 
