@@ -25,6 +25,7 @@ ADVICE = {  # by words of a STATUS: what it means for who asked
     "popular items": "nothing is known to go by, so these are what most people take; give --history, or --user as the "
     "data writes it",
     "HISTORY items are not in the catalogue": "these ids were left out: check how the data writes them",
+    "this run has no column": "these names of --context were left out: check how the data calls them",
     "no search": "the run cannot search, so --text was left out; 'vivace train --task search' and 'vivace compile' "
     "make it so",
     "no word to search for": "--text was left out",
@@ -43,6 +44,14 @@ def query(
     protocol: Protocol = "grpc",
     append: Annotated[str, typer.Option(help="first add this item to --user's history", metavar="ITEM")] = "",
     event_type: Annotated[str, typer.Option(help="of --append, as the data names it, such as click")] = "",
+    context: Annotated[
+        Any,
+        typer.Option(
+            help='what is known of the moment, by the data\'s columns, such as {"device": "phone"}; of --append too',
+            parser=json_object,
+            metavar="JSON",
+        ),
+    ] = "",
     text: Annotated[str, typer.Option(help="search for this; needs a run with search")] = "",
     filters: Annotated[
         Any,
@@ -69,11 +78,13 @@ def query(
     require_server(address, run)
     with VivaceClient(address, protocol) as client:
         if append:
-            appended = client.append(user, append, event_type)
+            appended = client.append(user, append, event_type, context=context or None)
             status = getattr(appended, "status", "")
             say(f"{user}: history now has {appended} events" + (f"; STATUS {status}" if status else ""))
         try:
-            answer = client.recommend(user, history or [], top_k, text, filters=filters, diversity=diversity)
+            answer = client.recommend(
+                user, history or [], top_k, text, filters=filters, diversity=diversity, context=context or None
+            )
         except VivaceError as error:
             hint = f"; is {address} the port of {protocol}?" if "failed to connect" in str(error) else ""
             raise VivaceError(f"{error}{hint}") from None
