@@ -106,7 +106,7 @@ class TextTower:
         self.tokenizer = Tokenizer.from_str(backend.to_str())
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(tokens)
-        self.model = Pooled(model.eval(), [pad, *special])
+        self.model = Pooled(model, [pad, *special]).eval()
         self.width = int(model.config.hidden_size)
 
     @property
