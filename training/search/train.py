@@ -30,8 +30,7 @@ from preprocessing.features import CATALOGUE_FILE, Features
 from search.data import Catalogue
 from search.features import feature_names
 from search.hybrid import HybridIndex
-from search.late import FILE as STATES
-from search.late import LateInteraction
+from search.late import FILE as STATES, LateInteraction
 from search.lexical import Field, Lexical
 from search.log import SearchLog
 from search.online import RANKER, VECTORS, QuerySearch, SearchOptions, SearchResult, write_catalogue

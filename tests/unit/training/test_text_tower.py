@@ -15,8 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from search.data import Catalogue
-from search.late import FILE as STATES
-from search.late import LateInteraction
+from search.late import FILE as STATES, LateInteraction
 from search.lexical import Field, Lexical
 from search.online import VECTORS, QuerySearch, SearchOptions, write_catalogue
 from search.query_encoder import ENCODER, TOKENIZER, QueryEncoder
