@@ -138,7 +138,7 @@ class QuerySearch:
     def understand(self, queries: Sequence[str]) -> tuple[list[Understood], EncodedQueries]:
         """What each query means, and its encoding."""
         plain = [self.understanding(q) for q in queries]
-        encoded = self.encode([normalise(u.mended) for u in plain])
+        encoded = self.encode.understood(plain)
         full = [
             u.with_intents(likely(self.encode.attributes, row)) for u, row in zip(plain, encoded.logits, strict=True)
         ]

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from search.text import normalise
+from search.understanding import Understood
 from vivace.onnx_session import open_session
 
 ENCODER, TOKENIZER = "query_encoder.onnx", "tokenizer.json"
@@ -42,6 +44,13 @@ class QueryEncoder:
         self.tokens, self.features = int(metadata["tokens"]), int(metadata["features"])
         self._alone = not isinstance(self._session.get_inputs()[0].shape[1], int)
         self._outputs = [o.name for o in self._session.get_outputs()]
+
+    def understood(self, queries: Sequence[Understood]) -> EncodedQueries:
+        """What queries mean. An encoder of the catalogue's own words reads them mended. A pretrained one knows words
+        that the catalogue does not have, so it reads them as typed, with the mended forms behind."""
+        if self._alone:
+            return self([" ".join([u.text, *(normalise(w) for w in u.corrected.values())]) for u in queries])
+        return self([normalise(u.mended) for u in queries])
 
     def __call__(self, texts: Sequence[str]) -> EncodedQueries:
         ids = [e.ids[: self.tokens] for e in self._tokenizer.encode_batch(list(texts))]

@@ -107,11 +107,12 @@ class AnsweredQueries:
     """Queries put to one index: understood, encoded, with their candidates and features."""
 
     def __init__(
-        self, index: HybridIndex, understanding: QueryUnderstanding, encode: Callable[[Sequence[str]], EncodedQueries],
-        attributes: Mapping[str, Sequence[str]], queries: Sequence[str],
+        self, index: HybridIndex, understanding: QueryUnderstanding,
+        encode: Callable[[Sequence[Understood]], EncodedQueries], attributes: Mapping[str, Sequence[str]],
+        queries: Sequence[str],
     ) -> None:  # fmt: skip
         first = [understanding(q) for q in queries]
-        encoded = encode([normalise(u.mended) for u in first])
+        encoded = encode(first)
         self.understood: list[Understood] = [
             u.with_intents(likely(attributes, row)) for u, row in zip(first, encoded.logits, strict=True)
         ]
@@ -192,9 +193,9 @@ class LearnedStudy(Study):
         return training.finish()
 
     def answer(self, encoder: TextSearchEncoder, queries: Sequence[str]) -> AnsweredQueries:
-        def encode(texts: Sequence[str]) -> EncodedQueries:
-            vectors, logits = encoder.queries(texts)
-            return EncodedQueries(vectors, logits, [np.empty((0, 0), np.float32)] * len(texts))
+        def encode(understood: Sequence[Understood]) -> EncodedQueries:
+            vectors, logits = encoder.queries([normalise(u.mended) for u in understood])
+            return EncodedQueries(vectors, logits, [np.empty((0, 0), np.float32)] * len(understood))
 
         index = HybridIndex(self.catalogue, self.lexical, encoder.items(self.texts), {MATCHED: self.config.matched})
         return AnsweredQueries(index, self.understanding, encode, encoder.model.attributes, queries)
@@ -230,7 +231,7 @@ class TowerStudy(Study):
         self.encode = QueryEncoder(folder)
 
     def answer(self, queries: Sequence[str]) -> AnsweredQueries:
-        return AnsweredQueries(self.index, self.understanding, self.encode, self.encode.attributes, queries)
+        return AnsweredQueries(self.index, self.understanding, self.encode.understood, self.encode.attributes, queries)
 
     def fold(self, train: Sequence[int], name: str) -> tuple[Answers, Ensemble | Trees]:
         answered = self.answer(self.queries(train))

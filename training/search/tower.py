@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from search.data import Catalogue
-from search.query_encoder import ENCODER, TOKENIZER, EncodedQueries, QueryEncoder
+from search.query_encoder import ENCODER, TOKENIZER
 from search.text import normalise
 from training.text.cache import TextCache
 from training.text.export import export_queries, query_tokenizer
@@ -90,7 +90,3 @@ class TowerEncoder:
         """The query's side, as it is served; after ``items``."""
         export_queries(self.tower, folder / ENCODER, features)
         query_tokenizer(self.tower).save(str(folder / TOKENIZER))
-
-    def queries(self, folder: Path, texts: Sequence[str]) -> EncodedQueries:
-        """Normalised texts by what ``export`` wrote to ``folder``: int8, as they are served."""
-        return QueryEncoder(folder)(texts)
