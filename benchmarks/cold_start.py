@@ -36,6 +36,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "ids and text": {"encoder.text_tokens": 24, "retrieval.new_items": "described"},
     "ids, nearest by text": {"encoder.text_tokens": 0},
     "ids and text, nearest by text": {"encoder.text_tokens": 24},
+    "ids and text, nearest by text and minilm": {"encoder.text_tokens": 24, "retrieval.new_items": "tower"},
+    "the same, shown more": {
+        "encoder.text_tokens": 24,
+        "retrieval.new_items": "tower",
+        "retrieval.new_item_boost": 0.25,
+    },
     "ids left out in a fifth, and text": {
         "encoder.text_tokens": 24,
         "encoder.id_dropout": 0.2,

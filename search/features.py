@@ -7,12 +7,14 @@ from __future__ import annotations
 import numpy as np
 
 from search.hybrid import Candidates, HybridIndex
+from search.late import NAMES
 from search.lexical import PLACES
 from search.text import terms
 from search.understanding import Understood
 from vivace.contract import PADDING_ID
 
 PERSONAL = ("rank by history", "affinity")
+RELATIVE = ("dense below the best", "dense by deviations")
 NEAR = 10.0  # a branch's rank r counts NEAR / (NEAR + r)
 
 
@@ -20,13 +22,18 @@ def feature_names(index: HybridIndex) -> list[str]:
     fields = [f"bm25 {f.name}" for f in index.lexical.fields]
     intents = [f"{kind} {a}" for a in index.codes for kind in ("named", "likely")]
     ranks = [f"rank {b}" for b in index.branches]
+    late = [*NAMES, *RELATIVE] if index.late is not None else []
     return [*fields, "bm25", "bm25 of the best", "dense", "in title", "in text", *PLACES, *intents, *ranks, "fused",
-            "popular", "terms", *PERSONAL]  # fmt: skip
+            "popular", "terms", *late, *PERSONAL]  # fmt: skip
 
 
-def features(index: HybridIndex, understood: Understood, vector_E: np.ndarray, candidates: Candidates) -> np.ndarray:
+def features(
+    index: HybridIndex, understood: Understood, vector_E: np.ndarray, candidates: Candidates,
+    states_SP: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """float32 [N, X] in the order of ``feature_names``; the last ones, PERSONAL, are 0 until ``personal`` fills them
-    in: they are known where query and history meet."""
+    in: they are known where query and history meet. ``states_SP``: of the query's tokens, where the index has ``late``.
+    """
     rows, n = candidates.rows, len(candidates.rows)
     whole_N = index.lexical.boosted(candidates.fields_FN)
     best = max(float(whole_N.max(initial=0.0)), 1e-6)
@@ -44,6 +51,11 @@ def features(index: HybridIndex, understood: Understood, vector_E: np.ndarray, c
         r = candidates.rank.get(b, np.full(n, -1))
         columns.append(np.where(r >= 0, NEAR / (NEAR + r), 0.0))
     columns += [candidates.fused * 60, index.popularity[rows], np.full(n, len(understood.words))]
+    if index.late is not None:
+        columns += list(index.late(np.empty((0, 0)) if states_SP is None else states_SP, rows).T)
+        dense_N = index.vectors[rows] @ vector_E
+        columns.append(dense_N - dense_N.max(initial=-1.0))
+        columns.append((dense_N - dense_N.mean()) / max(float(dense_N.std()), 1e-6) if n else dense_N)
     columns += [np.zeros(n)] * len(PERSONAL)
     return np.stack([np.asarray(x, np.float32) for x in columns], 1)
 

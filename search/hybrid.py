@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from search.data import Catalogue
+from search.late import LateInteraction
 from search.lexical import Lexical
 from search.understanding import Understood
 
@@ -81,10 +82,12 @@ class HybridIndex:
     Args:
         vectors: unit vectors of the items float32 [V, E].
         weights: of each branch in the fusion (WEIGHTS, else 1); MATCHED of weight 0 is left out.
+        late: how queries' words meet titles, where the text encoder says so.
     """
 
     def __init__(
-        self, catalogue: Catalogue, lexical: Lexical, vectors_VE: np.ndarray, weights: Mapping[str, float] | None = None
+        self, catalogue: Catalogue, lexical: Lexical, vectors_VE: np.ndarray,
+        weights: Mapping[str, float] | None = None, late: LateInteraction | None = None,
     ) -> None:  # fmt: skip
         if not len(catalogue.items) == lexical.items == len(vectors_VE):
             raise ValueError(
@@ -92,7 +95,7 @@ class HybridIndex:
                 f"{lexical.items} for {len(catalogue.items)}"
             )
         self.catalogue, self.lexical, self.vectors = catalogue, lexical, np.ascontiguousarray(vectors_VE, np.float32)
-        self.weights = WEIGHTS | dict(weights or {})
+        self.weights, self.late = WEIGHTS | dict(weights or {}), late
         self.row = {item: i for i, item in enumerate(catalogue.items)}
         self.values: dict[str, list[str]] = {}
         self.codes: dict[str, np.ndarray] = {}

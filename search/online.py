@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from search.data import Catalogue
 from search.features import features, personal
 from search.hybrid import Filters, HybridIndex, diversify
+from search.late import FILE as STATES, LateInteraction
 from search.lexical import FILE as LEXICAL_FILE, Lexical
+from search.query_encoder import ENCODER, TOKENIZER, EncodedQueries, QueryEncoder
 from search.text import normalise, words
 from search.understanding import FILE as UNDERSTANDING_FILE, QueryUnderstanding, Understood, likely
 from vivace import contract
 from vivace.onnx_session import open_session
 
-ENCODER, TOKENIZER, VECTORS, CATALOGUE, RANKER = (
-    "query_encoder.onnx", "tokenizer.json", "vectors.npy", "catalogue.json", "search_ranking.onnx",
-)  # fmt: skip
+VECTORS, CATALOGUE, RANKER = "vectors.npy", "catalogue.json", "search_ranking.onnx"
 INDEX_FILES = (ENCODER, TOKENIZER, VECTORS, CATALOGUE, LEXICAL_FILE, "lexical.json", UNDERSTANDING_FILE)
+OPTIONAL_INDEX_FILES = (STATES,)  # of an encoder with late interaction
 RANKER_FILES = (RANKER, VECTORS)
 
 
@@ -129,29 +129,20 @@ class QuerySearch:
 
     def __init__(self, folder: Path, candidates: int) -> None:
         self.candidates = candidates
-        self.index = HybridIndex(read_catalogue(folder), Lexical.load(folder), np.load(folder / VECTORS))
+        late = LateInteraction.load(folder)
+        self.index = HybridIndex(read_catalogue(folder), Lexical.load(folder), np.load(folder / VECTORS), late=late)
         self.understanding = QueryUnderstanding.load(folder)
-        self._encoder = open_session(folder / ENCODER)
-        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        metadata = self._encoder.get_modelmeta().custom_metadata_map
-        self._attributes, self._length = json.loads(metadata["attributes"]), int(metadata["tokens"])
-        self.width = int(metadata["features"])
+        self.encode = QueryEncoder(folder)
+        self.width = self.encode.features
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors float32 [B, E] and intent logits float32 [B, K] of normalised texts."""
-        tokens_BS = np.zeros((len(texts), self._length), np.int64)
-        for row, encoding in zip(tokens_BS, self._tokenizer.encode_batch(list(texts)), strict=True):
-            ids = encoding.ids[: self._length]
-            row[: len(ids)] = ids
-        vectors, logits = self._encoder.run(None, {"TOKENS": tokens_BS})
-        return vectors, logits
-
-    def understand(self, queries: Sequence[str]) -> tuple[list[Understood], np.ndarray]:
-        """What each query means, and its vector float32 [B, E]."""
+    def understand(self, queries: Sequence[str]) -> tuple[list[Understood], EncodedQueries]:
+        """What each query means, and its encoding."""
         plain = [self.understanding(q) for q in queries]
-        vectors, logits = self.encode([normalise(u.mended) for u in plain])
-        full = [u.with_intents(likely(self._attributes, row)) for u, row in zip(plain, logits, strict=True)]
-        return full, vectors
+        encoded = self.encode.understood(plain)
+        full = [
+            u.with_intents(likely(self.encode.attributes, row)) for u, row in zip(plain, encoded.logits, strict=True)
+        ]
+        return full, encoded
 
     def __call__(
         self,
@@ -168,8 +159,8 @@ class QuerySearch:
         rows = [i for i, q in enumerate(queries) if searchable(q)]
         if not rows:
             return out
-        understood, vectors = self.understand([queries[i] for i in rows])
-        for i, meaning, vector_E in zip(rows, understood, vectors, strict=True):
+        understood, encoded = self.understand([queries[i] for i in rows])
+        for i, meaning, vector_E, states in zip(rows, understood, encoded.vectors, encoded.states, strict=True):
             option = options[i] or SearchOptions()
             filters = option.filters
             if not option.seen and histories is not None:
@@ -177,10 +168,12 @@ class QuerySearch:
                 filters = replace(
                     filters, without=[id_ - contract.FIRST_ID for id_ in seen if id_ >= contract.FIRST_ID]
                 )
-            out[i] = self._find(meaning, vector_E, filters)
+            out[i] = self._find(meaning, vector_E, states, filters)
         return out
 
-    def _find(self, understood: Understood, vector_E: np.ndarray, filters: Filters) -> SearchResult:
+    def _find(
+        self, understood: Understood, vector_E: np.ndarray, states_SP: np.ndarray, filters: Filters
+    ) -> SearchResult:
         """What one query finds."""
         constrained = filters.values or filters.ranges or filters.without
         allowed = self.index.allowed(filters) if constrained else None
@@ -194,7 +187,7 @@ class QuerySearch:
         }
         return (
             (rows + contract.FIRST_ID).astype(np.int64),
-            features(self.index, understood, vector_E, candidates),
+            features(self.index, understood, vector_E, candidates, states_SP),
             json.dumps(record, ensure_ascii=False, separators=(",", ":")),
         )
 

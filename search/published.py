@@ -16,11 +16,13 @@ def files_of(root: Path) -> dict[str, dict[str, Path]]:
     run = Run(root)
     if not run.has(SEARCH):
         return {}
-    from search.online import INDEX_FILES, RANKER_FILES  # its libraries, which a run without search does without
+    # its libraries, which a run without search does without
+    from search.online import INDEX_FILES, OPTIONAL_INDEX_FILES, RANKER_FILES
 
     folder = run.search
+    index = (*INDEX_FILES, *(n for n in OPTIONAL_INDEX_FILES if (folder / n).exists()))
     return {
-        contract.QUERY_SEARCH: {n: folder / n for n in INDEX_FILES},
+        contract.QUERY_SEARCH: {n: folder / n for n in index},
         contract.RESPONSE: {n: folder / n for n in RANKER_FILES},
     }
 

@@ -53,9 +53,14 @@ class RetrievalTraining:
     """Under torchrun each process keeps a part of the model and of the optimizer's state (FSDP)."""
     compiled: bool = False
     """The encoder's blocks run through torch.compile: some seconds more to start, fewer a step."""
-    new_items: Literal["neighbours", "described"] = "neighbours"
+    new_items: Literal["neighbours", "described", "tower"] = "neighbours"
     """Items without a training event get the mean of the seen items nearest by text and attributes, or stay what those
-    say ("described")."""
+    say ("described"). "tower": a pretrained text tower has a part in who is near, and the bias is what the text lets
+    expect."""
+    tower: str = "minilm"
+    """For "tower": its name, folder or Hugging Face name (``training.text.tower``)."""
+    new_item_boost: float = 0.0
+    """Added to the bias of items without a training event: above 0 they are shown more, at the cost of the others."""
     adversarial: float = 0.0
     """How far, in mean lengths of an item embedding, FGM moves the embeddings for a second loss (0: none)."""
     adversarial_weight: float = 1.0

@@ -27,7 +27,7 @@ from training.learn.loop import Loop, LoopConfig
 from training.learn.memory import remember
 from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.retriever import training_windows
-from training.learn.warm_start import free_unseen
+from training.learn.warm_start import finish_unseen
 from training.models.ranking import RankingModel
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
@@ -74,7 +74,7 @@ def _fit_retriever(
     loop.resume()
     report = loop.run()
     model.remembers = True
-    free_unseen(model, counts, features, training.new_items == "neighbours")
+    finish_unseen(model, counts, features, training)
     remember(model, features.files(WHOLE))
     return report
 

@@ -29,7 +29,7 @@ from training.learn.distill import Teacher
 from training.learn.loop import Loop, LoopConfig
 from training.learn.memory import fit_memory, remember
 from training.learn.objectives import log_expected_counts, retrieval_loss
-from training.learn.warm_start import free_unseen, new_retriever, take_up
+from training.learn.warm_start import finish_unseen, new_retriever, take_up
 from training.metrics import mean_ndcg
 from training.models.adapters import Adaptation, freeze_for, merge
 from training.models.item_table import item_attributes
@@ -158,7 +158,7 @@ def _finished_model(
     merge(model)
     release(model)
     model.remembers = True
-    free_unseen(model, counts, features, preset.retrieval.new_items == "neighbours")
+    finish_unseen(model, counts, features, preset.retrieval)
     return model
 
 

@@ -7,17 +7,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.decomposition import TruncatedSVD
+from sklearn.linear_model import Ridge
 
 from preprocessing.features import Features
 from training.checkpoints import WEIGHTS, device
 from training.data.counters import cooccurrence_embeddings
-from training.models.item_table import item_attributes, nearest_seen
+from training.models.item_table import NEIGHBOURS, description, item_attributes, nearest_seen
 from training.models.retrieval import RetrievalModel
-from training.presets import Preset
-from vivace.contract import FIRST_ID
-from vivace.manifest import read_manifest
+from training.presets import Preset, RetrievalTraining
+from training.text.cache import TextCache
+from training.text.tower import TextTower
+from vivace.contract import FIRST_ID, TEXT
+from vivace.manifest import Progress, read_manifest
+from vivace.run import Run
 
 START_SCALE = 0.1  # root mean square of a starting item embedding
+TOWER_NEIGHBOURS = 20  # seen items that speak for a new one where a text tower chooses them
+DIRECTIONS, RIDGE = 256, 300.0  # of the TF-IDF matrix; the penalty of ``described_bias``
 RARE_SHARE = 0.25  # the least frequent quarter of the items counts as rare
 
 
@@ -41,10 +48,45 @@ def start_from_counts(model: RetrievalModel, files: list[Path], counts: np.ndarr
         model.bias.copy_(torch.tensor(np.log((counts + 1) / (counts + 1).mean()), dtype=model.bias.dtype))
 
 
-def free_unseen(model: RetrievalModel, counts: np.ndarray, features: Features, by_neighbours: bool) -> None:
+def described_bias(features: Features, counts: np.ndarray, bias_V: np.ndarray, vectors_VE: np.ndarray) -> np.ndarray:
+    """The bias float32 [V] that an item's text lets expect: ridge regression of the seen items' biases, each weighed by
+    the root of its count, on a text tower's ``vectors_VE`` and the first directions of the TF-IDF matrix."""
+    matrix = description(features)
+    parts = [vectors_VE]
+    if matrix is not None and min(matrix.shape) > 2:
+        parts.append(TruncatedSVD(min(DIRECTIONS, min(matrix.shape) - 1), random_state=0).fit_transform(matrix))
+    x_VX, seen = np.concatenate(parts, 1), counts[FIRST_ID:] > 0
+    weight = np.sqrt(counts[FIRST_ID:][seen])
+    mean = float(bias_V[FIRST_ID:][seen].mean())
+    ridge = Ridge(alpha=RIDGE, fit_intercept=False)
+    ridge.fit(x_VX[seen], bias_V[FIRST_ID:][seen] - mean, sample_weight=weight**2)
+    return np.concatenate([bias_V[:FIRST_ID], ridge.predict(x_VX) + mean]).astype(np.float32)
+
+
+def tower_vectors(features: Features, name: str, say: Progress) -> np.ndarray:
+    """A text tower's unit vectors float32 [V - FIRST_ID, E] of the catalogue's text; encoded once a run."""
+    tower = TextTower(name)
+    texts = TextCache(Run(features.folder.parent).text / f"tower-{tower.key}", tower.encode, f"text tower {name}")
+    return texts(features.items()[TEXT].fillna("").tolist(), say)
+
+
+def finish_unseen(model: RetrievalModel, counts: np.ndarray, features: Features, training: RetrievalTraining) -> None:
+    """``free_unseen`` as ``training`` says."""
+    by_tower = training.new_items == "tower" and bool((counts[FIRST_ID:] == 0).any())
+    vectors_VE = tower_vectors(features, training.tower, print) if by_tower else None
+    free_unseen(model, counts, features, training.new_items != "described", vectors_VE, training.new_item_boost)
+
+
+def free_unseen(
+    model: RetrievalModel, counts: np.ndarray, features: Features, by_neighbours: bool,
+    vectors_VE: np.ndarray | None = None, boost: float = 0.0,
+) -> None:  # fmt: skip
     """Items without a training event get the weighted mean of their nearest seen items by text and attributes, with
     the length and the bias that those have on average. Where nothing is near (or without ``by_neighbours``) the id
-    embedding is zero, so that attributes and words speak alone, and the bias that of a rare item."""
+    embedding is zero, so that attributes and words speak alone, and the bias that of a rare item.
+
+    ``vectors_VE``: a text tower's, a row an item of the catalogue; then it has a part in who is near, and the bias is
+    that of ``described_bias``. ``boost`` is added to the bias of all of them."""
     unseen = torch.from_numpy(counts == 0)
     unseen[:FIRST_ID] = False
     if not unseen.any():
@@ -57,13 +99,19 @@ def free_unseen(model: RetrievalModel, counts: np.ndarray, features: Features, b
         weight[unseen] = 0.0
         bias[unseen] = bias[rare.to(bias.device)].median()
         if by_neighbours:
-            nearest = (torch.from_numpy(x).to(bias.device) for x in nearest_seen(features, counts > 0))
+            keep = NEIGHBOURS if vectors_VE is None else TOWER_NEIGHBOURS
+            of_catalogue = nearest_seen(features, counts > 0, keep, vectors_VE)
+            nearest = (torch.from_numpy(x).to(bias.device) for x in of_catalogue)
             ids_U, neighbours_UK, shares_UK = nearest
             table = model.table()  # what attributes and words say of an unseen item, as its id says nothing
             mean = (table[neighbours_UK] * shares_UK[:, :, None]).sum(1)
             length = (table[neighbours_UK].norm(dim=2) * shares_UK).sum(1, keepdim=True)
             weight[ids_U] = mean / mean.norm(dim=1, keepdim=True).clamp_min(1e-9) * length - table[ids_U]
             bias[ids_U] = (bias[neighbours_UK] * shares_UK).sum(1)
+            if vectors_VE is not None:
+                expected_V = described_bias(features, counts, bias.cpu().numpy(), vectors_VE)
+                bias[ids_U] = torch.from_numpy(expected_V).to(bias)[ids_U]
+        bias[unseen] += boost
     model.train(training)
 
 

@@ -24,6 +24,7 @@ from vivace.contract import FIRST_ID, PADDING_ID, TEXT
 
 MAX_WORDS = 20_000
 NEIGHBOURS = 10  # seen items that speak for one without events
+TOWER_POWER = 4  # of similarities that a text tower has a part in: without it all items are alike
 SIMILARITY_ROWS = 512  # items compared with all others at once
 MIN_ITEMS = 2  # a word of one item alone says no more than its id
 
@@ -100,10 +101,8 @@ def item_attributes(features: Features, config: EncoderConfig) -> ItemAttributes
     return ItemAttributes(categories, sizes, numbers, words, count, torch.from_numpy(vectors))
 
 
-def nearest_seen(features: Features, seen_V: np.ndarray, keep: int = NEIGHBOURS) -> tuple[np.ndarray, ...]:
-    """(ids int64 [U] of the items that are not ``seen_V``, their nearest seen items int64 [U, keep], weights float32
-    [U, keep] that sum to one): by TF-IDF cosine of the catalogue's text and attributes. Items that share no word with
-    a seen one are left out."""
+def description(features: Features) -> sparse.csr_matrix | None:
+    """Unit rows of the catalogue's items: TF-IDF of their text beside their attributes; None where there is neither."""
     table, schema = features.items(), features.schema
     attributes = [name + "=" + table[name].astype(str) for name in schema.item_categoricals]
     words = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", sublinear_tf=True, dtype=np.float32)
@@ -113,15 +112,28 @@ def nearest_seen(features: Features, seen_V: np.ndarray, keep: int = NEIGHBOURS)
         parts.append(words.fit_transform(table[TEXT]))
     if attributes:
         parts.append(normalize(names.fit_transform(list(zip(*attributes, strict=True)))))
+    return normalize(sparse.hstack(parts).tocsr()) if parts else None
+
+
+def nearest_seen(
+    features: Features, seen_V: np.ndarray, keep: int = NEIGHBOURS, vectors_VE: np.ndarray | None = None
+) -> tuple[np.ndarray, ...]:
+    """(ids int64 [U] of the items that are not ``seen_V``, their nearest seen items int64 [U, keep], weights float32
+    [U, keep] that sum to one): by TF-IDF cosine of the catalogue's text and attributes, with a text tower's unit
+    ``vectors_VE`` (a row an item of the catalogue) by the sum of both cosines to the power of TOWER_POWER. Items that
+    share no word with a seen one are left out."""
+    matrix = description(features)
     unseen = np.flatnonzero(~seen_V[FIRST_ID:])
     seen = np.flatnonzero(seen_V[FIRST_ID:])
     keep = min(keep, len(seen))
-    if not parts or not len(unseen) or not keep:
+    if matrix is None or not len(unseen) or not keep:
         return np.zeros(0, np.int64), np.zeros((0, keep), np.int64), np.zeros((0, keep), np.float32)
-    matrix = normalize(sparse.hstack(parts).tocsr())
     of_seen, ids, weights = matrix[seen].T.tocsc(), [], []
     for start in range(0, len(unseen), SIMILARITY_ROWS):
-        close = (matrix[unseen[start : start + SIMILARITY_ROWS]] @ of_seen).toarray()
+        rows = unseen[start : start + SIMILARITY_ROWS]
+        close = (matrix[rows] @ of_seen).toarray()
+        if vectors_VE is not None:
+            close = np.maximum(close + vectors_VE[rows] @ vectors_VE[seen].T, 0) ** TOWER_POWER
         best = np.argpartition(-close, keep - 1, axis=1)[:, :keep]
         ids.append(seen[best] + FIRST_ID)
         weights.append(np.take_along_axis(close, best, 1))

@@ -332,32 +332,3 @@ class TextSearchEncoder:
 
     def intents(self, logits_K: np.ndarray) -> list[Intent]:
         return likely(self.model.attributes, logits_K)
-
-
-class HuggingFaceEncoder:
-    """Any sentence encoder of Hugging Face, by name or local folder: mean of the last states, unit length."""
-
-    def __init__(self, source: str, length: int = 64) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        self.tokenizer, self.length = AutoTokenizer.from_pretrained(source), length
-        self.model = AutoModel.from_pretrained(source).eval()
-
-    def items(self, texts: Sequence[str]) -> np.ndarray:
-        out = []
-        with torch.inference_mode():
-            for start in range(0, len(texts), 64):
-                batch = self.tokenizer(
-                    list(texts[start : start + 64]), padding=True, truncation=True, max_length=self.length,
-                    return_tensors="pt",
-                )  # fmt: skip
-                states = self.model(**batch).last_hidden_state
-                mask = batch["attention_mask"][:, :, None].float()
-                out.append(F.normalize((states * mask).sum(1) / mask.sum(1).clamp_min(1e-9), dim=1).numpy())
-        return np.concatenate(out) if out else np.zeros((0, self.model.config.hidden_size), np.float32)
-
-    def queries(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return self.items(texts), np.zeros((len(texts), 0), np.float32)
-
-    def intents(self, logits_K: np.ndarray) -> list[Intent]:
-        return []

@@ -20,15 +20,21 @@ from rich.table import Table
 from search.data import Catalogue, Judgments
 from search.features import features
 from search.hybrid import MATCHED, HybridIndex, top
+from search.late import LateInteraction
 from search.lexical import Field, Lexical
+from search.query_encoder import EncodedQueries, QueryEncoder
 from search.text import normalise
-from search.understanding import QueryUnderstanding, Understood, with_typos
+from search.understanding import QueryUnderstanding, Understood, likely, with_typos
 from training.metrics import bootstrap
 from training.models.text_encoder import TOKENIZER
 from training.search.encoder import EncoderTraining, SearchEncoderConfig, TextSearchEncoder, item_texts
 from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
+from training.search.tower import OURS, TowerEncoder
+from training.search.trees import Trees, TreesConfig, train_trees
+from training.text.tower import TextTower
 from vivace.checks import check_fields, check_minimum
 from vivace.manifest import Step, digest, write_text
+from vivace.run import Run
 
 CANDIDATES, K, DEEP = 200, 10, 100
 WORDS, MEANING, HYBRID, RANKED, TYPOS = "BM25", "dense", "hybrid", "hybrid + ranker", "hybrid + ranker, typos"
@@ -74,8 +80,10 @@ class SearchConfig:
     """Of the catalogue, with their boosts."""
     encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
     """The encoder of queries and items."""
-    ranker: SearchRankerConfig = field(default_factory=SearchRankerConfig)
-    """The ranker of what was found."""
+    tower: str = OURS
+    """Name of a pretrained text tower in the encoder's place: see ``training.text.tower``."""
+    ranker: SearchRankerConfig | TreesConfig = field(default_factory=SearchRankerConfig)
+    """The ranker of what was found, a network or boosted trees."""
     folds: int = 5
     """Of the cross-validation by query, at least 2."""
     matched: float = 1.0
@@ -88,29 +96,34 @@ class SearchConfig:
         check_minimum(self, 0, "matched")
 
 
-def esci_config() -> SearchConfig:
-    """For Amazon's products."""
+def esci_config(tower: str = OURS) -> SearchConfig:
+    """For Amazon's products; with a tower the ranker is boosted trees."""
     boosts = {"title": 3.0, "bullets": 0.5, "description": 0.3, "brand": 0.5, "colour": 0.3}
-    return SearchConfig(fields=tuple(Field(name, boost) for name, boost in boosts.items()))
+    ranker = SearchRankerConfig() if tower == OURS else TreesConfig()
+    return SearchConfig(fields=tuple(Field(name, boost) for name, boost in boosts.items()), tower=tower, ranker=ranker)
 
 
 class AnsweredQueries:
     """Queries put to one index: understood, encoded, with their candidates and features."""
 
     def __init__(
-        self, index: HybridIndex, understanding: QueryUnderstanding, encoder: TextSearchEncoder, queries: Sequence[str]
+        self, index: HybridIndex, understanding: QueryUnderstanding,
+        encode: Callable[[Sequence[Understood]], EncodedQueries], attributes: Mapping[str, Sequence[str]],
+        queries: Sequence[str],
     ) -> None:  # fmt: skip
         first = [understanding(q) for q in queries]
-        self.vectors, logits = encoder.queries([normalise(u.mended) for u in first])
+        encoded = encode(first)
         self.understood: list[Understood] = [
-            u.with_intents(encoder.intents(row)) for u, row in zip(first, logits, strict=True)
+            u.with_intents(likely(attributes, row)) for u, row in zip(first, encoded.logits, strict=True)
         ]
         self.index = index
-        pairs = list(zip(self.understood, self.vectors, strict=True))
+        pairs = list(zip(self.understood, encoded.vectors, strict=True))
         self.words = [index.candidates(u, None, CANDIDATES) for u, _ in pairs]
         self.meaning = [index.candidates(None, v, CANDIDATES) for _, v in pairs]
         self.hybrid = [index.candidates(u, v, CANDIDATES) for u, v in pairs]
-        self.features = [features(index, u, v, h) for (u, v), h in zip(pairs, self.hybrid, strict=True)]
+        self.features = [
+            features(index, u, v, h, s) for (u, v), h, s in zip(pairs, self.hybrid, encoded.states, strict=True)
+        ]
 
     def items(self, rows: np.ndarray) -> list[str]:
         return [self.index.catalogue.items[r] for r in rows]
@@ -120,30 +133,48 @@ class AnsweredQueries:
 
 
 class Study:
-    """One catalogue with judged queries; what does not see judgments (word index, understanding, the encoder before
-    fine-tuning) is made once."""
+    """One catalogue with judged queries: what does not see judgments, the word index and the understanding."""
 
     def __init__(
         self, catalogue: Catalogue, judgments: Judgments, config: SearchConfig, folder: Path, seed: int,
-        say: Callable[[str], None], quiet: bool = False,
+        say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.catalogue, self.judgments, self.config, self.folder, self.seed = catalogue, judgments, config, folder, seed
-        self.quiet, self.say = quiet, say
+        self.say = say
         self.lexical = Lexical.build(catalogue.texts, config.fields)
         self.understanding = QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes)
         say(
             f"{len(catalogue.items):,} items, {len(judgments.queries)} queries; "
             f"lexical index {self.lexical.bytes / 2**20:.1f} MiB"
         )
+
+    def queries(self, places: Sequence[int]) -> list[str]:
+        return [self.judgments.queries[q] for q in places]
+
+    def train_ranker(self, lists: list[np.ndarray], gains: list[np.ndarray]) -> Ensemble | Trees:
+        if isinstance(self.config.ranker, TreesConfig):
+            return train_trees(lists, gains, self.config.ranker, self.seed)
+        return train_search_ranker(lists, gains, self.config.ranker, self.seed)
+
+
+Answers = Callable[[Sequence[str]], AnsweredQueries]
+
+
+class LearnedStudy(Study):
+    """With the encoder that is learned here; before its fine-tuning it is learned once."""
+
+    def __init__(
+        self, catalogue: Catalogue, judgments: Judgments, config: SearchConfig, folder: Path, seed: int,
+        say: Callable[[str], None], quiet: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(catalogue, judgments, config, folder, seed, say)
+        self.quiet = quiet
         self.base = EncoderTraining(catalogue, config.encoder, folder / "encoder", seed, quiet)
         self.base.language()
         self.base.questions()
         self.start = {k: v.clone() for k, v in self.base.model.state_dict().items()}
         self.texts = item_texts(catalogue)
         self.at = {item: i for i, item in enumerate(catalogue.items)}
-
-    def queries(self, places: Sequence[int]) -> list[str]:
-        return [self.judgments.queries[q] for q in places]
 
     def fine_tuned(self, places: Sequence[int], name: str) -> TextSearchEncoder:
         """The encoder after the judgments of the queries at ``places``."""
@@ -162,36 +193,70 @@ class Study:
         return training.finish()
 
     def answer(self, encoder: TextSearchEncoder, queries: Sequence[str]) -> AnsweredQueries:
-        index = HybridIndex(self.catalogue, self.lexical, encoder.items(self.texts), {MATCHED: self.config.matched})
-        return AnsweredQueries(index, self.understanding, encoder, queries)
+        def encode(understood: Sequence[Understood]) -> EncodedQueries:
+            vectors, logits = encoder.queries([normalise(u.mended) for u in understood])
+            return EncodedQueries(vectors, logits, [np.empty((0, 0), np.float32)] * len(understood))
 
-    def ranker(self, train: Sequence[int], name: str) -> Ensemble:
-        """Learned from features by encoders that have not seen the query they are for: two halves of ``train``, each
-        judged by the encoder of the other. Else the ranker would trust the encoder as it is on what it was taught."""
+        index = HybridIndex(self.catalogue, self.lexical, encoder.items(self.texts), {MATCHED: self.config.matched})
+        return AnsweredQueries(index, self.understanding, encode, encoder.model.attributes, queries)
+
+    def fold(self, train: Sequence[int], name: str) -> tuple[Answers, Ensemble | Trees]:
+        """(how queries are answered, the ranker) after the judgments of ``train``. The ranker learned from features by
+        encoders that have not seen the query they are for: two halves of ``train``, each judged by the encoder of the
+        other. Else it would trust the encoder as it is on what it was taught."""
+        encoder = self.fine_tuned(train, name)
         lists, gains = [], []
         for half in (0, 1):
             judged, other = train[half::2], train[1 - half :: 2]
             answered = self.answer(self.fine_tuned(other, f"{name}-half{half}"), self.queries(judged))
             lists += answered.features
             gains += [answered.gains(i, self.judgments.gains[q]) for i, q in enumerate(judged)]
-        return train_search_ranker(lists, gains, self.config.ranker, self.seed)
+        return lambda queries: self.answer(encoder, queries), self.train_ranker(lists, gains)
+
+
+class TowerStudy(Study):
+    """With a pretrained tower, which sees no judgment: the ranker learns from all of ``train`` at once. Queries are
+    encoded as they are served, int8."""
+
+    def __init__(
+        self, catalogue: Catalogue, judgments: Judgments, config: SearchConfig, folder: Path, seed: int,
+        say: Callable[[str], None], cache: Path,
+    ) -> None:  # fmt: skip
+        super().__init__(catalogue, judgments, config, folder, seed, say)
+        encoder = TowerEncoder(TextTower(config.tower), cache)
+        items = encoder.items(catalogue, say)
+        encoder.export(folder, 0)
+        weights = {MATCHED: config.matched}
+        self.index = HybridIndex(catalogue, self.lexical, items.vectors, weights, LateInteraction(items.states))
+        self.encode = QueryEncoder(folder)
+
+    def answer(self, queries: Sequence[str]) -> AnsweredQueries:
+        return AnsweredQueries(self.index, self.understanding, self.encode.understood, self.encode.attributes, queries)
+
+    def fold(self, train: Sequence[int], name: str) -> tuple[Answers, Ensemble | Trees]:
+        answered = self.answer(self.queries(train))
+        gains = [answered.gains(i, self.judgments.gains[q]) for i, q in enumerate(train)]
+        return self.answer, self.train_ranker(answered.features, gains)
 
 
 def evaluate_folds(
     catalogue: Catalogue, judgments: Judgments, config: SearchConfig, folder: Path, seed: int,
-    say: Callable[[str], None], quiet: bool = False,
+    say: Callable[[str], None], quiet: bool = False, cache: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains and judges; returns the table. What was trained stays in ``folder``."""
+    """Trains and judges; returns the table. What was trained stays in ``folder``; ``cache``: what a tower encoded."""
     started = time.monotonic()
-    study = Study(catalogue, judgments, config, folder, seed, say, quiet)
+    if config.tower == OURS:
+        study: LearnedStudy | TowerStudy = LearnedStudy(catalogue, judgments, config, folder, seed, say, quiet)
+    else:
+        study = TowerStudy(catalogue, judgments, config, folder, seed, say, cache or folder)
     rows: dict[str, list[dict[str, float]]] = {}
     order: list[int] = []
     for fold, (train, test) in enumerate(judgments.folds(config.folds, seed)):
-        encoder, ranker = study.fine_tuned(train, f"fold{fold}"), study.ranker(train, f"fold{fold}")
+        answer, ranker = study.fold(train, f"fold{fold}")
         clean = study.queries(test)
         wrong = [with_typos(q, TYPO_SHARE, seed * 1000 + i) for q, i in zip(clean, test, strict=True)]
         for queries, names in ((clean, (WORDS, MEANING, HYBRID, RANKED)), (wrong, (BM25_TYPOS, None, None, TYPOS))):
-            answered = study.answer(encoder, queries)
+            answered = answer(queries)
             for i, q in enumerate(test):
                 hybrid = answered.hybrid[i].rows
                 ranked = hybrid[np.argsort(-ranker.score(answered.features[i]), kind="stable")]
@@ -215,7 +280,7 @@ def evaluate_step(
         figures: dict[str, Any] = json.loads((root / FILE).read_text(encoding="utf-8"))
         return figures
     step.keep_only_own()
-    results = evaluate_folds(catalogue, judgments, config, step.folder, seed, say)
+    results = evaluate_folds(catalogue, judgments, config, step.folder, seed, say, cache=Run(root).text)
     write_text(root / FILE, json.dumps(results, indent=2))
     step.finish(results["seconds"], **{name: row["NDCG@10"]["mean"] for name, row in results["table"].items()})
     return results

@@ -30,10 +30,12 @@ from preprocessing.features import CATALOGUE_FILE, Features
 from search.data import Catalogue
 from search.features import feature_names
 from search.hybrid import HybridIndex
+from search.late import FILE as STATES, LateInteraction
 from search.lexical import Field, Lexical
 from search.log import SearchLog
-from search.online import ENCODER, RANKER, VECTORS, QuerySearch, SearchOptions, SearchResult, write_catalogue
+from search.online import RANKER, VECTORS, QuerySearch, SearchOptions, SearchResult, write_catalogue
 from search.published import LAYOUT
+from search.query_encoder import ENCODER
 from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
 from training.checkpoints import load_ranker, load_retrieval
 from training.data import batches
@@ -43,6 +45,8 @@ from training.presets import Preset, shapes
 from training.search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
 from training.search.judging import SearchRequests, diversity_costs, judged_log, kinds_of
 from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
+from training.search.tower import OURS, TowerEncoder
+from training.text.tower import TextTower
 from vivace import contract
 from vivace.checks import check_fields, check_minimum, check_shares
 from vivace.manifest import Progress, Step, write_text
@@ -58,7 +62,9 @@ class SearchTraining:
     """What makes a run's catalogue searchable."""
 
     encoder: SearchEncoderConfig = field(default_factory=SearchEncoderConfig)
-    """The encoder of queries and items."""
+    """The encoder of queries and items, where it is ours."""
+    tower: str = OURS
+    """Name of a pretrained text tower in its place: see ``training.text.tower``."""
     ranker: SearchRankerConfig = field(default_factory=lambda: SearchRankerConfig(epochs=15, batch_size=32, members=4))
     """The ranker of what was found."""
     requests: int = 2000
@@ -297,13 +303,20 @@ def train_search(
     lexical.save(folder)
     log, taught = _learned_searches(features, config)
     _learn_understanding(catalogue, taught, folder, say)
-    say(f"{len(catalogue.items):,} items, {len(lexical.vocabulary):,} terms; teaching the text encoder")
-    encoder = _train_encoder(catalogue, taught, config, folder, seed, quiet)
-    vectors = encoder.items(item_texts(catalogue))
-    np.save(folder / VECTORS, vectors)
+    say(f"{len(catalogue.items):,} items, {len(lexical.vocabulary):,} terms; text encoder: {config.tower}")
     write_catalogue(catalogue, folder)
-    width = len(feature_names(HybridIndex(catalogue, lexical, vectors)))
-    export_encoder(encoder, folder / ENCODER, width)
+    if config.tower == OURS:
+        encoder = _train_encoder(catalogue, taught, config, folder, seed, quiet)
+        index = HybridIndex(catalogue, lexical, encoder.items(item_texts(catalogue)))
+        export_encoder(encoder, folder / ENCODER, len(feature_names(index)))
+    else:
+        tower = TowerEncoder(TextTower(config.tower), run.text)
+        items = tower.items(catalogue, say)
+        np.save(folder / STATES, items.states)
+        index = HybridIndex(catalogue, lexical, items.vectors, late=LateInteraction(items.states))
+        tower.export(folder, len(feature_names(index)))
+    vectors, width = index.vectors, len(feature_names(index))
+    np.save(folder / VECTORS, vectors)
     say("teaching the search ranker")
     study = SearchStudy(features, preset, root, folder, catalogue, config, seed)
     learned, _ = study.made_requests("valid")

@@ -9,6 +9,7 @@ import typer
 
 from vivace.cli.options import (
     DEFAULT_ARTIFACTS,
+    ENCODER_HELP,
     TASKS,
     Artifacts,
     DataPath,
@@ -37,12 +38,13 @@ def evaluate(
     task: Annotated[str, choice("--task", TASKS, "what is judged; search needs --path")] = "recommend",
     data: Annotated[str, choice("--data", JUDGED, "judged queries, for --task search")] = "esci",
     path: DataPath = None,
+    encoder: Annotated[str, typer.Option(help=ENCODER_HELP)] = "ours",
     replay: Annotated[bool, typer.Option("--replay", help="answer each request with what was known then")] = False,
 ) -> None:
     """Rank every item for every test request: baselines, retriever, ranker, control. --compare: several runs. --task
     search: BM25, dense, hybrid and ranker on judged queries. --replay: in order of time, with live counters."""
     if task == "search":
-        evaluate_search(name or data, artifacts, data, path, seed)
+        evaluate_search(name or data, artifacts, data, path, seed, encoder)
         return
     if compare:
         compare_runs([find_run(artifacts, part) for part in compare.split(",") if part], artifacts, plot)
@@ -73,14 +75,14 @@ def evaluate_replay(name: str, artifacts: Path, preset: str) -> None:
     say(f"figures {run.evaluation / FILE}, plot {run.evaluation / PLOT}")
 
 
-def evaluate_search(name: str, artifacts: Path, data: str, path: Path | None, seed: int) -> None:
+def evaluate_search(name: str, artifacts: Path, data: str, path: Path | None, seed: int, encoder: str) -> None:
     if path is None:
         raise typer.BadParameter(f"--task search needs the folder of {data}", param_hint="--path")
     from search.data import read_esci
     from training.search.evaluate import FILE, esci_config, evaluate_step, render
 
     with new_run(name, artifacts) as run:
-        results = evaluate_step(*read_esci(path), esci_config(), run.root, seed, say)
+        results = evaluate_step(*read_esci(path), esci_config(encoder), run.root, seed, say)
     console.print(render(results, f"{data}: search, {results['queries']} judged queries, all items ranked"))
     say(f"figures {run.root / FILE}")
 

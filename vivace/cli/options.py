@@ -24,6 +24,7 @@ PRESETS = values_of("training.presets:PRESETS")
 PRECISIONS = values_of("training.compile.quantize:PRECISIONS")
 PROTOCOLS = values_of("vivace.client:PROTOCOLS")
 TASKS = ("recommend", "search")
+ENCODER_HELP = "with --task search: ours, minilm, or a folder or Hugging Face name of a sentence encoder"
 
 Data = Annotated[str, choice("--data", DATA_SETS, "data set")]
 DataPath = Annotated[

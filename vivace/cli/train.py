@@ -10,6 +10,7 @@ import typer
 
 from vivace.cli.options import (
     DEFAULT_ARTIFACTS,
+    ENCODER_HELP,
     TASKS,
     Artifacts,
     Name,
@@ -52,6 +53,7 @@ def train(
     task: Annotated[
         str, choice("--task", TASKS, "what is trained; search makes a trained run's catalogue searchable")
     ] = "recommend",
+    encoder: Annotated[str, typer.Option(help=ENCODER_HELP)] = "ours",
 ) -> None:
     """Train the retriever, then the ranker; resumes from the last checkpoint. --task search: then the text encoder, the
     word index and the search ranker. --final: after 'vivace evaluate', on the held-out events too."""
@@ -59,7 +61,7 @@ def train(
         train_final(name, artifacts, preset)
         return
     if task == "search":
-        train_search(name, artifacts, preset, seed)
+        train_search(name, artifacts, preset, seed, encoder)
         return
     track(wandb)
     run = find_run(artifacts, name)
@@ -104,13 +106,14 @@ def train_final(name: str, artifacts: Path, preset: str) -> None:
     say_next("compile", run, artifacts)
 
 
-def train_search(name: str, artifacts: Path, preset: str, seed: int) -> None:
+def train_search(name: str, artifacts: Path, preset: str, seed: int, encoder: str) -> None:
     with step(name, artifacts) as run:
         from preprocessing.features import Features
         from training.search.train import SearchTraining, train_search as train_search_run
 
         sizes = chosen_preset(preset, run.root)
-        manifest = train_search_run(Features(run.features), sizes, run.root, SearchTraining(), seed, say)
+        config = SearchTraining(tower=encoder)
+        manifest = train_search_run(Features(run.features), sizes, run.root, config, seed, say)
     for line in search_figures(manifest["results"]):
         say(line)
     say_next("compile", run, artifacts)

@@ -81,3 +81,18 @@ def test_an_unseen_item_stands_between_its_neighbours(category):
     assert float(table[6].norm()) == pytest.approx(length, rel=1e-5)
     assert float(model.bias[6].detach()) == pytest.approx(weight[3] * 5.0 + weight[4] * 1.0, rel=1e-5)
     assert (table[7] == 0).all() and float(model.bias[7].detach()) == 1.0  # nothing is near
+
+
+def test_a_text_tower_knows_what_no_word_says():
+    """Item 7, "zzz", shares no word with a seen one; by the tower's vectors it is a lamp, whose bias is the text's."""
+    vectors = np.array([[1, 0], [1, 0], [0, 1], [1, 0], [0, 1]], np.float32)
+    own, near, share = nearest_seen(_Catalogue(False), COUNTS > 0, keep=2, vectors_VE=vectors)
+    assert own.tolist() == [6, 7]
+    assert near[1][share[1].argmax()] == 5 and share[1].max() > 0.99
+    model = _model()
+    free_unseen(model, COUNTS, _Catalogue(False), True, vectors, boost=0.5)
+    table = model.table().detach()
+    assert float(torch.nn.functional.cosine_similarity(table[7], table[5], dim=0)) == pytest.approx(1, abs=1e-3)
+    plain = _model()
+    free_unseen(plain, COUNTS, _Catalogue(False), True, vectors)
+    assert (model.bias - plain.bias).tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 0.5, 0.5])

@@ -1,17 +1,15 @@
-"""The text encoder of search: it learns, resumes, is the same when read back; Hugging Face's from a local folder."""
+"""The text encoder of search: it learns, resumes, is the same when read back."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from search.data import Catalogue, Judgments
 from search.lexical import Field
 from training.models.text_encoder import TextConfig
 from training.search.encoder import (
     EncoderTraining,
-    HuggingFaceEncoder,
     Questions,
     SearchEncoderConfig,
     TextSearchEncoder,
@@ -102,20 +100,3 @@ def test_folds_are_learned_and_judged(catalogue, config, tmp_path):
         low, high = row["NDCG@10"]["interval"]
         assert low <= row["NDCG@10"]["mean"] <= high and row["recall@100"]["mean"] > 0.5
     assert render(results, "t").row_count == len(table)
-
-
-def test_a_sentence_encoder_of_hugging_face_from_a_folder(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "red", "blue", "sofa"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
-    torch.manual_seed(3)
-    sizes = BertConfig(vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    BertModel(sizes).save_pretrained(tmp_path)
-    encoder = HuggingFaceEncoder(str(tmp_path))
-    both = encoder.items(["red sofa", "blue sofa red red"])
-    assert both.shape == (2, 16) and np.linalg.norm(both, axis=1) == pytest.approx([1, 1], abs=1e-5)
-    assert encoder.queries(["red sofa"])[0][0] == pytest.approx(both[0], abs=1e-5)
