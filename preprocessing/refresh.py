@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from preprocessing.cleaning import clean_items
 from preprocessing.events import write_events
-from preprocessing.features import CATALOGUE_FILE, EVENTS_FILE, Features
+from preprocessing.features import CATALOGUE_FILE, EVENTS_FILE, LOG_NUMBER, Features
 from preprocessing.prepare import ITEM_WORKFLOW, WORKFLOW, WORKFLOWS
 from preprocessing.readers.base import Chunk
 from preprocessing.rejects import Rejects
@@ -36,7 +36,6 @@ from vivace.manifest import MANIFEST, Progress, Step, read_manifest, replaced
 from vivace.store.histories import SECOND_MS
 from vivace.store.lmdb_store import LmdbStore
 
-LOG_NUMBER = "log_number"  # in the manifest's results: the newest event of the store's log that the features hold
 REMADE = ("train", "valid", "test", WHOLE, "scratch", EVENTS_FILE, MANIFEST)
 MOST = 5_000_000  # events of the log that are taken at once, the newest
 _NEW, _PLACE = "new", "place"
@@ -50,11 +49,6 @@ class Appended:
     rows: pd.DataFrame
     until: int
     aged_out: int
-
-
-def taken_until(features: Features) -> int:
-    """Number of the newest event of the log that the features hold; 0 where none was ever taken."""
-    return int(read_manifest(features.folder, "vivace prepare")["results"].get(LOG_NUMBER, 0))
 
 
 def appended_since(store: Path, after: int, until: int | None = None) -> Appended:
@@ -174,7 +168,9 @@ def _add_items(old: Features, folder: Path, items: list[str], catalogue: pd.Data
         attributes = workflow.transform(nvt.Dataset(raw[columns].reset_index(drop=True))).compute()
         encoded = pd.concat([encoded, attributes.reset_index(drop=True)], axis=1)
     before = old.items()
-    pd.concat([before, encoded[before.columns]], ignore_index=True).to_parquet(folder / old.items_file.name, index=False)
+    pd.concat([before, encoded[before.columns]], ignore_index=True).to_parquet(
+        folder / old.items_file.name, index=False
+    )
 
 
 # -- events --------------------------------------------------------------------------------------------
@@ -186,7 +182,7 @@ def _encode(workflow: nvt.Workflow, rows: pd.DataFrame, schema: DataSchema, scra
     for name in schema.event_categoricals:
         frame[name] = rows[name] if name in rows else np.full(len(frame), None, object)
     for name in schema.event_continuous:
-        frame[name] = rows[name] if name in rows else np.nan
+        frame[name] = rows.get(name, np.nan)
     for name in (SPLIT, *(contract.label_column(h.name) for h in schema.heads)):
         frame[name] = np.zeros(len(frame), np.int64)
     text = pa.schema([
@@ -294,7 +290,9 @@ def refresh_features(
     started = time.monotonic()
     with replaced(folder) as fresh, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shutil.copytree(old.folder, fresh, dirs_exist_ok=True, ignore=lambda _, names: [n for n in names if n in REMADE])
+        shutil.copytree(
+            old.folder, fresh, dirs_exist_ok=True, ignore=lambda _, names: [n for n in names if n in REMADE]
+        )
         results = _build(old, appended, fresh, share, catalogue, say)
         shutil.rmtree(fresh / "scratch")
         sums = {name: checksums(fresh / name) for name in WORKFLOWS if (fresh / name).is_dir()}
