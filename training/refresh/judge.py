@@ -10,7 +10,6 @@ from rich.table import Table
 
 from training.judge.evaluate import Models
 from training.metrics import bootstrap, ndcg_of
-from vivace.manifest import Progress
 
 BOUND = 0.05  # share of NDCG@10 that may be lost at most, at 95 %
 CUT = 10
@@ -35,14 +34,12 @@ class Decision:
         return asdict(self)
 
 
-def ranks_of(models: Models, part: str, say: Progress) -> np.ndarray:
+def ranks_of(models: Models, part: str) -> np.ndarray:
     """Ranks int64 of a part's targets, in the order of its requests."""
-    ranks, done = [np.empty(0, np.int64)], 0
+    ranks = [np.empty(0, np.int64)]
     for request in models.requests(part):
         proposed = models.retrieve(request)
         ranks.append(models.ranked(request, proposed, models.logits(request, proposed)).cpu().numpy())
-        done += len(request.target_B)
-    say(f"judged {done:,} requests")
     return np.concatenate(ranks)
 
 

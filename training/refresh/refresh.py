@@ -209,8 +209,9 @@ class Refresh:
         """Old and new models on the newest events."""
         before = self._models(served_models(self.run, self.old, self.new, self.preset))
         after = Models(self.new, self.preset, self.work.root, [RANKING])
-        ranks = [ranks_of(models, "test", self.say) for models in (before, after)]
-        return decide(ranks[0], ranks[1], self.config.bound, self.config.force)
+        old, new = (ranks_of(models, "test") for models in (before, after))
+        self.say(f"judged {len(new):,} requests by the old and the new models")
+        return decide(old, new, self.config.bound, self.config.force)
 
     def _models(self, loaded: tuple[RetrievalModel, RankingModel]) -> Models:
         return Models(self.new, self.preset, self.run.root, [RANKING], loaded=loaded)

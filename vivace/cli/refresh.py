@@ -27,7 +27,7 @@ def refresh(
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     min_events: Annotated[int, typer.Option(help="with fewer appended events nothing is done", min=1)] = 100,
     every: Annotated[
-        str, typer.Option(help="again and again, such as every 30m or 1h; Ctrl-C stops it", parser=duration, metavar="T")
+        str, typer.Option(help="again and again, such as 30m or 1h; Ctrl-C stops it", parser=duration, metavar="T")
     ] = "",
     threads: Annotated[
         int, typer.Option(help="processor threads (0: one beside a server of the run, else all)", min=0)
