@@ -25,12 +25,13 @@ import pyarrow.parquet as pq
 from preprocessing.cleaning import clean_items
 from preprocessing.events import write_events
 from preprocessing.features import CATALOGUE_FILE, EVENTS_FILE, LOG_NUMBER, Features
-from preprocessing.prepare import ITEM_WORKFLOW, WORKFLOW, WORKFLOWS
+from preprocessing.prepare import ITEM_WORKFLOW, WORKFLOW, WORKFLOWS, compile_transforms
 from preprocessing.readers.base import Chunk
 from preprocessing.rejects import Rejects
 from preprocessing.sequences import WHOLE, write_requests
 from preprocessing.workflow import checksums, dataset, extend_vocabulary, load_workflow, nvt
 from vivace import contract
+from vivace.context import clock
 from vivace.contract import CONTEXT, EVENT, ITEM, SOURCE_ROW, SPLIT, TEST, TIME, TRAIN, USER, VALID, DataSchema
 from vivace.manifest import MANIFEST, Progress, Step, read_manifest, replaced
 from vivace.store.histories import SECOND_MS
@@ -43,19 +44,23 @@ _NEW, _PLACE = "new", "place"
 
 @dataclass(frozen=True)
 class Appended:
-    """Events of the store's log: ``rows`` USER, ITEM, EVENT (None without a type) and TIME in ms, in the order they
-    came; ``until`` number of the newest; ``aged_out``: those between that the log no longer has."""
+    """Events of the store's log: ``rows`` USER, ITEM, EVENT (None without a type), TIME in ms and what the store knows
+    of the user, in the order they came; of the request's moment a log says nothing. ``until``: number of the newest;
+    ``aged_out``: those between that the log no longer has."""
 
     rows: pd.DataFrame
     until: int
     aged_out: int
 
 
-def appended_since(store: Path, after: int, until: int | None = None) -> Appended:
-    """What the log of the store has after event number ``after``, up to ``until`` (None: to its end)."""
+def appended_since(store: Path, after: int, until: int | None = None, user_columns: tuple[str, ...] = ()) -> Appended:
+    """What the log of the store has after event number ``after``, up to ``until`` (None: to its end), with what it
+    knows of the users in ``user_columns``."""
     log = LmdbStore(store, readonly=True)
     try:
         newest, events = log.live_events(after, most=MOST)
+        users = list(dict.fromkeys(event.user_id for event in events))
+        known = dict(zip(users, log.attributes(users) if users and user_columns else [None] * len(users), strict=True))
     finally:
         log.close()
     first = newest - len(events) + 1  # numbers rise by one, and only the oldest go
@@ -68,6 +73,8 @@ def appended_since(store: Path, after: int, until: int | None = None) -> Appende
     }
     rows = pd.DataFrame({name: np.array(values, object) for name, values in columns.items()})
     rows[TIME] = np.array([e.timestamp_ms for e in events], np.int64)
+    for name in user_columns:
+        rows[name] = [(known[e.user_id] or {}).get(name) for e in events]
     return Appended(rows, newest, max(newest - after - len(events), 0))
 
 
@@ -179,8 +186,9 @@ def _encode(workflow: nvt.Workflow, rows: pd.DataFrame, schema: DataSchema, scra
     scratch.mkdir(parents=True)
     frame = rows[[USER, ITEM, TIME]].copy()
     frame[SOURCE_ROW] = np.arange(len(frame))
-    for name in schema.event_categoricals:
-        frame[name] = rows[name] if name in rows else np.full(len(frame), None, object)
+    rows = rows.assign(**clock(rows[TIME].to_numpy(), schema.time_zone)) if schema.time_zone else rows
+    for name in schema.encoded_categoricals:
+        frame[name] = rows[name].astype(object) if name in rows else np.full(len(frame), None, object)
     for name in schema.event_continuous:
         frame[name] = rows.get(name, np.nan)
     for name in (SPLIT, *(contract.label_column(h.name) for h in schema.heads)):
@@ -338,12 +346,8 @@ def _build(
     for part in partitions:
         for name, n in write_requests(part, folder, schema, schema.sessions).items():
             counts[name] = counts.get(name, 0) + n
-    from preprocessing.workflow_onnx import compile_workflow, save
-
     if items:
-        columns = [ITEM, *schema.event_categoricals, *schema.event_continuous]
-        save(compile_workflow(workflow, columns), folder / "transform.onnx")
-        save(compile_workflow(workflow, [ITEM]), folder / "transform_request.onnx")
+        compile_transforms(workflow, schema, folder)
     say(f"{len(times):,} new events: validation from {first_valid} ms, test from {first_test} ms")
     return {
         LOG_NUMBER: appended.until, "events": events, "users": users, "requests": counts,

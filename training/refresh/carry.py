@@ -5,6 +5,8 @@ Axis legend: V item ids, D width, K followers.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +57,7 @@ def grown_retriever(old: Features, new: Features, preset: Preset, given: Retriev
     """The trained retriever ``given`` over the items of ``new``; those that it does not know stand where their nearest
     neighbours do, as items without a training event always have."""
     items, state = new.item_count(), given.state_dict()
-    model = RetrievalModel(preset.encoder, items, torch.zeros(items), item_attributes(new, preset.encoder))
+    model = RetrievalModel(preset.encoder, items, torch.zeros(items), item_attributes(new, preset.encoder), new.context)
     with_words = WORDS in model.state_dict()
     grow(model, state, (*OF_CATALOGUE, *([WORDS] if with_words else [])))
     model = model.to(device())
@@ -68,10 +70,10 @@ def grown_retriever(old: Features, new: Features, preset: Preset, given: Retriev
 
 
 def counted_ranker(
-    new: Features, preset: Preset, retriever: RetrievalModel, given: RankingModel, part: str
+    new: Features, preset: Preset, retriever: RetrievalModel, given: RankingModel, files: list[Path]
 ) -> RankingModel:
-    """The trained ranker ``given`` over another retriever's vectors and the counts of a part of the features."""
-    model = build_ranker(new, preset, retriever, part).to(device())
+    """The trained ranker ``given`` over another retriever's vectors and the counts of ``files`` of sequences."""
+    model = build_ranker(new, preset, retriever, files=files).to(device())
     retriever.to(device())
     grow(model, given.state_dict(), OF_COUNTS)
     return model.eval()

@@ -22,6 +22,7 @@ from torch import Tensor
 from preprocessing.features import Features
 from training.checkpoints import device
 from training.data import batches
+from training.data.columns import TIMED, EventColumns
 from training.learn.final import RATE
 from training.learn.loop import Loop, LoopConfig
 from training.learn.memory import remember
@@ -33,7 +34,7 @@ from training.models.ranking import RankingModel
 from training.models.retrieval import EXCLUDED, RetrievalModel
 from training.presets import Preset
 from training.scoring import SCORED, scored
-from vivace.contract import ITEM, TIME, USER
+from vivace.contract import ITEM, USER
 
 WATCHED = 2048  # validation requests whose loss decides on the epochs
 LEAST_LABELS = 100  # validation requests of a ranker that is trained on; with fewer it stays as it is
@@ -73,17 +74,17 @@ def learned_lengths(files: list[Path]) -> pd.Series:
 
 
 def sequences_to_learn(
-    files: list[Path], learned: pd.Series, history: int, replay: float, seed: int
+    files: list[Path], learned: pd.Series, history: int, replay: float, seed: int, columns: EventColumns = TIMED
 ) -> tuple[list[np.ndarray], int]:
-    """(sequences int64 [n, 2] of ids and times, how many of them hold something new): those that are longer than
+    """(sequences int64 [n, W] of ``columns``, how many of them hold something new): those that are longer than
     ``learned`` says, from ``history`` events before what is new, and ``replay`` times as many others by chance."""
     fresh: list[np.ndarray] = []
     others: list[np.ndarray] = []
     for file in files:
-        table = pq.read_table(file, columns=[USER, ITEM, TIME])
-        columns = [table[name].combine_chunks() for name in (ITEM, TIME)]
-        flat = np.stack([column.flatten().to_numpy() for column in columns], 1)
-        sequences = np.split(flat, columns[0].offsets.to_numpy()[1:-1])
+        table = pq.read_table(file, columns=[USER, *columns.names])
+        lists = {name: table[name].combine_chunks() for name in columns.names}
+        flat = columns.packed({name: c.flatten().to_numpy(zero_copy_only=False) for name, c in lists.items()})
+        sequences = np.split(flat, lists[ITEM].offsets.to_numpy()[1:-1])
         known = learned.reindex(table[USER].to_numpy()).fillna(0).to_numpy(np.int64)
         for sequence, before in zip(sequences, known, strict=True):
             if len(sequence) > before:
@@ -96,11 +97,10 @@ def sequences_to_learn(
 
 
 def windows_of(sequences: list[np.ndarray], preset: Preset, seed: int) -> Callable[[int], Iterator[Tensor]]:
-    """Batches of an epoch, int64 [B, <= T + 1] or, with times, [B, <= T + 1, 2]; in an order set by seed and epoch."""
-    timed = preset.encoder.time_bias
-    pool = [
-        window for s in sequences for window in batches.windows(s if timed else s[:, 0], preset.encoder.history)
-    ]  # fmt: skip
+    """Batches of an epoch, int64 [B, <= T + 1] or, of more columns, [B, <= T + 1, W]; in an order set by seed and
+    epoch."""
+    alone = not sequences or sequences[0].shape[1] == 1
+    pool = [w for s in sequences for w in batches.windows(s[:, 0] if alone else s, preset.encoder.history)]
     pool.sort(key=len)  # of like length together
     size = preset.retrieval.batch_size
 
@@ -168,11 +168,11 @@ def train_more(
 
 
 def settle(
-    model: RetrievalModel, features: Features, part: str, counts: np.ndarray, preset: Preset
-) -> RetrievalModel:  # fmt: skip
-    """After training: items without an event at their neighbours, the session memory from a part of the features."""
+    model: RetrievalModel, features: Features, files: list[Path], counts: np.ndarray, preset: Preset
+) -> RetrievalModel:
+    """After training: items without an event at their neighbours, the session memory from ``files`` of sequences."""
     free_unseen(model, counts, features, preset.retrieval.new_items == "neighbours")
-    remember(model, features.files(part))
+    remember(model, files)
     return model.eval()
 
 
@@ -182,7 +182,9 @@ def train_ranker_more(
     """Trains a ranker in place on validation requests that its retriever has not learned, if there are
     ``LEAST_LABELS``; the loop's report with how many there were."""
     training = preset.ranking
-    labels = 0 if data.without_validation else sum(pq.read_metadata(f).num_rows for f in data.features.files("valid"))
+    labels = len(data.known.target_B) if data.known is not None else 0
+    if data.known is None and not data.without_validation:
+        labels = sum(pq.read_metadata(f).num_rows for f in data.features.files("valid"))
     if labels < LEAST_LABELS or not more.ranker_epochs:
         return {"epochs": [], "stopped_early": False, "seconds": 0.0, "labels": labels, "calibration": {}}
     loop = Loop(

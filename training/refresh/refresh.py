@@ -25,6 +25,7 @@ from serving.exchange import WORK, begin_exchange, finish_exchange
 from serving.releases import next_version
 from training.checkpoints import WEIGHTS, finish_training, keep_only_own_checkpoint, load_ranker, load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
+from training.data.columns import EventColumns
 from training.data.counters import popularity
 from training.judge.evaluate import Models, evaluate
 from training.judge.gate import GateError
@@ -146,8 +147,8 @@ class Refresh:
     # -- steps ---------------------------------------------------------------------------------------
     def features(self, until: int) -> dict[str, int]:
         """The features with what was appended; how many events by what became of them."""
-        appended = appended_since(self.run.feature_store, self.old.log_number(), until)
         schema, rejects = self.old.schema, self.work.root / "rejected_items.csv"
+        appended = appended_since(self.run.feature_store, self.old.log_number(), until, schema.user_columns)
         catalogue = None if self.items is None else read_catalogue(self.items, schema, rejects)
         if appended.aged_out:
             self.say(f"{appended.aged_out:,} events aged out of the log (retention.json) before a refresh took them")
@@ -173,7 +174,9 @@ class Refresh:
         )
         counts = popularity(self.new.files("train"), self.new.item_count())
         history, replay = self.preset.encoder.history, self.config.more.replay
-        sequences, fresh = sequences_to_learn(self.new.files("train"), self._learned(), history, replay, self.seed)
+        sequences, fresh = sequences_to_learn(
+            self.new.files("train"), self._learned(), history, replay, self.seed, EventColumns.read_by(model)
+        )
         self.say(
             f"retriever: {fresh:,} sequences with something new, {len(sequences) - fresh:,} older ones beside them"
         )
@@ -181,7 +184,7 @@ class Refresh:
             model, sequences, counts, self.preset, self.config.more, self.seed, step.folder,
             watched_loss(model, self.new, self.preset),
         )  # fmt: skip
-        settle(model, self.new, "train", counts, self.preset)
+        settle(model, self.new, self.new.files("train"), counts, self.preset)
         sizes = {name: old["results"].get(name) for name in ("trained_parameters", "memory")}
         finish_training(
             step, model, report, **sizes, parameters=sum(p.numel() for p in model.parameters()),
@@ -198,7 +201,7 @@ class Refresh:
         torch.manual_seed(self.seed)
         retriever = load_retrieval(self.new, self.preset, self.work.root)
         given = load_ranker(self.old, self.preset, self.run.root, final=self.run.has(FINAL))
-        model = counted_ranker(self.new, self.preset, retriever, given, "train")
+        model = counted_ranker(self.new, self.preset, retriever, given, self.new.files("train"))
         data = RankerData(self.new, retriever, self.preset, self.seed, control=False)
         report = train_ranker_more(model, data, self.preset, self.config.more, self.seed, step.folder)
         self.say(f"ranker: {report['labels']:,} new validation requests")
@@ -236,12 +239,17 @@ class Refresh:
         counts = popularity(self.new.files(WHOLE), self.new.item_count())
         learned, more = learned_lengths(self.new.files("train")), self.config.more
         sequences, _ = sequences_to_learn(
-            self.new.files(WHOLE), learned, self.preset.encoder.history, more.replay, self.seed
+            self.new.files(WHOLE),
+            learned,
+            self.preset.encoder.history,
+            more.replay,
+            self.seed,
+            EventColumns.read_by(model),
         )
         report = train_more(model, sequences, counts, self.preset, more, self.seed, step.folder, epochs=epochs)
-        settle(model, self.new, WHOLE, counts, self.preset)
+        settle(model, self.new, self.new.files(WHOLE), counts, self.preset)
         given = load_ranker(self.new, self.preset, self.work.root)
-        ranker = counted_ranker(self.new, self.preset, model, given, WHOLE)
+        ranker = counted_ranker(self.new, self.preset, model, given, self.new.files(WHOLE))
         for folder, trained in ((self.work.final.retrieval, model), (self.work.final.ranking, ranker)):
             folder.mkdir(exist_ok=True)
             torch.save(trained.state_dict(), folder / WEIGHTS)

@@ -83,8 +83,7 @@ def once(run: Run, config: RefreshConfig, items: Path | None, artifacts: Path) -
     """One refresh of a run that is held, said in a table."""
     from serving.releases import in_use
     from training.refresh.judge import render
-    from training.refresh.refresh import PUBLISHED
-    from training.refresh.refresh import refresh as take
+    from training.refresh.refresh import PUBLISHED, refresh as take
 
     outcome = take(run, chosen_preset("", run.root), config, say, items)
     if outcome.decision is not None:
