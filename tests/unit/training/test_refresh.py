@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from preprocessing.features import Features
 from preprocessing.prepare import PrepareConfig, prepare
@@ -21,10 +23,10 @@ from preprocessing.readers.shop import Shop, ShopConfig
 from preprocessing.refresh import appended_since, read_catalogue, refresh_features
 from preprocessing.sequences import WHOLE
 from serving.exchange import WORK, finish_exchange
-from training.checkpoints import load_retrieval
+from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import compile_models
 from training.data.counters import popularity
-from training.judge.evaluate import evaluate
+from training.judge.evaluate import Models, evaluate
 from training.learn.final import train_final
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
@@ -33,6 +35,7 @@ from training.refresh.carry import served_models
 from training.refresh.fit import MoreTraining, learned_lengths, sequences_to_learn
 from training.refresh.judge import decide
 from training.refresh.refresh import NOTHING, PUBLISHED, REFUSED, RefreshConfig, refresh
+from training.refresh.replay import Renewals, sequences_before
 from vivace.contract import FIRST_ID, ITEM, TARGET, TARGET_TIME, TIME, USER
 from vivace.manifest import read_manifest
 from vivace.run import COMPILED, FINAL, RANKING, Run
@@ -314,3 +317,37 @@ def test_what_cannot_be_refreshed_is_refused_with_what_to_do(run):
         refresh(run, tiny(), RefreshConfig(), quiet)
     with pytest.raises(ValueError, match=r"0 < share < 0\.5"):
         RefreshConfig(share=0.5)
+
+
+# -- the replay ----------------------------------------------------------------------------------------
+def test_a_refresh_within_a_replay_knows_no_event_of_the_future(served_root, tmp_path):
+    """What is planted at the moment of a refresh or later changes no weight."""
+    features = Features(served_root / "features")
+    times = features.events()[TIME]
+    until = int(times[len(times) * 9 // 10])
+    copy = shutil.copytree(served_root / "features", tmp_path / "features")
+    for file in (copy / WHOLE).glob("*.parquet"):
+        frame = pd.read_parquet(file)
+        late = [np.where(np.asarray(t) >= until, FIRST_ID, i) for i, t in zip(frame[ITEM], frame[TIME], strict=True)]
+        pq.write_table(pq.read_table(file).set_column(1, ITEM, pa.array(late, pa.list_(pa.int64()))), file)
+    before, after = events_of(features, WHOLE), events_of(Features(copy), WHOLE)
+    assert before != after
+    weights = []
+    for number, data in enumerate((features, Features(copy))):
+        (tmp_path / str(number)).mkdir()
+        files = sequences_before(data, until, tmp_path / str(number))
+        read = Counter()
+        for file in files:
+            for row in pq.read_table(file).to_pylist():
+                read.update((row[USER], i, t) for i, t in zip(row[ITEM], row[TIME], strict=True))
+        assert read == Counter({key: n for key, n in before.items() if key[2] < until})
+        models = Models(data, tiny(), tmp_path, [RANKING], loaded=_models_of(features, served_root))
+        renewed = Renewals(models, 1.0, 0, quiet).models_at(until)
+        weights.append([*renewed.retriever.state_dict().values(), *renewed.ranker.state_dict().values()])
+    learned = load_retrieval(features, tiny(), served_root).state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[0], learned, strict=False)), "it has gone on"
+
+
+def _models_of(features: Features, root: Path):
+    return load_retrieval(features, tiny(), root), load_ranker(features, tiny(), root)
