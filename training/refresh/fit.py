@@ -23,7 +23,6 @@ from preprocessing.features import Features
 from training.checkpoints import device
 from training.data import batches
 from training.data.columns import TIMED, EventColumns
-from training.learn.final import RATE
 from training.learn.loop import Loop, LoopConfig
 from training.learn.memory import remember
 from training.learn.objectives import log_expected_counts, retrieval_loss
@@ -45,11 +44,11 @@ LEAST_CALIBRATION = 200  # requests held out of it that calibrate it anew
 class MoreTraining:
     """How a trained model goes on."""
 
-    epochs: int = 4
+    epochs: int = 6
     """Passes over new and replayed sequences at most."""
-    steps: int = 60
+    steps: int = 300
     """Steps at least: of few events there are more passes, up to ``MOST_PASSES``."""
-    rate: float = RATE
+    rate: float = 0.5
     """Share of the learning rate of the first training."""
     replay: float = 1.0
     """Older sequences beside each that has something new."""
@@ -62,6 +61,7 @@ class MoreTraining:
 
 
 MOST_PASSES = 12
+PATIENCE = 2  # epochs without a smaller loss of the validation requests before it stops
 
 
 # -- what is learned -----------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def train_more(
         LoopConfig(
             epochs=epochs, steps_per_epoch=steps, learning_rate=more.rate * training.learning_rate,
             weight_decay=training.weight_decay, warmup_steps=training.warmup_steps, clip_norm=training.clip_norm,
-            checkpoint_s=training.checkpoint_s, seed=seed, ema=training.ema,
+            checkpoint_s=training.checkpoint_s, seed=seed, ema=training.ema, patience=PATIENCE * (metric is not dict),
         ),
         folder,
         "refresh",

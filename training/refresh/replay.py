@@ -35,7 +35,7 @@ from vivace.manifest import Progress
 from vivace.run import RANKING, Run
 
 USUAL = 6  # refreshes of a replay where their distance is not named
-MORE = MoreTraining(epochs=1, steps=20, ranker_epochs=1)
+MORE = MoreTraining(epochs=1, steps=20, rate=0.25, ranker_epochs=1)
 
 
 def sequences_before(features: Features, until_ms: int, folder: Path) -> list[Path]:
