@@ -10,6 +10,7 @@ are never judged again. New items get ids behind the old ones; fitted statistics
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 import warnings
@@ -31,7 +32,7 @@ from preprocessing.rejects import Rejects
 from preprocessing.sequences import WHOLE, write_requests
 from preprocessing.workflow import checksums, dataset, extend_vocabulary, load_workflow, nvt
 from vivace import contract
-from vivace.context import clock
+from vivace.context import category_text, clock, number
 from vivace.contract import CONTEXT, EVENT, ITEM, SOURCE_ROW, SPLIT, TEST, TIME, TRAIN, USER, VALID, DataSchema
 from vivace.manifest import MANIFEST, Progress, Step, read_manifest, replaced
 from vivace.store.histories import SECOND_MS
@@ -44,8 +45,8 @@ _NEW, _PLACE = "new", "place"
 
 @dataclass(frozen=True)
 class Appended:
-    """Events of the store's log: ``rows`` USER, ITEM, EVENT (None without a type), TIME in ms and what the store knows
-    of the user, in the order they came; of the request's moment a log says nothing. ``until``: number of the newest;
+    """Events of the store's log: ``rows`` USER, ITEM, EVENT (None without a type), TIME in ms, what they carry of
+    their moment and what the store knows of the user, in the order they came. ``until``: number of the newest;
     ``aged_out``: those between that the log no longer has."""
 
     rows: pd.DataFrame
@@ -53,9 +54,15 @@ class Appended:
     aged_out: int
 
 
-def appended_since(store: Path, after: int, until: int | None = None, user_columns: tuple[str, ...] = ()) -> Appended:
-    """What the log of the store has after event number ``after``, up to ``until`` (None: to its end), with what it
-    knows of the users in ``user_columns``."""
+def appended_since(
+    store: Path,
+    after: int,
+    until: int | None = None,
+    user_columns: tuple[str, ...] = (),
+    context: tuple[str, ...] = (),
+) -> Appended:
+    """What the log of the store has after event number ``after``, up to ``until`` (None: to its end), with the columns
+    ``context`` that the events carry; of ``user_columns``, where they do not, what the store knows of the user."""
     log = LmdbStore(store, readonly=True)
     try:
         newest, events = log.live_events(after, most=MOST)
@@ -73,8 +80,10 @@ def appended_since(store: Path, after: int, until: int | None = None, user_colum
     }
     rows = pd.DataFrame({name: np.array(values, object) for name, values in columns.items()})
     rows[TIME] = np.array([e.timestamp_ms for e in events], np.int64)
-    for name in user_columns:
-        rows[name] = [(known[e.user_id] or {}).get(name) for e in events]
+    moments = [json.loads(e.context) if e.context else {} for e in events]
+    for name in dict.fromkeys((*context, *user_columns)):
+        of_user = [(known[e.user_id] or {}).get(name) if name in user_columns else None for e in events]
+        rows[name] = [m.get(name, of) for m, of in zip(moments, of_user, strict=True)]
     return Appended(rows, newest, max(newest - after - len(events), 0))
 
 
@@ -188,9 +197,10 @@ def _encode(workflow: nvt.Workflow, rows: pd.DataFrame, schema: DataSchema, scra
     frame[SOURCE_ROW] = np.arange(len(frame))
     rows = rows.assign(**clock(rows[TIME].to_numpy(), schema.time_zone)) if schema.time_zone else rows
     for name in schema.encoded_categoricals:
-        frame[name] = rows[name].astype(object) if name in rows else np.full(len(frame), None, object)
+        frame[name] = [category_text(v) or None for v in rows[name]] if name in rows else None
+        frame[name] = frame[name].astype(object)
     for name in schema.event_continuous:
-        frame[name] = rows.get(name, np.nan)
+        frame[name] = [number(v) for v in rows[name]] if name in rows else np.nan
     for name in (SPLIT, *(contract.label_column(h.name) for h in schema.heads)):
         frame[name] = np.zeros(len(frame), np.int64)
     text = pa.schema([
@@ -342,7 +352,7 @@ def _build(
     partitions, counts = merge.write(first_valid, first_test), dict[str, int]()
     users = sum(pq.read_metadata(f).num_rows for f in partitions)
     events = sum(len(part) for _, part in merge.parts) + len(times)
-    write_events(partitions, events, folder / EVENTS_FILE)
+    write_events(partitions, events, folder / EVENTS_FILE, schema.context_categoricals)
     for part in partitions:
         for name, n in write_requests(part, folder, schema, schema.sessions).items():
             counts[name] = counts.get(name, 0) + n

@@ -148,7 +148,8 @@ class Refresh:
     def features(self, until: int) -> dict[str, int]:
         """The features with what was appended; how many events by what became of them."""
         schema, rejects = self.old.schema, self.work.root / "rejected_items.csv"
-        appended = appended_since(self.run.feature_store, self.old.log_number(), until, schema.user_columns)
+        context = (*schema.context_categoricals, *schema.context_continuous)
+        appended = appended_since(self.run.feature_store, self.old.log_number(), until, schema.user_columns, context)
         catalogue = None if self.items is None else read_catalogue(self.items, schema, rejects)
         if appended.aged_out:
             self.say(f"{appended.aged_out:,} events aged out of the log (retention.json) before a refresh took them")

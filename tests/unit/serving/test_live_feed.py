@@ -95,11 +95,13 @@ def test_after_a_refresh_the_log_is_counted_behind_the_last_event_that_it_took(t
     now = int(time.time() * 1000) + 60_000
     times = [now - HOUR, now + HOUR]  # both in the prepared log since the refresh, the second ahead of the clock
     store.append([Event("a", "0", "", times[0]), Event("b", "1", "", times[1])])
-    save_recent(tmp_path / "recent.npz", FIRST_ID + np.array([0, 1]), np.array(times), np.ones(2, bool), number=2)
+    stream = Stream.of(np.arange(2), FIRST_ID + np.arange(2), np.array(times), np.empty((2, 0), np.int64))
+    stream.save(tmp_path / "recent.npz", number=2)
     feed = LiveFeed(tmp_path / "recent.npz", store, _ids, SHAPES, start=False)
     store.append([Event("c", "2", "", now - 2 * HOUR)])
     feed.refresh(now + 2 * HOUR)
     expected = LiveTable(SHAPES.items, SHAPES.rising)
     expected.add(FIRST_ID + np.arange(3), np.array([*times, now - 2 * HOUR]), np.ones(3, bool))
-    for got, rows in zip(expected.at(now + 2 * HOUR), feed.rows(1), strict=True):
+    ids, features = feed.rows(None, np.array([PADDING_ID]))
+    for got, rows in zip(expected.at(now + 2 * HOUR), (ids, features[..., :LIVE_FEATURES]), strict=True):
         np.testing.assert_array_equal(rows[0], got)
