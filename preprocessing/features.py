@@ -18,6 +18,7 @@ REQUEST_GRAPH = "transform_request.onnx"
 CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of item ids: what search reads
 SEARCHES_FILE = "searches.parquet"  # the log of searches, where there is one; ITEM are ids
 EVENTS_FILE = "events.parquet"  # every event of the log in time order, those of no request too: see ``events``
+LOG_NUMBER = "log_number"  # in the manifest's results: see ``Features.log_number``
 LAYOUT = 5  # of the files: features of another layout are prepared again
 
 
@@ -71,6 +72,10 @@ class Features:
         context = [events[columns.categoricals[i]] for i in columns.counted]
         context_NC = np.stack(context, 1) if context else np.empty((len(events[contract.ITEM]), 0), np.int64)
         return Stream.of(events[contract.USER], events[contract.ITEM], events[contract.TIME], context_NC)
+
+    def log_number(self) -> int:
+        """Number of the newest event of the store's log that a refresh has put among these; 0 where none has."""
+        return int(read_manifest(self.folder, "vivace prepare")["results"].get(LOG_NUMBER, 0))
 
     def searches(self) -> pd.DataFrame | None:
         """The log of searches by time and list, ITEM as ids; None where there is none."""

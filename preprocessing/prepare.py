@@ -293,7 +293,7 @@ def _attributes(users: pd.DataFrame | None) -> Iterator[tuple[str, dict[str, Any
             yield user, {name: value for name, value in row.items() if not pd.isna(value)}
 
 
-def _compile_transforms(workflow: nvt.Workflow, schema: contract.DataSchema, folder: Path) -> None:
+def compile_transforms(workflow: nvt.Workflow, schema: contract.DataSchema, folder: Path) -> None:
     """Writes the fitted workflow as graphs: of all columns, and of those that a request has, by what has as many rows:
     the items of histories, the types of their events, and the context."""
     from preprocessing.workflow_onnx import compile_workflow, event_vocabulary, save
@@ -369,7 +369,7 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         items = _items_table(workflow, catalogue, schema, folder)
         items.to_parquet(folder / "items.parquet", index=False)
         searches = _searches(source, items[contract.ITEM], folder, rejects, say)
-        _compile_transforms(workflow, schema, folder)
+        compile_transforms(workflow, schema, folder)
     histories = (row for file in events for row in _histories(file))
     stored = fill_store(
         Run(root).feature_store, histories, zip(catalogue[contract.ITEM], catalogue[contract.TITLE], strict=True),

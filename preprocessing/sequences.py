@@ -15,7 +15,7 @@ WHOLE = "whole"  # all that a final fit learns from: see ``write_requests``
 PARTS = {"valid": (contract.VALID,), "test": (contract.TEST, contract.GIVEN_TEST)}  # marks of the events to predict
 
 
-def _cut(values: pa.ListArray, rows: np.ndarray, stops: np.ndarray) -> pa.ListArray:
+def cut_lists(values: pa.ListArray, rows: np.ndarray, stops: np.ndarray) -> pa.ListArray:
     """The first ``stops[i]`` values of list ``rows[i]``."""
     offsets, flat = values.offsets.to_numpy(), values.values.to_numpy(zero_copy_only=False)
     new = np.concatenate([[0], np.cumsum(stops)])
@@ -77,13 +77,15 @@ def write_requests(encoded: Path, folder: Path, schema: contract.DataSchema, eve
         (folder / part).mkdir(parents=True, exist_ok=True)
         written[part] = len(rows)
         if len(rows):
-            cut = {name: _cut(values, rows, stops) for name, values in lists.items()}
+            cut = {name: cut_lists(values, rows, stops) for name, values in lists.items()}
             out = pa.table({contract.USER: users.take(pa.array(rows)), **cut, **more})
             pq.write_table(out, folder / part / encoded.name, row_group_size=len(rows))
 
     for part, lengths in (("train", learned), (WHOLE, own)):
         rows = np.flatnonzero(lengths)
-        write(part, rows, lengths[rows], {name: _cut(values, rows, lengths[rows]) for name, values in labels.items()})
+        write(
+            part, rows, lengths[rows], {name: cut_lists(values, rows, lengths[rows]) for name, values in labels.items()}
+        )
     for part in PARTS:
         events = held_out(flags, owner, place, part, every)
         events = events[read[owner[events]] > 0]

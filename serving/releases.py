@@ -144,6 +144,25 @@ def publishing(repository: Path) -> Iterator[tuple[Path, int]]:
         raise
     release = repository.with_name(f"{repository.name}.{version}")
     os.replace(partial, release)
+    _put_in_use(release, repository)
+
+
+def take_over(made: Path, repository: Path) -> None:
+    """Puts a version in use that was published in another folder; goes on where it was stopped."""
+    _adopt(repository)
+    release = repository.with_name(made.name)
+    if made.exists():
+        os.replace(made, release)
+    _put_in_use(release, repository)
+
+
+def in_use(repository: Path) -> list[Path]:
+    """Versions that a server holds, oldest first."""
+    return [release for release in releases(repository) if (release / HELD).exists() and not is_free(release)]
+
+
+def _put_in_use(release: Path, repository: Path) -> None:
+    """Exchanges the link, and removes old versions beyond KEPT."""
     link = repository.with_name(f".{repository.name}.link")
     link.unlink(missing_ok=True)
     link.symlink_to(release.name)

@@ -57,9 +57,16 @@ def load_retrieval(features: Features, preset: Preset, root: Path, final: bool =
     return model.eval().to(device())
 
 
-def build_ranker(features: Features, preset: Preset, retriever: RetrievalModel, part: str = "train") -> RankingModel:
-    """An untrained ranker over ``retriever``'s items, whose counters are those of a part of the features."""
-    tables = item_tables(features, preset.ranker.followers, part)
+def build_ranker(
+    features: Features,
+    preset: Preset,
+    retriever: RetrievalModel,
+    part: str = "train",
+    files: list[Path] | None = None,
+) -> RankingModel:
+    """An untrained ranker over ``retriever``'s items, whose counters are those of a part of the features, or of other
+    ``files`` of sequences."""
+    tables = item_tables(features, preset.ranker.followers, part, files)
     names = tuple(h.name for h in features.schema.heads)
     return RankingModel(preset.ranker, tables, retriever.cpu(), names, preset.ranking.weighting)
 

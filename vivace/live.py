@@ -152,13 +152,13 @@ class Stream:
         """Adds all events to a table."""
         table.add(self.ids, self.times_ms, self.entry, self.context, self.previous)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, number: int = 0) -> None:
         """What a server begins with: the newest events of a log, as long as any may count (``KEPT_MS``). Times of the
-        future do not make the others old."""
+        future do not make the others old. ``number``: of the newest event of the store's log among them (0: none)."""
         newest_ms = min(int(self.times_ms[-1]), int(time.time() * 1000)) if len(self) else 0
         kept = self[self.times_ms > newest_ms - KEPT_MS]
         narrow = {n: getattr(kept, n).astype(np.int32) for n in ("ids", "context", "previous")}
-        np.savez_compressed(path, times_ms=kept.times_ms, entry=kept.entry, **narrow)
+        np.savez_compressed(path, times_ms=kept.times_ms, entry=kept.entry, number=np.int64(number), **narrow)
 
     @classmethod
     def load(cls, path: Path) -> Stream:
@@ -166,3 +166,9 @@ class Stream:
         with np.load(path, allow_pickle=False) as stored:
             return cls(*(stored[f.name].astype(stored[f.name].dtype if f.name == "entry" else np.int64)
                          for f in fields(cls)))  # fmt: skip
+
+
+def recent_number(path: Path) -> int:
+    """Number of the newest event of the store's log that ``Stream.save`` wrote; 0 for none."""
+    with np.load(path, allow_pickle=False) as stored:
+        return int(stored["number"]) if "number" in stored else 0

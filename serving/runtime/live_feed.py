@@ -11,7 +11,7 @@ import numpy as np
 
 from serving.runtime.moment import Moment
 from vivace.contract import FIRST_ID, StageTensors
-from vivace.live import KEPT_MS, LiveTable, Stream, Visits
+from vivace.live import KEPT_MS, LiveTable, Stream, Visits, recent_number
 from vivace.store.interface import Event, FeatureStore
 
 EVERY_S = 0.2
@@ -42,7 +42,9 @@ class LiveFeed:
         stream.into(self._table)
         newest_ms = int(stream.times_ms[-1]) if len(stream) else 0
         self._after_ms = min(newest_ms, int(time.time() * 1000))  # a log may hold the future
-        self._number, self._now_ms, self.error = 0, 0, ""
+        self._number, self._now_ms, self.error = recent_number(recent), 0, ""
+        if self._number:
+            self._after_ms = 0  # which events of the log came along is known by their number
         self.refresh()
         if start:
             threading.Thread(target=self._follow, name="live counters", daemon=True).start()

@@ -82,7 +82,9 @@ def publish(features: Features, run: Run, folder: Path, tensors: contract.StageT
     write_text(folder / SCHEMA_FILE, json.dumps(schema.to_json()))
     write_json(folder / run.card_file.name, card)
     if tensors.rising:
-        features.stream(features.context if tensors.counted else ContextColumns()).save(folder / RECENT)
+        features.stream(features.context if tensors.counted else ContextColumns()).save(
+            folder / RECENT, features.log_number()
+        )
     metadata = {"precision": card["precision"], "tables": card["tables"], "gate": json.dumps(gate)}
     return repository.assemble(
         run.repository,

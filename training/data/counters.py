@@ -104,9 +104,9 @@ def top_followers(matrix: sp.csr_matrix, keep: int) -> tuple[np.ndarray, np.ndar
     return ids, weights
 
 
-def item_tables(features: Features, followers: int, part: str = "train") -> ItemTables:
-    """What the ranker knows of every item, counted in a part of the features."""
-    files, items, schema = features.files(part), features.item_count(), features.schema
+def item_tables(features: Features, followers: int, part: str = "train", files: list[Path] | None = None) -> ItemTables:
+    """What the ranker knows of every item, counted in a part of the features, or in other ``files`` of sequences."""
+    files, items, schema = files or features.files(part), features.item_count(), features.schema
     ids, weights = top_followers(follower_matrix(files, items), followers)
     categories, sizes, numbers = attribute_tables(features.items(), schema.item_categoricals, schema.item_continuous)
     return ItemTables(

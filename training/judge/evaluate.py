@@ -28,7 +28,7 @@ from training.judge.tables import plot_reliability
 from training.learn.ranker import head_auc, without_padding
 from training.metrics import Collected, ranks, ranks_after
 from training.models.ranking import RankingModel
-from training.models.retrieval import EXCLUDED
+from training.models.retrieval import EXCLUDED, RetrievalModel
 from training.presets import Preset
 from training.scoring import SCORED, behind_rising, candidates
 from vivace.contract import FIRST_ID, PADDING_ID
@@ -103,12 +103,24 @@ def brings_test(features: Features) -> bool:
 
 class Models:
     """A run's retriever and rankers, by the names of their steps. ``final``: as fitted again on all events of the log,
-    of which they can say nothing any more; an engine made of them is compared with them."""
+    of which they can say nothing any more; an engine made of them is compared with them. ``loaded``: retriever and
+    ranker in the place of those on disk."""
 
-    def __init__(self, features: Features, preset: Preset, root: Path, rankers: list[str], final: bool = False) -> None:
+    def __init__(
+        self,
+        features: Features,
+        preset: Preset,
+        root: Path,
+        rankers: list[str],
+        final: bool = False,
+        loaded: tuple[RetrievalModel, RankingModel] | None = None,
+    ) -> None:
         self.features, self.preset, self.final = features, preset, final
         self.heads = [head.name for head in features.schema.heads]
         self.count = min(preset.ranker.candidates, features.item_count() - FIRST_ID)
+        if loaded is not None:
+            self.retriever, self.rankers = loaded[0], {RANKING: loaded[1]}
+            return
         self.retriever = load_retrieval(features, preset, root, final)
         self.rankers = {name: load_ranker(features, preset, root, name, final) for name in rankers}
 

@@ -12,11 +12,12 @@ Axis legend: B requests, V item ids, N candidates, M rising items, L half-lives.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -52,6 +53,9 @@ TRAINED = "popularity of the training period"
 COUNTED = "static + counters"
 RENEWED = "static + counters - trained popularity"
 MODELLESS = "counters - trained popularity, no model"
+KNOWN_ITEMS = "retrieval + ranking, without new items"
+REFRESHED, REFRESHED_COUNTED = "+ refresh", "+ refresh + counters"
+UNSEEN_BIAS = 1e6  # taken off the score of an item without a training event: it comes behind all others
 RISING = 100  # M: items of the live counter that join the retriever's candidates
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)  # w; the last is the counter alone
 TAKEN_OFF = (0.5, 1.0, 1.5, 2.0)  # of the trained popularity, for a logit
@@ -232,16 +236,63 @@ def choose(
     }
 
 
+# -- models that are not the run's ------------------------------------------------------------------------
+class Renewing(Protocol):
+    """Models that are trained on while the requests go by."""
+
+    def models_at(self, now_ms: int) -> Models:
+        """Those that have learned from events before ``now_ms`` alone."""
+
+    def answered(self, request: batches.Requests) -> None:
+        """Hears of requests whose targets have come to be known."""
+
+
+class WithoutNewItems:
+    """The run's models as if the catalogue had only the items of training."""
+
+    def __init__(self, models: Models) -> None:
+        retriever = copy.deepcopy(models.retriever)
+        self._seen_V = retriever.popularity > 0
+        with torch.no_grad():
+            retriever.bias[~self._seen_V] -= UNSEEN_BIAS
+        self.models = Models(
+            models.features, models.preset, models.features.folder, [RANKING], loaded=(retriever, models.ranker)
+        )
+
+    @property
+    def same(self) -> bool:
+        """Whether every item has a training event."""
+        return bool(self._seen_V[FIRST_ID:].all())
+
+    def request(self, request: batches.Requests) -> batches.Requests:
+        if request.rising_BM is None:
+            return request
+        seen_BM = self._seen_V.cpu()[request.rising_BM]
+        return replace(request, rising_BM=torch.where(seen_BM, request.rising_BM, PADDING_ID))
+
+
+def answer_by(models: Models, request: batches.Requests) -> tuple[Tensor, Tensor]:
+    """(ranks of the targets int64 [B], ids best first int64 [B, N]) of retrieval + ranking."""
+    proposed = models.retrieve(request)
+    logits = models.logits(request, proposed)
+    return models.ranked(request, proposed, logits), _ordered(proposed.ids_BN, logits[..., 0])
+
+
 # -- the walk --------------------------------------------------------------------------------------------
 def walk(
-    models: Models, stream: dict[str, np.ndarray], chosen: dict[str, Blend], say: Progress
+    models: Models,
+    stream: dict[str, np.ndarray],
+    chosen: dict[str, Blend],
+    say: Progress,
+    renewing: Callable[[np.ndarray], Renewing] | None = None,
 ) -> tuple[Answers, np.ndarray]:
-    """(everything about the test requests, their moments). ``chosen``: how models and counters join, by row."""
+    """(everything about the test requests, their moments). ``chosen``: how models and counters join, by row;
+    ``renewing`` makes, for the moments, models that are trained on meanwhile."""
     features, items = models.features, models.features.item_count()
     requests, moments = by_moment(features, models, "test")
     present, answers = Present(stream, items), Answers(items)
     trained_V = torch.tensor(popularity(features.files("train"), items), dtype=torch.float32)
-    done = 0
+    renewed, without_new, done = None if renewing is None else renewing(moments), WithoutNewItems(models), 0
     for request, now in steps(requests, moments, items):
         excluded_BV = request.exclude(items, features.schema.exclude_seen)
         decayed, counted = present.decayed(now), present.counted(now)
@@ -262,6 +313,11 @@ def walk(
             for method, blend in chosen.items():
                 joined = extended[blend.half_life]
                 answers.add(method, joined.ranks(blend, request), _ordered(joined.ids_BN, joined.scores(blend)))
+        if not without_new.same:
+            answers.add(KNOWN_ITEMS, *answer_by(without_new.models, without_new.request(request)))
+        if renewed is not None:
+            _add_renewed(answers, renewed.models_at(int(now[0])), request, decayed, chosen.get(COUNTED))
+            renewed.answered(request)
         hour_BV = counted[LAST_HOUR]
         answers.add_propensity(hour_BV.gather(1, request.target_B[:, None])[:, 0], hour_BV.sum(1))
         answers.unknown += int((request.target_B < FIRST_ID).sum())
@@ -270,20 +326,36 @@ def walk(
     return answers, moments
 
 
+def _add_renewed(
+    answers: Answers, models: Models, request: batches.Requests, decayed: dict[str, Tensor], blend: Blend | None
+) -> None:
+    """The rows of models that were trained on; with counters where they do not read those themselves."""
+    answers.add(REFRESHED, *answer_by(models, request))
+    if blend is not None:
+        joined = Static(models, request).extended(decayed[blend.half_life])
+        answers.add(REFRESHED_COUNTED, joined.ranks(blend, request), _ordered(joined.ids_BN, joined.scores(blend)))
+
+
 def _ordered(ids_BN: Tensor, scores_BN: Tensor) -> Tensor:
     """The ids by falling score, int64 [B, N]."""
     return ids_BN.gather(1, torch.argsort(scores_BN, dim=1, descending=True, stable=True))
 
 
-def replay(features: Features, preset: Preset, root: Path, say: Progress) -> dict[str, Any]:
+def replay(
+    features: Features,
+    preset: Preset,
+    root: Path,
+    say: Progress,
+    renewing: Callable[[np.ndarray], Renewing] | None = None,
+) -> dict[str, Any]:
     """Walks the test requests in order of time; writes figures and a plot to the run's evaluation folder and returns
-    the figures. Raises StaleError where the models were made from other features."""
+    the figures. ``renewing``: see ``walk``. Raises StaleError where the models were made from other features."""
     check_times(features)
     run, started = Run(root, features.folder), time.monotonic()
     ranking = run.manifest(RANKING)
     models, stream = Models(features, preset, root, [RANKING]), features.events()
     chosen, how = choose(models, stream, ranking["seed"], say)
-    answers, moments = walk(models, stream, chosen, say)
+    answers, moments = walk(models, stream, chosen, say, renewing)
     hours = (moments - int(stream[TIME][0])) // HOUR
     results = {
         "requests": len(moments),

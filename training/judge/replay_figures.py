@@ -17,7 +17,7 @@ DEBIASED = (
     "sum(NDCG@10 / p) / sum(1 / p) over the requests; p: share of the last hour's clicks that were on the target, at "
     f"least {PROPENSITY_FLOOR}"
 )
-MODELS = 5  # the last rows, which are more than a counter: drawn bold
+MODELS = 8  # the last rows, which are more than a counter: drawn bold
 PLOTTED = 20  # requests of an hour, at least, for the plot
 COLUMNS = ("NDCG@10", "HR@10", "coverage@10", "debiased NDCG@10")
 

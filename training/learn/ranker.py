@@ -67,16 +67,25 @@ class RankerBatch(NamedTuple):
 
 class RankerData:
     """Ranker batches: requests of the last training events and then of the validation events, whose labels the
-    retriever has not seen; as a control, or where there is no validation event, of training events alone."""
+    retriever has not seen; as a control, or where there is no validation event, of training events alone. ``known``:
+    other requests in their place."""
 
-    def __init__(self, features: Features, retriever: RetrievalModel, preset: Preset, seed: int, control: bool) -> None:
+    def __init__(
+        self,
+        features: Features,
+        retriever: RetrievalModel,
+        preset: Preset,
+        seed: int,
+        control: bool,
+        known: batches.Requests | None = None,
+    ) -> None:
         self.features, self.retriever, self.preset, self.seed = features, retriever, preset, seed
         self.without_validation = not features.files("valid")
         self.control = control or self.without_validation
         self.schema = features.schema
         self.heads = [h.name for h in self.schema.heads]
         self.count = min(preset.ranker.candidates, features.item_count() - FIRST_ID)
-        self.known: batches.Requests | None = self._replayed() if preset.ranker.rising else None
+        self.known = known if known is not None or not preset.ranker.rising else self._replayed()
 
     def _replayed(self) -> batches.Requests:
         """The validation requests with what was rising at the moment of each."""
@@ -98,7 +107,7 @@ class RankerData:
     def steps(self, batch_size: int) -> int:
         """Batches of an epoch, about: what the schedule is made for."""
         rows = sum(pq.read_metadata(f).num_rows for files, _ in self.sources(False) for f in files)
-        return -(-rows // batch_size)
+        return -(-(rows if self.known is None else len(self.known.target_B)) // batch_size)
 
     def _requests(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[batches.Requests]:
         if self.known is not None:

@@ -45,17 +45,30 @@ class ItemAttributes:
     vectors: Tensor
 
 
-def words_of(titles: Sequence[str], keep: int) -> tuple[Tensor, int]:
-    """(word ids int64 [V, keep], number of word ids): the rarest ``keep`` words of each item's text, as rare ones say
-    most. Row i belongs to item id FIRST_ID + i's text at i; the special ids have none."""
+def _counted_words(titles: Sequence[str], keep: int) -> tuple[sparse.csr_matrix | None, list[str]]:
+    """(which item's text has which word, the words: word i has the id i + 1); none where no word is in two texts."""
     if not keep or not any(titles):
-        return torch.zeros(len(titles) + FIRST_ID, 0, dtype=torch.long), 1
+        return None, []
     vectorizer = CountVectorizer(
         token_pattern=r"(?u)\b\w+\b", binary=True, min_df=MIN_ITEMS, max_features=MAX_WORDS, dtype=np.int32
     )
     try:
         counts = vectorizer.fit_transform(titles)
-    except ValueError:  # no word is in two titles
+    except ValueError:
+        return None, []
+    return counts, [str(word) for word in vectorizer.get_feature_names_out()]
+
+
+def words_by_id(titles: Sequence[str], keep: int) -> list[str]:
+    """The words that ``words_of`` numbers: word i has the id i + 1."""
+    return _counted_words(titles, keep)[1]
+
+
+def words_of(titles: Sequence[str], keep: int) -> tuple[Tensor, int]:
+    """(word ids int64 [V, keep], number of word ids): the rarest ``keep`` words of each item's text, as rare ones say
+    most. Row i belongs to item id FIRST_ID + i's text at i; the special ids have none."""
+    counts, _ = _counted_words(titles, keep)
+    if counts is None:
         return torch.zeros(len(titles) + FIRST_ID, 0, dtype=torch.long), 1
     frequency = np.asarray(counts.sum(0)).ravel()
     out = np.zeros((len(titles) + FIRST_ID, keep), np.int64)

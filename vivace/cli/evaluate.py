@@ -40,6 +40,10 @@ def evaluate(
     path: DataPath = None,
     encoder: Annotated[str, typer.Option(help=ENCODER_HELP)] = "ours",
     replay: Annotated[bool, typer.Option("--replay", help="answer each request with what was known then")] = False,
+    refresh_hours: Annotated[
+        float,
+        typer.Option(help="with --replay, how often models are refreshed (-1: six times, at most hourly; 0: never)"),
+    ] = -1.0,
 ) -> None:
     """Rank every item for every test request: baselines, retriever, ranker, control. --compare: several runs. --task
     search: BM25, dense, hybrid and ranker on judged queries. --replay: in order of time, with live counters."""
@@ -50,7 +54,7 @@ def evaluate(
         compare_runs([find_run(artifacts, part) for part in compare.split(",") if part], artifacts, plot)
         return
     if replay:
-        evaluate_replay(name, artifacts, preset)
+        evaluate_replay(name, artifacts, preset, refresh_hours)
         return
     with step(name, artifacts) as run, console.status("ranking test requests") as status:
         from preprocessing.features import Features
@@ -64,13 +68,16 @@ def evaluate(
     say_next("compile" if run.has(FINAL) else "train --final", run, artifacts)
 
 
-def evaluate_replay(name: str, artifacts: Path, preset: str) -> None:
+def evaluate_replay(name: str, artifacts: Path, preset: str, refresh_hours: float) -> None:
     with step(name, artifacts) as run, console.status("replaying the log") as status:
         from preprocessing.features import Features
         from training.judge.replay import FILE, PLOT, replay as walk
         from training.judge.replay_figures import render
+        from training.refresh.replay import renewals
 
-        results = walk(Features(run.features), chosen_preset(preset, run.root), run.root, progress(status))
+        features, sizes, tell = Features(run.features), chosen_preset(preset, run.root), progress(status)
+        renewing = renewals(features, sizes, run.root, refresh_hours, tell) if refresh_hours else None
+        results = walk(features, sizes, run.root, tell, renewing)
     console.print(render(results, run.root.name))
     say(f"figures {run.evaluation / FILE}, plot {run.evaluation / PLOT}")
 

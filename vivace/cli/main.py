@@ -24,6 +24,7 @@ from vivace.cli.prepare import prepare
 from vivace.cli.presets import presets
 from vivace.cli.pretrain import pretrain
 from vivace.cli.query import query
+from vivace.cli.refresh import refresh
 from vivace.cli.report import report_compress
 from vivace.cli.serve import serve
 from vivace.cli.train import train
@@ -41,7 +42,7 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Start": (demo, doctor),
     "Data": (init_mapping, prepare),
     "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
-    "Serving": (serve, tune, load),
+    "Serving": (serve, refresh, tune, load),
     "Looking": (query,),
 }
 

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from serving.exchange import finish_exchange_of, is_exchanging
 from vivace.cli.options import DEFAULT_ARTIFACTS, say
 from vivace.manifest import MANIFEST, exclusive
 from vivace.run import COMPRESSED, FEATURES, MADE_BY, Run
@@ -20,7 +21,7 @@ def _prepared_at(run: Run) -> float:
 
 
 def is_run(run: Run) -> bool:
-    return run.root.is_dir() and (run.has(FEATURES) or run.repository.is_dir())
+    return run.root.is_dir() and (run.has(FEATURES) or run.repository.is_dir() or is_exchanging(run.root))
 
 
 def runs(artifacts: Path) -> list[Run]:
@@ -37,7 +38,14 @@ def mark_prepared(run: Run) -> None:
 def find_run(artifacts: Path, name: str = "") -> Run:
     """The run called ``name``; without a name the one there is, or the one prepared last, and says which.
 
-    Raises FileNotFoundError that lists the runs there are, or names the command that makes one."""
+    Finishes what a refresh that was stopped has left of exchanging it. Raises FileNotFoundError that lists the runs
+    there are, or names the command that makes one."""
+    run = _named_or_newest(artifacts, name)
+    finish_exchange_of(run.root)
+    return run
+
+
+def _named_or_newest(artifacts: Path, name: str) -> Run:
     present = runs(artifacts)
     if name:
         run = Run(artifacts / name)

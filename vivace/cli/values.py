@@ -112,6 +112,16 @@ def run_name(text: str) -> str:
     return text
 
 
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def duration(text: str) -> str:
+    """Seconds, as text, of a time such as 90s, 30m, 1h or 1d. "" stands for none."""
+    if text and not re.fullmatch(r"[1-9][0-9]*[smhd]", text):
+        raise typer.BadParameter(f"expected a time such as 90s, 30m, 1h or 1d, got {text!r}")
+    return str(int(text[:-1]) * SECONDS[text[-1]]) if text else text
+
+
 def json_object(text: str) -> dict[str, Any] | None:
     """A JSON object written on the command line; None for ""."""
     if isinstance(text, dict) or not text:

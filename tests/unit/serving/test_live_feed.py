@@ -88,3 +88,20 @@ def test_a_long_log_is_read_from_its_end(store):
     assert store.live_events(number) == (number, [])
     assert [e.user_id for e in store.live_events(number - 2)[1]] == ["u48", "u49"]
     assert store.live_events(0, since_ms=int(time.time() * 1000) + HOUR)[1] == []
+
+
+def test_after_a_refresh_the_log_is_counted_behind_the_last_event_that_it_took(tmp_path, store):
+    """By the number, not the time: one that came late counts, one of the future is not counted twice."""
+    now = int(time.time() * 1000) + 60_000
+    times = [now - HOUR, now + HOUR]  # both in the prepared log since the refresh, the second ahead of the clock
+    store.append([Event("a", "0", "", times[0]), Event("b", "1", "", times[1])])
+    stream = Stream.of(np.arange(2), FIRST_ID + np.arange(2), np.array(times), np.empty((2, 0), np.int64))
+    stream.save(tmp_path / "recent.npz", number=2)
+    feed = LiveFeed(tmp_path / "recent.npz", store, _ids, SHAPES, start=False)
+    store.append([Event("c", "2", "", now - 2 * HOUR)])
+    feed.refresh(now + 2 * HOUR)
+    expected = LiveTable(SHAPES.items, SHAPES.rising)
+    expected.add(FIRST_ID + np.arange(3), np.array([*times, now - 2 * HOUR]), np.ones(3, bool))
+    ids, features = feed.rows(None, np.array([PADDING_ID]))
+    for got, rows in zip(expected.at(now + 2 * HOUR), (ids, features[..., :LIVE_FEATURES]), strict=True):
+        np.testing.assert_array_equal(rows[0], got)
