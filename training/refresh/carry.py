@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from preprocessing.features import Features
 from training.checkpoints import build_ranker, device, load_ranker, load_retrieval
 from training.data.counters import item_tables
-from training.learn.warm_start import free_unseen
+from training.learn.warm_start import finish_unseen
 from training.models.item_table import item_attributes, words_by_id
 from training.models.ranking import RankingModel
 from training.models.retrieval import RetrievalModel
@@ -65,7 +65,7 @@ def grown_retriever(old: Features, new: Features, preset: Preset, given: Retriev
         _move_words(model, state, old, new, preset.encoder.text_tokens)
     if items > old.item_count():
         counts = model.popularity.cpu().double().numpy()
-        free_unseen(model, counts, new, preset.retrieval.new_items == "neighbours")
+        finish_unseen(model, counts, new, preset.retrieval)
     return model.eval()
 
 

@@ -27,7 +27,7 @@ from training.learn.loop import Loop, LoopConfig
 from training.learn.memory import remember
 from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.ranker import RankerData, calibrate, ranker_loss
-from training.learn.warm_start import free_unseen
+from training.learn.warm_start import finish_unseen
 from training.metrics import mean_ndcg
 from training.models.ranking import RankingModel
 from training.models.retrieval import EXCLUDED, RetrievalModel
@@ -171,7 +171,7 @@ def settle(
     model: RetrievalModel, features: Features, files: list[Path], counts: np.ndarray, preset: Preset
 ) -> RetrievalModel:
     """After training: items without an event at their neighbours, the session memory from ``files`` of sequences."""
-    free_unseen(model, counts, features, preset.retrieval.new_items == "neighbours")
+    finish_unseen(model, counts, features, preset.retrieval)
     remember(model, files)
     return model.eval()
 

@@ -133,6 +133,8 @@ class Refresh:
             return seen, why + (f"; those before were refused: {refused['reason']}" if refused else "")
         shutil.rmtree(self.work.root, ignore_errors=True)
         self.work.root.mkdir()
+        self.run.text.mkdir(exist_ok=True)
+        self.work.text.symlink_to(Path("..") / self.run.text.name)  # what a text tower has encoded serves both
         write_json(file, state | {"until": appended.until})
         return appended.until, ""
 
