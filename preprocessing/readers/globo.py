@@ -43,7 +43,6 @@ class Globo:
         item_continuous=("words", "created_ms"),
         heads=(TaskHead("click", float("-inf")), TaskHead("dwell", 60.0)),
         unknown_items="keep",
-        time_zone="America/Sao_Paulo",
         licence=LICENCE,
     )
 

@@ -32,7 +32,7 @@ class Moment:
         self.columns = ContextColumns.load(path) if path.exists() else ContextColumns()
         self._shapes, self._store = shapes, store
         self._types = open_session(folder / TYPES_GRAPH, threads) if shapes.types else None
-        reads_context = bool(shapes.context or shapes.amounts)
+        reads_context = bool(shapes.context or shapes.amounts or shapes.counted)
         self._context = open_session(folder / CONTEXT_GRAPH, threads) if reads_context else None
         if not reads_context:
             self.columns = ContextColumns(types=self.columns.types)

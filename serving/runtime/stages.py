@@ -284,7 +284,7 @@ class FeatureTransform:
             for s, row in zip(status, rows, strict=True)
         ]
         context = self.moment.context([row.user_id for row in rows], [row.context for row in rows])
-        moment += context
+        moment += context if self._shapes.context or self._shapes.amounts else []
         live = []
         if self.live is not None:
             live, late = (

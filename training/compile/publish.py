@@ -57,7 +57,7 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
     else:
         retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
     graphs = [TYPES_GRAPH] if tensors.types else []
-    graphs += [CONTEXT_GRAPH] if tensors.context or tensors.amounts else []
+    graphs += [CONTEXT_GRAPH] if tensors.context or tensors.amounts or tensors.counted else []
     response = {ITEMS_FILE: folder / ITEMS_FILE, **of_search.pop(contract.RESPONSE, {})}
     return {
         contract.FEATURE_TRANSFORM: {

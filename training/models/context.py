@@ -42,6 +42,7 @@ def moment_of(
     return of_events, (ids, amounts), left
 
 
+UNKNOWN = 0.1  # share of the rows of a training step whose context is left out, so that a request may leave it out
 CLAMP = 6.0  # standard deviations of a continuous column
 
 _INPUT, _CROSS, _LAYER = "values.0.branches.categorical.branches.{}.values.0.to_wrap.table", "values.1", "values.2"
@@ -122,10 +123,13 @@ class ContextTower(nn.Module):
         self.net = _Plain(columns, width) if plain else _merlin(columns, width)
         with torch.no_grad():  # Merlin's layers take their input width from the first batch
             self.forward((None, None), torch.zeros(2, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):  # a value that training never meets says next to nothing
+                nn.init.trunc_normal_(module.weight, std=0.02)
 
     def forward(self, context: Context, like: Tensor) -> Tensor:
         rows = like.shape[:-1]
-        ids, amounts = context
+        ids, amounts = self._some_left_out(context) if self.training else context
         if ids is None:
             ids = torch.full((*rows, len(self.sizes)), NULL_ID, device=like.device)
         if amounts is None:
@@ -140,6 +144,17 @@ class ContextTower(nn.Module):
                 named |= {_column(len(self.sizes) + i): amounts_PF[:, i : i + 1] for i in range(self.amounts)}
             out = self.net(named)
         return out.reshape(*rows, self.width)
+
+    def _some_left_out(self, context: Context) -> Context:
+        ids, amounts = context
+        first = ids if ids is not None else amounts
+        if first is None:
+            return context
+        left_out = torch.rand(*first.shape[:-1], 1, device=first.device) < UNKNOWN
+        return (
+            None if ids is None else torch.where(left_out, NULL_ID, ids),
+            None if amounts is None else torch.where(left_out, 0.0, amounts),
+        )
 
     def _by_weights(self, ids_PC: Tensor | None, amounts_PF: Tensor | None) -> Tensor:
         """What ``net`` computes, by its weights."""

@@ -60,6 +60,8 @@ class RankerConfig:
     rising: int = 0
     """M, items that are clicked most at the moment of the request: they join the candidates, and the ranker reads their
     live counts (0: no live counters)."""
+    by_context: bool = True
+    """Live counts by the categorical columns of the context too, where the log has any."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -132,7 +134,8 @@ class RankingModel(nn.Module):
         self.of_context = nn.Linear(CONTEXT_WIDTH, d) if columns.names else None
         self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
-        live = live_features(len(columns.counted)) if config.rising else 0
+        counted = len(retriever.columns.counted) if config.by_context else 0
+        live = live_features(counted) if config.rising else 0
         counters = 5 + 2 * config.lags + live
         self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
         towers = blocks.towers(head_names)

@@ -30,7 +30,7 @@ MANY = ContextColumns(tuple("abcdefghijklm"), tuple(range(4, 17)), ("x", "y"))
 @pytest.mark.parametrize("columns", [MANY, ContextColumns(("a",), (5,)), ContextColumns((), (), ("x",))])
 def test_merlins_tower_and_the_plain_one_are_the_same(columns):
     torch.manual_seed(1)
-    merlin, plain = ContextTower(columns, 32), ContextTower(columns, 32, plain=True)
+    merlin, plain = ContextTower(columns, 32).eval(), ContextTower(columns, 32, plain=True).eval()
     assert list(merlin.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(merlin.state_dict())
     ids = torch.stack([torch.randint(0, s, (7, 3)) for s in columns.sizes], -1) if columns.sizes else None
@@ -39,6 +39,16 @@ def test_merlins_tower_and_the_plain_one_are_the_same(columns):
     torch.testing.assert_close(merlin((ids, amounts), like), plain((ids, amounts), like), rtol=0, atol=1e-5)
     alone = merlin(tuple(None if x is None else x[2:3, 1:2] for x in (ids, amounts)), like[2:3, 1:2])
     torch.testing.assert_close(alone[0, 0], merlin((ids, amounts), like)[2, 1], rtol=0, atol=1e-5)
+
+
+def test_training_leaves_some_contexts_out_whole():
+    """So that a request without a context is answered by a model that has met such."""
+    torch.manual_seed(2)
+    ids, amounts = torch.randint(3, 5, (4000, 3)), torch.ones(4000, 2)
+    some_ids, some_amounts = ContextTower(MANY, 8, plain=True)._some_left_out((ids, amounts))
+    left_out = (some_ids != ids).any(1)
+    assert 0.07 < left_out.float().mean() < 0.13
+    assert (some_ids[left_out] == 1).all() and not some_amounts[left_out].any() and (some_amounts[~left_out] == 1).all()
 
 
 def test_packed_events_come_back():
