@@ -34,6 +34,13 @@ def hold(folder: Path) -> int:
     return handle
 
 
+def let_go(handle: int) -> int:
+    """Ends what ``hold`` began; -1, which can be let go again."""
+    if handle >= 0:
+        os.close(handle)
+    return -1
+
+
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
     """Whether nobody has the store open, and if so nobody opens it meanwhile."""

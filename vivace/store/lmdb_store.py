@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import lmdb
 import msgpack
 
-from vivace.store.forgetting import DUE, drop_user, hold
+from vivace.store.forgetting import DUE, drop_user, hold, let_go
 from vivace.store.histories import merged
 from vivace.store.history_rows import batches, packed, packed_events, unpacked
 from vivace.store.interface import Event, StoreError
@@ -58,15 +58,14 @@ class LmdbStore(CatalogueStore):
         self._retention = retention or (Retention() if readonly else Retention.of(path))
         self._alone = threading.RLock()  # the map may only be made larger while no transaction is open
         self._swept_to: bytes | None = b""  # key of the user that the sweep looks at next; None: it has seen all
-        self._held = hold(path)
-        self._env = lmdb.open(
-            os.fspath(path),
-            map_size=MAP_SIZE_BYTES,
-            max_dbs=24,
-            max_readers=MAX_READERS,
-            readonly=readonly,
-            mode=0o600,  # what users did is the owner's alone
-        )
+        self._held, mode = hold(path), 0o600  # what users did is the owner's alone
+        try:
+            self._env = lmdb.open(
+                os.fspath(path), MAP_SIZE_BYTES, max_dbs=24, max_readers=MAX_READERS, readonly=readonly, mode=mode
+            )
+        except lmdb.Error:
+            let_go(self._held)
+            raise
         self._env.reader_check()  # slots of processes that died
         self._databases: dict[bytes, lmdb._Database] = {}
         self._open_databases()
@@ -373,9 +372,7 @@ class LmdbStore(CatalogueStore):
 
     def close(self) -> None:
         self._env.close()
-        if self._held >= 0:
-            os.close(self._held)
-            self._held = -1
+        self._held = let_go(self._held)
 
 
 def _now_ms() -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import lmdb
 import pytest
 
 from vivace.store.forgetting import compact, is_due
@@ -90,6 +91,8 @@ def test_a_forgotten_user_is_in_no_database_and_after_compaction_in_no_byte(tmp_
     assert user not in {e.user_id for e in left} and len(left) == 300
     assert user.encode() in (path / "data.mdb").read_bytes()  # else compaction would not be needed
     assert is_due(path) and not compact(path)  # this process has it open
+    with pytest.raises(lmdb.Error, match="already open"):  # and what could not open it does not keep it
+        LmdbStore(path)
     before = contents(store)
     store.close()
     assert compact(path) and not is_due(path)
