@@ -44,6 +44,7 @@ from preprocessing.features import (
     Features,
 )
 from preprocessing.readers.base import Chunk, SearchSource, Source, UserSource
+from preprocessing.readers.tables import Tables
 from preprocessing.rejects import Rejects
 from preprocessing.sequences import write_requests
 from preprocessing.splits import SplitConfig, TimeSample, mark
@@ -387,6 +388,7 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         requests=counts,
         items_in_vocabulary=Features(folder).item_count() - contract.FIRST_ID,
         items_in_catalogue=len(catalogue),
+        catalogue_ms=source.catalogue_ms() if isinstance(source, Tables) else 0,
         split=config.split.describe(times),
         given_test=times.given,
         feature_store=stored,

@@ -4,6 +4,7 @@ Axis legend: V items, N candidates, E width of the vectors, F text fields.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -97,7 +98,7 @@ class HybridIndex:
         self.catalogue, self.lexical, self.vectors = catalogue, lexical, np.ascontiguousarray(vectors_VE, np.float32)
         self.weights, self.late = WEIGHTS | dict(weights or {}), late
         self.row = {item: i for i, item in enumerate(catalogue.items)}
-        self.values: dict[str, list[str]] = {}
+        self.values: dict[str, np.ndarray] = {}
         self.codes: dict[str, np.ndarray] = {}
         for name, column in catalogue.attributes.items():
             self.values[name], codes = np.unique(np.array(column, object).astype(str), return_inverse=True)
@@ -105,11 +106,34 @@ class HybridIndex:
         p = catalogue.popularity
         self.popularity = np.zeros(len(catalogue.items), np.float32) if p is None else np.asarray(p, np.float32)
         matched = p is not None and self.weights[MATCHED] > 0
+        self.shut_V: np.ndarray | None = None  # rows that must not be found (``extended``)
         self.branches = (LEXICAL, DENSE, *([MATCHED] if matched else []), POPULAR)
+
+    def extended(self, changed: Catalogue, vectors_KE: np.ndarray) -> HybridIndex:
+        """This index with the rows of ``changed`` behind its own. Terms that are new to it, and values of attributes,
+        are known to it alone."""
+        index, base = copy.copy(self), self.catalogue
+        index.lexical = self.lexical.extended(changed.texts)
+        index.vectors = np.concatenate([self.vectors, vectors_KE]).astype(np.float32)
+        index.popularity = np.concatenate([self.popularity, np.asarray(changed.popularity, np.float32)])
+        index.values, index.codes = {}, {}
+        for name, column in changed.attributes.items():
+            known = {value: code for code, value in enumerate(self.values[name].tolist())}
+            codes = [known.setdefault(value, len(known)) for value in column]
+            index.values[name] = np.array(list(known), object).astype(str)
+            index.codes[name] = np.concatenate([self.codes[name], np.array(codes, np.int32)])
+        index.catalogue = Catalogue(
+            [*base.items, *changed.items], {},
+            {name: [*column, *changed.attributes[name]] for name, column in base.attributes.items()},
+            {name: np.concatenate([column, changed.numbers[name]]) for name, column in base.numbers.items()},
+            index.popularity,
+        )  # fmt: skip
+        index.row = self.row | {item: len(base.items) + k for k, item in enumerate(changed.items)}
+        return index
 
     def allowed(self, filters: Filters) -> np.ndarray:
         """bool [V]. Raises ValueError for an attribute or number that the catalogue does not have."""
-        out_V = np.ones(len(self.catalogue.items), bool)
+        out_V = np.ones(len(self.catalogue.items), bool) if self.shut_V is None else ~self.shut_V
         for name, values in filters.values.items():
             if name not in self.codes:
                 raise ValueError(f"filters: expected an attribute of {sorted(self.codes)}, got {name!r}")

@@ -30,10 +30,12 @@ class LateInteraction:
     def __call__(self, states_SP: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
         """float32 [N, NAMES]: of the cosines of each query token with its nearest title token, in -1..1, the mean, the
         least, the mean of the two least, that of the last and of the first token, the deviation. A title or a query
-        without a token meets nothing: -1."""
+        without a token, or a row that was put in later, meets nothing: -1."""
         if not len(states_SP) or not len(rows_N):
             return np.tile(np.array([-1, -1, -1, -1, -1, 0], np.float32), (len(rows_N), 1))
-        titles_NLP = np.asarray(self.states_VLP[rows_N], np.float32) / np.float32(SCALE)
+        known_N = rows_N < len(self.states_VLP)
+        titles_NLP = np.asarray(self.states_VLP[np.where(known_N, rows_N, 0)], np.float32) / np.float32(SCALE)
+        titles_NLP[~known_N] = 0
         cosine_NLS = titles_NLP @ states_SP.T
         cosine_NLS[~titles_NLP.any(2)] = -1
         met_NS = cosine_NLS.max(1)

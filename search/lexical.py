@@ -6,6 +6,8 @@ then cost nothing and a narrow one still fills the answer. Axis legend: F fields
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from search.text import terms
 
 FILE = "lexical.npz"
 TITLE_TERMS, LEAD = 32, 5
+K1 = 1.2
 PLACES = ("lead", "phrase", "first", "last word", "last word's place", "share of title", "title length", "density")
 
 
@@ -34,8 +37,9 @@ class Lexical:
 
     def __init__(
         self, fields: Sequence[Field], vocabulary: Sequence[str], weights: Sequence[sparse.csr_matrix],
-        titles_VT: np.ndarray,
+        titles_VT: np.ndarray, lengths: Sequence[float] = (), k1: float = K1,
     ) -> None:  # fmt: skip
+        self.lengths, self.k1 = list(lengths), k1  # terms of each field on average
         self.fields, self.vocabulary = tuple(fields), list(vocabulary)
         self.weights = list(weights)  # of each field: [terms, V]
         for matrix in self.weights:
@@ -50,7 +54,7 @@ class Lexical:
         self._anywhere = anywhere.indptr, anywhere.indices  # items that have a term in any field
 
     @classmethod
-    def build(cls, texts: Mapping[str, Sequence[str]], fields: Sequence[Field], k1: float = 1.2) -> Lexical:
+    def build(cls, texts: Mapping[str, Sequence[str]], fields: Sequence[Field], k1: float = K1) -> Lexical:
         """``texts``: raw texts by field, one an item. Raises ValueError for a field without texts."""
         import bm25s
 
@@ -73,7 +77,48 @@ class Lexical:
         titles_VT = np.full((len(cut[fields[0].name]), TITLE_TERMS), -1, np.int32)
         for row, title in zip(titles_VT, cut[fields[0].name], strict=True):
             row[: len(title)] = [at[t] for t in title[:TITLE_TERMS]]
-        return cls(fields, vocabulary, weights, titles_VT)
+        lengths = [sum(map(len, cut[f.name])) / max(len(cut[f.name]), 1) for f in fields]
+        return cls(fields, vocabulary, weights, titles_VT, lengths, k1)
+
+    def extended(self, texts: Mapping[str, Sequence[str]]) -> Lexical:
+        """This index with more items behind its own: their terms weigh as those of its own items do, terms that it does
+        not know as those of one item alone."""
+        cut = {f.name: [terms(t) for t in texts[f.name]] for f in self.fields}
+        row = dict(self.row)
+        for rows in cut.values():
+            for document in rows:
+                for t in document:
+                    row.setdefault(t, len(row))
+        weights = []
+        for f, matrix, length in zip(self.fields, self.weights, self.lengths, strict=True):
+            more = self._weights(f, matrix, length, cut[f.name], row)
+            whole = sparse.csr_matrix((matrix.data, matrix.indices, _longer(matrix.indptr, len(row))),
+                                      shape=(len(row), matrix.shape[1]))  # fmt: skip
+            weights.append(_beside(whole, more))
+        titles = cut[self.fields[0].name]
+        titles_KT = np.full((len(titles), TITLE_TERMS), -1, np.int32)
+        for places, title in zip(titles_KT, titles, strict=True):
+            places[: min(len(title), TITLE_TERMS)] = [row[t] for t in title[:TITLE_TERMS]]
+        return Lexical(
+            self.fields, list(row), weights, np.concatenate([self.titles_VT, titles_KT]), self.lengths, self.k1
+        )  # fmt: skip
+
+    def _weights(
+        self, field: Field, matrix: sparse.csr_matrix, length: float, documents: list[list[str]], row: dict[str, int]
+    ) -> sparse.csr_matrix:
+        """BM25's weights of more documents of a field, float32 [terms, K]."""
+        data, columns, rows = list[float](), list[int](), list[int]()
+        for k, document in enumerate(documents):
+            norm = self.k1 * (1 - field.b + field.b * len(document) / max(length, 1e-9))
+            for t, count in Counter(document).items():
+                i = row[t]
+                frequency = max(int(matrix.indptr[i + 1] - matrix.indptr[i]), 1) if i < matrix.shape[0] else 1
+                idf = math.log(1 + (self.items - frequency + 0.5) / (frequency + 0.5))
+                data.append(idf * count / (norm + count))
+                columns.append(k)
+                rows.append(i)
+        shape = (len(row), len(documents))
+        return sparse.csr_matrix((np.array(data, np.float32), (rows, columns)), shape=shape)
 
     def places(self, query: Sequence[str], rows_N: np.ndarray) -> np.ndarray:
         """Where the terms of ``query`` stand in the first field of some items, float32 [N, PLACES]: share of them among
@@ -156,7 +201,10 @@ class Lexical:
         arrays = {f"{f.name}.{k}": getattr(m, k) for f, m in zip(self.fields, self.weights, strict=True)
                   for k in ("data", "indices", "indptr")}  # fmt: skip
         np.savez(folder / FILE, titles=self.titles_VT, **arrays)
-        record = {"fields": [asdict(f) for f in self.fields], "vocabulary": self.vocabulary, "items": self.items}
+        record = {
+            "fields": [asdict(f) for f in self.fields], "vocabulary": self.vocabulary, "items": self.items,
+            "lengths": self.lengths, "k1": self.k1,
+        }  # fmt: skip
         (folder / "lexical.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
@@ -170,4 +218,19 @@ class Lexical:
                 for f in fields
             ]
             titles_VT = a["titles"]
-        return cls(fields, record["vocabulary"], weights, titles_VT)
+        return cls(fields, record["vocabulary"], weights, titles_VT, record["lengths"], record["k1"])
+
+
+def _longer(indptr: np.ndarray, rows: int) -> np.ndarray:
+    """Row pointers with empty rows at the end."""
+    return np.concatenate([indptr, np.full(rows + 1 - len(indptr), indptr[-1], indptr.dtype)])
+
+
+def _beside(left: sparse.csr_matrix, right: sparse.csr_matrix) -> sparse.csr_matrix:
+    """The columns of both, those of ``left`` first: scipy's ``hstack`` takes ten times as long."""
+    indptr = left.indptr + right.indptr
+    data, indices = np.empty(indptr[-1], np.float32), np.empty(indptr[-1], np.int32)
+    for matrix, shift, offset in ((left, right.indptr[:-1], 0), (right, left.indptr[1:], left.shape[1])):
+        at = np.arange(matrix.nnz) + np.repeat(shift, np.diff(matrix.indptr))
+        data[at], indices[at] = matrix.data, matrix.indices + offset
+    return sparse.csr_matrix((data, indices, indptr), shape=(left.shape[0], left.shape[1] + right.shape[1]))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from search.changes import ChangingIndex, LiveChanges
 from search.data import Catalogue
 from search.features import features, personal
 from search.hybrid import Filters, HybridIndex, diversify
@@ -125,12 +126,16 @@ def unpack(packed: bytes) -> SearchResult:
 
 
 class QuerySearch:
-    """Queries to items with features. ``candidates`` N."""
+    """Queries to items with features. ``candidates`` N; ``live``: changes of the catalogue, where they are followed."""
 
-    def __init__(self, folder: Path, candidates: int) -> None:
+    def __init__(self, folder: Path, candidates: int, live: LiveChanges | None = None) -> None:
         self.candidates = candidates
         late = LateInteraction.load(folder)
         self.index = HybridIndex(read_catalogue(folder), Lexical.load(folder), np.load(folder / VECTORS), late=late)
+        self._learned: dict[str, Mapping[str, Any]] = {}  # rows whose words are known
+        self._changing = None
+        if live is not None:
+            self._changing = ChangingIndex(self.index, lambda texts: self.encode(texts).vectors, live)
         self.understanding = QueryUnderstanding.load(folder)
         self.encode = QueryEncoder(folder)
         self.width = self.encode.features
@@ -159,24 +164,42 @@ class QuerySearch:
         rows = [i for i, q in enumerate(queries) if searchable(q)]
         if not rows:
             return out
+        self._refresh()
         understood, encoded = self.understand([queries[i] for i in rows])
         for i, meaning, vector_E, states in zip(rows, understood, encoded.vectors, encoded.states, strict=True):
             option = options[i] or SearchOptions()
             filters = option.filters
             if not option.seen and histories is not None:
-                seen = histories[i].tolist()
-                filters = replace(
-                    filters, without=[id_ - contract.FIRST_ID for id_ in seen if id_ >= contract.FIRST_ID]
-                )
+                filters = replace(filters, without=self._rows_of(histories[i].tolist()))
             out[i] = self._find(meaning, vector_E, states, filters)
         return out
+
+    def _refresh(self) -> None:
+        """Takes in what changed of the catalogue."""
+        if self._changing is None:
+            return
+        if self._changing.refresh():
+            added, attributes = self._changing.added, self.index.codes
+            rows = [row for item, row in added.items() if self._learned.get(item) is not row]
+            self._learned = dict(added)
+            fields = [field.name for field in self.index.lexical.fields]
+            self.understanding.learn_more(
+                [str(row.get(name) or "") for row in rows for name in fields],
+                {name: [str(row.get(name) or "") for row in rows] for name in attributes},
+            )
+        self.index = self._changing.index
+
+    def _rows_of(self, ids: Sequence[int]) -> list[int]:
+        if self._changing is not None:
+            return self._changing.rows_of(ids)
+        return [id_ - contract.FIRST_ID for id_ in ids if id_ >= contract.FIRST_ID]
 
     def _find(
         self, understood: Understood, vector_E: np.ndarray, states_SP: np.ndarray, filters: Filters
     ) -> SearchResult:
         """What one query finds."""
         constrained = filters.values or filters.ranges or filters.without
-        allowed = self.index.allowed(filters) if constrained else None
+        allowed = self.index.allowed(filters) if constrained or self.index.shut_V is not None else None
         candidates = self.index.candidates(understood, vector_E, self.candidates, allowed)
         rows = candidates.rows
         branches = [candidates.found_by(k) for k in range(min(len(rows), contract.MAX_TOP_K))]
@@ -186,7 +209,7 @@ class QuerySearch:
             "found_by": {self.index.catalogue.items[r]: b for r, b in zip(rows, branches, strict=False)},
         }
         return (
-            (rows + contract.FIRST_ID).astype(np.int64),
+            rows + contract.FIRST_ID if self._changing is None else self._changing.ids(rows),
             features(self.index, understood, vector_E, candidates, states_SP),
             json.dumps(record, ensure_ascii=False, separators=(",", ":")),
         )
@@ -213,7 +236,9 @@ class SearchRanking:
         scores = self._session.run(None, {"FEATURES": x[None]})[0][0]
         order = np.argsort(-scores, kind="stable")
         if options.diversity:
-            vectors = np.asarray(self._vectors[query_N - contract.FIRST_ID])
+            rows_N = query_N - contract.FIRST_ID
+            known_N = rows_N < len(self._vectors)  # an item that was put in later is like no other
+            vectors = np.asarray(self._vectors[np.where(known_N, rows_N, 0)]) * known_N[:, None]
             order = diversify(scores, vectors, len(query_N), options.diversity)
         values = np.zeros((len(values_CM), len(query_N)), np.float32)
         values[0] = scores[order]

@@ -8,7 +8,7 @@ from vivace import contract
 from vivace.run import SEARCH, Run
 
 FOLDER = SEARCH
-LAYOUT = 2  # of the ranker's features: a search of another layout is trained again
+LAYOUT = 3  # of the ranker's features and the index: a search of another layout is trained again
 
 
 def files_of(root: Path) -> dict[str, dict[str, Path]]:

@@ -161,12 +161,28 @@ class QueryUnderstanding:
                 self._spelling.create_dictionary_entry(word, count)
         self._stems = {t for w in self.frequency for t in term(w)}
         self._named: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
+        self._longest = 0
         for attribute, values in self.attributes.items():
             for value in values:
-                key = tuple(words(normalise(value)))
-                if key:
-                    self._named[key].append((attribute, value))
-        self._longest = max(map(len, self._named), default=0)
+                self._name(attribute, value)
+
+    def _name(self, attribute: str, value: str) -> None:
+        key = tuple(words(normalise(value)))
+        if key:
+            self._named[key].append((attribute, value))
+            self._longest = max(self._longest, len(key))
+
+    def learn_more(self, texts: Sequence[str], attributes: Mapping[str, Sequence[str]]) -> None:
+        """Words and values of items that came later: they are no errors, and are known when they are named."""
+        for word in {w for text in texts for w in words(normalise(text))} - self.frequency.keys():
+            self.frequency[word] = 1
+            self._stems.update(term(word))
+            if MEND_FROM - 1 <= len(word) <= LONGEST_WORD and _LETTERS.match(word):
+                self._spelling.create_dictionary_entry(word, 1)
+        for attribute, values in attributes.items():
+            for value in sorted({v for v in values if v} - set(self.attributes[attribute])):
+                self.attributes[attribute].append(value)
+                self._name(attribute, value)
 
     @classmethod
     def learn(

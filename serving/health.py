@@ -7,6 +7,7 @@ answers in Triton's place.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,15 +18,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import lmdb
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from tritonclient.utils import InferenceServerException
 
 from serving.launcher import TritonServer
 from serving.releases import DamagedError, signatures, verify
+from serving.runtime.new_items import TABLES
 from serving.segments import SHM
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError
 from vivace.live import RECENT
+from vivace.store.lmdb_store import LmdbStore
 
 log = logging.getLogger("vivace.serve")
 
@@ -41,12 +45,14 @@ PARTS = ("server", "guard", "watchdog", "models", "ensemble", "store", "disk", "
 
 class Canary:
     """A question to ``recommend`` whose answer is kept from the first time that it was answered in full: items that the
-    served catalogue has, best first. ``fault`` is "" while the answer stays the same."""
+    served catalogue has, best first. ``fault`` is "" while the answer stays the same, or the catalogue has changed."""
 
     def __init__(self, server: TritonServer, registry: CollectorRegistry) -> None:
         self.server = server
         self.expected: list[str] | None = None
         self._live = any(server.options.repository.glob(f"*/*/{RECENT}"))
+        self._follows = any(server.options.repository.glob(f"*/*/{TABLES}"))
+        self._number = 0  # of the newest change of the catalogue that the answer may know
         self.fault = "not asked yet"
         self._last_good = time.monotonic()
         self._client: VivaceClient | None = None
@@ -88,11 +94,23 @@ class Canary:
 
     def _compare(self, items: list[str]) -> str:
         strange = sorted(set(items) - self._catalogue)
+        if self._follows and (strange or items != self.expected) and (number := self._changed()) != self._number:
+            self._number, self.expected = number, None  # what changed of the catalogue may change the answer
+        if self._number:
+            strange = []
         if strange or not (items or len(self._catalogue) == len(self._history)):  # of one item nothing is left
             return f"expected items of the catalogue, got {strange[:3] or 'none'}"
         if self.expected is None or self._live:  # live counters change an answer from one second to the next
             self.expected = items
         return "" if items == self.expected else f"expected {self.expected[:3]}…, got {items[:3]}…: another answer"
+
+    def _changed(self) -> int:
+        """Number of the newest change of the catalogue; -1 where the store does not say."""
+        try:
+            with contextlib.closing(LmdbStore(self.server.release.parent / "feature_store", readonly=True)) as store:
+                return store.last_change()
+        except (lmdb.Error, OSError):
+            return -1
 
     def close(self) -> None:
         if self._client is not None:

@@ -8,6 +8,7 @@ it stops; its shared-memory segments carry a prefix of their own, so that whatev
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -50,6 +51,9 @@ from serving.start_checks import (
 )
 from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
 from vivace import contract
+from vivace.store.forgetting import compact, is_due
+
+log = logging.getLogger(__name__)
 
 # what only the launcher may ask: otherwise anyone who reaches the port loads code into the server or takes models away
 RESTRICTED = "model-repository,shared-memory,model-config,logging,trace,statistics"
@@ -227,6 +231,9 @@ class TritonServer:
         backend_folder(self._root)
         if self.sockets is not None:
             self.sockets.folder.mkdir(mode=0o700)
+        store = self.release.parent / "feature_store"
+        if is_due(store) and not compact(store):
+            log.warning("%s: what was forgotten stays in its file, as another process has it open", store)
         self._launch()
         if self.sockets is not None:
             ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}

@@ -22,12 +22,14 @@ from vivace.run import Run
 
 CHECKOUT_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 INDEX_ADAPTER = Path(__file__).resolve().parent / "triton" / "adapters" / "indexed_retrieval.py"
+FRESH_ADAPTER = Path(__file__).resolve().parent / "triton" / "adapters" / "fresh_ranking.py"
 SEARCH_ADAPTER = Path(__file__).resolve().parent / "triton" / "adapters" / "query_search.py"
 FEATURE_STORE = "../feature_store"  # seen from the repository's folder
 TUNED = Run(Path()).tuning.name  # folder of a run with the records of tuned profiles
-PYTHON_STAGES = (contract.FEATURE_TRANSFORM, contract.RESPONSE, contract.APPEND_EVENT)
+PYTHON_STAGES = (contract.FEATURE_TRANSFORM, contract.RESPONSE, contract.APPEND_EVENT, contract.UPDATE_STORE)
+STORE_MODELS = (contract.APPEND_EVENT, contract.UPDATE_STORE)  # beside the ensemble
 ONNX_STAGES = (contract.RETRIEVAL, contract.RANKING)
-ALL_MODELS = (*contract.STAGES, contract.QUERY_SEARCH, contract.APPEND_EVENT, contract.ENSEMBLE)
+ALL_MODELS = (*contract.STAGES, contract.QUERY_SEARCH, *STORE_MODELS, contract.ENSEMBLE)
 
 
 Tensors = tuple[contract.WireTensor, ...]
@@ -147,7 +149,8 @@ def _graph(config: pb.ModelConfig, profile: ServingProfile) -> pb.ModelConfig:
 
 def _backend(model: str, s: contract.StageTensors, profile: ServingProfile) -> str:
     """Backend of a model that is no ensemble."""
-    graph = model in ONNX_STAGES and not (model == contract.RETRIEVAL and s.indexed)
+    ours = (model == contract.RETRIEVAL and s.indexed) or (model == contract.RANKING and s.fresh)
+    graph = model in ONNX_STAGES and not ours
     return profile.backend if graph else "python"
 
 
@@ -160,7 +163,7 @@ def _ensemble(
     steps = (
         (contract.FEATURE_TRANSFORM, contract.REQUEST, contract.feature_transform_outputs(s)),
         (contract.RETRIEVAL, contract.retrieval_inputs(s), contract.retrieval_outputs(s)),
-        (contract.RANKING, contract.ranking_inputs(s), contract.ranking_outputs(s, heads)),
+        (contract.RANKING, contract.ranking_stage_inputs(s), contract.ranking_outputs(s, heads)),
         (contract.RESPONSE, contract.response_inputs(s, heads), contract.response_outputs(s, heads)),
         *([(contract.QUERY_SEARCH, contract.query_search_inputs(s), (contract.FOUND,))] if s.search else []),
     )
@@ -181,6 +184,13 @@ def _transforms(config: pb.ModelConfig, s: contract.StageTensors, exclude_seen: 
     config.parameters["exclude_seen"].string_value = str(exclude_seen).lower()
 
 
+def _served(s: contract.StageTensors, profile: ServingProfile) -> contract.StageTensors:
+    """Fresh items join where the ranking stage is ours: under other backends it is a graph alone, and a query finds
+    them, but nothing recommends them."""
+    ours = profile.backend == "onnxruntime" and profile.kind == "CPU"
+    return s if ours else replace(s, fresh=0)
+
+
 def _fused(
     s: contract.StageTensors, heads: tuple[contract.TaskHead, ...], profile: ServingProfile, exclude_seen: bool
 ) -> pb.ModelConfig:
@@ -198,7 +208,7 @@ def model_configs(
     s: contract.StageTensors, heads: tuple[contract.TaskHead, ...], profile: ServingProfile, exclude_seen: bool = True
 ) -> dict[str, pb.ModelConfig]:
     """Every model's Triton configuration, by model name."""
-    p, s = profile, s.reading(profile.history)
+    p, s = profile, _served(s.reading(profile.history), profile)
     transform = _base(contract.FEATURE_TRANSFORM, "python", p, contract.REQUEST, contract.feature_transform_outputs(s))
     _transforms(transform, s, exclude_seen)
     retrieval = _base(
@@ -215,21 +225,29 @@ def model_configs(
         retrieval.response_cache.enable = True
     ranking = _base(
         contract.RANKING,
-        p.backend,
+        _backend(contract.RANKING, s, p),
         p,
-        contract.ranking_inputs(s),
+        contract.ranking_stage_inputs(s),
         contract.ranking_outputs(s, heads),
         p.ranking_instances,
     )
+    if s.fresh:
+        ranking.default_model_filename = FRESH_ADAPTER.name
+        _transforms(ranking, s, exclude_seen)
     response = _base(
         contract.RESPONSE, "python", p, contract.response_inputs(s, heads), contract.response_outputs(s, heads)
     )
     append = _base(contract.APPEND_EVENT, "python", p, contract.APPEND, contract.APPEND_OUTPUTS)
-    append.parameters["feature_store"].string_value = FEATURE_STORE
+    update = _base(contract.UPDATE_STORE, "python", p, contract.UPDATE, contract.UPDATE_OUTPUTS)
+    for config in (append, update):
+        config.parameters["feature_store"].string_value = FEATURE_STORE
+    update.parameters["followed"].string_value = str(bool(s.fresh)).lower()
+    for config in (append, response) if s.fresh else ():
+        _transforms(config, s, exclude_seen)
     search = {}
     if s.search:
         config = _base(contract.QUERY_SEARCH, "python", p, contract.query_search_inputs(s), (contract.FOUND,))
-        config.parameters["shapes"].string_value = json.dumps(asdict(s))
+        _transforms(config, s, exclude_seen)
         search[contract.QUERY_SEARCH] = config
     return search | {
         contract.FEATURE_TRANSFORM: transform,
@@ -237,6 +255,7 @@ def model_configs(
         contract.RANKING: _graph(ranking, p),
         contract.RESPONSE: response,
         contract.APPEND_EVENT: append,
+        contract.UPDATE_STORE: update,
         contract.ENSEMBLE: _fused(s, heads, p, exclude_seen) if p.fused else _ensemble(s, heads, p),
     }
 
@@ -273,7 +292,7 @@ def models(repository: Path, profile: str) -> list[str]:
     profile that is not there."""
     names: tuple[str, ...] = ALL_MODELS
     if read_config(repository, contract.ENSEMBLE, profile).platform != "ensemble":
-        names = (contract.APPEND_EVENT, contract.ENSEMBLE)
+        names = (*STORE_MODELS, contract.ENSEMBLE)
     return [name for name in names if (repository / name).is_dir()]
 
 
@@ -365,6 +384,8 @@ def assemble(
                 adapter = INDEX_ADAPTER
             if model == contract.QUERY_SEARCH:
                 adapter = SEARCH_ADAPTER
+            if model == contract.RANKING and s.fresh:
+                shutil.copy(FRESH_ADAPTER, target)
             if adapter.exists():
                 shutil.copy(adapter, target / "model.py")
             for name, path in files.get(model, {}).items():

@@ -28,6 +28,7 @@ from vivace.client_request import (
     number,
     request_tensors,
 )
+from vivace.client_updates import AsyncUpdateCalls, UpdateCalls
 from vivace.http_pool import HttpClient
 from vivace.store.interface import Event
 
@@ -135,7 +136,7 @@ def _read(read: Any, result: Any) -> Any:
 CLOSED = "this client is closed; make another"
 
 
-class VivaceClient:
+class VivaceClient(UpdateCalls):
     """Blocking calls, from any number of threads. ``url`` is host:port of the protocol's endpoint (8001 gRPC, 8000 HTTP
     by default). No call takes longer than ``timeout_s``."""
 
@@ -220,7 +221,7 @@ class VivaceClient:
         self.close()
 
 
-class AsyncVivaceClient:
+class AsyncVivaceClient(AsyncUpdateCalls):
     """The same calls for asyncio. Make it inside the running loop that it is used in."""
 
     def __init__(self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0) -> None:

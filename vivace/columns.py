@@ -30,6 +30,7 @@ TIME = "timestamp_ms"
 EVENT = "event_type"
 WEIGHT = "weight"
 TITLE = "title"
+STOCK = "stock"  # of a live row of the catalogue: 0 or less is sold out, and not answered
 TEXT = "text"  # what models read of an item, if it is more than its title
 SEARCH = "search_id"  # of a log of searches: rows with the same value are one list of results
 QUERY_TEXT = "query"

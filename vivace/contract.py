@@ -29,6 +29,7 @@ from vivace.columns import (
     SEARCH as SEARCH,
     SOURCE_ROW as SOURCE_ROW,
     SPLIT as SPLIT,
+    STOCK as STOCK,
     TARGET as TARGET,
     TARGET_TIME as TARGET_TIME,
     TEST as TEST,
@@ -129,6 +130,14 @@ APPEND_OUTPUTS = (HISTORY_LENGTH, STATUS)  # STATUS: "ok", or what of the event 
 # answered as stored and not stored again. Of a request of several rows it is the id of all, each in its own place
 EVENT_ID = "event_id"
 
+# -- the call that changes the store: model ``update_store`` ------------------------------------------
+UPSERT, REMOVE, FORGET = "upsert", "remove", "forget"
+ACTION = WireTensor("ACTION", "BYTES", (1,))  # one of the three
+RECORD = WireTensor("RECORD", "BYTES", (1,))  # an item's row as JSON; an item's id; a user's id
+UPDATE = (ACTION, RECORD)
+UPDATE_OUTPUTS = (STATUS,)  # "ok", what of it is not as it should be, or "error: …" where nothing was done
+MAX_FRESH = 10_000  # items that are not in the trained tables and are recommended all the same
+
 # -- models of the repository -----------------------------------------------------------------------
 ENSEMBLE = "recommend"
 FEATURE_TRANSFORM = "feature_transform"
@@ -143,6 +152,7 @@ SEARCH_FOR = WireTensor("SEARCH_FOR", "BYTES", (1,))
 FOUND = WireTensor("FOUND", "BYTES", (1,))  # ``search.online.pack``: items, features, UNDERSTOOD; "" without a query
 QUERY_SEARCH = "query_search"  # between ranking and response, where a run has search
 APPEND_EVENT = "append_event"
+UPDATE_STORE = "update_store"
 STAGES = (FEATURE_TRANSFORM, RETRIEVAL, RANKING, RESPONSE)
 
 
@@ -164,7 +174,8 @@ class StageTensors:
     features of an item that a query found, for the search ranker (0: QUERY is not searched for); ``rising``: items of
     the live counters that join the candidates (0: none, and no counter is read); ``types``: whether the types of the
     history's events are read; ``context`` and ``amounts``: categorical and continuous columns of the request's moment;
-    ``counted``: those of the categorical ones that live counters go by.
+    ``counted``: those of the categorical ones that live counters go by; ``fresh``: items that are not in the trained
+    tables that join the ranked ones (0: none, and no live change of the catalogue is read).
     """
 
     history: int
@@ -181,6 +192,7 @@ class StageTensors:
     context: int = 0
     amounts: int = 0
     counted: int = 0
+    fresh: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -260,6 +272,12 @@ class StageTensors:
         return WireTensor("RISING_FEATURES", "FP32", (self.rising, live_features(self.counted)))
 
     @property
+    def seen_fresh(self) -> WireTensor:
+        """The newest fresh items of the history: slots (``store.lmdb_catalogue``), newest last, 0 where there are
+        fewer. The id of a fresh item is V and its slot."""
+        return WireTensor("SEEN_FRESH", "INT64", (self.fresh,))
+
+    @property
     def proposed(self) -> int:
         """Candidates that are ranked: the retriever's and the rising items."""
         return self.candidates + self.rising
@@ -290,7 +308,8 @@ class StageTensors:
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     live = [s.rising_features] if s.rising else []
-    return (*retrieval_inputs(s), *live, STATUS, *([SEARCH_FOR] if s.search else []))
+    fresh = [s.seen_fresh] if s.fresh else []
+    return (*retrieval_inputs(s), *live, *fresh, STATUS, *([SEARCH_FOR] if s.search else []))
 
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -306,6 +325,11 @@ def retrieval_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
 def ranking_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
     live = [s.rising_ids, s.rising_features] if s.rising else []
     return (s.history_ids, s.candidate_ids, s.candidate_scores, s.encoded_history, *s.moment, *live)
+
+
+def ranking_stage_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
+    """What the stage reads: the graph's inputs and, where fresh items join, those that the history has."""
+    return (*ranking_inputs(s), *([s.seen_fresh] if s.fresh else []))
 
 
 def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:

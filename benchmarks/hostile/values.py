@@ -12,7 +12,7 @@ from typing import Any
 from vivace import contract
 
 STAGES = (*contract.STAGES, contract.QUERY_SEARCH)
-PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT)
+PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT, contract.UPDATE_STORE)
 TEXTS = (
     "", "a", "\x00", "sku-03226", "no-such-item", "é漢\u202e", "'; DROP TABLE", "{}", "[[[", "%s%n", "..", "../../etc",
     "x" * 1025, "q" * 5000, "\ud800", "nan", "-0", "😀" * 300,

@@ -16,6 +16,7 @@ exec tritonserver \
   --model-control-mode=explicit \
   --load-model=recommend \
   --load-model=append_event \
+  --load-model=update_store \
   --model-config-name="${VIVACE_PROFILE:-gpu}" \
   --cache-config=local,size=$(( ${VIVACE_CACHE_MB:-64} << 20 )) \
   --disable-auto-complete-config \

@@ -31,6 +31,12 @@ class Tables:
     def fingerprint(self) -> str:
         return fingerprint_files([self.mapping, *(f for s in self.sections.values() for f in s.files())])
 
+    def catalogue_ms(self) -> int:
+        """When the files of the catalogue were written, the newest of them, Unix ms; 0 where there is none."""
+        section = self.sections.get(ITEMS)
+        times = [file.stat().st_mtime for file in section.files()] if section is not None else []
+        return int(1000 * max(times, default=0.0))
+
     def _parts(self, section: Section, columns: list[str]) -> Iterator[tuple[Part, int]]:
         """Parts of all files of a section, each with the sum of the lines of the files before its own."""
         base, names = 0, list(dict.fromkeys(columns))

@@ -17,7 +17,7 @@ from typing import Any
 from vivace import contract
 
 FOLDER = Path(__file__).parent
-PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT)
+PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT, contract.UPDATE_STORE)
 SERVICE = "/inference.GRPCInferenceService"
 GRPC_READS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig")
 TYPE = "type.googleapis.com/envoy.extensions.filters"
@@ -186,7 +186,7 @@ def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
         base = f"/v2/models/{model}(/versions/[0-9]{{1,9}})?"
         infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": _method("POST")}
         routes.append({"match": infer, "route": _infer(model, options)})
-        config = "|/config" if model == contract.ENSEMBLE else ""  # that of append_event names the store
+        config = "|/config" if model == contract.ENSEMBLE else ""  # those of the others name the store
         look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": _method("GET")}
         routes.append({"match": look, "route": _to("triton_http", options, again=True)})
     return [*_refused_pages(options), *routes, _nothing()]
@@ -197,7 +197,7 @@ def _model(name: str) -> list[dict[str, Any]]:
 
 
 def _nothing() -> dict[str, Any]:
-    text = "no such path; the public calls are POST /v2/models/recommend/infer and /v2/models/append_event/infer"
+    text = f"no such path; the public calls are POST /v2/models/MODEL/infer of {', '.join(PUBLIC)}"
     return {"match": {"prefix": "/"}, "direct_response": {"status": 404, "body": {"inline_string": text}}}
 
 

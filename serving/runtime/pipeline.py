@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serving.runtime.by_length import chunks, together
+from serving.runtime.fresh import GRAPH, FreshRanking
+from serving.runtime.live_catalogue import LiveCatalogue
 from serving.runtime.overload import Level
-from serving.runtime.stages import FeatureTransform, ResponseStage, Row
+from serving.runtime.response import ResponseStage
+from serving.runtime.stages import FeatureTransform, ItemVocabulary, Row
 from vivace import contract
 from vivace.onnx_session import open_session, session_options
 from vivace.run import Run
-from vivace.store.interface import FeatureStore
+from vivace.store.lmdb_store import LmdbStore
 
 if TYPE_CHECKING:
     from search.online import SearchOptions
@@ -46,7 +49,7 @@ class Pipeline:
         repository: Path,
         version: str,
         shapes: contract.StageTensors,
-        store: FeatureStore,
+        store: LmdbStore,
         exclude_seen: bool = True,
         threads: int = 1,
         ranked: int = 0,
@@ -55,9 +58,11 @@ class Pipeline:
         at = lambda stage: repository / stage / version  # noqa: E731
         self.shapes, self.whole = shapes, whole
         self.ranked = min(ranked or shapes.proposed, shapes.proposed)
-        self.transform = FeatureTransform(
-            at(contract.FEATURE_TRANSFORM) / "transform.onnx", store, shapes, exclude_seen
-        )
+        catalogue, graph = None, at(contract.FEATURE_TRANSFORM) / "transform.onnx"
+        if shapes.fresh:
+            ids = ItemVocabulary(graph, lazy=True)
+            catalogue = LiveCatalogue(store, at(contract.UPDATE_STORE), ids, shapes, ranks=True)
+        self.transform = FeatureTransform(graph, store, shapes, exclude_seen, catalogue=catalogue)
         # threads that wait by spinning take the cores of the other instances: 18 ms CPU a request
         options = session_options(threads, spinning=threads == 1)
         self._index = None
@@ -71,19 +76,23 @@ class Pipeline:
         if shapes.search:
             from search.online import QuerySearch, SearchRanking  # its libraries, which a run without does without
 
-            self.search = QuerySearch(at(contract.QUERY_SEARCH), shapes.candidates)
+            self.search = QuerySearch(at(contract.QUERY_SEARCH), shapes.candidates, catalogue)
             self.search_ranking = SearchRanking(at(contract.RESPONSE))
         self._ranking = open_session(at(contract.RANKING) / "model.onnx", options=options)
-        self.respond = ResponseStage.from_file(at(contract.RESPONSE) / "items.json")
+        self._fresh = None
+        if catalogue is not None:
+            self._fresh = FreshRanking(at(contract.RANKING) / GRAPH, catalogue, options)
+        self.respond = ResponseStage.from_file(at(contract.RESPONSE) / "items.json", catalogue)
         self.heads = int(self._ranking.get_outputs()[1].shape[1]) - 1
         self._retrieval_names = [t.name for t in contract.retrieval_inputs(shapes)]
         self._ranking_names = [t.name for t in contract.ranking_inputs(shapes)]
         inputs, _ = self.transform([Row("", None, 1)])
+        inputs[1] = np.zeros_like(inputs[1])  # what is gone now may come back
         self._popular_N, self._popularity_N = (values[0] for values in self.retrieve(inputs)[:2])
 
     @classmethod
     def published(
-        cls, root: Path, store: FeatureStore, threads: int = 1, history: int = 0, ranked: int = 0, whole: bool = False
+        cls, root: Path, store: LmdbStore, threads: int = 1, history: int = 0, ranked: int = 0, whole: bool = False
     ) -> Pipeline:
         """That of the version that ``artifacts/<name>`` published last. ``history``: newest events that are read (0:
         as many as were trained)."""
@@ -109,6 +118,7 @@ class Pipeline:
     def rank(self, history_BT: np.ndarray, retrieved: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
         """Ids int64 [B, N], best first, and their values float32 [B, C, N]: of the retriever's first ``count``."""
         ids, scores, encoded, *passed_on = retrieved
+        seen_fresh = passed_on.pop() if self.shapes.fresh else None
         if count < ids.shape[1]:
             ids, scores = np.ascontiguousarray(ids[:, :count]), np.ascontiguousarray(scores[:, :count])
         parts = []
@@ -118,7 +128,11 @@ class Pipeline:
                     for x, is_of_events in zip(passed_on, of_events, strict=True))  # fmt: skip
             tensors = (history_BT[places, -t:], ids[places], scores[places], encoded[places, -t:], *more)
             parts.append((places, self._ranking.run(None, dict(zip(self._ranking_names, tensors, strict=True)))))
-        return together(parts, len(history_BT))
+        ranked = together(parts, len(history_BT))
+        if self._fresh is None or seen_fresh is None:
+            return ranked
+        moment = passed_on[: len(self.shapes.moment)]
+        return self._fresh.ranked(history_BT, scores, encoded, seen_fresh, moment, *ranked)
 
     def unranked(self, ids_BN: np.ndarray, scores_BN: np.ndarray) -> list[np.ndarray]:
         """The same for candidates in the order they have: their scores, and no probabilities (0)."""
@@ -126,12 +140,19 @@ class Pipeline:
         values[:, 0] = scores_BN
         return [ids_BN, values]
 
+    def retrieved(self, history_BT: np.ndarray, retrieved: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """What was ``retrieve``d in the retriever's order, fresh items too."""
+        unranked = self.unranked(*retrieved[:2])
+        if self._fresh is None:
+            return unranked
+        return self._fresh.unranked(history_BT, retrieved[2], retrieved[-1], *unranked)
+
     def popular(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Popular items that the rows may be answered, as ``rank`` gives them; by no model. With live counters those
         that are rising come first."""
         popular_N, popularity_N = self._popular_N, self._popularity_N
         if self.shapes.rising:
-            rising = inputs[-2][0]
+            rising = inputs[self.shapes.passed_on + len(self.shapes.moment)][0]
             rising = rising[rising != contract.PADDING_ID]
             others = ~np.isin(popular_N, rising)
             count = len(popular_N)
@@ -184,6 +205,6 @@ class Pipeline:
             return self.popular(inputs), list(inputs), status
         retrieved = self.retrieve(inputs)
         if level == Level.RETRIEVED:
-            return self.unranked(*retrieved[:2]), list(inputs), status
+            return self.retrieved(inputs[0], retrieved), list(inputs), status
         count = self.count_to_rank(max(row.top_k for row in rows), level)
         return self.rank(inputs[0], retrieved, count), list(inputs), status

@@ -1,13 +1,13 @@
-"""The two Python stages of the ensemble as plain functions on arrays, so that tests need no server.
+"""The first stage of the ensemble as a plain function on arrays, so that tests need no server.
 
 ``FeatureTransform`` turns ragged raw requests into fixed-length tensors in one vectorised pass over all rows it is
-handed; ``ResponseStage`` turns ranked ids back into the public answer. Neither imports Triton, torch or NVTabular.
+handed; ``response.ResponseStage`` turns ranked ids back into the public answer. Neither imports Triton, torch or
+NVTabular.
 Axis legend: B rows, T history events, V item ids, N candidates, K answered items.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.runtime.live_catalogue import LiveCatalogue
 from serving.runtime.live_feed import LiveFeed
 from serving.runtime.moment import Moment
 from vivace.context import ContextColumns, parse_context, unknown_names
@@ -218,15 +219,19 @@ def read_search_for(raw: bytes) -> tuple[np.ndarray, str]:
 
 
 class ItemVocabulary:
-    """Raw item ids to ids, by the compiled workflow: ``graph`` has one string input and one int64 output [events]."""
+    """Raw item ids to ids, by the compiled workflow: ``graph`` has one string input and one int64 output [events]; it
+    is read at once, or (``lazy``) when it is first needed."""
 
-    def __init__(self, graph: Path, threads: int = 1) -> None:
-        self._session = open_session(graph, threads)
+    def __init__(self, graph: Path, threads: int = 1, lazy: bool = False) -> None:
+        self._graph, self._threads = graph, threads
+        self._session = None if lazy else open_session(graph, threads)
 
     def __call__(self, items: Sequence[str]) -> np.ndarray:
         """Ids int64 [len(items)]; below FIRST_ID for an item that the models do not know."""
         if not items:
             return np.empty(0, np.int64)
+        if self._session is None:
+            self._session = open_session(self._graph, self._threads)
         ids: np.ndarray = self._session.run(None, {ITEM: np.array(items, object)})[0]
         return ids
 
@@ -239,24 +244,29 @@ class FeatureTransform:
         store: where histories live when the request carries none.
         shapes: T and V of the trained models.
         exclude_seen: whether items of the history may not be answered.
+        catalogue: what changed of it, where fresh items join.
     """
 
     def __init__(
-        self, graph: Path, store: FeatureStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1
-    ) -> None:
+        self, graph: Path, store: FeatureStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1,
+        catalogue: LiveCatalogue | None = None,
+    ) -> None:  # fmt: skip
         self.item_ids = ItemVocabulary(graph, threads)
         self.moment = Moment(graph.parent, shapes, store, threads)
         self.live = None
         if shapes.rising:
             self.live = LiveFeed(graph.parent / RECENT, store, self.item_ids, shapes, self.moment)
-        self._store, self._shapes, self._exclude_seen = store, shapes, exclude_seen
+        self._store, self._shapes, self._exclude_seen, self._catalogue = store, shapes, exclude_seen, catalogue
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[str]]:
         """(inputs of ``retrieval`` in the contract's order, status of each row): history ids int64 [B, T], exclude bool
         [B, V] (for an index seen ids int64 [B, S]) and, as the shapes read them, times and types int64 [B, T] (0 and
         null where the history came without), context ids int64 [B, C] and amounts float32 [B, F]; with live counters,
-        rising ids int64 [B, M] and features float32 [B, M, F]."""
-        t = self._shapes.history
+        rising ids int64 [B, M] and features float32 [B, M, F]; with a live catalogue, fresh items of the history int64
+        [B, M']."""
+        t, catalogue = self._shapes.history, self._catalogue
+        if catalogue is not None:
+            catalogue.refresh()
         unsent = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
         typed_histories = self._store.typed_histories([rows[i].user_id for i in unsent]) if unsent else []
         stored = dict(zip(unsent, typed_histories, strict=True))
@@ -266,18 +276,26 @@ class FeatureTransform:
         ids = self.item_ids([item for history in histories for item in history])
         history_BT = np.full((len(rows), t), PADDING_ID, np.int64)
         ids_to_exclude, status, start = [], [], 0
+        seen_fresh = np.zeros((len(rows), self._shapes.fresh), np.int64)
         for i, history in enumerate(histories):
             history_ids = ids[start : start + len(history)]
             start += len(history)
+            raw_ids = history_ids
+            if catalogue is not None and catalogue.fresh is not None:
+                history_ids = self._with_fresh(history, history_ids, seen_fresh[i])
             newest = history_ids[-t:]
             history_BT[i, t - len(newest) :] = newest
-            ids_to_exclude.append(history_ids if self._exclude_seen else history_ids[:0])
+            ids_to_exclude.append(raw_ids if self._exclude_seen else raw_ids[:0])
             status.append(self._status(rows[i], history_ids, known_user=stored.get(i) is not None))
+        gone = NO_IDS if catalogue is None else catalogue.gone
         if self._shapes.indexed:
+            if len(gone):
+                ids_to_exclude = [np.concatenate([h, gone]) for h in ids_to_exclude]
             seen = seen_ids(ids_to_exclude, self._shapes.seen)
             status = [with_reason(s, self._not_left_out(h)) for s, h in zip(status, ids_to_exclude, strict=True)]
         else:
             seen = excluded(ids_to_exclude, self._shapes.items)
+            seen[:, gone] = True
         moment = self.moment.types(self._types(rows, histories, stored))
         status = [
             with_reason(s, unknown_names(row.unknown_context, self.moment.columns)) if row.unknown_context else s
@@ -285,12 +303,15 @@ class FeatureTransform:
         ]
         context = self.moment.context([row.user_id for row in rows], [row.context for row in rows])
         moment += context if self._shapes.context or self._shapes.amounts else []
-        live = []
+        live: list[np.ndarray] = []
         if self.live is not None:
             live, late = (
                 self.live.rows(context[0] if self._shapes.counted else None, history_BT[:, -1]),
                 self.live.status(),
             )
+            status = [with_reason(s, late) for s in status] if late else status
+        if catalogue is not None:
+            live, late = [*live, seen_fresh], catalogue.status()
             status = [with_reason(s, late) for s in status] if late else status
         if not self._shapes.timed:
             return [history_BT, seen, *moment, *live], status
@@ -314,6 +335,21 @@ class FeatureTransform:
             typed = stored.get(i)
             types.append(row.types if row.types is not None else typed[1] if typed else [""] * len(history))
         return types
+
+    def _with_fresh(self, history: list[str], ids: np.ndarray, seen_M: np.ndarray) -> np.ndarray:
+        """A history's ids with the trained items that stand for its fresh ones; ``seen_M``, if seen items must not be
+        answered, takes the slots of those, the newest last."""
+        out, slots = ids.copy(), dict[int, None]()
+        assert self._catalogue is not None
+        for place in np.flatnonzero(ids < FIRST_ID):
+            slot, nearest = self._catalogue.stands_for(history[place])
+            if slot:
+                out[place] = nearest
+                slots.pop(slot, None)
+                slots[slot] = None
+        newest = list(slots)[-len(seen_M) :] if self._exclude_seen else []
+        seen_M[len(seen_M) - len(newest) :] = newest
+        return out
 
     def _not_left_out(self, history_ids: np.ndarray) -> str:
         """What an index may answer although it was seen, as a reason of STATUS; "" where that is nothing."""
@@ -347,35 +383,3 @@ class FeatureTransform:
             return f"{STATUS_DEGRADED}popular items: anonymous user without HISTORY"
         why = "has no history" if known_user else "is unknown"
         return f"{STATUS_DEGRADED}popular items: USER_ID {row.user_id[:64]!r} {why}"
-
-
-class ResponseStage:
-    """Ranked ids to item ids, cut to TOP_K. ``names[id]`` is the raw item id as bytes."""
-
-    def __init__(self, names: np.ndarray) -> None:
-        self.names = names
-
-    @classmethod
-    def from_file(cls, path: Path) -> ResponseStage:
-        """``path``: JSON list of raw item ids; entry i has id FIRST_ID + i."""
-        items = json.loads(path.read_text(encoding="utf-8"))
-        return cls(np.array([b""] * FIRST_ID + [i.encode() for i in items], object))
-
-    def __call__(
-        self, ranked_BN: np.ndarray, values_BCN: np.ndarray, top_k_B: np.ndarray, status_B: Sequence[bytes] | np.ndarray
-    ) -> list[np.ndarray]:
-        """ITEM_ID (object [B, K]) and each row c of ``values_BCN`` as float32 [B, K]; K is the largest TOP_K, short
-        rows end in b"", 0.
-
-        A row whose status is an error answers nothing.
-        """
-        if len(ranked_BN) == 1:  # a single row answers exactly what there is
-            live = np.count_nonzero(ranked_BN[0])  # PADDING_ID is 0 and stands at the end
-            k = 0 if status_B[0].startswith(STATUS_ERROR.encode()) else max(0, min(int(top_k_B[0]), live))
-            return [self.names[ranked_BN[:, :k]], *values_BCN[:, :, :k].swapaxes(0, 1)]
-        failed_B = np.array([s.startswith(STATUS_ERROR.encode()) for s in status_B])
-        limit_B = np.where(failed_B, 0, np.clip(top_k_B, 0, ranked_BN.shape[1]))
-        k = int(limit_B.max(initial=0))
-        valid_BK = (np.arange(k)[None] < limit_B[:, None]) & (ranked_BN[:, :k] != PADDING_ID)
-        items = self.names[np.where(valid_BK, ranked_BN[:, :k], PADDING_ID)]
-        return [items, *np.where(valid_BK, values_BCN[:, :, :k].swapaxes(0, 1), np.float32(0))]

@@ -136,7 +136,7 @@ class RecommendModel(Stage):
                 return
             history_BT, retrieved = arrays[0], self.pipeline.retrieve(arrays)
             if level == Level.RETRIEVED:
-                ranked_BN, values_BCN = self.pipeline.unranked(*retrieved[:2])
+                ranked_BN, values_BCN = self.pipeline.retrieved(history_BT, retrieved)
             else:
                 status_B, history_BT, *retrieved = batch.refuse_late(
                     contract.RANKING, [status_B, history_BT, *retrieved]

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.runtime.response import ResponseStage
 from serving.runtime.stages import (
     NO_IDS,
     FeatureTransform,
     ItemVocabulary,
-    ResponseStage,
     event_status,
     parse_event,
     parse_event_id,
@@ -54,7 +54,10 @@ class FeatureTransformModel(Stage):
     def setup(self) -> None:
         shapes = self.shapes()
         seen = self.parameters["exclude_seen"] == "true"
-        self.transform = FeatureTransform(self.folder / "transform.onnx", self.store(readonly=True), shapes, seen)
+        store = self.store(readonly=True)
+        self.transform = FeatureTransform(
+            self.folder / "transform.onnx", store, shapes, seen, catalogue=self.catalogue(store)
+        )
         self.search, self.counts = bool(shapes.search), Counts()
 
     @each_by_itself
@@ -116,7 +119,7 @@ class QuerySearchModel(Stage):
     def setup(self) -> None:
         from search.online import QuerySearch, pack
 
-        self.search, self.pack = QuerySearch(self.folder, self.shapes().candidates), pack
+        self.search, self.pack = QuerySearch(self.folder, self.shapes().candidates, self.catalogue()), pack
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -159,7 +162,7 @@ class ResponseModel(Stage):
     in the order of the search ranker."""
 
     def setup(self) -> None:
-        self.respond = ResponseStage.from_file(self.folder / "items.json")
+        self.respond = ResponseStage.from_file(self.folder / "items.json", self.catalogue())
         self.ids, self.values, *_ = self.inputs  # the contract's order: response_inputs
         self.search_ranking = None
         if contract.FOUND.name in self.inputs:
@@ -203,6 +206,7 @@ class AppendEventModel(Stage):
         self.item_ids = ItemVocabulary(transform / "transform.onnx")
         context = transform / CONTEXT_FILE
         self.columns = ContextColumns.load(context) if context.exists() else ContextColumns()
+        self.live = self.catalogue(self.events)
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -228,6 +232,10 @@ class AppendEventModel(Stage):
 
     def _statuses(self, events: list[Event]) -> list[str]:
         types, ids = self.events.event_types(), self.item_ids([event.item_id for event in events])
+        if self.live is not None and (ids < contract.FIRST_ID).any():
+            self.live.refresh()
+            ids = np.array([id_ or self.live.stands_for(event.item_id)[1] for id_, event in zip(
+                np.where(ids < contract.FIRST_ID, 0, ids).tolist(), events, strict=True)], np.int64)  # fmt: skip
         statuses = []
         for event, item_id in zip(events, ids.tolist(), strict=True):
             _, unknown = parse_context(event.context.encode(), self.columns)

@@ -17,7 +17,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from serving.process import close_callers, give_way
-from serving.runtime.stages import Row, parse_row
+from serving.runtime.live_catalogue import LiveCatalogue
+from serving.runtime.stages import ItemVocabulary, Row, parse_row
 from serving.triton import byte_strings
 from serving.triton.graph_model import deadline
 from vivace import contract
@@ -75,6 +76,13 @@ class Stage:
     def beside(self, model: str) -> Path:
         """Folder of the same version of another model."""
         return self.folder.parent.parent / model / self.folder.name
+
+    def catalogue(self, store: LmdbStore | None = None) -> LiveCatalogue | None:
+        """The live catalogue; None for a run without one. ``store``: what is open already."""
+        if "shapes" not in self.parameters or not self.shapes().fresh:
+            return None
+        ids = ItemVocabulary(self.beside(contract.FEATURE_TRANSFORM) / "transform.onnx", lazy=True)
+        return LiveCatalogue(store or self.store(readonly=True), self.beside(contract.UPDATE_STORE), ids, self.shapes())
 
 
 NO_CONTEXT = [(b"",)]

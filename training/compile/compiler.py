@@ -13,8 +13,10 @@ from torch import Tensor
 
 from preprocessing.features import Features
 from preprocessing.requests import record
+from preprocessing.sequences import WHOLE
 from search import published as search
 from serving import repository
+from serving.runtime.fresh import GRAPH
 from serving.runtime.item_index import ENCODER, STATE
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.aoti import without_merlin
@@ -24,6 +26,7 @@ from training.compile.onnx_export import (
     OPSET,
     RANKING_AXES,
     RETRIEVAL_AXES,
+    TOLERANCE,
     example_requests,
     export,
     export_checked,
@@ -32,6 +35,9 @@ from training.compile.onnx_export import (
 from training.compile.publish import model_card, publish
 from training.compile.quantize import OVERLAP, Precision, overlap, reduce_precision
 from training.compile.targets import TargetName, make
+from training.data.counters import popularity
+from training.data.fresh_ranking import CATEGORIES, INPUTS, NUMBERS, OUTPUT, FreshRankingGraph
+from training.data.new_items import fresh_count, new_item_tables
 from training.judge.evaluate import RANKED, Models, rank_validation
 from training.judge.gate import BOUND, Verdict, judge_engine
 from training.models.ranking import RankingGraph, RankingModel
@@ -40,10 +46,11 @@ from training.presets import Preset, shapes
 from vivace import contract
 from vivace.checks import check_fields
 from vivace.manifest import Progress, Step, replaced
+from vivace.onnx_session import open_session
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RECORDED_PARTS, REFERENCE, RETRIEVAL, SEARCH, Run
 
 FOLD_ITEMS = 100_000  # items up to which the ranker's table of five numbers for one of the embedding is worth it
-LAYOUT = 7  # of the stages' tensors and the recorded requests: what has another layout is compiled again
+LAYOUT = 8  # of the stages' tensors and the recorded requests: what has another layout is compiled again
 RECORDED_REQUESTS = 5000
 Tables = Literal["fp32", "int8"]
 Index = Literal["", "HNSW32", "HNSW32_SQ8"]
@@ -126,7 +133,7 @@ class Compilation:
         final = run.has(FINAL)
         retriever = load_retrieval(features, preset, run.root, final).cpu()
         ranker = load_ranker(features, preset, run.root, final=final).cpu()
-        tensors = shapes(preset, features)
+        tensors = replace(shapes(preset, features), fresh=fresh_count(features))
         example = example_requests(features, preset)
         return cls(features, preset, run, config, folder, say, retriever, ranker, tensors, example)
 
@@ -163,6 +170,36 @@ class Compilation:
             contract.RANKING, RankingGraph(self.ranker, folded=self.folded), contract.ranking_inputs(s),
             self.ranking_outputs, self.candidates, self.exact_folder / "ranking.onnx", RankingGraph(self.ranker),
         )  # fmt: skip
+
+    def export_fresh(self) -> None:
+        """The ranker of items that are not in the tables, and what gives such an item its vector."""
+        if not self.tensors.fresh:
+            return
+        counts = popularity(self.features.files(WHOLE if self.run.has(FINAL) else "train"), self.tensors.items)
+        boost = self.preset.retrieval.new_item_boost
+        new_item_tables(self.features, self.retriever, counts, boost).save(self.folder)
+        graph, (history, _, scores, encoded, *_) = FreshRankingGraph(self.ranker), self.candidates
+        chosen = self.candidates[1][:, : self.tensors.fresh]
+        given = [history, scores, encoded, scores[:, : self.tensors.fresh], self.ranker.item(chosen)]
+        names = list(INPUTS)
+        for name, table in ((CATEGORIES, self.ranker.categories), (NUMBERS, self.ranker.numbers)):
+            if table.shape[1]:
+                given.append(table[chosen])
+                names.append(name)
+        free = {**RANKING_AXES, OUTPUT: (2, "fresh"), **{name: (1, "fresh") for name in names[3:]}}
+        names += names_of(self.tensors.moment)
+        given += self.candidates[4 : 4 + len(self.tensors.moment)]
+        export(graph, tuple(given), names, [OUTPUT], self.folder / GRAPH, free)
+        answer = open_session(self.folder / GRAPH).run(
+            None, {name: value.detach().numpy() for name, value in zip(names, given, strict=True)}
+        )
+        with torch.no_grad():
+            apart = float(np.abs(graph(*given).numpy() - answer[0]).max())
+        self.parity["fresh"] = {OUTPUT: apart}
+        if not apart <= TOLERANCE:
+            raise ValueError(
+                f"fresh: {OUTPUT}: PyTorch and ONNX differ by {apart:.3g}, expected at most {TOLERANCE}; not published"
+            )
 
     def export_reduced(self) -> None:
         """Both graphs in the number format that the configuration names."""
@@ -246,7 +283,7 @@ def _step(features: Features, preset: Preset, run: Run, reference: Run, seed: in
     settings = {
         "opset": OPSET,
         "layout": LAYOUT,
-        "shapes": shapes(preset, features),
+        "shapes": replace(shapes(preset, features), fresh=fresh_count(features)),
         "profiles": {name: repr(profile) for name, profile in repository.PROFILES.items()},
         **{name: value for name, value in asdict(config).items() if name != "reference"},
     }
@@ -287,6 +324,7 @@ def _compile(work: Compilation, reference: Run, step: Step) -> dict[str, Any]:
     """Makes, judges and publishes; returns the manifest."""
     started, config, run = time.monotonic(), work.config, work.run
     work.export_exact()
+    work.export_fresh()
     if not config.exact:
         work.export_reduced()
     tuned = work.export_index() if config.index else None

@@ -9,7 +9,9 @@ from typing import Any
 from preprocessing.features import REQUEST_GRAPH, Features
 from search import published as search
 from serving import repository
+from serving.runtime.fresh import GRAPH
 from serving.runtime.item_index import ENCODER, GROUPS, INDEX, POPULAR
+from serving.runtime.new_items import FILES as NEW_ITEM_FILES
 from training.compile.targets import files as plans
 from vivace import contract
 from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColumns
@@ -58,6 +60,8 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
         retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
     graphs = [TYPES_GRAPH] if tensors.types else []
     graphs += [CONTEXT_GRAPH] if tensors.context or tensors.amounts or tensors.counted else []
+    names = (*NEW_ITEM_FILES, SCHEMA_FILE) if tensors.fresh else ()
+    fresh = {contract.UPDATE_STORE: {name: folder / name for name in names}}
     response = {ITEMS_FILE: folder / ITEMS_FILE, **of_search.pop(contract.RESPONSE, {})}
     return {
         contract.FEATURE_TRANSFORM: {
@@ -67,9 +71,14 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
             **({RECENT: folder / RECENT} if tensors.rising else {}),
         },
         contract.RETRIEVAL: retrieval,
-        contract.RANKING: {"model.onnx": folder / "ranking.onnx", **built.get(contract.RANKING, {})},
+        contract.RANKING: {
+            "model.onnx": folder / "ranking.onnx",
+            **({GRAPH: folder / GRAPH} if tensors.fresh else {}),
+            **built.get(contract.RANKING, {}),
+        },
         contract.RESPONSE: response,
         **of_search,
+        **fresh,
         contract.ENSEMBLE: {run.card_file.name: folder / run.card_file.name},
     }
 

@@ -19,13 +19,14 @@ from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from preprocessing.features import Features
+from serving.runtime.new_items import NEIGHBOURS, nearest
 from training.models.encoders import EncoderConfig
 from vivace.contract import FIRST_ID, PADDING_ID, TEXT
 
 MAX_WORDS = 20_000
-NEIGHBOURS = 10  # seen items that speak for one without events
 TOWER_POWER = 4  # of similarities that a text tower has a part in: without it all items are alike
 SIMILARITY_ROWS = 512  # items compared with all others at once
+WORD = r"(?u)\b\w+\b"
 MIN_ITEMS = 2  # a word of one item alone says no more than its id
 
 
@@ -50,7 +51,7 @@ def _counted_words(titles: Sequence[str], keep: int) -> tuple[sparse.csr_matrix 
     if not keep or not any(titles):
         return None, []
     vectorizer = CountVectorizer(
-        token_pattern=r"(?u)\b\w+\b", binary=True, min_df=MIN_ITEMS, max_features=MAX_WORDS, dtype=np.int32
+        token_pattern=WORD, binary=True, min_df=MIN_ITEMS, max_features=MAX_WORDS, dtype=np.int32
     )
     try:
         counts = vectorizer.fit_transform(titles)
@@ -114,18 +115,35 @@ def item_attributes(features: Features, config: EncoderConfig) -> ItemAttributes
     return ItemAttributes(categories, sizes, numbers, words, count, torch.from_numpy(vectors))
 
 
-def description(features: Features) -> sparse.csr_matrix | None:
-    """Unit rows of the catalogue's items: TF-IDF of their text beside their attributes; None where there is neither."""
+@dataclass(frozen=True)
+class DescribedItems:
+    """Items by their words and attributes: ``matrix`` float32 [V - FIRST_ID, words and names], rows of unit length.
+
+    ``words`` and ``names`` are what was fitted; None where the catalogue has no text, or no attributes."""
+
+    matrix: sparse.csr_matrix
+    words: TfidfVectorizer | None
+    names: CountVectorizer | None
+
+
+def described_items(features: Features) -> DescribedItems | None:
+    """TF-IDF of the catalogue's text beside its attributes; None where it has neither."""
     table, schema = features.items(), features.schema
     attributes = [name + "=" + table[name].astype(str) for name in schema.item_categoricals]
-    words = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", sublinear_tf=True, dtype=np.float32)
-    names = CountVectorizer(analyzer=lambda row: row, binary=True, dtype=np.float32)
-    parts = []
+    words, names, parts = None, None, []
     if table[TEXT].str.strip().any():
+        words = TfidfVectorizer(token_pattern=WORD, sublinear_tf=True, dtype=np.float32)
         parts.append(words.fit_transform(table[TEXT]))
     if attributes:
+        names = CountVectorizer(analyzer=lambda row: row, binary=True, dtype=np.float32)
         parts.append(normalize(names.fit_transform(list(zip(*attributes, strict=True)))))
-    return normalize(sparse.hstack(parts).tocsr()) if parts else None
+    return DescribedItems(normalize(sparse.hstack(parts).tocsr()), words, names) if parts else None
+
+
+def description(features: Features) -> sparse.csr_matrix | None:
+    """Unit rows of the catalogue's items: TF-IDF of their text beside their attributes; None where there is neither."""
+    described = described_items(features)
+    return None if described is None else described.matrix
 
 
 def nearest_seen(
@@ -135,19 +153,21 @@ def nearest_seen(
     [U, keep] that sum to one): by TF-IDF cosine of the catalogue's text and attributes, with a text tower's unit
     ``vectors_VE`` (a row an item of the catalogue) by the sum of both cosines to the power of TOWER_POWER. Items that
     share no word with a seen one are left out."""
-    matrix = description(features)
     unseen = np.flatnonzero(~seen_V[FIRST_ID:])
     seen = np.flatnonzero(seen_V[FIRST_ID:])
     keep = min(keep, len(seen))
-    if matrix is None or not len(unseen) or not keep:
+    matrix = description(features) if len(unseen) and keep else None
+    if matrix is None:
         return np.zeros(0, np.int64), np.zeros((0, keep), np.int64), np.zeros((0, keep), np.float32)
     of_seen, ids, weights = matrix[seen].T.tocsc(), [], []
     for start in range(0, len(unseen), SIMILARITY_ROWS):
         rows = unseen[start : start + SIMILARITY_ROWS]
         close = (matrix[rows] @ of_seen).toarray()
-        if vectors_VE is not None:
+        if vectors_VE is None:  # a server chooses by the same rule
+            best = np.stack([nearest(row, keep) for row in close])
+        else:
             close = np.maximum(close + vectors_VE[rows] @ vectors_VE[seen].T, 0) ** TOWER_POWER
-        best = np.argpartition(-close, keep - 1, axis=1)[:, :keep]
+            best = np.argpartition(-close, keep - 1, axis=1)[:, :keep]
         ids.append(seen[best] + FIRST_ID)
         weights.append(np.take_along_axis(close, best, 1))
     neighbours, weight = np.concatenate(ids), np.concatenate(weights)

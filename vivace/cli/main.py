@@ -17,6 +17,7 @@ from vivace.cli.doctor import doctor
 from vivace.cli.errors import reported
 from vivace.cli.evaluate import evaluate
 from vivace.cli.init_mapping import init_mapping
+from vivace.cli.items import forget, items
 from vivace.cli.load import load
 from vivace.cli.optimize import optimize
 from vivace.cli.options import console
@@ -42,7 +43,7 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Start": (demo, doctor),
     "Data": (init_mapping, prepare),
     "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
-    "Serving": (serve, refresh, tune, load),
+    "Serving": (serve, refresh, forget, tune, load),
     "Looking": (query,),
 }
 
@@ -88,6 +89,7 @@ for panel, verbs in PANELS.items():
     for verb in verbs:
         text = " ".join((verb.__doc__ or "").split())  # Typer keeps the line breaks of a docstring
         app.command(verb.__name__.rstrip("_").replace("_", "-"), rich_help_panel=panel, help=text)(verb)
+app.add_typer(items, name="items", help="Change the catalogue of the running server.", rich_help_panel="Serving")
 app.add_typer(reports, name="report", help="Pages that show what was measured.", rich_help_panel="Looking")
 reports.command("compress")(report_compress)
 

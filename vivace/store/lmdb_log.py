@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import lmdb
@@ -21,6 +22,8 @@ from vivace.store.interface import Event
 _MAX_KEY_BYTES = 511  # LMDB's compiled limit
 _DIGEST_BYTES = 16
 OF_DATA_SET, NEWCOMER = b"\1", b"\0"
+
+NOBODY = Event("", "")  # what stands where the newest event was forgotten
 
 Transaction = lmdb.Transaction  # with bytes as values
 
@@ -111,6 +114,13 @@ class EventLog:
         if record.digest:
             transaction.delete(record.digest, db=self._ids)
 
+    def erase(self, transaction: Transaction, record: Record) -> None:
+        """``remove``, and where it is the newest event an event of nobody in its place: numbers go on from it."""
+        newest = record.number == self.last(transaction)
+        self.remove(transaction, record)
+        if newest:
+            self.add(transaction, record.number, NOBODY, record.came_ms)
+
     def after(self, transaction: Transaction, number: int, since_ms: int, most: int) -> tuple[int, list[Event]]:
         """(number of the newest event, the ``most`` newest events of a number above ``number`` that came since
         ``since_ms``, oldest first)."""
@@ -121,8 +131,16 @@ class EventLog:
             too_old = record.number <= number or (record.came_ms and record.came_ms < since_ms)
             if too_old or len(events) == most:
                 break
-            events.append(record.event)
+            if record.event != NOBODY:
+                events.append(record.event)
         return newest, events[::-1]
+
+    def of_user(self, transaction: Transaction, user_id: str, after: int = 0) -> Iterator[Record]:
+        """A user's events of a number above ``after``, oldest first."""
+        cursor, packed = transaction.cursor(db=self._log), msgpack.packb([user_id])[1:]
+        for key, value in cursor if cursor.set_range(number_key(after + 1)) else ():
+            if packed in value and (record := Record.read(bytes(key), bytes(value))).event.user_id == user_id:
+                yield record
 
     def between(self, transaction: Transaction, first: int, last: int) -> LiveEvents:
         """Events of the numbers ``first`` to ``last``."""
@@ -133,6 +151,8 @@ class EventLog:
                 record = Record.read(bytes(key), bytes(value))
                 if record.number > last:
                     break
+                if record.event == NOBODY:
+                    continue
                 live.events[record.event.user_id].append(record.event)
                 live.last[record.event.user_id] = record.number
         return live

@@ -21,8 +21,11 @@ from typing import Any, TypeVar
 import lmdb
 import msgpack
 
+from vivace.store.forgetting import DUE, drop_user, hold, let_go
 from vivace.store.histories import merged
+from vivace.store.history_rows import batches, packed, packed_events, unpacked
 from vivace.store.interface import Event, StoreError
+from vivace.store.lmdb_catalogue import CHANGED, CHANGES, CatalogueStore
 from vivace.store.lmdb_log import NEWCOMER, OF_DATA_SET, EventLog, LiveEvents, key_of, number_key
 from vivace.store.retention import MAX_STORED_EVENTS, Retention
 
@@ -31,7 +34,6 @@ DISK_TROUBLE = ("Input/output error", "No space left", "MDB_PANIC")  # in LMDB's
 
 MAP_SIZE_BYTES = 64 << 30  # address space, not disk: the file is sparse; it grows where that is not enough
 MAX_READERS = 512
-FILL_ROWS = 5_000  # users or titles that a fill writes in one transaction, between which events can be appended
 SWEEP_ROWS = 2_000  # events and users that a sweep looks at in one transaction
 _USERS, _ITEMS = (b"users", b"users.1"), (b"items", b"items.1")  # the slots
 _ATTRIBUTES = (b"attributes", b"attributes.1")  # of users, by the data set's table of them
@@ -42,13 +44,7 @@ _SLOT, _EVENT_TYPES, _FILLED = b"slot", b"event_types", b"filled_ms"  # keys of 
 UserRow = tuple[str, Sequence[str], Sequence[str], Sequence[int]]  # user, items, event types, times in ms, oldest first
 
 
-def _batches(rows: Iterable, size: int = FILL_ROWS) -> Iterator[list]:
-    rows = iter(rows)
-    while batch := list(islice(rows, size)):
-        yield batch
-
-
-class LmdbStore:
+class LmdbStore(CatalogueStore):
     """``FeatureStore`` in one LMDB folder. Values: of users, msgpack ``[items, event types, times]``; of items, the
     title; of the log, its ids and marks: see ``lmdb_log``. ``retention``: None takes the folder's own."""
 
@@ -62,21 +58,21 @@ class LmdbStore:
         self._retention = retention or (Retention() if readonly else Retention.of(path))
         self._alone = threading.RLock()  # the map may only be made larger while no transaction is open
         self._swept_to: bytes | None = b""  # key of the user that the sweep looks at next; None: it has seen all
-        self._env = lmdb.open(
-            os.fspath(path),
-            map_size=MAP_SIZE_BYTES,
-            max_dbs=24,
-            max_readers=MAX_READERS,
-            readonly=readonly,
-            mode=0o600,  # what users did is the owner's alone
-        )
+        self._held, mode = hold(path), 0o600  # what users did is the owner's alone
+        try:
+            self._env = lmdb.open(
+                os.fspath(path), MAP_SIZE_BYTES, max_dbs=24, max_readers=MAX_READERS, readonly=readonly, mode=mode
+            )
+        except lmdb.Error:
+            let_go(self._held)
+            raise
         self._env.reader_check()  # slots of processes that died
         self._databases: dict[bytes, lmdb._Database] = {}
         self._open_databases()
 
     # -- transactions --------------------------------------------------------------------------------
     def _open_databases(self) -> None:
-        for name in (*_USERS, *_ITEMS, *_ATTRIBUTES, *_MARKS, _LOG, _IDS, _ABOUT):
+        for name in (*_USERS, *_ITEMS, *_ATTRIBUTES, *_MARKS, _LOG, _IDS, _ABOUT, CHANGES, CHANGED):
             if name not in self._databases:
                 try:
                     self._databases[name] = self._env.open_db(name, create=not self._readonly)
@@ -147,7 +143,7 @@ class LmdbStore:
         """A user's events with types and times, oldest first; empty for an unknown user."""
         with self._reading(_USERS) as (transaction, users):
             raw = transaction.get(key_of(user_id), db=users)
-            return [] if raw is None else _events(user_id, raw)
+            return [] if raw is None else unpacked(user_id, raw)
 
     def users(self) -> Iterator[str]:
         """Every user id stored under its own name (not those keyed by digest)."""
@@ -159,7 +155,9 @@ class LmdbStore:
     def titles(self, item_ids: Sequence[str]) -> list[str | None]:
         with self._reading(_ITEMS) as (transaction, items):
             raw = [transaction.get(key_of(item), db=items) for item in item_ids]
-            return [None if r is None else r.decode() for r in raw]
+            changes = [self._catalogue.of(transaction, item) for item in item_ids]
+        titles = [None if r is None else r.decode() for r in raw]
+        return [title if change is None else change.title(title) for change, title in zip(changes, titles, strict=True)]
 
     def live_events(self, after: int, since_ms: int = 0, most: int = 500_000) -> tuple[int, list[Event]]:
         """(number of the newest event of the log, those of a number above ``after`` in the order they came). Where the
@@ -214,10 +212,31 @@ class LmdbStore:
         item_ids.append(event.item_id)
         types.append(event.event_type)
         times.append(event.timestamp_ms)
-        transaction.put(key, _packed(item_ids, types, times), db=users)
+        transaction.put(key, packed(item_ids, types, times), db=users)
         of_data_set = mark[8:] if mark else OF_DATA_SET if raw else NEWCOMER
         transaction.put(key, number_key(number) + of_data_set, db=marks)
         return min(len(item_ids), MAX_STORED_EVENTS)
+
+    # -- a user who is to be forgotten -----------------------------------------------------------------
+    def forget(self, user_id: str) -> bool:
+        """Takes a user out of histories, marks and the log, in both slots; whether anything was known. Nothing answers
+        with it from now on; its bytes are in the file until ``compact``, which is marked as due."""
+
+        with self._alone, self._begin() as transaction:  # a long log is read without keeping appends waiting
+            read_to = self._log.last(transaction)
+            records = list(self._log.of_user(transaction, user_id))
+
+        def work(transaction: lmdb.Transaction[bytes]) -> bool:
+            known = drop_user(
+                transaction, [self._databases[name] for name in (*_USERS, *_ATTRIBUTES, *_MARKS)], user_id
+            )
+            records.extend(self._log.of_user(transaction, user_id, read_to))
+            for record in records:
+                self._log.erase(transaction, record)
+            return bool(records) or known
+
+        Path(self._env.path(), DUE).touch()  # first: what is killed in between is compacted for nothing
+        return self._written(work)
 
     # -- what ages out -------------------------------------------------------------------------------
     def sweep(self, now_ms: int | None = None) -> bool:
@@ -299,28 +318,28 @@ class LmdbStore:
             last = self._log.last(transaction)
             live = self._log.between(transaction, 1, last)
         counts, event_types = {"users": 0, "titles": 0}, set[str]()
-        for batch in _batches(histories):
+        for batch in batches(histories):
             with self._begin(write=True) as transaction:
                 for user, item_ids, types, times in batch:
                     event_types.update(types)
-                    value = _packed(item_ids, types, times)
+                    value = packed(item_ids, types, times)
                     if user in live.events:
-                        value = _packed_events(merged(_events(user, value), live.events.pop(user)))
+                        value = packed_events(merged(unpacked(user, value), live.events.pop(user)))
                         self._mark(transaction, spare, user, live.last[user], OF_DATA_SET)
                     transaction.put(key_of(user), value, db=self._databases[_USERS[spare]])
             counts["users"] += len(batch)
-        for batch in _batches(live.events.items()):
+        for batch in batches(live.events.items()):
             with self._begin(write=True) as transaction:
                 for user, events in batch:
-                    value = _packed_events(merged([], events))
+                    value = packed_events(merged([], events))
                     transaction.put(key_of(user), value, db=self._databases[_USERS[spare]])
                     self._mark(transaction, spare, user, live.last[user], NEWCOMER)
-        for batch in _batches(titles):
+        for batch in batches(titles):
             with self._begin(write=True) as transaction:
                 for item, title in batch:
                     transaction.put(key_of(item), title.encode(), db=self._databases[_ITEMS[spare]])
             counts["titles"] += len(batch)
-        for of_users in _batches(attributes):
+        for of_users in batches(attributes):
             with self._begin(write=True) as transaction:
                 for user, record in of_users:
                     transaction.put(key_of(user), msgpack.packb(record), db=self._databases[_ATTRIBUTES[spare]])
@@ -353,26 +372,11 @@ class LmdbStore:
 
     def close(self) -> None:
         self._env.close()
+        self._held = let_go(self._held)
 
 
 def _now_ms() -> int:
     return int(time.time() * 1000)
-
-
-def _packed(item_ids: Sequence[str], types: Sequence[str], times: Sequence[int]) -> bytes:
-    keep = slice(-MAX_STORED_EVENTS, None)
-    packed: bytes = msgpack.packb([list(item_ids[keep]), list(types[keep]), list(times[keep])])
-    return packed
-
-
-def _packed_events(events: Sequence[Event]) -> bytes:
-    return _packed(
-        [e.item_id for e in events], [e.event_type for e in events], [e.timestamp_ms for e in events]
-    )  # fmt: skip
-
-
-def _events(user_id: str, packed: bytes) -> list[Event]:
-    return [Event(user_id, *columns) for columns in zip(*msgpack.unpackb(packed), strict=True)]
 
 
 def fill_store(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
@@ -16,7 +18,7 @@ from preprocessing.requests import recorded
 from search.online import QuerySearch, SearchOptions, SearchRanking, pack, searchable as has_words, unpack
 from search.published import FOLDER
 from serving.launcher import TritonServer
-from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet
+from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, wait_until
 from training.compile.compiler import compile_models
 from training.models.text_encoder import TextConfig
 from training.presets import tiny
@@ -250,3 +252,33 @@ def test_garbage_for_the_inner_search_fails_alone(server, searchable):
             done.result()
     assert all(items == expected for items in answers)
     assert errors and not [e for e in errors if "Traceback" in e or ".py" in e]
+
+
+def test_what_is_put_in_is_found_by_its_words_within_a_second_and_what_is_taken_out_is_not(
+    server, searchable, features
+):
+    place = f"{server.host}:{server.grpc_port}"
+    new = f"new at {server.grpc_port}"
+    row = {"item_id": new, "title": "Zanzibar kettle", "category": "kettle", "brand": "Alto", "price": 4321.0}
+    dear = {"ranges": {"price": [4000, None]}}
+    with PatientClient(place) as client:
+        before = client.recommend("", [], 20, "kettle").items
+        sent = time.monotonic()
+        assert client.upsert_items([row]) == ["ok"]
+        assert client.recommend("", [], 5, "zanzibar").items[0] == new and time.monotonic() - sent < 1.0
+        answer = client.recommend("", [], 20, "kettle", filters=dear)
+        assert answer.items == [new] and "lexical" in answer.understood["found_by"][new]
+        others = [item for item in client.recommend("", [], 20, "kettle").items if item != new]
+        assert set(others[:3]) <= set(before)
+        assert client.recommend("", [new], 5, "zanzibar", filters={"seen": False}).status == "ok"
+        assert len(client.recommend("", [], 5, "zanzibar kettle", diversity=0.5).items) == 5
+
+        time.sleep(0.5)
+        assert client.upsert_items([{**row, "price": 1.0}]) == ["ok"]
+        wait_until(lambda: client.recommend("", [], 20, "kettle", filters=dear).items == [], "the new price")
+        assert client.remove_items([new, before[0]]) == ["ok", "ok"]
+        gone = client.recommend("", [], 20, "zanzibar kettle").items
+        assert new not in gone and before[0] not in gone and gone
+        raw = pd.read_parquet(features.folder / "catalogue.parquet").set_index("item_id").loc[before[0]]
+        client.upsert_items([{"item_id": before[0], **json.loads(raw.to_json())}])
+        wait_until(lambda: before[0] in client.recommend("", [], 20, "kettle").items, "the item back")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from serving.runtime.response import ResponseStage
 from serving.runtime.stages import (
-    ResponseStage,
     event_status,
     parse_event,
     parse_event_id,

@@ -13,8 +13,9 @@ import msgpack
 import pytest
 
 from vivace.store.histories import MAX_STORED_EVENTS, merged
+from vivace.store.history_rows import FILL_ROWS
 from vivace.store.interface import Event
-from vivace.store.lmdb_store import FILL_ROWS, MAX_READERS, LmdbStore
+from vivace.store.lmdb_store import MAX_READERS, LmdbStore
 
 SPAWN = get_context("spawn")
 

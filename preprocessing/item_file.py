@@ -1,0 +1,122 @@
+"""A file of rows of the catalogue, for a server that runs: read and cleaned as ``vivace prepare`` reads the catalogue.
+
+CSV and Parquet by the columns of a mapping's [items] or, without one, by the schema's own names; JSON lines by the
+schema's own names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from preprocessing.cleaning import clean_items
+from preprocessing.item_rows import ItemRow, parse_item
+from preprocessing.readers.base import Chunk
+from preprocessing.readers.csv_rows import CsvFile
+from preprocessing.readers.mapping import ITEMS, Section, read_mapping, texts
+from preprocessing.readers.parts import parts
+from preprocessing.rejects import Rejects
+from vivace.contract import ITEM, STOCK, TEXT, TITLE, DataSchema
+
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+class ItemFile:
+    """``rows`` that can be sent, and ``rejected``: how many could not, by reason.
+
+    Args:
+        file: CSV, Parquet or JSON lines; by its ending, CSV where it has another.
+        mapping: TOML file whose [items] names the columns; None: they have the schema's names.
+        ids_only: nothing but the item's id is read.
+        rejects: where rejected rows go.
+    """
+
+    def __init__(
+        self, file: Path, schema: DataSchema, mapping: Path | None, rejects: Path, ids_only: bool = False
+    ) -> None:
+        if not file.is_file():
+            raise FileNotFoundError(f"items: no file {file}; give a CSV, Parquet or JSON lines file")
+        self.file, self.schema = file, schema
+        self.rows: list[ItemRow] = []
+        self.rejected = Counter[str]()
+        if file.suffix in JSON_LINES:
+            self._read_lines(ids_only)
+            return
+        section = self._section(mapping, ids_only)
+        if STOCK in section.columns("continuous") and STOCK not in schema.item_columns:
+            self.schema = replace(schema, item_continuous=(*schema.item_continuous, STOCK))
+        counted = Rejects(rejects)
+        clean = clean_items(list(self._chunks(section)), self.schema, counted)
+        self.rejected.update(counted.summary())
+        columns = {n: c.astype(object).where(c.notna(), None).tolist() for n, c in clean.items()}
+        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        self.rows = [parse_item(record, self.schema) for record in records]
+
+    def _read_lines(self, ids_only: bool) -> None:
+        with self.file.open(encoding="utf-8", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise ValueError("not a JSON object")
+                    self.rows.append(parse_item({ITEM: record.get(ITEM)} if ids_only else record, self.schema))
+                except (ValueError, RecursionError) as error:
+                    self.rejected[f"line {number}: {error}"[:200]] += 1
+
+    def _header(self, section: Section) -> list[str]:
+        if self.file.suffix == ".parquet":
+            return list(pq.ParquetFile(self.file).schema_arrow.names)
+        source = CsvFile(self.file, section.form(self.file))
+        try:
+            return list(source.header)
+        finally:
+            source.close()
+
+    def _section(self, mapping: Path | None, ids_only: bool) -> Section:
+        if mapping is not None:
+            section = read_mapping(mapping).sections.get(ITEMS)
+            if section is None:
+                raise ValueError(f"{mapping}: expected a table [items], found none: it says nothing of a catalogue")
+            keys = {"item": section.keys["item"]} if ids_only else dict(section.keys)
+            return Section(mapping, ITEMS, {**section.keys, **keys} if not ids_only else self._form(section) | keys)
+        section = Section(self.file, ITEMS, {"item": ITEM})
+        there = [] if ids_only else self._header(section)
+        numbers = dict.fromkeys([*self.schema.item_continuous, STOCK])
+        keys = {
+            "title": [TITLE] if TITLE in there else [],
+            "categorical": [name for name in self.schema.item_categoricals if name in there],
+            "continuous": [name for name in numbers if name in there],
+            "text": [TEXT] if TEXT in there else [],
+        }
+        return Section(self.file, ITEMS, {"item": ITEM, **keys})
+
+    @staticmethod
+    def _form(section: Section) -> dict[str, Any]:
+        """How the section's files are written, without its columns."""
+        columns = ("item", "title", "categorical", "continuous", "rename", "files")
+        return {key: value for key, value in section.keys.items() if key not in columns}
+
+    def _chunks(self, section: Section) -> Iterator[Chunk]:
+        titles, more, keys = texts(section.keys.get("title")), texts(section.keys.get("text")), section.keys
+        categorical, continuous = section.columns("categorical"), section.columns("continuous")
+        columns = [keys["item"], *titles, *more, *categorical.values(), *continuous.values()]
+        for part in parts(section, self.file, list(dict.fromkeys(columns))):
+            rows = pd.DataFrame({ITEM: part.ids(keys["item"])})
+            joined = [part.text(title).fillna("") for title in titles]
+            rows[TITLE] = joined[0].str.cat(joined[1:], sep=" ").str.strip() if joined else ""
+            if more:
+                rows[TEXT] = part.text(more[0]).fillna("")
+            for name in self.schema.item_categoricals:
+                rows[name] = part.category(categorical[name]) if name in categorical else None
+            for name in dict.fromkeys([*self.schema.item_continuous, *continuous]):
+                rows[name] = part.numbers(continuous[name]) if name in continuous else float("nan")
+            yield part.chunk(rows, 0)

@@ -1,0 +1,103 @@
+"""One row of a catalogue as JSON: checked and typed as ``cleaning.clean_items`` does it for a table, without pandas, so
+that a row that is sent to a server means what the same row means to ``vivace prepare``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vivace.contract import ITEM, MAX_ID_BYTES, STOCK, TEXT, TITLE, DataSchema
+
+MAX_ROW_BYTES = 65_536
+
+ItemRow = dict[str, Any]  # by the schema's names: ITEM, TITLE and TEXT str, categoricals str or None, numbers or None
+
+
+def _text(value: Any, name: str) -> str | None:
+    """Text without blanks around it, None where nothing is left."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        value = int(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{name}: expected a text, got {type(value).__name__} {str(value)[:60]!r}")
+    return _checked(str(value).strip(), name) or None
+
+
+def _checked(text: str, name: str) -> str:
+    """``text``; raises ValueError where UTF-8 cannot hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected text that UTF-8 can hold, got {text[error.start]!r}") from None
+    return text
+
+
+def _number(value: Any, name: str) -> float | None:
+    """A number as float32 holds it; None for what is none, as a table's reader takes it."""
+    if isinstance(value, dict | list):
+        raise ValueError(f"{name}: expected a number, got {type(value).__name__} {str(value)[:60]!r}")
+    try:
+        number = float(np.float32(value)) if value is not None else math.nan
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def parse_item(record: Mapping[str, Any], schema: DataSchema) -> ItemRow:
+    """A row by the catalogue's own column names; what is absent is null. Raises ValueError that names the column, what
+    was expected and what came. STOCK may be there also where the catalogue has no such column."""
+    known = (ITEM, TITLE, TEXT, *schema.item_categoricals, *schema.item_continuous)
+    if strange := sorted(set(record) - {*known, STOCK}):
+        raise ValueError(f"item: expected columns of {', '.join(dict.fromkeys([*known, STOCK]))}, got {strange[0]!r}")
+    item = _text(record.get(ITEM), ITEM)
+    if item is None:
+        raise ValueError(f"{ITEM}: expected an item id, got none; name the item in {ITEM!r}")
+    if len(item.encode()) > MAX_ID_BYTES:
+        raise ValueError(f"{ITEM}: expected at most {MAX_ID_BYTES} bytes, got {len(item.encode())}; shorten it")
+    texts = {name: record.get(name) for name in (TITLE, TEXT)}
+    for name, text in texts.items():
+        texts[name] = _checked(text, name) if isinstance(text, str) else _text(text, name)
+    title = texts[TITLE] or ""
+    row: ItemRow = {ITEM: item, TITLE: title, TEXT: title if TEXT not in record else texts[TEXT] or ""}
+    row |= {name: _text(record.get(name), name) for name in schema.item_categoricals}
+    row |= {name: _number(record.get(name), name) for name in schema.item_continuous}
+    if STOCK in record:
+        row[STOCK] = _number(record[STOCK], STOCK)
+    return row
+
+
+def parse_item_json(raw: bytes, schema: DataSchema) -> ItemRow:
+    """``parse_item`` of a JSON object in UTF-8. Raises ValueError."""
+    if len(raw) > MAX_ROW_BYTES:
+        raise ValueError(f"item: expected a row of at most {MAX_ROW_BYTES} bytes, got {len(raw)}; shorten its text")
+    try:
+        record = json.loads(raw)
+        if not isinstance(record, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise ValueError(f'item: expected a JSON object such as {{"{ITEM}": "a"}}, got {raw[:80]!r}') from None
+    return parse_item(record, schema)
+
+
+def sold_out(row: Mapping[str, Any]) -> bool:
+    """Whether a row says that nothing is left: a STOCK of 0 or less."""
+    stock = row.get(STOCK)
+    return stock is not None and stock <= 0
+
+
+def to_json(row: Mapping[str, Any]) -> str:
+    """One spelling for one row."""
+    return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def digest(row_json: str) -> int:
+    """64 bits of a row's JSON: equal rows have equal ones."""
+    return int.from_bytes(hashlib.sha256(row_json.encode("utf-8", "surrogatepass")).digest()[:8], "big")

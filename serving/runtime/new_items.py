@@ -1,0 +1,189 @@
+"""What stands for an item that the models have not been trained on: a vector from the seen items nearest to it by text
+and attributes, as training gives it to items of the catalogue without an event (``training.learn.warm_start``).
+
+The row counts itself among the documents of the TF-IDF, as it would at ``vivace prepare``; the weights of the other
+items stay those of the compiled catalogue. Axis legend: I new items, S seen items, W words and names, D width,
+C categorical and M continuous attributes, K neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from vivace.contract import NULL_ID, OOV_ID, TEXT
+
+TABLES, NAMES = FILES = ("new_items.npz", "new_items.json")  # of a published version
+WORD = re.compile(r"(?u)\b\w+\b")
+NEIGHBOURS = 10
+TIED = 1e-3
+
+
+def nearest(close: np.ndarray, count: int) -> np.ndarray:
+    """Places of the ``count`` largest of ``close`` float32 [S], equal ones (to three digits) by place: training and a
+    server must choose the same."""
+    if count >= len(close):
+        return np.arange(len(close))
+    least = np.partition(close, len(close) - count)[len(close) - count]
+    near = np.flatnonzero(close >= least - 2 * TIED)
+    chosen: np.ndarray = near[np.lexsort((near, -np.round(close[near] / TIED)))][:count]
+    return chosen
+
+
+@dataclass(frozen=True)
+class NewItemTables:
+    """What is needed of a trained run. ``terms_WS``: the seen items' weights of words and names; ``frequency_W``: items
+    of the catalogue that have a word; ``seen_ids`` int64 [S] with their ``vectors_SD`` and ``biases_S``; ``digests``
+    uint64: of the rows of the compiled catalogue, in the order of ids."""
+
+    terms_WS: sparse.csr_matrix
+    frequency_W: np.ndarray
+    seen_ids: np.ndarray
+    vectors_SD: np.ndarray
+    biases_S: np.ndarray
+    digests: np.ndarray
+    names: dict[str, Any]
+    """``words`` and ``names``: the rows of ``terms_WS``; ``items``: of the catalogue; ``categories``: of each
+    attribute, value to id; ``numbers``: of each, slope and intercept of its normalisation; ``score``: slope and
+    intercept of the retrieval score over the inner product; ``catalogue_ms``: when the catalogue was written, Unix
+    ms."""
+
+    def save(self, folder: Path) -> None:
+        t = self.terms_WS
+        np.savez(
+            folder / TABLES, data=t.data.astype(np.float32), indices=t.indices.astype(np.int32), indptr=t.indptr,
+            frequency=self.frequency_W, seen_ids=self.seen_ids, vectors=self.vectors_SD, biases=self.biases_S,
+            digests=self.digests,
+        )  # fmt: skip
+        (folder / NAMES).write_text(json.dumps(self.names, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> NewItemTables:
+        """Raises FileNotFoundError that names the command to run."""
+        if not (folder / TABLES).exists():
+            raise FileNotFoundError(f"live catalogue: nothing at {folder / TABLES}; run 'vivace compile' again")
+        names = json.loads((folder / NAMES).read_text(encoding="utf-8"))
+        with np.load(folder / TABLES, allow_pickle=False) as a:
+            shape = (len(names["words"]) + len(names["names"]), len(a["seen_ids"]))
+            terms = sparse.csr_matrix((a["data"], a["indices"], a["indptr"]), shape=shape)
+            return cls(
+                terms, a["frequency"], a["seen_ids"], a["vectors"], a["biases"], a["digests"], names
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """``vector`` float32 [D], the retriever's ``bias``, and the id of the ``nearest`` seen item."""
+
+    vector: np.ndarray
+    bias: float
+    nearest: int
+
+    def to_bytes(self) -> bytes:
+        return np.float32(self.bias).tobytes() + np.int64(self.nearest).tobytes() + self.vector.tobytes()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> NewItem:
+        bias, nearest = np.frombuffer(raw, np.float32, 1)[0], np.frombuffer(raw, np.int64, 1, 4)[0]
+        return cls(np.frombuffer(raw, np.float32, -1, 12), float(bias), int(nearest))
+
+
+class NewItems:
+    """Rows of new items to what stands for them, by the tables of one version."""
+
+    def __init__(self, tables: NewItemTables) -> None:
+        self.tables, self.names = tables, tables.names
+        self._word = {word: i for i, word in enumerate(self.names["words"])}
+        self._name = {name: len(self._word) + i for i, name in enumerate(self.names["names"])}
+        self._lengths_S = np.linalg.norm(tables.vectors_SD, axis=1)
+
+    @classmethod
+    def load(cls, folder: Path) -> NewItems:
+        return cls(NewItemTables.load(folder))
+
+    @staticmethod
+    def key_of(folder: Path) -> str:
+        """A name for the tables in ``folder``: a vector that was made with others must be made anew."""
+        sums = [hashlib.sha256((folder / name).read_bytes()).digest() for name in FILES]
+        return hashlib.sha256(b"".join(sums)).hexdigest()[:16]
+
+    def _terms(self, row: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+        """Columns and weights of the words and names of one row that the catalogue knows; those that it does not know
+        take their part of the length."""
+        columns, weights, parts = list[int](), list[float](), 0
+        counts = Counter(WORD.findall(row[TEXT].lower())) if self._word else {}
+        if counts:
+            items, frequency = self.names["items"] + 1, self.tables.frequency_W
+            of_word = {}
+            for word, count in counts.items():
+                at = self._word.get(word)
+                seen = 1 + (int(frequency[at]) if at is not None else 0)  # with this row
+                of_word[word] = (1 + math.log(count)) * (math.log((1 + items) / (1 + seen)) + 1)
+            length = math.sqrt(sum(w * w for w in of_word.values()))
+            known = [(self._word[word], w / length) for word, w in of_word.items() if word in self._word]
+            columns += [at for at, _ in known]
+            weights += [w for _, w in known]
+            parts += 1
+        if self.names["categories"]:
+            share = 1 / math.sqrt(len(self.names["categories"]))
+            for attribute in self.names["categories"]:
+                at = self._name.get(f"{attribute}={self._category(attribute, row)}")
+                if at is not None:
+                    columns.append(at)
+                    weights.append(share)
+            parts += 1
+        return columns, [w / math.sqrt(parts) for w in weights]
+
+    def _category(self, attribute: str, row: Mapping[str, Any]) -> int:
+        value = row.get(attribute)
+        if value is None or value == "":
+            return NULL_ID
+        return int(self.names["categories"][attribute].get(value, OOV_ID))
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[NewItem | None]:
+        """What stands for each row; None for one that shares no word and no attribute with a seen item."""
+        described = [self._terms(row) for row in rows]
+        lengths = [len(columns) for columns, _ in described]
+        shape = (len(rows), self.tables.terms_WS.shape[0])
+        columns = np.array([c for columns, _ in described for c in columns], np.int32)
+        weights = np.array([w for _, weights in described for w in weights], np.float32)
+        row_WI = sparse.csr_matrix((weights, columns, np.concatenate([[0], np.cumsum(lengths)])), shape=shape)
+        close_IS = (row_WI @ self.tables.terms_WS).tocsr()
+        return [
+            self._of_neighbours(close_IS.indices[start:stop], close_IS.data[start:stop])
+            for start, stop in zip(close_IS.indptr, close_IS.indptr[1:], strict=False)
+        ]
+
+    def _of_neighbours(self, places: np.ndarray, close: np.ndarray) -> NewItem | None:
+        """``places``: of all seen items that share a term; ``close``: their similarity."""
+        order = np.argsort(places)  # a product of sparse matrices has its columns in any order
+        best = order[nearest(close[order], NEIGHBOURS)]
+        places, close = places[best], close[best]
+        total = float(close.sum())
+        if total <= 0:
+            return None
+        share_K, t = close / total, self.tables
+        mean_D = share_K @ t.vectors_SD[places]
+        length = float(share_K @ self._lengths_S[places])
+        vector = mean_D / max(float(np.linalg.norm(mean_D)), 1e-9) * length
+        first = t.seen_ids[places[np.lexsort((places, -close))[0]]]
+        return NewItem(vector.astype(np.float32), float(share_K @ t.biases_S[places]), int(first))
+
+    def attributes(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [C] and normalised numbers float32 [M] of a row's attributes, as ``vivace prepare`` encodes."""
+        ids = [self._category(attribute, row) for attribute in self.names["categories"]]
+        numbers = []
+        for name, (slope, intercept) in self.names["numbers"].items():
+            value = row.get(name)
+            numbers.append(slope * (0.0 if value is None else value) + intercept)
+        return np.array(ids, np.int64), np.array(numbers, np.float32)

@@ -1,0 +1,146 @@
+"""The call that changes the store: items put in and taken out, users forgotten. Rows of one batch are one transaction.
+
+Nothing is acknowledged before it is on disk; a row that is at fault gets its error in STATUS, the others theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from preprocessing.item_rows import ItemRow, digest, parse_item_json, sold_out, to_json
+from serving.runtime.live_catalogue import ItemIds
+from serving.runtime.new_items import NewItems
+from vivace.contract import (
+    ACTION,
+    FIRST_ID,
+    FORGET,
+    ITEM,
+    MAX_FRESH,
+    MAX_ID_BYTES,
+    RECORD,
+    REMOVE,
+    STATUS_DEGRADED,
+    STATUS_ERROR,
+    STATUS_OK,
+    UPSERT,
+    DataSchema,
+)
+from vivace.store.lmdb_catalogue import Change
+from vivace.store.lmdb_store import LmdbStore
+
+log = logging.getLogger(__name__)
+NO_CATALOGUE = "this run has no live catalogue, as its items have neither text nor attributes"
+NOT_FOLLOWED = "stored, but the profile that is served does not read changes; serve the default one, or fused"
+SCHEMA = "schema.json"
+FORGOTTEN_LATER = "forgotten; its bytes leave the store's file when the server starts next"
+NOTHING_KNOWN = "nothing was known of this user"
+
+
+def _id(raw: bytes, what: str) -> str:
+    if not raw:
+        raise ValueError(f"{RECORD.name}: expected {what} id, got an empty string")
+    if len(raw) > MAX_ID_BYTES:
+        raise ValueError(f"{RECORD.name}: expected an id of at most {MAX_ID_BYTES} bytes, got {len(raw)}")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{RECORD.name}: expected UTF-8, got byte 0x{raw[error.start]:02x}") from None
+
+
+class Updates:
+    """``folder``: of the served version, with the tables of new items and the schema where it has a live catalogue.
+    ``followed``: whether the profile that is served reads what changed."""
+
+    def __init__(self, store: LmdbStore, folder: Path, item_ids: ItemIds, followed: bool = True) -> None:
+        self._store, self._item_ids, self._followed = store, item_ids, followed
+        self._schema = DataSchema.load(folder / SCHEMA) if (folder / SCHEMA).exists() else None
+        self._new = NewItems.load(folder) if self._schema is not None else None
+        self._key = NewItems.key_of(folder) if self._schema is not None else ""
+        self._fresh: set[str] = set()  # items that are not in the trained tables and are recommended
+        if self._new is not None:
+            self.drop_held()
+            changes = [c for c in store.catalogue_changes(0) if c.row and c.vector]
+            ids = item_ids([c.item_id for c in changes])
+            self._fresh = {c.item_id for c, id_ in zip(changes, ids.tolist(), strict=True) if id_ < FIRST_ID}
+
+    def drop_held(self) -> int:
+        """Takes changes out that the compiled catalogue holds: the same row, or one that was written later. How many.
+        What was taken out of the catalogue stays so as long as the catalogue names it."""
+        assert self._new is not None
+        digests, written_ms = self._new.tables.digests, int(self._new.names["catalogue_ms"])
+        changes = self._store.catalogue_changes(0)
+        held = []
+        for change, id_ in zip(changes, self._item_ids([c.item_id for c in changes]).tolist(), strict=True):
+            known = id_ >= FIRST_ID
+            if change.removed:
+                if not known:
+                    held.append(change.number)
+            elif known and (change.came_ms < written_ms or digest(change.row) == int(digests[id_ - FIRST_ID])):
+                held.append(change.number)
+        return self._store.drop_changes(held) if held else 0
+
+    def __call__(self, actions: Sequence[bytes], records: Sequence[bytes]) -> list[str]:
+        """STATUS of each row."""
+        statuses = [STATUS_OK] * len(actions)
+        changes: dict[int, Change] = {}
+        rows: dict[int, ItemRow] = {}
+        for i, (action, record) in enumerate(zip(actions, records, strict=True)):
+            try:
+                self._read(i, action, record, changes, rows, statuses)
+            except ValueError as error:
+                statuses[i] = f"{STATUS_ERROR}{error}"
+        self._describe(changes, rows, statuses)
+        for i in () if self._followed else changes:
+            statuses[i] = f"{STATUS_DEGRADED}{NOT_FOLLOWED}"
+        if changes:
+            self._store.change_catalogue([changes[i] for i in sorted(changes)])
+        return statuses
+
+    def _read(
+        self, i: int, action: bytes, record: bytes, changes: dict[int, Change], rows: dict[int, ItemRow],
+        statuses: list[str],
+    ) -> None:  # fmt: skip
+        """One row; raises ValueError."""
+        kind = action.decode("utf-8", "replace")
+        if kind not in (UPSERT, REMOVE, FORGET):
+            raise ValueError(f"{ACTION.name}: expected {UPSERT}, {REMOVE} or {FORGET}, got {kind[:60]!r}")
+        if kind == FORGET:
+            known = self._store.forget(_id(record, "a user"))
+            statuses[i] = f"{STATUS_OK}: {FORGOTTEN_LATER if known else NOTHING_KNOWN}"
+            return
+        if self._schema is None:
+            raise ValueError(NO_CATALOGUE)
+        if kind == REMOVE:
+            changes[i] = Change(_id(record, "an item"))
+            self._fresh.discard(changes[i].item_id)
+            return
+        rows[i] = parse_item_json(record, self._schema)
+        changes[i] = Change(rows[i][ITEM], to_json(rows[i]), self._key)
+
+    def _describe(self, changes: dict[int, Change], rows: dict[int, ItemRow], statuses: list[str]) -> None:
+        """Gives new items their vectors, and a reason to those that cannot be recommended."""
+        if not rows or self._new is None:
+            return
+        ids = dict(zip(rows, self._item_ids([row[ITEM] for row in rows.values()]).tolist(), strict=True))
+        new = [i for i in rows if ids[i] < FIRST_ID]
+        for i, item in zip(new, self._new([rows[i] for i in new]), strict=True):
+            change, item_id = changes[i], changes[i].item_id
+            if item is not None:
+                changes[i] = Change(item_id, change.row, change.made_by, item.to_bytes())
+            if sold_out(rows[i]):
+                self._fresh.discard(item_id)
+            elif item is None:
+                statuses[i] = (
+                    f"{STATUS_DEGRADED}stored and found by its words, but not recommended: it shares no word and no "
+                    "attribute with a known item"
+                )
+            elif item_id in self._fresh or len(self._fresh) < MAX_FRESH:
+                self._fresh.add(item_id)
+            else:
+                statuses[i] = (
+                    f"{STATUS_DEGRADED}stored, but not recommended: there are {MAX_FRESH:,} new items already; run "
+                    "'vivace prepare', 'vivace train' and 'vivace compile', which take them in"
+                )
+                log.warning("%s: %s", item_id, statuses[i])

@@ -1,0 +1,67 @@
+"""CSV, Parquet and JSON lines of the same rows are the same rows."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from preprocessing.item_file import ItemFile
+from vivace.contract import DataSchema
+
+SCHEMA = DataSchema("shop", item_categoricals=("brand",), item_continuous=("price",))
+ROWS = [
+    {"item_id": "a", "title": "Red, shoe", "brand": "Alto", "price": 12.5, "stock": 3},
+    {"item_id": "b", "title": "Hat", "brand": None, "price": None, "stock": 0},
+]
+EXPECTED = [
+    {"item_id": "a", "title": "Red, shoe", "text": "Red, shoe", "brand": "Alto", "price": 12.5, "stock": 3.0},
+    {"item_id": "b", "title": "Hat", "text": "Hat", "brand": None, "price": None, "stock": 0.0},
+]
+
+
+@pytest.fixture(params=["csv", "parquet", "jsonl"])
+def file(request, tmp_path):
+    path, frame = tmp_path / f"items.{request.param}", pd.DataFrame(ROWS)
+    if request.param == "csv":
+        frame.to_csv(path, index=False)
+    elif request.param == "parquet":
+        frame.to_parquet(path, index=False)
+    else:
+        path.write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    return path
+
+
+def test_rows_by_the_schema_s_names(file, tmp_path):
+    assert ItemFile(file, SCHEMA, None, tmp_path / "rejects.csv").rows == EXPECTED
+    only = ItemFile(file, SCHEMA, None, tmp_path / "rejects.csv", ids_only=True)
+    assert [row["item_id"] for row in only.rows] == ["a", "b"]
+
+
+def test_rows_by_the_columns_of_a_mapping(tmp_path):
+    (tmp_path / "mapping.toml").write_text(
+        '[interactions]\nfiles = "e.csv"\nuser = "u"\nitem = "i"\ntime = "t"\n'
+        '[items]\nfiles = "i.csv"\nitem = "sku"\ntitle = ["maker", "name"]\ncategorical = ["maker"]\n'
+        'continuous = ["cost"]\nrename = { maker = "brand", cost = "price" }\n'
+    )
+    file = tmp_path / "items.csv"
+    file.write_text("sku,maker,name,cost\na,Alto,shoe,12.5\n,Alto,none,1\na,Alto,again,1\n")
+    read = ItemFile(file, SCHEMA, tmp_path / "mapping.toml", tmp_path / "rejects.csv")
+    title = "Alto shoe"
+    assert read.rows == [{"item_id": "a", "title": title, "text": title, "brand": "Alto", "price": 12.5}]
+    assert dict(read.rejected) == {"items: missing item id": 1, "items: duplicate": 1}
+    only = ItemFile(file, SCHEMA, tmp_path / "mapping.toml", tmp_path / "rejects.csv", ids_only=True)
+    assert [row["item_id"] for row in only.rows] == ["a"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    file = tmp_path / "items.jsonl"
+    file.write_text('{"item_id": "a"}\n{"item_id"\n[1]\n{"item_id": "b", "colour": 1}\n')
+    read = ItemFile(file, SCHEMA, None, tmp_path / "rejects.csv")
+    assert len(read.rows) == 1 and [key.partition(":")[0] for key in read.rejected] == ["line 2", "line 3", "line 4"]
+    with pytest.raises(FileNotFoundError, match="no file"):
+        ItemFile(tmp_path / "none.csv", SCHEMA, None, tmp_path / "rejects.csv")
+    (tmp_path / "other.csv").write_text("sku,title\na,b\n")
+    with pytest.raises(ValueError, match="no column 'item_id'"):
+        ItemFile(tmp_path / "other.csv", SCHEMA, None, tmp_path / "rejects.csv")

@@ -1,0 +1,62 @@
+"""A row of the catalogue as JSON means what the same row of a table means."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from preprocessing.cleaning import clean_items
+from preprocessing.item_rows import digest, parse_item, parse_item_json, sold_out, to_json
+from preprocessing.readers.base import Chunk
+from preprocessing.rejects import Rejects
+from vivace.contract import DataSchema
+
+SCHEMA = DataSchema("shop", item_categoricals=("brand", "class"), item_continuous=("price",))
+ROWS = [
+    {"item_id": " a ", "title": "Plain title", "brand": "Alto", "class": "x", "price": 1.1},
+    {"item_id": 17, "title": None, "brand": " ", "class": None, "price": None},
+    {"item_id": "c", "title": " kept blanks ", "brand": "日本", "class": "x", "price": "12.5"},
+    {"item_id": "d", "title": "", "brand": "7", "class": "x", "price": "cheap"},
+    {"item_id": "ü" * 30, "title": "t", "brand": "b", "class": "c", "price": float("nan")},
+]
+
+
+def test_rows_are_typed_as_a_table_s_are(tmp_path):
+    frame = pd.DataFrame(ROWS, dtype=object)
+    clean = clean_items([Chunk(frame)], SCHEMA, Rejects(tmp_path / "rejects.csv"))
+    for row, (_, of_table) in zip(ROWS, clean.iterrows(), strict=True):
+        for name, value in parse_item(row, SCHEMA).items():
+            other = of_table[name]
+            assert value == other or (value is None and (other is None or math.isnan(other))), (name, value, other)
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"{}", "item_id: expected an item id"),
+        (b"[1]", "expected a JSON object"),
+        (b'{"item_id": "a"', "expected a JSON object"),
+        (b'{"item_id": "a", "colour": "red"}', "got 'colour'"),
+        (b'{"item_id": "a", "price": [1]}', "price: expected a number, got list"),
+        (b'{"item_id": {"a": 1}}', "item_id: expected a text, got dict"),
+        (b'{"item_id": "a", "title": "\\ud800"}', "title: expected text that UTF-8 can hold"),
+        (b'{"item_id": "' + b"a" * 70_000 + b'"}', "at most 65536 bytes"),
+        (b"[" * 50_000, "expected a JSON object"),
+        (b"\xff", "expected a JSON object"),
+    ],
+)
+def test_what_is_no_row_is_named(raw, says):
+    with pytest.raises(ValueError, match=r"item|price|title") as error:
+        parse_item_json(raw, SCHEMA)
+    assert says in str(error.value)
+
+
+def test_equal_rows_have_one_digest_and_nothing_left_is_sold_out():
+    a, b = ({"item_id": "a", "title": "T", "price": 1.5}, {"price": "1.5", "title": "T", "item_id": "a "})
+    assert digest(to_json(parse_item(a, SCHEMA))) == digest(to_json(parse_item(b, SCHEMA)))
+    assert digest(to_json(parse_item({**a, "price": 2}, SCHEMA))) != digest(to_json(parse_item(a, SCHEMA)))
+    stocks = {0: True, -1: True, "0": True, 3: False, None: False, "many": False}
+    assert {s: sold_out(parse_item({"item_id": "a", "stock": s}, SCHEMA)) for s in stocks} == stocks
+    assert not sold_out(parse_item(a, SCHEMA))

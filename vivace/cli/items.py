@@ -1,0 +1,115 @@
+"""``vivace items upsert``, ``vivace items remove`` and ``vivace forget``."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, Protocol, say
+from vivace.cli.query import require_server
+from vivace.cli.runs import find_run
+from vivace.client import VivaceClient, VivaceError
+from vivace.contract import ITEM, STATUS_OK
+from vivace.run import Run
+
+items = typer.Typer(no_args_is_help=True)
+SHOWN = 10  # reasons that are listed
+
+File = Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON lines (.jsonl)", exists=True, dir_okay=False)]
+MappingPath = Annotated[
+    Path | None,
+    typer.Option("--path", help="TOML mapping whose [items] names the columns; else they have the schema's names"),
+]
+Url = Annotated[str, typer.Option(help="host:port")]
+
+
+def _address(url: str, protocol: str) -> str:
+    return url or ("127.0.0.1:8001" if protocol == "grpc" else "127.0.0.1:8000")
+
+
+def _report(what: str, statuses: list[str], rejected: Counter[str], began: float) -> None:
+    """How many rows went well, and the reasons of the others."""
+    seconds = max(time.monotonic() - began, 1e-9)
+    good = sum(status == STATUS_OK for status in statuses)
+    say(f"{what} {good:,} of {len(statuses) + sum(rejected.values()):,} rows in {seconds:.1f} s")
+    reasons = rejected + Counter(status for status in statuses if status != STATUS_OK)
+    for reason, count in reasons.most_common(SHOWN):
+        say(f"{count:,}: {reason}")
+    if len(reasons) > SHOWN:
+        say(f"and {len(reasons) - SHOWN:,} other reasons")
+    if not good:
+        raise typer.Exit(1)
+
+
+def _change(
+    action: str, file: Path, path: Path | None, name: str, artifacts: Path, url: str, protocol: str
+) -> None:  # fmt: skip
+    run, address = find_run(artifacts, name), _address(url, protocol)
+    require_server(address, run)
+    from preprocessing.item_file import ItemFile
+
+    with tempfile.TemporaryDirectory() as folder:
+        read = ItemFile(file, run.schema(), path, Path(folder) / "rejects.csv", ids_only=action == "removed")
+    began = time.monotonic()
+    with VivaceClient(address, protocol) as client:
+        if action == "removed":
+            statuses = client.remove_items(row[ITEM] for row in read.rows)
+        else:
+            statuses = client.upsert_items(read.rows)
+    _report(action, statuses, read.rejected, began)
+
+
+@items.command(help="Put the rows of a file into the running server's catalogue, or in the place of those it has.")
+def upsert(
+    file: File, path: MappingPath = None, name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS, url: Url = "",
+    protocol: Protocol = "grpc",
+) -> None:  # fmt: skip
+    _change("stored", file, path, name, artifacts, url, protocol)
+
+
+@items.command(help="Take the items of a file out: no later answer has them until they are put in again.")
+def remove(
+    file: File, path: MappingPath = None, name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS, url: Url = "",
+    protocol: Protocol = "grpc",
+) -> None:  # fmt: skip
+    _change("removed", file, path, name, artifacts, url, protocol)
+
+
+def forget(
+    user: Annotated[str, typer.Argument(help="user id, as the data writes it")],
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    url: Url = "",
+    protocol: Protocol = "grpc",
+) -> None:
+    """Take a user out of the feature store: histories, live log, ids of events. Through the running server, or in the
+    store itself where none runs; what a log of your own and artifacts/RUN/features hold of the user stays."""
+    run, address = find_run(artifacts, name), _address(url, protocol)
+    if not user:
+        raise typer.BadParameter("expected a user id, got an empty text", param_hint="USER")
+    try:
+        require_server(address, run)
+    except VivaceError:
+        if url:
+            raise
+        say(_forgotten_in(run, user))
+        return
+    with VivaceClient(address, protocol) as client:
+        say(f"{user}: {client.forget(user)}")
+
+
+def _forgotten_in(run: Run, user: str) -> str:
+    from vivace.store.forgetting import compact
+    from vivace.store.lmdb_store import LmdbStore
+
+    with contextlib.closing(LmdbStore(run.feature_store, create=False)) as store:
+        known = store.forget(user)
+    gone = compact(run.feature_store)
+    where = "its bytes are gone from the file" if gone else "its bytes leave the file when nobody has it open"
+    return f"{user}: {'forgotten' if known else 'nothing was known of this user'}; {where}"
