@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from serving.launcher import TritonServer
 
 LOAD_USERS = 8
+NEW_ITEM_S = 10.0
 
 
 def _answers(run: Run, server: TritonServer, search: bool) -> None:
@@ -46,6 +47,8 @@ def _answers(run: Run, server: TritonServer, search: bool) -> None:
         client.append(visitor, item)
         say(f"appended one event: {visitor} looks at {item} {titles(run, [item])[0]}")
         print_answer(run, visitor, [item], client.recommend(visitor, top_k=5))
+        if run.shapes().fresh:
+            _new_item(run, client, visitor, item)
         if search:
             user, history = sample[contract.USER][0], list(sample[contract.ITEM][0])
             words = (titles(run, history[-1:])[0] or history[-1]).split()[:3]
@@ -53,6 +56,27 @@ def _answers(run: Run, server: TritonServer, search: bool) -> None:
             for who, events in ((user, history), ("", [])):
                 say(f"QUERY {query!r}")
                 print_answer(run, who, events, client.recommend(who, events, 5, query))
+
+
+def _new_item(run: Run, client: VivaceClient, visitor: str, like: str) -> None:
+    """Puts a new item into the catalogue, described as ``like`` is, and says when ``visitor`` gets it."""
+    import pandas as pd
+
+    from preprocessing.features import CATALOGUE_FILE
+
+    catalogue = pd.read_parquet(run.features / CATALOGUE_FILE).set_index(contract.ITEM)
+    described = catalogue.loc[like, list(run.schema().item_columns)]
+    row = {name: value for name, value in described.items() if not pd.isna(value)}
+    new = {contract.ITEM: f"new-{int(time.time())}", **row, contract.TITLE: f"{row[contract.TITLE]} (new)"}
+    began = time.monotonic()
+    (status,) = client.upsert_items([new])
+    say(f"new item: {new[contract.ITEM]} {new[contract.TITLE]}; STATUS {status}")
+    while new[contract.ITEM] not in (items := client.recommend(visitor, top_k=contract.MAX_TOP_K).items):
+        if time.monotonic() - began > NEW_ITEM_S:
+            raise ValueError(f"demo: {new[contract.ITEM]} is in no answer {NEW_ITEM_S} s after it was put in")
+        time.sleep(0.05)
+    place, seconds = items.index(new[contract.ITEM]) + 1, time.monotonic() - began
+    say(f"it is recommended to {visitor} {seconds:.1f} s later, at place {place} of {len(items)}")
 
 
 def _load(run: Run, server: TritonServer, seconds: int) -> None:
