@@ -26,6 +26,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def limit_threads(threads: int) -> None:
+    """PyTorch works in so many threads from here on."""
+    torch.set_num_threads(threads)
+
+
 def keep_only_own_checkpoint(step: Step) -> None:
     """A checkpoint of another configuration is not taken up."""
     step.reset()

@@ -74,9 +74,9 @@ def give_way(run: Run, threads: int) -> None:
     threads = threads or (1 if in_use(run.repository) else 0)
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        import torch
+        from training.checkpoints import limit_threads
 
-        torch.set_num_threads(threads)
+        limit_threads(threads)
 
 
 def once(run: Run, config: RefreshConfig, items: Path | None, artifacts: Path) -> Outcome:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from dataclasses import replace
 
@@ -14,7 +16,7 @@ from serving.runtime.live_feed import LiveFeed
 from serving.runtime.moment import Moment
 from serving.runtime.stages import FeatureTransform, ItemVocabulary, Row
 from serving.service import service
-from tests.support import PatientClient, on_free_ports, quiet, untouched_store, users_of_data, wait_until
+from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, untouched_store, users_of_data, wait_until
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
 from training.judge.evaluate import evaluate
@@ -22,7 +24,8 @@ from training.learn.ranker import train_ranker
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
 from training.presets import tiny
-from vivace.contract import FEATURE_TRANSFORM, FIRST_ID, LIVE_FEATURES, live_features
+from vivace.client import VivaceError
+from vivace.contract import APPEND_EVENT, FEATURE_TRANSFORM, FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, live_features
 from vivace.live import RECENT
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
@@ -117,6 +120,50 @@ def test_a_restart_counts_what_the_log_holds(live_root, features):
     ]
     assert any(by_item[0][item] != by_item[1][item] for item in by_item[0])  # clicked more on one device
     assert features_of[0, :, -2].any()  # what came after an item
+
+
+def test_deaths_lose_no_counted_event(live_root, features, tmp_path):
+    """kill -9 of the worker that stores and of the one that counts, under appends: what was acknowledged is counted, by
+    the revived worker as by a replay of the log."""
+    run, rising = Run(live_root), _rare(features, taken=9)
+    version = run.repository / FEATURE_TRANSFORM / str(run.version())
+    acknowledged = []
+    with (
+        service(on_free_ports(live_root / "model_repository"), quiet) as (server, watchdog),
+        PatientClient(f"{server.host}:{server.grpc_port}") as client,
+    ):
+        for n in range(150):
+            if n in (30, 70, 110):
+                workers = {model: pid for pid, model in watchdog.workers().items()}
+                for model in {APPEND_EVENT, FEATURE_TRANSFORM} & workers.keys():
+                    os.kill(workers[model], signal.SIGKILL)
+            event_id, deadline = f"death {n}", time.monotonic() + PATIENCE_S
+            while True:
+                try:
+                    client.append(f"witness {n}", rising, event_id=event_id)
+                    break
+                except VivaceError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            acknowledged.append(f"witness {n}")
+
+        def first() -> bool:
+            try:
+                return client.recommend("nobody", top_k=10).items[0] == rising
+            except VivaceError:  # not revived yet
+                return False
+
+        wait_until(first, f"{rising} first: 150 of its events were acknowledged")
+    shutil.copytree(live_root / "feature_store", tmp_path / "feature_store")
+    store = LmdbStore(tmp_path / "feature_store", readonly=True)
+    logged = [event.user_id for event in store.live_events(0)[1] if event.user_id.startswith("witness")]
+    assert logged == acknowledged  # each once, in the order they came
+    moment = Moment(version, run.shapes(), store)
+    vocabulary = ItemVocabulary(version / "transform.onnx")
+    feed = LiveFeed(version / RECENT, store, vocabulary, run.shapes(), moment, start=False)
+    ids, counts = feed.rows(moment.context([""], [{}])[0], np.zeros(1, np.int64))
+    place = ids[0].tolist().index(FIRST_ID + features.items()["item_id"].tolist().index(rising))
+    assert np.expm1(counts[0, place, LIVE_HALF_LIVES_MS.index(12 * 3_600_000)]) == pytest.approx(150, rel=0.02)
 
 
 def test_what_live_counters_do_not_go_with_is_refused(live_root, features):

@@ -43,7 +43,12 @@ def test_the_unit_of_times_is_guessed(tmp_path, times, unit):
 def test_the_mapping_in_the_docs_is_one(tmp_path):
     (text,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     write(tmp_path, "mapping.toml", text)
-    assert read_mapping(tmp_path / "mapping.toml").schema.event_categoricals == (EVENT, "os")
+    schema = read_mapping(tmp_path / "mapping.toml").schema
+    assert schema.context_categoricals == ("os", "country", "hour", "weekday") and schema.user_columns == (
+        "country",
+        "age",
+    )
+    assert schema.context_continuous == ("price_cap", "age") and schema.time_zone == "UTC"
 
 
 def test_a_table_by_session_is_one_of_sessions_and_needs_no_times(tmp_path):
