@@ -12,6 +12,7 @@ object.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,20 +51,27 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 RETRIEVAL, RANKED = "retrieval", "retrieval + ranking"
 WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.5)
+CHOOSING = 16  # batches of validation requests that choose one of them
 Adjust = Callable[[batches.Requests, Tensor], Tensor]
 
 
 def ndcg_by_request(
-    features: Features, preset: Preset, models: tuple[RetrievalModel, RankingModel], part: str, adjust: Adjust
+    features: Features,
+    preset: Preset,
+    models: tuple[RetrievalModel, RankingModel],
+    part: str,
+    adjust: Adjust,
+    most: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """NDCG@10 of every request of a part, by stage. ``adjust``: what is added to the scores of all items [B, V]."""
+    """NDCG@10 of every request of a part, by stage; of the first ``most`` batches. ``adjust``: what is added to the
+    scores of all items [B, V]."""
     (retriever, ranker), schema = models, features.schema
     count = min(preset.ranker.candidates, features.item_count() - FIRST_ID)
     parts: dict[str, list[np.ndarray]] = {RETRIEVAL: [], RANKED: []}
     with torch.no_grad():
-        for request in batches.requests(
-            features.files(part), [h.name for h in schema.heads], preset.encoder.history, SCORED
-        ):
+        heads = [h.name for h in schema.heads]
+        requests = batches.requests(features.files(part), heads, preset.encoder.history, SCORED)
+        for request in itertools.islice(requests, most):
             _, scores_BV, encoded = scored(retriever, request, schema.exclude_seen)
             more_BV = adjust(request, scores_BV)
             adjusted_BV = torch.where(scores_BV > EXCLUDED / 2, scores_BV + more_BV, scores_BV)
@@ -124,7 +132,7 @@ def oracle_ndcg(
     def with_weight(weight: float) -> Adjust:
         return lambda request, scores_BV: weight * rule(request)
 
-    of_weight = {w: ndcg_by_request(features, preset, models, "valid", with_weight(w)) for w in WEIGHTS}
+    of_weight = {w: ndcg_by_request(features, preset, models, "valid", with_weight(w), CHOOSING) for w in WEIGHTS}
     best = max(of_weight, key=lambda w: float(of_weight[w][RETRIEVAL].mean()))
     return ndcg_by_request(features, preset, models, "test", with_weight(best)), best
 
