@@ -23,11 +23,12 @@ from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from training.checkpoints import load_retrieval
 from training.data import batches
+from training.data.columns import EventColumns
 from training.learn.retriever import train_retrieval
 from training.metrics import bootstrap
 from training.presets import Preset, with_values
 from training.scoring import SCORED, scored
-from vivace.contract import FIRST_ID, ITEM, TIME
+from vivace.contract import FIRST_ID, ITEM
 from vivace.run import Run
 
 CUTS = (10, 100)
@@ -57,15 +58,15 @@ class WithoutItems(Features):
         super().__init__(whole.folder)
         self._train: list[Path] = []
         for file in whole.files("train"):
-            table = pq.read_table(file, columns=[ITEM, TIME])
-            column = table[ITEM].combine_chunks()
-            flat, times = column.flatten().to_numpy(), table[TIME].combine_chunks().flatten().to_numpy()
-            lengths = np.diff(column.offsets.to_numpy())
-            keep = ~np.isin(flat, items)
+            columns = EventColumns.of_files([file]).names
+            table = pq.read_table(file, columns=list(columns))
+            lists = {name: table[name].combine_chunks() for name in columns}
+            lengths = np.diff(lists[ITEM].offsets.to_numpy())
+            keep = ~np.isin(lists[ITEM].flatten().to_numpy(), items)
             left = np.bincount(np.repeat(np.arange(len(lengths)), lengths), keep, minlength=len(lengths)).astype(int)
             offsets = pa.array(np.concatenate([[0], np.cumsum(left[left > 0])]), pa.int32())
-            lists = {n: pa.ListArray.from_arrays(offsets, pa.array(v[keep])) for n, v in ((ITEM, flat), (TIME, times))}
-            pq.write_table(pa.table(lists), folder / file.name, row_group_size=max(len(offsets) - 1, 1))
+            kept = {n: pa.ListArray.from_arrays(offsets, c.flatten().filter(pa.array(keep))) for n, c in lists.items()}
+            pq.write_table(pa.table(kept), folder / file.name, row_group_size=max(len(offsets) - 1, 1))
             self._train.append(folder / file.name)
 
     def files(self, part: str) -> list[Path]:
