@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -38,15 +39,17 @@ def device_at_hand() -> torch.device:
 
 
 def without_merlin(ranker: RankingModel) -> RankingModel:
-    """A copy whose mixture and towers are plain PyTorch: torch.export does not take the wrappers of Merlin's."""
+    """A copy whose blocks are plain PyTorch: torch.export does not take the wrappers of Merlin's."""
     plain, config = copy.deepcopy(ranker), ranker.config
     plain.towers = blocks.towers(ranker.head_names, plain=True)
     plain.experts = blocks.mixture(
         config.mixture, config.experts, config.expert_width, config.dropout, plain.towers, plain=True
     )
+    if ranker.context is not None:
+        plain.context = ranker.context.plain_copy()
     plain.to(ranker.popularity.device)
     with torch.no_grad():  # the layers take their input width from the first batch
-        plain.eval()._heads(torch.zeros(2, 3 * ranker.width + 32, device=ranker.popularity.device))
+        plain.eval()._heads(torch.zeros(2, ranker.mixed_width, device=ranker.popularity.device))
     plain.load_state_dict(ranker.state_dict())
     return plain
 
@@ -60,9 +63,17 @@ def exported(graph: nn.Module, example: Sequence[Tensor], device: torch.device) 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(moved, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments))
+            return torch.export.export(moved, arguments, dynamic_shapes=_free_batch(moved, len(arguments), batch))
         except RuntimeError as error:
             raise ValueError(f"--target aoti: {type(graph).__name__}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _free_batch(graph: nn.Module, count: int, batch: Any) -> tuple[Any, ...]:
+    """The axis of the batch of ``count`` arguments, in the form of the graph's own ``forward``."""
+    parameters = inspect.signature(graph.forward).parameters.values()
+    named = sum(p.kind is not p.VAR_POSITIONAL for p in parameters)
+    rest = (tuple({0: batch} for _ in range(count - named)),) if named < len(parameters) else ()
+    return (*({0: batch} for _ in range(min(named, count))), *rest)
 
 
 def package(program: torch.export.ExportedProgram, path: Path) -> None:

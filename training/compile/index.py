@@ -20,6 +20,7 @@ from serving.runtime.item_index import DISTANCES, POPULAR, PRODUCTS, Groups, Ite
 from training.compile.onnx_export import PARITY_REQUESTS
 from training.data import batches
 from training.judge.gate import GateError
+from training.models.context import exportable
 from training.models.retrieval import RetrievalModel, read_inputs
 from training.presets import Preset
 from vivace.contract import FIRST_ID, MAX_SEEN, PADDING_ID
@@ -38,7 +39,7 @@ class EncoderGraph(nn.Module):
 
     def __init__(self, model: RetrievalModel, memory: int = 0) -> None:
         super().__init__()
-        self.model, self.memory = model, memory
+        self.model, self.memory = exportable(model), memory
         with torch.no_grad():
             self.register_buffer("table_VD", model.table().detach().clone())
 

@@ -9,10 +9,11 @@ Axis legend: B requests, P rows, C categorical and F continuous columns, E width
 
 from __future__ import annotations
 
+import copy
 import importlib
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from training.models.blocks import Names, mm
 from vivace.context import ContextColumns
 from vivace.contract import NULL_ID
 
+M = TypeVar("M", bound=nn.Module)
 EMBEDDING = 16  # E
 CONTEXT_WIDTH = 32  # W
 
@@ -47,6 +49,16 @@ CLAMP = 6.0  # standard deviations of a continuous column
 
 _INPUT, _CROSS, _LAYER = "values.0.branches.categorical.branches.{}.values.0.to_wrap.table", "values.1", "values.2"
 _CROSS_LINEAR, _LAYER_LINEAR = f"{_CROSS}.values.0.values.0.to_wrap", f"{_LAYER}.values.1.to_wrap"
+
+
+def exportable(model: M) -> M:
+    """``model`` itself, or a copy of it that shares all but the ``context`` tower, which is plain."""
+    tower = getattr(model, "context", None)
+    if not isinstance(tower, ContextTower) or tower.plain:
+        return model
+    copied = copy.copy(model)
+    copied._modules = {**model._modules, "context": tower.plain_copy()}
+    return copied
 
 
 def _column(place: int) -> str:
@@ -127,6 +139,14 @@ class ContextTower(nn.Module):
             if isinstance(module, nn.Embedding):  # a value that training never meets says next to nothing
                 nn.init.trunc_normal_(module.weight, std=0.02)
 
+    def plain_copy(self) -> ContextTower:
+        """The same tower without Merlin's wrappers, which torch.export does not take."""
+        columns = ContextColumns(sizes=self.sizes, continuous=tuple(map(str, range(self.amounts))))
+        copied = ContextTower(columns, self.width, plain=True)
+        copied.load_state_dict(self.state_dict())
+        first = next(self.parameters())
+        return copied.to(first.device, first.dtype).train(self.training).requires_grad_(first.requires_grad)
+
     def forward(self, context: Context, like: Tensor) -> Tensor:
         rows = like.shape[:-1]
         ids, amounts = self._some_left_out(context) if self.training else context
@@ -157,10 +177,9 @@ class ContextTower(nn.Module):
         )
 
     def _by_weights(self, ids_PC: Tensor | None, amounts_PF: Tensor | None) -> Tensor:
-        """What ``net`` computes, by its weights."""
-        at = self.net.get_parameter
-        tables = [at(f"{_INPUT.format(_column(i))}.weight") for i in range(len(self.sizes))]
-        parts = [] if ids_PC is None else [F.embedding(ids_PC[:, i], table) for i, table in enumerate(tables)]
+        """What ``net`` computes, by its layers."""
+        layer = self.net.get_submodule
+        tables = [layer(_INPUT.format(_column(i))) for i in range(len(self.sizes))]
+        parts = [] if ids_PC is None else [table(ids_PC[:, i]) for i, table in enumerate(tables)]
         x = torch.cat(parts if amounts_PF is None else [*parts, amounts_PF], 1)
-        x = x + x * F.linear(x, at(f"{_CROSS_LINEAR}.weight"), at(f"{_CROSS_LINEAR}.bias"))
-        return F.gelu(F.linear(x, at(f"{_LAYER_LINEAR}.weight"), at(f"{_LAYER_LINEAR}.bias")))
+        return F.gelu(layer(_LAYER_LINEAR)(x + x * layer(_CROSS_LINEAR)(x)))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.models import blocks
-from training.models.context import CONTEXT_WIDTH, Context, ContextTower, moment_of
+from training.models.context import CONTEXT_WIDTH, Context, ContextTower, exportable, moment_of
 from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
@@ -153,7 +153,12 @@ class RankingModel(nn.Module):
         if self.type_embedding is not None:
             nn.init.zeros_(self.type_embedding.weight)
         with torch.no_grad():  # the mixture's layers take their input width from the first batch
-            self._heads(torch.zeros(2, 3 * d + 32 + (d + CONTEXT_WIDTH) * bool(columns.names)))
+            self._heads(torch.zeros(2, self.mixed_width))
+
+    @property
+    def mixed_width(self) -> int:
+        """F, of what the mixture reads of a candidate."""
+        return 3 * self.width + 32 + (self.width + CONTEXT_WIDTH) * bool(self.columns.names)
 
     # -- parts ---------------------------------------------------------------------------------------
     def counters(
@@ -350,10 +355,10 @@ class RankingGraph(nn.Module):
     def __init__(self, model: Any, int8_table: bool = False, folded: bool = False) -> None:
         """``model``: a ``RankingModel``, or what stands in for one (``ranking_gpu.GpuRanking``)."""
         super().__init__()
-        self.model = fold(model) if folded else model
+        self.model = exportable(fold(model) if folded else model)
         if int8_table:
             assert isinstance(model.item, nn.Embedding)
-            self.model = copy.deepcopy(model)
+            self.model = exportable(copy.deepcopy(model))
             self.model.item = Int8Table(model.item.weight.detach())
 
     def forward(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.models.context import CONTEXT_WIDTH, Context, ContextTower, moment_of
+from training.models.context import CONTEXT_WIDTH, Context, ContextTower, exportable, moment_of
 from training.models.encoders import MASKED, Adapter, EncoderConfig, build_encoder, dropout
 from training.models.int8_table import Int8Table
 from training.models.item_table import ItemAttributes, ItemTable
@@ -192,7 +192,7 @@ class RetrievalGraph(nn.Module):
         """``memory``: newest encoded events that are handed to the ranker (0: all); ``rising``: items that join the
         candidates (0: none)."""
         super().__init__()
-        self.model, self.candidates, self.memory, self.rising = model, candidates, memory, rising
+        self.model, self.candidates, self.memory, self.rising = exportable(model), candidates, memory, rising
         with torch.no_grad():
             table = model.table().detach().clone()
         if int8_table:
