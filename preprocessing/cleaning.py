@@ -13,6 +13,7 @@ from vivace.context import clock
 from vivace.contract import (
     CLICKED,
     EVENT,
+    EVENT_PART,
     ITEM,
     MAX_ID_BYTES,
     MAX_QUERY_BYTES,
@@ -32,6 +33,7 @@ from vivace.contract import (
 NO_USER = "missing user id"
 NO_ITEM = "missing item id"
 LONG_ID = f"id longer than {MAX_ID_BYTES} bytes"
+PARTED_ID = "id with the character U+001F"
 BAD_TIME = "unparsable time"
 OTHER_TIME = "time before 1970 or after 9999"
 UNKNOWN_ITEM = "unknown item"
@@ -100,6 +102,7 @@ def clean_interactions(chunk: Chunk, schema: DataSchema, catalogue: pd.Index | N
         (NO_USER, frame[USER].isna()),
         (NO_ITEM, frame[ITEM].isna()),
         (LONG_ID, _too_long(frame[USER]) | _too_long(frame[ITEM])),
+        (PARTED_ID, frame[ITEM].astype(object).str.contains(EVENT_PART, regex=False)),
         (BAD_TIME, frame[TIME].isna()),
         (OTHER_TIME, np.isinf(frame[TIME])),
     ]
@@ -203,6 +206,7 @@ def clean_items(chunks: list[Chunk], schema: DataSchema, rejects: Rejects) -> pd
         checks = [
             (NO_ITEM, frame[ITEM].isna()),
             (LONG_ID, _too_long(frame[ITEM])),
+            (PARTED_ID, frame[ITEM].astype(object).str.contains(EVENT_PART, regex=False)),
             (DUPLICATE, frame[ITEM].notna() & (frame.duplicated([ITEM], keep="first") | frame[ITEM].isin(known))),
         ]
         frame = frame[_reject("items", chunk, frame, checks, rejects)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vivace.contract import ITEM, MAX_ID_BYTES, STOCK, TEXT, TITLE, DataSchema
+from vivace.contract import EVENT_PART, ITEM, MAX_ID_BYTES, STOCK, TEXT, TITLE, DataSchema
 
 MAX_ROW_BYTES = 65_536
 
@@ -60,6 +60,8 @@ def parse_item(record: Mapping[str, Any], schema: DataSchema) -> ItemRow:
     item = _text(record.get(ITEM), ITEM)
     if item is None:
         raise ValueError(f"{ITEM}: expected an item id, got none; name the item in {ITEM!r}")
+    if EVENT_PART in item:
+        raise ValueError(f"{ITEM}: expected an id without U+001F, which parts an event of HISTORY, got {item!r:.60}")
     if len(item.encode()) > MAX_ID_BYTES:
         raise ValueError(f"{ITEM}: expected at most {MAX_ID_BYTES} bytes, got {len(item.encode())}; shorten it")
     texts = {name: record.get(name) for name in (TITLE, TEXT)}

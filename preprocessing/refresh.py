@@ -80,11 +80,16 @@ def appended_since(
     }
     rows = pd.DataFrame({name: np.array(values, object) for name, values in columns.items()})
     rows[TIME] = np.array([e.timestamp_ms for e in events], np.int64)
-    moments = [json.loads(e.context) if e.context else {} for e in events]
+    moments = [_readable(json.loads(e.context)) if e.context else {} for e in events]
     for name in dict.fromkeys((*context, *user_columns)):
         of_user = [(known[e.user_id] or {}).get(name) if name in user_columns else None for e in events]
         rows[name] = [m.get(name, of) for m, of in zip(moments, of_user, strict=True)]
     return Appended(rows, newest, max(newest - after - len(events), 0))
+
+
+def _readable(context: dict[str, Any]) -> dict[str, Any]:
+    """Values of an event's context, without text that no UTF-8 can hold, which a store of before may have taken."""
+    return {n: v for n, v in context.items() if not isinstance(v, str) or v == v.encode(errors="ignore").decode()}
 
 
 def read_catalogue(file: Path, schema: DataSchema, rejects: Path) -> pd.DataFrame:

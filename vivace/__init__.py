@@ -1,5 +1,15 @@
 """Vivace: real-time search and recommendation inside a latency budget."""
 
-from vivace.client import Appended, AsyncVivaceClient, Recommendation, VivaceClient, VivaceError, VivaceTimeoutError
+from vivace.client import (
+    Appended,
+    AsyncVivaceClient,
+    Event,
+    Recommendation,
+    VivaceClient,
+    VivaceError,
+    VivaceTimeoutError,
+)
 
-__all__ = ["Appended", "AsyncVivaceClient", "Recommendation", "VivaceClient", "VivaceError", "VivaceTimeoutError"]
+__all__ = [
+    "Appended", "AsyncVivaceClient", "Event", "Recommendation", "VivaceClient", "VivaceError", "VivaceTimeoutError",
+]  # fmt: skip

@@ -33,7 +33,7 @@ from vivace.http_pool import HttpClient
 from vivace.store.interface import Event
 
 __all__ = [
-    "Appended", "AsyncVivaceClient", "Recommendation", "VivaceClient", "VivaceError", "VivaceTimeoutError",
+    "Appended", "AsyncVivaceClient", "Event", "Recommendation", "VivaceClient", "VivaceError", "VivaceTimeoutError",
 ]  # fmt: skip
 
 PROTOCOLS = ("grpc", "http")
@@ -194,10 +194,12 @@ class VivaceClient(UpdateCalls):
         return appended
 
     def append_many(self, events: Sequence[Event], event_id: str = "") -> list[Appended]:
-        """The same for many events, BATCH to a request. ``event_id``: of all together; each has its place in it."""
-        out = list[Appended]()
+        """The same for many events (``vivace.Event``, whose ``context`` is JSON), BATCH to a request. ``event_id``: of
+        all together; each has its place in it. A bad event of a request costs those beside it: nothing of that request
+        is stored."""
+        events, out = list(events), list[Appended]()
         for start in range(0, len(events), BATCH):
-            out += self._append(batch_tensors(events[start : start + BATCH]), event_id and f"{event_id}/{start}")
+            out += self._append(batch_tensors(events[start : start + BATCH], start), event_id and f"{event_id}/{start}")
         return out
 
     def _append(self, tensors: list[tuple[contract.WireTensor, np.ndarray]], event_id: str) -> list[Appended]:
@@ -280,9 +282,9 @@ class AsyncVivaceClient(AsyncUpdateCalls):
 
     async def append_many(self, events: Sequence[Event], event_id: str = "") -> list[Appended]:
         """See ``VivaceClient.append_many``."""
-        out = list[Appended]()
+        events, out = list(events), list[Appended]()
         for start in range(0, len(events), BATCH):
-            part = batch_tensors(events[start : start + BATCH])
+            part = batch_tensors(events[start : start + BATCH], start)
             out += await self._append(part, event_id and f"{event_id}/{start}")
         return out
 

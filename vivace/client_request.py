@@ -70,10 +70,12 @@ def _items(history: Sequence[PastEvent]) -> np.ndarray:
 
 def _context(context: Mapping[str, Any] | None) -> list[tuple[contract.WireTensor, np.ndarray]]:
     """CONTEXT of one row, or nothing; raises ValueError."""
-    if not context:
+    if context is None:
         return []
     if not isinstance(context, Mapping):
         raise ValueError(f"context: expected a dict, got {type(context).__name__} {context!r:.60}")
+    if not context:
+        return []
     try:
         sent = json.dumps(dict(context), allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:
@@ -153,9 +155,24 @@ def append_tensors(
     return [*zip(contract.APPEND, [*columns, time_ms], strict=False), *_context(context)]
 
 
-def batch_tensors(events: Sequence[Event]) -> list[tuple[contract.WireTensor, np.ndarray]]:
-    """The append call of several events, a row each. Raises ValueError for values of a wrong type."""
-    rows = [append_tensors(e.user_id, e.item_id, e.event_type, e.timestamp_ms) for e in events]
-    joined = [np.concatenate([row[i][1] for row in rows]) for i in range(len(rows[0]))]
-    contexts = np.array([[_text(e.context, "context")] for e in events], object)
-    return [*zip(contract.APPEND, [*joined, contexts], strict=True)]
+def batch_tensors(events: Sequence[Event], first: int = 0) -> list[tuple[contract.WireTensor, np.ndarray]]:
+    """The append call of several events, a row each. Raises ValueError for values of a wrong type, with the event's
+    place from ``first`` on."""
+    columns: list[list[np.ndarray]] = [[] for _ in contract.APPEND]
+    for place, event in enumerate(events, first):
+        if not isinstance(event, Event):
+            raise ValueError(f"events[{place}]: expected an Event, got {type(event).__name__} {event!r:.60}")
+        if event.event_id:
+            raise ValueError(
+                f"events[{place}]: expected no event_id of its own, got {event.event_id!r:.60}; give append_many one "
+                "event_id for all, or append events one by one"
+            )
+        try:
+            context = _text(event.context, "context")
+            tensors = append_tensors(event.user_id, event.item_id, event.event_type, event.timestamp_ms)
+        except ValueError as error:
+            raise ValueError(f"events[{place}]: {error}") from None
+        for column, (_, value) in zip(columns, tensors, strict=False):
+            column.append(value)
+        columns[-1].append(np.array([[context]], object))
+    return list(zip(contract.APPEND, map(np.concatenate, columns), strict=True))

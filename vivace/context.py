@@ -142,6 +142,10 @@ def checked(record: Mapping[str, Any], columns: ContextColumns, where: str) -> t
             values[key] = number(record[key]) if key in columns.continuous else category_text(record[key])
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{where}: {key}: expected {kind} or null, got {record[key]!r:.60}") from None
+        try:
+            str(values[key]).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: {key}: expected text that UTF-8 can hold, got {record[key]!r:.60}") from None
         if len(str(values[key])) > MAX_ID_BYTES:
             raise ValueError(f"{where}: {key}: expected at most {MAX_ID_BYTES} characters, got {len(str(values[key]))}")
     return values, unknown

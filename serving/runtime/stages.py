@@ -166,6 +166,8 @@ def parse_event(
         raise ValueError(f"{USER_ID.name}: expected a user id, got an empty string")
     if not item:
         raise ValueError(f"{APPEND_ITEM_ID.name}: expected an item id, got an empty string")
+    if EVENT_PART in item:
+        raise ValueError(f"{APPEND_ITEM_ID.name}: expected an id without the character U+001F, got {item[:60]!r}")
     latest_ms = int(time.time() * 1000) + DAY_MS  # clocks differ
     if not 0 < timestamp_ms <= latest_ms:
         raise ValueError(

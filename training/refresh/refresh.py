@@ -154,7 +154,9 @@ class Refresh:
         appended = appended_since(self.run.feature_store, self.old.log_number(), until, schema.user_columns, context)
         catalogue = None if self.items is None else read_catalogue(self.items, schema, rejects)
         if appended.aged_out:
-            self.say(f"{appended.aged_out:,} events aged out of the log (retention.json) before a refresh took them")
+            self.say(
+                f"{appended.aged_out:,} events left the log before a refresh took them: too old (retention.json), or of users forgotten"
+            )
         manifest = refresh_features(self.old, appended, self.work.features, self.config.share, catalogue, self.say)
         taken: dict[str, int] = manifest["results"]["refresh"]
         return taken

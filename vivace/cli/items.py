@@ -15,7 +15,7 @@ from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, Protocol, say
 from vivace.cli.query import require_server
 from vivace.cli.runs import find_run
 from vivace.client import VivaceClient, VivaceError
-from vivace.contract import ITEM, STATUS_OK
+from vivace.contract import ITEM, STATUS_ERROR, STATUS_OK
 from vivace.run import Run
 
 items = typer.Typer(no_args_is_help=True)
@@ -24,7 +24,7 @@ SHOWN = 10  # reasons that are listed
 File = Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON lines (.jsonl)", exists=True, dir_okay=False)]
 MappingPath = Annotated[
     Path | None,
-    typer.Option("--path", help="TOML mapping whose [items] names the columns; else they have the schema's names"),
+    typer.Option("--path", help="TOML mapping whose \\[items] names the columns; else they have the schema's names"),
 ]
 Url = Annotated[str, typer.Option(help="host:port")]
 
@@ -36,7 +36,7 @@ def _address(url: str, protocol: str) -> str:
 def _report(what: str, statuses: list[str], rejected: Counter[str], began: float) -> None:
     """How many rows went well, and the reasons of the others."""
     seconds = max(time.monotonic() - began, 1e-9)
-    good = sum(status == STATUS_OK for status in statuses)
+    good = sum(not status.startswith(STATUS_ERROR) for status in statuses)
     say(f"{what} {good:,} of {len(statuses) + sum(rejected.values()):,} rows in {seconds:.1f} s")
     reasons = rejected + Counter(status for status in statuses if status != STATUS_OK)
     for reason, count in reasons.most_common(SHOWN):

@@ -33,7 +33,10 @@ def refresh(
         int, typer.Option(help="processor threads (0: one beside a server of the run, else all)", min=0)
     ] = 0,
     share: Annotated[
-        float, typer.Option(help="of the new events, the newest that judge, and as many that teach the ranker")
+        float,
+        typer.Option(
+            help="of the new events, the newest that judge, and as many that teach the ranker", min=0.01, max=0.49
+        ),
     ] = 0.2,
     bound: Annotated[float, typer.Option(help="of NDCG@10, what may be lost at most, at 95 %", min=0, max=1)] = 0.05,
     items: Annotated[

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from vivace.client_request import request_tensors
+from vivace.client_request import batch_tensors, request_tensors
 from vivace.context import ContextColumns, category_text, clock, parse_context, unknown_names
 from vivace.contract import CONTEXT_OF_REQUEST, HISTORY, HOUR, WEEKDAY, DataSchema
+from vivace.store.interface import Event
 
 COLUMNS = ContextColumns(("device", HOUR), (5, 27), ("price_limit",))
 # Sunday 2021-03-28, 00:59 and 01:00 UTC: the clock of Berlin goes from 01:59 to 03:00
@@ -62,6 +63,7 @@ def test_what_a_request_sends_is_read_by_column():
         (b'{"a": "' + b"x" * 20_000 + b'"}', "CONTEXT: expected at most 16384 bytes"),
         (b'{"device": ' + b"[" * 5000, "CONTEXT: expected JSON"),
         (b"\xff", "CONTEXT: expected JSON"),
+        (rb'{"device": "\ud800"}', "CONTEXT: device: expected text that UTF-8 can hold"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(raw, words):
@@ -87,9 +89,20 @@ def test_the_client_sends_parts_of_events_and_numpy_numbers():
     assert tensors[HISTORY.name][0].tolist() == [b"a", b"b\x1fview", b"c\x1fbuy\x1f5", b"d\x1f\x1f6"]
     assert json.loads(tensors[CONTEXT_OF_REQUEST.name][0, 0]) == {"device": "phone", "n": 3}
     assert CONTEXT_OF_REQUEST.name not in {t.name for t, _ in request_tensors("u")}
-    for bad in ({"x": {1, 2}}, {"x": float("nan")}, "phone"):
+    for bad in ({"x": {1, 2}}, {"x": float("nan")}, "phone", [], 0, ""):
         with pytest.raises(ValueError, match="context"):
             request_tensors("u", context=bad)
     for event in (("a", 3), ("a", "view", "now"), ()):
         with pytest.raises(ValueError, match=r"history\[0\]"):
             request_tensors("u", [event])
+
+
+def test_a_batch_of_events_names_the_one_that_is_wrong():
+    good = Event("u", "i", "view", 5, context='{"device": "phone"}')
+    tensors = {t.name: v.ravel().tolist() for t, v in batch_tensors([good, Event("w", "j")])}
+    assert tensors["USER_ID"] == [b"u", b"w"] and tensors["TIMESTAMP_MS"] == [5, 0]
+    assert tensors["CONTEXT"] == [b'{"device": "phone"}', b""]
+    of_events = (Event("u", 3), Event("u", "i", context={"a": 1}), Event("u", "i", event_id="x"))
+    for bad in (("u", "i"), {"user_id": "u"}, *of_events):
+        with pytest.raises(ValueError, match=r"events\[8\]"):
+            batch_tensors([good, bad], 7)
