@@ -154,9 +154,8 @@ class Refresh:
         appended = appended_since(self.run.feature_store, self.old.log_number(), until, schema.user_columns, context)
         catalogue = None if self.items is None else read_catalogue(self.items, schema, rejects)
         if appended.aged_out:
-            self.say(
-                f"{appended.aged_out:,} events left the log before a refresh took them: too old (retention.json), or of users forgotten"
-            )
+            why = "too old (retention.json), or of users forgotten"
+            self.say(f"{appended.aged_out:,} events left the log before a refresh took them: {why}")
         manifest = refresh_features(self.old, appended, self.work.features, self.config.share, catalogue, self.say)
         taken: dict[str, int] = manifest["results"]["refresh"]
         return taken
