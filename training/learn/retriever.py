@@ -196,6 +196,8 @@ def train_retrieval(
     counts = popularity(features.files("train"), features.item_count())
     model, record = _prepared_model(features, preset, counts, step, start_from, adaptation, constraint, say)
     model.remembers = False
+    if training.shard_model and model.context is not None:  # FSDP does not see the weights in Merlin's wrappers
+        model.context = model.context.plain_copy()
     if training.compiled:
         compile_blocks(model)
     parts = step.folder / "parts" / str(world.local_rank)
