@@ -29,12 +29,15 @@ class ResponseStage:
         return cls(np.array([b""] * FIRST_ID + [i.encode() for i in items], object), catalogue)
 
     def _named(self, ids: np.ndarray) -> np.ndarray:
-        """Raw ids of ids of any shape, object."""
+        """Raw ids of ids of any shape, object. Raises IndexError for an id that names no item."""
         fresh = ids >= len(self.names)
         if self._catalogue is None or not fresh.any():
             return self.names[ids]
         named = self.names[np.where(fresh, PADDING_ID, ids)]
-        named[fresh] = [self._catalogue.name(int(id_)) for id_ in ids[fresh]]
+        names = [self._catalogue.name(int(id_)) for id_ in ids[fresh]]
+        if b"" in names:
+            raise IndexError(f"item ids {ids[fresh].tolist()[:5]}: expected ids of the catalogue")
+        named[fresh] = names
         return named
 
     def _without_gone(self, ranked_BN: np.ndarray, values_BCN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
