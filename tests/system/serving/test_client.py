@@ -80,7 +80,7 @@ def test_an_event_that_is_sent_again_is_stored_once(client, root, request):
 def test_rows_of_one_request_are_events_of_their_own(served, root):
     server, _ = served
     rows = [dict(append_tensors("rows", item, "view", 0)) for item in HISTORY * 2]
-    tensors = [(t, np.concatenate([row[t] for row in rows])) for t in contract.APPEND]
+    tensors = [(t, np.concatenate([row[t] for row in rows])) for t in rows[0]]
     with grpcclient.InferenceServerClient(address(server, "grpc")) as client:
         for _ in range(3):
             result = client.infer(

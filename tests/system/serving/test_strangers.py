@@ -162,7 +162,7 @@ def test_status_alone_is_refused_in_words(served):
 MALFORMED = {
     "no JSON": (b"nonsense", "failed to parse"),
     "cut off": (as_json(HISTORY)[:-40], "failed to parse"),
-    "nothing": (b"", "4 inputs"),
+    "nothing": (b"", "5 inputs"),
     "no inputs": (b"{}", "'inputs'"),
     "inputs that are none": (b'{"inputs": 5}', "'inputs'"),
     "a number as text": (as_json(HISTORY).replace(b'"sku-00001"', b"7"), "non-string"),

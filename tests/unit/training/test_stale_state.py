@@ -9,6 +9,7 @@ import pytest
 from loadtest.reports.compress import variant
 from loadtest.tune.space import engines
 from preprocessing.features import Features
+from search.published import LAYOUT
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.compress import Compression, compress
 from training.judge.compare import compare
@@ -51,7 +52,7 @@ def quiet(_: str) -> None:
 def make(run: Run, part: str, seed: int = 0) -> None:
     """A part's manifest, as the step writes it from what is there now."""
     inputs = {name: run.key(name) for name in INPUTS[part]}
-    step = Step(run.step(part), part, {"layout": 2}, seed, inputs)
+    step = Step(run.step(part), part, {"layout": LAYOUT}, seed, inputs)
     step.reset()
     step.finish(0.0, features=1)
 
