@@ -49,13 +49,14 @@ class TritonPythonModel(GraphModel):
         settings["INFERENCE_PRECISION_HINT"] = "bf16" if given.get("HINT_BF16") == "YES" else "f32"
         self.model = core.compile_model(core.read_model(path), target, settings)
         self.request = self.model.create_infer_request()
+        self.named = {tensor["name"] for side in ("input", "output") for tensor in config.get(side, [])}
 
     def signature(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         inputs, outputs = (
             {
                 name: Tensor(TRITON_OF_OPENVINO.get(t.element_type.get_type_name(), "?"), len(t.partial_shape))
                 for t in side
-                for name in t.names
+                for name in (t.names & self.named or t.names)  # OpenVINO merges tensors that are one, with their names
             }
             for side in (self.model.inputs, self.model.outputs)
         )
