@@ -77,13 +77,14 @@ def _context(context: Mapping[str, Any] | None) -> list[tuple[contract.WireTenso
     if not context:
         return []
     try:
-        sent = json.dumps(dict(context), allow_nan=False, default=_plain)
+        sent = json.dumps(dict(context), allow_nan=False, default=plain)
     except (TypeError, ValueError) as error:
         raise ValueError(f"context: expected what JSON can hold, got {context!r:.200}: {error}") from None
     return [(contract.CONTEXT_OF_REQUEST, np.array([[sent.encode()]], object))]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A number of NumPy as Python's; raises TypeError for what JSON cannot hold."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} {value!r:.60}")

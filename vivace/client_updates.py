@@ -12,6 +12,7 @@ import numpy as np
 
 from vivace import contract
 from vivace.client_errors import Limit, VivaceError
+from vivace.client_request import plain
 
 ROWS = 64  # of one request: what a server takes
 Tensors = list[tuple[contract.WireTensor, np.ndarray]]
@@ -29,7 +30,7 @@ def _row(row: Mapping[str, Any], place: int) -> bytes:
     if not isinstance(row, Mapping):
         raise ValueError(f"rows[{place}]: expected a dict of columns, got {type(row).__name__} {row!r:.60}")
     try:
-        return json.dumps(dict(row), ensure_ascii=False).encode()
+        return json.dumps(dict(row), ensure_ascii=False, default=plain).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"rows[{place}]: expected what JSON can hold, got {row!r:.200}: {error}") from None
 

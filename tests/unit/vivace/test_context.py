@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vivace.client_request import batch_tensors, request_tensors
+from vivace.client_updates import _row
 from vivace.context import ContextColumns, category_text, clock, parse_context, unknown_names
 from vivace.contract import CONTEXT_OF_REQUEST, HISTORY, HOUR, WEEKDAY, DataSchema
 from vivace.store.interface import Event
@@ -106,3 +107,11 @@ def test_a_batch_of_events_names_the_one_that_is_wrong():
     for bad in (("u", "i"), {"user_id": "u"}, *of_events):
         with pytest.raises(ValueError, match=r"events\[8\]"):
             batch_tensors([good, bad], 7)
+
+
+def test_rows_of_the_catalogue_may_hold_numbers_of_numpy():
+    assert json.loads(_row({"item_id": "a", "price": np.float32(1.5), "stock": np.int64(3)}, 0)) == {
+        "item_id": "a", "price": 1.5, "stock": 3,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"rows\[4\]"):
+        _row({"item_id": "a", "price": {1}}, 4)
