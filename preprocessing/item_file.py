@@ -17,19 +17,20 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from preprocessing.cleaning import clean_items
-from preprocessing.item_rows import ItemRow, parse_item
+from preprocessing.item_rows import ItemRow, parse_item, to_json
 from preprocessing.readers.base import Chunk
 from preprocessing.readers.csv_rows import CsvFile
 from preprocessing.readers.mapping import ITEMS, Section, read_mapping, texts
 from preprocessing.readers.parts import parts
 from preprocessing.rejects import Rejects
-from vivace.contract import ITEM, STOCK, TEXT, TITLE, DataSchema
+from vivace.contract import ITEM, MAX_ROW_BYTES, STOCK, TEXT, TITLE, DataSchema
 
 JSON_LINES = (".jsonl", ".ndjson")
 
 
 class ItemFile:
-    """``rows`` that can be sent, and ``rejected``: how many could not, by reason.
+    """``rows`` that can be sent, ``rejected``: how many could not, by reason, and ``left_out``: columns that the
+    catalogue does not have, of a file that is read without a mapping.
 
     Args:
         file: CSV, Parquet or JSON lines; by its ending, CSV where it has another.
@@ -46,18 +47,28 @@ class ItemFile:
         self.file, self.schema = file, schema
         self.rows: list[ItemRow] = []
         self.rejected = Counter[str]()
+        self.left_out: list[str] = []
         if file.suffix in JSON_LINES:
             self._read_lines(ids_only)
             return
         section = self._section(mapping, ids_only)
         if STOCK in section.columns("continuous") and STOCK not in schema.item_columns:
             self.schema = replace(schema, item_continuous=(*schema.item_continuous, STOCK))
-        counted = Rejects(rejects)
-        clean = clean_items(list(self._chunks(section)), self.schema, counted)
+        counted, chunks = Rejects(rejects), list(self._chunks(section))
+        if not sum(chunk.read for chunk in chunks):
+            raise ValueError(f"{file}: expected a row an item, found none")
+        clean = clean_items(chunks, self.schema, counted)
         self.rejected.update(counted.summary())
         columns = {n: c.astype(object).where(c.notna(), None).tolist() for n, c in clean.items()}
         records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        self.rows = [parse_item(record, self.schema) for record in records]
+        self.rows = self._small([parse_item(record, self.schema) for record in records])
+
+    def _small(self, rows: list[ItemRow]) -> list[ItemRow]:
+        """Rows that a server takes; the others are rejected."""
+        small = [row for row in rows if len(to_json(row).encode()) <= MAX_ROW_BYTES]
+        if len(small) < len(rows):
+            self.rejected[f"row of more than {MAX_ROW_BYTES} bytes"] += len(rows) - len(small)
+        return small
 
     def _read_lines(self, ids_only: bool) -> None:
         with self.file.open(encoding="utf-8", errors="surrogateescape") as lines:
@@ -71,6 +82,9 @@ class ItemFile:
                     self.rows.append(parse_item({ITEM: record.get(ITEM)} if ids_only else record, self.schema))
                 except (ValueError, RecursionError) as error:
                     self.rejected[f"line {number}: {error}"[:200]] += 1
+        if not self.rows and not self.rejected:
+            raise ValueError(f"{self.file}: expected a JSON object a line, found none")
+        self.rows = self._small(self.rows)
 
     def _header(self, section: Section) -> list[str]:
         if self.file.suffix == ".parquet":
@@ -91,6 +105,8 @@ class ItemFile:
         section = Section(self.file, ITEMS, {"item": ITEM})
         there = [] if ids_only else self._header(section)
         numbers = dict.fromkeys([*self.schema.item_continuous, STOCK])
+        known = {ITEM, TITLE, TEXT, *self.schema.item_categoricals, *numbers}
+        self.left_out = [name for name in there if name not in known]
         keys = {
             "title": [TITLE] if TITLE in there else [],
             "categorical": [name for name in self.schema.item_categoricals if name in there],

@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vivace.contract import EVENT_PART, ITEM, MAX_ID_BYTES, STOCK, TEXT, TITLE, DataSchema
-
-MAX_ROW_BYTES = 65_536
+from vivace.contract import EVENT_PART, ITEM, MAX_ID_BYTES, MAX_ROW_BYTES, STOCK, TEXT, TITLE, DataSchema
 
 ItemRow = dict[str, Any]  # by the schema's names: ITEM, TITLE and TEXT str, categoricals str or None, numbers or None
 

@@ -65,14 +65,11 @@ def appended_since(
     ``context`` that the events carry; of ``user_columns``, where they do not, what the store knows of the user."""
     log = LmdbStore(store, readonly=True)
     try:
-        newest, events = log.live_events(after, most=MOST)
+        newest, events = log.live_events(after, most=MOST, until=until)
         users = list(dict.fromkeys(event.user_id for event in events))
         known = dict(zip(users, log.attributes(users) if users and user_columns else [None] * len(users), strict=True))
     finally:
         log.close()
-    first = newest - len(events) + 1  # numbers rise by one, and only the oldest go
-    if until is not None:
-        events, newest = events[: max(until - first + 1, 0)], min(newest, until)
     columns = {
         USER: [e.user_id for e in events],
         ITEM: [e.item_id for e in events],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,14 +202,8 @@ class VivaceClient(UpdateCalls):
         return out
 
     def _append(self, tensors: list[tuple[contract.WireTensor, np.ndarray]], event_id: str) -> list[Appended]:
-        parameters, limit, tries = event_name(event_id), Limit(self._timeout_s), 0
-        while True:
-            try:
-                result = self._infer(contract.APPEND_EVENT, tensors, limit, parameters=parameters)
-                return _read(read_appended, result)  # type: ignore[no-any-return]
-            except VivaceError as error:
-                time.sleep(limit.wait_s(error, tries))
-            tries += 1
+        result = self._again(contract.APPEND_EVENT, tensors, parameters=event_name(event_id))
+        return _read(read_appended, result)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         self._closed = True
@@ -289,14 +282,8 @@ class AsyncVivaceClient(AsyncUpdateCalls):
         return out
 
     async def _append(self, tensors: list[tuple[contract.WireTensor, np.ndarray]], event_id: str) -> list[Appended]:
-        parameters, limit, tries = event_name(event_id), Limit(self._timeout_s), 0
-        while True:
-            try:
-                result = await self._infer(contract.APPEND_EVENT, tensors, limit, parameters=parameters)
-                return _read(read_appended, result)  # type: ignore[no-any-return]
-            except VivaceError as error:
-                await asyncio.sleep(limit.wait_s(error, tries))
-            tries += 1
+        result = await self._again(contract.APPEND_EVENT, tensors, parameters=event_name(event_id))
+        return _read(read_appended, result)  # type: ignore[no-any-return]
 
     async def close(self) -> None:
         self._closed = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from http.client import HTTPException
 
+REVIVED = ("is not healthy", "has no available versions")  # Triton's words while a worker is brought back
 RETRIES_S = (0.1, 0.4, 1.5)  # waits before an append is sent again, where nobody knows whether the server has it
 
 
@@ -28,6 +29,7 @@ def _failed(error: Exception) -> VivaceError:
     status = str(error.status()) if hasattr(error, "status") and callable(error.status) else ""
     text = error.message() if hasattr(error, "message") and callable(error.message) else str(error)
     passing = isinstance(error, OSError | HTTPException) or status in ("StatusCode.UNAVAILABLE", "502", "503", "504")
+    passing = passing or any(words in str(text) for words in REVIVED)
     return VivaceError(str(text) or type(error).__name__, passing and "not stored" not in str(text))
 
 

@@ -26,13 +26,18 @@ def _batches(action: str, records: list[bytes]) -> Iterator[Tensors]:
 
 
 def _row(row: Mapping[str, Any], place: int) -> bytes:
-    """Raises ValueError for what is no row."""
+    """Raises ValueError for what is no row, or too large a one."""
     if not isinstance(row, Mapping):
         raise ValueError(f"rows[{place}]: expected a dict of columns, got {type(row).__name__} {row!r:.60}")
     try:
-        return json.dumps(dict(row), ensure_ascii=False, default=plain).encode()
+        record = json.dumps(dict(row), ensure_ascii=False, default=plain).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"rows[{place}]: expected what JSON can hold, got {row!r:.200}: {error}") from None
+    if len(record) > contract.MAX_ROW_BYTES:
+        raise ValueError(
+            f"rows[{place}]: expected at most {contract.MAX_ROW_BYTES} bytes as JSON, got {len(record)}; shorten it"
+        )
+    return record
 
 
 def _id(value: str, name: str) -> bytes:
@@ -70,18 +75,18 @@ class UpdateCalls:
     def _infer(self, model: str, tensors: Tensors, limit: Limit | None = None, **more: Any) -> Any:
         raise NotImplementedError
 
+    def _again(self, model: str, tensors: Tensors, **more: Any) -> Any:
+        """The result of a call that may be made twice; made again where the server has no time or cannot be reached."""
+        limit, tries = Limit(self._timeout_s), 0
+        while True:
+            try:
+                return self._infer(model, tensors, limit, **more)
+            except VivaceError as error:
+                time.sleep(limit.wait_s(error, tries))
+            tries += 1
+
     def _update(self, batches: list[Tensors]) -> list[str]:
-        statuses = list[str]()
-        for tensors in batches:
-            limit, tries = Limit(self._timeout_s), 0
-            while True:
-                try:
-                    statuses += _statuses(self._infer(contract.UPDATE_STORE, tensors, limit))
-                    break
-                except VivaceError as error:
-                    time.sleep(limit.wait_s(error, tries))
-                tries += 1
-        return statuses
+        return [status for tensors in batches for status in _statuses(self._again(contract.UPDATE_STORE, tensors))]
 
     def upsert_items(self, rows: Iterable[Mapping[str, Any]]) -> list[str]:
         """Puts items into the catalogue, or rows in the place of theirs: dicts by the catalogue's own column names,
@@ -107,18 +112,19 @@ class AsyncUpdateCalls:
     async def _infer(self, model: str, tensors: Tensors, limit: Limit | None = None, **more: Any) -> Any:
         raise NotImplementedError
 
+    async def _again(self, model: str, tensors: Tensors, **more: Any) -> Any:
+        """See ``UpdateCalls._again``."""
+        limit, tries = Limit(self._timeout_s), 0
+        while True:
+            try:
+                return await self._infer(model, tensors, limit, **more)
+            except VivaceError as error:
+                await asyncio.sleep(limit.wait_s(error, tries))
+            tries += 1
+
     async def _update(self, batches: list[Tensors]) -> list[str]:
-        statuses = list[str]()
-        for tensors in batches:
-            limit, tries = Limit(self._timeout_s), 0
-            while True:
-                try:
-                    statuses += _statuses(await self._infer(contract.UPDATE_STORE, tensors, limit))
-                    break
-                except VivaceError as error:
-                    await asyncio.sleep(limit.wait_s(error, tries))
-                tries += 1
-        return statuses
+        results = [await self._again(contract.UPDATE_STORE, tensors) for tensors in batches]
+        return [status for result in results for status in _statuses(result)]
 
     async def upsert_items(self, rows: Iterable[Mapping[str, Any]]) -> list[str]:
         """See ``UpdateCalls.upsert_items``."""

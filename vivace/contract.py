@@ -55,6 +55,7 @@ MAX_EVENT_ID_BYTES = 128
 MAX_HISTORY_EVENTS = 100_000
 MAX_QUERY_BYTES = 4096
 MAX_CONTEXT_BYTES = 16_384
+MAX_ROW_BYTES = 65_536  # of an item's row as JSON
 MAX_SEEN = 4096  # newest distinct items that an index does not answer: as many events as a store keeps of a user. The
 # exact search excludes them all
 

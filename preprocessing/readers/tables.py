@@ -52,40 +52,31 @@ class Tables:
         section = self.sections.get(ITEMS)
         if section is None:
             return None
+        return self._described(section, ITEM, "item", "a catalogue needs items")
+
+    def _described(self, section: Section, name: str, key: str, needs: str) -> list[Chunk]:
+        """Rows of the id ``name``, of the column that ``key`` gives, a title where the section has any, and attributes.
+        Raises ValueError for none."""
         titles, keys = texts(section.keys.get("title")), section.keys
         categorical, continuous = section.columns("categorical"), section.columns("continuous")
-        columns = [keys["item"], *titles, *categorical.values(), *continuous.values()]
         chunks = []
-        for part, base in self._parts(section, columns):
-            rows = pd.DataFrame({ITEM: part.ids(keys["item"])})
-            rows[TITLE] = _joined([part.text(t) for t in titles], rows.index)
-            for name, column in categorical.items():
-                rows[name] = part.category(column)
-            for name, column in continuous.items():
-                rows[name] = part.numbers(column)
+        for part, base in self._parts(section, [keys[key], *titles, *categorical.values(), *continuous.values()]):
+            rows = pd.DataFrame({name: part.ids(keys[key])})
+            if section.name == ITEMS:
+                rows[TITLE] = _joined([part.text(t) for t in titles], rows.index)
+            for attribute, column in categorical.items():
+                rows[attribute] = part.category(column)
+            for attribute, column in continuous.items():
+                rows[attribute] = part.numbers(column)
             chunks.append(part.chunk(rows, base))
         if not sum(chunk.read for chunk in chunks):
             names = ", ".join(str(f) for f in section.files())
-            raise ValueError(f"{section.where} no row in {names}: a catalogue needs items; or leave [items] out")
+            raise ValueError(f"{section.where} no row in {names}: {needs}; or leave [{section.name}] out")
         return chunks
 
     def users(self) -> list[Chunk] | None:
         section = self.sections.get(USERS)
-        if section is None:
-            return None
-        categorical, continuous = section.columns("categorical"), section.columns("continuous")
-        key, chunks = section.keys["user"], []
-        for part, base in self._parts(section, [key, *categorical.values(), *continuous.values()]):
-            rows = pd.DataFrame({USER: part.ids(key)})
-            for name, column in categorical.items():
-                rows[name] = part.category(column)
-            for name, column in continuous.items():
-                rows[name] = part.numbers(column)
-            chunks.append(part.chunk(rows, base))
-        if not sum(chunk.read for chunk in chunks):
-            names = ", ".join(str(f) for f in section.files())
-            raise ValueError(f"{section.where} no row in {names}: a table of users needs users; or leave [users] out")
-        return chunks
+        return None if section is None else self._described(section, USER, "user", "a table of users needs users")
 
     def interactions(self) -> Iterator[Chunk]:
         section = self.sections[INTERACTIONS]

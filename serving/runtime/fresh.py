@@ -17,20 +17,32 @@ from serving.runtime.live_catalogue import LiveCatalogue
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.onnx_session import open_session
 
-GRAPH = "fresh.onnx"
+GRAPH, STATE_GRAPH = "fresh.onnx", "fresh_state.onnx"  # the second where the retriever reads the context
 ATTRIBUTES = {"FRESH_CATEGORIES": "categories", "FRESH_NUMBERS": "numbers"}  # inputs: arrays of fresh items
 NOWHERE = np.float32(-np.inf)
 EXCLUDED = np.float32(-1e30)  # as the graphs score what must not be answered
 
 
 class FreshRanking:
-    """``graph``: of ``training.data.fresh_ranking``."""
+    """``folder``: with the graphs of ``training.data.fresh_ranking``."""
 
-    def __init__(self, graph: Path, catalogue: LiveCatalogue, options: ort.SessionOptions | None = None) -> None:
-        self._session = open_session(graph, options=options)
+    def __init__(self, folder: Path, catalogue: LiveCatalogue, options: ort.SessionOptions | None = None) -> None:
+        self._session = open_session(folder / GRAPH, options=options)
+        shapes, self._state = catalogue.shapes, None
+        self._context = [tensor.name for tensor in shapes.moment[shapes.types :]]
+        if self._context:
+            self._state = open_session(folder / STATE_GRAPH, options=options)
         self._inputs = [i.name for i in self._session.get_inputs()]
         self._attributes = [name for name in self._inputs if name in ATTRIBUTES]
         self.catalogue = catalogue
+
+    def _states(self, newest_BD: np.ndarray, moment: Sequence[np.ndarray]) -> np.ndarray:
+        """What items are scored against, float32 [B, D]: the newest encoded event in the context of its request."""
+        if self._state is None:
+            return newest_BD
+        context = dict(zip(self._context, moment[len(moment) - len(self._context) :], strict=True))
+        states: np.ndarray = self._state.run(None, {self._state.get_inputs()[0].name: newest_BD, **context})[0]
+        return states
 
     def _chosen(
         self, history_BT: np.ndarray, state_BD: np.ndarray, seen_BM: np.ndarray
@@ -69,7 +81,7 @@ class FreshRanking:
         fresh = self.catalogue.fresh
         if fresh is None or not fresh.alive:
             return [ranked_BN, values_BCN]
-        places_BM, score_BM = self._chosen(history_BT, encoded_BTD[:, -1], seen_BM)
+        places_BM, score_BM = self._chosen(history_BT, self._states(encoded_BTD[:, -1], moment), seen_BM)
         t = max(int((history_BT != PADDING_ID).sum(1).max()), 1)
         safe_BM = np.maximum(score_BM, EXCLUDED)
         tensors = [history_BT[:, -t:], scores_BN, encoded_BTD[:, -t:], safe_BM, fresh.of("vectors")[places_BM]]
@@ -82,14 +94,14 @@ class FreshRanking:
         return self._merged(self._ids(places_BM, score_BM), values_BCM, ranked_BN, values_BCN)
 
     def unranked(
-        self, history_BT: np.ndarray, encoded_BTD: np.ndarray, seen_BM: np.ndarray, ids_BN: np.ndarray,
-        values_BCN: np.ndarray,
+        self, history_BT: np.ndarray, encoded_BTD: np.ndarray, seen_BM: np.ndarray, moment: Sequence[np.ndarray],
+        ids_BN: np.ndarray, values_BCN: np.ndarray,
     ) -> list[np.ndarray]:  # fmt: skip
         """The same by retrieval scores alone."""
         fresh = self.catalogue.fresh
         if fresh is None or not fresh.alive:
             return [ids_BN, values_BCN]
-        places_BM, score_BM = self._chosen(history_BT, encoded_BTD[:, -1], seen_BM)
+        places_BM, score_BM = self._chosen(history_BT, self._states(encoded_BTD[:, -1], moment), seen_BM)
         values_BCM = np.zeros((len(ids_BN), values_BCN.shape[1], score_BM.shape[1]), np.float32)
         values_BCM[:, 0] = score_BM
         return self._merged(self._ids(places_BM, score_BM), values_BCM, ids_BN, values_BCN)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serving.runtime.by_length import chunks, together
-from serving.runtime.fresh import GRAPH, FreshRanking
+from serving.runtime.fresh import FreshRanking
 from serving.runtime.live_catalogue import LiveCatalogue
 from serving.runtime.overload import Level
 from serving.runtime.response import ResponseStage
@@ -81,7 +81,7 @@ class Pipeline:
         self._ranking = open_session(at(contract.RANKING) / "model.onnx", options=options)
         self._fresh = None
         if catalogue is not None:
-            self._fresh = FreshRanking(at(contract.RANKING) / GRAPH, catalogue, options)
+            self._fresh = FreshRanking(at(contract.RANKING), catalogue, options)
         self.respond = ResponseStage.from_file(at(contract.RESPONSE) / "items.json", catalogue)
         self.heads = int(self._ranking.get_outputs()[1].shape[1]) - 1
         self._retrieval_names = [t.name for t in contract.retrieval_inputs(shapes)]
@@ -145,7 +145,8 @@ class Pipeline:
         unranked = self.unranked(*retrieved[:2])
         if self._fresh is None:
             return unranked
-        return self._fresh.unranked(history_BT, retrieved[2], retrieved[-1], *unranked)
+        moment = retrieved[3:][: len(self.shapes.moment)]
+        return self._fresh.unranked(history_BT, retrieved[2], retrieved[-1], moment, *unranked)
 
     def popular(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Popular items that the rows may be answered, as ``rank`` gives them; by no model. With live counters those

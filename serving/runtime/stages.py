@@ -9,7 +9,7 @@ Axis legend: B rows, T history events, V item ids, N candidates, K answered item
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -88,9 +88,10 @@ def _text(raw: bytes, what: str, limit_bytes: int) -> str:
 
 def _history_item(raw: bytes, index: int) -> str:
     """One event of HISTORY; an over-long id cannot be an item and becomes one that no catalogue has."""
-    if len(raw) > MAX_ID_BYTES:
-        return NO_SUCH_ITEM
-    return _text(raw, f"{HISTORY.name}[{index}]", MAX_ID_BYTES)
+    item, *parts = raw.split(EVENT_PART.encode())
+    if len(item) > MAX_ID_BYTES:
+        raw = EVENT_PART.encode().join([NO_SUCH_ITEM.encode(), *parts])
+    return _text(raw, f"{HISTORY.name}[{index}]", len(raw))
 
 
 def _parts_of_events(events: list[str]) -> tuple[list[str], tuple[str, ...], tuple[int, ...]]:
@@ -187,14 +188,20 @@ def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
         status = with_reason(
             status, f"stored, but {APPEND_ITEM_ID.name} {event.item_id[:64]!r} is not in the catalogue of the models"
         )
-    if event.event_type and event_types and event.event_type not in event_types:
-        known = sorted(event_types)
-        shown = ", ".join(known[:SHOWN_TYPES]) + (", …" if len(known) > SHOWN_TYPES else "")
-        stored = "stored, but " if status == STATUS_OK else ""
-        status = with_reason(
-            status, f"{stored}the data has no {EVENT_TYPE.name} {event.event_type[:64]!r}; it has {shown}"
-        )
-    return status
+    without = unknown_types([event.event_type], event_types, EVENT_TYPE.name)
+    stored = "stored, but " if without and status == STATUS_OK else ""
+    return with_reason(status, stored + without)
+
+
+def unknown_types(types: Iterable[str], event_types: Set[str], name: str) -> str:
+    """Which of ``types``, sent in the tensor ``name``, the data set does not have, as a reason of STATUS; "" where it
+    has them all, or no types at all."""
+    unknown = sorted({kind for kind in types if kind} - set(event_types)) if event_types else []
+    if not unknown:
+        return ""
+    known = sorted(event_types)
+    shown = ", ".join(known[:SHOWN_TYPES]) + (", …" if len(known) > SHOWN_TYPES else "")
+    return f"the data has no {name} {unknown[0][:64]!r}; it has {shown}"
 
 
 def with_reason(status: str, reason: str) -> str:
@@ -299,6 +306,10 @@ class FeatureTransform:
             seen = excluded(ids_to_exclude, self._shapes.items)
             seen[:, gone] = True
         moment = self.moment.types(self._types(rows, histories, stored))
+        if moment and any(row.types for row in rows):
+            known = self._store.event_types()
+            unknown = [unknown_types(row.types or (), known, f"{EVENT_TYPE.name} in {HISTORY.name}") for row in rows]
+            status = [with_reason(s, reason) for s, reason in zip(status, unknown, strict=True)]
         status = [
             with_reason(s, unknown_names(row.unknown_context, self.moment.columns)) if row.unknown_context else s
             for s, row in zip(status, rows, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.runtime.fresh import GRAPH, FreshRanking
+from serving.runtime.fresh import FreshRanking
 from serving.runtime.live_catalogue import LiveCatalogue
 from serving.runtime.stages import ItemVocabulary
 from serving.triton.backends.onnxruntime.model import TritonPythonModel, options_of
@@ -36,7 +36,7 @@ class FreshRankingModel(TritonPythonModel):
         store = LmdbStore(repository / settings["feature_store"], readonly=True, create=False)
         ids = ItemVocabulary(repository / contract.FEATURE_TRANSFORM / version / "transform.onnx", lazy=True)
         catalogue = LiveCatalogue(store, repository / contract.UPDATE_STORE / version, ids, shapes, ranks=True)
-        self.fresh = FreshRanking(self.folder / GRAPH, catalogue, options_of(config))
+        self.fresh = FreshRanking(self.folder, catalogue, options_of(config))
         self.seen, names = shapes.seen_fresh.name, contract.ranking_inputs(shapes)
         self.history, _, self.scores, self.encoded, *_ = (t.name for t in names)
 

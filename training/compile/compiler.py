@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from preprocessing.features import Features
 from preprocessing.requests import record
 from preprocessing.sequences import WHOLE
 from search import published as search
 from serving import repository
-from serving.runtime.fresh import GRAPH
+from serving.runtime.fresh import GRAPH, STATE_GRAPH
 from serving.runtime.item_index import ENCODER, STATE
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.aoti import without_merlin
@@ -36,7 +37,15 @@ from training.compile.publish import model_card, publish
 from training.compile.quantize import OVERLAP, Precision, overlap, reduce_precision
 from training.compile.targets import TargetName, make
 from training.data.counters import popularity
-from training.data.fresh_ranking import CATEGORIES, INPUTS, NUMBERS, OUTPUT, FreshRankingGraph
+from training.data.fresh_ranking import (
+    CATEGORIES,
+    INPUTS,
+    NEWEST,
+    NUMBERS,
+    OUTPUT,
+    FreshRankingGraph,
+    StateGraph,
+)
 from training.data.new_items import fresh_count, new_item_tables
 from training.judge.evaluate import RANKED, Models, rank_validation
 from training.judge.gate import BOUND, Verdict, judge_engine
@@ -50,7 +59,7 @@ from vivace.onnx_session import open_session
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RECORDED_PARTS, REFERENCE, RETRIEVAL, SEARCH, Run
 
 FOLD_ITEMS = 100_000  # items up to which the ranker's table of five numbers for one of the embedding is worth it
-LAYOUT = 8  # of the stages' tensors and the recorded requests: what has another layout is compiled again
+LAYOUT = 9  # of the stages' tensors and the recorded requests: what has another layout is compiled again
 RECORDED_REQUESTS = 5000
 Tables = Literal["fp32", "int8"]
 Index = Literal["", "HNSW32", "HNSW32_SQ8"]
@@ -189,16 +198,26 @@ class Compilation:
         free = {**RANKING_AXES, OUTPUT: (2, "fresh"), **{name: (1, "fresh") for name in names[3:]}}
         names += names_of(self.tensors.moment)
         given += self.candidates[4 : 4 + len(self.tensors.moment)]
-        export(graph, tuple(given), names, [OUTPUT], self.folder / GRAPH, free)
-        answer = open_session(self.folder / GRAPH).run(
+        self._export_alike(graph, given, names, OUTPUT, GRAPH, free)
+        if context := self.tensors.moment[self.tensors.types :]:
+            given = [encoded[:, -1], *self.candidates[4 + self.tensors.types :][: len(context)]]
+            self._export_alike(StateGraph(self.retriever), given, [NEWEST, *names_of(context)], STATE, STATE_GRAPH, {})
+
+    def _export_alike(
+        self, graph: nn.Module, given: list[Tensor], names: list[str], output: str, file: str,
+        free: Mapping[str, tuple[int, str]],
+    ) -> None:  # fmt: skip
+        """One graph of fresh items. Raises ValueError where PyTorch and ONNX differ."""
+        export(graph, tuple(given), names, [output], self.folder / file, free)
+        answer = open_session(self.folder / file).run(
             None, {name: value.detach().numpy() for name, value in zip(names, given, strict=True)}
         )
         with torch.no_grad():
             apart = float(np.abs(graph(*given).numpy() - answer[0]).max())
-        self.parity["fresh"] = {OUTPUT: apart}
+        self.parity.setdefault("fresh", {})[output] = apart
         if not apart <= TOLERANCE:
             raise ValueError(
-                f"fresh: {OUTPUT}: PyTorch and ONNX differ by {apart:.3g}, expected at most {TOLERANCE}; not published"
+                f"fresh: {output}: PyTorch and ONNX differ by {apart:.3g}, expected at most {TOLERANCE}; not published"
             )
 
     def export_reduced(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from preprocessing.features import REQUEST_GRAPH, Features
 from search import published as search
 from serving import repository
-from serving.runtime.fresh import GRAPH
+from serving.runtime.fresh import GRAPH, STATE_GRAPH
 from serving.runtime.item_index import ENCODER, GROUPS, INDEX, POPULAR
 from serving.runtime.new_items import FILES as NEW_ITEM_FILES
 from training.compile.targets import files as plans
@@ -60,6 +60,7 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
         retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
     graphs = [TYPES_GRAPH] if tensors.types else []
     graphs += [CONTEXT_GRAPH] if tensors.context or tensors.amounts or tensors.counted else []
+    fresh_graphs = [GRAPH, *([STATE_GRAPH] if tensors.context or tensors.amounts else [])] if tensors.fresh else []
     names = (*NEW_ITEM_FILES, SCHEMA_FILE) if tensors.fresh else ()
     fresh = {contract.UPDATE_STORE: {name: folder / name for name in names}}
     response = {ITEMS_FILE: folder / ITEMS_FILE, **of_search.pop(contract.RESPONSE, {})}
@@ -73,7 +74,7 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
         contract.RETRIEVAL: retrieval,
         contract.RANKING: {
             "model.onnx": folder / "ranking.onnx",
-            **({GRAPH: folder / GRAPH} if tensors.fresh else {}),
+            **{name: folder / name for name in fresh_graphs},
             **built.get(contract.RANKING, {}),
         },
         contract.RESPONSE: response,

@@ -10,14 +10,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training.models.context import moment_of
+from training.models.context import exportable, moment_of
 from training.models.ranking import RankingModel
+from training.models.retrieval import RetrievalModel
 from vivace.contract import FIRST_ID, PADDING_ID
 
 INPUTS = ("HISTORY_IDS", "CANDIDATE_SCORES", "ENCODED_HISTORY", "FRESH_SCORES", "FRESH_VECTORS")
 CATEGORIES, NUMBERS = "FRESH_CATEGORIES", "FRESH_NUMBERS"  # after them, where the catalogue has such attributes
 OUTPUT = "FRESH_VALUES"
+NEWEST = "NEWEST"  # input of the graph of states
 NO_ITEM = -1  # as an id or a category: equal to none
+
+
+class StateGraph(nn.Module):
+    """What is exported as ``fresh_state.onnx`` where the retriever reads the context: the newest encoded event float32
+    [B, D] in the context of its request, which items are scored against."""
+
+    def __init__(self, model: RetrievalModel) -> None:
+        super().__init__()
+        self.model = exportable(model).eval()
+
+    def forward(self, newest: Tensor, *context: Tensor) -> Tensor:
+        _, of_request, _ = moment_of(0, self.model.read_context, context)
+        return self.model.state(newest, of_request)
 
 
 class FreshRankingGraph(nn.Module):
@@ -25,7 +40,7 @@ class FreshRankingGraph(nn.Module):
 
     def __init__(self, model: RankingModel) -> None:
         super().__init__()
-        self.model = model.eval()
+        self.model = exportable(model).eval()
 
     def _describe(self, vectors_BMD: Tensor, categories_BMC: Tensor | None, numbers_BMX: Tensor | None) -> Tensor:
         """See ``RankingModel.describe``."""

@@ -33,6 +33,17 @@ def _address(url: str, protocol: str) -> str:
     return url or ("127.0.0.1:8001" if protocol == "grpc" else "127.0.0.1:8000")
 
 
+def require_server_of(run: Run, url: str, address: str) -> None:
+    """Raises VivaceError where nobody listens at ``address`` or, without a ``url`` that names it, no server of ``run``
+    is up: another run's would take what is meant for this one."""
+    from serving.releases import in_use
+
+    if not url and not in_use(run.repository):
+        name = run.root.name
+        raise VivaceError(f"no server of {name} runs here; start one: vivace serve --name {name}, or give its --url")
+    require_server(address, run)
+
+
 def _report(what: str, statuses: list[str], rejected: Counter[str], began: float) -> None:
     """How many rows went well, and the reasons of the others."""
     seconds = max(time.monotonic() - began, 1e-9)
@@ -51,11 +62,13 @@ def _change(
     action: str, file: Path, path: Path | None, name: str, artifacts: Path, url: str, protocol: str
 ) -> None:  # fmt: skip
     run, address = find_run(artifacts, name), _address(url, protocol)
-    require_server(address, run)
+    require_server_of(run, url, address)
     from preprocessing.item_file import ItemFile
 
     with tempfile.TemporaryDirectory() as folder:
         read = ItemFile(file, run.schema(), path, Path(folder) / "rejects.csv", ids_only=action == "removed")
+    if read.left_out:
+        say(f"columns that the catalogue does not have are left out: {', '.join(read.left_out)}")
     began = time.monotonic()
     with VivaceClient(address, protocol) as client:
         if action == "removed":
@@ -94,7 +107,7 @@ def forget(
     if not user:
         raise typer.BadParameter("expected a user id, got an empty text", param_hint="USER")
     try:
-        require_server(address, run)
+        require_server_of(run, url, address)
     except VivaceError:
         if url:
             raise

@@ -41,9 +41,12 @@ class FeatureStore(Protocol):
         when the histories are replaced by those of another data set. An event whose id its user has already sent is not
         added again."""
 
-    def live_events(self, after: int, since_ms: int = 0, most: int = 500_000) -> tuple[int, list[Event]]:
-        """(number of the newest event that was appended, those of a number above ``after`` in the order they came: the
-        ``most`` newest of those that came since ``since_ms``)."""
+    def live_events(
+        self, after: int, since_ms: int = 0, most: int = 500_000, until: int | None = None
+    ) -> tuple[int, list[Event]]:
+        """(number of the newest event that was appended, or ``until`` if that is older; those of a number above
+        ``after`` and up to that one in the order they came: the ``most`` newest of those that came since
+        ``since_ms``). Numbers rise; those of forgotten users are missing."""
 
     def event_types(self) -> set[str]:
         """Event types of the data set; empty if its events have none."""

@@ -121,13 +121,17 @@ class EventLog:
         if newest:
             self.add(transaction, record.number, NOBODY, record.came_ms)
 
-    def after(self, transaction: Transaction, number: int, since_ms: int, most: int) -> tuple[int, list[Event]]:
-        """(number of the newest event, the ``most`` newest events of a number above ``number`` that came since
-        ``since_ms``, oldest first)."""
-        cursor, events, newest = transaction.cursor(db=self._log), list[Event](), number
+    def after(
+        self, transaction: Transaction, number: int, since_ms: int, most: int, until: int | None = None
+    ) -> tuple[int, list[Event]]:
+        """(number of the newest event, or ``until`` if that is older; the ``most`` newest events of a number above
+        ``number`` and up to that one that came since ``since_ms``, oldest first)."""
+        cursor, events, last = transaction.cursor(db=self._log), list[Event](), self.last(transaction)
+        newest = max(number, last if until is None else min(last, until))
         for key, value in cursor.iterprev() if cursor.last() else ():
             record = Record.read(bytes(key), bytes(value))
-            newest = max(newest, record.number)
+            if record.number > newest:
+                continue
             too_old = record.number <= number or (record.came_ms and record.came_ms < since_ms)
             if too_old or len(events) == most:
                 break

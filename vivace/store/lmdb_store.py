@@ -159,15 +159,15 @@ class LmdbStore(CatalogueStore):
         titles = [None if r is None else r.decode() for r in raw]
         return [title if change is None else change.title(title) for change, title in zip(changes, titles, strict=True)]
 
-    def live_events(self, after: int, since_ms: int = 0, most: int = 500_000) -> tuple[int, list[Event]]:
-        """(number of the newest event of the log, those of a number above ``after`` in the order they came). Where the
-        log goes back further, only the ``most`` newest of those that came since ``since_ms``."""
+    def live_events(
+        self, after: int, since_ms: int = 0, most: int = 500_000, until: int | None = None
+    ) -> tuple[int, list[Event]]:
         if _LOG not in self._databases:
             self._open_databases()
         if _LOG not in self._databases:
             return after, []
         with self._alone, self._begin() as transaction:
-            return self._log.after(transaction, after, since_ms, most)
+            return self._log.after(transaction, after, since_ms, most, until)
 
     def event_types(self) -> set[str]:
         with self._reading(_USERS) as (transaction, _):

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from serving.runtime.stages import FeatureTransform, parse_row
+from serving.runtime.pipeline import Pipeline
+from serving.runtime.stages import FeatureTransform, Row, parse_row
 from serving.service import service
 from tests.support import PatientClient, on_free_ports, quiet
 from training.checkpoints import load_ranker, load_retrieval
@@ -139,9 +140,33 @@ def test_each_raw_value_gives_the_same_tensor_offline_and_live(features, run):
     assert set(status) == {"ok"}
     for got, expected in ((history, request.history_BT), (types, request.type_BT), (context, request.context_BC)):
         assert got.tolist() == expected[:REQUESTS].tolist()
+    sent_events = [b"x\x1fstare", names[0].encode() + b"\x1fstare", names[0].encode() + b"\x1fview\x1f5"]
+    stares = [parse_row(b"", b"", np.array([e], object), 5) for e in sent_events]
+    reason = "the data has no EVENT_TYPE in HISTORY 'stare'; it has buy, cart, view"
+    statuses = transform(stares)[1]
+    assert statuses[0].endswith(f"; {reason}") and statuses[1:] == [f"degraded: {reason}", "ok"]
     # absent, null, empty and unseen values are NVTabular's null and out-of-vocabulary ids, never an error
     odd = [b"{}", b'{"device": null}', b'{"device": ""}', b'{"device": "toaster"}', b""]
     rows_of_nobody = [parse_row(b"", b"", np.array([b"x"], object), 5, c, transform.moment.columns) for c in odd]
     context = transform.moment.context([r.user_id for r in rows_of_nobody], [r.context for r in rows_of_nobody], 0)[0]
     assert context[:, 0].tolist() == [1, 1, 1, 2, 1] and context[:, 1].tolist() == [1] * 5
+    store.close()
+
+
+def test_fresh_items_are_scored_in_the_same_context(features, run):
+    """The state that fresh items are scored against gives trained items the scores that retrieval gave them."""
+    store = LmdbStore(run / "feature_store", readonly=True)
+    pipeline = Pipeline.published(run, store)
+    names = features.items()["item_id"].tolist()
+    devices = ("phone", "desktop", "tablet", None)
+    rows = [Row("", names[n : n + 4], 5, context={"device": d or ""}) for n, d in enumerate(devices)]
+    inputs, _ = pipeline.transform(rows)
+    ids, scores, encoded, *passed_on = pipeline.retrieve(inputs)
+    states_BD = pipeline._fresh._states(encoded[:, -1], passed_on[: len(pipeline.shapes.moment)])
+    retriever = load_retrieval(features, tiny(), run)
+    with torch.no_grad():
+        expected = states_BD @ retriever.table().numpy().T + retriever.bias.numpy()
+    known = ids >= FIRST_ID
+    np.testing.assert_allclose(np.take_along_axis(expected, ids, 1)[known], scores[known], atol=1e-4)
+    assert np.abs(states_BD - encoded[:, -1]).max() > 0.1  # the context does matter here
     store.close()

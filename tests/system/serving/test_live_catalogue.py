@@ -154,6 +154,8 @@ def test_files_change_the_catalogue_by_the_command_line(own_root, tmp_path):
             left = [c.item_id for c in store.catalogue_changes(0) if c.item_id.startswith("typed") and c.row]
         assert left == ["typed-0"]
         assert "nothing was known" in vivace("forget", "nobody", *more).stdout
+    none = vivace("items", "upsert", str(tmp_path / "new.jsonl"), *more[:4])  # another run's server may be at the port
+    assert none.returncode == 1 and f"no server of {own_root.name} runs here" in none.stderr, none
     user = "typed user"
     with closing(LmdbStore(own_root / "feature_store")) as store:
         store.append([Event(user, "x")])

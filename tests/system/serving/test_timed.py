@@ -40,7 +40,7 @@ def test_stored_times_reach_the_retriever(features, root, tmp_path):
     evaluate(features, preset, own, 3, quiet)
     with np.load(own / "evaluation" / RANKS) as ranks:  # the table says what a request without times gets
         for method in (RETRIEVAL, RANKED):
-            assert (ranks[method] != ranks[method + WITHOUT_TIMES]).mean() > 0.1
+            assert (ranks[method] != ranks[method + WITHOUT_TIMES]).mean() > 0.2
 
     names = features.items()["item_id"].tolist()
     ids = {name: i for i, name in enumerate(names, FIRST_ID)}

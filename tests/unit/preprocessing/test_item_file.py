@@ -8,13 +8,14 @@ import pandas as pd
 import pytest
 
 from preprocessing.item_file import ItemFile
-from vivace.contract import DataSchema
+from vivace.contract import MAX_ROW_BYTES, DataSchema
 
 SCHEMA = DataSchema("shop", item_categoricals=("brand",), item_continuous=("price",))
 ROWS = [
     {"item_id": "a", "title": "Red, shoe", "brand": "Alto", "price": 12.5, "stock": 3},
     {"item_id": "b", "title": "Hat", "brand": None, "price": None, "stock": 0},
 ]
+ROW_OF_B = json.dumps({"item_id": "b", "title": "hat"})
 EXPECTED = [
     {"item_id": "a", "title": "Red, shoe", "text": "Red, shoe", "brand": "Alto", "price": 12.5, "stock": 3.0},
     {"item_id": "b", "title": "Hat", "text": "Hat", "brand": None, "price": None, "stock": 0.0},
@@ -65,3 +66,23 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "other.csv").write_text("sku,title\na,b\n")
     with pytest.raises(ValueError, match="no column 'item_id'"):
         ItemFile(tmp_path / "other.csv", SCHEMA, None, tmp_path / "rejects.csv")
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_file_without_rows_and_a_row_too_large_are_named(ending, tmp_path):
+    file, long = tmp_path / f"items.{ending}", "x" * MAX_ROW_BYTES
+    file.write_text("item_id,title\n" if ending == "csv" else "\n")
+    with pytest.raises(ValueError, match="found none"):
+        ItemFile(file, SCHEMA, None, tmp_path / "rejects.csv")
+    lines = [f"a,{long}", "b,hat"] if ending == "csv" else [json.dumps({"item_id": "a", "title": long}), ROW_OF_B]
+    file.write_text("\n".join((["item_id,title"] if ending == "csv" else []) + lines) + "\n")
+    read = ItemFile(file, SCHEMA, None, tmp_path / "rejects.csv")
+    assert [row["item_id"] for row in read.rows] == ["b"]
+    assert dict(read.rejected) == {f"row of more than {MAX_ROW_BYTES} bytes": 1}
+
+
+def test_columns_that_the_catalogue_does_not_have_are_named(tmp_path):
+    file = tmp_path / "items.csv"
+    file.write_text("item_id,title,colour,price\na,shoe,red,1\n")
+    read = ItemFile(file, SCHEMA, None, tmp_path / "rejects.csv")
+    assert read.left_out == ["colour"] and read.rows[0]["price"] == 1.0

@@ -7,6 +7,7 @@ import pytest
 
 from serving.runtime.response import ResponseStage
 from serving.runtime.stages import (
+    NO_SUCH_ITEM,
     event_status,
     parse_event,
     parse_event_id,
@@ -24,6 +25,9 @@ def test_parse_row():
     assert parse_row(b"", b"", np.array([b"", b""], object), 5).history is None
     with pytest.raises(ValueError, match=r"HISTORY\[2\]: expected UTF-8, got byte 0xff at offset 1"):
         parse_row(b"", b"", np.array([b"a", b"b", b"c\xff"], object), 5)
+    item = b"i" * contract.MAX_ID_BYTES  # the longest id there is, with the other parts of its event
+    row = parse_row(b"u", b"", np.array([item + b"\x1fview\x1f5", item + b"i\x1fbuy"], object), 5)
+    assert (row.history, row.types, row.times) == ([item.decode(), NO_SUCH_ITEM], ("view", "buy"), (5, 0))
 
 
 def test_parse_event():

@@ -114,6 +114,18 @@ def test_numbers_of_events_go_on_where_the_newest_is_forgotten(store):
     assert sorted(store.users()) == ["ann"]
 
 
+def test_a_part_of_the_log_is_the_same_whoever_was_forgotten_since(store):
+    """Numbers have gaps then: a refresh that planned to read up to an event must not read fewer, or more."""
+    store.append([Event(f"user {n % 3}", f"i{n}", "view", n + 1) for n in range(12)])  # numbers 1 to 12
+    planned = store.live_events(2, until=8)
+    assert planned[0] == 8 and [e.item_id for e in planned[1]] == [f"i{n}" for n in range(2, 8)]
+    store.forget("user 1")  # numbers 2, 5, 8 and 11
+    number, events = store.live_events(2, until=8)
+    assert number == 8 and [e.item_id for e in events] == ["i2", "i3", "i5", "i6"]
+    assert store.live_events(8) == (12, [e for e in store.live_events(0)[1] if e.timestamp_ms > 8])
+    assert store.live_events(2, until=99)[0] == 12 and store.live_events(20, until=30) == (20, [])
+
+
 KILLED = """
 import sys
 from vivace.store.lmdb_catalogue import Change
