@@ -33,8 +33,9 @@ class QueryEncoder:
     """The query's side of a text encoder, from the files ENCODER and TOKENIZER of a folder.
 
     The graph's metadata: ``attributes`` (values by name, JSON), ``tokens`` (that are read of a query), ``features`` (X
-    of the ranker that was trained beside it). A graph whose tokens are a free axis runs query by query, as int8
-    activations are scaled by all that is in a batch, and an answer must not depend on who asks beside."""
+    of the ranker that was trained beside it). It runs query by query, as an answer must not depend on who asks beside:
+    int8 activations are scaled by all that is in a batch, and a last bit of a vector decides between two items of one
+    title."""
 
     def __init__(self, folder: Path) -> None:
         self._session = open_session(folder / ENCODER)
@@ -42,30 +43,26 @@ class QueryEncoder:
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.attributes: dict[str, list[str]] = json.loads(metadata["attributes"])
         self.tokens, self.features = int(metadata["tokens"]), int(metadata["features"])
-        self._alone = not isinstance(self._session.get_inputs()[0].shape[1], int)
-        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._pretrained = not isinstance(self._session.get_inputs()[0].shape[1], int)  # tokens are a free axis
 
     def understood(self, queries: Sequence[Understood]) -> EncodedQueries:
         """What queries mean. An encoder of the catalogue's own words reads them mended. A pretrained one knows words
         that the catalogue does not have, so it reads them as typed, with the mended forms behind."""
-        if self._alone:
+        if self._pretrained:
             return self([" ".join([u.text, *(normalise(w) for w in u.corrected.values())]) for u in queries])
         return self([normalise(u.mended) for u in queries])
 
     def __call__(self, texts: Sequence[str]) -> EncodedQueries:
-        ids = [e.ids[: self.tokens] for e in self._tokenizer.encode_batch(list(texts))]
-        if self._alone:
-            return self._one_by_one(ids)
-        tokens_BS = np.zeros((len(texts), self.tokens), np.int64)
-        for row, row_ids in zip(tokens_BS, ids, strict=True):
-            row[: len(row_ids)] = row_ids
-        vectors, logits = self._session.run(["VECTOR", "INTENTS"], {"TOKENS": tokens_BS})
-        return EncodedQueries(vectors, logits, [np.empty((0, 0), np.float32)] * len(texts))
+        runs = [self._encode(encoding.ids[: self.tokens]) for encoding in self._tokenizer.encode_batch(list(texts))]
+        vectors, logits, states = ([run[k] for run in runs] for k in range(3))
+        return EncodedQueries(np.stack(vectors), np.stack(logits), states)
 
-    def _one_by_one(self, ids: Sequence[Sequence[int]]) -> EncodedQueries:
-        vectors, states = [], []
-        for row in ids:
-            vector_1E, states_1SP = self._session.run(["VECTOR", "STATES"], {"TOKENS": np.array([row], np.int64)})
-            vectors.append(vector_1E[0])
-            states.append(states_1SP[0][np.any(states_1SP[0] != 0, axis=1)])
-        return EncodedQueries(np.stack(vectors), np.zeros((len(ids), 0), np.float32), states)
+    def _encode(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(vector [E], logits [K], states [S, P]) of one query."""
+        if self._pretrained:
+            vector_1E, states_1SP = self._session.run(["VECTOR", "STATES"], {"TOKENS": np.array([ids], np.int64)})
+            return vector_1E[0], np.zeros(0, np.float32), states_1SP[0][np.any(states_1SP[0] != 0, axis=1)]
+        tokens_1S = np.zeros((1, self.tokens), np.int64)
+        tokens_1S[0, : len(ids)] = ids
+        vector_1E, logits_1K = self._session.run(["VECTOR", "INTENTS"], {"TOKENS": tokens_1S})
+        return vector_1E[0], logits_1K[0], np.empty((0, 0), np.float32)

@@ -21,6 +21,7 @@ from vivace.manifest import CHECKOUT
 T = TypeVar("T")
 PATIENCE_S = 180.0  # far beyond what any machine takes: who waits so long has failed
 WAITED_TOO_LONG = ("timeout expired", "exceeds maximum queue size")  # Triton's words where a queue refuses
+IN_A_HURRY = "load: "  # STATUS where less was ranked because the machine is busy
 
 
 def quiet(_: str) -> None:
@@ -64,9 +65,14 @@ def waited_too_long(error: Exception | str) -> bool:
     return any(sign in str(error).lower() for sign in WAITED_TOO_LONG)
 
 
+def in_a_hurry(answer: object) -> bool:
+    return isinstance(answer, Recommendation) and IN_A_HURRY in answer.status
+
+
 class PatientClient(VivaceClient):
-    """Asks again where a queue refused after its second of waiting: on a busy machine that says nothing of the answer.
-    What a queue refused was not executed, so an event is not appended twice."""
+    """Asks again where a queue refused after its second of waiting, and where less was ranked because of the load: on a
+    busy machine neither says anything of the answer. What a queue refused was not executed, so an event is not appended
+    twice."""
 
     def __init__(self, url: str, protocol: str = "grpc") -> None:
         super().__init__(url, protocol, timeout_s=PATIENCE_S)
@@ -79,11 +85,12 @@ class PatientClient(VivaceClient):
 
 
 def patient(call: Callable[[], T]) -> T:
-    """The answer of ``call``, made again while a queue refuses it; any other error is raised."""
+    """The answer of ``call``, made again while a queue refuses it or load shortens it; any other error is raised."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return call()
+            if not in_a_hurry(answer := call()) or time.monotonic() > deadline:
+                return answer
         except Exception as error:
             if not waited_too_long(error) or time.monotonic() > deadline:
                 raise
@@ -95,7 +102,8 @@ async def patiently(call: Callable[[], Awaitable[T]]) -> T:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return await call()
+            if not in_a_hurry(answer := await call()) or time.monotonic() > deadline:
+                return answer
         except VivaceError as error:
             if not waited_too_long(error) or time.monotonic() > deadline:
                 raise

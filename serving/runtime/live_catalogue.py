@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from preprocessing.item_rows import sold_out
-from serving.runtime.new_items import NewItem, NewItems
+from serving.runtime.new_items import CompiledRows, NewItem, NewItems
 from vivace.contract import FIRST_ID, MAX_FRESH, StageTensors
 from vivace.store.lmdb_catalogue import Change
 from vivace.store.lmdb_store import LmdbStore
@@ -100,6 +100,7 @@ class LiveCatalogue:
         self._ranks = ranks
         self._key = NewItems.key_of(tables)
         self._tables: NewItems | None = None
+        self._compiled: CompiledRows | None = None
         self.number, self.error = 0, ""
         self.rows: dict[str, dict[str, Any] | None] = {}  # of every item that changed; None: not to be answered
         self.ids: dict[str, int] = {}  # of the same
@@ -116,6 +117,13 @@ class LiveCatalogue:
         if self._tables is None:
             self._tables = NewItems.load(self._folder)
         return self._tables
+
+    @property
+    def compiled(self) -> CompiledRows:
+        """Read when the first change comes."""
+        if self._compiled is None:
+            self._compiled = CompiledRows.load(self._folder)
+        return self._compiled
 
     def refresh(self) -> None:
         """Reads what changed. Where the store cannot be read, what was known stays, and ``error`` says so."""
@@ -140,8 +148,13 @@ class LiveCatalogue:
         new = [i for i, row in enumerate(rows) if ids[i] < FIRST_ID and row is not None]
         items = dict(zip(new, self._new_items([changes[i] for i in new], [rows[i] for i in new]), strict=True))
         for i, (change, row) in enumerate(zip(changes, rows, strict=True)):
-            self.rows[change.item_id] = row
             known = ids[i] >= FIRST_ID
+            if known and self.compiled.hold(change, ids[i]):  # the item is as it was: no change to anyone
+                self._gone.discard(ids[i])
+                self.rows.pop(change.item_id, None)
+                self.ids.pop(change.item_id, None)
+                continue
+            self.rows[change.item_id] = row
             id_ = self.ids[change.item_id] = ids[i] if known else self.shapes.items + change.slot
             if not known:
                 self._names[id_] = change.item_id.encode()

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from vivace.contract import NULL_ID, OOV_ID, TEXT
+from preprocessing.item_rows import digest, sold_out
+from vivace.contract import FIRST_ID, NULL_ID, OOV_ID, TEXT
+from vivace.store.lmdb_catalogue import Change
 
 TABLES, NAMES = FILES = ("new_items.npz", "new_items.json")  # of a published version
 WORD = re.compile(r"(?u)\b\w+\b")
@@ -79,6 +81,31 @@ class NewItemTables:
             return cls(
                 terms, a["frequency"], a["seen_ids"], a["vectors"], a["biases"], a["digests"], names
             )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompiledRows:
+    """Which changes of the catalogue a version holds already. ``digests``: as in ``NewItemTables``; ``written_ms``:
+    when its catalogue was written, Unix ms."""
+
+    digests: np.ndarray
+    written_ms: int
+
+    @classmethod
+    def load(cls, folder: Path) -> CompiledRows:
+        with np.load(folder / TABLES, allow_pickle=False) as a:
+            digests = a["digests"]
+        return cls(digests, int(json.loads((folder / NAMES).read_text(encoding="utf-8"))["catalogue_ms"]))
+
+    def hold(self, change: Change, id_: int) -> bool:
+        """Whether the compiled catalogue has the row that ``change`` puts in, of the item of ``id_``, or a later one;
+        or does not know the item that it takes out. What was taken out or is sold out stays so as long as the
+        catalogue names it."""
+        if id_ < FIRST_ID:
+            return change.removed
+        if change.removed or sold_out(json.loads(change.row)):
+            return False
+        return change.came_ms < self.written_ms or digest(change.row) == int(self.digests[id_ - FIRST_ID])
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from preprocessing.item_rows import ItemRow, digest, parse_item_json, sold_out, to_json
+from preprocessing.item_rows import ItemRow, parse_item_json, sold_out, to_json
 from serving.runtime.live_catalogue import ItemIds
-from serving.runtime.new_items import NewItems
+from serving.runtime.new_items import CompiledRows, NewItems
 from vivace.contract import (
     ACTION,
     FIRST_ID,
@@ -54,7 +54,7 @@ class Updates:
     ``followed``: whether the profile that is served reads what changed."""
 
     def __init__(self, store: LmdbStore, folder: Path, item_ids: ItemIds, followed: bool = True) -> None:
-        self._store, self._item_ids, self._followed = store, item_ids, followed
+        self._store, self._folder, self._item_ids, self._followed = store, folder, item_ids, followed
         self._schema = DataSchema.load(folder / SCHEMA) if (folder / SCHEMA).exists() else None
         self._new = NewItems.load(folder) if self._schema is not None else None
         self._key = NewItems.key_of(folder) if self._schema is not None else ""
@@ -66,19 +66,11 @@ class Updates:
             self._fresh = {c.item_id for c, id_ in zip(changes, ids.tolist(), strict=True) if id_ < FIRST_ID}
 
     def drop_held(self) -> int:
-        """Takes changes out that the compiled catalogue holds: the same row, or one that was written later. How many.
-        What was taken out of the catalogue stays so as long as the catalogue names it."""
-        assert self._new is not None
-        digests, written_ms = self._new.tables.digests, int(self._new.names["catalogue_ms"])
+        """Takes changes out that the compiled catalogue holds; how many."""
         changes = self._store.catalogue_changes(0)
-        held = []
-        for change, id_ in zip(changes, self._item_ids([c.item_id for c in changes]).tolist(), strict=True):
-            known = id_ >= FIRST_ID
-            if change.removed:
-                if not known:
-                    held.append(change.number)
-            elif known and (change.came_ms < written_ms or digest(change.row) == int(digests[id_ - FIRST_ID])):
-                held.append(change.number)
+        ids = self._item_ids([change.item_id for change in changes]).tolist()
+        compiled = CompiledRows.load(self._folder)
+        held = [change.number for change, id_ in zip(changes, ids, strict=True) if compiled.hold(change, id_)]
         return self._store.drop_changes(held) if held else 0
 
     def __call__(self, actions: Sequence[bytes], records: Sequence[bytes]) -> list[str]:

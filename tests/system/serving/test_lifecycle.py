@@ -34,12 +34,19 @@ GONE = (
     "not connect",
     "broken pipe",
     "goaway",
+    "cancelled",
     "no available versions",
 )
 
 
+def signal_all(pids: list[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
 def stopping(root: Path, guard: bool, protocols: tuple[str, ...]) -> tuple[list, list]:
-    """Stops a server under load: (calls that began before, those after), each its error or ""."""
+    """Stops a server under load: (calls that began before, those after), each its error or "". A worker is frozen so
+    that the first ones have reached the server and are under way when it is told to stop."""
     before: list[str] = []
     after: list[str] = []
     stop, signalled = threading.Event(), threading.Event()
@@ -54,18 +61,24 @@ def stopping(root: Path, guard: bool, protocols: tuple[str, ...]) -> tuple[list,
                     calls.append(str(error))
                     time.sleep(0.01)
 
-    with service(on_free_ports(root / "model_repository", guard=guard), quiet) as (server, _):
+    with service(on_free_ports(root / "model_repository", guard=guard), quiet) as (server, watchdog):
         ports = {"grpc": server.grpc_port, "http": server.http_port}
         threads = [
             threading.Thread(target=caller, args=(f"{server.host}:{ports[p]}", p)) for p in protocols for _ in range(4)
         ]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(before) > 30, "calls under way")
+        wait_until(lambda: len(before) > 30, "calls that are answered")
+        workers = [pid for pid, model in watchdog.workers().items() if model == contract.RESPONSE]
+        signal_all(workers, signal.SIGSTOP)
+        time.sleep(0.5)
         signalled.set()
+        answered = len(before)
+        threading.Timer(0.3, signal_all, (workers, signal.SIGCONT)).start()
     stop.set()
     for thread in threads:
         thread.join(PATIENCE_S)
+    assert len(before) > answered, "calls under way when the server was told to stop"
     return before, after
 
 
