@@ -26,6 +26,8 @@ def prepare(
         str,
         choice("--split", SPLITS, "what is held out; empty: sessions of a log of sessions, else leave-one-out"),
     ] = "",
+    valid_share: Annotated[float, typer.Option(help="of the events, with --split time or sessions")] = 0.1,
+    test_share: Annotated[float, typer.Option(help="the newest, with --split time or sessions")] = 0.1,
     freq_threshold: Annotated[
         int, typer.Option(help="items with fewer events are out of vocabulary (0: none)", min=0)
     ] = 0,
@@ -48,6 +50,11 @@ def prepare(
     size = {key: value for key, value in given.items() if value is not None}
     if size and data != "shop":
         raise typer.BadParameter(f"is a size of the made-up shop, not of {data}", param_hint=f"--{next(iter(size))}")
+    if not (valid_share > 0 and test_share > 0 and valid_share + test_share < 1):
+        raise typer.BadParameter(
+            f"expected shares above 0 that sum below 1 with --valid-share, got {valid_share:g} and {test_share:g}",
+            param_hint="--test-share",
+        )
     from preprocessing.readers import open_source
 
     source = open_source(data, path, size | {"seed": seed})
@@ -58,7 +65,13 @@ def prepare(
 
     vocabulary = VocabularyConfig(freq_threshold, max_items + FIRST_ID if max_items else 0, new_items)
     split = split or (SESSIONS if source.schema.sessions else LEAVE_ONE_OUT)
-    config = PrepareConfig(split=SplitConfig(kind=split), vocabulary=vocabulary, partitions=partitions, workers=workers)
+    shares = SplitConfig(kind=split, valid_share=valid_share, test_share=test_share)
+    if split == LEAVE_ONE_OUT and shares != SplitConfig(kind=split):
+        raise typer.BadParameter(
+            f"{LEAVE_ONE_OUT} holds out events of each user; leave the shares out, or choose another split",
+            param_hint="--split",
+        )
+    config = PrepareConfig(split=shares, vocabulary=vocabulary, partitions=partitions, workers=workers)
     with new_run(name or source.schema.name, artifacts) as run:
         results = prepare_run(source, config, run.root, seed, say)["results"]
         mark_prepared(run)

@@ -127,3 +127,16 @@ def test_named_data_sets_are_found_under_vivace_data(tmp_path, monkeypatch):
     monkeypatch.setenv("VIVACE_DATA", str(tmp_path))
     out = RUNNER.invoke(main.app, ["prepare", "--data", "ml-1m-benchmark", "--artifacts", str(tmp_path / "runs")])
     assert out.exit_code == 1 and str(tmp_path / "ml-1m") in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--test-share", "0.6", "--valid-share", "0.4"), "expected shares above 0 that sum below 1"),
+        (("--test-share", "0.3"), "leave-one-out holds out events of each user"),
+    ],
+)
+def test_shares_that_hold_out_nothing_are_refused(tmp_path, arguments, expected):
+    out = RUNNER.invoke(main.app, ["prepare", "--users", "20", "--artifacts", str(tmp_path / "runs"), *arguments])
+    assert out.exit_code == 2 and expected in " ".join(out.output.replace("│", " ").split())
+    assert not (tmp_path / "runs").exists()
