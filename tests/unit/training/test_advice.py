@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 
 from preprocessing.features import Features
@@ -15,6 +18,9 @@ LOGS = {  # users, items, training events, of the median user, real times
     "ML-1M": (LogSizes(6_040, 3_416, 987_531, 94, False), "cpu"),
     "Beauty": (LogSizes(22_363, 12_101, 153_776, 4, False), "beauty"),
     "Globo": (LogSizes(322_897, 46_033, 2_300_000, 4, True), "news-time"),
+    "Globo, hour by hour": (LogSizes(322_897, 46_033, 2_300_000, 4, True, False, 0.74, 0.3), "news-live"),
+    "two days of it": (LogSizes(40_000, 46_033, 370_000, 4, True, False, 0.74, 0.3), "news-live"),
+    "popular at all times": (LogSizes(322_897, 46_033, 2_300_000, 4, True, False, 0.4, 0.3), "news-time"),
     "news without times": (LogSizes(322_897, 46_033, 2_300_000, 4, False), "news"),
     "demo shop": (LogSizes(10_000, 5_000, 250_000, 23, True), "shop"),
     "Retailrocket": (LogSizes(2_174, 29_905, 93_000, 21, True), "beauty"),
@@ -55,3 +61,21 @@ def sizes(folder, mapping: str) -> LogSizes:
 )
 def test_sessions_are_told_by_the_mapping_or_by_what_comes_again(tmp_path, mapping, expected):
     assert sizes(tmp_path, mapping).sessions == expected
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_log_whose_hot_items_change_by_the_hour_is_fresh(tmp_path, moves):
+    """20 hours of 100 users: one of ten hot items each, of the hour or always the same ten, after any two of 500."""
+    rng, rows = np.random.default_rng(3), []
+    for hour, place in itertools.product(range(20), range(100)):
+        first = 10 * hour if moves else 0
+        times = 1_700_000_000 + 3600 * hour + np.sort(rng.integers(0, 3600, 4))
+        items = (300 + rng.integers(500), 300 + rng.integers(500), first + place % 10, first)
+        rows += [f"u{hour}-{place},i{item},{at}" for item, at in zip(items, times, strict=True)]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,at", *rows]) + "\n")
+    columns = '[interactions]\nfiles = "log.csv"\nuser = "user"\nitem = "item"\ntime = "at"\ntime_unit = "s"\n'
+    (tmp_path / "mapping.toml").write_text(columns)
+    prepare(open_source("tables", tmp_path / "mapping.toml"), PrepareConfig(), tmp_path / "run", 0, lambda _: None)
+    log = sizes_of(Features(tmp_path / "run" / "features"))
+    assert log.times and log.fresh == moves and (suited(log)[0] == "news-live") == moves
+    assert log.hour_hits > 0.3 and (log.ever_hits > 0.3) != moves
