@@ -62,6 +62,8 @@ class RankerConfig:
     live counts (0: no live counters)."""
     by_context: bool = True
     """Live counts by the categorical columns of the context too, where the log has any."""
+    category_counts: bool = False
+    """How many events of the whole history are of the candidate's first categorical attribute, two features."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -136,7 +138,7 @@ class RankingModel(nn.Module):
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         counted = len(retriever.columns.counted) if config.by_context else 0
         live = live_features(counted) if config.rising else 0
-        counters = 5 + 2 * config.lags + live
+        counters = 5 + 2 * config.lags + 2 * config.category_counts + live
         self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
         towers = blocks.towers(head_names)
         self.experts = blocks.mixture(config.mixture, config.experts, config.expert_width, config.dropout, towers)
@@ -164,8 +166,8 @@ class RankingModel(nn.Module):
     def counters(
         self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, popularity_BN: Tensor, category_BN: Tensor
     ) -> Tensor:
-        """Counter features float32 [B, N, 5 + 2L]: score, rank, popularity, co-occurrence by lag and summed. The last
-        two arguments are the candidates'."""
+        """Counter features float32 [B, N, 5 + 2L], with ``category_counts`` 7 + 2L: score, rank, popularity,
+        co-occurrence by lag and summed, the user's own counts. The last two arguments are the candidates'."""
         config = self.config
         live_BN = scores_BN > EXCLUDED / 2
         top_B1 = scores_BN.amax(1, keepdim=True)
@@ -184,7 +186,11 @@ class RankingModel(nn.Module):
         parts = [gap_BN, share_BN.log().clamp_min(-20.0), rank_BN, popularity_BN]
         total_BN = follow_BNL.sum(2)
         log_follow_BNL = torch.log1p(follow_BNL * 1000.0)
-        return torch.cat([torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL], dim=2)
+        more = [torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL]
+        if config.category_counts:
+            same_BNT = self._same_category(history_BT, category_BN)
+            more.append(own_counts(same_BNT, history_BT))
+        return torch.cat(more, dim=2)
 
     def _category(self, ids: Tensor) -> Tensor:
         """First categorical attribute of items, int64; the item itself where the catalogue has none, so that an item
@@ -192,7 +198,7 @@ class RankingModel(nn.Module):
         return self.categories[:, 0][ids] if len(self.attribute) else ids
 
     def _same_category(self, recent_BL: Tensor, category_BN: Tensor) -> Tensor:
-        """1 where candidate and recent event share their first categorical attribute, float32 [B, N, L]."""
+        """1 where candidate and event share their first categorical attribute, float32 [B, N, L]."""
         same = category_BN[:, :, None] == self._category(recent_BL)[:, None, :]
         return (same & (recent_BL >= FIRST_ID)[:, None, :]).to(self.numbers.dtype)
 
@@ -277,6 +283,14 @@ class RankingModel(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities [..., heads] of logits of the same shape (Platt scaling)."""
         return torch.sigmoid(logits * self.calibration[:, 0] + self.calibration[:, 1])
+
+
+def own_counts(same_BNT: Tensor, history_BT: Tensor) -> Tensor:
+    """Features float32 [B, N, 2] of how many events of a history are of the candidate's kind: log1p of the number, and
+    its share of all events. ``same_BNT``: 1 where they are."""
+    count_BN = same_BNT.sum(2)
+    events_B1 = (history_BT != PADDING_ID).to(count_BN.dtype).sum(1, keepdim=True)
+    return torch.stack([torch.log1p(count_BN), count_BN / events_B1.clamp_min(1.0)], 2)
 
 
 class LiveFeatures(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from training.models.context import Context, moment_of
 from training.models.encoders import mask_value
-from training.models.ranking import RankingGraph, RankingModel
+from training.models.ranking import RankingGraph, RankingModel, own_counts
 from training.models.retrieval import EXCLUDED
 from vivace.contract import FIRST_ID, PADDING_ID
 
@@ -131,9 +131,15 @@ class GpuRanking(nn.Module):
         follow_BNL = self._follow(recent_BL, candidates_BN)
         parts = [gap_BN, share_BN, torch.log1p(self._rank(scores_BN)), self.popularity[candidates_BN]]
         parts.append(torch.log1p(follow_BNL.sum(2) * 1000.0))
-        same = self.category_V[candidates_BN][:, :, None] == self.category_V[recent_BL][:, None, :]
-        same_BNL = (same & (recent_BL >= FIRST_ID)[:, None, :]).float()
-        return torch.cat([torch.stack(parts, 2), torch.log1p(follow_BNL * 1000.0), same_BNL], 2)
+        more = [torch.stack(parts, 2), torch.log1p(follow_BNL * 1000.0), self._same(recent_BL, candidates_BN)]
+        if self.config.category_counts:
+            more.append(own_counts(self._same(history_BT, candidates_BN), history_BT))
+        return torch.cat(more, 2)
+
+    def _same(self, events_BL: Tensor, candidates_BN: Tensor) -> Tensor:
+        """See ``RankingModel._same_category``."""
+        same = self.category_V[candidates_BN][:, :, None] == self.category_V[events_BL][:, None, :]
+        return (same & (events_BL >= FIRST_ID)[:, None, :]).float()
 
     def _candidates(self, ids_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The vector, the query and the embedding of candidates [B, N, D]."""

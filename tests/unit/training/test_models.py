@@ -3,6 +3,7 @@ irrelevant, an untrained ranker keeps the retriever's order."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from training.compile.onnx_export import export
 from training.losses import full_softmax, gbce, sampled_softmax
 from training.models.encoders import BUCKETS, dropout, time_buckets
 from training.models.item_table import ItemAttributes, words_of
-from training.models.ranking import MIXTURES, ItemTables, RankerConfig, RankingGraph, RankingModel
+from training.models.ranking import MIXTURES, ItemTables, RankerConfig, RankingGraph, RankingModel, own_counts
 from training.models.retrieval import EXCLUDED, EncoderConfig, RetrievalGraph, RetrievalModel
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.onnx_session import open_session
@@ -77,7 +78,8 @@ def _ranker(retriever: RetrievalModel, mixture: str) -> RankingModel:
         category_sizes=(5, 5),
         numbers=torch.randn(ITEMS, 1, generator=g),
     )
-    config = RankerConfig(candidates=10, heads=2, experts=2, expert_width=8, lags=4, followers=8, mixture=mixture)
+    config = RankerConfig(candidates=10, heads=2, experts=2, expert_width=8, lags=4, followers=8, mixture=mixture,
+                          category_counts=True)  # fmt: skip
     model = RankingModel(config, tables, retriever, ("watched", "liked"))
     with torch.no_grad():
         for p in model.parameters():
@@ -135,6 +137,14 @@ def test_time_between_events_is_seen(family):
     assert not torch.allclose(moved[:, -1], plain[:, -1])
     if family != "bert4rec":
         torch.testing.assert_close(moved[:, :-1], plain[:, :-1])
+
+
+def test_own_counts_by_hand():
+    """Of three events of a padded history two are of the first candidate's kind and none of the second's."""
+    same = torch.tensor([[[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]])
+    counted = own_counts(same, torch.tensor([[PADDING_ID, 7, 9, 11]]))
+    torch.testing.assert_close(counted, torch.tensor([[[math.log(3), 2 / 3], [0.0, 0.0]]]))
+    assert not own_counts(same * 0, torch.zeros(1, 4, dtype=torch.int64)).any()  # nobody's history
 
 
 def test_time_buckets_by_hand():

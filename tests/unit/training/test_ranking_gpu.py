@@ -16,7 +16,8 @@ ITEMS, T, N = 60, 12, 20  # few items, so that candidates are among the follower
 
 def ranker(attributes: bool = True, mixture: str = "mmoe") -> RankingModel:
     torch.manual_seed(3)
-    config = RankerConfig(candidates=N, heads=2, experts=3, expert_width=16, lags=4, followers=8, mixture=mixture)
+    config = RankerConfig(candidates=N, heads=2, experts=3, expert_width=16, lags=4, followers=8, mixture=mixture,
+                          category_counts=True)  # fmt: skip
     retriever = RetrievalModel(EncoderConfig(width=16, layers=1, heads=2, history=T), ITEMS, torch.ones(ITEMS))
     followers = torch.stack([torch.randperm(ITEMS - FIRST_ID)[:8] + FIRST_ID for _ in range(ITEMS)])
     sizes = (5, 3) if attributes else ()
