@@ -24,7 +24,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
 from loadtest.generate.arrivals import REPEAT, due_times, picks
-from preprocessing.requests import recorded
+from preprocessing.requests import recorded, requests_of
 from vivace import contract
 from vivace.client_request import request_tensors
 from vivace.machine import processor_seconds
@@ -50,9 +50,10 @@ def message(model: str, tensors: Sequence[tuple[contract.WireTensor, np.ndarray]
 
 def messages(root: Path, top_k: int = 10, stored: bool = False) -> list[bytes]:
     """The recorded requests of a run; ``stored``: by user alone, so that the feature store gives the history."""
-    frame = recorded(root)
-    rows = zip(frame[contract.USER].tolist(), frame[contract.ITEM].tolist(), strict=True)
-    return [message(contract.ENSEMBLE, request_tensors(u, [] if stored else list(h), top_k)) for u, h in rows]
+    return [
+        message(contract.ENSEMBLE, request_tensors(r.user, [] if stored else r.history, top_k, context=r.context))
+        for r in requests_of(recorded(root))
+    ]
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,14 @@ class ReplayUser(User):
 
     @task
     def recommend(self) -> None:
-        user, history = next(self.requests)
+        request = next(self.requests)
         problem: Exception | None = None
         started, size = self.started(), 0
         try:
-            answer = self.client.recommend(user, history, self.top_k)
+            answer = self.client.recommend(request.user, request.history, self.top_k, context=request.context)
             size = len(answer.items)
             if size == 0:
-                problem = ValueError(f"no items for user {user}: {answer.status}")
+                problem = ValueError(f"no items for user {request.user}: {answer.status}")
         except Exception as error:
             problem = error
         self.environment.events.request.fire(

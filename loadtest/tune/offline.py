@@ -5,28 +5,47 @@ from __future__ import annotations
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from loadtest.tune.space import TOP_K
-from preprocessing.requests import recorded
+from preprocessing.requests import RecordedRequest, recorded, requests_of
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from training.metrics import MISS, bootstrap, ndcg_of
 from vivace import contract
+from vivace.context import category_text
 
 BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+def rows_of(root: Path, part: str = "test", most: int | None = None) -> list[Row]:
+    """The first ``most`` recorded requests (None: all) as the stages take them, of nobody known: what the store knows
+    of their users is in their context."""
+    return [
+        Row("", r.items or None, TOP_K, **typed(r), context=sent(r.context))
+        for r in requests_of(recorded(root, part).head(most) if most else recorded(root, part))
+    ]
+
+
+def typed(request: RecordedRequest) -> dict[str, Any]:
+    """Types and times of a recorded history as ``Row`` takes them, where there are any."""
+    return {} if request.types is None else {"types": tuple(request.types), "times": (0,) * len(request.types)}
+
+
+def sent(context: dict[str, Any]) -> dict[str, str | float]:
+    """A recorded context as ``vivace.context.parse_context`` reads it."""
+    return {name: category_text(value) for name, value in context.items()}
 
 
 def gains(pipeline: Pipeline, root: Path, part: str = "valid") -> list[float]:
     """NDCG@10 of each recorded request's target in the answers of the served graphs. What is chosen is chosen on the
     validation requests; those of the "test" are for a last look at what was chosen."""
-    frame, ranks = recorded(root, part), []
-    targets = pipeline.transform.item_ids(frame[contract.TARGET].tolist())
-    histories = frame[contract.ITEM].tolist()
-    for start in range(0, len(frame), 32):
-        rows = [Row("", list(h) or None, TOP_K) for h in histories[start : start + 32]]
-        (ids, _), _, _ = pipeline(rows)
+    rows, ranks = rows_of(root, part), []
+    targets = pipeline.transform.item_ids(recorded(root, part)[contract.TARGET].tolist())
+    for start in range(0, len(rows), 32):
+        (ids, _), _, _ = pipeline(rows[start : start + 32])
         target_B = targets[start : start + 32]
         hit_BK = (ids[:, :TOP_K] == target_B[:, None]) & (target_B >= contract.FIRST_ID)[:, None]
         ranks.append(np.where(hit_BK.any(1), hit_BK.argmax(1), MISS))
@@ -43,9 +62,7 @@ def share_kept(whole: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float
 
 def service_times(pipeline: Pipeline, root: Path) -> dict[str, float]:
     """Milliseconds of a batch by its size, alone in this process: the median of repeats."""
-    frame = recorded(root).head(200)
-    rows = [Row("", list(h) or None, TOP_K) for h in frame[contract.ITEM]]
-    times_by_size = {}
+    rows, times_by_size = rows_of(root, most=200), {}
     for size in BATCHES:
         batch = list(itertools.islice(itertools.cycle(rows), size))
         pipeline(batch)

@@ -350,7 +350,8 @@ def _compile(work: Compilation, reference: Run, step: Step) -> dict[str, Any]:
     verdict = work.judge(reference) if config.judged else None
     targets = work.make_targets()
     for part in filter(work.features.files, RECORDED_PARTS):
-        record(work.features, step.folder / run.requests_file(part).name, RECORDED_REQUESTS, step.seed, part)
+        file, reads = step.folder / run.requests_file(part).name, work.tensors
+        record(work.features, file, RECORDED_REQUESTS, step.seed, part, bool(reads.types), bool(reads.context))
     tensors = replace(work.tensors, search=search.features_of(run.root))
     gate = verdict.record() if verdict else "not asked: float32, by parity"
     card = model_card(work.features, run, tensors, step.seed, work.parity)

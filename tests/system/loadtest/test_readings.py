@@ -21,7 +21,8 @@ def test_statistics_count_what_was_asked(served, root):
     with server.control_client() as triton, PatientClient(url) as client:
         before, began = statistics(triton), time.monotonic()
         for _ in range(20):
-            client.recommend(*next(source), 5)
+            request = next(source)
+            client.recommend(request.user, request.history, 5, context=request.context)
 
         def counted() -> dict | None:
             counts = between(before, statistics(triton))

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from loadtest.tune.offline import rows_of
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import FeatureTransform, Row, parse_row
 from serving.service import service
@@ -116,6 +117,21 @@ def test_served_equals_offline(features, run, profile):
                 client.recommend(user, history, 10, context=bad)
         with pytest.raises(VivaceError, match=r"HISTORY\[0\].*U\+001F"):
             client.recommend(user, [("sku-00001", "view", "yesterday")[0] + "\x1fview\x1fyesterday"], 10)
+
+
+def test_recorded_requests_are_those_that_are_evaluated(features, run):
+    """Load tests and the tuner's quality go by them: types and context, as the log had them, are in them."""
+    s, part = shapes(tiny(), features), "test"
+    store = LmdbStore(run / "feature_store", readonly=True)
+    version = run / "model_repository" / "feature_transform" / "1"
+    transform = FeatureTransform(version / "transform.onnx", store, s)
+    request = next(batches.requests(features.files(part), ["click", "buy"], s.history, 10_000))
+    columns = (request.history_BT, request.type_BT, request.context_BC)
+    evaluated = {json.dumps([x[i].tolist() for x in columns]) for i in range(len(request.history_BT))}
+    (history, _, types, context), _ = transform(rows_of(run, part))
+    for row in zip(history.tolist(), types.tolist(), context.tolist(), strict=True):
+        assert json.dumps(row) in evaluated
+    assert len({tuple(row) for row in context.tolist()}) > 20 and len(np.unique(types)) > 3
 
 
 def test_each_raw_value_gives_the_same_tensor_offline_and_live(features, run):
