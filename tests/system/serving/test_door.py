@@ -34,10 +34,12 @@ INFER = "/v2/models/recommend/infer"
 
 
 def post(server: TritonServer, path: str, body: bytes | str, headers: dict[str, str] | None = None) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(server.host, server.http_port, timeout=PATIENCE_S)
-    connection.request("POST", path, body, headers or {})
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode(errors="replace")
+    with contextlib.closing(
+        http.client.HTTPConnection(server.host, server.http_port, timeout=PATIENCE_S)
+    ) as connection:
+        connection.request("POST", path, body, headers or {})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(errors="replace")
 
 
 def call(client: grpcclient.InferenceServerClient, model: str, inputs: list, **more) -> object:
