@@ -1,9 +1,9 @@
-"""What live counters cost a request: two runs that differ by them, served in turns at one rate.
+"""What features and live counters cost a request: two runs that differ by them, served in turns at one rate.
 
     python -m benchmarks.live_cost artifacts/news48static artifacts/news48 --turns 5
 
-Both are offered the same requests at random arrivals, by each profile, while events are appended at ``--events`` a
-second to both, so that the counters have something to count. Figures: p50 and the processor time a request of all the
+Both are offered the same requests at random arrivals, by each profile, with the types and the context that each reads,
+while events are appended at ``--events`` a second to both, so that the counters have something to count. Figures: p50 and the processor time a request of all the
 server's processes, and the ratio of the second run to the first, turn by turn.
 """
 
@@ -69,7 +69,7 @@ def measured(root: Path, profile: str, qps: float, seconds: float, events: float
 
 
 def main(
-    without: Annotated[Path, typer.Argument(help="run without live counters")],
+    without: Annotated[Path, typer.Argument(help="run without them")],
     with_: Annotated[Path, typer.Argument(metavar="WITH", help="run with them")],
     profile: Annotated[list[str], typer.Option(help="may be given again")] = ["", "fused"],  # noqa: B006
     turns: int = 5,
@@ -99,7 +99,7 @@ def main(
                 "with_ms": spread(of[p, with_]),
             }
             print(f"{p or 'default'}, {what}: {with_spread(spread(ratios), 2)} times")
-    print(record_line("cost of live counters", turns=turns, qps=qps, events=events, results=result))
+    print(record_line("cost of features and live counters", turns=turns, qps=qps, events=events, results=result))
 
 
 if __name__ == "__main__":
