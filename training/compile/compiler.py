@@ -320,7 +320,8 @@ def compile_models(
     if preset.ranker.rising and not plain:
         raise ValueError(
             f"compile: a ranker with live counters (ranker.rising {preset.ranker.rising}) goes with float32 graphs for "
-            "ONNX Runtime alone so far; leave out --precision, --tables, --index, --target and search"
+            "ONNX Runtime alone so far; leave out --precision, --tables, --index, --target and search, or train with "
+            "--preset news"
         )
     if config.index and preset.encoder.neighbours:
         raise ValueError(
