@@ -103,8 +103,9 @@ def serving(root: Path, folder: Path, *more: str):
     environment = os.environ | {"TMPDIR": str(folder)}
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=CHECKOUT, start_new_session=True
-        )
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=CHECKOUT, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # as the tests may run under nohup
+        )  # fmt: skip
     try:
         wait_until(lambda: "ready:" in log.read_text() or process.poll() is not None, "a ready server")
         assert process.poll() is None, log.read_text()
