@@ -3,8 +3,9 @@
     python -m benchmarks.live_cost artifacts/news48static artifacts/news48 --turns 5
 
 Both are offered the same requests at random arrivals, by each profile, with the types and the context that each reads,
-while events are appended at ``--events`` a second to both, so that the counters have something to count. Figures: p50 and the processor time a request of all the
-server's processes, and the ratio of the second run to the first, turn by turn.
+while events are appended at ``--events`` a second to both, so that the counters have something to count. Figures: p50
+and the processor time a request of all the server's processes, and the ratio of the second run to the first, turn by
+turn.
 """
 
 from __future__ import annotations
