@@ -13,8 +13,11 @@ from preprocessing.features import Features
 from preprocessing.item_file import ItemFile
 from preprocessing.item_lists import list_ids, padded
 from preprocessing.item_rows import digest, list_values, parse_item, parse_item_json, to_json
+from preprocessing.items import ITEM_WORKFLOW, described, encoded
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers.tables import Tables
+from preprocessing.refresh import read_catalogue
+from preprocessing.workflow import load_workflow
 from tests.unit.preprocessing.tables import HEAD, read, write
 from vivace.contract import FIRST_ID, MAX_VALUES, NULL_ID, OOV_ID, DataSchema
 
@@ -122,6 +125,14 @@ def test_prepare_encodes_lists(tmp_path, empty):
     if empty:
         assert all(x.tolist() == [NULL_ID] for x in ids) and all(len(x) == 0 for x in raw["genres"])
         return
+    later = tmp_path / "later.csv"
+    write(tmp_path, later.name, "item_id,title,genres,tags\nF,New,Drama|Unheard|Comedy,\nG,New,Unheard,t\n")
+    listed = described(read_catalogue(later, source.schema, tmp_path / "rejects.csv"), source.schema)
+    workflow = load_workflow(features.folder / ITEM_WORKFLOW)
+    new = encoded(workflow, listed, source.schema)
+    assert [x.tolist() for x in new["genres"]] == [[FIRST_ID, FIRST_ID + 1], [OOV_ID]]
+    assert [x.tolist() for x in new["tags"]] == [[NULL_ID], [FIRST_ID]]
+    assert encoded(workflow, listed[:0].reset_index(drop=True), source.schema).empty
     values = features.list_values()["genres"]
     assert values[:2] == ["Comedy", "Drama"] and len(values) == 23
     assert ids["A"].tolist() == [FIRST_ID, FIRST_ID + 1] and ids["B"].tolist() == [FIRST_ID]
