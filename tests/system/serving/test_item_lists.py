@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ import pytest
 from preprocessing.features import Features
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers.shop import Shop, ShopConfig
+from preprocessing.refresh import appended_since, read_catalogue, refresh_features
 from search.hybrid import Filters
 from search.online import SearchOptions
 from serving.runtime.live_catalogue import LiveCatalogue
@@ -25,12 +28,14 @@ from training.judge.evaluate import evaluate
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
 from training.models.text_encoder import TextConfig
-from training.presets import tiny
+from training.presets import Preset, tiny
+from training.refresh.carry import served_models
 from training.search.encoder import SearchEncoderConfig
 from training.search.ranker import SearchRankerConfig
 from training.search.train import SearchTraining, train_search
-from vivace.contract import FEATURE_TRANSFORM, FIRST_ID, UPDATE_STORE
+from vivace.contract import FEATURE_TRANSFORM, FIRST_ID, MAX_VALUES, OOV_ID, UPDATE_STORE
 from vivace.run import Run
+from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
 
 SEED = 3
@@ -48,10 +53,14 @@ class TaggedShop(Shop):
         return frame.assign(tags=frame["category"] + ", " + frame["brand"]).drop(columns="category")
 
 
+def _preset() -> Preset:
+    return replace(tiny(), encoder=replace(tiny().encoder, attributes=True))
+
+
 @pytest.fixture(scope="module")
 def tagged(tmp_path_factory):
     root = tmp_path_factory.mktemp("tagged") / "shop"
-    preset = replace(tiny(), encoder=replace(tiny().encoder, attributes=True))
+    preset = _preset()
     prepare(TaggedShop(), PrepareConfig(partitions=2), root, SEED, quiet)
     features = Features(root / "features")
     train_retrieval(features, preset, root, SEED, quiet, quiet=True)
@@ -65,6 +74,27 @@ def tagged(tmp_path_factory):
     train_search(features, preset, root, search, SEED, quiet, True)
     compile_models(features, preset, root, SEED, quiet)
     return root
+
+
+def test_a_refresh_takes_new_items_with_lists_in(tagged, tmp_path):
+    old, preset = Features(tagged / "features"), _preset()
+    names = old.items()["item_id"].tolist()
+    like = pd.read_parquet(old.folder / "catalogue.parquet").iloc[:2]
+    later = like.assign(item_id=["later-0", "later-1"], tags=[", ".join(like["tags"][0]), "a tag unheard of"])
+    later.to_csv(tmp_path / "items.csv", index=False)
+    catalogue = read_catalogue(tmp_path / "items.csv", old.schema, tmp_path / "rejects.csv")
+    now = int(time.time() * 1000)
+    shutil.copytree(tagged / "feature_store", tmp_path / "store")
+    with closing(LmdbStore(tmp_path / "store")) as store:
+        store.append([Event(f"user {i}", item, "view", now + 1000 * i + k) for i in range(30)
+                      for k, item in enumerate([names[i], names[i + 1], "later-0"])])  # fmt: skip
+    appended = appended_since(tmp_path / "store", 0)
+    refresh_features(old, appended, tmp_path / "features", 0.2, catalogue, quiet)
+    new = Features(tmp_path / "features")
+    ids = new.items()["tags"]
+    assert ids.iloc[-2].tolist() == old.items()["tags"][0].tolist() and ids.iloc[-1].tolist() == [OOV_ID]
+    retriever, ranker = served_models(Run(tagged), old, new, preset)
+    assert ranker.lists.shape == (new.item_count(), 1, MAX_VALUES) and len(retriever.table()) == new.item_count()
 
 
 def test_a_live_row_with_a_list_is_recommended_and_found(tagged):
