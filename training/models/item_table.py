@@ -251,6 +251,11 @@ class ItemTable(nn.Module):
             if len(lists.ids) != items:
                 raise ValueError(f"ItemTable: lists: expected {items} rows, one an item id, got {len(lists.ids)}")
             self.register_buffer("lists", lists.ids)
+            for i in range(len(lists.sizes)):  # the values alone, one item's after the other: most places are padding
+                real_VK = lists.ids[:, i] != PADDING_ID
+                starts_V = torch.cumsum(real_VK.sum(1), 0) - real_VK.sum(1)
+                self.register_buffer(f"values_{i}", lists.ids[:, i][real_VK].long(), persistent=False)
+                self.register_buffer(f"starts_{i}", starts_V, persistent=False)
 
     def forward(self) -> Tensor:
         table = self.id.weight
@@ -262,10 +267,10 @@ class ItemTable(nn.Module):
         described = torch.zeros_like(table)
         for i, embedding in enumerate(self.category):
             described = described + embedding(self.categories[:, i])
-        for i, embedding in enumerate(self.listed):  # as ``list_mean``, without [V, K, D] in memory
-            ids_VK = self.lists[:, i].contiguous()
+        for i, embedding in enumerate(self.listed):  # as ``list_mean``
             assert isinstance(embedding, nn.Embedding)
-            described = described + F.embedding_bag(ids_VK, embedding.weight, mode="mean", padding_idx=PADDING_ID)
+            values, starts_V = self.get_buffer(f"values_{i}"), self.get_buffer(f"starts_{i}")
+            described = described + F.embedding_bag(values, embedding.weight, starts_V, mode="mean")
         if self.number is not None:
             described = described + self.number(self.numbers)
         if self.vector is not None:
