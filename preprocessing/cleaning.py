@@ -6,6 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from preprocessing.item_lists import object_column
+from preprocessing.item_rows import list_values
 from preprocessing.readers.base import Chunk
 from preprocessing.readers.csv_rows import ENCODING, QUOTE
 from preprocessing.rejects import MALFORMED, Rejects
@@ -215,6 +217,9 @@ def clean_items(chunks: list[Chunk], schema: DataSchema, rejects: Rejects) -> pd
         typed[TEXT] = frame[TEXT].fillna("").astype(str) if TEXT in frame else typed[TITLE]
         for name in schema.item_categoricals:
             typed[name] = text_ids(frame[name])
+        for name, separator in schema.separators.items():
+            values = [list_values(value, name, separator) for value in frame[name]]
+            typed[name] = pd.Series(object_column(values), frame.index)
         for name in schema.item_continuous:
             typed[name] = pd.to_numeric(frame[name], errors="coerce").astype("float32")
         parts.append(pd.DataFrame(typed))

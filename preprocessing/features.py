@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from vivace.manifest import read_manifest
 SCHEMA_FILE = "schema.json"
 REQUEST_GRAPH = "transform_request.onnx"
 CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of item ids: what search reads
+VALUES_FILE = "list_values.json"  # of each list attribute, its values in the order of their ids, from FIRST_ID on
 SEARCHES_FILE = "searches.parquet"  # the log of searches, where there is one; ITEM are ids
 EVENTS_FILE = "events.parquet"  # every event of the log in time order, those of no request too: see ``events``
 LOG_NUMBER = "log_number"  # in the manifest's results: see ``Features.log_number``
@@ -56,8 +58,14 @@ class Features:
             )
 
     def items(self) -> pd.DataFrame:
-        """One row an item id from FIRST_ID on, in order: ITEM (raw), TITLE, TEXT, encoded attributes."""
+        """One row an item id from FIRST_ID on, in order: ITEM (raw), TITLE, TEXT, encoded attributes: int64 ids, lists
+        of 1 to MAX_VALUES of them, normalised numbers."""
         return pd.read_parquet(self.items_file)
+
+    def list_values(self) -> dict[str, list[str]]:
+        """Of each list attribute, its values in the order of their ids, from FIRST_ID on."""
+        path = self.folder / VALUES_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def events(self) -> dict[str, np.ndarray]:
         """The stream of events, int64 each: ITEM (ids), USER (hashes), TIME and ids of the context's categorical

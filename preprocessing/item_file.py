@@ -105,11 +105,14 @@ class ItemFile:
         section = Section(self.file, ITEMS, {"item": ITEM})
         there = [] if ids_only else self._header(section)
         numbers = dict.fromkeys([*self.schema.item_continuous, STOCK])
-        known = {ITEM, TITLE, TEXT, *self.schema.item_categoricals, *numbers}
+        known = {ITEM, TITLE, TEXT, *self.schema.item_categoricals, *self.schema.item_lists, *numbers}
+        lists = {name: part for name, part in self.schema.separators.items() if name in there}
         self.left_out = [name for name in there if name not in known]
         keys = {
             "title": [TITLE] if TITLE in there else [],
             "categorical": [name for name in self.schema.item_categoricals if name in there],
+            "lists": list(lists),
+            "separator": lists,
             "continuous": [name for name in numbers if name in there],
             "text": [TEXT] if TEXT in there else [],
         }
@@ -118,13 +121,14 @@ class ItemFile:
     @staticmethod
     def _form(section: Section) -> dict[str, Any]:
         """How the section's files are written, without its columns."""
-        columns = ("item", "title", "categorical", "continuous", "rename", "files")
+        columns = ("item", "title", "categorical", "lists", "separator", "continuous", "rename", "files")
         return {key: value for key, value in section.keys.items() if key not in columns}
 
     def _chunks(self, section: Section) -> Iterator[Chunk]:
         titles, more, keys = texts(section.keys.get("title")), texts(section.keys.get("text")), section.keys
         categorical, continuous = section.columns("categorical"), section.columns("continuous")
-        columns = [keys["item"], *titles, *more, *categorical.values(), *continuous.values()]
+        lists, separators = section.columns("lists"), section.separators()
+        columns = [keys["item"], *titles, *more, *categorical.values(), *lists.values(), *continuous.values()]
         for part in parts(section, self.file, list(dict.fromkeys(columns))):
             rows = pd.DataFrame({ITEM: part.ids(keys["item"])})
             joined = [part.text(title).fillna("") for title in titles]
@@ -133,6 +137,8 @@ class ItemFile:
                 rows[TEXT] = part.text(more[0]).fillna("")
             for name in self.schema.item_categoricals:
                 rows[name] = part.category(categorical[name]) if name in categorical else None
+            for name in self.schema.item_lists:
+                rows[name] = part.lists(lists[name], separators[name]) if name in lists else None
             for name in dict.fromkeys([*self.schema.item_continuous, *continuous]):
                 rows[name] = part.numbers(continuous[name]) if name in continuous else float("nan")
             yield part.chunk(rows, 0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 
 from vivace.contract import EVENT_PART, ITEM, MAX_ID_BYTES, MAX_ROW_BYTES, STOCK, TEXT, TITLE, DataSchema
 
-ItemRow = dict[str, Any]  # by the schema's names: ITEM, TITLE and TEXT str, categoricals str or None, numbers or None
+# by the schema's names: ITEM, TITLE and TEXT str, categoricals str or None, lists list[str], numbers or None
+ItemRow = dict[str, Any]
+_WRITTEN_LIST = re.compile(r"\[\s*[\"']")  # a list that was printed, not values parted by a separator
 
 
 def _text(value: Any, name: str) -> str | None:
@@ -27,6 +30,31 @@ def _text(value: Any, name: str) -> str | None:
     if not isinstance(value, str | int | float):
         raise ValueError(f"{name}: expected a text, got {type(value).__name__} {str(value)[:60]!r}")
     return _checked(str(value).strip(), name) or None
+
+
+def list_values(value: Any, name: str, separator: str) -> list[str]:
+    """Values of a list attribute: each once, without blanks around it, in alphabetical order; [] for none. ``value`` is
+    a list, a text whose values ``separator`` parts, or None.
+
+    Raises ValueError for anything else.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, str):
+        if _WRITTEN_LIST.match(value.strip()):
+            raise ValueError(
+                f"{name}: expected values parted by {separator!r}, got {value[:60]!r}, a list written as text; part "
+                "its values by the separator, or give a true list (Parquet, JSON)"
+            )
+        value = value.split(separator)
+    elif not isinstance(value, list | tuple | np.ndarray):
+        if not (value is None or isinstance(value, bool | int | float)):
+            raise ValueError(
+                f"{name}: expected a list of texts, or a text with values parted by {separator!r}, got "
+                f"{type(value).__name__} {str(value)[:60]!r}"
+            )
+        value = [value]
+    values = (_text(part, f"{name}, a value of the list") for part in value)
+    return sorted({text for text in values if text is not None})
 
 
 def _checked(text: str, name: str) -> str:
@@ -52,7 +80,7 @@ def _number(value: Any, name: str) -> float | None:
 def parse_item(record: Mapping[str, Any], schema: DataSchema) -> ItemRow:
     """A row by the catalogue's own column names; what is absent is null. Raises ValueError that names the column, what
     was expected and what came. STOCK may be there also where the catalogue has no such column."""
-    known = (ITEM, TITLE, TEXT, *schema.item_categoricals, *schema.item_continuous)
+    known = (ITEM, TITLE, TEXT, *schema.item_attributes)
     if strange := sorted(set(record) - {*known, STOCK}):
         raise ValueError(f"item: expected columns of {', '.join(dict.fromkeys([*known, STOCK]))}, got {strange[0]!r}")
     item = _text(record.get(ITEM), ITEM)
@@ -68,6 +96,7 @@ def parse_item(record: Mapping[str, Any], schema: DataSchema) -> ItemRow:
     title = texts[TITLE] or ""
     row: ItemRow = {ITEM: item, TITLE: title, TEXT: title if TEXT not in record else texts[TEXT] or ""}
     row |= {name: _text(record.get(name), name) for name in schema.item_categoricals}
+    row |= {name: list_values(record.get(name), name, part) for name, part in schema.separators.items()}
     row |= {name: _number(record.get(name), name) for name in schema.item_continuous}
     if STOCK in record:
         row[STOCK] = _number(record[STOCK], STOCK)

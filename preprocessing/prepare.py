@@ -43,6 +43,7 @@ from preprocessing.features import (
     SEARCHES_FILE,
     Features,
 )
+from preprocessing.items import ITEM_WORKFLOW, items_table
 from preprocessing.readers.base import Chunk, SearchSource, Source, UserSource
 from preprocessing.readers.tables import Tables
 from preprocessing.rejects import Rejects
@@ -55,7 +56,6 @@ from preprocessing.workflow import (
     dataset,
     event_workflow,
     extend_vocabulary,
-    item_workflow,
     load_workflow,
     nvt,
     training_rows,
@@ -66,7 +66,8 @@ from vivace.manifest import Progress, Step, replaced
 from vivace.run import Run
 from vivace.store.lmdb_store import fill_store
 
-WORKFLOW, ITEM_WORKFLOW = WORKFLOWS = ("workflow", "item_workflow")  # folders of what NVTabular fitted
+WORKFLOW = "workflow"
+WORKFLOWS = (WORKFLOW, ITEM_WORKFLOW)  # folders of what NVTabular fitted
 
 
 @dataclass(frozen=True)
@@ -205,35 +206,6 @@ def _check_labels(positives: dict[str, int], schema: contract.DataSchema, reject
 
 
 # -- 2. catalogue and feature store --------------------------------------------------------------------
-def _items_table(
-    workflow: nvt.Workflow, catalogue: pd.DataFrame, schema: contract.DataSchema, folder: Path
-) -> pd.DataFrame:
-    """Every item of the vocabulary in the order of ids, with encoded attributes (null where there are none)."""
-    from preprocessing.workflow_onnx import event_vocabulary
-
-    words = event_vocabulary(workflow, contract.ITEM)
-    if list(words.index) != list(range(contract.FIRST_ID, contract.FIRST_ID + len(words))):
-        raise ValueError(
-            f"{contract.ITEM}: expected the vocabulary's ids to run from {contract.FIRST_ID}, got {words.index[:5]}…"
-        )
-    frame = pd.DataFrame({contract.ITEM: words.to_numpy(object)}).merge(catalogue, on=contract.ITEM, how="left")
-    shown = [contract.ITEM, contract.TITLE, contract.TEXT]
-    for name in (contract.TITLE, contract.TEXT):
-        frame[name] = frame[name].fillna("")
-    raw = [contract.ITEM, contract.TITLE, contract.TEXT, *schema.item_categoricals, *schema.item_continuous]
-    frame[[n for n in raw if n in frame]].to_parquet(folder / CATALOGUE_FILE, index=False)
-    attributes = item_workflow(schema, folder / "scratch" / "item_categories")
-    if attributes is None:
-        return frame[shown]
-    columns = [*schema.item_categoricals, *schema.item_continuous]
-    for name in schema.item_categoricals:  # a column of nulls alone still is text
-        frame[name] = frame[name].astype(object)
-    attributes.fit(nvt.Dataset(frame[columns].reset_index(drop=True)))
-    attributes.save(str(folder / ITEM_WORKFLOW))
-    encoded = attributes.transform(nvt.Dataset(frame[columns].reset_index(drop=True))).compute()
-    return pd.concat([frame[shown], encoded.reset_index(drop=True)], axis=1)
-
-
 def _searches(source: Source, items: pd.Series, folder: Path, rejects: Rejects, say: Progress) -> int:
     """Writes the log of searches, if there is one; how many lists it has. ``items``: raw ids in the order of ids."""
     (folder / SEARCHES_FILE).unlink(missing_ok=True)
@@ -367,7 +339,8 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
             for name, n in write_requests(encoded, folder, schema, config.split.every).items():
                 counts[name] = counts.get(name, 0) + n
             say(f"sequences of partition {i + 1} of {len(events)}")
-        items = _items_table(workflow, catalogue, schema, folder)
+        items, notes = items_table(workflow, catalogue, schema, folder)
+        rejects.notes.extend(notes)
         items.to_parquet(folder / "items.parquet", index=False)
         searches = _searches(source, items[contract.ITEM], folder, rejects, say)
         compile_transforms(workflow, schema, folder)

@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 from preprocessing.cleaning import clean_items
 from preprocessing.events import write_events
 from preprocessing.features import CATALOGUE_FILE, EVENTS_FILE, LOG_NUMBER, Features
-from preprocessing.prepare import ITEM_WORKFLOW, WORKFLOW, WORKFLOWS, compile_transforms
+from preprocessing.items import ITEM_WORKFLOW, SHOWN, described, encoded, write_catalogue
+from preprocessing.prepare import WORKFLOW, WORKFLOWS, compile_transforms
 from preprocessing.readers.base import Chunk
 from preprocessing.rejects import Rejects
 from preprocessing.sequences import WHOLE, write_requests
@@ -167,28 +168,14 @@ def _add_items(old: Features, folder: Path, items: list[str], catalogue: pd.Data
     """Rows of ``items`` behind those that are there, attributes by the fitted workflow."""
     schema = old.schema
     raw = pd.DataFrame({ITEM: np.array(items, object)})
-    if catalogue is not None:
-        raw = raw.merge(catalogue, on=ITEM, how="left")
-    for name in (contract.TITLE, contract.TEXT):
-        raw[name] = raw[name].fillna("") if name in raw else ""
-    for name in schema.item_categoricals:
-        raw[name] = raw[name].astype(object) if name in raw else np.full(len(raw), None, object)
-    for name in schema.item_continuous:
-        raw[name] = (raw[name] if name in raw else pd.Series(np.nan, raw.index)).astype("float32")
-    shown = [ITEM, contract.TITLE, contract.TEXT]
-    described = pd.read_parquet(folder / CATALOGUE_FILE)
-    whole = pd.concat([described, raw[[name for name in described if name in raw]]], ignore_index=True)
-    whole.to_parquet(folder / CATALOGUE_FILE, index=False)
-    encoded = raw[shown]
-    columns = [*schema.item_categoricals, *schema.item_continuous]
-    if columns:
-        workflow = load_workflow(old.folder / ITEM_WORKFLOW)
-        attributes = workflow.transform(nvt.Dataset(raw[columns].reset_index(drop=True))).compute()
-        encoded = pd.concat([encoded, attributes.reset_index(drop=True)], axis=1)
+    raw = described(raw if catalogue is None else raw.merge(catalogue, on=ITEM, how="left"), schema)
+    there = pd.read_parquet(folder / CATALOGUE_FILE)
+    write_catalogue(pd.concat([there, raw[list(there)]], ignore_index=True), schema, folder)
+    rows = raw[SHOWN]
+    if schema.item_attributes:
+        rows = pd.concat([rows, encoded(load_workflow(old.folder / ITEM_WORKFLOW), raw, schema)], axis=1)
     before = old.items()
-    pd.concat([before, encoded[before.columns]], ignore_index=True).to_parquet(
-        folder / old.items_file.name, index=False
-    )
+    pd.concat([before, rows[before.columns]], ignore_index=True).to_parquet(folder / old.items_file.name, index=False)
 
 
 # -- events --------------------------------------------------------------------------------------------

@@ -150,16 +150,18 @@ def extend_vocabulary(saved: Path, column: str, values: Iterable[str]) -> int:
 
 
 def item_workflow(schema: DataSchema, scratch: Path) -> nvt.Workflow | None:
-    """Catalogue attributes encoded; None where the data set has none."""
+    """Catalogue attributes encoded; None where the data set has none. List attributes come without null lists or empty
+    ones, see ``items``."""
     nodes = []
     if schema.item_categoricals:
         nodes.append(_categorical(list(schema.item_categoricals), VocabularyConfig(), scratch))
+    if schema.item_lists:
+        nodes.append(list(schema.item_lists) >> Categorify(out_path=str(scratch)))
     if schema.item_continuous:
         nodes.append(_continuous(list(schema.item_continuous)))
     if not nodes:
         return None
-    output = nodes[0] if len(nodes) == 1 else nodes[0] + nodes[1]
-    return nvt.Workflow(output)
+    return nvt.Workflow(sum(nodes[1:], nodes[0]))
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from search.data import Catalogue
 from search.hybrid import HybridIndex
+from search.listed import shown
 from search.text import normalise
 from vivace.contract import FIRST_ID
 
@@ -76,7 +77,7 @@ class ChangingIndex:
 
     def _build(self, rows: dict[str, Mapping[str, Any]]) -> None:
         base, items, values = self._base.catalogue, list(rows), list(rows.values())
-        text = lambda name: [str(row.get(name) or "") for row in values]  # noqa: E731
+        text = lambda name: [shown(row.get(name)) for row in values]  # noqa: E731
         number = lambda name: [np.nan if row.get(name) is None else row[name] for row in values]  # noqa: E731
         at = [self._base.row.get(item) for item in items]
         popularity = np.array([0.0 if a is None else self._base.popularity[a] for a in at], np.float32)
@@ -84,6 +85,7 @@ class ChangingIndex:
         changed = Catalogue(
             items, texts, {name: text(name) for name in base.attributes},
             {name: np.array(number(name), np.float32) for name in base.numbers}, popularity,
+            {name: [list(row.get(name) or []) for row in values] for name in base.lists},
         )  # fmt: skip
         self.index, self.added = self._base.extended(changed, self._encoded(items, texts)), rows
         self._ids = np.concatenate([self._ids[: len(base.items)], [self._live.ids[item] for item in items]]).astype(

@@ -15,17 +15,23 @@ import numpy as np
 @dataclass(frozen=True)
 class Catalogue:
     """Items in the order of their rows. ``texts`` by field, ``attributes`` by name ("" where not known), ``numbers``
-    such as a price (NaN where not known); ``popularity`` float32 [V], any rising measure."""
+    such as a price (NaN where not known); ``popularity`` float32 [V], any rising measure; ``lists``: attributes of
+    several values an item."""
 
     items: list[str]
     texts: dict[str, list[str]]
     attributes: dict[str, list[str]] = field(default_factory=dict)
     numbers: dict[str, np.ndarray] = field(default_factory=dict)
     popularity: np.ndarray | None = None
+    lists: dict[str, list[list[str]]] = field(default_factory=dict)
+
+    def values(self) -> dict[str, list[str]]:
+        """Of each attribute, all values that items have, as often as they have them."""
+        return self.attributes | {a: [value for row in rows for value in row] for a, rows in self.lists.items()}
 
     def __post_init__(self) -> None:
         columns: dict[str, Mapping[str, Any]] = {
-            "texts": self.texts, "attributes": self.attributes, "numbers": self.numbers,
+            "texts": self.texts, "attributes": self.attributes, "numbers": self.numbers, "lists": self.lists,
         }  # fmt: skip
         for kind, named in columns.items():
             for name, values in named.items():

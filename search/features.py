@@ -21,10 +21,20 @@ NEAR = 10.0  # a branch's rank r counts NEAR / (NEAR + r)
 def feature_names(index: HybridIndex) -> list[str]:
     fields = [f"bm25 {f.name}" for f in index.lexical.fields]
     intents = [f"{kind} {a}" for a in index.codes for kind in ("named", "likely")]
+    intents += [f"named {a}" for a in index.listed]
     ranks = [f"rank {b}" for b in index.branches]
     late = [*NAMES, *RELATIVE] if index.late is not None else []
     return [*fields, "bm25", "bm25 of the best", "dense", "in title", "in text", *PLACES, *intents, *ranks, "fused",
             "popular", "terms", *late, *PERSONAL]  # fmt: skip
+
+
+def _chances(understood: Understood, attribute: str, named: bool, values_U: np.ndarray) -> np.ndarray:
+    """float32 [U]: probability that the query asks for each value of the attribute."""
+    chance_U = np.zeros(len(values_U), np.float32)
+    for i in understood.intents:
+        if i.attribute == attribute and i.named == named:
+            chance_U[values_U == i.value] = i.probability
+    return chance_U
 
 
 def features(
@@ -42,11 +52,9 @@ def features(
     columns += list(index.lexical.places(terms(understood.mended), rows).T)
     for a, codes in index.codes.items():
         for named in (True, False):
-            chance = np.zeros(len(index.values[a]), np.float32)
-            for i in understood.intents:
-                if i.attribute == a and i.named == named:
-                    chance[np.asarray(index.values[a]) == i.value] = i.probability
-            columns.append(chance[codes[rows]])
+            columns.append(_chances(understood, a, named, index.values[a])[codes[rows]])
+    for a, listed in index.listed.items():
+        columns.append(listed.largest(_chances(understood, a, True, listed.values), rows))
     for b in index.branches:
         r = candidates.rank.get(b, np.full(n, -1))
         columns.append(np.where(r >= 0, NEAR / (NEAR + r), 0.0))

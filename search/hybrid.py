@@ -13,6 +13,7 @@ import numpy as np
 from search.data import Catalogue
 from search.late import LateInteraction
 from search.lexical import Lexical
+from search.listed import Listed
 from search.understanding import Understood
 
 LEXICAL, DENSE, MATCHED, POPULAR = "lexical", "dense", "matched", "popular"
@@ -25,8 +26,8 @@ LEVEL = 1e-3  # of popularity beside a share of the query's terms: what shares d
 
 @dataclass(frozen=True)
 class Filters:
-    """What an answer must be: one of the ``values`` of each attribute, within the ``ranges`` of each number (ends
-    included; None for open), not among the rows ``without``."""
+    """What an answer must be: one of the ``values`` of each attribute (an item with a list of values has any of them),
+    within the ``ranges`` of each number (ends included; None for open), not among the rows ``without``."""
 
     values: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
@@ -103,6 +104,7 @@ class HybridIndex:
         for name, column in catalogue.attributes.items():
             self.values[name], codes = np.unique(np.array(column, object).astype(str), return_inverse=True)
             self.codes[name] = codes.astype(np.int32)
+        self.listed = {name: Listed.of(column) for name, column in catalogue.lists.items()}
         p = catalogue.popularity
         self.popularity = np.zeros(len(catalogue.items), np.float32) if p is None else np.asarray(p, np.float32)
         matched = p is not None and self.weights[MATCHED] > 0
@@ -122,11 +124,12 @@ class HybridIndex:
             codes = [known.setdefault(value, len(known)) for value in column]
             index.values[name] = np.array(list(known), object).astype(str)
             index.codes[name] = np.concatenate([self.codes[name], np.array(codes, np.int32)])
+        index.listed = {name: self.listed[name].extended(column) for name, column in changed.lists.items()}
         index.catalogue = Catalogue(
             [*base.items, *changed.items], {},
             {name: [*column, *changed.attributes[name]] for name, column in base.attributes.items()},
             {name: np.concatenate([column, changed.numbers[name]]) for name, column in base.numbers.items()},
-            index.popularity,
+            index.popularity, {name: [*column, *changed.lists[name]] for name, column in base.lists.items()},
         )  # fmt: skip
         index.row = self.row | {item: len(base.items) + k for k, item in enumerate(changed.items)}
         return index
@@ -135,8 +138,12 @@ class HybridIndex:
         """bool [V]. Raises ValueError for an attribute or number that the catalogue does not have."""
         out_V = np.ones(len(self.catalogue.items), bool) if self.shut_V is None else ~self.shut_V
         for name, values in filters.values.items():
+            if name in self.listed:
+                out_V &= self.listed[name].having(values)
+                continue
             if name not in self.codes:
-                raise ValueError(f"filters: expected an attribute of {sorted(self.codes)}, got {name!r}")
+                there = sorted([*self.codes, *self.listed])
+                raise ValueError(f"filters: expected an attribute of {there}, got {name!r}")
             known = np.isin(self.values[name], list(values))
             out_V &= known[self.codes[name]]
         for name, (low, high) in filters.ranges.items():
@@ -192,11 +199,13 @@ class HybridIndex:
 
     def facets(self, rows: np.ndarray, most: int = 10) -> dict[str, list[tuple[str, int]]]:
         """Of each attribute, its most frequent values among ``rows`` with their counts."""
-        out = {}
+        out, counted = {}, dict[str, tuple[np.ndarray, np.ndarray]]()
         for name, codes in self.codes.items():
-            counts = np.bincount(codes[rows], minlength=len(self.values[name]))
+            counted[name] = self.values[name], np.bincount(codes[rows], minlength=len(self.values[name]))
+        counted |= {name: (of.values, of.counts(rows)) for name, of in self.listed.items()}
+        for name, (values, counts) in counted.items():
             order = np.argsort(-counts, kind="stable")[: most + 1]  # equal ones by value, as the values are in order
-            named = [(str(self.values[name][i]), int(counts[i])) for i in order if counts[i] and self.values[name][i]]
+            named = [(str(values[i]), int(counts[i])) for i in order if counts[i] and values[i]]
             out[name] = named[:most]
         return out
 

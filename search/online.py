@@ -20,6 +20,7 @@ from search.features import features, personal
 from search.hybrid import Filters, HybridIndex, diversify
 from search.late import FILE as STATES, LateInteraction
 from search.lexical import FILE as LEXICAL_FILE, Lexical
+from search.listed import shown
 from search.query_encoder import ENCODER, TOKENIZER, EncodedQueries, QueryEncoder
 from search.text import normalise, words
 from search.understanding import FILE as UNDERSTANDING_FILE, QueryUnderstanding, Understood, likely
@@ -88,6 +89,7 @@ def write_catalogue(catalogue: Catalogue, folder: Path) -> None:
     record = {
         "items": catalogue.items,
         "attributes": catalogue.attributes,
+        "lists": catalogue.lists,
         "numbers": {n: [None if np.isnan(x) else float(x) for x in v] for n, v in catalogue.numbers.items()},
         "popularity": [] if catalogue.popularity is None else [float(x) for x in catalogue.popularity],
     }
@@ -98,7 +100,8 @@ def read_catalogue(folder: Path) -> Catalogue:
     record = json.loads((folder / CATALOGUE).read_text(encoding="utf-8"))
     numbers = {n: np.array([np.nan if x is None else x for x in v], np.float32) for n, v in record["numbers"].items()}
     popularity = np.array(record["popularity"], np.float32) if record["popularity"] else None
-    return Catalogue(record["items"], {}, record["attributes"], numbers, popularity)
+    lists = record.get("lists", {})  # an older version's has none
+    return Catalogue(record["items"], {}, record["attributes"], numbers, popularity, lists)
 
 
 SearchResult = tuple[np.ndarray, np.ndarray, str]  # ids int64 [n], best first; features float32 [n, X]; UNDERSTOOD
@@ -179,13 +182,14 @@ class QuerySearch:
         if self._changing is None:
             return
         if self._changing.refresh():
-            added, attributes = self._changing.added, self.index.codes
+            added, lists = self._changing.added, self.index.listed
             rows = [row for item, row in added.items() if self._learned.get(item) is not row]
             self._learned = dict(added)
             fields = [field.name for field in self.index.lexical.fields]
             self.understanding.learn_more(
-                [str(row.get(name) or "") for row in rows for name in fields],
-                {name: [str(row.get(name) or "") for row in rows] for name in attributes},
+                [shown(row.get(name)) for row in rows for name in fields],
+                {name: [str(row.get(name) or "") for row in rows] for name in self.index.codes}
+                | {name: [value for row in rows for value in row.get(name) or []] for name in lists},
             )
         self.index = self._changing.index
 

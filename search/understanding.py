@@ -189,7 +189,7 @@ class QueryUnderstanding:
         cls, texts: Sequence[Sequence[str]], attributes: Mapping[str, Sequence[str]],
         synonyms: Mapping[str, Sequence[str]] | None = None,
     ) -> QueryUnderstanding:  # fmt: skip
-        """From the catalogue: ``texts`` by field, ``attributes``: of each, its value for every item."""
+        """From the catalogue: ``texts`` by field, ``attributes``: of each, its values for all items."""
         frequency = Counter(w for rows in texts for row in rows for w in words(normalise(row)))
         return cls(frequency, synonyms or {}, {a: sorted({v for v in values if v}) for a, values in attributes.items()})
 

@@ -84,9 +84,9 @@ def _context(context: Mapping[str, Any] | None) -> list[tuple[contract.WireTenso
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy as Python's; raises TypeError for what JSON cannot hold."""
-    if isinstance(value, np.generic):
-        return value.item()
+    """A number or an array of NumPy as Python's; raises TypeError for what JSON cannot hold."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     raise TypeError(f"{type(value).__name__} {value!r:.60}")
 
 

@@ -40,6 +40,9 @@ SOURCE_ROW = "source_row"  # position in the source: breaks ties of time, and na
 SPLIT = "split"
 HOUR, WEEKDAY = "hour", "weekday"  # of a moment in the data's time zone, "0" (midnight, Monday) and up
 
+MAX_VALUES = 16  # of one list attribute of one item that models read, the most frequent first
+SEPARATOR = "|"  # of the values of a list attribute that is written as text, unless the schema says otherwise
+
 TRAIN, VALID, TEST = 0, 1, 2  # values of SPLIT
 CONTEXT = 3  # of a held-out session: history of the events to predict, learned from by the final fit alone
 GIVEN, GIVEN_TEST = 4, 5  # of a test set that came with the log: history, event to predict; nothing learns from them
@@ -79,6 +82,9 @@ class DataSchema:
     catalogue does not list: "reject" (to the rejects file) or "keep" (attributes stay null).
     ``exclude_seen``: items of the history are not answered. ``sessions``: a user is one session of somebody unknown.
 
+    ``item_lists`` are attributes of several values, such as genres; ``list_separators``: of each, what parts its values
+    where they are written as one text (none: SEPARATOR for all).
+
     All event columns but type and weight are *context*: known when a request is made. ``user_columns`` names those of
     them that are a user's own and come from the table of users; ``time_zone``, such as "UTC", adds HOUR and WEEKDAY
     ("": neither).
@@ -96,6 +102,8 @@ class DataSchema:
     sessions: bool = False
     user_columns: tuple[str, ...] = ()
     time_zone: str = ""
+    item_lists: tuple[str, ...] = ()
+    list_separators: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.unknown_items not in ("reject", "keep"):
@@ -105,6 +113,11 @@ class DataSchema:
         for names in (self.event_columns, (ITEM, TEXT, *self.item_columns)):  # two tables
             if len(set(names)) != len(names):
                 raise ValueError(f"DataSchema {self.name}: column names repeat: {sorted(names)}")
+        if self.list_separators and (len(self.list_separators) != len(self.item_lists) or "" in self.list_separators):
+            raise ValueError(
+                f"DataSchema.list_separators: expected a text for each of {list(self.item_lists)}, got "
+                f"{list(self.list_separators)}"
+            )
         if strange := sorted(set(self.user_columns) - {*self.context_categoricals, *self.context_continuous}):
             raise ValueError(f"DataSchema.user_columns: expected event columns, got {strange}")
 
@@ -134,7 +147,17 @@ class DataSchema:
     @property
     def item_columns(self) -> tuple[str, ...]:
         """Columns of the catalogue other than its key (ITEM)."""
-        return (TITLE, *self.item_categoricals, *self.item_continuous)
+        return (TITLE, *self.item_attributes)
+
+    @property
+    def item_attributes(self) -> tuple[str, ...]:
+        """Columns of the catalogue that say what an item is like."""
+        return (*self.item_categoricals, *self.item_lists, *self.item_continuous)
+
+    @property
+    def separators(self) -> dict[str, str]:
+        """Of each list attribute, what parts its values in a text."""
+        return dict(zip(self.item_lists, self.list_separators or [SEPARATOR] * len(self.item_lists), strict=True))
 
     def to_json(self) -> dict[str, Any]:
         record = dataclasses.asdict(self)

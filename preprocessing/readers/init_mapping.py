@@ -21,6 +21,7 @@ from preprocessing.readers.parts import is_parquet
 
 SAMPLE_ROWS, SAMPLE_BYTES = 1000, 1 << 20
 MAX_CATEGORIES = 0.5  # distinct values a row, up to which a text column is a category
+LIST_SEPARATORS = {"|": 0.25, ";": 0.5, ",": 0.5}  # with the share of a column's texts that have it in a list
 YEAR_1990_MS, YEAR_2100_MS = 631_152_000_000, 4_102_444_800_000
 SESSION = "session"  # in the name of the column of users: the log is one of sessions
 _USER = ("user", "visitor", "customer", "member", "client", "session", "account", "uid")
@@ -48,6 +49,22 @@ class Sample:
         except ValueError:
             return False
         return bool(np.isfinite(read.values).any()) and not read.unreadable.any()
+
+    def listed(self, name: str) -> str | None:
+        """What parts the values of a column of lists, "" where they are true lists; None where it holds no lists: a
+        separator stands in many of its texts, and what it parts repeats."""
+        array = self.table[name].combine_chunks()
+        if arrow_types.is_list(array.type):
+            return ""
+        if not arrow_types.is_text(array.type):
+            return None
+        known = [value for value in array.to_pylist() if value and value.strip()]
+        for separator, least in LIST_SEPARATORS.items():
+            parts = [part.strip() for value in known for part in value.split(separator)]
+            with_it = sum(separator in value for value in known)
+            if with_it and with_it >= least * len(known) and len(set(parts)) <= MAX_CATEGORIES * len(parts):
+                return separator
+        return None
 
     def distinct(self, name: str) -> float:
         """Distinct values a row."""
@@ -189,10 +206,15 @@ def _items(sample: Sample, item: str, folder: Path) -> list[str]:
     title = _guess(names, _TITLE, lambda n: not sample.numeric(n))
     rest = [n for n in names if n != title]
     numbers = [n for n in rest if sample.numeric(n) and n not in (title,)]
-    kinds = [n for n in rest if n not in numbers and sample.distinct(n) <= MAX_CATEGORIES]
+    lists = {n: separator for n in rest if n not in numbers and (separator := sample.listed(n)) is not None}
+    kinds = [n for n in rest if n not in numbers and n not in lists and sample.distinct(n) <= MAX_CATEGORIES]
     out = [f"files = {_toml(os.path.relpath(sample.file, folder))}", *_form(sample), _key("item", item, "its key")]
     out += [_key("title", title, "what people read")]
     out += [f"categorical = {_toml(kinds)}  # check: attributes with few values"] if kinds else []
+    out += [f"lists = {_toml(list(lists))}  # check: attributes of several values"] if lists else []
+    parted = {n: separator for n, separator in lists.items() if separator}
+    each = ", ".join(f"{_toml(n)} = {_toml(separator)}" for n, separator in parted.items())
+    out += [f"separator = {{ {each} }}  # check: what parts the values"] if parted else []
     out += [f"continuous = {_toml(numbers)}  # check: numbers, such as a price"] if numbers else []
     return out
 

@@ -23,6 +23,7 @@ from vivace.contract import DataSchema, TaskHead
 INTERACTIONS, ITEMS, USERS, SEARCHES = "interactions", "items", "users", "searches"
 FORM = ("delimiter", "encoding", "quote", "decimal", "time_zone", "missing")
 TEXT, TEXTS, BOOLEAN, NUMBERS, NAMES = "a text", "a text or a list of texts", "true or false", "numbers", "texts"
+TEXT_EACH = "a text, or a text for each column of lists"
 _FORM = {"delimiter": TEXT, "encoding": TEXT, "quote": TEXT, "decimal": TEXT, "time_zone": TEXT, "missing": TEXTS}
 _KEYS: dict[str, dict[str, str]] = {
     "": {
@@ -35,8 +36,8 @@ _KEYS: dict[str, dict[str, str]] = {
         "rename": NAMES, **_FORM,
     },
     ITEMS: {
-        "files": TEXTS, "item": TEXT, "title": TEXTS, "categorical": TEXTS, "continuous": TEXTS, "rename": NAMES,
-        **_FORM,
+        "files": TEXTS, "item": TEXT, "title": TEXTS, "categorical": TEXTS, "lists": TEXTS, "separator": TEXT_EACH,
+        "continuous": TEXTS, "rename": NAMES, **_FORM,
     },
     USERS: {
         "files": TEXTS, "user": TEXT, "categorical": TEXTS, "continuous": TEXTS, "rename": NAMES, **_FORM,
@@ -105,6 +106,12 @@ class Section:
         """Name in the schema: column in the file, of attributes listed under ``keys``."""
         rename = self.keys.get("rename", {})
         return {rename.get(column, column): column for key in keys for column in texts(self.keys.get(key))}
+
+    def separators(self) -> dict[str, str]:
+        """Name in the schema of each column under ``lists``: what parts its values where they are one text."""
+        given = self.keys.get("separator", {})
+        of_column = given if isinstance(given, dict) else dict.fromkeys(texts(self.keys.get("lists")), given)
+        return {name: of_column.get(column, contract.SEPARATOR) for name, column in self.columns("lists").items()}
 
     def files(self) -> list[Path]:
         """Files in the order given, those of one pattern by name, each once; a folder stands for what is in it.
@@ -197,6 +204,8 @@ def _is(value: Any, kind: str) -> bool:
         return isinstance(value, dict) and all(number(v) for v in value.values())
     if kind == NAMES:
         return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    if kind == TEXT_EACH:
+        return isinstance(value, str) or _is(value, NAMES)
     listed = kind == TEXTS and isinstance(value, list) and all(isinstance(v, str) for v in value)
     return isinstance(value, str) or listed
 
@@ -249,6 +258,21 @@ def _check_names(section: Section, reserved: set[str], *keys: str) -> None:
         seen.add(name)
 
 
+def _check_lists(items: Section) -> None:
+    lists, given = texts(items.keys.get("lists")), items.keys.get("separator")
+    for kind in ("categorical", "continuous"):
+        if both := sorted(set(lists) & set(texts(items.keys.get(kind)))):
+            raise ValueError(f"{items.where} lists: {both[0]!r} is among {kind} too; keep it in one of the two")
+    if given is not None and not lists:
+        raise ValueError(
+            f"{items.where} separator: expected columns under lists, found none; name them, or leave it out"
+        )
+    if isinstance(given, dict) and (strange := sorted(set(given) - set(lists))):
+        raise ValueError(f"{items.where} separator: {strange[0]!r} is not among lists {lists}")
+    if given is not None and "" in (given.values() if isinstance(given, dict) else [given]):
+        raise ValueError(f'{items.where} separator: expected a text such as "|", got ""')
+
+
 def _schema(path: Path, keys: dict[str, Any], sections: dict[str, Section]) -> DataSchema:
     events, items, users = sections[INTERACTIONS], sections.get(ITEMS), sections.get(USERS)
     _check_names(events, _EVENT_NAMES, "context", "context_continuous")
@@ -258,7 +282,9 @@ def _schema(path: Path, keys: dict[str, Any], sections: dict[str, Section]) -> D
     of_users = [users.columns(kind) if users else {} for kind in ("categorical", "continuous")]
     zone = (events.zone or "UTC") if keys.get("clock", False) else ""
     if items is not None:
-        _check_names(items, _ITEM_NAMES, "categorical", "continuous")
+        _check_lists(items)
+        _check_names(items, _ITEM_NAMES, "categorical", "lists", "continuous")
+    separators = items.separators() if items else {}
     heads = keys.get("heads") or {"click": float("-inf")}
     try:
         return DataSchema(
@@ -269,6 +295,8 @@ def _schema(path: Path, keys: dict[str, Any], sections: dict[str, Section]) -> D
             time_zone=zone,
             item_categoricals=tuple(items.columns("categorical")) if items else (),
             item_continuous=tuple(items.columns("continuous")) if items else (),
+            item_lists=tuple(separators),
+            list_separators=tuple(separators.values()),
             heads=tuple(TaskHead(name, float(weight)) for name, weight in heads.items()),
             unknown_items=keys.get("unknown_items", "reject"),
             exclude_seen=keys.get("exclude_seen", not keys.get("sessions", False)),

@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from preprocessing import arrow_types
+from preprocessing.item_lists import object_column
+from preprocessing.item_rows import list_values
 from preprocessing.readers import csv_rows
 from preprocessing.readers.base import CHUNK_ROWS, DETAIL, LINE, REASON, Chunk
 from preprocessing.readers.csv_rows import ENCODING, CsvFile, Malformed
@@ -24,6 +26,8 @@ UNREADABLE, NOT_FINITE = (
     "number that is not finite in {}, taken as missing",
 )
 BLANKS, BOOLEAN_WORDS = "blanks around {} removed", "{} spelled as true or false"
+TIDIED = "blanks, empty parts or repeats in {} removed"
+SEPARATORS = (",", ";", "|", "/")  # one of these in most texts of a list column, and not its own: the wrong one is set
 _PARQUET_MAGIC = b"PAR1"
 
 
@@ -88,6 +92,43 @@ class Part:
         empty = pc.fill_null(pc.equal(stripped, ""), True)
         return arrow_types.to_series(pc.if_else(empty, pa.scalar(None, stripped.type), stripped))
 
+    def lists(self, column: str, separator: str) -> pd.Series:
+        """Values of each row (``item_rows.list_values``), from lists or from texts whose values ``separator`` parts."""
+        array, where = self.array(column), self.where(column)
+        if arrow_types.is_list(array.type):
+            cells = self._list_cells(array, where)
+        else:
+            cells = arrow_types.text(array, where).to_pylist()
+            self._doubt_separator(cells, where, separator)
+        values = [list_values(cell, where, separator) for cell in cells]
+        tidied = [_is_tidied(cell, of, separator) for cell, of in zip(cells, values, strict=True)]
+        self.change(TIDIED.format(column), np.array(tidied, bool))
+        return pd.Series(object_column(values))
+
+    def _list_cells(self, array: pa.Array, where: str) -> list[list[str | None]]:
+        inner = arrow_types.plain(array.flatten())
+        if arrow_types.is_binary(inner.type):
+            inner, _ = arrow_types.decoded(inner, False)
+        values = arrow_types.text(inner, where).to_pylist()
+        missing, at, cells = set(self.section.missing), 0, list[list[str | None]]()
+        for length in pc.list_value_length(array).to_pylist():
+            row = values[at : at + (length or 0)]
+            at += length or 0
+            cells.append([None if v is not None and v.strip() in missing else v for v in row])
+        return cells
+
+    def _doubt_separator(self, cells: list[str | None], where: str, separator: str) -> None:
+        """A note where no text has the separator and most have the same other one."""
+        known = [cell for cell in cells if cell and cell.strip()]
+        if not known or any(separator in cell for cell in known):
+            return
+        for other in SEPARATORS:
+            if sum(other in cell for cell in known) > len(known) / 2:
+                self.notes.append(
+                    f"{where}: no value has the separator {separator!r}, most have {other!r}: set separator in "
+                    f"[{self.section.name}]"
+                )
+
     def numbers(self, column: str) -> np.ndarray:
         """float64 [n], NaN where missing; what is no number or not finite is counted as a change."""
         values, unreadable, not_finite = arrow_types.numbers(
@@ -112,6 +153,12 @@ class Part:
 
     def last_line(self) -> int:
         return max([0, *self.lines[-1:].tolist(), *(m.line for m in self.malformed)])
+
+
+def _is_tidied(cell: str | list[str | None] | None, values: list[str], separator: str) -> bool:
+    """Whether ``values`` are not all that a cell of a list column held; one without any is as it was."""
+    parts = cell.split(separator) if isinstance(cell, str) and cell.strip() else cell
+    return isinstance(parts, list) and sorted("" if part is None else part for part in parts) != values
 
 
 def is_parquet(file: Path) -> bool:

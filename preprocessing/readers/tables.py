@@ -59,13 +59,16 @@ class Tables:
         Raises ValueError for none."""
         titles, keys = texts(section.keys.get("title")), section.keys
         categorical, continuous = section.columns("categorical"), section.columns("continuous")
-        chunks = []
-        for part, base in self._parts(section, [keys[key], *titles, *categorical.values(), *continuous.values()]):
+        lists, separators, chunks = section.columns("lists"), section.separators(), []
+        attributes = [*categorical.values(), *lists.values(), *continuous.values()]
+        for part, base in self._parts(section, [keys[key], *titles, *attributes]):
             rows = pd.DataFrame({name: part.ids(keys[key])})
             if section.name == ITEMS:
                 rows[TITLE] = _joined([part.text(t) for t in titles], rows.index)
             for attribute, column in categorical.items():
                 rows[attribute] = part.category(column)
+            for attribute, column in lists.items():
+                rows[attribute] = part.lists(column, separators[attribute])
             for attribute, column in continuous.items():
                 rows[attribute] = part.numbers(column)
             chunks.append(part.chunk(rows, base))

@@ -18,7 +18,8 @@ from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.onnx_session import open_session
 
 GRAPH, STATE_GRAPH = "fresh.onnx", "fresh_state.onnx"  # the second where the retriever reads the context
-ATTRIBUTES = {"FRESH_CATEGORIES": "categories", "FRESH_NUMBERS": "numbers"}  # inputs: arrays of fresh items
+# inputs: arrays of fresh items
+ATTRIBUTES = {"FRESH_CATEGORIES": "categories", "FRESH_LISTS": "lists", "FRESH_NUMBERS": "numbers"}
 NOWHERE = np.float32(-np.inf)
 EXCLUDED = np.float32(-1e30)  # as the graphs score what must not be answered
 

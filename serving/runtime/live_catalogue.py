@@ -2,7 +2,7 @@
 
 Every process follows the log for itself: before it answers it asks for the number of the newest change, which takes
 microseconds, and reads what is new. So what was acknowledged is in the next answer, of whichever process.
-Axis legend: F fresh items, D width, C categorical and M continuous attributes.
+Axis legend: F fresh items, D width, C categorical, A list and M continuous attributes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from preprocessing.item_rows import sold_out
-from serving.runtime.new_items import CompiledRows, NewItem, NewItems
+from serving.runtime.new_items import Attributes, CompiledRows, NewItem, NewItems
 from vivace.contract import FIRST_ID, MAX_FRESH, StageTensors
 from vivace.store.lmdb_catalogue import Change
 from vivace.store.lmdb_store import LmdbStore
 
 log = logging.getLogger(__name__)
-NO_ATTRIBUTES = np.zeros(0, np.int64), np.zeros(0, np.float32)
 ItemIds = Callable[[Sequence[str]], np.ndarray]
 
 
@@ -30,20 +29,21 @@ class FreshItems:
     """Items that are not in the trained tables, each in a place of its own. Arrays grow; what is taken out stays in its
     place, not ``alive``, until another item needs it."""
 
-    def __init__(self, width: int, categories: int, numbers: int) -> None:
+    def __init__(self, width: int, like: Attributes) -> None:
+        """``like``: attributes of the shapes that all items' have."""
         self.count = 0
         self.place: dict[str, int] = {}
         self._free: list[int] = []
-        self._room = (width, categories, numbers)
+        self._width, self._like = width, like
         self._grow(64)
 
     def _grow(self, size: int) -> None:
-        width, categories, numbers = self._room
+        width, like = self._width, self._like._asdict()
         old = self.__dict__.get("_arrays", {})
         self._arrays: dict[str, np.ndarray] = {
             "vectors": np.zeros((size, width), np.float32), "biases": np.zeros(size, np.float32),
             "slots": np.zeros(size, np.int64), "nearest": np.zeros(size, np.int64), "alive": np.zeros(size, bool),
-            "categories": np.zeros((size, categories), np.int64), "numbers": np.zeros((size, numbers), np.float32),
+            **{name: np.zeros((size, *values.shape), values.dtype) for name, values in like.items()},
         }  # fmt: skip
         for name, values in old.items():
             self._arrays[name][: self.count] = values[: self.count]
@@ -56,7 +56,7 @@ class FreshItems:
     def alive(self) -> int:
         return int(self.of("alive").sum())
 
-    def put(self, item_id: str, slot: int, item: NewItem, categories: np.ndarray, numbers: np.ndarray) -> bool:
+    def put(self, item_id: str, slot: int, item: NewItem, attributes: Attributes) -> bool:
         """Whether there is room for it: MAX_FRESH."""
         place = self.place.get(item_id)
         if place is None:
@@ -70,8 +70,8 @@ class FreshItems:
             else:
                 return False
             self.place[item_id] = place
-        values = (item.vector, item.bias, slot, item.nearest, True, categories, numbers)
-        names = ("vectors", "biases", "slots", "nearest", "alive", "categories", "numbers")
+        values = (item.vector, item.bias, slot, item.nearest, True, *attributes)
+        names = ("vectors", "biases", "slots", "nearest", "alive", *Attributes._fields)
         for name, value in zip(names, values, strict=True):
             self._arrays[name][place] = value
         return True
@@ -179,10 +179,10 @@ class LiveCatalogue:
             if self.fresh is not None:
                 self.fresh.take_out(change.item_id)
             return
-        categories, numbers = self.tables.attributes(row) if self._ranks else NO_ATTRIBUTES
+        attributes = self.tables.attributes(row) if self._ranks else Attributes.none()
         if self.fresh is None:
-            self.fresh = FreshItems(len(item.vector), len(categories), len(numbers))
-        if not self.fresh.put(change.item_id, change.slot, item, categories, numbers):
+            self.fresh = FreshItems(len(item.vector), attributes)
+        if not self.fresh.put(change.item_id, change.slot, item, attributes):
             if not self.left_out:
                 log.warning("live catalogue: %s: more than %d new items; 'vivace prepare', 'vivace train' and 'vivace "
                             "compile' take them in", change.item_id, MAX_FRESH)  # fmt: skip

@@ -3,7 +3,7 @@ and attributes, as training gives it to items of the catalogue without an event 
 
 The row counts itself among the documents of the TF-IDF, as it would at ``vivace prepare``; the weights of the other
 items stay those of the compiled catalogue. Axis legend: I new items, S seen items, W words and names, D width,
-C categorical and M continuous attributes, K neighbours.
+C categorical, A list and M continuous attributes, K neighbours.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
 
+from preprocessing.item_lists import list_ids, padded
 from preprocessing.item_rows import digest, sold_out
 from vivace.contract import FIRST_ID, NULL_ID, OOV_ID, TEXT
 from vivace.store.lmdb_catalogue import Change
@@ -56,9 +57,9 @@ class NewItemTables:
     digests: np.ndarray
     names: dict[str, Any]
     """``words`` and ``names``: the rows of ``terms_WS``; ``items``: of the catalogue; ``categories``: of each
-    attribute, value to id; ``numbers``: of each, slope and intercept of its normalisation; ``score``: slope and
-    intercept of the retrieval score over the inner product; ``catalogue_ms``: when the catalogue was written, Unix
-    ms."""
+    attribute, value to id; ``lists``: the same of each list attribute; ``numbers``: of each, slope and intercept of its
+    normalisation; ``score``: slope and intercept of the retrieval score over the inner product; ``catalogue_ms``: when
+    the catalogue was written, Unix ms."""
 
     def save(self, folder: Path) -> None:
         t = self.terms_WS
@@ -125,6 +126,18 @@ class NewItem:
         return cls(np.frombuffer(raw, np.float32, -1, 12), float(bias), int(nearest))
 
 
+class Attributes(NamedTuple):
+    """Of one row: ``categories`` int64 [C], ``lists`` int32 [A, MAX_VALUES], normalised ``numbers`` float32 [M]."""
+
+    categories: np.ndarray
+    lists: np.ndarray
+    numbers: np.ndarray
+
+    @classmethod
+    def none(cls) -> Attributes:
+        return cls(np.zeros(0, np.int64), padded([]), np.zeros(0, np.float32))
+
+
 class NewItems:
     """Rows of new items to what stands for them, by the tables of one version."""
 
@@ -132,6 +145,7 @@ class NewItems:
         self.tables, self.names = tables, tables.names
         self._word = {word: i for i, word in enumerate(self.names["words"])}
         self._name = {name: len(self._word) + i for i, name in enumerate(self.names["names"])}
+        self._lists: dict[str, dict[str, int]] = self.names.get("lists", {})  # an older version's have none
         self._lengths_S = np.linalg.norm(tables.vectors_SD, axis=1)
 
     @classmethod
@@ -161,14 +175,14 @@ class NewItems:
             columns += [at for at, _ in known]
             weights += [w for _, w in known]
             parts += 1
-        if self.names["categories"]:
-            share = 1 / math.sqrt(len(self.names["categories"]))
-            for attribute in self.names["categories"]:
-                at = self._name.get(f"{attribute}={self._category(attribute, row)}")
-                if at is not None:
-                    columns.append(at)
-                    weights.append(share)
-            parts += 1
+        ids = {attribute: [self._category(attribute, row)] for attribute in self.names["categories"]}
+        ids |= {attribute: self._list(attribute, row) for attribute in self._lists}
+        for attribute, of_row in ids.items():
+            share = 1 / math.sqrt(len(ids) * len(of_row))  # the values of a list have one attribute's part together
+            found = [at for id_ in of_row if (at := self._name.get(f"{attribute}={id_}")) is not None]
+            columns += found
+            weights += [share] * len(found)
+        parts += bool(ids)
         return columns, [w / math.sqrt(parts) for w in weights]
 
     def _category(self, attribute: str, row: Mapping[str, Any]) -> int:
@@ -176,6 +190,10 @@ class NewItems:
         if value is None or value == "":
             return NULL_ID
         return int(self.names["categories"][attribute].get(value, OOV_ID))
+
+    def _list(self, attribute: str, row: Mapping[str, Any]) -> list[int]:
+        values = row.get(attribute) or []
+        return list_ids((self._lists[attribute].get(value, OOV_ID) for value in values), len(values))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[NewItem | None]:
         """What stands for each row; None for one that shares no word and no attribute with a seen item."""
@@ -206,11 +224,12 @@ class NewItems:
         first = t.seen_ids[places[np.lexsort((places, -close))[0]]]
         return NewItem(vector.astype(np.float32), float(share_K @ t.biases_S[places]), int(first))
 
-    def attributes(self, row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64 [C] and normalised numbers float32 [M] of a row's attributes, as ``vivace prepare`` encodes."""
+    def attributes(self, row: Mapping[str, Any]) -> Attributes:
+        """Of a row, as ``vivace prepare`` encodes."""
         ids = [self._category(attribute, row) for attribute in self.names["categories"]]
         numbers = []
         for name, (slope, intercept) in self.names["numbers"].items():
             value = row.get(name)
             numbers.append(slope * (0.0 if value is None else value) + intercept)
-        return np.array(ids, np.int64), np.array(numbers, np.float32)
+        lists_AK = padded([self._list(attribute, row) for attribute in self._lists])
+        return Attributes(np.array(ids, np.int64), lists_AK, np.array(numbers, np.float32))

@@ -40,6 +40,7 @@ from training.data.counters import popularity
 from training.data.fresh_ranking import (
     CATEGORIES,
     INPUTS,
+    LISTS,
     NEWEST,
     NUMBERS,
     OUTPUT,
@@ -191,9 +192,13 @@ class Compilation:
         chosen = self.candidates[1][:, : self.tensors.fresh]
         given = [history, scores, encoded, scores[:, : self.tensors.fresh], self.ranker.item(chosen)]
         names = list(INPUTS)
-        for name, table in ((CATEGORIES, self.ranker.categories), (NUMBERS, self.ranker.numbers)):
-            if table.shape[1]:
-                given.append(table[chosen])
+        ranker = self.ranker
+        attributes = {CATEGORIES: ranker.categories, NUMBERS: ranker.numbers}
+        if len(ranker.listed):
+            attributes[LISTS] = ranker.lists
+        for name in (CATEGORIES, LISTS, NUMBERS):
+            if name in attributes and attributes[name].shape[1]:
+                given.append(attributes[name][chosen])
                 names.append(name)
         free = {**RANKING_AXES, OUTPUT: (2, "fresh"), **{name: (1, "fresh") for name in names[3:]}}
         names += names_of(self.tensors.moment)

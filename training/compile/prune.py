@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.models.encoders import Attention, EncoderConfig
-from training.models.item_table import ItemAttributes
+from training.models.item_table import ItemAttributes, ItemLists
 from training.models.retrieval import RetrievalModel
 
 Loss = Callable[[RetrievalModel, Tensor], Tensor]
@@ -133,7 +133,9 @@ def _smaller(model: RetrievalModel, config: EncoderConfig) -> RetrievalModel:
     if items.known:
         sizes = tuple(len(category.weight) for category in items.category)  # type: ignore[arg-type]
         words = items.word.num_embeddings if items.word is not None else 1
-        attributes = ItemAttributes(items.categories, sizes, items.numbers, items.words, words, items.vectors)
+        listed = tuple(len(values.weight) for values in items.listed)  # type: ignore[arg-type]
+        lists = ItemLists(items.lists, listed) if listed else None
+        attributes = ItemAttributes(items.categories, sizes, items.numbers, items.words, words, items.vectors, lists)
     return RetrievalModel(config, len(model.bias), model.popularity.clone(), attributes, model.columns)
 
 

@@ -12,7 +12,7 @@ from scipy.sparse.linalg import svds
 from sklearn.utils.extmath import randomized_svd
 
 from preprocessing.features import Features
-from training.models.item_table import attribute_tables
+from training.models.item_table import ItemLists, attribute_tables
 from training.models.ranking import ItemTables
 from vivace.contract import FIRST_ID, ITEM
 
@@ -116,4 +116,5 @@ def item_tables(features: Features, followers: int, part: str = "train", files: 
         categories=categories,
         category_sizes=sizes,
         numbers=numbers,
+        lists=ItemLists.of(features),
     )

@@ -2,7 +2,8 @@
 
 The candidates of the trained tables are ranked as ever, by a graph that knows of no other; so an answer without fresh
 items is the same to the last bit, and one with them keeps the order of the others.
-Axis legend: B requests, T history events, N candidates, M fresh items, D width, C categorical attributes, F features.
+Axis legend: B requests, T history events, N candidates, M fresh items, D width, C categorical attributes, A list
+attributes of K values, F features.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from training.models.retrieval import RetrievalModel
 from vivace.contract import FIRST_ID, PADDING_ID
 
 INPUTS = ("HISTORY_IDS", "CANDIDATE_SCORES", "ENCODED_HISTORY", "FRESH_SCORES", "FRESH_VECTORS")
-CATEGORIES, NUMBERS = "FRESH_CATEGORIES", "FRESH_NUMBERS"  # after them, where the catalogue has such attributes
+# after them, where the catalogue has such attributes
+CATEGORIES, LISTS, NUMBERS = "FRESH_CATEGORIES", "FRESH_LISTS", "FRESH_NUMBERS"
 OUTPUT = "FRESH_VALUES"
 NEWEST = "NEWEST"  # input of the graph of states
 NO_ITEM = -1  # as an id or a category: equal to none
@@ -42,7 +44,9 @@ class FreshRankingGraph(nn.Module):
         super().__init__()
         self.model = exportable(model).eval()
 
-    def _describe(self, vectors_BMD: Tensor, categories_BMC: Tensor | None, numbers_BMX: Tensor | None) -> Tensor:
+    def _describe(
+        self, vectors_BMD: Tensor, categories_BMC: Tensor | None, lists_BMAK: Tensor | None, numbers_BMX: Tensor | None
+    ) -> Tensor:
         """See ``RankingModel.describe``."""
         parts = [vectors_BMD]
         if categories_BMC is not None:
@@ -51,6 +55,8 @@ class FreshRankingGraph(nn.Module):
                 assert isinstance(embedding, nn.Embedding)
                 ids = categories_BMC[..., i]  # a value that came up after training has no row
                 parts.append(embedding(torch.where(ids < embedding.num_embeddings, ids, torch.zeros_like(ids))))
+        if lists_BMAK is not None:  # all their values have: the vocabulary is the trained one
+            parts += self.model.list_means(lists_BMAK)
         return torch.cat([*parts, *([] if numbers_BMX is None else [numbers_BMX])], dim=-1)
 
     def _counters(
@@ -76,14 +82,15 @@ class FreshRankingGraph(nn.Module):
         self, history_ids: Tensor, candidate_scores: Tensor, encoded_history: Tensor, fresh_scores: Tensor,
         fresh_vectors: Tensor, *more: Tensor,
     ) -> Tensor:  # fmt: skip
-        """float32 [B, 1 + heads, M] as ``contract.ranked_values`` has them, not sorted. ``more``: CATEGORIES, where the
-        catalogue has any, then NUMBERS, where it has any, then ``contract.StageTensors.moment``."""
+        """float32 [B, 1 + heads, M] as ``contract.ranked_values`` has them, not sorted. ``more``: CATEGORIES, LISTS
+        and NUMBERS, those that the catalogue has, then ``contract.StageTensors.moment``."""
         model, f, m = self.model, len(self.model.head_names), fresh_scores.shape[1]
         given = list(more)
         categories = given.pop(0) if len(model.attribute) else None
+        lists = given.pop(0) if len(model.listed) else None
         numbers = given.pop(0) if model.numbers.shape[1] else None
         types, context, _ = moment_of(model.types, model.columns, given)
-        candidate = model.norm_own(model.own(self._describe(fresh_vectors, categories, numbers)))
+        candidate = model.norm_own(model.own(self._describe(fresh_vectors, categories, lists, numbers)))
         attended = model.attend(candidate, model.query(candidate), history_ids, encoded_history, types)
         counted = self._counters(history_ids, candidate_scores, fresh_scores, categories)
         user = encoded_history[:, -1:, :] * fresh_vectors

@@ -20,7 +20,9 @@ from vivace.manifest import read_manifest
 
 def fresh_count(features: Features) -> int:
     """M, fresh items that join the ranked ones of a request: 0 for a catalogue that says nothing of its items."""
-    described = bool(features.items()[contract.TEXT].str.strip().any()) or bool(features.schema.item_categoricals)
+    described = bool(features.items()[contract.TEXT].str.strip().any()) or bool(
+        features.schema.item_categoricals or features.schema.item_lists
+    )
     return FRESH if described else 0
 
 
@@ -47,6 +49,12 @@ def _categories(features: Features, rows: list[dict[str, Any]]) -> dict[str, dic
     }
 
 
+def _lists(features: Features) -> dict[str, dict[str, int]]:
+    """Of each list attribute, value to id."""
+    first = contract.FIRST_ID
+    return {name: {value: first + i for i, value in enumerate(of)} for name, of in features.list_values().items()}
+
+
 def _numbers(features: Features, rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """Of each number, slope and intercept of its normalisation, read off the least and the largest value."""
     encoded, out = features.items(), {}
@@ -70,7 +78,6 @@ def new_item_tables(
     rows, schema = _raw_rows(features), features.schema
     seen = np.flatnonzero(counts[contract.FIRST_ID :] > 0)
     words = described.words.get_feature_names_out().tolist() if described.words is not None else []
-    names = described.names.get_feature_names_out().tolist() if described.names is not None else []
     with torch.no_grad():
         vectors, biases = retriever.eval().table().cpu().numpy(), retriever.bias.detach().cpu().numpy()
     slope, intercept = 1.0, 0.0
@@ -87,8 +94,8 @@ def new_item_tables(
         (biases[ids] + boost).astype(np.float32),
         np.array([digest(to_json(parse_item(row, schema))) for row in rows], np.uint64),
         {
-            "words": words, "names": names, "items": len(rows), "categories": _categories(features, rows),
-            "numbers": _numbers(features, rows), "score": (slope, intercept),
+            "words": words, "names": described.names, "items": len(rows), "categories": _categories(features, rows),
+            "lists": _lists(features), "numbers": _numbers(features, rows), "score": (slope, intercept),
             "catalogue_ms": results.get("catalogue_ms", 0),
         },
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """The embedding of every item: its id, and where the configuration says so its attributes and the words of its text,
 so that an item nobody has touched yet is not blank.
 
-Axis legend: V item ids, D width, C categorical and M continuous attributes, L words kept of an item's text.
+Axis legend: V item ids, D width, C categorical and M continuous attributes, A list attributes of K values at most, L
+words kept of an item's text.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from preprocessing.features import Features
+from preprocessing.item_lists import stacked
 from serving.runtime.new_items import NEIGHBOURS, nearest
 from training.models.encoders import EncoderConfig
-from vivace.contract import FIRST_ID, PADDING_ID, TEXT
+from vivace.contract import FIRST_ID, PADDING_ID, TEXT, DataSchema
 
 MAX_WORDS = 20_000
 TOWER_POWER = 4  # of similarities that a text tower has a part in: without it all items are alike
@@ -31,11 +33,37 @@ MIN_ITEMS = 2  # a word of one item alone says no more than its id
 
 
 @dataclass(frozen=True)
+class ItemLists:
+    """``ids`` int32 [V, A, K]: values of each list attribute, then PADDING_ID; ``sizes``: ids of each attribute."""
+
+    ids: Tensor
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, features: Features) -> ItemLists | None:
+        """Those of a prepared catalogue; None for one without list attributes. The special ids have no value."""
+        schema = features.schema
+        if not schema.item_lists:
+            return None
+        table, values = features.items(), features.list_values()
+        ids = stacked([table[name].tolist() for name in schema.item_lists], len(table))
+        sizes = tuple(FIRST_ID + len(values[name]) for name in schema.item_lists)
+        return cls(torch.from_numpy(np.pad(ids, ((FIRST_ID, 0), (0, 0), (0, 0)))), sizes)
+
+
+def list_mean(values: nn.Embedding, ids: Tensor) -> Tensor:
+    """Mean of the embeddings of ``ids`` [..., K] other than PADDING_ID, [..., D]; zero where there is none."""
+    real = (ids != PADDING_ID)[..., None].to(values.weight.dtype)
+    return (values(ids) * real).sum(-2) / real.sum(-2).clamp_min(1.0)
+
+
+@dataclass(frozen=True)
 class ItemAttributes:
     """What the catalogue says of every item id.
 
     ``categories`` int64 [V, C] with ``category_sizes``; ``numbers`` float32 [V, M], normalised; ``words`` int64 [V, L],
-    0 where there is none, ids below ``word_count``; ``vectors`` float32 [V, E] of the text encoder, E 0 without one.
+    0 where there is none, ids below ``word_count``; ``vectors`` float32 [V, E] of the text encoder, E 0 without one;
+    ``lists``: see ``ItemLists``, None without list attributes.
     """
 
     categories: Tensor
@@ -44,6 +72,7 @@ class ItemAttributes:
     words: Tensor
     word_count: int
     vectors: Tensor
+    lists: ItemLists | None = None
 
 
 def _counted_words(titles: Sequence[str], keep: int) -> tuple[sparse.csr_matrix | None, list[str]]:
@@ -112,31 +141,47 @@ def item_attributes(features: Features, config: EncoderConfig) -> ItemAttributes
         from training.models.text_encoder import item_vectors
 
         vectors = item_vectors(features.folder.parent)
-    return ItemAttributes(categories, sizes, numbers, words, count, torch.from_numpy(vectors))
+    lists = ItemLists.of(features) if config.attributes else None
+    return ItemAttributes(categories, sizes, numbers, words, count, torch.from_numpy(vectors), lists)
 
 
 @dataclass(frozen=True)
 class DescribedItems:
     """Items by their words and attributes: ``matrix`` float32 [V - FIRST_ID, words and names], rows of unit length.
 
-    ``words`` and ``names`` are what was fitted; None where the catalogue has no text, or no attributes."""
+    ``words``: what was fitted, None where the catalogue has no text; ``names``: "attribute=id" of each column behind
+    the words."""
 
     matrix: sparse.csr_matrix
     words: TfidfVectorizer | None
-    names: CountVectorizer | None
+    names: list[str]
+
+
+def _named(table: pd.DataFrame, schema: DataSchema) -> tuple[sparse.csr_matrix | None, list[str]]:
+    """(rows of unit length of the catalogue's categories and list values, in which every attribute has an equal part
+    and the values of a list share it; the name of each column); None where it has no such attribute."""
+    names, parts = list[str](), []
+    for attribute in (*schema.item_categoricals, *schema.item_lists):
+        ids = table[attribute] if attribute in schema.item_lists else ([id_] for id_ in table[attribute])
+        vectorizer = CountVectorizer(analyzer=lambda row: row, binary=True, dtype=np.float32)
+        parts.append(normalize(vectorizer.fit_transform([[f"{attribute}={id_}" for id_ in row] for row in ids])))
+        names += vectorizer.get_feature_names_out().tolist()
+    if not parts:
+        return None, []
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return normalize(sparse.hstack(parts).tocsr()[:, order]), [names[i] for i in order]
 
 
 def described_items(features: Features) -> DescribedItems | None:
     """TF-IDF of the catalogue's text beside its attributes; None where it has neither."""
     table, schema = features.items(), features.schema
-    attributes = [name + "=" + table[name].astype(str) for name in schema.item_categoricals]
-    words, names, parts = None, None, []
+    words, parts = None, []
     if table[TEXT].str.strip().any():
         words = TfidfVectorizer(token_pattern=WORD, sublinear_tf=True, dtype=np.float32)
         parts.append(words.fit_transform(table[TEXT]))
-    if attributes:
-        names = CountVectorizer(analyzer=lambda row: row, binary=True, dtype=np.float32)
-        parts.append(normalize(names.fit_transform(list(zip(*attributes, strict=True)))))
+    named, names = _named(table, schema)
+    if named is not None:
+        parts.append(named)
     return DescribedItems(normalize(sparse.hstack(parts).tocsr()), words, names) if parts else None
 
 
@@ -182,6 +227,7 @@ class ItemTable(nn.Module):
     numbers: Tensor
     words: Tensor
     vectors: Tensor
+    lists: Tensor
 
     def __init__(self, items: int, width: int, attributes: ItemAttributes | None, id_dropout: float = 0.0) -> None:
         super().__init__()
@@ -199,6 +245,17 @@ class ItemTable(nn.Module):
         self.number = nn.Linear(attributes.numbers.shape[1], width, bias=False) if attributes.numbers.shape[1] else None
         self.vector = nn.Linear(attributes.vectors.shape[1], width, bias=False) if attributes.vectors.shape[1] else None
         self.word = nn.Embedding(attributes.word_count, width, padding_idx=0) if attributes.words.shape[1] else None
+        lists = attributes.lists
+        self.listed = nn.ModuleList(nn.Embedding(size, width, PADDING_ID) for size in (lists.sizes if lists else ()))
+        if lists is not None:
+            if len(lists.ids) != items:
+                raise ValueError(f"ItemTable: lists: expected {items} rows, one an item id, got {len(lists.ids)}")
+            self.register_buffer("lists", lists.ids)
+            for i in range(len(lists.sizes)):  # the values alone, one item's after the other: most places are padding
+                real_VK = lists.ids[:, i] != PADDING_ID
+                starts_V = torch.cumsum(real_VK.sum(1), 0) - real_VK.sum(1)
+                self.register_buffer(f"values_{i}", lists.ids[:, i][real_VK].long(), persistent=False)
+                self.register_buffer(f"starts_{i}", starts_V, persistent=False)
 
     def forward(self) -> Tensor:
         table = self.id.weight
@@ -210,6 +267,10 @@ class ItemTable(nn.Module):
         described = torch.zeros_like(table)
         for i, embedding in enumerate(self.category):
             described = described + embedding(self.categories[:, i])
+        for i, embedding in enumerate(self.listed):  # as ``list_mean``
+            assert isinstance(embedding, nn.Embedding)
+            values, starts_V = self.get_buffer(f"values_{i}"), self.get_buffer(f"starts_{i}")
+            described = described + F.embedding_bag(values, embedding.weight, starts_V, mode="mean")
         if self.number is not None:
             described = described + self.number(self.numbers)
         if self.vector is not None:

@@ -21,6 +21,7 @@ from training.models import blocks
 from training.models.context import CONTEXT_WIDTH, Context, ContextTower, exportable, moment_of
 from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
+from training.models.item_table import ItemLists, list_mean
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
 from vivace.checks import check_fields, check_minimum, check_shares
@@ -78,7 +79,8 @@ class ItemTables:
 
     ``popularity`` float [V]; ``follower_ids`` int64 [V, K] and ``follower_weights`` float [V, K]: the items that most
     often came soon after an item, with their decayed conditional frequency; ``categories`` int64 [V, C] ids of
-    categorical attributes with ``category_sizes``; ``numbers`` float [V, M] normalised continuous attributes.
+    categorical attributes with ``category_sizes``; ``numbers`` float [V, M] normalised continuous attributes;
+    ``lists``: None without list attributes.
     """
 
     popularity: Tensor
@@ -87,6 +89,7 @@ class ItemTables:
     categories: Tensor
     category_sizes: tuple[int, ...]
     numbers: Tensor
+    lists: ItemLists | None = None
 
 
 class RankingModel(nn.Module):
@@ -123,7 +126,11 @@ class RankingModel(nn.Module):
         self.register_buffer("numbers", tables.numbers.float())
         self.register_buffer("calibration", torch.tensor([[1.0, 0.0]]).repeat(len(head_names), 1))
         self.attribute = nn.ModuleList(nn.Embedding(size, 8) for size in tables.category_sizes)
-        attributes = 8 * len(tables.category_sizes) + tables.numbers.shape[1]
+        self.lists: Tensor
+        self.listed = nn.ModuleList(nn.Embedding(size, 8) for size in (tables.lists.sizes if tables.lists else ()))
+        if tables.lists is not None:
+            self.register_buffer("lists", tables.lists.ids)
+        attributes = 8 * (len(self.attribute) + len(self.listed)) + tables.numbers.shape[1]
         self.own = nn.Linear(d + attributes, d)  # the candidate as the attention sees it; named so in saved weights
         self.key, self.value = nn.Linear(2 * d, d), nn.Linear(2 * d, d)
         self.types = retriever.types
@@ -205,7 +212,13 @@ class RankingModel(nn.Module):
     def describe(self, ids: Tensor) -> Tensor:
         """Embedding, attributes and numbers of items, float32 [..., D + attributes]."""
         parts = [self.item(ids), *(e(self.categories[ids][..., i]) for i, e in enumerate(self.attribute))]
+        if len(self.listed):
+            parts += self.list_means(self.lists[ids])
         return torch.cat([*parts, self.numbers[ids]], dim=-1)
+
+    def list_means(self, ids: Tensor) -> list[Tensor]:
+        """Of each list attribute the mean of its values' embeddings, float32 [..., 8]; ``ids`` [..., A, K]."""
+        return [list_mean(values, ids[..., i, :]) for i, values in enumerate(self.listed)]  # type: ignore[arg-type]
 
     def keys_and_values(
         self, encoded_BTD: Tensor, history_BT: Tensor, types_BT: Tensor | None = None

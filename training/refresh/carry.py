@@ -21,9 +21,11 @@ from training.presets import Preset
 from vivace.contract import TEXT
 from vivace.run import FINAL, Run
 
-OF_CATALOGUE = ("items.categories", "items.numbers", "items.words", "items.vectors")  # read from the features
+# read from the features
+OF_CATALOGUE = ("items.categories", "items.lists", "items.numbers", "items.words", "items.vectors")
 WORDS = "items.word.weight"
-OF_COUNTS = ("item.", "popularity", "follower_ids", "follower_weights", "categories", "numbers")  # of a ranker
+# of a ranker
+OF_COUNTS = ("item.", "popularity", "follower_ids", "follower_weights", "categories", "lists", "numbers")
 
 
 def grow(model: nn.Module, given: dict[str, Tensor], left: tuple[str, ...] = ()) -> None:

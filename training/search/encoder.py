@@ -127,7 +127,11 @@ class Questions:
         cut = lambda t: [w for w in _WORD.findall(normalise(t)) if w not in STOP]  # noqa: E731
         self.title = [cut(t) for t in fields[0]]
         self.rest = [cut(" ".join(parts))[:60] for parts in zip(*fields[1:], strict=True)] if len(fields) > 1 else None
-        self.values = [[normalise(v) for v in row if v] for row in zip(*catalogue.attributes.values(), strict=True)]
+        singles = [[[value] for value in column] for column in catalogue.attributes.values()]
+        self.values = [
+            [normalise(value) for values in row for value in values if value]
+            for row in zip(*singles, *catalogue.lists.values(), strict=True)
+        ]
 
     def __call__(self, item: int, rng: np.random.Generator) -> str:
         source = self.title[item]

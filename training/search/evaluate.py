@@ -142,7 +142,7 @@ class Study:
         self.catalogue, self.judgments, self.config, self.folder, self.seed = catalogue, judgments, config, folder, seed
         self.say = say
         self.lexical = Lexical.build(catalogue.texts, config.fields)
-        self.understanding = QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes)
+        self.understanding = QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.values())
         say(
             f"{len(catalogue.items):,} items, {len(judgments.queries)} queries; "
             f"lexical index {self.lexical.bytes / 2**20:.1f} MiB"

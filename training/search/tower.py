@@ -37,8 +37,8 @@ class TowerTexts:
     @classmethod
     def of(cls, catalogue: Catalogue) -> TowerTexts:
         title, *rest = list(catalogue.texts)
-        attributes = [n for n in rest if n in catalogue.attributes]
-        long = [n for n in rest if n not in catalogue.attributes]
+        attributes = [n for n in rest if n in catalogue.attributes or n in catalogue.lists]
+        long = [n for n in rest if n not in attributes]
         join = lambda names: [  # noqa: E731
             normalise(" ".join(part for part in parts if part))
             for parts in zip(*(catalogue.texts[n] for n in names), strict=True)

@@ -97,7 +97,8 @@ def catalogue_of(features: Features) -> Catalogue:
     if not any(any(column) for column in texts.values()):
         raise ValueError(f"search: the items of {schema.name} have neither title nor text; name them in the mapping")
     attributes = {a: frame[a].fillna("").astype(str).tolist() for a in schema.item_categoricals}
-    texts |= {a: attributes[a] for a in attributes}
+    lists = {a: [list(values) for values in frame[a]] for a in schema.item_lists}
+    texts |= attributes | {a: [" ".join(values) for values in rows] for a, rows in lists.items()}
     numbers = {n: frame[n].to_numpy(np.float32) for n in schema.item_continuous}
     counts = np.zeros(len(frame) + contract.FIRST_ID)
     for file in features.files("train"):
@@ -109,6 +110,7 @@ def catalogue_of(features: Features) -> Catalogue:
         attributes,
         numbers,
         np.log1p(counts[contract.FIRST_ID :]).astype(np.float32),
+        lists,
     )
 
 
@@ -252,7 +254,7 @@ def _learn_understanding(catalogue: Catalogue, taught: SearchLog | None, folder:
         clicks = [dict.fromkeys(map(str, items), 1.0) for items in taught.clicked()]
         synonyms = coclick_synonyms(taught.column(contract.QUERY_TEXT), clicks)
         say(f"{len(taught):,} searches with a click teach; {len(synonyms):,} words have synonyms by them")
-    QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.attributes, synonyms).save(folder)
+    QueryUnderstanding.learn(list(catalogue.texts.values()), catalogue.values(), synonyms).save(folder)
 
 
 def _rows(lists: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -60,13 +60,14 @@ def _answers(run: Run, server: TritonServer, search: bool) -> None:
 
 def _new_item(run: Run, client: VivaceClient, visitor: str, like: str) -> None:
     """Puts a new item into the catalogue, described as ``like`` is, and says when ``visitor`` gets it."""
+    import numpy as np
     import pandas as pd
 
     from preprocessing.features import CATALOGUE_FILE
 
     catalogue = pd.read_parquet(run.features / CATALOGUE_FILE).set_index(contract.ITEM)
     described = catalogue.loc[like, list(run.schema().item_columns)]
-    row = {name: value for name, value in described.items() if not pd.isna(value)}
+    row = {name: value for name, value in described.items() if isinstance(value, np.ndarray) or not pd.isna(value)}
     new = {contract.ITEM: f"new-{int(time.time())}", **row, contract.TITLE: f"{row[contract.TITLE]} (new)"}
     began = time.monotonic()
     (status,) = client.upsert_items([new])

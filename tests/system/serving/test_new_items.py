@@ -95,10 +95,10 @@ def test_attributes_are_encoded_as_prepare_encodes_them(features, root):
     raw, encoded = pd.read_parquet(features.folder / "catalogue.parquet"), features.items()
     schema, new_items = features.schema, NewItems(tables)
     for row, (_, of_prepare) in zip(json.loads(raw.to_json(orient="records")), encoded.iterrows(), strict=True):
-        ids, numbers = new_items.attributes(row)
+        ids, _, numbers = new_items.attributes(row)
         assert ids.tolist() == [of_prepare[name] for name in schema.item_categoricals]
         np.testing.assert_allclose(numbers, [of_prepare[name] for name in schema.item_continuous], atol=1e-5)
-    ids, _ = new_items.attributes({"category": "never seen", "brand": None})
+    ids, *_ = new_items.attributes({"category": "never seen", "brand": None})
     assert ids.tolist() == [2, 1]
 
 

@@ -60,3 +60,19 @@ def test_a_table_by_session_is_one_of_sessions_and_needs_no_times(tmp_path):
     assert out.column(ITEM) == ["A", "A", "B"] and out.column(TIME) == [2, 3, 4], "places in the file: its lines"
     write(tmp_path, "e.csv", "user,SessionId,ItemId\nu,s1,A\n")
     assert "sessions" not in draft(tmp_path / "e.csv", None, tmp_path)
+
+
+def test_columns_of_several_values_are_lists(tmp_path):
+    write(tmp_path, "e.csv", "user,item,time\n" + "".join(f"u,{i},{1_700_000_000 + i}\n" for i in range(6)))
+    genres = ["Drama|War", "Comedy", "Drama", "Comedy|War", "Drama|Comedy", ""]
+    tags = ["a, b", "b, a", "a, c", "c", "a, b", "b, c"]
+    rows = [f'{i},"A film, number {i}",{g},"{t}"\n' for i, (g, t) in enumerate(zip(genres, tags, strict=True))]
+    write(tmp_path, "i.csv", "item,plot,genres,tags\n" + "".join(rows))
+    write(tmp_path, "mapping.toml", draft(tmp_path / "e.csv", tmp_path / "i.csv", tmp_path))
+    out = taken(tmp_path / "mapping.toml")
+    assert read_mapping(tmp_path / "mapping.toml").schema.separators == {"genres": "|", "tags": ","}
+    assert out.items["genres"][3] == ["Comedy", "War"] and out.items["tags"][0] == ["a", "b"]
+    lists = [None if not g else g.split("|") for g in genres]
+    write(tmp_path, "i.parquet", pa.table({"item": [str(i) for i in range(6)], "genres": lists}))
+    text = draft(tmp_path / "e.csv", tmp_path / "i.parquet", tmp_path)
+    assert 'lists = ["genres"]' in text and "separator" not in text
