@@ -28,7 +28,8 @@ from loadtest.reports.record import record_line
 from serving.runtime.item_index import ItemIndex
 from training.compile.index import RECALL, Exact, Probe, tune
 from training.compile.onnx_export import export
-from training.models.ranking import ItemTables, RankingGraph, RankingModel
+from training.models.item_table import ItemTables
+from training.models.ranking import RankingGraph, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import cpu as cpu_preset
 from vivace.contract import FIRST_ID, TaskHead

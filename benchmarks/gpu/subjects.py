@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from training.models.encoders import mask_value
-from training.models.ranking import ItemTables, RankingModel
+from training.models.item_table import ItemTables
+from training.models.ranking import RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import Preset, preset
 from vivace.contract import FIRST_ID

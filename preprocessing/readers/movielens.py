@@ -28,8 +28,7 @@ def _schema(name: str) -> DataSchema:
     return DataSchema(
         name=name,
         event_categoricals=(EVENT, *USER_COLUMNS),
-        item_categoricals=("main_genre",),
-        item_lists=("genres",),
+        item_categoricals=("genres", "main_genre"),
         item_continuous=("year",),
         heads=(TaskHead("watched", float("-inf")), TaskHead("liked", 4.0)),
         licence=LICENCE,

@@ -12,8 +12,7 @@ from scipy.sparse.linalg import svds
 from sklearn.utils.extmath import randomized_svd
 
 from preprocessing.features import Features
-from training.models.item_table import ItemLists, attribute_tables
-from training.models.ranking import ItemTables
+from training.models.item_table import ItemLists, ItemTables, attribute_tables
 from vivace.contract import FIRST_ID, ITEM
 
 WINDOW = 5  # a follower within this many events counts, with weight 1 / distance

@@ -51,6 +51,25 @@ class ItemLists:
         return cls(torch.from_numpy(np.pad(ids, ((FIRST_ID, 0), (0, 0), (0, 0)))), sizes)
 
 
+@dataclass(frozen=True)
+class ItemTables:
+    """What the ranker reads of every item id: counters and attributes, from training data alone. K: followers kept.
+
+    ``popularity`` float [V]; ``follower_ids`` int64 [V, K] and ``follower_weights`` float [V, K]: the items that most
+    often came soon after an item, with their decayed conditional frequency; ``categories`` int64 [V, C] ids of
+    categorical attributes with ``category_sizes``; ``numbers`` float [V, M] normalised continuous attributes;
+    ``lists``: None without list attributes.
+    """
+
+    popularity: Tensor
+    follower_ids: Tensor
+    follower_weights: Tensor
+    categories: Tensor
+    category_sizes: tuple[int, ...]
+    numbers: Tensor
+    lists: ItemLists | None = None
+
+
 def list_mean(values: nn.Embedding, ids: Tensor) -> Tensor:
     """Mean of the embeddings of ``ids`` [..., K] other than PADDING_ID, [..., D]; zero where there is none."""
     real = (ids != PADDING_ID)[..., None].to(values.weight.dtype)

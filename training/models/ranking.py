@@ -21,7 +21,7 @@ from training.models import blocks
 from training.models.context import CONTEXT_WIDTH, Context, ContextTower, exportable, moment_of
 from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
-from training.models.item_table import ItemLists, list_mean
+from training.models.item_table import ItemTables, list_mean
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
 from vivace.checks import check_fields, check_minimum, check_shares
@@ -71,25 +71,6 @@ class RankerConfig:
         check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
         check_minimum(self, 0, "memory", "rising")
         check_shares(self, "dropout")
-
-
-@dataclass(frozen=True)
-class ItemTables:
-    """Counters and attributes of every item id, from training data alone.
-
-    ``popularity`` float [V]; ``follower_ids`` int64 [V, K] and ``follower_weights`` float [V, K]: the items that most
-    often came soon after an item, with their decayed conditional frequency; ``categories`` int64 [V, C] ids of
-    categorical attributes with ``category_sizes``; ``numbers`` float [V, M] normalised continuous attributes;
-    ``lists``: None without list attributes.
-    """
-
-    popularity: Tensor
-    follower_ids: Tensor
-    follower_weights: Tensor
-    categories: Tensor
-    category_sizes: tuple[int, ...]
-    numbers: Tensor
-    lists: ItemLists | None = None
 
 
 class RankingModel(nn.Module):

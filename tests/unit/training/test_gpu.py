@@ -11,7 +11,8 @@ from training.learn.loop import Loop, LoopConfig
 from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.retriever import compile_blocks
 from training.losses import full_softmax
-from training.models.ranking import ItemTables, RankerConfig, RankingGraph, RankingModel
+from training.models.item_table import ItemTables
+from training.models.ranking import RankerConfig, RankingGraph, RankingModel
 from training.models.retrieval import EncoderConfig, RetrievalGraph, RetrievalModel
 from training.presets import RetrievalTraining
 

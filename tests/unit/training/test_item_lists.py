@@ -22,8 +22,16 @@ from training.data.counters import item_tables, popularity
 from training.data.fresh_ranking import CATEGORIES, INPUTS, LISTS, NUMBERS, OUTPUT, FreshRankingGraph
 from training.data.new_items import new_item_tables
 from training.models.encoders import EncoderConfig
-from training.models.item_table import ItemAttributes, ItemLists, ItemTable, item_attributes, list_mean, nearest_seen
-from training.models.ranking import ItemTables, RankerConfig, RankingGraph, RankingModel
+from training.models.item_table import (
+    ItemAttributes,
+    ItemLists,
+    ItemTable,
+    ItemTables,
+    item_attributes,
+    list_mean,
+    nearest_seen,
+)
+from training.models.ranking import RankerConfig, RankingGraph, RankingModel
 from training.models.ranking_gpu import gpu_graph
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from vivace.contract import FIRST_ID, MAX_VALUES, NULL_ID, OOV_ID, PADDING_ID

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from training.models.encoders import MASKED, EncoderConfig, mask_value
-from training.models.ranking import ItemTables, RankerConfig, RankingGraph, RankingModel
+from training.models.item_table import ItemTables
+from training.models.ranking import RankerConfig, RankingGraph, RankingModel
 from training.models.ranking_gpu import GpuRanking, gpu_graph
 from training.models.retrieval import EXCLUDED, RetrievalModel
 from vivace.contract import FIRST_ID, PADDING_ID
