@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from preprocessing import times
+from vivace.context import FALSE_WORDS, TRUE_WORDS
 
 LARGEST = 1e30  # of a number: sums of larger ones overflow the float32 of a column
 EXACT_FLOAT = 2**53  # from here on two whole numbers can be one float64
-TRUE_WORDS, FALSE_WORDS = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 _NUMBER = r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$"
 _NOT_FINITE = r"(?i)^[+-]?(inf|infinity|nan)$"
 

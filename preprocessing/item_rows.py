@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vivace.context import spelled
 from vivace.contract import EVENT_PART, ITEM, MAX_ID_BYTES, MAX_ROW_BYTES, STOCK, TEXT, TITLE, DataSchema
 
 # by the schema's names: ITEM, TITLE and TEXT str, categoricals str or None, lists list[str], numbers or None
@@ -30,6 +31,11 @@ def _text(value: Any, name: str) -> str | None:
     if not isinstance(value, str | int | float):
         raise ValueError(f"{name}: expected a text, got {type(value).__name__} {str(value)[:60]!r}")
     return _checked(str(value).strip(), name) or None
+
+
+def _category(value: Any, name: str) -> str | None:
+    text = _text(value, name)
+    return None if text is None else spelled(text)
 
 
 def list_values(value: Any, name: str, separator: str) -> list[str]:
@@ -95,7 +101,7 @@ def parse_item(record: Mapping[str, Any], schema: DataSchema) -> ItemRow:
         texts[name] = _checked(text, name) if isinstance(text, str) else _text(text, name)
     title = texts[TITLE] or ""
     row: ItemRow = {ITEM: item, TITLE: title, TEXT: title if TEXT not in record else texts[TEXT] or ""}
-    row |= {name: _text(record.get(name), name) for name in schema.item_categoricals}
+    row |= {name: _category(record.get(name), name) for name in schema.item_categoricals}
     row |= {name: list_values(record.get(name), name, part) for name, part in schema.separators.items()}
     row |= {name: _number(record.get(name), name) for name in schema.item_continuous}
     if STOCK in record:

@@ -24,6 +24,7 @@ CONTEXT_FILE = "context.json"  # of prepared features, and of a published versio
 TYPES_GRAPH, CONTEXT_GRAPH = "transform_types.onnx", "transform_context.onnx"  # beside it, where they are read
 QUARTER_MS = 15 * 60_000  # clocks of time zones are moved at such moments
 SHOWN_NAMES = 8
+TRUE_WORDS, FALSE_WORDS = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,14 @@ def clock(times_ms: np.ndarray, time_zone: str) -> dict[str, np.ndarray]:
     return {name: parts[:, i].astype(str).astype(object)[place] for i, name in enumerate((HOUR, WEEKDAY))}
 
 
+def spelled(text: str) -> str:
+    """A category as the data's readers spell it: true and false have one spelling."""
+    return "true" if text in TRUE_WORDS else "false" if text in FALSE_WORDS else text
+
+
 def category_text(value: Any) -> str:
-    """A JSON value as the data's readers spell it: "" for null, "3" for 3 and 3.0, "true" for true. Raises TypeError
-    for a list or an object."""
+    """A JSON value as the data's readers spell it: "" for null, "3" for 3 and 3.0, "true" for true and for "True".
+    Raises TypeError for a list or an object."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -100,7 +106,7 @@ def category_text(value: Any) -> str:
     if isinstance(value, float):
         return "" if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
     if isinstance(value, int | str):
-        return str(value).strip()
+        return spelled(str(value).strip())
     raise TypeError(type(value).__name__)
 
 

@@ -19,6 +19,7 @@ from preprocessing.readers import csv_rows
 from preprocessing.readers.base import CHUNK_ROWS, DETAIL, LINE, REASON, Chunk
 from preprocessing.readers.csv_rows import ENCODING, CsvFile, Malformed
 from preprocessing.readers.mapping import Section
+from vivace.context import FALSE_WORDS, TRUE_WORDS
 from vivace.contract import SOURCE_ROW
 
 UNREADABLE, NOT_FINITE = (
@@ -78,7 +79,7 @@ class Part:
     def category(self, column: str) -> pd.Series:
         """The same of a category; true and false have one spelling."""
         array = arrow_types.text(self.array(column), self.where(column))
-        for word, spellings in (("true", arrow_types.TRUE_WORDS), ("false", arrow_types.FALSE_WORDS)):
+        for word, spellings in (("true", TRUE_WORDS), ("false", FALSE_WORDS)):
             other = pc.is_in(array, value_set=pa.array(spellings[1:], array.type))
             if pc.any(other).as_py():
                 self.change(BOOLEAN_WORDS.format(column), other.to_numpy(zero_copy_only=False))

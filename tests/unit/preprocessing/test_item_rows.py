@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pandas as pd
@@ -11,6 +12,8 @@ from preprocessing.cleaning import clean_items
 from preprocessing.item_rows import digest, parse_item, parse_item_json, sold_out, to_json
 from preprocessing.readers.base import Chunk
 from preprocessing.rejects import Rejects
+from tests.unit.preprocessing.tables import read
+from vivace.context import ContextColumns, parse_context
 from vivace.contract import DataSchema
 
 SCHEMA = DataSchema("shop", item_categoricals=("brand", "class"), item_continuous=("price",))
@@ -30,6 +33,21 @@ def test_rows_are_typed_as_a_table_s_are(tmp_path):
         for name, value in parse_item(row, SCHEMA).items():
             other = of_table[name]
             assert value == other or (value is None and (other is None or math.isnan(other))), (name, value, other)
+
+
+SPELT = ["True", "TRUE", "true", "False", " false ", "0", "1.0", "yes", "é"]
+
+
+def test_a_category_has_one_spelling_in_a_table_a_live_row_and_a_context(tmp_path):
+    events = "user,item,ts,device\n" + "".join(f"u,A,{n + 1},{word}\n" for n, word in enumerate(SPELT))
+    catalogue = "item,title,cat,price\nA,T,y,1\n" + "".join(f"i{n},T,{word},1\n" for n, word in enumerate(SPELT))
+    out = read(tmp_path, events, catalogue, keys='context = ["device"]\n')
+    expected = ["true"] * 3 + ["false"] * 2 + SPELT[5:]
+    assert out.column("device") == expected and out.items["cat"].tolist()[1:] == expected
+    assert [parse_item({"item_id": "x", "brand": word}, SCHEMA)["brand"] for word in SPELT] == expected
+    columns = ContextColumns(categoricals=("device",))
+    sent = [parse_context(json.dumps({"device": word}).encode(), columns)[0]["device"] for word in SPELT]
+    assert sent == expected
 
 
 @pytest.mark.parametrize(
