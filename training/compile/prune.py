@@ -162,7 +162,7 @@ def prune(model: RetrievalModel, importance: Importance, target: Target) -> Retr
     config = target.of(model.config)
     layers, dimensions = _best(importance.layers, config.layers), _best(importance.width, config.width)
     small, given = _smaller(model, config), model.state_dict()
-    fixed = {name for name, _ in small.named_buffers()}
+    fixed = {name for name, _ in small.named_buffers(remove_duplicate=False)}
     for name, value in small.state_dict().items():
         source, kept = name, dict[int, Tensor]()
         if name.startswith("encoder.blocks."):
