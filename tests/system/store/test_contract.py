@@ -1,5 +1,5 @@
-"""One contract, held by every store: LMDB, a real valkey-server, and one in cluster mode, which refuses what has keys of
-two slots."""
+"""One contract, held by every store: LMDB, a real valkey-server, and one in cluster mode, which refuses what has keys
+of two slots."""
 
 from __future__ import annotations
 

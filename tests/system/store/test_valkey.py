@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tests.support import vivace, wait_until
-from tests.valkey_server import ValkeyServer, stopped
+from tests.valkey_server import ValkeyServer
 from vivace.manifest import CHECKOUT
 from vivace.store.interface import Change, Event, StoreError, StoreUnreachableError
 from vivace.store.lmdb_store import LmdbStore
@@ -172,10 +172,12 @@ def test_what_was_acknowledged_outlives_a_kill_of_the_server_and_of_the_sender(t
 def filled(tmp_path):
     """A run's LMDB store with everything that a store may have."""
     path = tmp_path / "artifacts" / "shop" / "feature_store"
+    (path.parent / "model_repository").mkdir(parents=True)
     store = LmdbStore(path)
     store.append([Event(f"early {n}", "a", "view", n + 1) for n in range(5)])
-    store.fill([(f"u{n}", ["a", "b"], ["view", "buy"], [n + 1, n + 2]) for n in range(2_500)],
-               [(f"i{n}", f"Ä {n}") for n in range(1_500)], [(f"u{n}", {"age": n, "ö": None}) for n in range(50)])  # fmt: skip
+    users = [(f"u{n}", ["a", "b"], ["view", "buy"], [n + 1, n + 2]) for n in range(2_500)]
+    ages = [(f"u{n}", {"age": n, "ö": None}) for n in range(50)]
+    store.fill(users, [(f"i{n}", f"Ä {n}") for n in range(1_500)], ages)
     store.append([Event(f"u{n % 9}", str(n), "view", n + 5, f"id {n}", '{"d": "x"}') for n in range(200)])
     store.append([Event("ü" * 400, "long"), Event("new", "x"), Event("gone", "x", "view", 1, "gone")])
     store.forget("gone")  # the newest: numbers go on from it

@@ -71,11 +71,13 @@ return count
 )
 
 # keys: as above. arguments: most events, the history of a data set, numbers of the live events in it.
-# What was appended since the fill began follows it
+# What was appended since the fill began follows it; a history that was put already stays
 PUT_HISTORY = Script(
     _HISTORY
     + """
 local value, old = ARGV[2], redis.call('GET', KEYS[1])
+if old and string.sub(old, 1, 1) == string.char(1) then return 0 end
+if ARGV[3] and redis.call('SISMEMBER', KEYS[2], ARGV[3]) == 1 then return 0 end
 if old then
   local count = struct.unpack('>I4', value, 3) + struct.unpack('>I4', old, 3)
   value = string.sub(value, 1, 2) .. struct.pack('>I4', count) .. string.sub(value, 7) .. string.sub(old, 7)

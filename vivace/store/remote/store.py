@@ -4,9 +4,9 @@ Keys, behind the address's prefix: ``<generation>:h:{user}``, ``:n:{user}`` and 
 numbers of the live events in it, and attributes; ``<generation>:t:{item}``, titles; ``{log}:about``, ``{log}:events``
 (a sorted set of records by number) and ``{log}:ids``, the log of live events. ``catalogue`` says what else.
 
-An append takes two trips: one gives the batch its numbers and writes it to the log, in one step, and one puts each event
-into its user's history, whose set of numbers tells what is there already. Nothing is acknowledged before both. A sender
-that died in between has an event in the log that the history lacks; the same event sent again completes it.
+An append takes two trips: one gives the batch its numbers and writes it to the log, in one step, and one puts each
+event into its user's history, whose set of numbers tells what is there already. Nothing is acknowledged before both. A
+sender that died in between has an event in the log that the history lacks; the same event sent again completes it.
 
 In a cluster: no command and no script has keys of two slots, so a server in cluster mode takes all of them (a test asks
 one). Log and catalogue are one slot each, as their numbers need one place that counts. What is not there is a client
@@ -149,6 +149,11 @@ class ValkeyStore(Filling, ValkeyCatalogue):
             return self._types
         self._types = set() if raw is None else set(msgpack.unpackb(raw))
         return self._types
+
+    def filled(self) -> bool:
+        """Whether a data set was filled in or copied here, to its end. Raises StoreError."""
+        ((generation, copying),) = self._trips([("HMGET", self._log_keys[0], "generation", "copying")])
+        return generation is not None and not copying
 
     # -- the log -------------------------------------------------------------------------------------
     def last_event(self) -> int:

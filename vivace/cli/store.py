@@ -1,0 +1,52 @@
+"""``vivace store copy``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, say
+from vivace.cli.runs import find_run
+
+store = typer.Typer(no_args_is_help=True)
+
+
+@store.callback()
+def group() -> None:
+    """The one verb there is needs a group to be a verb of."""
+
+
+def _place(text: str, own: Path) -> str | Path:
+    """What --from and --to name: a URL, a folder, or the run's own store."""
+    return text if "://" in text else Path(text) if text else own
+
+
+@store.command(
+    help="Copy a run's store to a Valkey that servers share, or back: histories, attributes, titles, live events and "
+    "changes of the catalogue. Both ends are compared at the end. Stop whatever appends to either first."
+)
+def copy(
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    to: Annotated[
+        str,
+        typer.Option("--to", help="URL such as valkey://127.0.0.1:6379/0, or a folder; default the run's own store"),
+    ] = "",
+    source: Annotated[str, typer.Option("--from", help="the same; default the run's own store")] = "",
+    replace: Annotated[bool, typer.Option("--replace", help="in the place of a store that is there")] = False,
+) -> None:
+    from vivace.store.remote.copying import copy as copied, end_of
+
+    own = find_run(artifacts, name).feature_store
+    places = _place(source, own), _place(to, own)
+    if places[0] == places[1]:
+        raise typer.BadParameter("expected two different stores; name one with --to or --from", param_hint="--to")
+    began = time.monotonic()
+    with end_of(places[0]) as first, end_of(places[1]) as second:
+        if first.is_empty():
+            raise typer.BadParameter(f"nothing to copy in {first.name}", param_hint="--from")
+        contents = copied(first, second, replace, say)
+        say(f"{second.name}: {contents.words()}; both ends are the same ({time.monotonic() - began:.1f} s)")
