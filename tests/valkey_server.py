@@ -32,9 +32,10 @@ def free_port() -> int:
 class ValkeyServer:
     """A context manager. ``folder``: of its files, which stay when it is started again."""
 
-    def __init__(self, folder: Path, *settings: str) -> None:
-        self.folder, self.port, self._settings = folder, free_port(), settings
-        self.url = f"valkey://127.0.0.1:{self.port}/0"
+    def __init__(self, folder: Path, *settings: str, password: str = "") -> None:
+        self.folder, self.port, self._password = folder, free_port(), password
+        self._settings = (*settings, *(("--requirepass", password) if password else ()))
+        self.url = f"valkey://{':' if password else ''}{password}{'@' if password else ''}127.0.0.1:{self.port}/0"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -52,7 +53,7 @@ class ValkeyServer:
                     time.sleep(0.02)
 
     def client(self) -> valkey.Valkey:
-        return valkey.Valkey(port=self.port)
+        return valkey.Valkey(port=self.port, password=self._password or None)
 
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None
