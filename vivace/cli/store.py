@@ -1,7 +1,8 @@
-"""``vivace store copy``."""
+"""``vivace store copy`` and ``vivace store fill``."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,6 @@ from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, say
 from vivace.cli.runs import find_run
 
 store = typer.Typer(no_args_is_help=True)
-
-
-@store.callback()
-def group() -> None:
-    """The one verb there is needs a group to be a verb of."""
 
 
 def _place(text: str, own: Path) -> str | Path:
@@ -50,3 +46,21 @@ def copy(
             raise typer.BadParameter(f"nothing to copy in {first.name}", param_hint="--from")
         contents = copied(first, second, replace, say)
         say(f"{second.name}: {contents.words()}; both ends are the same ({time.monotonic() - began:.1f} s)")
+
+
+@store.command(
+    help="Put a run's data set, after 'vivace prepare', in the place of the one in a Valkey, under running servers; "
+    "live events there join it."
+)
+def fill(
+    to: Annotated[str, typer.Option("--to", help="URL such as valkey://127.0.0.1:6379/0")],
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+) -> None:
+    from vivace.store.remote.address import Address
+    from vivace.store.remote.copying import LmdbEnd, ValkeyEnd, fill as filled
+
+    own, began = find_run(artifacts, name).feature_store, time.monotonic()
+    with contextlib.closing(LmdbEnd(own)) as source, contextlib.closing(ValkeyEnd(Address.parse(to))) as target:
+        counts = filled(source, target)
+        say(f"{target.name}: {counts['users']:,} users, {counts['titles']:,} titles ({time.monotonic() - began:.1f} s)")

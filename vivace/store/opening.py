@@ -23,5 +23,5 @@ def open_store(folder: Path, readonly: bool = False, url: str = "") -> ServingSt
 
 
 def store_of_worker(folder: Path, readonly: bool = False) -> ServingStore:
-    """The same in a process that a server has started, which names the URL in its environment."""
+    """The same by the environment: a server tells its workers so, and a user the other verbs."""
     return open_store(folder, readonly, os.environ.get(STORE_URL, ""))

@@ -226,6 +226,10 @@ def test_a_run_is_copied_to_a_valkey_and_back(filled, server, tmp_path):
     )
     assert after.live_events(number)[0] == number + 1
     after.close()
+    filled_anew = vivace("store", "fill", *run, "--to", server.url)
+    assert filled_anew.returncode == 0 and "2,500 users" in filled_anew.stdout, filled_anew
+    long_history, gone = store.histories(["ü" * 400, "gone"])
+    assert (long_history, gone) == (["long"], None) and store.live_events(0)[0] == number
     with server.client() as client:
         client.hset("vivace:{log}:about", "copying", "1")  # as one that was killed leaves it
     unfinished = vivace("store", "copy", *run, "--to", server.url)

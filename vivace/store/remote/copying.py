@@ -127,6 +127,18 @@ def copy(source: End, target: End, replace_target: bool, say: Callable[[str], No
     return here
 
 
+def fill(source: LmdbEnd, target: ValkeyEnd) -> dict[str, int]:
+    """Puts the data set of a run's own store in the place of the one in a Valkey, whose readers and appends go on and
+    whose live events join it; numbers of users and titles. Users who are in the source by live events alone are left
+    out."""
+    rows = ((key, msgpack.unpackb(value)) for key, value in source.users())
+    return target._store.fill(
+        ((key, items, types, times) for key, (of_data_set, items, types, times) in rows if of_data_set),
+        ((key, title.decode()) for key, title in source.titles()),
+        ((key, msgpack.unpackb(value)) for key, value in source.attributes()),
+    )
+
+
 def _record_bytes(record: Record) -> bytes:
     e = record.event
     value: bytes = msgpack.packb(

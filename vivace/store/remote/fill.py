@@ -25,8 +25,9 @@ from vivace.store.remote.scripts import BEGIN_FILL, EXCHANGE, NEWCOMER, OF_DATA_
 from vivace.store.remote.trips import Trips
 from vivace.store.retention import MAX_STORED_EVENTS
 
-UserRow = tuple[str, Sequence[str], Sequence[str], Sequence[int]]  # user, items, event types, times in ms, oldest first
-Live = dict[str, list[tuple[int, Event]]]  # of each user, number and event, oldest first
+# user (its id, or the key that stands for a long one), items, event types, times in ms, oldest first
+UserRow = tuple[str | bytes, Sequence[str], Sequence[str], Sequence[int]]
+Live = dict[bytes, list[tuple[int, Event]]]  # of each user's key, number and event, oldest first
 ROWS = 1_000  # users or titles of a trip
 
 
@@ -35,6 +36,10 @@ def packed_history(of_data_set: bool, items: Sequence[str], types: Sequence[str]
     rows = list(zip(items, types, times, strict=True))[-MAX_STORED_EVENTS:]
     head = (OF_DATA_SET if of_data_set else NEWCOMER) + b"\xdd" + struct.pack(">I", len(rows))
     return head + b"".join(msgpack.packb(row) for row in rows)
+
+
+def _key(id_: str | bytes) -> bytes:
+    return id_ if isinstance(id_, bytes) else key_of(id_)
 
 
 class Filling:
@@ -60,50 +65,49 @@ class Filling:
     def _first(self) -> int:
         raise NotImplementedError
 
-    def _leave(self, events: Iterable[tuple[str, int]]) -> None:
+    def _leave(self, events: Iterable[tuple[bytes, int]]) -> None:
         raise NotImplementedError
 
     def fill(
         self,
         histories: Iterable[UserRow],
-        titles: Iterable[tuple[str, str]],
-        attributes: Iterable[tuple[str, dict[str, Any]]] = (),
+        titles: Iterable[tuple[str | bytes, str]],
+        attributes: Iterable[tuple[str | bytes, dict[str, Any]]] = (),
     ) -> dict[str, int]:
         """Replaces histories, titles and attributes of users by those of a data set, under readers and appends that go
         on; what was appended and has not aged out joins the histories (see ``merged``). Each user comes once. Returns
         the data set's numbers of users and titles. Raises RuntimeError where another fill began meanwhile."""
         ((mine, last),) = self._trips.script(BEGIN_FILL, [(self._log_keys[:1], [])], "slow")
-        live, joined = self._live(int(last)), dict[str, list[int]]()
+        live, joined = self._live(int(last)), dict[bytes, list[int]]()
         counts, event_types = {"users": 0, "titles": 0}, set[str]()
 
-        def put(user: str, of_data_set: bool, events: Sequence[Event]) -> tuple[Sequence[Any], Sequence[Any]]:
-            appended = live.pop(user, [])
-            joined[user] = [number for number, _ in appended]
+        def put(key: bytes, of_data_set: bool, events: Sequence[Event]) -> tuple[Sequence[Any], Sequence[Any]]:
+            appended = live.pop(key, [])
+            if appended:
+                joined[key] = [number for number, _ in appended]
             rows = merged(events, [event for _, event in appended]) if appended else events
             value = packed_history(
                 of_data_set, [e.item_id for e in rows], [e.event_type for e in rows], [e.timestamp_ms for e in rows]
             )
-            if not appended:
-                del joined[user]
-            return self._user_keys(mine, key_of(user))[:2], [MAX_STORED_EVENTS, value, *joined.get(user, ())]
+            return self._user_keys(mine, key)[:2], [MAX_STORED_EVENTS, value, *joined.get(key, ())]
 
         for batch in batches(histories, ROWS):
             calls = []
             for user, items, types, times in batch:
                 event_types.update(types)
-                calls.append(put(user, True, [Event(user, *row) for row in zip(items, types, times, strict=True)]))
+                calls.append(put(_key(user), True, [Event("", *row) for row in zip(items, types, times, strict=True)]))
             self._trips.script(PUT_HISTORY, calls, "slow")
             counts["users"] += len(batch)
         for batch in batches(list(live), ROWS):
-            self._trips.script(PUT_HISTORY, [put(user, False, []) for user in batch], "slow")
+            self._trips.script(PUT_HISTORY, [put(key, False, []) for key in batch], "slow")
         for batch in batches(titles, ROWS):
-            self._trips([("SET", self._key(mine, b"t", key_of(i)), title.encode()) for i, title in batch], "slow")
+            self._trips([("SET", self._key(mine, b"t", _key(i)), title.encode()) for i, title in batch], "slow")
             counts["titles"] += len(batch)
         for batch in batches(attributes, ROWS):
-            self._trips([("SET", self._key(mine, b"a", key_of(u)), msgpack.packb(r)) for u, r in batch], "slow")
+            self._trips([("SET", self._key(mine, b"a", _key(u)), msgpack.packb(r)) for u, r in batch], "slow")
         self._exchange(mine, event_types)
         first = self._first()
-        self._leave((user, n) for user, numbers in joined.items() for n in numbers if n < first)  # aged out meanwhile
+        self._leave((key, n) for key, numbers in joined.items() for n in numbers if n < first)  # aged out meanwhile
         self.remove_leftovers()
         return counts
 
@@ -119,7 +123,7 @@ class Filling:
         first = 1
         while first <= last and (records := self._records(first, last, 10 * ROWS)):
             for record in records:
-                live[record.event.user_id].append((record.number, record.event))
+                live[key_of(record.event.user_id)].append((record.number, record.event))
             first = records[-1].number + 1
         return live
 

@@ -248,15 +248,15 @@ class ValkeyStore(Filling, ValkeyCatalogue):
             if record.number == last or not (record.number < keep_from or 0 < record.came_ms < oldest_ms):
                 break
             aged.append(record)
-        self._leave((record.event.user_id, record.number) for record in aged)  # first: once more does no harm
+        self._leave((key_of(record.event.user_id), record.number) for record in aged)  # first: once more does no harm
         self._erase(aged)
         return len(aged) == SWEEP_ROWS
 
-    def _leave(self, events: Iterable[tuple[str, int]]) -> None:
-        """These are no longer in the log."""
+    def _leave(self, events: Iterable[tuple[bytes, int]]) -> None:
+        """These, a user's key and a number, are no longer in the log."""
         numbers: dict[bytes, list[int]] = defaultdict(list)
-        for user, number in events:
-            numbers[key_of(user)].append(number)
+        for key, number in events:
+            numbers[key].append(number)
         for generation in self._generations() if numbers else ():
             calls = [(self._user_keys(generation, key), n) for key, n in numbers.items()]
             for start in range(0, len(calls), FILL_ROWS):
