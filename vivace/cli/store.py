@@ -58,7 +58,9 @@ def fill(
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
 ) -> None:
     from vivace.store.remote.address import Address
-    from vivace.store.remote.copying import LmdbEnd, ValkeyEnd, fill as filled
+    from vivace.store.remote.copying import fill as filled
+    from vivace.store.remote.lmdb_end import LmdbEnd
+    from vivace.store.remote.valkey_end import ValkeyEnd
 
     own, began = find_run(artifacts, name).feature_store, time.monotonic()
     with contextlib.closing(LmdbEnd(own)) as source, contextlib.closing(ValkeyEnd(Address.parse(to))) as target:

@@ -46,7 +46,11 @@ def test_addresses():
         shown("valkey://:pw@h/0") == "valkey://:***@h/0"
         and shown("valkey://h/0?password=pw") == "valkey://h/0?password=%2A%2A%2A"
     )
-    for wrong, words in (("http://:pw@h", "expected a URL"), ("valkey://h?limit_ms=no", "limit_ms: expected a number")):
+    for wrong, words in (
+        ("http://:pw@h", "expected a URL"),
+        ("valkey://h?limit_ms=no", "limit_ms: expected a number"),
+        ("valkey://h?prefix=a:*", "prefix: expected letters"),
+    ):
         with pytest.raises(ValueError, match=words) as error:
             Address.parse(wrong)
         assert "pw" not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -35,6 +36,8 @@ class Address:
                 ours[name] = value
             else:
                 others.append((name, value))
+        if "prefix" in ours and not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", ours["prefix"]):
+            raise ValueError(f"--store: prefix: expected letters, digits, '-', '_' and '.', got {ours['prefix']!r}")
         numbers = {name: _number(name, value) for name, value in ours.items() if name != "prefix"}
         scheme = {"redis": "valkey", "rediss": "valkeys"}.get(parts.scheme, parts.scheme)
         url = urlunsplit((scheme, parts.netloc, parts.path, urlencode(others), ""))

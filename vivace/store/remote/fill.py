@@ -131,10 +131,11 @@ class Filling:
         """Removes every generation before the one in use; how many keys. Numbers of generations rise."""
         removed, cursor = 0, 0
         (current,) = self._trips([("HGET", self._log_keys[0], "generation")], "slow")
-        start = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._prefix)
         of_generation = re.compile(re.escape(self._prefix) + rb":(\d+):[hnat]:\{", re.DOTALL)
         while True:
-            ((cursor, keys),) = self._trips([("SCAN", cursor, "MATCH", start + b":[0-9]*", "COUNT", 10 * ROWS)], "slow")
+            ((cursor, keys),) = self._trips(
+                [("SCAN", cursor, "MATCH", self._prefix + b":[0-9]*", "COUNT", 10 * ROWS)], "slow"
+            )
             old = [k for k in keys if (m := of_generation.match(k)) and int(m[1]) < int(current or 0)]
             removed += len(old)
             self._trips([("UNLINK", key) for key in old], "slow")
