@@ -11,11 +11,13 @@ import time
 
 import pytest
 
+from preprocessing.refresh import appended_since
 from tests.support import vivace, wait_until
-from tests.valkey_server import ValkeyServer
+from tests.valkey_server import ValkeyServer, stopped
 from vivace.manifest import CHECKOUT
 from vivace.store.interface import Change, Event, StoreError, StoreUnreachableError
 from vivace.store.lmdb_store import LmdbStore
+from vivace.store.opening import STORE_URL
 from vivace.store.remote.address import Address, shown
 from vivace.store.remote.near import OVERHEAD, NearCache
 from vivace.store.remote.store import ValkeyStore
@@ -239,3 +241,17 @@ def test_a_run_is_copied_to_a_valkey_and_back(filled, server, tmp_path):
     unfinished = vivace("store", "copy", *run, "--to", server.url)
     assert unfinished.returncode == 0, unfinished
     assert store.live_events(0)[0] == number + 1
+
+
+def test_a_refresh_reads_the_events_of_the_shared_store(store, server, tmp_path, monkeypatch):
+    store.append([Event("u", "b", "view", 2), Event("v", "c", "", 3, context='{"device": "phone"}')])
+    monkeypatch.setenv(STORE_URL, f"{server.url}?limit_ms=2000")
+    appended = appended_since(tmp_path, 0, user_columns=("age",), context=("device",))
+    assert (appended.until, appended.aged_out) == (2, 0)
+    assert appended.rows.values.tolist() == [["u", "b", "view", 2, None, "30"], ["v", "c", None, 3, "phone", None]]
+    known_columns = appended_since(tmp_path, 1, until=1)
+    assert (known_columns.until, len(known_columns.rows)) == (1, 0)
+    with stopped(server):
+        monkeypatch.setenv(STORE_URL, f"{server.url}?limit_ms=20")
+        with pytest.raises(StoreError, match="store: no answer"):
+            appended_since(tmp_path, 0, user_columns=("age",))
