@@ -37,7 +37,8 @@ from vivace.context import category_text, clock, number
 from vivace.contract import CONTEXT, EVENT, ITEM, SOURCE_ROW, SPLIT, TEST, TIME, TRAIN, USER, VALID, DataSchema
 from vivace.manifest import MANIFEST, Progress, Step, read_manifest, replaced
 from vivace.store.histories import SECOND_MS
-from vivace.store.lmdb_store import LmdbStore
+from vivace.store.interface import StoreError
+from vivace.store.opening import store_of_worker
 
 REMADE = ("train", "valid", "test", WHOLE, "scratch", EVENTS_FILE, MANIFEST)
 MOST = 5_000_000  # events of the log that are taken at once, the newest
@@ -64,11 +65,13 @@ def appended_since(
 ) -> Appended:
     """What the log of the store has after event number ``after``, up to ``until`` (None: to its end), with the columns
     ``context`` that the events carry; of ``user_columns``, where they do not, what the store knows of the user."""
-    log = LmdbStore(store, readonly=True)
+    log = store_of_worker(store, readonly=True)
     try:
         newest, events = log.live_events(after, most=MOST, until=until)
         users = list(dict.fromkeys(event.user_id for event in events))
         known = dict(zip(users, log.attributes(users) if users and user_columns else [None] * len(users), strict=True))
+        if fault := log.fault():
+            raise StoreError(f"attributes of users: {fault}; try again, or with a larger limit_ms in its URL")
     finally:
         log.close()
     columns = {

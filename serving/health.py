@@ -29,7 +29,9 @@ from serving.segments import SHM
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError
 from vivace.live import RECENT
-from vivace.store.lmdb_store import LmdbStore
+from vivace.store.interface import StoreError
+from vivace.store.opening import open_store
+from vivace.store.retention import Retention
 
 log = logging.getLogger("vivace.serve")
 
@@ -53,6 +55,7 @@ class Canary:
         self._live = any(server.options.repository.glob(f"*/*/{RECENT}"))
         self._follows = any(server.options.repository.glob(f"*/*/{TABLES}"))
         self._number = 0  # of the newest change of the catalogue that the answer may know
+        self._shared = server.options.store  # a store that may be away while the ensemble works
         self.fault = "not asked yet"
         self._last_good = time.monotonic()
         self._client: VivaceClient | None = None
@@ -79,7 +82,7 @@ class Canary:
             self.seconds.set(time.monotonic() - started)
             if answer.status == "ok":
                 why, problem = "answer", self._compare(answer.items)
-            elif not answer.status.startswith("degraded: load"):  # in a hurry, but alive
+            elif not (answer.status.startswith("degraded: load") or (self._shared and "store: " in answer.status)):
                 why, problem = "answer", f"expected the status ok, got {answer.status!r}"
         except VivaceError as error:
             if any(sign in str(error) for sign in BUSY) and time.monotonic() - self._last_good < BUSY_S:
@@ -107,9 +110,10 @@ class Canary:
     def _changed(self) -> int:
         """Number of the newest change of the catalogue; -1 where the store does not say."""
         try:
-            with contextlib.closing(LmdbStore(self.server.release.parent / "feature_store", readonly=True)) as store:
+            folder = self.server.release.parent / "feature_store"
+            with contextlib.closing(open_store(folder, readonly=True, url=self._shared)) as store:
                 return store.last_change()
-        except (lmdb.Error, OSError):
+        except (lmdb.Error, OSError, StoreError):
             return -1
 
     def close(self) -> None:
@@ -138,6 +142,22 @@ def store_fault(folder: Path, identity: tuple[int, int] | None) -> str:
     return ""
 
 
+class SharedStore:
+    """Asks a Valkey for the number of its newest event."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        from vivace.store.remote.store import ValkeyStore
+
+        self._store = ValkeyStore(url, Retention.of(folder))
+
+    def fault(self) -> str:
+        try:
+            self._store.last_event()
+        except StoreError as error:
+            return f"{error}; events are refused and answers are degraded until it answers"
+        return ""
+
+
 def file_identity(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
@@ -161,6 +181,7 @@ class Health:
         self._told: tuple[int, bool] | None = None  # the guard, by its process, and what it was told
         self._store = server.release.parent / "feature_store"
         self._identity = file_identity(self._store / "data.mdb")
+        self._shared = SharedStore(server.options.store, self._store) if server.options.store else None
         self._signatures = signatures(server.release)
         self._version = ", ".join(sorted({p.name for p in server.release.glob("*/*") if p.name.isdigit()}))
         self._next_slow = 0.0
@@ -188,7 +209,8 @@ class Health:
     # -- for those who ask ---------------------------------------------------------------------------
     @property
     def ready(self) -> bool:
-        return not self.starting and not any(self.faults.values())
+        faults = {part: fault for part, fault in self.faults.items() if part != "store" or self._shared is None}
+        return not self.starting and not any(faults.values())  # every replica would be red for a store that is away
 
     @property
     def told_ready(self) -> bool:
@@ -218,7 +240,7 @@ class Health:
         if slow:
             self._next_slow = time.monotonic() + self.slow_s
             checks |= {
-                "store": lambda: store_fault(self._store, self._identity),
+                "store": self._shared.fault if self._shared else lambda: store_fault(self._store, self._identity),
                 "disk": self._disk_fault,
                 "version": self._version_fault,
             }

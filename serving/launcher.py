@@ -42,6 +42,7 @@ from serving.start_checks import (
     check_cache,
     check_exposure,
     check_ports,
+    check_store,
     check_trace_url,
     connections_for,
     free_port,
@@ -52,6 +53,7 @@ from serving.start_checks import (
 from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
 from vivace import contract
 from vivace.store.forgetting import compact, is_due
+from vivace.store.opening import STORE_URL
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ class ServerOptions:
     extra: tuple[str, ...] = field(default=())
     guard: bool = False
     restricted: bool = False
+    store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
 
 
 class _WithKey(InferenceServerClientPlugin):
@@ -201,6 +204,9 @@ class TritonServer:
         binaries = str(self.options.python.parent)
         libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), str(python_library().parent)]
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
+        env.pop(STORE_URL, None)
+        if self.options.store:  # not by the command line, which every user of the machine can read
+            env[STORE_URL] = self.options.store
         env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
         return server_environment(env)
 
@@ -218,6 +224,7 @@ class TritonServer:
         check_profile(o.repository, o.profile)
         check_cache(o.repository, o.profile, o.cache_bytes)
         check_trace_url(o.trace_url)
+        check_store(o.store)
         self.release = o.repository.resolve()  # whatever is published since, this server stays with it
         verify(self.release)
         self._held.enter_context(held(self.release))

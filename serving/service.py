@@ -21,6 +21,7 @@ from serving.start_checks import (
     check_exposure,
     check_log,
     check_ports,
+    check_store,
     check_trace_url,
     local_address,
     raise_descriptor_limit,
@@ -95,6 +96,7 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     check_profile(options.repository, options.profile)
     check_cache(options.repository, options.profile, options.cache_bytes)
     check_trace_url(options.trace_url)
+    check_store(options.store)
     if options.log is not None:
         check_log(options.log)
     raise_descriptor_limit()

@@ -12,6 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ from serving.releases import HELD, is_free
 from serving.repository import models, read_config
 from serving.segments import Segments
 from serving.wheel import ServerError
+from vivace.store.interface import StoreError
 
 LEFTOVER = "vivace-triton-"  # how a launcher's folder for temporary files is called
 PREFIX_FILE = "segments"  # in it: the prefix of its workers' shared memory
@@ -28,6 +30,7 @@ SHM_PREFIX = "vivace_"
 ENVIRONMENTS = Path("/tmp")  # where Triton's Python backend makes a folder for itself, whatever TMPDIR says
 LEAST_FILES = 512  # descriptors: below it a few hundred callers stop every answer
 FILES_OF_OUR_OWN = 256
+START_MS = 2000.0  # a shared store may take so long to answer a server that starts
 
 
 # -- addresses and ports -------------------------------------------------------------------------------
@@ -110,6 +113,24 @@ def check_trace_url(url: str) -> None:
         good = False
     if not good:
         raise ServerError(f"--trace-url: expected a URL such as http://127.0.0.1:4318/v1/traces, got {url!r}")
+
+
+def check_store(url: str) -> None:
+    """Raises ServerError for a shared store that does not answer or has nothing in it, ValueError for no address."""
+    if not url:
+        return
+    from vivace.store.remote.address import Address, shown
+    from vivace.store.remote.store import ValkeyStore
+
+    try:
+        with contextlib.closing(ValkeyStore(replace(Address.parse(url), limit_ms=START_MS))) as store:
+            filled = store.filled()
+    except StoreError as error:
+        raise ServerError(f"--store {shown(url)}: {error}; start it, or leave --store out") from None
+    if not filled:
+        raise ServerError(
+            f"--store {shown(url)}: nothing in it, or half a copy; 'vivace store copy --name RUN --to URL' fills it"
+        )
 
 
 def check_log(path: Path) -> None:

@@ -18,8 +18,7 @@ import numpy as np
 from preprocessing.item_rows import sold_out
 from serving.runtime.new_items import Attributes, CompiledRows, NewItem, NewItems
 from vivace.contract import FIRST_ID, MAX_FRESH, StageTensors
-from vivace.store.lmdb_catalogue import Change
-from vivace.store.lmdb_store import LmdbStore
+from vivace.store.interface import Change, ServingStore, StoreError
 
 log = logging.getLogger(__name__)
 ItemIds = Callable[[Sequence[str]], np.ndarray]
@@ -94,7 +93,7 @@ class LiveCatalogue:
     """
 
     def __init__(
-        self, store: LmdbStore, tables: Path, item_ids: ItemIds, shapes: StageTensors, ranks: bool = False
+        self, store: ServingStore, tables: Path, item_ids: ItemIds, shapes: StageTensors, ranks: bool = False
     ) -> None:
         self._store, self._folder, self._item_ids, self.shapes = store, tables, item_ids, shapes
         self._ranks = ranks
@@ -132,6 +131,8 @@ class LiveCatalogue:
             if changes:
                 self._apply(changes)
             self.error = ""
+        except StoreError as error:  # in its own words, which it has logged
+            self.error = str(error)
         except Exception as error:  # such as a store that is being exchanged: the next look may see it
             if not self.error:
                 log.exception("live catalogue")

@@ -12,7 +12,7 @@ import numpy as np
 from serving.runtime.moment import Moment
 from vivace.contract import FIRST_ID, StageTensors
 from vivace.live import KEPT_MS, LiveTable, Stream, Visits, recent_number
-from vivace.store.interface import Event, FeatureStore
+from vivace.store.interface import Event, FeatureStore, StoreError
 
 EVERY_S = 0.2
 STALE_S = 5.0
@@ -45,7 +45,10 @@ class LiveFeed:
         self._number, self._now_ms, self.error = recent_number(recent), 0, ""
         if self._number:
             self._after_ms = 0  # which events of the log came along is known by their number
-        self.refresh()
+        try:
+            self.refresh()
+        except StoreError as error:  # it may answer later
+            self._rows, self._at, self.error = self._table.rows(self._now_ms), time.monotonic() - STALE_S, str(error)
         if start:
             threading.Thread(target=self._follow, name="live counters", daemon=True).start()
 
@@ -96,5 +99,7 @@ class LiveFeed:
             try:
                 self.refresh()
                 self.error = ""
+            except StoreError as error:
+                self.error = str(error)
             except Exception as error:  # such as a store that is being exchanged: the next look may see it
                 self.error = f"{type(error).__name__}: {error}"

@@ -23,7 +23,7 @@ from serving.runtime.stages import FeatureTransform, ItemVocabulary, Row
 from vivace import contract
 from vivace.onnx_session import open_session, session_options
 from vivace.run import Run
-from vivace.store.lmdb_store import LmdbStore
+from vivace.store.interface import ServingStore
 
 if TYPE_CHECKING:
     from search.online import SearchOptions
@@ -49,7 +49,7 @@ class Pipeline:
         repository: Path,
         version: str,
         shapes: contract.StageTensors,
-        store: LmdbStore,
+        store: ServingStore,
         exclude_seen: bool = True,
         threads: int = 1,
         ranked: int = 0,
@@ -92,7 +92,7 @@ class Pipeline:
 
     @classmethod
     def published(
-        cls, root: Path, store: LmdbStore, threads: int = 1, history: int = 0, ranked: int = 0, whole: bool = False
+        cls, root: Path, store: ServingStore, threads: int = 1, history: int = 0, ranked: int = 0, whole: bool = False
     ) -> Pipeline:
         """That of the version that ``artifacts/<name>`` published last. ``history``: newest events that are read (0:
         as many as were trained)."""

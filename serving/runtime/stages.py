@@ -326,6 +326,8 @@ class FeatureTransform:
         if catalogue is not None:
             live, late = [*live, seen_fresh], catalogue.status()
             status = [with_reason(s, late) for s in status] if late else status
+        if late := self._store.fault():
+            status = [with_reason(s, late) if row.user_id else s for s, row in zip(status, rows, strict=True)]
         if not self._shapes.timed:
             return [history_BT, seen, *moment, *live], status
         time_BT = np.zeros((len(rows), t), np.int64)

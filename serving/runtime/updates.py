@@ -27,14 +27,12 @@ from vivace.contract import (
     UPSERT,
     DataSchema,
 )
-from vivace.store.lmdb_catalogue import Change
-from vivace.store.lmdb_store import LmdbStore
+from vivace.store.interface import Change, ServingStore, StoreError
 
 log = logging.getLogger(__name__)
 NO_CATALOGUE = "this run has no live catalogue, as its items have neither text nor attributes"
 NOT_FOLLOWED = "stored, but the profile that is served does not read changes; serve the default one, or fused"
 SCHEMA = "schema.json"
-FORGOTTEN_LATER = "forgotten; its bytes leave the store's file when the server starts next"
 NOTHING_KNOWN = "nothing was known of this user"
 
 
@@ -53,17 +51,24 @@ class Updates:
     """``folder``: of the served version, with the tables of new items and the schema where it has a live catalogue.
     ``followed``: whether the profile that is served reads what changed."""
 
-    def __init__(self, store: LmdbStore, folder: Path, item_ids: ItemIds, followed: bool = True) -> None:
+    def __init__(self, store: ServingStore, folder: Path, item_ids: ItemIds, followed: bool = True) -> None:
         self._store, self._folder, self._item_ids, self._followed = store, folder, item_ids, followed
         self._schema = DataSchema.load(folder / SCHEMA) if (folder / SCHEMA).exists() else None
         self._new = NewItems.load(folder) if self._schema is not None else None
         self._key = NewItems.key_of(folder) if self._schema is not None else ""
         self._fresh: set[str] = set()  # items that are not in the trained tables and are recommended
         if self._new is not None:
-            self.drop_held()
-            changes = [c for c in store.catalogue_changes(0) if c.row and c.vector]
-            ids = item_ids([c.item_id for c in changes])
-            self._fresh = {c.item_id for c, id_ in zip(changes, ids.tolist(), strict=True) if id_ < FIRST_ID}
+            try:
+                self._look_back()
+            except StoreError as error:  # rows are taken once it answers; what is held goes at the next start
+                log.warning("changes of before are not known: %s", error)
+
+    def _look_back(self) -> None:
+        """At what changed before this process started."""
+        self.drop_held()
+        changes = [c for c in self._store.catalogue_changes(0) if c.row and c.vector]
+        ids = self._item_ids([c.item_id for c in changes])
+        self._fresh = {c.item_id for c, id_ in zip(changes, ids.tolist(), strict=True) if id_ < FIRST_ID}
 
     def drop_held(self) -> int:
         """Takes changes out that the compiled catalogue holds; how many."""
@@ -100,7 +105,7 @@ class Updates:
             raise ValueError(f"{ACTION.name}: expected {UPSERT}, {REMOVE} or {FORGET}, got {kind[:60]!r}")
         if kind == FORGET:
             known = self._store.forget(_id(record, "a user"))
-            statuses[i] = f"{STATUS_OK}: {FORGOTTEN_LATER if known else NOTHING_KNOWN}"
+            statuses[i] = f"{STATUS_OK}: {self._store.FORGOTTEN if known else NOTHING_KNOWN}"
             return
         if self._schema is None:
             raise ValueError(NO_CATALOGUE)

@@ -17,7 +17,7 @@ from serving.runtime.stages import ItemVocabulary
 from serving.triton.backends.onnxruntime.model import TritonPythonModel, options_of
 from serving.triton.graph_model import Tensor, parameters
 from vivace import contract
-from vivace.store.lmdb_store import LmdbStore
+from vivace.store.opening import store_of_worker
 
 
 class FreshRankingModel(TritonPythonModel):
@@ -33,7 +33,7 @@ class FreshRankingModel(TritonPythonModel):
         super().open(path, config, kind, device)
         settings, repository, version = parameters(config), self.folder.parent.parent, self.folder.name
         shapes = contract.StageTensors(**json.loads(settings["shapes"]))
-        store = LmdbStore(repository / settings["feature_store"], readonly=True, create=False)
+        store = store_of_worker(repository / settings["feature_store"], readonly=True)
         ids = ItemVocabulary(repository / contract.FEATURE_TRANSFORM / version / "transform.onnx", lazy=True)
         catalogue = LiveCatalogue(store, repository / contract.UPDATE_STORE / version, ids, shapes, ranks=True)
         self.fresh = FreshRanking(self.folder, catalogue, options_of(config))

@@ -27,7 +27,7 @@ from serving.runtime.stages import (
     search_for,
     with_reason,
 )
-from serving.triton.graph_model import answer, each_by_itself, overdue, refusal
+from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
 from serving.triton.stage import (
     Counts,
     ParsedRequest,
@@ -41,7 +41,7 @@ from serving.triton.stage import (
 )
 from vivace import contract
 from vivace.context import CONTEXT_FILE, ContextColumns, parse_context, unknown_names
-from vivace.store.interface import Event
+from vivace.store.interface import Event, StoreUnreachableError
 
 
 class FeatureTransformModel(Stage):
@@ -219,8 +219,13 @@ class AppendEventModel(Stage):
                 responses[i] = refused(str(error))
         stored = [event for _, events in accepted for event in events]
         statuses = iter(self._statuses(stored))  # before anything is stored: what fails then was not
-        lengths = self.events.append(stored)
-        for i, events in accepted:
+        try:
+            lengths = self.events.append(stored)
+        except StoreUnreachableError as error:  # not one by one: what has no id may be stored
+            lengths = {}
+            for i, _ in accepted:
+                responses[i] = failure(error)
+        for i, events in accepted if lengths else ():
             length = np.array([[lengths[e.user_id]] for e in events], np.int32)
             values = {
                 contract.HISTORY_LENGTH.name: length,

@@ -23,7 +23,8 @@ from serving.triton import byte_strings
 from serving.triton.graph_model import deadline
 from vivace import contract
 from vivace.context import ContextColumns
-from vivace.store.lmdb_store import LmdbStore
+from vivace.store.interface import ServingStore
+from vivace.store.opening import store_of_worker
 
 if TYPE_CHECKING:
     from search.online import SearchOptions
@@ -68,16 +69,15 @@ class Stage:
     def shapes(self) -> contract.StageTensors:
         return contract.StageTensors(**json.loads(self.parameters["shapes"]))
 
-    def store(self, readonly: bool) -> LmdbStore:
-        """The run's store, which must be there: a server never makes an empty one in a missing one's place."""
-        path = self.folder.parent.parent / self.parameters["feature_store"]
-        return LmdbStore(path, readonly=readonly, create=False)
+    def store(self, readonly: bool) -> ServingStore:
+        """The run's store, or the one that the server was started with."""
+        return store_of_worker(self.folder.parent.parent / self.parameters["feature_store"], readonly)
 
     def beside(self, model: str) -> Path:
         """Folder of the same version of another model."""
         return self.folder.parent.parent / model / self.folder.name
 
-    def catalogue(self, store: LmdbStore | None = None) -> LiveCatalogue | None:
+    def catalogue(self, store: ServingStore | None = None) -> LiveCatalogue | None:
         """The live catalogue; None for a run without one. ``store``: what is open already."""
         if "shapes" not in self.parameters or not self.shapes().fresh:
             return None

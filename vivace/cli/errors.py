@@ -38,10 +38,11 @@ def expected(error: Exception) -> str | None:
     from serving.wheel import ServerError
     from vivace.client import VivaceError
     from vivace.manifest import BusyError
+    from vivace.store.interface import StoreError
 
     if isinstance(error, OSError):
         return in_words(error)
-    if isinstance(error, (ValueError, NotImplementedError, ServerError, BusyError, VivaceError)):
+    if isinstance(error, (ValueError, NotImplementedError, ServerError, BusyError, VivaceError, StoreError)):
         return str(error)
     return None
 

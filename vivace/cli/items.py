@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections import Counter
@@ -120,7 +121,11 @@ def forget(
 def _forgotten_in(run: Run, user: str) -> str:
     from vivace.store.forgetting import compact
     from vivace.store.lmdb_store import LmdbStore
+    from vivace.store.opening import STORE_URL, store_of_worker
 
+    if os.environ.get(STORE_URL):
+        with contextlib.closing(store_of_worker(run.feature_store)) as shared:
+            return f"{user}: {shared.FORGOTTEN if shared.forget(user) else 'nothing was known of this user'}"
     with contextlib.closing(LmdbStore(run.feature_store, create=False)) as store:
         known = store.forget(user)
     gone = compact(run.feature_store)

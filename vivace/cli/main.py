@@ -28,6 +28,7 @@ from vivace.cli.query import query
 from vivace.cli.refresh import refresh
 from vivace.cli.report import report_compress
 from vivace.cli.serve import serve
+from vivace.cli.store import store
 from vivace.cli.train import train
 from vivace.cli.tune import tune
 
@@ -90,6 +91,7 @@ for panel, verbs in PANELS.items():
         text = " ".join((verb.__doc__ or "").split())  # Typer keeps the line breaks of a docstring
         app.command(verb.__name__.rstrip("_").replace("_", "-"), rich_help_panel=panel, help=text)(verb)
 app.add_typer(items, name="items", help="Change the catalogue of the running server.", rich_help_panel="Serving")
+app.add_typer(store, name="store", help="Move the store that a server keeps.", rich_help_panel="Serving")
 app.add_typer(reports, name="report", help="Pages that show what was measured.", rich_help_panel="Looking")
 reports.command("compress")(report_compress)
 

@@ -110,21 +110,21 @@ def explained(status: str) -> str:
 
 def titles(run: Run | None, items: Sequence[str]) -> list[str]:
     """Titles from the feature store; "" where there is none."""
-    from vivace.store.lmdb_store import LmdbStore
+    from vivace.store.opening import store_of_worker
 
     if run is None or not run.feature_store.is_dir():
         return [""] * len(items)
-    with contextlib.closing(LmdbStore(run.feature_store, readonly=True)) as store:
+    with contextlib.closing(store_of_worker(run.feature_store, readonly=True)) as store:
         return [title or "" for title in store.titles(items)]
 
 
 def stored_history(run: Run | None, user: str) -> list[str]:
     """What the feature store has of a user, oldest first."""
-    from vivace.store.lmdb_store import LmdbStore
+    from vivace.store.opening import store_of_worker
 
     if run is None or not user or not run.feature_store.is_dir():
         return []
-    with contextlib.closing(LmdbStore(run.feature_store, readonly=True)) as store:
+    with contextlib.closing(store_of_worker(run.feature_store, readonly=True)) as store:
         return list(store.histories([user])[0] or [])
 
 

@@ -10,6 +10,7 @@ import typer
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, MAX_PORT, Artifacts, Host, Name, Profile, say
 from vivace.cli.runs import find_run, say_next
+from vivace.store.opening import STORE_URL
 
 
 def serve(
@@ -34,6 +35,16 @@ def serve(
         Path | None, typer.Option(help="Triton's log; default artifacts/RUN/triton.log", dir_okay=False)
     ] = None,
     verbose: Annotated[int, typer.Option(help="of Triton's log", min=0)] = 0,
+    store: Annotated[
+        str,
+        typer.Option(
+            "--store",
+            envvar=STORE_URL,
+            metavar="URL",
+            show_default=False,
+            help="a Valkey that servers share, such as valkey://127.0.0.1:6379/0; without it the run's own store",
+        ),
+    ] = "",
     guard: Annotated[
         bool,
         typer.Option("--guard/--no-guard", help="Envoy in front; without it only on a loopback address"),
@@ -64,6 +75,7 @@ def serve(
         log=log_file or run.server_log,
         verbose=verbose,
         guard=guard,
+        store=store,
         restricted=True,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from vivace.contract import TITLE
+
 
 class StoreError(RuntimeError):
     """The store cannot keep what it was given just now; the message is for the caller."""
+
+
+class StoreUnreachableError(StoreError):
+    """The store did not answer in time: what it was given may be kept or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,31 @@ class Event:
     timestamp_ms: int = 0
     event_id: str = field(default="", compare=False)
     context: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One item put in (``row``: its JSON) or taken out (``row`` "").
+
+    ``slot``: the number of the item's first change; an item that the models do not know is known by it. ``vector``:
+    float32 as bytes, what stands for such an item in the models whose tables have the key ``made_by``; b"" for none.
+    ``came_ms``: Unix ms."""
+
+    item_id: str
+    row: str = ""
+    made_by: str = ""
+    vector: bytes = b""
+    number: int = 0
+    slot: int = 0
+    came_ms: int = 0
+
+    @property
+    def removed(self) -> bool:
+        return not self.row
+
+    def title(self, before: str | None) -> str | None:
+        """The item's title, if it was ``before``: what is taken out keeps the one it had."""
+        return str(json.loads(self.row).get(TITLE) or "") if self.row else before
 
 
 class FeatureStore(Protocol):
@@ -54,4 +86,37 @@ class FeatureStore(Protocol):
     def titles(self, item_ids: Sequence[str]) -> list[str | None]:
         """Title of each item; None where there is none."""
 
+    def fault(self) -> str:
+        """Why what this thread has read since it last asked may be old or missing, as a reason of STATUS; "" where it
+        is whole."""
+
     def close(self) -> None: ...
+
+
+class ServingStore(FeatureStore, Protocol):
+    """What a server needs beside the request path: changes of the catalogue, and what goes."""
+
+    FORGOTTEN: str
+    """What a caller is told of a user who was forgotten."""
+
+    def change_catalogue(self, changes: Sequence[Change]) -> list[Change]:
+        """Puts items in or takes them out, durably on return; the changes with their numbers and slots."""
+
+    def catalogue_changes(self, after: int, most: int = -1) -> list[Change]:
+        """The newest change of each item whose number is above ``after``, in their order: the oldest
+        ``most`` (-1: all)."""
+
+    def last_change(self) -> int:
+        """Number of the newest change there ever was; 0 if there was none."""
+
+    def catalogue_change(self, item_id: str) -> Change | None:
+        """The newest change of an item; None where there is none."""
+
+    def drop_changes(self, numbers: Sequence[int]) -> int:
+        """Takes changes out that a newer catalogue holds; how many were still there."""
+
+    def forget(self, user_id: str) -> bool:
+        """Takes a user out of everything; whether anything was known."""
+
+    def sweep(self, now_ms: int | None = None) -> bool:
+        """One short turn of removing what has aged out; whether there is more."""

@@ -8,47 +8,21 @@ it anew.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import lmdb
 import msgpack
 
-from vivace.contract import TITLE
+from vivace.store.interface import Change
 from vivace.store.lmdb_log import Transaction, key_of, number_key
 
 T = TypeVar("T")
 ABOUT, CHANGES, CHANGED = b"about", b"changes", b"changed"  # databases: the last two are the log and its index
 LAST_NUMBER = b"catalogue_number"  # key of ``about``: of the newest change there ever was
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One item put in (``row``: its JSON) or taken out (``row`` "").
-
-    ``slot``: the number of the item's first change; an item that the models do not know is known by it. ``vector``:
-    float32 as bytes, what stands for such an item in the models whose tables have the key ``made_by``; b"" for none.
-    ``came_ms``: Unix ms."""
-
-    item_id: str
-    row: str = ""
-    made_by: str = ""
-    vector: bytes = b""
-    number: int = 0
-    slot: int = 0
-    came_ms: int = 0
-
-    @property
-    def removed(self) -> bool:
-        return not self.row
-
-    def title(self, before: str | None) -> str | None:
-        """The item's title, if it was ``before``: what is taken out keeps the one it had."""
-        return str(json.loads(self.row).get(TITLE) or "") if self.row else before
 
 
 def _read(key: bytes, value: bytes) -> Change:

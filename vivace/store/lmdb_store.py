@@ -48,6 +48,8 @@ class LmdbStore(CatalogueStore):
     """``FeatureStore`` in one LMDB folder. Values: of users, msgpack ``[items, event types, times]``; of items, the
     title; of the log, its ids and marks: see ``lmdb_log``. ``retention``: None takes the folder's own."""
 
+    FORGOTTEN = "forgotten; its bytes leave the store's file when the server starts next"
+
     def __init__(
         self, path: Path, readonly: bool = False, create: bool = True, retention: Retention | None = None
     ) -> None:
@@ -168,6 +170,9 @@ class LmdbStore(CatalogueStore):
             return after, []
         with self._alone, self._begin() as transaction:
             return self._log.after(transaction, after, since_ms, most, until)
+
+    def fault(self) -> str:
+        return ""
 
     def event_types(self) -> set[str]:
         with self._reading(_USERS) as (transaction, _):

@@ -58,9 +58,9 @@ def imports(*folders: str, without: str = "") -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folders", "without", "extras"),
     [
-        (("vivace",), "", ("",)),
+        (("vivace",), "", ("", "valkey")),
         (("search",), "ranker.py", ("", "search")),  # the ranker's training
-        (("vivace", "preprocessing", "search", "serving", "training"), "", ("", "train")),
+        (("vivace", "preprocessing", "search", "serving", "training"), "", ("", "train", "valkey")),
         (("loadtest",), "", ("", "train", "load")),
         (("benchmarks",), "peers", ("", "dev")),  # peers have environments of their own
     ],
