@@ -35,6 +35,7 @@ UNPACK = CHECKOUT / "deploy" / "gpu" / "unpack.py"
 BASE = ("code", "runs", "served")  # bundles of the piece "base"
 SMALL_SHOP = {"users": 700, "items": 300, "events": 12_000}
 NOT_PACKED = ("workflow", "item_workflow")  # pickles that only NVTabular reads
+WORDS = "categories"  # in them: tables of raw values, which recorded requests are made with
 XZ = ("xz", "-T0", "-c", "--x86")  # x86: of machine code, jumps as absolute addresses
 MIB = 2**20
 
@@ -109,7 +110,7 @@ def prepared(data: str, artifacts: Path) -> list[Content]:
     kept = [p for p in sorted(run.root.rglob("*")) if p.is_file() and not p.name.endswith("lock.mdb")]
     folders = (run.features, run.feature_store)
     names = [(p, p.relative_to(artifacts)) for p in kept if any(p.is_relative_to(f) for f in folders)]
-    return [Content(str(n), p.read_bytes()) for p, n in names if not set(n.parts) & set(NOT_PACKED)]
+    return [Content(str(n), p.read_bytes()) for p, n in names if WORDS in n.parts or not set(n.parts) & set(NOT_PACKED)]
 
 
 def packages(section: dict[str, Any], python: str, cache: Path) -> list[Content]:
