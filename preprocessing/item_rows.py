@@ -17,7 +17,7 @@ from vivace.contract import EVENT_PART, ITEM, MAX_ID_BYTES, MAX_ROW_BYTES, STOCK
 
 # by the schema's names: ITEM, TITLE and TEXT str, categoricals str or None, lists list[str], numbers or None
 ItemRow = dict[str, Any]
-_WRITTEN_LIST = re.compile(r"\[\s*[\"']")  # a list that was printed, not values parted by a separator
+_WRITTEN_LIST = re.compile(r"\[.*\]|\{.*\}|\(\s*[\"'].*\)", re.DOTALL)  # printed, not parted by a separator
 
 
 def _text(value: Any, name: str) -> str | None:
@@ -38,6 +38,11 @@ def _category(value: Any, name: str) -> str | None:
     return None if text is None else spelled(text)
 
 
+def is_written_list(text: str) -> bool:
+    """Whether a text is a list that was printed, such as "[1, 2]" or "{a,b}"."""
+    return _WRITTEN_LIST.fullmatch(text.strip()) is not None
+
+
 def list_values(value: Any, name: str, separator: str) -> list[str]:
     """Values of a list attribute: each once, without blanks around it, in alphabetical order; [] for none. ``value`` is
     a list, a text whose values ``separator`` parts, or None.
@@ -46,7 +51,7 @@ def list_values(value: Any, name: str, separator: str) -> list[str]:
     """
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, str):
-        if _WRITTEN_LIST.match(value.strip()):
+        if is_written_list(value):
             raise ValueError(
                 f"{name}: expected values parted by {separator!r}, got {value[:60]!r}, a list written as text; part "
                 "its values by the separator, or give a true list (Parquet, JSON)"
@@ -59,7 +64,7 @@ def list_values(value: Any, name: str, separator: str) -> list[str]:
                 f"{type(value).__name__} {str(value)[:60]!r}"
             )
         value = [value]
-    values = (_text(part, f"{name}, a value of the list") for part in value)
+    values = (_category(part, f"{name}, a value of the list") for part in value)
     return sorted({text for text in values if text is not None})
 
 

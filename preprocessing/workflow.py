@@ -221,7 +221,10 @@ def training_rows(files: list[Path], folder: Path) -> list[Path]:
             pq.write_table(table, folder / file.name, row_group_size=max(table.num_rows, 1))
             kept.append(folder / file.name)
     if not kept:
-        raise ValueError("events: no row is left for training after the split; the log is too short for this split")
+        raise ValueError(
+            "events: no row is left for training after the split; the log is too short for this split, or its times "
+            "are all the same"
+        )
     return kept
 
 

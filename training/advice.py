@@ -22,6 +22,7 @@ AGAIN = 0.05  # share of the events on an item the user had before from which su
 FRESH = 1.5  # times that the last hour's most clicked must be right as often as those of all time
 FRESH_HITS = 0.1  # and the least share of requests that they answer
 JUDGED = 2_000  # validation requests that say so
+LEAST_JUDGED = 200  # fewer say nothing
 HOUR_MS = 3_600_000
 TOP = 10
 GAPS = 0.05  # share of different gaps between events below which times are made up
@@ -81,7 +82,7 @@ def hits_of_the_popular(features: Features) -> tuple[float, float]:
     """HR@10 of what was clicked most in the hour before, and of what was in all the time before, over up to JUDGED
     validation requests, evenly by time: counts of the events strictly before each."""
     tables = [pq.read_table(file, columns=[TARGET, TARGET_TIME]) for file in features.files("valid")]
-    if not tables:
+    if sum(map(len, tables)) < LEAST_JUDGED:
         return 0.0, 0.0
     targets, moments = (np.concatenate([table[name].to_numpy() for table in tables]) for name in (TARGET, TARGET_TIME))
     order = np.argsort(moments, kind="stable")

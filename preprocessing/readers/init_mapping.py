@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocessing import arrow_types, times
+from preprocessing.item_rows import is_written_list
 from preprocessing.readers.csv_rows import DELIMITERS, READ_ERRORS
 from preprocessing.readers.parts import is_parquet
 
@@ -55,10 +56,12 @@ class Sample:
         separator stands in many of its texts, and what it parts repeats."""
         array = self.table[name].combine_chunks()
         if arrow_types.is_list(array.type):
-            return ""
+            return None if pa.types.is_nested(array.type.value_type) else ""
         if not arrow_types.is_text(array.type):
             return None
         known = [value for value in array.to_pylist() if value and value.strip()]
+        if any(is_written_list(value) for value in known):
+            return None
         for separator, least in LIST_SEPARATORS.items():
             parts = [part.strip() for value in known for part in value.split(separator)]
             with_it = sum(separator in value for value in known)
@@ -67,8 +70,11 @@ class Sample:
         return None
 
     def distinct(self, name: str) -> float:
-        """Distinct values a row."""
-        return self.table[name].combine_chunks().dictionary_encode().dictionary.__len__() / max(self.table.num_rows, 1)
+        """Distinct values a row; 1 of a column whose values have parts."""
+        array = self.table[name].combine_chunks()
+        if pa.types.is_nested(array.type):
+            return 1.0
+        return len(array.dictionary_encode().dictionary) / max(self.table.num_rows, 1)
 
 
 def read_sample(file: Path) -> Sample:
@@ -109,12 +115,18 @@ def _csv_sample(file: Path, raw: bytes) -> Sample:
     header, *rows = [r for r in csv.reader(lines, delimiter=delimiter) if r]
     rows = [r for r in rows if len(r) == len(header)]
     table = pa.table({n: pa.array([r[i] or None for r in rows], pa.large_string()) for i, n in enumerate(header)})
-    decimals = re.compile(r"[+-]?\d+,\d+")
-    comma = any(decimals.fullmatch(v.strip()) for r in rows for v in r)
+    columns = [[v for r in rows if (v := r[i].strip())] for i in range(len(header))]
+    comma = any(_decimal(values, ",") for values in columns) and not any(_decimal(values, ".") for values in columns)
     return Sample(
         file, table, None if delimiter == "," else delimiter,
         None if encoding in ("utf-8-sig", "utf-16") else encoding, "," if comma else None,
     )  # fmt: skip
+
+
+def _decimal(values: list[str], sign: str) -> bool:
+    """Whether a column holds numbers alone, some with ``sign`` before their decimals."""
+    number = re.compile(rf"[+-]?\d+({re.escape(sign)}\d+)?")
+    return any(sign in value for value in values) and all(number.fullmatch(value) for value in values)
 
 
 def _guess(names: list[str], words: tuple[str, ...], fits: Callable[[str], bool] = lambda name: True) -> str | None:
@@ -155,7 +167,8 @@ def _toml(value: str | list[str]) -> str:
 
 def _form(sample: Sample) -> list[str]:
     keys = {"delimiter": sample.delimiter, "encoding": sample.encoding, "decimal": sample.decimal}
-    return [f"{key} = {_toml(value)}" for key, value in keys.items() if value is not None]
+    check = {"decimal": "  # check: the sign before decimals"}
+    return [f"{key} = {_toml(value)}{check.get(key, '')}" for key, value in keys.items() if value is not None]
 
 
 def _key(key: str, column: str | None, check: str) -> str:

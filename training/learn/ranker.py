@@ -246,7 +246,10 @@ def train_ranker(
     retriever.to(device())
     source = RankerData(features, retriever, preset, seed, control)
     if source.without_validation:
-        say("no validation request (no user has three events): the ranker learns from the last training events")
+        say(
+            "no validation request (no user has three events, or too little is held out): the ranker learns from "
+            "the last training events"
+        )
     if model.live is not None and source.known is not None:
         ids_BM, live_BMF = source.known.live
         model.live.measure(live_BMF[ids_BM >= FIRST_ID])

@@ -55,7 +55,7 @@ def _report(what: str, statuses: list[str], rejected: Counter[str], began: float
         say(f"{count:,}: {reason}")
     if len(reasons) > SHOWN:
         say(f"and {len(reasons) - SHOWN:,} other reasons")
-    if not good:
+    if good < len(statuses) + sum(rejected.values()):
         raise typer.Exit(1)
 
 

@@ -145,7 +145,7 @@ def test_files_change_the_catalogue_by_the_command_line(own_root, tmp_path):
         place = f"{server.host}:{server.grpc_port}"
         more = ("--name", own_root.name, "--artifacts", str(own_root.parent), "--url", place)
         upserted = vivace("items", "upsert", str(tmp_path / "new.jsonl"), *more)
-        assert upserted.returncode == 0 and "stored 130 of 131 rows" in upserted.stdout, upserted
+        assert upserted.returncode == 1 and "stored 130 of 131 rows" in upserted.stdout, upserted
         assert "line 131: item_id: expected an item id" in upserted.stdout
         with closing(LmdbStore(own_root / "feature_store", readonly=True)) as store:
             assert store.titles(["typed-7"]) == ["Alto kettle 7"]

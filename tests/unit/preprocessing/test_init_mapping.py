@@ -76,3 +76,18 @@ def test_columns_of_several_values_are_lists(tmp_path):
     write(tmp_path, "i.parquet", pa.table({"item": [str(i) for i in range(6)], "genres": lists}))
     text = draft(tmp_path / "e.csv", tmp_path / "i.parquet", tmp_path)
     assert 'lists = ["genres"]' in text and "separator" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "decimal"),
+    [
+        (['a,"1,001",12.34', "b,Book,3.5"], False),  # one title that looks like a number
+        (['a,"3,5",12.34', 'b,"7,9",3.5'], False),  # ids that a comma parts, beside numbers with a point
+        (['a,Lamp,"12,34"', 'b,Book,"3,5"'], True),
+    ],
+)
+def test_a_decimal_comma_is_told_by_whole_columns(tmp_path, rows, decimal):
+    (tmp_path / "events.csv").write_text("user,item,ts\nu,a,1700000000\n")
+    (tmp_path / "items.csv").write_text("item,name,price\n" + "\n".join(rows) + "\n")
+    text = draft(tmp_path / "events.csv", tmp_path / "items.csv", tmp_path)
+    assert ('decimal = ","' in text) == decimal and 'continuous = ["price"]' in text

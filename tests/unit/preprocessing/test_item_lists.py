@@ -141,3 +141,13 @@ def test_prepare_encodes_lists(tmp_path, empty):
     assert any(
         "genres: 1 items have more than 16 values" in n and "4 values are left" in n for n in done["results"]["notes"]
     )
+
+
+@pytest.mark.parametrize("printed", ["[1, 2]", "[rot, blau]", "{rot,blau}", '{"a","b"}', "('a', 'b')", " [] "])
+def test_a_list_that_was_printed_is_refused_whatever_printed_it(printed):
+    with pytest.raises(ValueError, match="a list written as text"):
+        list_values(printed, "tags", ",")
+
+
+def test_a_value_in_parentheses_is_a_value_and_true_has_one_spelling():
+    assert list_values("(live)|TRUE|true", "tags", "|") == ["(live)", "true"]
