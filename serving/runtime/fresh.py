@@ -62,6 +62,8 @@ class FreshRanking:
             score_BF[row, np.isin(slots_F, seen_BM[row])] = NOWHERE
         m = min(shapes.fresh, fresh.count)
         places_BM = np.argpartition(-score_BF, m - 1, axis=1)[:, :m]
+        newest_BM = np.argsort(-slots_F[places_BM], axis=1, kind="stable")  # of equal scores the newest comes first
+        places_BM = np.take_along_axis(places_BM, newest_BM, 1)
         score_BM = np.take_along_axis(score_BF, places_BM, 1)
         score_BM[cold_B] = np.where(score_BM[cold_B] > NOWHERE, np.float32(0), NOWHERE)
         return places_BM, score_BM.astype(np.float32)

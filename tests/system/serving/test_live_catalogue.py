@@ -81,6 +81,35 @@ def test_a_new_item_is_in_the_next_answer_and_what_is_taken_out_in_none(own_root
         assert {before.items[1], before.items[2]} & set(back.items)
 
 
+def test_new_items_alike_keep_their_order_whatever_comes_and_goes(own_root, root, catalogue):
+    """Of equal scores the newest comes first, after others have come and gone, and after a restart too."""
+    user = min(users_of_data(root))
+    expected = [f"alike-{n}" for n in (5, 4, 3, 2, 1, 0)]
+    rows: list[dict] = []
+
+    def alike(client) -> list[str]:
+        answer = client.recommend(user, top_k=MAX_TOP_K)
+        scores = {s for i, s in zip(answer.items, answer.scores, strict=True) if i.startswith("alike-")}
+        assert len(scores) == 1
+        return [item for item in answer.items if item.startswith("alike-")]
+
+    for restart in (False, True):
+        with (
+            service(on_free_ports(own_root / "model_repository"), quiet) as (server, _),
+            PatientClient(f"{server.host}:{server.grpc_port}") as client,
+        ):
+            if not restart:
+                row = catalogue[client.recommend(user).items[0]]
+                rows = [{**row, "item_id": f"alike-{n}"} for n in range(9)]
+                assert client.upsert_items(rows[:6]) == ["ok"] * 6
+            assert alike(client) == expected
+            assert client.upsert_items(rows[6:]) == ["ok"] * 3 and alike(client)[3:] == expected
+            assert client.remove_items([r["item_id"] for r in rows[6:]]) == ["ok"] * 3
+            assert alike(client) == expected
+    with closing(LmdbStore(own_root / "feature_store")) as store:
+        store.drop_changes([c.number for c in store.catalogue_changes(0) if c.item_id.startswith("alike-")])
+
+
 def test_what_was_acknowledged_outlives_a_worker_that_is_killed_and_health_stays_well(own_root, catalogue):
     rows, acknowledged, over = list(catalogue.values()), list[str](), threading.Event()
     with service(on_free_ports(own_root / "model_repository", guard=True), quiet) as (server, watchdog):
