@@ -11,11 +11,10 @@ import pytest
 
 from loadtest.tune.space import Objective, Trial, trials, untuned
 from loadtest.tune.tune import tune
-from preprocessing.requests import recorded
+from preprocessing.requests import recorded, requests_of
 from serving.launcher import TritonServer
 from serving.repository import served_from
 from tests.support import PatientClient, on_free_ports, quiet
-from vivace import contract
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +53,15 @@ def test_a_search_on_the_live_server(own):
     assert again == found and found["runs"] > 0  # of its log, without another run
 
     options = on_free_ports(served_from(own, "tuned") / "model_repository", profile="tuned")
-    frame = recorded(own, "valid")
-    histories, targets = frame[contract.ITEM].tolist(), frame[contract.TARGET].tolist()
+    requests = requests_of(recorded(own, "valid"))[:40]
+    assert all(request.types and request.context for request in requests)  # as the models read them
     with TritonServer(options) as server, PatientClient(f"{server.host}:{server.grpc_port}") as client:
-        answers = [client.recommend("", list(h), 10).items for h in histories[:40]]
+        answers = [client.recommend("", r.history, 10, context=r.context).items for r in requests]
     key = json.dumps(["quality", "valid", asdict(Trial(**chosen["trial"]).answer)])[:-1]
     journal = [json.loads(line) for line in (own / "tuning" / "quality.jsonl").read_text().splitlines()]
     judged = next(e["value"] for e in journal if e["key"].startswith(key))[:40]
-    gains = [1 / np.log2(a.index(t) + 2) if t in a else 0.0 for a, t in zip(answers, targets, strict=False)]
+    targets = [request.target for request in requests]
+    gains = [1 / np.log2(a.index(t) + 2) if t in a else 0.0 for a, t in zip(answers, targets, strict=True)]
     assert gains == pytest.approx(judged, abs=1e-3)
 
 
