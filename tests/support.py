@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import time
@@ -53,6 +54,14 @@ def on_free_ports(repository: Path, **more: Any) -> ServerOptions:
 def untouched_store(root: Path) -> Path:
     """The feature store of the small shop as it was prepared, whatever other tests have appended since."""
     return root.parent / "untouched" / "feature_store"
+
+
+def own_copy(root: Path, folder: Path) -> Path:
+    """The small shop in ``folder``, with a store of its own as it was prepared."""
+    own = folder / "shop"
+    shutil.copytree(root, own, symlinks=True, ignore=shutil.ignore_patterns("feature_store"))
+    shutil.copytree(untouched_store(root), own / "feature_store")
+    return own
 
 
 def users_of_data(root: Path) -> set[str]:

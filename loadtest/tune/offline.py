@@ -5,44 +5,37 @@ from __future__ import annotations
 import itertools
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from loadtest.tune.space import TOP_K
-from preprocessing.requests import RecordedRequest, recorded, requests_of
+from preprocessing.requests import recorded, requests_of
 from serving.runtime.pipeline import Pipeline
-from serving.runtime.stages import Row
+from serving.runtime.stages import Row, parse_row
 from training.metrics import MISS, bootstrap, ndcg_of
 from vivace import contract
-from vivace.context import category_text
+from vivace.client_request import request_tensors
+from vivace.context import ContextColumns
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 
 
-def rows_of(root: Path, part: str = "test", most: int | None = None) -> list[Row]:
-    """The first ``most`` recorded requests (None: all) as the stages take them, of nobody known: what the store knows
-    of their users is in their context."""
-    return [
-        Row("", r.items or None, TOP_K, **typed(r), context=sent(r.context))
-        for r in requests_of(recorded(root, part).head(most) if most else recorded(root, part))
-    ]
-
-
-def typed(request: RecordedRequest) -> dict[str, Any]:
-    """Types and times of a recorded history as ``Row`` takes them, where there are any."""
-    return {} if request.types is None else {"types": tuple(request.types), "times": (0,) * len(request.types)}
-
-
-def sent(context: dict[str, Any]) -> dict[str, str | float]:
-    """A recorded context as ``vivace.context.parse_context`` reads it."""
-    return {name: category_text(value) for name, value in context.items()}
+def rows_of(root: Path, columns: ContextColumns, part: str = "test", most: int | None = None) -> list[Row]:
+    """The first ``most`` recorded requests (None: all), parsed as those of callers are, of nobody known: what the store
+    knows of their users is in their context, whose ``columns`` are the served version's."""
+    frame, rows = recorded(root, part), []
+    for request in requests_of(frame.head(most or len(frame))):
+        given = request_tensors(history=request.history, context=request.context)
+        sent = {tensor.name: value[0] for tensor, value in given}
+        context = sent[contract.CONTEXT_OF_REQUEST.name][0] if request.context else b""
+        rows.append(parse_row(b"", b"", sent[contract.HISTORY.name], TOP_K, context, columns))
+    return rows
 
 
 def gains(pipeline: Pipeline, root: Path, part: str = "valid") -> list[float]:
     """NDCG@10 of each recorded request's target in the answers of the served graphs. What is chosen is chosen on the
     validation requests; those of the "test" are for a last look at what was chosen."""
-    rows, ranks = rows_of(root, part), []
+    rows, ranks = rows_of(root, pipeline.transform.moment.columns, part), []
     targets = pipeline.transform.item_ids(recorded(root, part)[contract.TARGET].tolist())
     for start in range(0, len(rows), 32):
         (ids, _), _, _ = pipeline(rows[start : start + 32])
@@ -62,7 +55,7 @@ def share_kept(whole: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float
 
 def service_times(pipeline: Pipeline, root: Path) -> dict[str, float]:
     """Milliseconds of a batch by its size, alone in this process: the median of repeats."""
-    rows, times_by_size = rows_of(root, most=200), {}
+    rows, times_by_size = rows_of(root, pipeline.transform.moment.columns, most=200), {}
     for size in BATCHES:
         batch = list(itertools.islice(itertools.cycle(rows), size))
         pipeline(batch)

@@ -53,7 +53,8 @@ class FreshRanking:
         fresh, shapes = self.catalogue.fresh, self.catalogue.shapes
         assert fresh is not None
         slope, intercept = self.catalogue.tables.names["score"]
-        score_BF = slope * (state_BD @ fresh.of("vectors").T + fresh.of("biases")) + np.float32(intercept)
+        match_BF = np.einsum("bd,fd->bf", state_BD, fresh.of("vectors"))  # a product's last bit goes by an item's place
+        score_BF = slope * (match_BF + fresh.of("biases")) + np.float32(intercept)
         slots_F = fresh.of("slots")
         cold_B = (history_BT < FIRST_ID).all(1)
         score_BF[cold_B] = slots_F

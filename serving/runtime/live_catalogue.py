@@ -99,7 +99,7 @@ class LiveCatalogue:
         self._ranks = ranks
         self._key = NewItems.key_of(tables)
         self._tables: NewItems | None = None
-        self._compiled: CompiledRows | None = None
+        self._compiled = CompiledRows.load(tables)
         self.number, self.error = 0, ""
         self.rows: dict[str, dict[str, Any] | None] = {}  # of every item that changed; None: not to be answered
         self.ids: dict[str, int] = {}  # of the same
@@ -116,13 +116,6 @@ class LiveCatalogue:
         if self._tables is None:
             self._tables = NewItems.load(self._folder)
         return self._tables
-
-    @property
-    def compiled(self) -> CompiledRows:
-        """Read when the first change comes."""
-        if self._compiled is None:
-            self._compiled = CompiledRows.load(self._folder)
-        return self._compiled
 
     def refresh(self) -> None:
         """Reads what changed. Where the store cannot be read, what was known stays, and ``error`` says so."""
@@ -150,7 +143,7 @@ class LiveCatalogue:
         items = dict(zip(new, self._new_items([changes[i] for i in new], [rows[i] for i in new]), strict=True))
         for i, (change, row) in enumerate(zip(changes, rows, strict=True)):
             known = ids[i] >= FIRST_ID
-            if known and self.compiled.hold(change, ids[i]):  # the item is as it was: no change to anyone
+            if known and self._compiled.hold(change, ids[i]):  # the item is as it was: no change to anyone
                 self._gone.discard(ids[i])
                 self.rows.pop(change.item_id, None)
                 self.ids.pop(change.item_id, None)

@@ -104,9 +104,10 @@ class CompiledRows:
         catalogue names it."""
         if id_ < FIRST_ID:
             return change.removed
-        if change.removed or sold_out(json.loads(change.row)):
+        if change.removed:
             return False
-        return change.came_ms < self.written_ms or digest(change.row) == int(self.digests[id_ - FIRST_ID])
+        held = change.came_ms < self.written_ms or digest(change.row) == int(self.digests[id_ - FIRST_ID])
+        return held and not sold_out(json.loads(change.row))
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def test_recorded_requests_are_those_that_are_evaluated(features, run):
     request = next(batches.requests(features.files(part), ["click", "buy"], s.history, 10_000))
     columns = (request.history_BT, request.type_BT, request.context_BC)
     evaluated = {json.dumps([x[i].tolist() for x in columns]) for i in range(len(request.history_BT))}
-    (history, _, types, context), _ = transform(rows_of(run, part))
+    (history, _, types, context), _ = transform(rows_of(run, transform.moment.columns, part))
     for row in zip(history.tolist(), types.tolist(), context.tolist(), strict=True):
         assert json.dumps(row) in evaluated
     assert len({tuple(row) for row in context.tolist()}) > 20 and len(np.unique(types)) > 3

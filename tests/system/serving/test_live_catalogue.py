@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -16,7 +15,16 @@ import pytest
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from serving.service import service
-from tests.support import PatientClient, on_free_ports, quiet, untouched_store, users_of_data, vivace, wait_until
+from tests.support import (
+    PatientClient,
+    on_free_ports,
+    own_copy,
+    quiet,
+    untouched_store,
+    users_of_data,
+    vivace,
+    wait_until,
+)
 from vivace.client import VivaceError
 from vivace.contract import MAX_TOP_K, UPDATE_STORE
 from vivace.run import Run
@@ -27,11 +35,7 @@ from vivace.store.lmdb_store import LmdbStore
 @pytest.fixture(scope="module")
 def own_root(root, tmp_path_factory):
     """The small shop with a store of its own."""
-    own = tmp_path_factory.mktemp("catalogue") / "shop"
-    shutil.copytree(root, own, symlinks=True)
-    shutil.rmtree(own / "feature_store")
-    shutil.copytree(untouched_store(root), own / "feature_store")
-    return own
+    return own_copy(root, tmp_path_factory.mktemp("catalogue"))
 
 
 @pytest.fixture(scope="module")

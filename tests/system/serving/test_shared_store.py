@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 
@@ -13,7 +12,15 @@ import pytest
 from serving.launcher import ServerOptions
 from serving.service import check_options, service
 from serving.wheel import ServerError
-from tests.support import PatientClient, on_free_ports, quiet, untouched_store, users_of_data, vivace, wait_until
+from tests.support import (
+    PatientClient,
+    on_free_ports,
+    own_copy,
+    quiet,
+    users_of_data,
+    vivace,
+    wait_until,
+)
 from tests.valkey_server import ValkeyServer, stopped
 from vivace.client import VivaceError
 from vivace.contract import MAX_TOP_K, STATUS_DEGRADED
@@ -28,11 +35,7 @@ AWAY = "store: "
 @pytest.fixture(scope="module")
 def own_root(root, tmp_path_factory):
     """The small shop with a store of its own."""
-    own = tmp_path_factory.mktemp("shared") / "shop"
-    shutil.copytree(root, own, symlinks=True)
-    shutil.rmtree(own / "feature_store")
-    shutil.copytree(untouched_store(root), own / "feature_store")
-    return own
+    return own_copy(root, tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from loadtest.tune.queueing import Batcher, Service, knee, latencies
 from loadtest.tune.space import Objective
 from preprocessing.requests import recorded
 from vivace import contract
+from vivace.context import ContextColumns
 from vivace.run import Run
 
 
@@ -60,10 +61,16 @@ def test_load_shapes_keep_their_mean():
     assert [level("ramp", t, 50) for t in (0, 10, 49)] == [0.2, 0.4, 1.0] and level("burst", 1, 60) == 2.5
 
 
+class Moment:
+    columns = ContextColumns()
+
+
 class Backwards:
     """Stands for the served graphs: answers items 12, 11, ... 3 to every request."""
 
     class transform:  # noqa: N801
+        moment = Moment
+
         @staticmethod
         def item_ids(names: list[str]) -> np.ndarray:
             return np.array([int(name) for name in names])
