@@ -1,8 +1,8 @@
 """Whether a server works, part by part: each is looked at again and again, and red says why.
 
-The ensemble is asked as a client asks it, through the guard, a question whose answer is known; the rest is looked at
-from outside. What comes of it: ``/health``, ``/ready`` and metrics of the status port, and the readiness that the guard
-answers in Triton's place.
+The ensemble is asked, as the guard asks it, a question whose answer is known; the rest is looked at from outside. What
+comes of it: ``/health``, ``/ready`` and metrics of the status port, the readiness that the guard answers in Triton's
+place, and whom of several the guard asks.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Canary:
         started, why, problem = time.monotonic(), "error", ""
         try:
             if self._client is None:
-                self._client = VivaceClient(f"{self.server.address}:{self.server.grpc_port}", timeout_s=CANARY_WAIT_S)
+                self._client = VivaceClient(*self.server.direct, timeout_s=CANARY_WAIT_S)
             answer = self._client.recommend(history=self._history, top_k=10)
             self.seconds.set(time.monotonic() - started)
             if answer.status == "ok":
@@ -178,7 +178,6 @@ class Health:
         self.slow_s = SLOW_S
         self._others = others
         self._stop = threading.Event()
-        self._told: tuple[int, bool] | None = None  # the guard, by its process, and what it was told
         self._store = server.release.parent / "feature_store"
         self._identity = file_identity(self._store / "data.mdb")
         self._shared = SharedStore(server.options.store, self._store) if server.options.store else None
@@ -213,10 +212,9 @@ class Health:
         return not self.starting and not any(faults.values())  # every replica would be red for a store that is away
 
     @property
-    def told_ready(self) -> bool:
-        """Whether the guard of now lets readiness probes through."""
-        door = self.server.door
-        return self.ready and (door is None or (door.running() and self._told == (door.pid, True)))
+    def answers(self) -> bool:
+        """Whether calls shall come to this server while there are others."""
+        return not self.starting and not any(self.faults[part] for part in ("server", "models", "ensemble"))
 
     def report(self) -> dict[str, object]:
         """What ``/health`` answers."""
@@ -254,7 +252,6 @@ class Health:
             self.faults[name] = fault
             self._part.labels(name).set(not fault)
         self._ready.set(self.ready)
-        self._tell_the_guard()
 
     def _every(self, period_s: float, work: Callable[[], None]) -> None:
         while not self._stop.wait(period_s):
@@ -262,14 +259,6 @@ class Health:
                 work()
             except Exception:
                 log.exception("health")
-
-    def _tell_the_guard(self) -> None:
-        """What its port answers when it is asked whether the server is ready; a guard that is new starts with no."""
-        door = self.server.door
-        if door is None or not door.running():
-            return
-        if self._told != (door.pid, self.ready) and door.say_ready(self.ready):
-            self._told = (door.pid, self.ready)
 
     def _server_fault(self) -> str:
         if not self.server.running():

@@ -28,7 +28,7 @@ import tritonclient.grpc as grpcclient
 from tritonclient.grpc import InferenceServerClientPlugin, Request
 from tritonclient.utils import InferenceServerException
 
-from serving.door.config import DoorOptions, Sockets
+from serving.door.endpoints import Sockets, Turn
 from serving.door.process import DRAIN_S, Door, health_over
 from serving.logs import open_log, tail
 from serving.process import become_triton, living_workers, server_environment
@@ -44,7 +44,7 @@ from serving.start_checks import (
     check_ports,
     check_store,
     check_trace_url,
-    connections_for,
+    door_options,
     free_port,
     local_address,
     remove_environments,
@@ -101,26 +101,30 @@ class _WithKey(InferenceServerClientPlugin):
 
 
 class TritonServer:
-    """One running ``tritonserver``; a context manager that is ready inside and leaves nothing behind.
+    """One running ``tritonserver``; a context manager that is ready inside and leaves nothing behind. ``door``: one
+    that stands before others too, and is told of this one, started and stopped by whoever made it; without it a
+    guarded server makes its own.
 
     Attributes: ``http_port``, ``grpc_port``, ``metrics_port`` as bound; ``segments``, its workers' shared memory;
     ``release``, the version that it serves.
     """
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, door: Door | None = None) -> None:
         address = local_address(options.host)
         check_exposure(options.host, address, options.guard)
         self.options = options
         self.host = address
         self.address = "127.0.0.1" if address == "0.0.0.0" else address  # where this machine reaches it
+        chosen = options if door is None else door.options
         self.http_port, self.grpc_port, self.metrics_port = (
-            port or free_port(address) for port in (options.http_port, options.grpc_port, options.metrics_port)
+            port or free_port(address) for port in (chosen.http_port, chosen.grpc_port, chosen.metrics_port)
         )
         self.segments = Segments(f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_")
         self._held = contextlib.ExitStack()
         self.release = options.repository
         self._key = secrets.token_urlsafe(32)
-        self.door: Door | None = None
+        self.door = door
+        self._shared_door = door is not None
         self._root: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.log = options.log
@@ -188,6 +192,14 @@ class TritonServer:
         """Where Triton listens behind the guard."""
         return Sockets(self._root / "sockets") if self.options.guard and self._root is not None else None
 
+    @property
+    def direct(self) -> tuple[str, str]:
+        """(url, protocol) by which this machine asks this server and no other: behind a door, over HTTP, as Triton 2.51
+        ends by gRPC deadlines that it sees."""
+        if self.sockets is not None:
+            return f"unix:{self.sockets.http}", "http"
+        return f"{self.address}:{self.grpc_port}", "grpc"
+
     def control_client(self) -> grpcclient.InferenceServerClient:
         """A client that may ask everything: any model, the repository, statistics. For this process alone."""
         if self.sockets is not None:
@@ -229,7 +241,8 @@ class TritonServer:
         verify(self.release)
         self._held.enter_context(held(self.release))
         ports = {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
-        check_ports(self.host, {f"--{name}-port": port for name, port in ports.items()})
+        if not self._shared_door:
+            check_ports(self.host, {f"--{name}-port": port for name, port in ports.items()})
         sweep_leftovers()
         self._root = Path(tempfile.mkdtemp(prefix=LEFTOVER))
         self._held.enter_context(held(self._root))
@@ -242,10 +255,11 @@ class TritonServer:
         if is_due(store) and not compact(store):
             log.warning("%s: what was forgotten stays in its file, as another process has it open", store)
         self._launch()
-        if self.sockets is not None:
-            ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
-            most = connections_for(DoorOptions.max_connections)
-            self.door = Door(DoorOptions(host=self.host, max_connections=most, **ports), self.sockets)
+        if self.sockets is not None and not self._shared_door:
+            folder = self._root / "door"
+            folder.mkdir(mode=0o700)
+            self.door = Door(door_options(self.host, self.http_port, self.grpc_port, self.metrics_port), folder)
+            self.door.point({self.sockets: Turn.TAKES})
             self.door.start()
 
     def _launch(self, again: bool = False) -> None:
@@ -336,26 +350,16 @@ class TritonServer:
 
     def processes(self) -> set[int]:
         """What this process started and waits for itself."""
-        pids = {self._process.pid} if self._process is not None else set()
-        return pids | ({self.door.pid} if self.door is not None and self.door.started else set())
-
-    def logs(self) -> list[Path]:
-        """What grows while it runs."""
-        return [path for path in (self.log, self.door.log if self.door is not None else None) if path is not None]
-
-    def refuse(self) -> None:
-        """Takes no new call; those under way go on."""
-        if self.door is not None:
-            self.door.refuse()
+        return {self._process.pid} if self._process is not None else set()
 
     def stop(self) -> None:
-        """Refuses what is new, waits for what is under way, ends the whole process group, then removes what it
-        left."""
-        if self.door is not None:
+        """Refuses what is new, waits for what is under way, ends the whole process group, then removes what it left.
+        Behind a door of others nothing is under way any more: it was told to ask this server nothing."""
+        if self.door is not None and not self._shared_door:
             self.door.finish()
             self.door.stop()
             self.door = None
-        elif self.running():
+        elif self.running() and self.sockets is None:
             self._finish()
         self._end_process()
         self._held.close()

@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 # glibc gives blocks of 128 KiB and more back to the kernel at each free: tensors of a batch are of that size.
@@ -113,3 +115,21 @@ def living(pid: int) -> bool:
         return False
     except OSError:  # such as no descriptor left: not known, so not dead
         return True
+
+
+class SilenceWatch:
+    """Kills a process that has not answered for ``patience_s``, so that whoever watches it starts another."""
+
+    def __init__(self, name: str, patience_s: float, say: Callable[[str], None]) -> None:
+        self.name, self.patience_s, self._say = name, patience_s, say
+        self._silent: tuple[int, float] | None = None  # a process, and since when
+
+    def look(self, pid: int, answers: bool) -> None:
+        if answers:
+            self._silent = None
+        elif self._silent is None or self._silent[0] != pid:
+            self._silent = (pid, time.monotonic())
+        elif time.monotonic() - self._silent[1] > self.patience_s:
+            self._silent = None
+            self._say(f"{self.name}: has not answered for {self.patience_s:.0f} s; ending it")
+            os.kill(pid, signal.SIGKILL)

@@ -28,20 +28,22 @@ class DamagedError(ValueError):
     """A version is not what was published."""
 
 
-def _number(release: Path) -> int:
+def version_of(release: Path) -> int:
     return int(release.name.rpartition(".")[2])
 
 
 def releases(repository: Path) -> list[Path]:
     """Folders of the versions there are, oldest first."""
     pattern = re.compile(re.escape(repository.name) + r"\.\d+")
-    return sorted((p for p in repository.parent.glob(f"{repository.name}.*") if pattern.fullmatch(p.name)), key=_number)
+    return sorted(
+        (p for p in repository.parent.glob(f"{repository.name}.*") if pattern.fullmatch(p.name)), key=version_of
+    )
 
 
 def next_version(repository: Path) -> int:
     """The version that is published next."""
     inner = [int(p.name) for p in repository.glob("*/*") if p.is_dir() and p.name.isdigit()]
-    return max([_number(p) for p in releases(repository)] + inner, default=0) + 1
+    return max([version_of(p) for p in releases(repository)] + inner, default=0) + 1
 
 
 def _digest(path: Path) -> str:
@@ -144,7 +146,7 @@ def publishing(repository: Path) -> Iterator[tuple[Path, int]]:
         raise
     release = repository.with_name(f"{repository.name}.{version}")
     os.replace(partial, release)
-    _put_in_use(release, repository)
+    _publish_link(release, repository)
 
 
 def take_over(made: Path, repository: Path) -> None:
@@ -153,7 +155,15 @@ def take_over(made: Path, repository: Path) -> None:
     release = repository.with_name(made.name)
     if made.exists():
         os.replace(made, release)
-    _put_in_use(release, repository)
+    _publish_link(release, repository)
+
+
+def put_in_use(release: Path, repository: Path) -> None:
+    """What is served next is ``release``: the link names it."""
+    link = repository.with_name(f".{repository.name}.link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(release.name)
+    os.replace(link, repository)
 
 
 def in_use(repository: Path) -> list[Path]:
@@ -161,12 +171,9 @@ def in_use(repository: Path) -> list[Path]:
     return [release for release in releases(repository) if (release / HELD).exists() and not is_free(release)]
 
 
-def _put_in_use(release: Path, repository: Path) -> None:
+def _publish_link(release: Path, repository: Path) -> None:
     """Exchanges the link, and removes old versions beyond KEPT."""
-    link = repository.with_name(f".{repository.name}.link")
-    link.unlink(missing_ok=True)
-    link.symlink_to(release.name)
-    os.replace(link, repository)
+    put_in_use(release, repository)
     for old in releases(repository)[:-KEPT]:
         if is_free(old):
             shutil.rmtree(old)

@@ -1,17 +1,15 @@
-"""``vivace serve``: the server and its watchdog until a signal comes."""
+"""``vivace serve``: the servers and their watchdogs until a signal comes."""
 
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import tritonclient.grpc as grpcclient
-
-from serving.door.config import DoorOptions
+from serving.control import Control, control_socket
+from serving.fleet import Fleet, warm_up
 from serving.launcher import ServerOptions, TritonServer
 from serving.logs import rotate
 from serving.process import Reaper, adopt_orphans
@@ -27,47 +25,17 @@ from serving.start_checks import (
     raise_descriptor_limit,
 )
 from serving.status import start_status_page
-from serving.watchdog import Metrics, Watchdog
+from serving.watchdog import Watchdog
 from serving.wheel import ServerError
-from vivace import contract
-from vivace.client import inputs_of
-from vivace.client_request import request_tensors
 
-WARM_AT_ONCE = DoorOptions.max_recommends
-WARM_EVENTS = 200
-WARM_S = 20.0
-
-
-def warm_up(server: TritonServer) -> float:
-    """Answers requests of someone unknown, many at once, before anyone else asks: buffers then have the size that they
-    have under load, and the first users wait no longer than others. Returns the seconds it took.
-
-    What they are answered or refused does not matter; after ``WARM_S`` no more is waited for."""
-    started, left, done = time.monotonic(), threading.Semaphore(0), 0
-    question = inputs_of(grpcclient, request_tensors(history=["-"] * WARM_EVENTS))
-    with grpcclient.InferenceServerClient(f"{server.address}:{server.grpc_port}") as client:
-        for _ in range(WARM_AT_ONCE):
-            client.async_infer(contract.ENSEMBLE, question, lambda result, error: left.release(), client_timeout=WARM_S)
-        while done < WARM_AT_ONCE and left.acquire(timeout=max(0.0, started + WARM_S - time.monotonic())):
-            done += 1
-    return time.monotonic() - started
+LOOK_S = 0.5
 
 
 @contextmanager
-def service(
-    options: ServerOptions, say: Callable[[str], None], starting: str = ""
-) -> Iterator[tuple[TritonServer, Watchdog]]:
-    """A ready server with its watchdog; nothing is left when the block ends. ``starting``: why it does not say that it
-    is ready until ``watchdog.health.starting`` is taken back."""
-    with TritonServer(options) as server:
-        watchdog = Watchdog(server, Metrics(), on_event=say)
-        watchdog.health.starting = starting
-        with watchdog:
-            try:
-                yield server, watchdog
-            finally:
-                watchdog.health.starting = "stopping"
-                server.refuse()
+def service(options: ServerOptions, say: Callable[[str], None]) -> Iterator[tuple[TritonServer, Watchdog]]:
+    """One ready server with its watchdog; nothing is left when the block ends."""
+    with Fleet(options, say) as fleet:
+        yield fleet.replicas[0].server, fleet.replicas[0].watchdog
 
 
 def interrupt_on_signals() -> None:
@@ -103,20 +71,27 @@ def check_options(options: ServerOptions, status_port: int) -> None:
 
 
 def run_until_signal(
-    options: ServerOptions, status_port: int, say: Callable[[str], None], on_ready: Callable[[], None] | None = None
+    options: ServerOptions,
+    status_port: int,
+    say: Callable[[str], None],
+    on_ready: Callable[[], None] | None = None,
+    replicas: int = 1,
 ) -> None:
-    """Serves until SIGINT, SIGTERM or SIGHUP; a server that ends by itself is started again. What is under way then is
-    answered, and what comes later refused."""
+    """Serves until SIGINT, SIGTERM or SIGHUP; a server that ends by itself is started again, and a newer version served
+    when the control socket is asked for it. What is under way at the end is answered, and what comes later refused."""
     check_options(options, status_port)
     adopt_orphans()
     interrupt_on_signals()
     say("starting Triton")
+    fleet = Fleet(options, say, replicas)
+    fleet.starting = "warming up"
     try:
-        with service(options, say, starting="warming up") as (server, watchdog):
+        with fleet, control_socket(fleet) as control:
+            server = fleet.replicas[0].server
             if status_port:
-                start_status_page(server.host, status_port, watchdog)
-            say(f"warm-up: {warm_up(server):.1f} s")
-            watchdog.health.starting = ""
+                start_status_page(server.host, status_port, fleet)
+            say(f"warm-up: {sum(warm_up(replica.server) for replica in fleet.replicas):.1f} s")
+            fleet.starting = ""
             say(
                 f"ready: http {server.host}:{server.http_port}, grpc {server.host}:{server.grpc_port}, "
                 f"metrics {server.host}:{server.metrics_port}"
@@ -125,17 +100,21 @@ def run_until_signal(
             )
             if on_ready is not None:
                 on_ready()
-            _watch(server, watchdog)
+            _watch(fleet, control)
     except KeyboardInterrupt:
         say("stopped")
 
 
-def _watch(server: TritonServer, watchdog: Watchdog) -> None:
-    """Until a signal comes. A server that ends is brought back by the watchdog."""
-    reaper = Reaper()
-    while not threading.Event().wait(1.0):
-        if not watchdog.alive_itself():
+def _watch(fleet: Fleet, control: Control) -> None:
+    """Until a signal comes. A server that ends is brought back by its watchdog."""
+    reaper, due = Reaper(), time.monotonic()
+    while True:
+        control.work(LOOK_S)
+        if time.monotonic() < due:
+            continue
+        due = time.monotonic() + 1.0
+        if not fleet.alive_itself():
             raise ServerError("watchdog: it ended; the log says why. Start 'vivace serve' again")
-        reaper.reap(but=server.processes())
-        for log in server.logs():
+        reaper.reap(but=fleet.processes())
+        for log in fleet.logs():
             rotate(log)

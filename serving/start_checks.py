@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from serving.door.config import DoorOptions
 from serving.releases import HELD, is_free
 from serving.repository import models, read_config
 from serving.segments import Segments
@@ -159,6 +160,14 @@ def connections_for(most: int) -> int:
     if soft == resource.RLIM_INFINITY:
         return most
     return max(16, min(most, (soft - FILES_OF_OUR_OWN) // 4))  # two ports, and each call has one to Triton
+
+
+def door_options(host: str, http_port: int, grpc_port: int, metrics_port: int) -> DoorOptions:
+    """A door on these ports, for as many callers as there are descriptors for."""
+    most = connections_for(DoorOptions.max_connections)
+    return DoorOptions(
+        host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, max_connections=most
+    )
 
 
 # -- what was left -------------------------------------------------------------------------------------

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import make_wsgi_app
+from prometheus_client import Metric, make_wsgi_app
 
 if TYPE_CHECKING:
-    from serving.watchdog import Watchdog
+    from serving.fleet import Fleet
 
 
 class _Handler(WSGIRequestHandler):
@@ -26,21 +26,41 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
 
-def status_app(watchdog: Watchdog) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
+class FleetCollector:
+    """Metrics of all servers of a fleet as one registry's: those of several by the label ``replica``, from 0."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._fleet.registry.collect()
+        registries = [replica.watchdog.metrics.registry for replica in list(self._fleet.replicas)]
+        if len(registries) == 1:
+            yield from registries[0].collect()
+            return
+        families: dict[str, Metric] = {}
+        for place, registry in enumerate(registries):
+            for family in registry.collect():
+                merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                merged.samples += [s._replace(labels=s.labels | {"replica": str(place)}) for s in family.samples]
+        yield from families.values()
+
+
+def status_app(fleet: Fleet) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
     """``/metrics``; ``/health``: every part as JSON; ``/ready``: the same, 503 unless all work; ``/live``: 200 while
     the supervisor itself works."""
-    metrics = make_wsgi_app(watchdog.metrics.registry)
+    metrics = make_wsgi_app(FleetCollector(fleet))  # type: ignore[arg-type]  # it collects, which is all that is asked
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
         if path in ("/", "/metrics"):
             answer: Iterable[bytes] = metrics(environ, start_response)
             return answer
-        good, body = True, watchdog.health.report()
+        good, body = True, fleet.report()
         if path == "/ready":
-            good = watchdog.health.ready
+            good = fleet.ready
         elif path == "/live":
-            good, body = watchdog.alive_itself(), {"live": watchdog.alive_itself()}
+            good, body = fleet.alive_itself(), {"live": fleet.alive_itself()}
         elif path != "/health":
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"no such path; there are /metrics, /health, /ready and /live\n"]
@@ -50,7 +70,7 @@ def status_app(watchdog: Watchdog) -> Callable[[dict[str, Any], Any], Iterable[b
     return app
 
 
-def start_status_page(host: str, port: int, watchdog: Watchdog) -> None:
+def start_status_page(host: str, port: int, fleet: Fleet) -> None:
     """Answers until the process ends. A connection that says nothing is closed."""
-    server = make_server(host, port, status_app(watchdog), _Server, _Handler)
+    server = make_server(host, port, status_app(fleet), _Server, _Handler)
     threading.Thread(target=server.serve_forever, name="status page", daemon=True).start()

@@ -23,7 +23,7 @@ from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from serving.health import Health
 from serving.launcher import TritonServer
-from serving.process import STUB, living
+from serving.process import STUB, SilenceWatch, living
 from serving.repository import ALL_MODELS
 from serving.wheel import ServerError
 from vivace import contract
@@ -33,8 +33,7 @@ log = logging.getLogger("vivace.serve")
 LOOK_S = 0.05  # how often the server's own process is looked at
 BACK_OFF_S = (0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 2.0, 5.0, 10.0)  # before one that ends again and again is started again
 STEADY_S = 1.0  # a server that was ready for so long starts again at once
-HUNG_S = 15.0  # so too a tritonserver, which answers whether it lives without any model
-SILENT_S = 5.0  # an Envoy that says nothing for so long is ended and started again
+HUNG_S = 15.0  # a tritonserver, which answers whether it lives without any model, is ended if it does not for so long
 SETTLED_S = 2.0  # a worker maps its segment within milliseconds of its making
 
 
@@ -112,7 +111,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
-            for name, target in (("watchdog", self._run), ("watchdog of the door", self._run_door))
+            for name, target in (("watchdog", self._run), ("watchdog: silence", self._run_silence))
         ]
         self._questions: dict[str, list[grpcclient.InferInput]] = {}
         self._ensemble: list[grpcclient.InferInput] = []  # its question, where ``recommend`` is one
@@ -121,9 +120,8 @@ class Watchdog:
         self._failures, self._up_since = -1, time.monotonic()  # ends in a row; since when the server is ready
         self._workers: dict[int, str] = {}
         self._retired: dict[int, float] = {}  # workers of unloaded instances, and since when
-        self.hung_s = HUNG_S
+        self.silence = SilenceWatch("tritonserver", HUNG_S, self._say)
         self._starting = False  # a server that starts answers nothing yet
-        self._silent: dict[str, tuple[int, float]] = {}  # by process: its id, since when
         self._ill: set[str] = set()  # models that are being revived
         self._round = time.monotonic()  # when the last one ended
         self.health = Health(server, self.metrics.registry, {"watchdog": self.fault, "models": self.models_fault})
@@ -317,37 +315,11 @@ class Watchdog:
                 self._say(f"watchdog: {type(error).__name__}: {error}; going on")
                 self._stop.wait(1.0)
 
-    def _run_door(self) -> None:
-        """Starts Envoy again where it ended, and ends what runs and says nothing: in a thread of its own, so that it
-        need not wait for a server."""
-        due = time.monotonic()
-        while not self._stop.wait(LOOK_S):
+    def _run_silence(self) -> None:
+        """Ends a tritonserver that runs and says nothing: in a thread of its own, as the other one may wait for it."""
+        while not self._stop.wait(1.0):
             try:
-                door = self.server.door
-                if door is not None and not door.running():
-                    self._silent.pop("door", None)
-                    self.metrics.server_restarts.labels("envoy").inc()
-                    self._say("door: Envoy ended by itself; starting it again")
-                    door.start()
-                elif time.monotonic() >= due:
-                    due = time.monotonic() + 1.0
-                    if door is not None:
-                        self._end_if_silent("door", door.pid, door.answers(), SILENT_S)
-                    if self.server.running() and not self._starting:
-                        self._end_if_silent("tritonserver", self.server.pid, self.server.answers(), self.hung_s)
+                if self.server.running() and not self._starting:
+                    self.silence.look(self.server.pid, self.server.answers())
             except Exception as error:
                 self._say(f"{error}; trying again")
-                self._stop.wait(1.0)
-
-    def _end_if_silent(self, name: str, pid: int, answers: bool, patience_s: float) -> None:
-        """Kills a process that has not answered for ``patience_s``, so that it is started again."""
-        if answers:
-            self._silent.pop(name, None)
-            return
-        dead, since = self._silent.setdefault(name, (pid, time.monotonic()))
-        if dead != pid:
-            del self._silent[name]
-        elif time.monotonic() - since > patience_s:
-            del self._silent[name]
-            self._say(f"{name}: has not answered for {patience_s:.0f} s; ending it")
-            os.kill(pid, signal.SIGKILL)

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from preprocessing.features import Features
+    from serving.fleet import Fleet
     from serving.launcher import TritonServer
     from serving.watchdog import Watchdog
     from tests.support import PatientClient
@@ -72,13 +73,19 @@ def features(root: Path) -> Features:
 
 
 @pytest.fixture(scope="session")
-def served(root: Path) -> tuple[TritonServer, Watchdog]:
-    """(server, watchdog) of the small shop behind the guard, on free ports."""
-    from serving.service import service
+def fleet(root: Path) -> Fleet:
+    """The small shop's one server behind the guard, on free ports."""
+    from serving.fleet import Fleet
     from tests.support import on_free_ports, quiet
 
-    with service(on_free_ports(root / "model_repository", guard=True), quiet) as running:
+    with Fleet(on_free_ports(root / "model_repository", guard=True), quiet) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def served(fleet: Fleet) -> tuple[TritonServer, Watchdog]:
+    """(server, watchdog) of the small shop."""
+    return fleet.replicas[0].server, fleet.replicas[0].watchdog
 
 
 @pytest.fixture(params=["grpc", "http"])

@@ -91,7 +91,9 @@ def plain(value: Any) -> Any:
 
 
 def address(url: str) -> str:
-    """``url`` if it is host:port; raises ValueError."""
+    """``url`` if it is host:port, or a Unix socket on this machine, unix:/its/path; raises ValueError."""
+    if isinstance(url, str) and url.startswith("unix:/"):
+        return url
     host, _, port = url.rpartition(":") if isinstance(url, str) else ("", "", "")
     if not host or not port.isdecimal() or "/" in url:
         example = url.partition("://")[2].rstrip("/") if isinstance(url, str) and "://" in url else "127.0.0.1:8001"

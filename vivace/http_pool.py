@@ -7,16 +7,19 @@ threads it hangs for ever (2.51).
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
+from pathlib import Path
 from typing import Any
 
 from vivace.client_errors import VivaceError
 
 READ_BYTES = 1 << 16
+UNIX = "unix:"  # before the path of a socket, in the place of host:port
 
 
 @dataclass(frozen=True)
@@ -27,22 +30,40 @@ class HttpAnswer:
     body: bytes
 
 
+class UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path, timeout_s: float | None = None) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
 class HttpPool:
-    """POSTs to one ``url``, host:port. Raises TimeoutError where a call takes longer than it may, another OSError or
-    HTTPException where it fails."""
+    """POSTs to one ``url``, host:port or unix:/path/of/socket. Raises TimeoutError where a call takes longer than it
+    may, another OSError or HTTPException where it fails."""
 
     def __init__(self, url: str) -> None:
-        host, _, port = url.rpartition(":")
-        self._host, self._port = host.strip("[]"), int(port)
+        self._url = url
         self._idle: deque[HTTPConnection] = deque()  # the last one used comes first: the others may be closed
         self._closed = False
+
+    def _connection(self) -> HTTPConnection:
+        if self._url.startswith(UNIX):
+            return UnixConnection(Path(self._url.removeprefix(UNIX)))
+        host, _, port = self._url.rpartition(":")
+        return HTTPConnection(host.strip("[]"), int(port))
 
     def post(self, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
         deadline = time.monotonic() + timeout_s
         try:
             connection, used = self._idle.pop(), True
         except IndexError:
-            connection, used = HTTPConnection(self._host, self._port), False
+            connection, used = self._connection(), False
         while True:
             try:
                 answer, again = _exchange(connection, path, body, headers, deadline)
@@ -50,7 +71,7 @@ class HttpPool:
                 connection.close()
                 if not used:
                     raise
-                connection, used = HTTPConnection(self._host, self._port), False  # the server had closed an idle one
+                connection, used = self._connection(), False  # the server had closed an idle one
             except BaseException:
                 connection.close()
                 raise

@@ -120,6 +120,11 @@ class Run:
     def tuning(self) -> Path:
         return self.root / "tuning"
 
+    @property
+    def servers(self) -> Path:
+        """Word of the servers that run: where each listens for ``vivace publish``."""
+        return self.root / "servers"
+
     # -- files ---------------------------------------------------------------------------------------
     @property
     def preset(self) -> Path:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND, endpoints_file, pipe
 from vivace import contract
 
 FOLDER = Path(__file__).parent
@@ -65,46 +66,16 @@ class DoorOptions:
     """How long a call of ``recommend`` is sent again while the server comes back."""
 
 
-@dataclass(frozen=True)
-class Sockets:
-    """Triton's Unix sockets, in a folder that only the owner enters."""
-
-    folder: Path
-
-    @property
-    def http(self) -> Path:
-        return self.folder / "http"
-
-    @property
-    def grpc(self) -> Path:
-        return self.folder / "grpc:1"  # gRPC appends the port to the address
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics"
-
-    @property
-    def admin(self) -> Path:
-        return self.folder / "envoy-admin"
-
-    @property
-    def grpc_url(self) -> str:
-        """For a gRPC client of the same user."""
-        return f"unix:{self.grpc}"
-
-
-def _pipe(path: Path) -> dict[str, Any]:
-    return {"pipe": {"path": str(path)}}
-
-
-def _cluster(name: str, path: Path, options: DoorOptions, most: int, http2: bool = False) -> dict[str, Any]:
-    """``most``: calls at once."""
-    endpoint = {"endpoint": {"address": _pipe(path)}}
+def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bool = False) -> dict[str, Any]:
+    """Of the endpoints in its file under ``folder``. ``most``: calls at once."""
+    source = {"resource_api_version": "V3", "path_config_source": {"path": str(endpoints_file(folder, name))}}
     cluster: dict[str, Any] = {
         "name": name,
-        "type": "STATIC",
+        "type": "EDS",
+        "eds_cluster_config": {"eds_config": source},
         "connect_timeout": "1s",
-        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
+        "lb_policy": "LEAST_REQUEST",
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},  # who is asked, ``write_endpoints`` says
         "circuit_breakers": {
             "thresholds": [
                 {
@@ -142,7 +113,7 @@ def _to(cluster: str, options: DoorOptions, again: bool = False) -> dict[str, An
 
 def _infer(model: str, options: DoorOptions) -> dict[str, Any]:
     ranks = model == contract.ENSEMBLE
-    return _to("triton_recommend" if ranks else "triton_http", options, again=ranks)
+    return _to(RECOMMEND if ranks else OTHERS, options, again=ranks)
 
 
 def _away(key: str, match: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -179,7 +150,7 @@ def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
         _away(UNREADY, {"safe_regex": {"regex": probes}, "headers": _method("GET")}),
     ]
     routes += [
-        {"match": {"path": path, "headers": _method("GET")}, "route": _to("triton_http", options, again=True)}
+        {"match": {"path": path, "headers": _method("GET")}, "route": _to(OTHERS, options, again=True)}
         for path in ("/v2", "/v2/health/live", "/v2/health/ready")
     ]
     for model in PUBLIC:
@@ -188,7 +159,7 @@ def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
         routes.append({"match": infer, "route": _infer(model, options)})
         config = "|/config" if model == contract.ENSEMBLE else ""  # those of the others name the store
         look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": _method("GET")}
-        routes.append({"match": look, "route": _to("triton_http", options, again=True)})
+        routes.append({"match": look, "route": _to(OTHERS, options, again=True)})
     return [*_refused_pages(options), *routes, _nothing()]
 
 
@@ -213,11 +184,11 @@ def _grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
         {"match": {"prefix": "/", "headers": _model(model)}, "route": _infer(model, options)} for model in PUBLIC
     ]
     routes += [
-        {"match": {"path": f"{SERVICE}/ModelInfer"}, "route": _to("triton_http", options)},
+        {"match": {"path": f"{SERVICE}/ModelInfer"}, "route": _to(OTHERS, options)},
         *(
             {
                 "match": {"path": f"{SERVICE}/{call}"},
-                "route": _to("triton_grpc", options, again=True),
+                "route": _to(GRPC, options, again=True),
                 "typed_per_filter_config": {BRIDGE: no_bridge},
             }
             for call in GRPC_READS
@@ -345,15 +316,20 @@ def _listener(
     }
 
 
-def render(options: DoorOptions, sockets: Sockets) -> str:
-    """The bootstrap as JSON."""
+def admin_socket(folder: Path) -> Path:
+    return folder / "envoy-admin"
+
+
+def render(options: DoorOptions, folder: Path) -> str:
+    """The bootstrap as JSON, of a door whose files lie in ``folder``."""
     metrics = [
         *_refused_pages(options),
-        {"match": {"path": "/metrics", "headers": _method("GET")}, "route": _to("triton_metrics", options)},
+        {"match": {"path": "/metrics", "headers": _method("GET")}, "route": _to(METRICS, options)},
         _nothing(),
     ]
     config = {
-        "admin": {"address": _pipe(sockets.admin)},
+        "node": {"id": "door", "cluster": "vivace"},
+        "admin": {"address": pipe(admin_socket(folder))},
         "static_resources": {
             "listeners": [
                 _listener("http", options, options.http_port, _http_routes(options), _http_checks()),
@@ -361,10 +337,10 @@ def render(options: DoorOptions, sockets: Sockets) -> str:
                 _listener("metrics", options, options.metrics_port, metrics, []),
             ],
             "clusters": [
-                _cluster("triton_recommend", sockets.http, options, options.max_recommends),
-                _cluster("triton_http", sockets.http, options, options.max_others),
-                _cluster("triton_grpc", sockets.grpc, options, options.max_others, http2=True),
-                _cluster("triton_metrics", sockets.metrics, options, options.max_others),
+                _cluster(RECOMMEND, folder, options, options.max_recommends),
+                _cluster(OTHERS, folder, options, options.max_others),
+                _cluster(GRPC, folder, options, options.max_others, http2=True),
+                _cluster(METRICS, folder, options, options.max_others),
             ],
         },
         "memory_allocator_manager": {"bytes_to_release": 64 << 20, "memory_release_interval": "1s"},

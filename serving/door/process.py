@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import http.client
 import importlib.util
-import socket
 import subprocess
 import time
 from pathlib import Path
 
-from serving.door.config import STOPPING, UNREADY, DoorOptions, Sockets, render
+from serving.door.config import STOPPING, UNREADY, DoorOptions, admin_socket, render
+from serving.door.endpoints import OTHERS, RECOMMEND, Endpoints, Sockets, Turn, write_endpoints
 from serving.logs import open_log, tail
 from serving.process import become_server
 from serving.wheel import ServerError
+from vivace.http_pool import UnixConnection
 
 START_S = 10.0
+ASK_S = 2.0
 DRAIN_S = 8.0  # what is under way then has so long
 
 
@@ -31,22 +33,9 @@ def envoy_binary() -> Path:
     return binary
 
 
-class UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=2)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(2)
-        self.sock.connect(str(self._path))
-
-
 def health_over(path: Path, question: str) -> bool:
     """Whether the Triton behind a Unix socket says that it lives ("live"), or all its models are ready ("ready")."""
-    connection = UnixConnection(path)
+    connection = UnixConnection(path, ASK_S)
     try:
         connection.request("GET", f"/v2/health/{question}")
         return connection.getresponse().status == 200
@@ -57,14 +46,14 @@ def health_over(path: Path, question: str) -> bool:
 
 
 class Door:
-    """One running Envoy in front of the Triton behind ``sockets``; a context manager that listens inside.
+    """One running Envoy in front of the tritonservers that it was told of (``point``); a context manager that listens
+    inside. Its files lie in ``folder``, which only the owner enters."""
 
-    ``log``: where Envoy writes its warnings, in the sockets' folder by default.
-    """
-
-    def __init__(self, options: DoorOptions, sockets: Sockets, log: Path | None = None) -> None:
-        self.options, self.sockets = options, sockets
-        self.log = log or sockets.folder / "envoy.log"
+    def __init__(self, options: DoorOptions, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.log = folder / "envoy.log"
+        self._endpoints: Endpoints = {}
+        self._told: tuple[int, bool] | None = None  # an Envoy, by its process, and what it was told of readiness
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Door:
@@ -80,8 +69,8 @@ class Door:
 
     def start(self) -> None:
         """Starts Envoy and waits until it listens. Raises DoorError with the log's end."""
-        config = self.sockets.folder / "envoy.json"
-        config.write_text(render(self.options, self.sockets))
+        config = self.folder / "envoy.json"
+        config.write_text(render(self.options, self.folder))
         command = [str(envoy_binary()), "-c", str(config), "--concurrency", str(self.options.threads)]
         command += ["--disable-hot-restart", "--log-level", "warning", "--drain-time-s", str(int(DRAIN_S))]
         with open_log(self.log) as log:
@@ -94,6 +83,28 @@ class Door:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise DoorError(f"door: Envoy did not start\n{self.log_tail()}")
             time.sleep(0.02)
+
+    def point(self, endpoints: Endpoints) -> None:
+        """Whom the door asks from now on."""
+        if endpoints != self._endpoints:
+            write_endpoints(self.folder, endpoints)
+            self._endpoints = dict(endpoints)
+
+    def leave(self, sockets: Sockets, wait_s: float = DRAIN_S) -> bool:
+        """Waits until an endpoint that is told to leave has nothing under way; whether all of it was answered."""
+        assert self._endpoints.get(sockets) is Turn.LEAVES
+        signs = [f"{cluster}::{sockets.of(cluster)}::" for cluster in (RECOMMEND, OTHERS)]
+        deadline, quiet = time.monotonic() + wait_s, 0
+        while self.running() and quiet < 4:  # its threads hear of a change one after the other
+            if time.monotonic() > deadline:
+                return False
+            lines = [line for line in self.ask("GET", "/clusters").splitlines() if line.startswith(tuple(signs))]
+            leaving = any(line.endswith("::health_flags::/eds_status_draining") for line in lines)
+            active = ("::rq_active::", "::rq_pending_active::")
+            busy = any(any(a in line for a in active) and not line.endswith("::0") for line in lines)
+            quiet = quiet + 1 if leaving and not busy else 0
+            time.sleep(0.05)
+        return True
 
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -110,7 +121,7 @@ class Door:
 
     def ask(self, method: str, path: str) -> str:
         """What Envoy's admin page answers; "" where it does not."""
-        connection = UnixConnection(self.sockets.admin)
+        connection = UnixConnection(admin_socket(self.folder), ASK_S)
         try:
             connection.request(method, path)
             return connection.getresponse().read().decode().strip()
@@ -123,10 +134,18 @@ class Door:
         """Whether Envoy's main thread lives."""
         return self.ask("GET", "/ready") == "LIVE"
 
-    def say_ready(self, ready: bool) -> bool:
-        """Lets the probes of the public ports through to Triton, or answers them that the server is not ready; whether
-        Envoy heard it. A new Envoy says no."""
-        return self.ask("POST", f"/runtime_modify?{UNREADY}={0 if ready else 100}") == "OK"
+    def tell_ready(self, ready: bool) -> None:
+        """Lets the probes of the public ports through to Triton, or answers them that the server is not ready. A new
+        Envoy says no."""
+        if self._told != (self.pid, ready) and (
+            self.ask("POST", f"/runtime_modify?{UNREADY}={0 if ready else 100}") == "OK"
+        ):
+            self._told = (self.pid, ready)
+
+    @property
+    def told_ready(self) -> bool:
+        """Whether the Envoy of now lets readiness probes through."""
+        return self.running() and self._told == (self.pid, True)
 
     def refuse(self) -> None:
         """From now on calls are answered with 503 or UNAVAILABLE; those under way are not touched."""

@@ -333,7 +333,7 @@ def test_the_length_of_the_head_is_read_as_triton_reads_it(witness, spelling):
 
 
 def test_grpc_reads_are_checked_too(witness, served):
-    wait_until(lambda: served[1].health.told_ready, "ready after what the tests before did")
+    wait_until(lambda: served[0].door.told_ready, "ready after what the tests before did")
     with grpcclient.InferenceServerClient(f"{witness.host}:{witness.grpc_port}") as client:
         assert client.is_server_ready() and client.is_model_ready("recommend")
         assert client.get_model_metadata("append_event").name == "append_event"

@@ -127,11 +127,11 @@ def test_a_guard_that_hangs_is_red_and_replaced(served):
 
 def test_a_server_that_hangs_is_red_and_replaced(served):
     server, watchdog = served
-    hanging, watchdog.hung_s = server.pid, 3.0
+    hanging, watchdog.silence.patience_s = server.pid, 3.0
     os.kill(hanging, signal.SIGSTOP)
     wait_until(lambda: watchdog.health.faults["server"], "server red")
     wait_until(lambda: server.pid != hanging, "another tritonserver")
-    watchdog.hung_s = HUNG_S
+    watchdog.silence.patience_s = HUNG_S
     turns_green(server, watchdog)
 
 
@@ -162,11 +162,11 @@ def test_a_version_that_is_damaged_and_a_store_that_is_gone_are_red(other):
     turns_green(server, watchdog)
 
 
-def test_the_status_port_says_why(served):
+def test_the_status_port_says_why(fleet, served):
     server, watchdog = served
     turns_green(server, watchdog)
     port = free_port("127.0.0.1")
-    start_status_page("127.0.0.1", port, watchdog)
+    start_status_page("127.0.0.1", port, fleet)
 
     def get(path: str) -> tuple[int, str]:
         try:

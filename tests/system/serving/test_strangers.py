@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.deaths import REQUESTS, SIGNALS_OF
-from serving.door.config import DoorOptions, Sockets
+from serving.door.config import DoorOptions
 from serving.door.process import Door
 from serving.launcher import TritonServer
 from serving.service import service
@@ -224,10 +224,9 @@ def test_a_long_text_is_refused_before_it_is_kept(served, root, name, protocol):
 @pytest.fixture
 def door(tmp_path):
     """A guard with small limits and nobody behind it."""
-    sockets = Sockets(tmp_path)
     ports = {f"{name}_port": free_port("127.0.0.1") for name in ("http", "grpc", "metrics")}
     limits = {"max_connections": 4, "silent_s": 1.0, "idle_s": 3.0, "slow_client_s": 1.0}
-    with Door(DoorOptions(host="127.0.0.1", **ports, **limits), sockets) as running:
+    with Door(DoorOptions(host="127.0.0.1", **ports, **limits), tmp_path) as running:
         yield running
 
 

@@ -1,0 +1,204 @@
+"""How ``vivace publish`` speaks to a server that runs: HTTP over a Unix socket that only the owner opens.
+
+    artifacts/<run>/servers/<pid>.json      where the server of that process listens, and what it serves
+
+GET /         what is served, as JSON
+POST /serve   {"version": 4}: serve that version; lines of text as it goes on, the last one JSON: {"error": "" or why}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import ThreadingMixIn, UnixStreamServer
+from typing import Any
+
+from serving.acceptance import Acceptance, recorded_calls
+from serving.fleet import Fleet
+from serving.process import living
+from serving.releases import releases, version_of
+from serving.wheel import ServerError
+from vivace.http_pool import UnixConnection
+from vivace.manifest import write_json
+from vivace.run import Run
+
+ASK_S = 5.0
+LONGEST_S = 600.0  # of a change of versions
+MAX_BODY = 1 << 16
+
+
+@dataclass
+class _Task:
+    version: int
+    lines: queue.Queue[str | None] = field(default_factory=queue.Queue)  # None: it ended
+    error: str = ""
+
+
+class Control:
+    """Takes tasks in threads of its own and does them in the thread that calls ``work``: what starts a server must live
+    as long as it."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self._tasks: queue.Queue[_Task] = queue.Queue()
+        self._busy = threading.Lock()
+
+    def work(self, wait_s: float) -> None:
+        """Does one task, if one comes within ``wait_s``."""
+        with contextlib.suppress(queue.Empty):
+            task = self._tasks.get(timeout=wait_s)
+            try:
+                self._serve(task)
+            except Exception as error:  # the server goes on with what it has
+                task.error = f"{error}"
+            finally:
+                task.lines.put(None)
+
+    def _serve(self, task: _Task) -> None:
+        release = next((r for r in self._releases() if version_of(r) == task.version), None)
+        if release is None:
+            there = ", ".join(str(version_of(r)) for r in self._releases())
+            raise ServerError(f"version {task.version}: expected one of {there}")
+        if release == self.fleet.release:
+            task.lines.put(f"{release.name}: is served already")
+            return
+        accept = Acceptance(recorded_calls(Run(release.parent)))
+        self.fleet.serve(release, accept, task.lines.put)
+
+    def _releases(self) -> list[Path]:
+        return releases(Run(self.fleet.release.parent).repository)
+
+    def state(self) -> dict[str, Any]:
+        server = self.fleet.replicas[0].server
+        return {
+            "version": version_of(self.fleet.release), "release": str(self.fleet.release),
+            "profile": server.options.profile, "ready": self.fleet.ready, "grpc_port": server.grpc_port,
+            "replicas": len(self.fleet.replicas),
+        }  # fmt: skip
+
+    def ask(self, version: int) -> Iterator[str]:
+        """Lines of a change of versions, the last one its end as JSON."""
+        if not self._busy.acquire(blocking=False):
+            yield json.dumps({"error": "another change of versions is under way; try again when it has ended"})
+            return
+        try:
+            task = _Task(version)
+            self._tasks.put(task)
+            while (line := task.lines.get()) is not None:
+                yield line
+            yield json.dumps({"error": task.error})
+        finally:
+            self._busy.release()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = ASK_S
+    control: Control
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not in Triton's log."""
+
+    def _head(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self._head(200)
+        self.wfile.write(json.dumps(self.control.state()).encode())
+
+    def do_POST(self) -> None:
+        try:
+            length = min(int(self.headers.get("Content-Length", "0")), MAX_BODY)
+            version = int(json.loads(self.rfile.read(length))["version"])
+        except (ValueError, KeyError, TypeError):
+            self._head(400)
+            self.wfile.write(json.dumps({"error": 'expected {"version": 4}'}).encode())
+            return
+        self._head(200)
+        for line in self.control.ask(version):
+            with contextlib.suppress(OSError):  # whoever asked has gone: the change goes on
+                self.wfile.write(line.encode() + b"\n")
+                self.wfile.flush()
+
+
+class _Server(ThreadingMixIn, UnixStreamServer):
+    daemon_threads = True
+
+    def get_request(self) -> tuple[Any, Any]:
+        connection, _ = super().get_request()
+        return connection, ("owner", 0)
+
+
+@contextlib.contextmanager
+def control_socket(fleet: Fleet) -> Iterator[Control]:
+    """Listens while the block runs, and leaves word beside the run."""
+    control = Control(fleet)
+    handler = type("Handler", (_Handler,), {"control": control})
+    path = fleet.private / "control"
+    word = Run(fleet.release.parent).servers / f"{os.getpid()}.json"
+    server = _Server(str(path), handler)
+    path.chmod(0o600)
+    threading.Thread(target=server.serve_forever, name="control socket", daemon=True).start()
+    with contextlib.suppress(OSError):  # a run that is mounted read-only is changed by starting its server again
+        word.parent.mkdir(exist_ok=True)
+        write_json(word, {"pid": os.getpid(), "socket": str(path)})
+    try:
+        yield control
+    finally:
+        server.shutdown()
+        server.server_close()
+        word.unlink(missing_ok=True)
+
+
+# -- the other side ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RunningServer:
+    """A server of a run, as it says itself."""
+
+    pid: int
+    socket: Path
+    state: dict[str, Any]
+
+    def serve(self, version: int, say: Callable[[str], None]) -> None:
+        """Has it serve a version; raises ServerError with its reason where it does not."""
+        connection = UnixConnection(self.socket, LONGEST_S)
+        try:
+            connection.request("POST", "/serve", json.dumps({"version": version}))
+            last = ""
+            for raw in connection.getresponse():
+                if last:
+                    say(last)
+                last = raw.decode().strip()
+            error = json.loads(last)["error"] if last else "it ended meanwhile"
+        except (OSError, HTTPException, ValueError, KeyError) as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        finally:
+            connection.close()
+        if error:
+            raise ServerError(f"server {self.pid}: stays with version {self.state['version']}: {error}")
+
+
+def running_servers(run: Run) -> list[RunningServer]:
+    """Servers of ``run`` that answer; word of those that are gone is removed."""
+    servers = []
+    for word in sorted(run.servers.glob("*.json")):
+        try:
+            said = json.loads(word.read_text())
+            connection = UnixConnection(Path(said["socket"]), ASK_S)
+            connection.request("GET", "/")
+            state = json.loads(connection.getresponse().read())
+            connection.close()
+            servers.append(RunningServer(int(said["pid"]), Path(said["socket"]), state))
+        except (OSError, HTTPException, ValueError, KeyError):
+            if not living(int(word.stem)):
+                word.unlink(missing_ok=True)
+    return servers

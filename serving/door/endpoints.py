@@ -1,0 +1,89 @@
+"""Who stands behind the door: the Unix sockets of one or more tritonservers, in files that Envoy watches.
+
+A file a cluster, exchanged by a rename: Envoy takes the new endpoints within milliseconds, and no call that is under
+way is touched (Envoy's "filesystem subscriptions").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+RECOMMEND, OTHERS, GRPC, METRICS = "triton_recommend", "triton_http", "triton_grpc", "triton_metrics"  # clusters
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """Triton's Unix sockets, in a folder that only the owner enters."""
+
+    folder: Path
+
+    @property
+    def http(self) -> Path:
+        return self.folder / "http"
+
+    @property
+    def grpc(self) -> Path:
+        return self.folder / "grpc:1"  # gRPC appends the port to the address
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics"
+
+    @property
+    def grpc_url(self) -> str:
+        """For a gRPC client of the same user."""
+        return f"unix:{self.grpc}"
+
+    def of(self, cluster: str) -> Path:
+        """The socket that a cluster of the door speaks to."""
+        return {GRPC: self.grpc, METRICS: self.metrics}.get(cluster, self.http)
+
+
+class Turn(Enum):
+    """What an endpoint is sent: everything, nothing new, or nothing unless no other is there."""
+
+    TAKES = "HEALTHY"
+    LEAVES = "DRAINING"
+    ILL = "UNHEALTHY"
+
+
+Endpoints = Mapping[Sockets, Turn]
+
+
+def endpoints_file(folder: Path, cluster: str) -> Path:
+    return folder / f"endpoints-{cluster}.json"
+
+
+def pipe(path: Path) -> dict[str, Any]:
+    """A Unix socket as Envoy's address."""
+    return {"pipe": {"path": str(path)}}
+
+
+def write_endpoints(folder: Path, endpoints: Endpoints) -> None:
+    """Exchanges the files of all clusters. Where every endpoint that does not leave is ill, all of those are asked: an
+    answer of one that may be wrong beats none."""
+    staying = [turn for turn in endpoints.values() if turn is not Turn.LEAVES]
+    hopeless = Turn.TAKES not in staying
+    for cluster in (RECOMMEND, OTHERS, GRPC, METRICS):
+        listed = [
+            {
+                "endpoint": {"address": pipe(sockets.of(cluster))},
+                "health_status": (Turn.TAKES if hopeless and turn is Turn.ILL else turn).value,
+            }
+            for sockets, turn in endpoints.items()
+        ]
+        assignment = {
+            "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+            "cluster_name": cluster,
+            "endpoints": [{"lb_endpoints": listed}],
+        }
+        file = endpoints_file(folder, cluster)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps({"resources": [assignment]}))
+        os.replace(partial, file)

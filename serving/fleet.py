@@ -1,0 +1,264 @@
+"""One or more tritonservers of one run behind one door, each with its watchdog; a newer version takes their places one
+by one, without a refused request.
+
+A version is never loaded beside another in one server: a server of the new one is started, warmed up and judged by
+recorded requests before the first caller reaches it; then the door sends it what comes, the old one answers what it was
+sent and ends. Whatever goes wrong before that leaves the old one in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter
+
+from serving.acceptance import Acceptance
+from serving.door.config import DoorOptions
+from serving.door.endpoints import Endpoints, Turn
+from serving.door.keeper import DoorKeeper
+from serving.door.process import Door
+from serving.launcher import ServerOptions, TritonServer
+from serving.releases import HELD, held
+from serving.start_checks import LEFTOVER, check_ports, door_options
+from serving.watchdog import Metrics, Watchdog
+from serving.wheel import ServerError
+from vivace.client import VivaceClient, VivaceError
+
+WARM_AT_ONCE = DoorOptions.max_recommends
+WARM_EVENTS = 200
+WARM_S = 20.0
+READY_S = 30.0  # a new server has so long until its watchdog says that all parts work
+
+
+def warm_up(server: TritonServer) -> float:
+    """Answers requests of someone unknown, many at once, before anyone else asks: buffers then have the size that they
+    have under load, and the first users wait no longer than others. Returns the seconds it took.
+
+    What they are answered or refused does not matter; after ``WARM_S`` no more is waited for."""
+    started, history = time.monotonic(), ["-"] * WARM_EVENTS
+
+    def ask(_: int) -> None:
+        with contextlib.suppress(VivaceError):
+            client.recommend(history=history)
+
+    with VivaceClient(*server.direct, timeout_s=WARM_S) as client, ThreadPoolExecutor(WARM_AT_ONCE) as pool:
+        list(pool.map(ask, range(WARM_AT_ONCE)))
+    return time.monotonic() - started
+
+
+@dataclass
+class Replica:
+    """One server and who watches it. ``leaves``: it is sent nothing new."""
+
+    server: TritonServer
+    watchdog: Watchdog
+    leaves: bool = False
+
+    @property
+    def turn(self) -> Turn:
+        if self.leaves:
+            return Turn.LEAVES
+        return Turn.TAKES if self.watchdog.health.answers else Turn.ILL
+
+    def stop(self) -> None:
+        self.watchdog.__exit__()
+        self.server.stop()
+
+
+class Fleet:
+    """A context manager: inside ``count`` servers are ready behind ``door`` (None without a guard, which takes one).
+
+    Attributes: ``replicas``; ``private``, a folder of its own; ``starting``, why it does not say that it is ready
+    although its servers are."""
+
+    def __init__(self, options: ServerOptions, say: Callable[[str], None], count: int = 1) -> None:
+        if count > 1 and not options.guard:
+            raise ServerError(f"--replicas {count}: expected the guard, which stands before them; leave --no-guard out")
+        self.options, self._say, self.count = options, say, count
+        self.replicas: list[Replica] = []
+        self.door: Door | None = None
+        self.starting = ""
+        self.private = Path()
+        self._candidate: Replica | None = None
+        self._keeper: DoorKeeper | None = None
+        self._life = contextlib.ExitStack()
+        self.registry = CollectorRegistry()
+        self._swaps = Counter(
+            "vivace_version_changes", "Changes of the served version", ["result"], registry=self.registry
+        )
+        for result in ("done", "refused"):
+            self._swaps.labels(result)
+
+    # -- life ----------------------------------------------------------------------------------------
+    def __enter__(self) -> Fleet:
+        try:
+            self._make_private()
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Refuses what is new, waits for what is under way, and ends everything."""
+        self.starting = "stopping"
+        if self.door is not None:
+            self.door.finish()
+        if self._keeper is not None:
+            self._keeper.__exit__()
+        for replica in [*self.replicas, *filter(None, [self._candidate])]:
+            replica.stop()
+        if self.door is not None:
+            self.door.stop()
+        self.replicas, self._candidate = [], None
+        self._life.close()
+
+    def _start(self) -> None:
+        if self.options.guard:
+            self.door = self._make_door()
+        for place in range(self.count):
+            self.replicas.append(self._started(self.options, place))
+        if self.door is not None:
+            self.door.point(self.endpoints())
+            self.door.start()
+            for replica in self.replicas:  # they saw no door until now
+                replica.watchdog.health.look()
+            self._keeper = DoorKeeper(
+                self.door, lambda: self.ready, self.endpoints, self._count_door_restart, self._say
+            ).__enter__()
+
+    def _make_private(self) -> None:
+        """A folder that only the owner enters, swept by the next start if this process is killed outright."""
+        folder = tempfile.TemporaryDirectory(prefix=LEFTOVER, ignore_cleanup_errors=True)
+        self.private = Path(self._life.enter_context(folder))
+        (self.private / HELD).touch()
+        self._life.enter_context(held(self.private))
+
+    def _make_door(self) -> Door:
+        """Not started yet, on the ports of the options, or free ones."""
+        probe = TritonServer(self.options)
+        ports = {"--http-port": probe.http_port, "--grpc-port": probe.grpc_port, "--metrics-port": probe.metrics_port}
+        check_ports(probe.host, ports)
+        return Door(door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port), self.private)
+
+    def _started(self, options: ServerOptions, place: int) -> Replica:
+        """A ready server with its watchdog; nothing is left where it does not come up."""
+        log = options.log
+        if place and log is not None:
+            options = replace(options, log=log.with_name(f"{log.stem}-{place}{log.suffix}"))
+        server = TritonServer(options, self.door)
+        try:
+            server.start()
+            watchdog = Watchdog(server, Metrics(), on_event=self._say)
+            watchdog.__enter__()
+        except BaseException:
+            server.stop()
+            raise
+        return Replica(server, watchdog)
+
+    def _count_door_restart(self) -> None:
+        self.replicas[0].watchdog.metrics.server_restarts.labels("envoy").inc()
+
+    # -- for those who ask ---------------------------------------------------------------------------
+    def endpoints(self) -> Endpoints:
+        return {r.server.sockets: r.turn for r in list(self.replicas) if r.server.sockets is not None}
+
+    @property
+    def ready(self) -> bool:
+        """Whether callers are answered: one of the servers works in all its parts."""
+        return not self.starting and any(r.watchdog.health.ready and not r.leaves for r in self.replicas)
+
+    def alive_itself(self) -> bool:
+        """Whether all that watches runs."""
+        keeper = self._keeper is None or self._keeper.alive_itself()
+        return keeper and all(r.watchdog.alive_itself() for r in self.replicas)
+
+    def report(self) -> dict[str, object]:
+        """What ``/health`` answers: of one server its parts, of several those of each."""
+        reports = [r.watchdog.health.report() for r in self.replicas]
+        why = {"why": self.starting} if self.starting else {}
+        if len(reports) == 1:
+            return reports[0] | {"ready": self.ready} | why
+        versions = sorted({str(r["version"]) for r in reports})
+        return {"ready": self.ready, **why, "version": ", ".join(versions), "replicas": reports}
+
+    @property
+    def release(self) -> Path:
+        """Folder of the version that is served."""
+        return self.replicas[0].server.release
+
+    def processes(self) -> set[int]:
+        """What this process started and waits for itself."""
+        servers = [*self.replicas, *filter(None, [self._candidate])]
+        pids = {pid for r in servers for pid in r.server.processes()}
+        return pids | ({self.door.pid} if self.door is not None and self.door.started else set())
+
+    def logs(self) -> list[Path]:
+        """What grows while it runs."""
+        logs = {r.server.log for r in self.replicas if r.server.log is not None}
+        return [*logs, *([self.door.log] if self.door is not None else [])]
+
+    # -- another version -----------------------------------------------------------------------------
+    def serve(self, release: Path, accept: Acceptance, say: Callable[[str], None]) -> None:
+        """Serves the version in ``release`` in the place of the one that is served. Called by the thread that lives as
+        long as the servers. Raises ServerError, DamagedError or ValueError where it does not come up or is not
+        accepted; those of the old one that were there are there then."""
+        if self.door is None:
+            raise ServerError(
+                "the server was started with --no-guard: nothing stands before it; stop it and start it again"
+            )
+        options = replace(self.options, repository=release)
+        try:
+            for place in range(len(self.replicas)):
+                self._exchange(place, options, accept, say)
+        except BaseException:
+            self._swaps.labels("refused").inc()
+            raise
+        self.options = replace(self.options, repository=release)
+        self._swaps.labels("done").inc()
+
+    def _exchange(self, place: int, options: ServerOptions, accept: Acceptance, say: Callable[[str], None]) -> None:
+        old = self.replicas[place]
+        say(f"starting {options.repository.name}")
+        new = self._candidate = self._started(options, place)
+        try:
+            say(f"{options.repository.name}: warm-up {warm_up(new.server):.1f} s")
+            self._wait_ready(new)
+            say(f"{options.repository.name}: {accept(old.server, new.server)}")
+        except BaseException:
+            self._candidate = None
+            new.stop()
+            raise
+        with self._both(place, old, new):
+            assert self.door is not None and old.server.sockets is not None
+            self.door.point(self.endpoints())
+            say(f"{options.repository.name}: takes what comes; {old.server.release.name} answers what it was sent")
+            if not self.door.leave(old.server.sockets):
+                say(f"{old.server.release.name}: calls under way for long; ending it all the same")
+        old.stop()
+        say(f"{old.server.release.name}: stopped")
+
+    @contextlib.contextmanager
+    def _both(self, place: int, old: Replica, new: Replica) -> Iterator[None]:
+        """While the old one leaves; afterwards the new one has its place."""
+        old.leaves = True
+        self.replicas[place : place + 1] = [new, old]
+        self._candidate = None
+        try:
+            yield
+        finally:
+            self.replicas.remove(old)
+
+    def _wait_ready(self, replica: Replica) -> None:
+        deadline = time.monotonic() + READY_S
+        while not replica.watchdog.health.ready:
+            if time.monotonic() > deadline or not replica.server.running():
+                faults = {part: why for part, why in replica.watchdog.health.faults.items() if why}
+                raise ServerError(f"{replica.server.release.name}: not ready after {READY_S:.0f} s: {faults}")
+            time.sleep(0.1)
