@@ -26,6 +26,8 @@ import pyarrow.parquet as pq
 from preprocessing.cleaning import clean_items
 from preprocessing.events import write_events
 from preprocessing.features import CATALOGUE_FILE, EVENTS_FILE, LOG_NUMBER, Features
+from preprocessing.item_lists import object_column
+from preprocessing.item_rows import sold_out
 from preprocessing.items import ITEM_WORKFLOW, SHOWN, described, encoded, write_catalogue
 from preprocessing.prepare import WORKFLOW, WORKFLOWS, compile_transforms
 from preprocessing.readers.base import Chunk
@@ -34,7 +36,21 @@ from preprocessing.sequences import WHOLE, write_requests
 from preprocessing.workflow import checksums, dataset, extend_vocabulary, load_workflow, nvt
 from vivace import contract
 from vivace.context import category_text, clock, number
-from vivace.contract import CONTEXT, EVENT, ITEM, SOURCE_ROW, SPLIT, TEST, TIME, TRAIN, USER, VALID, DataSchema
+from vivace.contract import (
+    CONTEXT,
+    EVENT,
+    ITEM,
+    SOURCE_ROW,
+    SPLIT,
+    TEST,
+    TEXT,
+    TIME,
+    TITLE,
+    TRAIN,
+    USER,
+    VALID,
+    DataSchema,
+)
 from vivace.manifest import MANIFEST, Progress, Step, read_manifest, replaced
 from vivace.store.histories import SECOND_MS
 from vivace.store.interface import StoreError
@@ -101,6 +117,20 @@ def read_catalogue(file: Path, schema: DataSchema, rejects: Path) -> pd.DataFram
     if missing:
         raise ValueError(f"{file}: expected the columns {[ITEM, *schema.item_columns]}, missing {missing}")
     return clean_items([Chunk(rows)], schema, Rejects(rejects))
+
+
+def upserted_items(store: Path, schema: DataSchema, rejects: Path) -> pd.DataFrame | None:
+    """Items that servers were sent (``vivace items``) and that are not sold out, as ``read_catalogue`` gives them; None
+    where there are none."""
+    log = store_of_worker(store, readonly=True)
+    try:
+        rows = [json.loads(change.row) for change in log.catalogue_changes(0) if not change.removed]
+    finally:
+        log.close()
+    rows = [row for row in rows if not sold_out(row)]
+    columns = (ITEM, TITLE, TEXT, *schema.item_columns)
+    frame = pd.DataFrame({name: object_column([row.get(name) for row in rows]) for name in columns})
+    return clean_items([Chunk(frame)], schema, Rejects(rejects)) if rows else None
 
 
 # -- rows as columns -----------------------------------------------------------------------------------

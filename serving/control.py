@@ -193,10 +193,9 @@ def running_servers(run: Run) -> list[RunningServer]:
     for word in sorted(run.servers.glob("*.json")):
         try:
             said = json.loads(word.read_text())
-            connection = UnixConnection(Path(said["socket"]), ASK_S)
-            connection.request("GET", "/")
-            state = json.loads(connection.getresponse().read())
-            connection.close()
+            with contextlib.closing(UnixConnection(Path(said["socket"]), ASK_S)) as connection:
+                connection.request("GET", "/")
+                state = json.loads(connection.getresponse().read())
             servers.append(RunningServer(int(said["pid"]), Path(said["socket"]), state))
         except (OSError, HTTPException, ValueError, KeyError):
             if not living(int(word.stem)):

@@ -6,14 +6,17 @@ Nothing is acknowledged before it is on disk; a row that is at fault gets its er
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from preprocessing.item_rows import ItemRow, parse_item_json, sold_out, to_json
+from serving.releases import releases
 from serving.runtime.live_catalogue import ItemIds
-from serving.runtime.new_items import CompiledRows, NewItems
+from serving.runtime.new_items import TABLES, CompiledRows, NewItems
+from serving.runtime.stages import ItemVocabulary
 from vivace.contract import (
     ACTION,
+    FEATURE_TRANSFORM,
     FIRST_ID,
     FORGET,
     ITEM,
@@ -24,6 +27,7 @@ from vivace.contract import (
     STATUS_DEGRADED,
     STATUS_ERROR,
     STATUS_OK,
+    UPDATE_STORE,
     UPSERT,
     DataSchema,
 )
@@ -71,12 +75,21 @@ class Updates:
         self._fresh = {c.item_id for c, id_ in zip(changes, ids.tolist(), strict=True) if id_ < FIRST_ID}
 
     def drop_held(self) -> int:
-        """Takes changes out that the compiled catalogue holds; how many."""
+        """Takes changes out that the catalogues of all versions on disk hold, as one may be served again; how many."""
         changes = self._store.catalogue_changes(0)
-        ids = self._item_ids([change.item_id for change in changes]).tolist()
-        compiled = CompiledRows.load(self._folder)
-        held = [change.number for change, id_ in zip(changes, ids, strict=True) if compiled.hold(change, id_)]
-        return self._store.drop_changes(held) if held else 0
+        for folder, item_ids in [(self._folder, self._item_ids), *self._other_versions()] if changes else ():
+            ids, compiled = item_ids([change.item_id for change in changes]).tolist(), CompiledRows.load(folder)
+            changes = [change for change, id_ in zip(changes, ids, strict=True) if compiled.hold(change, id_)]
+        return self._store.drop_changes([change.number for change in changes]) if changes else 0
+
+    def _other_versions(self) -> Iterator[tuple[Path, ItemIds]]:
+        """This folder in the other versions, with their vocabularies."""
+        release = self._folder.parents[1]
+        repository, _, number = release.name.rpartition(".")
+        for other in releases(release.with_name(repository)) if number.isdecimal() else ():
+            for tables in other.glob(f"{UPDATE_STORE}/*/{TABLES}") if other != release else ():
+                graph = other / FEATURE_TRANSFORM / tables.parent.name / "transform.onnx"
+                yield tables.parent, ItemVocabulary(graph, lazy=True)
 
     def __call__(self, actions: Sequence[bytes], records: Sequence[bytes]) -> list[str]:
         """STATUS of each row."""

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from preprocessing.features import Features
-from preprocessing.refresh import appended_since, read_catalogue, refresh_features
+from preprocessing.refresh import appended_since, read_catalogue, refresh_features, upserted_items
 from preprocessing.sequences import WHOLE
 from search import published as search
 from serving.exchange import WORK, begin_exchange, finish_exchange
@@ -45,7 +46,7 @@ from training.refresh.fit import (
     watched_loss,
 )
 from training.refresh.judge import BOUND, Decision, broken, decide, ranks_of
-from vivace.contract import FIRST_ID
+from vivace.contract import FIRST_ID, ITEM
 from vivace.manifest import Progress, Step, read_manifest, write_json
 from vivace.run import COMPILED, CONTROL, EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run
 
@@ -152,7 +153,10 @@ class Refresh:
         schema, rejects = self.old.schema, self.work.root / "rejected_items.csv"
         context = (*schema.context_categoricals, *schema.context_continuous)
         appended = appended_since(self.run.feature_store, self.old.log_number(), until, schema.user_columns, context)
-        catalogue = None if self.items is None else read_catalogue(self.items, schema, rejects)
+        upserted = upserted_items(self.run.feature_store, schema, self.work.root / "rejected_upserts.csv")
+        given = None if self.items is None else read_catalogue(self.items, schema, rejects)
+        there = [items for items in (given, upserted) if items is not None]
+        catalogue = pd.concat(there, ignore_index=True).drop_duplicates(ITEM) if there else None
         if appended.aged_out:
             why = "too old (retention.json), or of users forgotten"
             self.say(f"{appended.aged_out:,} events left the log before a refresh took them: {why}")

@@ -58,4 +58,6 @@ def compile_(
         say(f"{stage}: PyTorch against ONNX " + ", ".join(f"{k} {v:.2g}" for k, v in values.items()))
     for kind, values in results.get("targets", {}).items():
         say(f"target {kind}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-    say_next("serve", run, artifacts)
+    from serving.control import running_servers
+
+    say_next("publish" if running_servers(run) else "serve", run, artifacts)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, chosen_preset, console, say
+from vivace.cli.publish import serve_version
 from vivace.cli.runs import find_run, run_name, say_next
 from vivace.cli.values import duration
 from vivace.manifest import BusyError, exclusive
@@ -45,8 +46,9 @@ def refresh(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="publish what the gate refuses; it is recorded")] = False,
 ) -> None:
-    """Take what was appended to the store, train on, and publish if the newest events say so; else nothing changes and
-    the exit code is 3. A call that was stopped goes on with the next one."""
+    """Take what was appended to the store, train on, and publish if the newest events say so: running servers take the
+    new version without a refused request. Else nothing changes and the exit code is 3. A call that was stopped goes on
+    with the next one."""
     run = find_run(artifacts, name)
     give_way(run, threads)
     from training.refresh.fit import MoreTraining
@@ -84,10 +86,10 @@ def give_way(run: Run, threads: int) -> None:
 
 def once(run: Run, config: RefreshConfig, items: Path | None, artifacts: Path) -> Outcome:
     """One refresh of a run that is held, said in a table."""
-    from serving.releases import in_use
     from training.refresh.judge import render
     from training.refresh.refresh import PUBLISHED, refresh as take
 
+    before = run.repository.resolve()
     outcome = take(run, chosen_preset("", run.root), config, say, items)
     if outcome.decision is not None:
         console.print(render(run_name(run, artifacts), outcome.taken, outcome.decision))
@@ -95,9 +97,5 @@ def once(run: Run, config: RefreshConfig, items: Path | None, artifacts: Path) -
         say_next("compile", run, artifacts)
     elif outcome.status == PUBLISHED:
         say(f"published version {outcome.version} in {run.repository}")
-        for release in in_use(run.repository):
-            say(
-                f"a server of this run stays with {release.name}, as it never mixes versions: stop and start "
-                "'vivace serve' to serve the new one"
-            )
+        serve_version(run, run.repository.resolve(), artifacts, before)
     return outcome

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from subprocess import CompletedProcess
 
 import pytest
 
+from serving.control import Control, control_socket
+from serving.fleet import Fleet
 from serving.service import service
 from tests.support import PatientClient, on_free_ports, quiet, untouched_store, users_of_data, vivace, waited_too_long
 from vivace.client import VivaceError
-from vivace.contract import ITEM
+from vivace.contract import ITEM, TITLE
 from vivace.run import Run
 from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
@@ -33,6 +38,15 @@ def run(root, tmp_path) -> Run:
     own.repository.symlink_to(release.name)
     shutil.copytree(untouched_store(root), own.feature_store)
     return own
+
+
+def meanwhile(control: Control, *arguments: str) -> CompletedProcess[str]:
+    """A command's end; until then the servers do what they are asked for."""
+    with ThreadPoolExecutor(1) as pool:
+        command = pool.submit(vivace, *arguments)
+        while not command.done():
+            control.work(0.1)
+    return command.result()
 
 
 def plant(run: Run, before: str, after: str, users: list[str]) -> None:
@@ -66,24 +80,32 @@ def test_a_refresh_beside_a_server_changes_what_is_served_next_and_fails_no_requ
                     errors.append(str(error))
                 time.sleep(0.05)
 
-    with service(on_free_ports(run.repository, guard=True), quiet) as (server, watchdog):
+    with Fleet(on_free_ports(run.repository, guard=True), quiet) as fleet, control_socket(fleet) as control:
+        server = fleet.replicas[0].server
         url = f"{server.host}:{server.grpc_port}"
         with PatientClient(url) as client:
             assert after not in client.recommend(history=[before], top_k=10).items
+            title = features.items().set_index(ITEM).loc[before, TITLE]
+            assert client.upsert_items([{ITEM: "sku-upserted", TITLE: title}]) == ["ok"]
         plant(run, before, after, sorted(users_of_data(root))[:300])
         caller = threading.Thread(target=ask, args=(url,))
         caller.start()
         try:
-            done = vivace("refresh", "--name", run.root.name, "--artifacts", str(run.root.parent), "--min-events", "10")
+            done = meanwhile(
+                control, "refresh", "--name", run.root.name, "--artifacts", str(run.root.parent), "--min-events", "10"
+            )
         finally:
             stop.set()
             caller.join()
         assert done.returncode == 0 and "published version 2" in done.stdout, done.stdout + done.stderr
-        assert "a server of this run stays with model_repository.1" in done.stdout
+        assert "version 2: 1 running server;" in done.stdout
         assert answers[0] > 20 and [e for e in errors if not waited_too_long(e)] == []
-        assert watchdog.health.faults["version"] == "" and watchdog.health.faults["store"] == ""
+        faults = fleet.replicas[0].watchdog.health.faults
+        assert faults["version"] == "" and faults["store"] == ""
         with PatientClient(url) as client:
-            assert after not in client.recommend(history=[before], top_k=10).items, "the version that it started with"
+            assert after in client.recommend(history=[before], top_k=10).items, "the same server, the new version"
+        items = json.loads(next(fleet.release.glob("response/*/items.json")).read_text())
+        assert items[-1] == "sku-upserted", "what the server was sent is in the trained catalogue now"
     assert os.readlink(run.repository) == "model_repository.2" and not run.doubt()
     with (
         service(on_free_ports(run.repository), quiet) as (server, _),

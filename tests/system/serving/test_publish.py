@@ -1,0 +1,184 @@
+"""A newer version takes the place of the served one: no call is lost, and one that is no good never gets there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+
+from serving.acceptance import Acceptance, recorded_calls
+from serving.control import running_servers
+from serving.fleet import Fleet
+from serving.releases import publishing, releases, seal
+from serving.wheel import ServerError
+from tests.support import PatientClient, on_free_ports, own_copy, quiet, vivace, wait_until
+from tests.system.serving.test_lifecycle import serving
+from tests.system.serving.test_versions import HISTORY, publish_with_other_items, run
+from vivace import contract
+from vivace.run import Run
+
+__all__ = ["run"]  # the fixture
+
+
+class Callers:
+    """Calls of ``recommend`` and ``append`` over both protocols, one after the other, while the block runs."""
+
+    def __init__(self, fleet_ports: dict[str, int]) -> None:
+        self.answers: list[tuple[float, list[str]]] = []
+        self.appended: list[tuple[str, str]] = []
+        self.errors: list[str] = []
+        self._ports, self._stop = fleet_ports, threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(p, n)) for n, p in enumerate(("grpc", "http") * 2)]
+
+    def _run(self, protocol: str, number: int) -> None:
+        count = 0
+        with PatientClient(f"127.0.0.1:{self._ports[protocol]}", protocol) as client:
+            while not self._stop.is_set():
+                count += 1
+                try:
+                    items = client.recommend(history=HISTORY, top_k=5).items
+                    self.answers.append((time.monotonic(), items))
+                    event = f"caller-{number}-{count}"
+                    client.append(event, HISTORY[0], "view")
+                    self.appended.append((event, HISTORY[0]))
+                except Exception as error:
+                    self.errors.append(str(error))
+
+    def __enter__(self) -> Callers:
+        for thread in self._threads:
+            thread.start()
+        wait_until(lambda: len(self.answers) > 10 or self.errors, "answers")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def ports_of(fleet: Fleet) -> dict[str, int]:
+    server = fleet.replicas[0].server
+    return {"grpc": server.grpc_port, "http": server.http_port}
+
+
+def answer(fleet: Fleet) -> tuple[list[str], bytes]:
+    with PatientClient(f"127.0.0.1:{ports_of(fleet)['grpc']}") as client:
+        given = client.recommend(history=HISTORY, top_k=20)
+    return given.items, given.scores.tobytes()
+
+
+def newest(run: Run) -> Path:
+    return releases(run.repository)[-1]
+
+
+def test_versions_come_and_go_under_load_and_no_call_is_lost(run):
+    first = run.repository.resolve()
+    with Fleet(on_free_ports(run.repository, guard=True), quiet) as fleet:
+        before = answer(fleet)
+        publish_with_other_items(run)
+        second = newest(run)
+        with Callers(ports_of(fleet)) as callers:
+            for release in (second, first, second, first):
+                fleet.serve(release, Acceptance([]), quiet)
+                assert fleet.release == release
+                seen = len(callers.answers)
+                wait_until(lambda n=seen: len(callers.answers) > n + 10 or callers.errors, "answers of the new version")
+        assert callers.errors == []
+        assert {tuple(items) for _, items in callers.answers} == {
+            tuple(before[0][:5]),
+            tuple(items_of(run, second, fleet)),
+        }
+        assert answer(fleet) == before, "the earlier version answers bit for bit as it did"
+        with PatientClient(f"127.0.0.1:{ports_of(fleet)['grpc']}") as client:
+            lengths = [client.append(user, HISTORY[1], "view") for user, _ in callers.appended[::10]]
+        assert lengths == [2] * len(lengths), "every acknowledged event is there"
+        replica = fleet.replicas[0]
+        tritons = [p for p in psutil.Process().children(recursive=True) if p.name() == "tritonserver"]
+        assert [p.pid for p in tritons if p.status() != psutil.STATUS_ZOMBIE] == [replica.server.pid]
+        os.kill(replica.server.pid, signal.SIGKILL)  # its watchdog brings it back as the version it was
+        assert answer(fleet) == before
+
+
+def items_of(run: Run, release: Path, fleet: Fleet) -> list[str]:
+    """The first five of ``release``, whose ids mean the items of the first version in reverse order."""
+    first = releases(run.repository)[0]
+    old, new = (json.loads(next(r.glob("response/*/items.json")).read_text()) for r in (first, release))
+    return [new[old.index(item)] for item in answer(fleet)[0][:5]]
+
+
+def poisoned(run: Run) -> Path:
+    """A version whose ranker answers NaN."""
+    publish_with_other_items(run)
+    release = newest(run)
+    path = next(release.glob(f"{contract.RANKING}/*/model.onnx"))
+    graph = onnx.load(path)
+    output = graph.graph.output[1].name
+    for node in graph.graph.node:
+        node.output[:] = [f"{name}_sound" if name == output else name for name in node.output]
+    factor = onnx.helper.make_tensor("poison", onnx.TensorProto.FLOAT, [], [np.nan])
+    graph.graph.initializer.append(factor)
+    graph.graph.node.append(onnx.helper.make_node("Mul", [f"{output}_sound", "poison"], [output]))
+    onnx.save(graph, path)
+    seal(release)
+    return release
+
+
+def test_a_version_that_is_no_good_is_refused_and_the_old_one_goes_on(root, tmp_path):
+    run = Run(own_copy(root, tmp_path))
+    with Fleet(on_free_ports(run.repository, guard=True), quiet) as fleet:
+        before, pid = answer(fleet), fleet.replicas[0].server.pid
+        release = poisoned(run)
+        with Callers(ports_of(fleet)) as callers:
+            with pytest.raises(ServerError, match=r"not ready|no numbers|no items"):
+                fleet.serve(release, Acceptance(recorded_calls(run)), quiet)
+            broken = releases(run.repository)[-1]
+            next(broken.glob("retrieval/*/model.onnx")).write_bytes(b"no graph")
+            with pytest.raises(ValueError, match="not as it was published"):
+                fleet.serve(broken, Acceptance([]), quiet)
+        assert callers.errors == [] and {tuple(items) for _, items in callers.answers} == {tuple(before[0][:5])}
+        assert answer(fleet) == before and fleet.replicas[0].server.pid == pid
+        value = fleet.registry.get_sample_value
+        assert value("vivace_version_changes_total", {"result": "refused"}) == 2
+        assert value("vivace_version_changes_total", {"result": "done"}) == 0
+
+
+def test_the_command_line_publishes_goes_back_and_says_who_serves_what(run, tmp_path):
+    where = ("--name", run.root.name, "--artifacts", str(run.root.parent))
+    first = run.repository.resolve()
+    with serving(run.root, tmp_path) as process:
+        publish_with_other_items(run)
+        second = newest(run)
+        done = vivace("publish", *where)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{second.name}: takes what comes" in done.stdout and "1 running server;" in done.stdout
+        (server,) = running_servers(run)
+        assert server.pid == process.pid and server.state["release"] == str(second)
+        shown = vivace("versions", *where).stdout
+        assert f"process {process.pid}" in next(line for line in shown.splitlines() if f" {second.name[-1]} " in line)
+        next(second.glob("retrieval/*/model.onnx")).write_bytes(b"no graph")  # what is served may break on disk
+        done = vivace("rollback", *where)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert run.repository.resolve() == first and running_servers(run)[0].state["release"] == str(first)
+        refused = vivace("publish", *where)
+        assert refused.returncode == 1 and "not as it was published" in refused.stderr
+        assert run.repository.resolve() == first and running_servers(run)[0].state["release"] == str(first)
+        nothing = vivace("rollback", *where)
+        assert nothing.returncode == 1 and "the oldest that is kept" in nothing.stderr
+    assert running_servers(run) == [] and not list(run.servers.iterdir())
+    done = vivace("publish", "--to", first.name.rpartition(".")[2], *where)
+    assert done.returncode == 0 and "no server of this run is running" in done.stdout
+
+
+def test_a_half_written_version_is_never_there(run):
+    with pytest.raises(RuntimeError), publishing(run.repository) as (folder, _):
+        (folder / "half").write_text("")
+        raise RuntimeError
+    assert len(releases(run.repository)) == 1

@@ -1,0 +1,127 @@
+"""``vivace publish``, ``vivace rollback`` and ``vivace versions``: which version of a run is served."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, console, say
+from vivace.cli.runs import find_run, run_name, say_next
+from vivace.run import Run
+
+
+def publish(
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    to: Annotated[int, typer.Option(help="version (0: the newest)", min=0)] = 0,
+) -> None:
+    """Serve a version: the running servers of the run take it without a refused request, and servers that start later
+    too. Where one of them does not come up with it, answers otherwise than whole, or is far slower, all stay as they
+    are."""
+    run = find_run(artifacts, name)
+    release = _release(run, to)
+    serve_version(run, release, artifacts)
+
+
+def rollback(
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    to: Annotated[int, typer.Option(help="version (0: the one before what is served)", min=0)] = 0,
+) -> None:
+    """Serve an earlier version again: see 'vivace publish'."""
+    from serving.releases import releases, version_of
+
+    run = find_run(artifacts, name)
+    if not to:
+        current = version_of(run.repository.resolve())
+        earlier = [version_of(r) for r in releases(run.repository) if version_of(r) < current]
+        if not earlier:
+            raise ValueError(f"rollback: version {current} is the oldest that is kept; nothing to go back to")
+        to = max(earlier)
+    serve_version(run, _release(run, to), artifacts)
+
+
+def versions(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS) -> None:
+    """The versions that are kept: when and from what they were made, how well they rank, who serves them."""
+    from serving.control import running_servers
+    from serving.releases import releases, version_of
+
+    run = find_run(artifacts, name)
+    _check_published(run)
+    servers, chosen = running_servers(run), version_of(run.repository.resolve())
+    table = Table(title=f"versions of {run_name(run, artifacts)}", title_justify="left")
+    for column in ("version", "made", "commit", "precision", "NDCG@10", "served by", "at a start"):
+        table.add_column(column, justify="right" if column in ("version", "NDCG@10") else "left")
+    for release in releases(run.repository):
+        number, card = version_of(release), _card(release)
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(release.stat().st_mtime))
+        by = ", ".join(f"process {s.pid}" for s in servers if s.state["version"] == number)
+        table.add_row(
+            str(number), made, str(card.get("ranking", {}).get("commit", ""))[:8], str(card.get("precision", "")),
+            _ndcg(card), by, "yes" if number == chosen else "",
+        )  # fmt: skip
+    console.print(table)
+
+
+def serve_version(run: Run, release: Path, artifacts: Path, before: Path | None = None) -> None:
+    """Has all servers of the run serve ``release``, and those that start later. Raises ServerError with the reason
+    where one does not; then the others go back to what they had, and servers that start later get ``before``, where the
+    release is in use already."""
+    from serving.control import running_servers
+    from serving.releases import put_in_use, verify, version_of
+    from serving.wheel import ServerError
+
+    verify(release)
+    moved = []
+    servers = running_servers(run)
+    for server in servers:
+        try:
+            server.serve(version_of(release), say)
+            moved.append(server)
+        except ServerError:
+            for earlier in moved:
+                earlier.serve(int(earlier.state["version"]), say)
+            if before is not None:
+                put_in_use(before, run.repository)
+            raise
+    put_in_use(release, run.repository)
+    count = f"{len(servers)} running server{'s' * (len(servers) > 1)}"
+    where = count if servers else "no server of this run is running"
+    say(f"version {version_of(release)}: {where}; servers that start from now on serve it")
+    if not servers:
+        say_next("serve", run, artifacts)
+
+
+def _release(run: Run, version: int) -> Path:
+    from serving.releases import releases, version_of
+
+    _check_published(run)
+    there = {version_of(release): release for release in releases(run.repository)}
+    if version and version not in there:
+        raise ValueError(f"--to {version}: expected one of {', '.join(map(str, there))}")
+    return there[version or max(there)]
+
+
+def _check_published(run: Run) -> None:
+    if not run.repository.is_symlink():
+        raise FileNotFoundError(f"{run.root.name}: no version yet; run 'vivace compile --name {run.root.name}' first")
+
+
+def _card(release: Path) -> dict[str, Any]:
+    for path in release.glob("recommend/*/model_card.json"):
+        card: dict[str, Any] = json.loads(path.read_text())
+        return card
+    return {}
+
+
+def _ndcg(card: dict[str, Any]) -> str:
+    """Of the model card's evaluation: the last row of its table, which is what is served."""
+    quality = card.get("quality")
+    rows = quality.get("table", {}) if isinstance(quality, dict) else {}
+    values = [row["NDCG@10"] for row in rows.values() if "NDCG@10" in row]
+    return f"{values[-1]:.4f}" if values else ""
