@@ -1,0 +1,70 @@
+"""What the door listens on and lets through, and where Triton's sockets lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoorOptions:
+    """What the door listens on and lets through."""
+
+    host: str
+    """Address of the three public ports."""
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    threads: int = 2
+    """Workers of Envoy; each adds a copy of its buffers."""
+    max_body_bytes: int = 8 << 20
+    """Longest request body; a longer one is answered 413."""
+    max_header_kib: int = 7
+    """All headers of a request together; Triton drops the connection at 8."""
+    max_connections: int = 4096
+    """Open connections of all clients of one port that have said something; three times as many with those that have
+    not."""
+    silent_s: float = 10.0
+    """A connection on which nothing came is closed after so long; until then it takes nobody's place."""
+    idle_s: float = 60.0
+    """A connection without a request is closed after so long."""
+    max_recommends: int = 208
+    """Calls of ``recommend`` at Triton; more are answered 503 at once. Triton's HTTP side hands an answer to the thread
+    that sends it through a socket and forgets it where that is full, which it is with 278: of all calls together there
+    must be fewer, as one thread may have them all."""
+    max_others: int = 48
+    """The same of all other calls, which a storm of those does not keep out."""
+    slow_client_s: float = 15.0
+    """A request that has not arrived whole by then is dropped."""
+    timeout_s: float = 60.0
+    """An answer that has not come by then is given up."""
+    recovery_s: float = 8.0
+    """How long a call of ``recommend`` is sent again while the server comes back."""
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """Triton's Unix sockets, in a folder that only the owner enters."""
+
+    folder: Path
+
+    @property
+    def http(self) -> Path:
+        return self.folder / "http"
+
+    @property
+    def grpc(self) -> Path:
+        return self.folder / "grpc:1"  # gRPC appends the port to the address
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics"
+
+    @property
+    def admin(self) -> Path:
+        return self.folder / "envoy-admin"
+
+    @property
+    def grpc_url(self) -> str:
+        """For a gRPC client of the same user."""
+        return f"unix:{self.grpc}"
