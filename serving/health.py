@@ -77,7 +77,8 @@ class Canary:
         started, why, problem = time.monotonic(), "error", ""
         try:
             if self._client is None:
-                self._client = VivaceClient(f"{self.server.address}:{self.server.grpc_port}", timeout_s=CANARY_WAIT_S)
+                address = f"{self.server.address}:{self.server.grpc_port}"
+                self._client = VivaceClient(address, timeout_s=CANARY_WAIT_S, **self.server.own.options())
             answer = self._client.recommend(history=self._history, top_k=10)
             self.seconds.set(time.monotonic() - started)
             if answer.status == "ok":

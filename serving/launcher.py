@@ -23,12 +23,15 @@ import uuid
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import tritonclient.grpc as grpcclient
 from tritonclient.grpc import InferenceServerClientPlugin, Request
 from tritonclient.utils import InferenceServerException
 
+from serving.door.access import Access
 from serving.door.config import DoorOptions, Sockets
+from serving.door.options import AccessOptions
 from serving.door.process import DRAIN_S, Door, health_over
 from serving.logs import open_log, tail
 from serving.process import become_triton, living_workers, server_environment
@@ -52,6 +55,7 @@ from serving.start_checks import (
 )
 from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
 from vivace import contract
+from vivace.credentials import Credentials
 from vivace.store.forgetting import compact, is_due
 from vivace.store.opening import STORE_URL
 
@@ -88,6 +92,7 @@ class ServerOptions:
     guard: bool = False
     restricted: bool = False
     store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
+    access: AccessOptions = field(default=AccessOptions())  # of the guard
 
 
 class _WithKey(InferenceServerClientPlugin):
@@ -109,7 +114,7 @@ class TritonServer:
 
     def __init__(self, options: ServerOptions) -> None:
         address = local_address(options.host)
-        check_exposure(options.host, address, options.guard)
+        check_exposure(options.host, address, options.guard, options.access)
         self.options = options
         self.host = address
         self.address = "127.0.0.1" if address == "0.0.0.0" else address  # where this machine reaches it
@@ -121,6 +126,7 @@ class TritonServer:
         self.release = options.repository
         self._key = secrets.token_urlsafe(32)
         self.door: Door | None = None
+        self.own = Credentials(key="", ca="")  # with which this process calls its own ports
         self._root: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.log = options.log
@@ -238,14 +244,20 @@ class TritonServer:
         backend_folder(self._root)
         if self.sockets is not None:
             self.sockets.folder.mkdir(mode=0o700)
+            self.own = self._held.enter_context(Access(o.access, self.sockets)).own
         store = self.release.parent / "feature_store"
         if is_due(store) and not compact(store):
             log.warning("%s: what was forgotten stays in its file, as another process has it open", store)
         self._launch()
         if self.sockets is not None:
-            ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
+            ports: dict[str, Any] = {
+                "http_port": self.http_port,
+                "grpc_port": self.grpc_port,
+                "metrics_port": self.metrics_port,
+            }
             most = connections_for(DoorOptions.max_connections)
-            self.door = Door(DoorOptions(host=self.host, max_connections=most, **ports), self.sockets)
+            who = {"keys": bool(o.access.keys), "tls": self.own.tls, "client_ca": bool(o.access.client_ca)}
+            self.door = Door(DoorOptions(host=self.host, max_connections=most, **ports, **who), self.sockets)
             self.door.start()
 
     def _launch(self, again: bool = False) -> None:

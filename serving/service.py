@@ -11,6 +11,7 @@ from types import FrameType
 
 import tritonclient.grpc as grpcclient
 
+from serving.door.access import check_access
 from serving.door.config import DoorOptions
 from serving.launcher import ServerOptions, TritonServer
 from serving.logs import rotate
@@ -45,9 +46,10 @@ def warm_up(server: TritonServer) -> float:
     What they are answered or refused does not matter; after ``WARM_S`` no more is waited for."""
     started, left, done = time.monotonic(), threading.Semaphore(0), 0
     question = inputs_of(grpcclient, request_tensors(history=["-"] * WARM_EVENTS))
-    with grpcclient.InferenceServerClient(f"{server.address}:{server.grpc_port}") as client:
+    more = {"client_timeout": WARM_S, "headers": server.own.headers}
+    with server.own.grpc_client(grpcclient, f"{server.address}:{server.grpc_port}") as client:
         for _ in range(WARM_AT_ONCE):
-            client.async_infer(contract.ENSEMBLE, question, lambda result, error: left.release(), client_timeout=WARM_S)
+            client.async_infer(contract.ENSEMBLE, question, lambda result, error: left.release(), **more)
         while done < WARM_AT_ONCE and left.acquire(timeout=max(0.0, started + WARM_S - time.monotonic())):
             done += 1
     return time.monotonic() - started
@@ -91,7 +93,8 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     ports = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
     named = {f"--{name}-port": port for name, port in ports.items()} | {"--status-port": status_port}
     address = local_address(options.host)
-    check_exposure(options.host, address, options.guard)
+    check_access(options.access)
+    check_exposure(options.host, address, options.guard, options.access)
     check_ports(address, named)
     check_profile(options.repository, options.profile)
     check_cache(options.repository, options.profile, options.cache_bytes)

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from serving.door.options import AccessOptions
 from serving.releases import HELD, is_free
 from serving.repository import models, read_config
 from serving.segments import Segments
@@ -45,12 +46,24 @@ def local_address(host: str) -> str:
     return address
 
 
-def check_exposure(host: str, address: str, guard: bool) -> None:
-    """Raises ServerError for an address that others reach without the guard."""
-    if not guard and not ipaddress.ip_address(address).is_loopback:
+def check_exposure(host: str, address: str, guard: bool, access: AccessOptions | None = None) -> None:
+    """Raises ServerError for an address that others reach without the guard, or without keys and TLS where nobody said
+    that its network is trusted; and for keys or TLS without the guard, which has them."""
+    access = access or AccessOptions()
+    if not guard and (access.keys or access.certificate):
+        raise ServerError("--no-guard: expected the guard with --keys or --tls, which are its; leave --no-guard out")
+    if ipaddress.ip_address(address).is_loopback:
+        return
+    if not guard:
         raise ServerError(
             f"--host {host}: expected a loopback address without the guard, as Triton's own port takes whatever it is "
             "sent; leave --no-guard out"
+        )
+    missing = [option for option, there in (("--keys", access.keys), ("--tls-cert", access.certificate)) if not there]
+    if missing and not access.insecure_network:
+        raise ServerError(
+            f"--host {host}: others reach this address, and without {' and '.join(missing)} "
+            "they call it or read along; give them, or --insecure-network where the network is trusted"
         )
 
 

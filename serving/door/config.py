@@ -57,9 +57,10 @@ def _cluster(name: str, path: Path, options: DoorOptions, most: int, http2: bool
 def render(options: DoorOptions, sockets: Sockets) -> str:
     """The bootstrap as JSON."""
     config = {
+        "node": {"id": "vivace", "cluster": "vivace"},  # Envoy wants them where it reads files again
         "admin": {"address": _pipe(sockets.admin)},
         "static_resources": {
-            "listeners": listeners(options),
+            "listeners": listeners(options, sockets),
             "clusters": [
                 _cluster("triton_recommend", sockets.http, options, options.max_recommends),
                 _cluster("triton_http", sockets.http, options, options.max_others),

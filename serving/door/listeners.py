@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from serving.door.options import DoorOptions
+from serving.door.options import DoorOptions, Sockets
 from serving.door.routes import BRIDGE, TYPE, grpc_routes, http_routes, metrics_routes
 
 FOLDER = Path(__file__).parent
-INSPECTOR = f"{TYPE}.listener.http_inspector.v3.HttpInspector"
+INSPECTORS = {  # what a connection says first; until then it takes nobody's place
+    "http": f"{TYPE}.listener.http_inspector.v3.HttpInspector",
+    "tls": f"{TYPE}.listener.tls_inspector.v3.TlsInspector",
+}
+DOWNSTREAM_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext"
+OWN_HEADERS = ["authorization", "x-vivace-key", "x-vivace-access"]  # of a caller with a key; not for Triton
 HCM = f"{TYPE}.network.http_connection_manager.v3.HttpConnectionManager"
 
 
@@ -47,9 +53,11 @@ def _grpc_checks() -> list[dict[str, Any]]:
 def _replies(options: DoorOptions, grpc: bool) -> dict[str, Any]:
     """How the door words what it refuses itself: {"error": ...} over HTTP, the status message over gRPC."""
     words = {
-        400: ("", "3"),  # the checks' own reasons
+        400: ("", ""),  # the checks' own reasons and codes
         408: (f"request: not whole after {options.slow_client_s:g} s; send it faster", "4"),
+        403: ("", "7"),
         413: (f"body: expected at most {options.max_body_bytes} bytes; send fewer rows or shorter histories", "8"),
+        429: ("key: more calls a second than it has; send fewer, or ask for a higher rate", "8"),
         503: ("server: not there just now, or more requests than it takes; try again", "14"),
         504: (f"server: no answer in {options.timeout_s:g} s; try again", "14"),
     }
@@ -59,7 +67,7 @@ def _replies(options: DoorOptions, grpc: bool) -> dict[str, Any]:
         mapper: dict[str, Any] = {"filter": {"status_code_filter": {"comparison": equal}}}
         if text:
             mapper["body"] = {"inline_string": text}
-        if grpc and text:
+        if grpc and code:
             header = {"key": "grpc-status", "value": code}
             mapper["headers_to_add"] = [{"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}]
         mappers.append(mapper)
@@ -70,9 +78,69 @@ def _replies(options: DoorOptions, grpc: bool) -> dict[str, Any]:
     }
 
 
+def _changing(name: str, path: Path, kind: str) -> dict[str, Any]:
+    """A filter whose configuration Envoy reads again when another file takes the place of this one; without a file it
+    lets nothing through."""
+    source = {"path_config_source": {"path": str(path)}}
+    return {"name": name, "config_discovery": {"config_source": source, "type_urls": [kind]}}
+
+
+def _access_filters(options: DoorOptions, sockets: Sockets) -> list[dict[str, Any]]:
+    """Who calls, and how often; before any of the body is read."""
+    if not options.keys:
+        return []
+    return [
+        _changing("keys", sockets.keys, f"{TYPE}.http.lua.v3.Lua"),
+        _changing("limits", sockets.limits, f"{TYPE}.http.local_ratelimit.v3.LocalRateLimit"),
+    ]
+
+
+def _chains(
+    options: DoorOptions, sockets: Sockets, filters: list[dict[str, Any]], protocols: list[str]
+) -> list[dict[str, Any]]:
+    """What becomes of a connection: the filters, behind TLS where that is on; who then speaks plainly is told so."""
+    if not options.tls:
+        return [{"filters": filters}]
+    source = {"path_config_source": {"path": str(sockets.certificate)}}
+    context: dict[str, Any] = {
+        "alpn_protocols": protocols,
+        "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
+        "tls_certificate_sds_secret_configs": [{"name": "server", "sds_config": source}],
+    }
+    if options.client_ca:
+        context["validation_context"] = {"trusted_ca": {"filename": str(sockets.client_ca)}}
+    socket = {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": {
+            "@type": DOWNSTREAM_TLS,
+            "common_tls_context": context,
+            "require_client_certificate": options.client_ca,
+        },
+    }
+    text = json.dumps({"error": "this port takes TLS only; use https, or tls=True or ca= of VivaceClient"})
+    head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(text)}"
+    plain = {
+        "@type": f"{TYPE}.network.direct_response.v3.Config",
+        "response": {"inline_string": f"{head}\r\nconnection: close\r\n\r\n{text}"},
+    }
+    return [
+        {
+            "filter_chain_match": {"transport_protocol": "tls"},
+            "filters": filters,
+            "transport_socket": socket,
+            "transport_socket_connect_timeout": f"{options.silent_s:g}s",
+        },
+        {
+            "filter_chain_match": {"transport_protocol": "raw_buffer"},
+            "filters": [{"name": "envoy.filters.network.direct_response", "typed_config": plain}],
+        },
+    ]
+
+
 def _listener(
     name: str,
     options: DoorOptions,
+    sockets: Sockets,
     port: int,
     routes: list[dict[str, Any]],
     checks: list[dict[str, Any]],
@@ -84,8 +152,10 @@ def _listener(
         "@type": HCM,
         "stat_prefix": name,
         "codec_type": "HTTP2" if http2 else "AUTO",
-        "route_config": {"name": name, "virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]},
+        "route_config": {"name": name, "virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]}
+        | ({"request_headers_to_remove": OWN_HEADERS} if options.keys else {}),
         "http_filters": [
+            *_access_filters(options, sockets),
             {"name": "envoy.filters.http.buffer", "typed_config": limit},
             *checks,
             {"name": "envoy.filters.http.router", "typed_config": router},
@@ -112,27 +182,28 @@ def _listener(
         "stat_prefix": name,
         "max_connections": options.max_connections,
     }
+    inspector = "tls" if options.tls else "http"
+    filters = [
+        {"name": "envoy.filters.network.connection_limit", "typed_config": most},
+        {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager},
+    ]
     return {
         "name": name,
         "address": {"socket_address": {"address": options.host, "port_value": port}},
-        "listener_filters": [{"name": "envoy.filters.listener.http_inspector", "typed_config": {"@type": INSPECTOR}}],
+        "listener_filters": [
+            {"name": f"envoy.filters.listener.{inspector}_inspector", "typed_config": {"@type": INSPECTORS[inspector]}}
+        ],
         "listener_filters_timeout": f"{options.silent_s:g}s",
         "enable_reuse_port": False,  # two doors on one port would share its callers
         "per_connection_buffer_limit_bytes": options.max_body_bytes + (1 << 16),
-        "filter_chains": [
-            {
-                "filters": [
-                    {"name": "envoy.filters.network.connection_limit", "typed_config": most},
-                    {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager},
-                ]
-            }
-        ],
+        "filter_chains": _chains(options, sockets, filters, ["h2"] if http2 else ["h2", "http/1.1"]),
     }
 
 
-def listeners(options: DoorOptions) -> list[dict[str, Any]]:
+def listeners(options: DoorOptions, sockets: Sockets) -> list[dict[str, Any]]:
+    http, grpc, metrics = options.http_port, options.grpc_port, options.metrics_port
     return [
-        _listener("http", options, options.http_port, http_routes(options), _http_checks()),
-        _listener("grpc", options, options.grpc_port, grpc_routes(options), _grpc_checks(), http2=True),
-        _listener("metrics", options, options.metrics_port, metrics_routes(options), []),
+        _listener("http", options, sockets, http, http_routes(options), _http_checks()),
+        _listener("grpc", options, sockets, grpc, grpc_routes(options), _grpc_checks(), http2=True),
+        _listener("metrics", options, sockets, metrics, metrics_routes(options), []),
     ]

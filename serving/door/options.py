@@ -40,6 +40,28 @@ class DoorOptions:
     """An answer that has not come by then is given up."""
     recovery_s: float = 8.0
     """How long a call of ``recommend`` is sent again while the server comes back."""
+    keys: bool = False
+    """A caller needs a key of those in ``Sockets.keys``."""
+    tls: bool = False
+    """With the certificate in ``Sockets.certificate``."""
+    client_ca: bool = False
+    """A caller needs a certificate of those in ``Sockets.client_ca``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessOptions:
+    """Who is let in, and how the ports are read by nobody else. Files are read again when they change, but for
+    ``client_ca``."""
+
+    keys: Path | None = None
+    """Of callers (``serving.door.keys``); None: no caller needs one."""
+    certificate: Path | None = None
+    """PEM, with its chain; None: no TLS."""
+    private_key: Path | None = None
+    client_ca: Path | None = None
+    """Authorities, PEM: a caller needs a certificate of theirs."""
+    insecure_network: bool = False
+    """An address that others reach is served without keys or TLS too."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +90,21 @@ class Sockets:
     def grpc_url(self) -> str:
         """For a gRPC client of the same user."""
         return f"unix:{self.grpc}"
+
+    @property
+    def keys(self) -> Path:
+        """The filter that knows the callers' keys, which Envoy reads again when it changes; so with the next two."""
+        return self.folder / "keys.json"
+
+    @property
+    def limits(self) -> Path:
+        return self.folder / "limits.json"
+
+    @property
+    def certificate(self) -> Path:
+        return self.folder / "certificate.json"
+
+    @property
+    def client_ca(self) -> Path:
+        """Authorities of callers' certificates, PEM."""
+        return self.folder / "client-ca.pem"

@@ -63,6 +63,14 @@ def refused_pages(options: DoorOptions) -> list[dict[str, Any]]:
     return [{"match": {"prefix": "/", "headers": [sign]}, "direct_response": refusal} for sign in signs]
 
 
+def _may_not_write(match: dict[str, Any]) -> dict[str, Any]:
+    """403 for a key that only reads; ``keys.lua`` says so in a header of its own."""
+    sign = {"name": "x-vivace-access", "string_match": {"exact": "read"}}
+    text = "key: may only read; ask whoever runs the server for one that may write"
+    refusal = {"status": 403, "body": {"inline_string": text}}
+    return {"match": match | {"headers": [*match["headers"], sign]}, "direct_response": refusal}
+
+
 def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
     probes = f"/v2/health/ready|/v2/models/({'|'.join(PUBLIC)})(/versions/[0-9]{{1,9}})?/ready"
     routes: list[dict[str, Any]] = [
@@ -76,6 +84,8 @@ def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
     for model in PUBLIC:
         base = f"/v2/models/{model}(/versions/[0-9]{{1,9}})?"
         infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": method("POST")}
+        if options.keys and model != contract.ENSEMBLE:
+            routes.append(_may_not_write(infer))
         routes.append({"match": infer, "route": _infer(model, options)})
         config = "|/config" if model == contract.ENSEMBLE else ""  # those of the others name the store
         look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": method("GET")}
@@ -100,6 +110,9 @@ def grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
         *(_away(STOPPING, {"prefix": "/", "headers": _model(model)}) for model in PUBLIC),
         _away(UNREADY, {"safe_regex": {"regex": readiness}}, typed_per_filter_config={BRIDGE: no_bridge}),
     ]
+    if options.keys:
+        writing = (model for model in PUBLIC if model != contract.ENSEMBLE)
+        away += [_may_not_write({"prefix": "/", "headers": _model(model)}) for model in writing]
     routes: list[dict[str, Any]] = [  # by the model that the checks read in the message; a caller's own header is gone
         {"match": {"prefix": "/", "headers": _model(model)}, "route": _infer(model, options)} for model in PUBLIC
     ]
