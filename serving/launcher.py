@@ -23,13 +23,12 @@ import uuid
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import tritonclient.grpc as grpcclient
 from tritonclient.grpc import InferenceServerClientPlugin, Request
 from tritonclient.utils import InferenceServerException
 
-from serving.door.access import Access
+from serving.door.access import Access, with_access
 from serving.door.config import DoorOptions, Sockets
 from serving.door.options import AccessOptions
 from serving.door.process import DRAIN_S, Door, health_over
@@ -250,14 +249,12 @@ class TritonServer:
             log.warning("%s: what was forgotten stays in its file, as another process has it open", store)
         self._launch()
         if self.sockets is not None:
-            ports: dict[str, Any] = {
-                "http_port": self.http_port,
-                "grpc_port": self.grpc_port,
-                "metrics_port": self.metrics_port,
-            }
             most = connections_for(DoorOptions.max_connections)
-            who = {"keys": bool(o.access.keys), "tls": self.own.tls, "client_ca": bool(o.access.client_ca)}
-            self.door = Door(DoorOptions(host=self.host, max_connections=most, **ports, **who), self.sockets)
+            listens = DoorOptions(
+                host=self.host, http_port=self.http_port, grpc_port=self.grpc_port, metrics_port=self.metrics_port,
+                max_connections=most,
+            )  # fmt: skip
+            self.door = Door(with_access(listens, o.access), self.sockets)
             self.door.start()
 
     def _launch(self, again: bool = False) -> None:

@@ -7,12 +7,13 @@ import json
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from serving.door.keys import Key, KeysError, digest, new_key, read_keys, write_private
 from serving.door.listeners import FOLDER
-from serving.door.options import AccessOptions, Sockets
+from serving.door.options import AccessOptions, DoorOptions, Sockets
 from serving.door.routes import TYPE
 from serving.door.tls import TlsError, check_ca, check_pair, make_pair
 from serving.wheel import ServerError
@@ -46,6 +47,12 @@ def check_access(options: AccessOptions) -> None:
             raise ServerError(
                 f"--keys {options.keys}: expected a key, got none; 'vivace keys add NAME --file' adds one"
             )
+
+
+def with_access(options: DoorOptions, access: AccessOptions) -> DoorOptions:
+    """``options`` of a door whose callers are asked for what ``access`` names."""
+    keys, tls, client_ca = (bool(part) for part in (access.keys, access.certificate, access.client_ca))
+    return replace(options, keys=keys, tls=tls, client_ca=client_ca)
 
 
 def _extension(name: str, config: dict[str, Any]) -> str:
@@ -126,9 +133,9 @@ class Access:
             own, key = make_pair(self.sockets.folder / "own", ["vivace.internal"])
             pair = (str(own), str(key))
             write_private(self.sockets.client_ca, check_ca(o.client_ca) + "\n" + own.read_text())
-        self.own = Credentials(key=self._key, tls=bool(ca), ca=ca, cert=pair, server_name=name)
         for _, write in self._parts:
             write()
+        self.own = Credentials(key=self._key, tls=bool(ca), ca=ca, cert=pair, server_name=name)
         if self._parts:
             self._thread.start()
         return self

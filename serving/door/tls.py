@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import secrets
 import shutil
 import socket
 import ssl
@@ -110,7 +111,8 @@ def make_pair(folder: Path, names: list[str]) -> tuple[Path, Path]:
     certificate, key = folder / "cert.pem", folder / "key.pem"
     alternatives = ",".join(f"{'IP' if _is_address(name) else 'DNS'}:{name}" for name in names)
     config = (
-        "[req]\nprompt=no\ndistinguished_name=name\nx509_extensions=more\n[name]\nCN=vivace\n[more]\n"
+        "[req]\nprompt=no\ndistinguished_name=name\nx509_extensions=more\n"
+        f"[name]\nCN=vivace {secrets.token_hex(8)}\n[more]\n"  # of two of one name only one is looked at
         f"subjectAltName={alternatives}\nbasicConstraints=critical,CA:TRUE\nsubjectKeyIdentifier=hash\n"
         "keyUsage=critical,digitalSignature,keyCertSign\nextendedKeyUsage=serverAuth,clientAuth\n"
     )
