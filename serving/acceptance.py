@@ -17,7 +17,7 @@ import numpy as np
 from preprocessing.requests import recorded, requests_of
 from serving.launcher import TritonServer
 from serving.wheel import ServerError
-from vivace.client import Recommendation, VivaceClient
+from vivace.client import Recommendation
 from vivace.run import Run
 
 TOP_K = 10
@@ -80,7 +80,7 @@ class Acceptance:
 
     def _answers(self, server: TritonServer, strict: bool) -> Answers:
         given, ms = [], []
-        with VivaceClient(*server.direct, timeout_s=WAIT_S) as client:
+        with server.client(WAIT_S) as client:
             for request in self.requests:
                 started = time.monotonic()
                 answer = client.recommend(**request, top_k=TOP_K)

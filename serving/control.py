@@ -16,15 +16,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPException
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 from serving.acceptance import Acceptance, recorded_calls
 from serving.fleet import Fleet
 from serving.process import living
 from serving.releases import releases, version_of
+from serving.unix_http import UnixHandler, UnixServer
 from serving.wheel import ServerError
 from vivace.http_pool import UnixConnection
 from vivace.manifest import write_json
@@ -99,43 +98,24 @@ class Control:
             self._busy.release()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    timeout = ASK_S
+class _Handler(UnixHandler):
     control: Control
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Not in Triton's log."""
+    def do_GET(self) -> None:  # noqa: N802  # the name that http.server calls
+        self.answer(200, json.dumps(self.control.state()).encode())
 
-    def _head(self, status: int) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain; charset=utf-8")
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        self._head(200)
-        self.wfile.write(json.dumps(self.control.state()).encode())
-
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802
         try:
             length = min(int(self.headers.get("Content-Length", "0")), MAX_BODY)
             version = int(json.loads(self.rfile.read(length))["version"])
         except (ValueError, KeyError, TypeError):
-            self._head(400)
-            self.wfile.write(json.dumps({"error": 'expected {"version": 4}'}).encode())
+            self.answer(400, json.dumps({"error": 'expected {"version": 4}'}).encode())
             return
-        self._head(200)
+        self.head(200)
         for line in self.control.ask(version):
             with contextlib.suppress(OSError):  # whoever asked has gone: the change goes on
                 self.wfile.write(line.encode() + b"\n")
                 self.wfile.flush()
-
-
-class _Server(ThreadingMixIn, UnixStreamServer):
-    daemon_threads = True
-
-    def get_request(self) -> tuple[Any, Any]:
-        connection, _ = super().get_request()
-        return connection, ("owner", 0)
 
 
 @contextlib.contextmanager
@@ -145,17 +125,15 @@ def control_socket(fleet: Fleet) -> Iterator[Control]:
     handler = type("Handler", (_Handler,), {"control": control})
     path = fleet.private / "control"
     word = Run(fleet.release.parent).servers / f"{os.getpid()}.json"
-    server = _Server(str(path), handler)
-    path.chmod(0o600)
-    threading.Thread(target=server.serve_forever, name="control socket", daemon=True).start()
+    server = UnixServer(path, handler)
+    server.start()
     with contextlib.suppress(OSError):  # a run that is mounted read-only is changed by starting its server again
         word.parent.mkdir(exist_ok=True)
         write_json(word, {"pid": os.getpid(), "socket": str(path)})
     try:
         yield control
     finally:
-        server.shutdown()
-        server.server_close()
+        server.stop()
         word.unlink(missing_ok=True)
 
 

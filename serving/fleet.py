@@ -19,16 +19,17 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter
 
 from serving.acceptance import Acceptance
-from serving.door.config import DoorOptions
 from serving.door.endpoints import Endpoints, Turn
 from serving.door.keeper import DoorKeeper
+from serving.door.options import DoorOptions
 from serving.door.process import Door
 from serving.launcher import ServerOptions, TritonServer
+from serving.merged_metrics import TritonMetrics
 from serving.releases import HELD, held
 from serving.start_checks import LEFTOVER, check_ports, door_options
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
-from vivace.client import VivaceClient, VivaceError
+from vivace.client import VivaceError
 
 WARM_AT_ONCE = DoorOptions.max_recommends
 WARM_EVENTS = 200
@@ -47,7 +48,7 @@ def warm_up(server: TritonServer) -> float:
         with contextlib.suppress(VivaceError):
             client.recommend(history=history)
 
-    with VivaceClient(*server.direct, timeout_s=WARM_S) as client, ThreadPoolExecutor(WARM_AT_ONCE) as pool:
+    with server.client(WARM_S) as client, ThreadPoolExecutor(WARM_AT_ONCE) as pool:
         list(pool.map(ask, range(WARM_AT_ONCE)))
     return time.monotonic() - started
 
@@ -122,6 +123,9 @@ class Fleet:
     def _start(self) -> None:
         if self.options.guard:
             self.door = self._make_door()
+            if self.count > 1:
+                self.door.metrics = self.private / "metrics"
+                self._life.enter_context(TritonMetrics(self.door.metrics, self._metrics_sockets))
         for place in range(self.count):
             self.replicas.append(self._started(self.options, place))
         if self.door is not None:
@@ -145,7 +149,8 @@ class Fleet:
         probe = TritonServer(self.options)
         ports = {"--http-port": probe.http_port, "--grpc-port": probe.grpc_port, "--metrics-port": probe.metrics_port}
         check_ports(probe.host, ports)
-        return Door(door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port), self.private)
+        listens = door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port, self.count > 1)
+        return Door(listens, self.private, self.options.access)
 
     def _started(self, options: ServerOptions, place: int) -> Replica:
         """A ready server with its watchdog; nothing is left where it does not come up."""
@@ -168,6 +173,9 @@ class Fleet:
     # -- for those who ask ---------------------------------------------------------------------------
     def endpoints(self) -> Endpoints:
         return {r.server.sockets: r.turn for r in list(self.replicas) if r.server.sockets is not None}
+
+    def _metrics_sockets(self) -> list[Path]:
+        return [sockets.metrics for sockets, turn in self.endpoints().items() if turn is not Turn.LEAVES]
 
     @property
     def ready(self) -> bool:

@@ -77,7 +77,7 @@ class Canary:
         started, why, problem = time.monotonic(), "error", ""
         try:
             if self._client is None:
-                self._client = VivaceClient(*self.server.direct, timeout_s=CANARY_WAIT_S)
+                self._client = self.server.client(CANARY_WAIT_S)
             answer = self._client.recommend(history=self._history, top_k=10)
             self.seconds.set(time.monotonic() - started)
             if answer.status == "ok":

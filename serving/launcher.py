@@ -29,6 +29,7 @@ from tritonclient.grpc import InferenceServerClientPlugin, Request
 from tritonclient.utils import InferenceServerException
 
 from serving.door.endpoints import Sockets, Turn
+from serving.door.options import AccessOptions
 from serving.door.process import DRAIN_S, Door, health_over
 from serving.logs import open_log, tail
 from serving.process import become_triton, living_workers, server_environment
@@ -52,6 +53,7 @@ from serving.start_checks import (
 )
 from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
 from vivace import contract
+from vivace.client import VivaceClient
 from vivace.store.forgetting import compact, is_due
 from vivace.store.opening import STORE_URL
 
@@ -88,6 +90,7 @@ class ServerOptions:
     guard: bool = False
     restricted: bool = False
     store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
+    access: AccessOptions = field(default=AccessOptions())  # of the guard
 
 
 class _WithKey(InferenceServerClientPlugin):
@@ -111,7 +114,7 @@ class TritonServer:
 
     def __init__(self, options: ServerOptions, door: Door | None = None) -> None:
         address = local_address(options.host)
-        check_exposure(options.host, address, options.guard)
+        check_exposure(options.host, address, options.guard, options.access)
         self.options = options
         self.host = address
         self.address = "127.0.0.1" if address == "0.0.0.0" else address  # where this machine reaches it
@@ -192,13 +195,13 @@ class TritonServer:
         """Where Triton listens behind the guard."""
         return Sockets(self._root / "sockets") if self.options.guard and self._root is not None else None
 
-    @property
-    def direct(self) -> tuple[str, str]:
-        """(url, protocol) by which this machine asks this server and no other: behind a door, over HTTP, as Triton 2.51
-        ends by gRPC deadlines that it sees."""
+    def client(self, timeout_s: float) -> VivaceClient:
+        """Asks this server and no other, as whoever started it: behind a door, which it passes by, over HTTP, as
+        Triton 2.51 ends by gRPC deadlines that it sees."""
+        way = (f"{self.address}:{self.grpc_port}", "grpc")
         if self.sockets is not None:
-            return f"unix:{self.sockets.http}", "http"
-        return f"{self.address}:{self.grpc_port}", "grpc"
+            way = (f"unix:{self.sockets.http}", "http")
+        return VivaceClient(*way, timeout_s=timeout_s, key="", ca="")
 
     def control_client(self) -> grpcclient.InferenceServerClient:
         """A client that may ask everything: any model, the repository, statistics. For this process alone."""
@@ -258,7 +261,8 @@ class TritonServer:
         if self.sockets is not None and not self._shared_door:
             folder = self._root / "door"
             folder.mkdir(mode=0o700)
-            self.door = Door(door_options(self.host, self.http_port, self.grpc_port, self.metrics_port), folder)
+            listens = door_options(self.host, self.http_port, self.grpc_port, self.metrics_port)
+            self.door = Door(listens, folder, o.access)
             self.door.point({self.sockets: Turn.TAKES})
             self.door.start()
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from serving.control import Control, control_socket
+from serving.door.access import check_access
 from serving.fleet import Fleet, warm_up
 from serving.launcher import ServerOptions, TritonServer
 from serving.logs import rotate
@@ -59,7 +60,8 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     ports = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
     named = {f"--{name}-port": port for name, port in ports.items()} | {"--status-port": status_port}
     address = local_address(options.host)
-    check_exposure(options.host, address, options.guard)
+    check_access(options.access)
+    check_exposure(options.host, address, options.guard, options.access)
     check_ports(address, named)
     check_profile(options.repository, options.profile)
     check_cache(options.repository, options.profile, options.cache_bytes)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from serving.door.config import DoorOptions
+from serving.door.options import AccessOptions, DoorOptions
 from serving.releases import HELD, is_free
 from serving.repository import models, read_config
 from serving.segments import Segments
@@ -46,12 +46,24 @@ def local_address(host: str) -> str:
     return address
 
 
-def check_exposure(host: str, address: str, guard: bool) -> None:
-    """Raises ServerError for an address that others reach without the guard."""
-    if not guard and not ipaddress.ip_address(address).is_loopback:
+def check_exposure(host: str, address: str, guard: bool, access: AccessOptions | None = None) -> None:
+    """Raises ServerError for an address that others reach without the guard, or without keys and TLS where nobody said
+    that its network is trusted; and for keys or TLS without the guard, which has them."""
+    access = access or AccessOptions()
+    if not guard and (access.keys or access.certificate):
+        raise ServerError("--no-guard: expected the guard with --keys or --tls, which are its; leave --no-guard out")
+    if ipaddress.ip_address(address).is_loopback:
+        return
+    if not guard:
         raise ServerError(
             f"--host {host}: expected a loopback address without the guard, as Triton's own port takes whatever it is "
             "sent; leave --no-guard out"
+        )
+    missing = [option for option, there in (("--keys", access.keys), ("--tls-cert", access.certificate)) if not there]
+    if missing and not access.insecure_network:
+        raise ServerError(
+            f"--host {host}: others reach this address, and without {' and '.join(missing)} "
+            "they call it or read along; give them, or --insecure-network where the network is trusted"
         )
 
 
@@ -162,12 +174,13 @@ def connections_for(most: int) -> int:
     return max(16, min(most, (soft - FILES_OF_OUR_OWN) // 4))  # two ports, and each call has one to Triton
 
 
-def door_options(host: str, http_port: int, grpc_port: int, metrics_port: int) -> DoorOptions:
-    """A door on these ports, for as many callers as there are descriptors for."""
+def door_options(host: str, http_port: int, grpc_port: int, metrics_port: int, several: bool = False) -> DoorOptions:
+    """A door on these ports, for as many callers as there are descriptors for. ``several``: servers stand behind."""
     most = connections_for(DoorOptions.max_connections)
     return DoorOptions(
-        host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, max_connections=most
-    )
+        host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, max_connections=most,
+        health_checks=several,
+    )  # fmt: skip
 
 
 # -- what was left -------------------------------------------------------------------------------------

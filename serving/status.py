@@ -11,6 +11,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import Metric, make_wsgi_app
 
+from serving.merged_metrics import merged
+
 if TYPE_CHECKING:
     from serving.fleet import Fleet
 
@@ -38,12 +40,7 @@ class FleetCollector:
         if len(registries) == 1:
             yield from registries[0].collect()
             return
-        families: dict[str, Metric] = {}
-        for place, registry in enumerate(registries):
-            for family in registry.collect():
-                merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                merged.samples += [s._replace(labels=s.labels | {"replica": str(place)}) for s in family.samples]
-        yield from families.values()
+        yield from merged(registry.collect() for registry in registries)
 
 
 def status_app(fleet: Fleet) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:

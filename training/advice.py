@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -80,11 +81,15 @@ def sizes_of(features: Features) -> LogSizes:
 
 def hits_of_the_popular(features: Features) -> tuple[float, float]:
     """HR@10 of what was clicked most in the hour before, and of what was in all the time before, over up to JUDGED
-    validation requests, evenly by time: counts of the events strictly before each."""
-    tables = [pq.read_table(file, columns=[TARGET, TARGET_TIME]) for file in features.files("valid")]
-    if sum(map(len, tables)) < LEAST_JUDGED:
+    validation requests, evenly by time: counts of the events strictly before each. Only of requests whose target the
+    user had not had before: where few click, the hour's most clicked are that user's own."""
+    tables = [pq.read_table(file, columns=[ITEM, TARGET, TARGET_TIME]) for file in features.files("valid")]
+    table = pa.concat_tables(tables).combine_chunks()
+    targets, moments = (table[name].to_numpy() for name in (TARGET, TARGET_TIME))
+    had = [target in history for target, history in zip(targets.tolist(), table[ITEM].to_pylist(), strict=True)]
+    targets, moments = targets[~np.array(had, bool)], moments[~np.array(had, bool)]
+    if len(targets) < LEAST_JUDGED:
         return 0.0, 0.0
-    targets, moments = (np.concatenate([table[name].to_numpy() for table in tables]) for name in (TARGET, TARGET_TIME))
     order = np.argsort(moments, kind="stable")
     order = order[np.unique(np.linspace(0, len(order) - 1, min(JUDGED, len(order))).astype(np.int64))]
     stream, items = features.events(), features.item_count()

@@ -28,6 +28,7 @@ from vivace.client_request import (
     request_tensors,
 )
 from vivace.client_updates import AsyncUpdateCalls, UpdateCalls
+from vivace.credentials import Credentials
 from vivace.http_pool import HttpClient
 from vivace.store.interface import Event
 
@@ -137,13 +138,19 @@ CLOSED = "this client is closed; make another"
 
 class VivaceClient(UpdateCalls):
     """Blocking calls, from any number of threads. ``url`` is host:port of the protocol's endpoint (8001 gRPC, 8000 HTTP
-    by default). No call takes longer than ``timeout_s``."""
+    by default). No call takes longer than ``timeout_s``. ``access``: ``key``, ``tls``, ``ca``, ``cert`` and
+    ``server_name`` of ``vivace.credentials.Credentials``, for a server that asks for a key or speaks TLS."""
 
-    def __init__(self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0, **access: Any
+    ) -> None:
         self._module = _module(protocol, asynchronous=False)
         self._timeout_s, self._closed = _seconds(timeout_s), False
         address(url)
-        self._client = HttpClient(url) if protocol == "http" else self._module.InferenceServerClient(url)
+        credentials = Credentials(**access)
+        self._headers = credentials.headers
+        http = protocol == "http"
+        self._client = HttpClient(url, credentials) if http else credentials.grpc_client(self._module, url)
 
     def _infer(
         self, model: str, tensors: list[tuple[contract.WireTensor, np.ndarray]], limit: Limit | None = None, **more: Any
@@ -153,7 +160,7 @@ class VivaceClient(UpdateCalls):
         limit = limit or Limit(self._timeout_s)
         try:
             inputs = inputs_of(self._module, tensors)
-            return self._client.infer(model, inputs, client_timeout=limit.left(), **more)
+            return self._client.infer(model, inputs, client_timeout=limit.left(), headers=self._headers, **more)
         except Exception as error:
             raise limit.error(VivaceError(CLOSED) if self._closed else error) from error
 
@@ -219,13 +226,20 @@ class VivaceClient(UpdateCalls):
 class AsyncVivaceClient(AsyncUpdateCalls):
     """The same calls for asyncio. Make it inside the running loop that it is used in."""
 
-    def __init__(self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, url: str = "127.0.0.1:8001", protocol: str = "grpc", timeout_s: float = 10.0, **access: Any
+    ) -> None:
         self._module = _module(protocol, asynchronous=True)
         self._timeout_s, self._closed = _seconds(timeout_s), False
         address(url)
         self._loop = self._running_loop()
-        http = {"conn_timeout": timeout_s, "conn_limit": 512} if protocol == "http" else {}
-        self._client = self._module.InferenceServerClient(url, **http)
+        credentials = Credentials(**access)
+        self._headers = credentials.headers
+        if protocol == "grpc":
+            self._client = credentials.grpc_client(self._module, url)
+            return
+        tls = {"ssl": True, "ssl_context": credentials.ssl_context()} if credentials.tls else {}
+        self._client = self._module.InferenceServerClient(url, conn_timeout=timeout_s, conn_limit=512, **tls)
 
     @staticmethod
     def _running_loop() -> asyncio.AbstractEventLoop:
@@ -244,7 +258,8 @@ class AsyncVivaceClient(AsyncUpdateCalls):
         limit = limit or Limit(self._timeout_s)
         try:
             async with asyncio.timeout(limit.left()):
-                return await self._client.infer(model, inputs_of(self._module, tensors), **more)
+                inputs = inputs_of(self._module, tensors)
+                return await self._client.infer(model, inputs, headers=self._headers, **more)
         except Exception as error:
             raise limit.error(VivaceError(CLOSED) if self._closed else error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from http.client import HTTPException
 
@@ -29,6 +30,7 @@ def _failed(error: Exception) -> VivaceError:
     status = str(error.status()) if hasattr(error, "status") and callable(error.status) else ""
     text = error.message() if hasattr(error, "message") and callable(error.message) else str(error)
     passing = isinstance(error, OSError | HTTPException) or status in ("StatusCode.UNAVAILABLE", "502", "503", "504")
+    passing = passing and not isinstance(error, ssl.SSLCertVerificationError)
     passing = passing or any(words in str(text) for words in REVIVED)
     return VivaceError(str(text) or type(error).__name__, passing and "not stored" not in str(text))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vivace.client_errors import VivaceError
+from vivace.credentials import Credentials
 
 READ_BYTES = 1 << 16
 UNIX = "unix:"  # before the path of a socket, in the place of host:port
@@ -47,35 +49,51 @@ class UnixConnection(HTTPConnection):
             raise
 
 
+class _TlsConnection(HTTPConnection):
+    """As ``http.client.HTTPSConnection``, with a name of the server's that need not be the host's."""
+
+    def __init__(self, host: str, port: int, context: ssl.SSLContext, server_name: str) -> None:
+        super().__init__(host, port)
+        self._context, self._server_name = context, server_name or host
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._server_name)
+
+
 class HttpPool:
     """POSTs to one ``url``, host:port or unix:/path/of/socket. Raises TimeoutError where a call takes longer than it
     may, another OSError or HTTPException where it fails."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, credentials: Credentials | None = None) -> None:
         self._url = url
+        self._context = credentials.ssl_context() if credentials is not None else None
+        self._server_name = credentials.server_name if credentials is not None else ""
         self._idle: deque[HTTPConnection] = deque()  # the last one used comes first: the others may be closed
         self._closed = False
 
-    def _connection(self) -> HTTPConnection:
+    def _new(self) -> HTTPConnection:
         if self._url.startswith(UNIX):
             return UnixConnection(Path(self._url.removeprefix(UNIX)))
         host, _, port = self._url.rpartition(":")
-        return HTTPConnection(host.strip("[]"), int(port))
+        if self._context is None:
+            return HTTPConnection(host.strip("[]"), int(port))
+        return _TlsConnection(host.strip("[]"), int(port), self._context, self._server_name)
 
     def post(self, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
         deadline = time.monotonic() + timeout_s
         try:
             connection, used = self._idle.pop(), True
         except IndexError:
-            connection, used = self._connection(), False
+            connection, used = self._new(), False
         while True:
             try:
                 answer, again = _exchange(connection, path, body, headers, deadline)
-            except (RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+            except (RemoteDisconnected, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
                 connection.close()
                 if not used:
                     raise
-                connection, used = self._connection(), False  # the server had closed an idle one
+                connection, used = self._new(), False  # the server had closed an idle one
             except BaseException:
                 connection.close()
                 raise
@@ -130,19 +148,26 @@ def _exchange(
 class HttpClient:
     """The calls of tritonclient's HTTP client that are needed here, for any number of threads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, credentials: Credentials | None = None) -> None:
         from tritonclient.http import InferenceServerClient
 
-        self._pool, self._codec = HttpPool(url), InferenceServerClient
+        self._pool, self._codec = HttpPool(url, credentials), InferenceServerClient
 
-    def infer(self, model: str, inputs: list[Any], client_timeout: float, **more: Any) -> Any:
+    def infer(
+        self,
+        model: str,
+        inputs: list[Any],
+        client_timeout: float,
+        headers: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> Any:
         body, json_bytes = self._codec.generate_request_body(inputs, **more)
-        headers = {} if json_bytes is None else {"Inference-Header-Content-Length": str(json_bytes)}
-        answer = self._pool.post(f"/v2/models/{model}/infer", body, headers, client_timeout)
+        length = {} if json_bytes is None else {"Inference-Header-Content-Length": str(json_bytes)}
+        answer = self._pool.post(f"/v2/models/{model}/infer", body, {**length, **(headers or {})}, client_timeout)
         if answer.status != 200:
             raise _refused(answer.status, answer.body)
-        length = answer.headers.get("inference-header-content-length")
-        return self._codec.parse_response_body(answer.body, header_length=None if length is None else int(length))
+        head = answer.headers.get("inference-header-content-length")
+        return self._codec.parse_response_body(answer.body, header_length=None if head is None else int(head))
 
     def close(self) -> None:
         self._pool.close()

@@ -40,6 +40,7 @@ def main() -> int:
         print(f"vivace: {text}", file=sys.stderr)
         return 1
     command = ["vivace", "serve", "--artifacts", str(RUN.parent), "--name", RUN.name, "--host", "0.0.0.0"]
+    command.append("--insecure-network")  # Compose publishes its ports on 127.0.0.1 alone
     os.execvp(command[0], [*command, "--log-file", LOG, *sys.argv[1:]])
 
 

@@ -65,19 +65,14 @@ def pipe(path: Path) -> dict[str, Any]:
     return {"pipe": {"path": str(path)}}
 
 
-def write_endpoints(folder: Path, endpoints: Endpoints) -> None:
-    """Exchanges the files of all clusters. Where every endpoint that does not leave is ill, all of those are asked: an
-    answer of one that may be wrong beats none."""
-    staying = [turn for turn in endpoints.values() if turn is not Turn.LEAVES]
-    hopeless = Turn.TAKES not in staying
+def write_endpoints(folder: Path, endpoints: Endpoints, metrics: Path | None = None) -> None:
+    """Exchanges the files of all clusters. ``metrics``: the socket where those of all servers are, in the place of
+    theirs."""
     for cluster in (RECOMMEND, OTHERS, GRPC, METRICS):
-        listed = [
-            {
-                "endpoint": {"address": pipe(sockets.of(cluster))},
-                "health_status": (Turn.TAKES if hopeless and turn is Turn.ILL else turn).value,
-            }
-            for sockets, turn in endpoints.items()
-        ]
+        places = [(sockets.of(cluster), turn) for sockets, turn in endpoints.items()]
+        if cluster == METRICS and metrics is not None:
+            places = [(metrics, Turn.TAKES)]
+        listed = [{"endpoint": {"address": pipe(path)}, "health_status": turn.value} for path, turn in places]
         assignment = {
             "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
             "cluster_name": cluster,

@@ -8,8 +8,11 @@ import subprocess
 import time
 from pathlib import Path
 
-from serving.door.config import STOPPING, UNREADY, DoorOptions, admin_socket, render
+from serving.door.access import Access, with_access
+from serving.door.config import render
 from serving.door.endpoints import OTHERS, RECOMMEND, Endpoints, Sockets, Turn, write_endpoints
+from serving.door.options import AccessOptions, DoorFiles, DoorOptions
+from serving.door.routes import STOPPING, UNREADY
 from serving.logs import open_log, tail
 from serving.process import become_server
 from serving.wheel import ServerError
@@ -49,9 +52,14 @@ class Door:
     """One running Envoy in front of the tritonservers that it was told of (``point``); a context manager that listens
     inside. Its files lie in ``folder``, which only the owner enters."""
 
-    def __init__(self, options: DoorOptions, folder: Path) -> None:
-        self.options, self.folder = options, folder
+    def __init__(self, options: DoorOptions, folder: Path, access: AccessOptions | None = None) -> None:
+        access = access or AccessOptions()
+        self.options, self.folder, self.files = with_access(options, access), folder, DoorFiles(folder)
+        self._access = Access(access, self.files)
+        self._entered = False
+        write_endpoints(folder, {})  # Envoy does not start without the files
         self.log = folder / "envoy.log"
+        self.metrics: Path | None = None  # the socket where those of several servers are
         self._endpoints: Endpoints = {}
         self._told: tuple[int, bool] | None = None  # an Envoy, by its process, and what it was told of readiness
         self._process: subprocess.Popen[bytes] | None = None
@@ -69,8 +77,11 @@ class Door:
 
     def start(self) -> None:
         """Starts Envoy and waits until it listens. Raises DoorError with the log's end."""
-        config = self.folder / "envoy.json"
-        config.write_text(render(self.options, self.folder))
+        if not self._entered:
+            self._access.__enter__()
+            self._entered = True
+        config = self.files.bootstrap
+        config.write_text(render(self.options, self.files))
         command = [str(envoy_binary()), "-c", str(config), "--concurrency", str(self.options.threads)]
         command += ["--disable-hot-restart", "--log-level", "warning", "--drain-time-s", str(int(DRAIN_S))]
         with open_log(self.log) as log:
@@ -87,7 +98,7 @@ class Door:
     def point(self, endpoints: Endpoints) -> None:
         """Whom the door asks from now on."""
         if endpoints != self._endpoints:
-            write_endpoints(self.folder, endpoints)
+            write_endpoints(self.folder, endpoints, self.metrics)
             self._endpoints = dict(endpoints)
 
     def leave(self, sockets: Sockets, wait_s: float = DRAIN_S) -> bool:
@@ -121,7 +132,7 @@ class Door:
 
     def ask(self, method: str, path: str) -> str:
         """What Envoy's admin page answers; "" where it does not."""
-        connection = UnixConnection(admin_socket(self.folder), ASK_S)
+        connection = UnixConnection(self.files.admin, ASK_S)
         try:
             connection.request(method, path)
             return connection.getresponse().read().decode().strip()
@@ -172,6 +183,8 @@ class Door:
 
     def stop(self) -> None:
         """Ends Envoy."""
+        if self._entered:
+            self._access.__exit__()
         if self._process is None:
             return
         self._process.terminate()

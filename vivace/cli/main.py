@@ -18,6 +18,7 @@ from vivace.cli.errors import reported
 from vivace.cli.evaluate import evaluate
 from vivace.cli.init_mapping import init_mapping
 from vivace.cli.items import forget, items
+from vivace.cli.keys import keys
 from vivace.cli.load import load
 from vivace.cli.optimize import optimize
 from vivace.cli.options import console
@@ -92,6 +93,7 @@ for panel, verbs in PANELS.items():
         text = " ".join((verb.__doc__ or "").split())  # Typer keeps the line breaks of a docstring
         app.command(verb.__name__.rstrip("_").replace("_", "-"), rich_help_panel=panel, help=text)(verb)
 app.add_typer(items, name="items", help="Change the catalogue of the running server.", rich_help_panel="Serving")
+app.add_typer(keys, name="keys", help="Keys of those who may call a server.", rich_help_panel="Serving")
 app.add_typer(store, name="store", help="Move the store that a server keeps.", rich_help_panel="Serving")
 app.add_typer(reports, name="report", help="Pages that show what was measured.", rich_help_panel="Looking")
 reports.command("compress")(report_compress)

@@ -10,7 +10,10 @@ import typer
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, MAX_PORT, Artifacts, Host, Name, Profile, say
 from vivace.cli.runs import find_run, say_next
+from vivace.cli.values import choice
 from vivace.store.opening import STORE_URL
+
+SELF_SIGNED = ("self-signed",)
 
 
 def serve(
@@ -45,15 +48,36 @@ def serve(
             help="a Valkey that servers share, such as valkey://127.0.0.1:6379/0; without it the run's own store",
         ),
     ] = "",
+    replicas: Annotated[
+        int,
+        typer.Option(
+            help="servers behind the one guard: one that dies leaves the others; each takes its memory", min=1, max=16
+        ),
+    ] = 1,
     guard: Annotated[
         bool,
         typer.Option("--guard/--no-guard", help="Envoy in front; without it only on a loopback address"),
     ] = True,
+    keys: Annotated[
+        Path | None, typer.Option(help="callers need one of these; 'vivace keys add' makes the file", dir_okay=False)
+    ] = None,
+    tls: Annotated[str, choice("--tls", SELF_SIGNED, "certificate for trials, kept in the run's folder")] = "",
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM, with its chain; needs --tls-key", dir_okay=False)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM, of --tls-cert", dir_okay=False)] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(help="PEM; callers need a certificate that it signed", dir_okay=False)
+    ] = None,
+    insecure_network: Annotated[
+        bool, typer.Option("--insecure-network", help="serve others without keys or TLS: only on a trusted network")
+    ] = False,
 ) -> None:
     """Start the real Triton with the ensemble, guard it, bring back what ends, stop cleanly on Ctrl-C."""
+    from serving.door.options import AccessOptions
+    from serving.door.tls import self_signed
     from serving.launcher import ServerOptions
     from serving.repository import served_from
     from serving.service import run_until_signal
+    from serving.start_checks import local_address
     from vivace.run import Run
 
     run = find_run(artifacts, name)
@@ -62,6 +86,14 @@ def serve(
         say(f"profile {profile} serves {served.root}")
     if doubt := served.doubt():
         say(f"serving what was published before: {doubt}")
+    if tls:
+        if tls_cert or tls_key:
+            raise typer.BadParameter("goes without --tls-cert and --tls-key", param_hint="--tls")
+        tls_cert, tls_key, made = self_signed(run.root / "tls", local_address(host))
+        say(f"certificate for trials, which callers trust by --tls-ca {tls_cert}: SHA-256 {made.fingerprint}")
+    access = AccessOptions(
+        keys=keys, certificate=tls_cert, private_key=tls_key, client_ca=client_ca, insecure_network=insecure_network
+    )
     options = ServerOptions(
         repository=served.repository,
         host=host,
@@ -77,7 +109,10 @@ def serve(
         guard=guard,
         store=store,
         restricted=True,
+        access=access,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     address = "" if grpc_port in (0, 8001) else f" --url 127.0.0.1:{grpc_port}"
-    run_until_signal(options, status_port, say, on_ready=lambda: say_next(f"query{address}", run, artifacts))
+    run_until_signal(
+        options, status_port, say, on_ready=lambda: say_next(f"query{address}", run, artifacts), replicas=replicas
+    )

@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.deaths import REQUESTS, SIGNALS_OF
-from serving.door.config import DoorOptions
+from serving.door.options import DoorOptions
 from serving.door.process import Door
 from serving.launcher import TritonServer
 from serving.service import service

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import socket
 
-from serving.door.config import DoorOptions, render
+from serving.door.config import render
 from serving.door.endpoints import OTHERS, RECOMMEND
+from serving.door.options import DoorFiles, DoorOptions
 
 COMMAND_BYTES = 17  # of libevhtp's ``struct evthr_cmd``
 
@@ -25,7 +26,7 @@ def room() -> int:
 
 
 def test_triton_gets_fewer_calls_than_one_of_its_threads_can_hand_on(tmp_path):
-    config = render(DoorOptions(host="127.0.0.1", http_port=1, grpc_port=2, metrics_port=3), tmp_path)
+    config = render(DoorOptions(host="127.0.0.1", http_port=1, grpc_port=2, metrics_port=3), DoorFiles(tmp_path))
     at_once = 0
     for cluster in json.loads(config)["static_resources"]["clusters"]:
         if cluster["name"] in (RECOMMEND, OTHERS):  # over HTTP

@@ -63,6 +63,25 @@ def test_sessions_are_told_by_the_mapping_or_by_what_comes_again(tmp_path, mappi
     assert sizes(tmp_path, mapping).sessions == expected
 
 
+def log_of(rows: list[str], folder, more: str = "") -> LogSizes:
+    """Of rows "user,item,seconds"."""
+    (folder / "log.csv").write_text("\n".join(["user,item,at", *rows]) + "\n")
+    columns = '[interactions]\nfiles = "log.csv"\nuser = "user"\nitem = "item"\ntime = "at"\ntime_unit = "s"\n'
+    (folder / "mapping.toml").write_text(more + columns)
+    prepare(open_source("tables", folder / "mapping.toml"), PrepareConfig(), folder / "run", 0, lambda _: None)
+    return sizes_of(Features(folder / "run" / "features"))
+
+
+def test_what_a_user_has_just_had_is_not_what_is_hot(tmp_path):
+    """400 users, one every three hours, who come back to an item of theirs: the hour's most clicked are their own."""
+    rng, rows = np.random.default_rng(3), []
+    for user in range(400):
+        items, start = rng.integers(0, 900, 4), 1_700_000_000 + 10_800 * user + int(rng.integers(900))
+        rows += [f"u{user},i{item},{start + 61 * n}" for n, item in enumerate([*items, *items[2:]])]
+    log = log_of(rows, tmp_path, "exclude_seen = false\n")
+    assert log.times and log.hour_hits < 0.05 and not log.fresh
+
+
 @pytest.mark.parametrize("moves", [True, False])
 def test_a_log_whose_hot_items_change_by_the_hour_is_fresh(tmp_path, moves):
     """20 hours of 100 users: one of ten hot items each, of the hour or always the same ten, after any two of 500."""
@@ -72,10 +91,6 @@ def test_a_log_whose_hot_items_change_by_the_hour_is_fresh(tmp_path, moves):
         times = 1_700_000_000 + 3600 * hour + np.sort(rng.integers(0, 3600, 4))
         items = (300 + rng.integers(500), 300 + rng.integers(500), first + place % 10, first)
         rows += [f"u{hour}-{place},i{item},{at}" for item, at in zip(items, times, strict=True)]
-    (tmp_path / "log.csv").write_text("\n".join(["user,item,at", *rows]) + "\n")
-    columns = '[interactions]\nfiles = "log.csv"\nuser = "user"\nitem = "item"\ntime = "at"\ntime_unit = "s"\n'
-    (tmp_path / "mapping.toml").write_text(columns)
-    prepare(open_source("tables", tmp_path / "mapping.toml"), PrepareConfig(), tmp_path / "run", 0, lambda _: None)
-    log = sizes_of(Features(tmp_path / "run" / "features"))
+    log = log_of(rows, tmp_path)
     assert log.times and log.fresh == moves and (suited(log)[0] == "news-live") == moves
     assert log.hour_hits > 0.3 and (log.ever_hits > 0.3) != moves

@@ -1,0 +1,64 @@
+"""Metrics of several servers as those of one address, told apart by the label ``replica``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from http.client import HTTPException
+from pathlib import Path
+
+from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serving.unix_http import UnixHandler, UnixServer
+from vivace.http_pool import UnixConnection
+
+log = logging.getLogger(__name__)
+ASK_S = 2.0
+
+
+def merged(of_replica: Iterable[Iterable[Metric]]) -> Iterator[Metric]:
+    """Families of each replica as one family a name, its samples with the label ``replica``, from 0."""
+    families: dict[str, Metric] = {}
+    for place, collected in enumerate(of_replica):
+        for family in collected:
+            joint = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            joint.samples += [s._replace(labels={**s.labels, "replica": str(place)}) for s in family.samples]
+    yield from families.values()
+
+
+def scraped(socket: Path) -> list[Metric]:
+    """What a tritonserver says behind its socket of metrics; nothing where it does not answer."""
+    connection = UnixConnection(socket, ASK_S)
+    try:
+        connection.request("GET", "/metrics")
+        return list(text_string_to_metric_families(connection.getresponse().read().decode()))
+    except (OSError, HTTPException, ValueError) as error:
+        log.warning("metrics of %s: %s", socket, error)
+        return []
+    finally:
+        connection.close()
+
+
+class TritonMetrics:
+    """``GET /metrics`` on the Unix socket ``path``, answered by asking each of the ``sockets`` at that moment; a
+    context manager."""
+
+    def __init__(self, path: Path, sockets: Callable[[], list[Path]]) -> None:
+        self._sockets = sockets
+
+        class Handler(UnixHandler):
+            def do_GET(handler) -> None:  # noqa: N802, N805
+                handler.answer(200, generate_latest(self), CONTENT_TYPE_LATEST)  # type: ignore[arg-type]
+
+        self._server = UnixServer(path, Handler)
+
+    def collect(self) -> Iterator[Metric]:
+        return merged(scraped(socket) for socket in self._sockets())
+
+    def __enter__(self) -> TritonMetrics:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
