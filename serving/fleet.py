@@ -23,6 +23,7 @@ from serving.door.config import DoorOptions
 from serving.door.endpoints import Endpoints, Turn
 from serving.door.keeper import DoorKeeper
 from serving.door.process import Door
+from serving.door.statistics import DoorStatistics
 from serving.launcher import ServerOptions, TritonServer
 from serving.releases import HELD, held
 from serving.start_checks import LEFTOVER, check_ports, door_options
@@ -94,6 +95,7 @@ class Fleet:
         )
         for result in ("done", "refused"):
             self._swaps.labels(result)
+        self.registry.register(DoorStatistics(lambda path: self.door.ask("GET", path) if self.door is not None else ""))
 
     # -- life ----------------------------------------------------------------------------------------
     def __enter__(self) -> Fleet:

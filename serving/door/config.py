@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND, endpoints_file, pipe
+from serving.door.statistics import stats_config
 from vivace import contract
 
 FOLDER = Path(__file__).parent
@@ -26,7 +27,7 @@ INSPECTOR = f"{TYPE}.listener.http_inspector.v3.HttpInspector"
 MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors"
 BRIDGE = "envoy.filters.http.grpc_http1_reverse_bridge"
 UNREADY, STOPPING = "vivace.unready", "vivace.stopping"  # runtime keys, in per cent of the calls
-IN_FLIGHT = r"cluster\..*\.upstream_rq_(pending_)?active"  # the only statistics that anyone reads
+IN_FLIGHT = r"cluster\..*\.upstream_rq_(pending_)?active"
 HCM = f"{TYPE}.network.http_connection_manager.v3.HttpConnectionManager"
 
 
@@ -156,7 +157,7 @@ def _http_routes(options: DoorOptions) -> list[dict[str, Any]]:
     for model in PUBLIC:
         base = f"/v2/models/{model}(/versions/[0-9]{{1,9}})?"
         infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": _method("POST")}
-        routes.append({"match": infer, "route": _infer(model, options)})
+        routes.append({"match": infer, "route": _infer(model, options), "stat_prefix": model})
         config = "|/config" if model == contract.ENSEMBLE else ""  # those of the others name the store
         look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": _method("GET")}
         routes.append({"match": look, "route": _to(OTHERS, options, again=True)})
@@ -181,7 +182,8 @@ def _grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
         _away(UNREADY, {"safe_regex": {"regex": readiness}}, typed_per_filter_config={BRIDGE: no_bridge}),
     ]
     routes: list[dict[str, Any]] = [  # by the model that the checks read in the message; a caller's own header is gone
-        {"match": {"prefix": "/", "headers": _model(model)}, "route": _infer(model, options)} for model in PUBLIC
+        {"match": {"prefix": "/", "headers": _model(model)}, "route": _infer(model, options), "stat_prefix": model}
+        for model in PUBLIC
     ]
     routes += [
         {"match": {"path": f"{SERVICE}/ModelInfer"}, "route": _to(OTHERS, options)},
@@ -344,7 +346,7 @@ def render(options: DoorOptions, folder: Path) -> str:
             ],
         },
         "memory_allocator_manager": {"bytes_to_release": 64 << 20, "memory_release_interval": "1s"},
-        "stats_config": {"stats_matcher": {"inclusion_list": {"patterns": [{"safe_regex": {"regex": IN_FLIGHT}}]}}},
+        "stats_config": stats_config(IN_FLIGHT),
         "layered_runtime": {
             # a caller that gives up most of its calls after milliseconds is no attacker: Triton does not see it
             "layers": [
