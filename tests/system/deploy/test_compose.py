@@ -129,7 +129,7 @@ def test_the_management_calls_of_nvidias_server_need_the_key():
 
 
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="needs docker-compose (apt-get install docker-compose)")
-@pytest.mark.parametrize("profile", ["cpu", "gpu", "shared"])
+@pytest.mark.parametrize("profile", ["cpu", "gpu", "shared"], ids="profile-{}".format)  # gpu alone is a mark
 def test_compose_takes_the_file(profile):
     command = ["docker-compose", "-f", str(COMPOSE), "--profile", profile, "config"]
     done = subprocess.run(command, capture_output=True, text=True)
