@@ -146,11 +146,11 @@ def test_the_health_check_asks_a_question(served, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus (apt-get install prometheus)")
-def test_prometheus_answers_the_dashboards_queries(served, root, tmp_path):
-    server, watchdog = served
+def test_prometheus_answers_the_dashboards_queries(fleet, root, tmp_path):
+    server = fleet.replicas[0].server
     text = (CHECKOUT / "deploy" / "compose" / "prometheus.yml").read_text()
     status_port = free_port(server.host)
-    start_status_page(server.host, status_port, watchdog)
+    start_status_page(server.host, status_port, fleet)
     for job in (config := yaml.safe_load(text))["scrape_configs"]:  # no name service here says where triton is
         (found,) = job.pop("dns_sd_configs")
         here = {8002: server.metrics_port, 8003: status_port}[found["port"]]
