@@ -228,6 +228,7 @@ def test_a_stop_is_clean(stack):
 
 # -- several servers on one store, in the place of the one above -----------------------------------------------------
 COPIES = 2
+POD_USER = 10001  # of deploy/kubernetes
 
 
 def _range() -> tuple[int, int]:
@@ -306,6 +307,8 @@ def test_a_pod_serves_with_what_its_manifest_gives_it(stack, shared, tmp_path):
     """The commands of deploy/kubernetes, one after the other as Kubernetes runs them, in containers as locked."""
     tmp_path.chmod(0o755)
     shutil.copytree(stack.checkout / "artifacts" / "shop", tmp_path / "models" / "shop", symlinks=True)
+    for path in (tmp_path / "models").rglob("*"):  # the store's files are their owner's alone
+        os.chown(path, POD_USER, POD_USER, follow_symlinks=False)
     values = {"VIVACE_NAME": "shop", "VIVACE_PROFILE": "", "HOME": "/tmp"}
     values["VIVACE_STORE"] = "valkey://valkey:6379/0?prefix=pod"
     variables = [argument for name, value in values.items() for argument in ("--env", f"{name}={value}")]
@@ -318,6 +321,7 @@ def test_a_pod_serves_with_what_its_manifest_gives_it(stack, shared, tmp_path):
         program, *first = container["command"]
         command = [*variables, "--entrypoint", program, container["image"], *first, *container["args"]]
         stack.engine.docker("run", "--rm", *_limits(pod, container, folder), *command)
+    assert deployment["securityContext"]["runAsUser"] == job["securityContext"]["runAsUser"] == POD_USER
     server = deployment["containers"][0]
     arguments = [argument.replace("$(VIVACE_PROFILE)", "") for argument in server["args"]]
     command = [*_limits(deployment, server, tmp_path), *variables, server["image"], *arguments]
