@@ -276,7 +276,15 @@ def test_prometheus_finds_every_server(stack, shared):
         data = stack.ask("PROMETHEUS", f"/api/v1/query?{urllib.parse.urlencode({'query': query})}")["data"]
         return [row["value"][1] for row in data["result"]]
 
-    wait_until(lambda: values("sum(vivace_ready)") == [str(COPIES)], "both servers scraped", 0.5)
+    try:
+        wait_until(lambda: values("sum(vivace_ready)") == [str(COPIES)], "both servers scraped", 0.5)
+    except AssertionError:
+        print(values("up"), values("vivace_ready"), values("count(vivace_ready)"))
+        print(json.dumps(stack.ask("PROMETHEUS", "/api/v1/targets")["data"]["activeTargets"], indent=1))
+        for port in shared["STATUS"]:
+            with contextlib.suppress(OSError):
+                print(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).read().decode())
+        raise
     p50 = 'histogram_quantile(0.5, sum by (le) (rate(vivace_request_seconds_bucket{model="recommend"}[1m])))'
     wait_until(lambda: values(p50), "a quantile over both", 0.5)
     rules = stack.ask("PROMETHEUS", "/api/v1/rules")["data"]["groups"]
@@ -309,7 +317,7 @@ def test_a_pod_serves_with_what_its_manifest_gives_it(stack, shared, tmp_path):
     shutil.copytree(stack.checkout / "artifacts" / "shop", tmp_path / "models" / "shop", symlinks=True)
     for path in (tmp_path / "models").rglob("*"):  # the store's files are their owner's alone
         os.chown(path, POD_USER, POD_USER, follow_symlinks=False)
-    values = {"VIVACE_NAME": "shop", "VIVACE_PROFILE": "", "HOME": "/tmp"}
+    values = {"VIVACE_NAME": "shop", "VIVACE_PROFILE": ""}
     values["VIVACE_STORE"] = "valkey://valkey:6379/0?prefix=pod"
     variables = [argument for name, value in values.items() for argument in ("--env", f"{name}={value}")]
     deployment = rendered("overlays/cpu")["deployment/vivace"]["spec"]["template"]["spec"]
