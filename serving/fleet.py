@@ -23,6 +23,7 @@ from serving.door.endpoints import Endpoints, Turn
 from serving.door.keeper import DoorKeeper
 from serving.door.options import DoorOptions
 from serving.door.process import Door
+from serving.door.statistics import DoorStatistics
 from serving.launcher import ServerOptions, TritonServer
 from serving.merged_metrics import TritonMetrics
 from serving.releases import HELD, held
@@ -95,6 +96,7 @@ class Fleet:
         )
         for result in ("done", "refused"):
             self._swaps.labels(result)
+        self.registry.register(DoorStatistics(lambda path: self.door.ask("GET", path) if self.door is not None else ""))
 
     # -- life ----------------------------------------------------------------------------------------
     def __enter__(self) -> Fleet:

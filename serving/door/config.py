@@ -14,9 +14,10 @@ from typing import Any
 from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND, endpoints_file, pipe
 from serving.door.listeners import listeners
 from serving.door.options import DoorFiles, DoorOptions
+from serving.door.statistics import stats_config
 
 MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors"
-IN_FLIGHT = r"cluster\..*\.upstream_rq_(pending_)?active"  # the only statistics that anyone reads
+IN_FLIGHT = r"cluster\..*\.upstream_rq_(pending_)?active"
 
 
 def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bool = False) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def render(options: DoorOptions, files: DoorFiles) -> str:
             ],
         },
         "memory_allocator_manager": {"bytes_to_release": 64 << 20, "memory_release_interval": "1s"},
-        "stats_config": {"stats_matcher": {"inclusion_list": {"patterns": [{"safe_regex": {"regex": IN_FLIGHT}}]}}},
+        "stats_config": stats_config(IN_FLIGHT),
         "layered_runtime": {
             # a caller that gives up most of its calls after milliseconds is no attacker: Triton does not see it
             "layers": [

@@ -164,7 +164,7 @@ class Door:
 
     def in_flight(self) -> int:
         """Calls that Triton has not answered; 0 where Envoy does not say."""
-        text = self.ask("GET", "/stats?usedonly")
+        text = self.ask("GET", "/stats?usedonly&filter=_active$")
         return sum(int(line.rpartition(" ")[2]) for line in text.splitlines() if line.rpartition(" ")[2].isdigit())
 
     def finish(self, wait_s: float = DRAIN_S) -> bool:

@@ -95,7 +95,7 @@ def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
         infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": method("POST")}
         if options.keys and model != contract.ENSEMBLE:
             routes.append(_may_not_write(infer))
-        routes.append({"match": infer, "route": _infer(model, options)})
+        routes.append({"match": infer, "route": _infer(model, options), "stat_prefix": model})
         config = "|/config" if model == contract.ENSEMBLE else ""  # those of the others name the store
         look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": method("GET")}
         routes.append({"match": look, "route": to(OTHERS, options, again=True)})
@@ -123,7 +123,8 @@ def grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
         writing = (model for model in PUBLIC if model != contract.ENSEMBLE)
         away += [_may_not_write({"prefix": "/", "headers": _model(model)}) for model in writing]
     routes: list[dict[str, Any]] = [  # by the model that the checks read in the message; a caller's own header is gone
-        {"match": {"prefix": "/", "headers": _model(model)}, "route": _infer(model, options)} for model in PUBLIC
+        {"match": {"prefix": "/", "headers": _model(model)}, "route": _infer(model, options), "stat_prefix": model}
+        for model in PUBLIC
     ]
     routes += [
         {"match": {"path": f"{SERVICE}/ModelInfer"}, "route": to(OTHERS, options)},

@@ -23,8 +23,10 @@ import yaml
 from loadtest.generate.generator import messages, run
 from serving.launcher import KEY_HEADER, RESTRICTED
 from serving.start_checks import free_port
+from serving.status import start_status_page
 from tests.support import PATIENCE_S, PatientClient, wait_until
 from vivace.manifest import CHECKOUT
+from vivace.store.opening import STORE_URL
 
 COMPOSE = CHECKOUT / "docker-compose.yml"
 DASHBOARD = CHECKOUT / "deploy" / "compose" / "grafana" / "dashboards" / "vivace.json"
@@ -40,7 +42,7 @@ def test_every_service_is_pinned_watched_limited_and_private(services):
     for name, service in services.items():
         tag = service["image"].rpartition(":")[2]
         assert re.match(r"v?\d", tag), f"{name}: image {service['image']} is not pinned"
-        assert service["healthcheck"]["test"] and service["read_only"], name
+        assert service["read_only"] and (name == "fill" or service["healthcheck"]["test"]), name
         limits = service["deploy"]["resources"]["limits"]
         assert "memory" in limits and (name == "triton-gpu" or "cpus" in limits), name
         assert all(str(p).startswith("127.0.0.1:") for p in service.get("ports", [])), name
@@ -50,8 +52,24 @@ def test_every_service_is_pinned_watched_limited_and_private(services):
                 assert (CHECKOUT / source).exists() and mode == ["ro"], f"{name}: {volume}"
         if "build" in service:
             assert (CHECKOUT / service["build"]["dockerfile"]).exists()
-    assert services["triton"]["profiles"] == ["cpu"] and services["triton-gpu"]["profiles"] == ["gpu"]
+    profiles = {name: service["profiles"] for name, service in services.items() if "profiles" in service}
+    shared = {name: ["shared"] for name in ("triton-shared", "fill", "valkey")}
+    assert profiles == {"triton": ["cpu"], "triton-gpu": ["gpu"], **shared}
     assert "COMPOSE_PROFILES=cpu" in (CHECKOUT / ".env").read_text()
+
+
+def test_only_servers_reach_the_shared_store(services):
+    assert {name for name, service in services.items() if "store" in service.get("networks", {})} == {
+        "triton-shared", "fill", "valkey",
+    }  # fmt: skip
+    assert services["valkey"]["networks"] == ["store"] and "ports" not in services["valkey"]
+    assert yaml.safe_load(COMPOSE.read_text())["networks"]["store"] == {"internal": True}
+    command = services["valkey"]["command"]
+    settings = dict(zip(command[1::2], command[2::2], strict=True))
+    assert settings["--appendonly"] == "yes" and settings["--maxmemory-policy"] == "noeviction"
+    assert settings["--appendfsync"] == "${VIVACE_APPENDFSYNC:-everysec}"
+    for name in ("triton-shared", "fill"):
+        assert services[name]["environment"][STORE_URL] == "valkey://valkey:6379/0"
 
 
 def test_nvidias_image_has_what_the_stages_import():
@@ -111,12 +129,12 @@ def test_the_management_calls_of_nvidias_server_need_the_key():
 
 
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="needs docker-compose (apt-get install docker-compose)")
-def test_compose_takes_the_file():
-    done = subprocess.run(
-        ["docker-compose", "-f", str(COMPOSE), "--profile", "cpu", "config"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize("profile", ["cpu", "gpu", "shared"], ids="profile-{}".format)  # gpu alone is a mark
+def test_compose_takes_the_file(profile):
+    command = ["docker-compose", "-f", str(COMPOSE), "--profile", profile, "config"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr
-    assert {"triton", "redis", "prometheus", "grafana", "locust"} <= set(yaml.safe_load(done.stdout)["services"])
+    assert {"prometheus", "grafana", "locust"} <= set(yaml.safe_load(done.stdout)["services"])
 
 
 def test_the_health_check_asks_a_question(served, tmp_path):
@@ -128,11 +146,19 @@ def test_the_health_check_asks_a_question(served, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus (apt-get install prometheus)")
-def test_prometheus_answers_the_dashboards_queries(served, root, tmp_path):
-    server, _ = served
+def test_prometheus_answers_the_dashboards_queries(fleet, root, tmp_path):
+    server = fleet.replicas[0].server
     text = (CHECKOUT / "deploy" / "compose" / "prometheus.yml").read_text()
-    text = text.replace("triton:8002", f"{server.host}:{server.metrics_port}").replace("5s", "1s").replace("4s", "1s")
-    (tmp_path / "prometheus.yml").write_text(text)
+    status_port = free_port(server.host)
+    start_status_page(server.host, status_port, fleet)
+    for job in (config := yaml.safe_load(text))["scrape_configs"]:  # no name service here says where triton is
+        (found,) = job.pop("dns_sd_configs")
+        here = {8002: server.metrics_port, 8003: status_port}[found["port"]]
+        job["static_configs"] = [{"targets": [f"{server.host}:{here}"]}]
+    config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    rules = (COMPOSE.parent / "deploy" / "compose" / "rules.yml").read_text()
+    (tmp_path / "rules.yml").write_text(re.sub(r"interval: \d+s", "interval: 1s", rules))
     port = free_port("127.0.0.1")
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(

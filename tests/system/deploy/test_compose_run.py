@@ -3,12 +3,15 @@ deploy/compose/build.sh and kept; Grafana has no image there."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -23,10 +26,12 @@ from serving.releases import is_free
 from serving.start_checks import free_port
 from tests.support import PatientClient, wait_until
 from tests.system.deploy.engine import CACHE, Engine, NoEngineError, engine
+from tests.unit.deploy.test_kubernetes import rendered
+from vivace.client import VivaceError
 from vivace.manifest import CHECKOUT
 from vivace.run import Run
 
-SERVICES = ("triton", "prometheus", "locust", "redis")
+SERVICES = ("triton", "prometheus", "locust")
 PORTS = {"HTTP": 8000, "GRPC": 8001, "METRICS": 8002, "STATUS": 8003, "PROMETHEUS": 9090, "LOCUST": 8089}
 OWNER = 1000  # of the artifacts: somebody who is not root
 
@@ -39,8 +44,9 @@ class Stack:
     checkout: Path
     ports: dict[str, int]
 
-    def compose(self, *arguments: str) -> str:
-        variables = {f"VIVACE_{name}_PORT": str(port) for name, port in self.ports.items()}
+    def compose(self, *arguments: str, **ports: str) -> str:
+        """``ports``: in the place of the stack's own, a port or a range."""
+        variables = {f"VIVACE_{name}_PORT": str(port) for name, port in (self.ports | ports).items()}
         done = subprocess.run(
             ["docker-compose", "--project-name", "vivace-test", *arguments],
             cwd=self.checkout, env=self.engine.environment | variables, capture_output=True, text=True,
@@ -218,3 +224,135 @@ def test_a_stop_is_clean(stack):
     state = stack.container("triton")["State"]
     assert (state["ExitCode"], state["Status"]) == (0, "exited")
     assert "stopped" in stack.compose("logs", "--no-color", "--tail", "1", "triton")
+
+
+# -- several servers on one store, in the place of the one above -----------------------------------------------------
+COPIES = 2
+POD_USER = 10001  # of deploy/kubernetes
+
+
+def _range() -> tuple[int, int]:
+    """Free ports that follow each other."""
+    while True:
+        first = free_port("127.0.0.1")
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", first + 1)):
+            return first, first + COPIES - 1
+
+
+@pytest.fixture(scope="module")
+def shared(stack: Stack) -> dict[str, tuple[int, int]]:
+    """Ports of two servers that share a Valkey, by the names of their variables."""
+    stack.compose("stop")
+    ranges = {name: _range() for name in ("HTTP", "GRPC", "METRICS", "STATUS")}
+    scale = ["--scale", f"triton-shared={COPIES}"]
+    ports = {name: f"{first}-{last}" for name, (first, last) in ranges.items()}
+    stack.compose("--profile", "shared", "up", "-d", *scale, "triton-shared", "prometheus", **ports)
+    for name in stack.compose("--profile", "shared", "ps", "-q", "triton-shared").split():
+        wait_until(lambda n=name: stack.engine.inspect(n)["State"]["Health"]["Status"] == "healthy", "health", 0.5)
+    return ranges
+
+
+def test_servers_share_a_store_and_lose_no_event_with_it(stack, shared):
+    one, other = (PatientClient(f"127.0.0.1:{port}") for port in shared["GRPC"])
+    with one, other:
+        item = one.recommend("", [], 1).items[0]
+        assert one.append("seen by both", item, "click") == 1
+        assert item not in other.recommend("seen by both", [], 5).items
+        valkey = stack.engine.inspect(stack.compose("--profile", "shared", "ps", "-q", "valkey").strip())
+        assert valkey["HostConfig"]["ReadonlyRootfs"] and not valkey["HostConfig"]["PortBindings"]
+        os.kill(valkey["State"]["Pid"], signal.SIGKILL)
+
+        def appended() -> int:
+            with contextlib.suppress(VivaceError):
+                return other.append("seen by both", item, "click", event_id="after the store")
+            return 0
+
+        assert wait_until(appended, "a store that is back") == 2
+        wait_until(lambda: one.recommend("seen by both", [], 5).status == "ok", "whole answers")
+
+
+def test_prometheus_finds_every_server(stack, shared):
+    def values(query: str) -> list[str]:
+        data = stack.ask("PROMETHEUS", f"/api/v1/query?{urllib.parse.urlencode({'query': query})}")["data"]
+        return [row["value"][1] for row in data["result"]]
+
+    def servers() -> list[str]:
+        """Instances that are scraped now; older ones are in answers for five minutes, as Prometheus was stopped."""
+        active = stack.ask("PROMETHEUS", "/api/v1/targets")["data"]["activeTargets"]
+        return [t["labels"]["instance"] for t in active if t["labels"]["job"] == "watchdog" and t["health"] == "up"]
+
+    instances = wait_until(lambda: len(found := servers()) == COPIES and found, "both servers scraped", 0.5)
+    ready = f'sum(vivace_ready{{instance=~"{"|".join(instances)}"}})'
+    wait_until(lambda: values(ready) == [str(COPIES)], "both servers ready", 0.5)
+    p50 = 'histogram_quantile(0.5, sum by (le) (rate(vivace_request_seconds_bucket{model="recommend"}[1m])))'
+    wait_until(lambda: values(p50), "a quantile over both", 0.5)
+    rules = stack.ask("PROMETHEUS", "/api/v1/rules")["data"]["groups"]
+    assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
+
+
+def _limits(pod: dict[str, Any], container: dict[str, Any], folder: Path) -> list[str]:
+    """Options of `docker run` that give a container what its pod gives it, and nothing else to write to: folders in the
+    place of volumes that containers of a pod share."""
+    user = pod["securityContext"]["runAsUser"]
+    options = ["--network", "vivace-test_store", "--user", f"{user}:{user}", "--cap-drop", "ALL", "--read-only"]
+    options += ["--security-opt", "no-new-privileges", "--memory", container["resources"]["limits"]["memory"][:-1]]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    for mount in container["volumeMounts"]:
+        path, empty = mount["mountPath"], volumes[mount["name"]].get("emptyDir", {})
+        if path == "/dev/shm":
+            options += ["--shm-size", empty["sizeLimit"].removesuffix("i")]
+        elif mount["name"] in ("models", "run"):
+            (folder / mount["name"]).mkdir(exist_ok=True)
+            os.chown(folder / mount["name"], user, user)
+            options += ["--volume", f"{folder / mount['name']}:{path}" + (":ro" if mount.get("readOnly") else "")]
+        else:
+            options += ["--tmpfs", f"{path}:exec,mode=1777,size={empty['sizeLimit'].removesuffix('i')}"]
+    return options
+
+
+def test_a_pod_serves_with_what_its_manifest_gives_it(stack, shared, tmp_path):
+    """The commands of deploy/kubernetes, one after the other as Kubernetes runs them, in containers as locked."""
+    tmp_path.chmod(0o755)
+    shutil.copytree(stack.checkout / "artifacts" / "shop", tmp_path / "models" / "shop", symlinks=True)
+    for path in (tmp_path / "models").rglob("*"):  # the store's files are their owner's alone
+        os.chown(path, POD_USER, POD_USER, follow_symlinks=False)
+    values = {"VIVACE_NAME": "shop", "VIVACE_PROFILE": ""}
+    values["VIVACE_STORE"] = "valkey://valkey:6379/0?prefix=pod"
+    variables = [argument for name, value in values.items() for argument in ("--env", f"{name}={value}")]
+    deployment = rendered("overlays/cpu")["deployment/vivace"]["spec"]["template"]["spec"]
+    job = rendered("fill")["job/vivace-fill"]["spec"]["template"]["spec"]
+    for pod, container in ((job, job["containers"][0]), (deployment, deployment["initContainers"][0])):
+        folder = tmp_path if pod is deployment else tmp_path / "fill"
+        folder.mkdir(exist_ok=True)
+        (folder / "models").exists() or (folder / "models").symlink_to(tmp_path / "models")
+        program, *first = container["command"]
+        command = [*variables, "--entrypoint", program, container["image"], *first, *container["args"]]
+        stack.engine.docker("run", "--rm", *_limits(pod, container, folder), *command)
+    assert deployment["securityContext"]["runAsUser"] == job["securityContext"]["runAsUser"] == POD_USER
+    server = deployment["containers"][0]
+    arguments = [argument.replace("$(VIVACE_PROFILE)", "") for argument in server["args"]]
+    command = [*_limits(deployment, server, tmp_path), *variables, server["image"], *arguments]
+    name = stack.engine.docker("run", "--detach", *command).strip()
+    try:
+        assert stack.engine.inspect(name)["HostConfig"]["ReadonlyRootfs"]
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            path = server[probe]["httpGet"]["path"]
+            ask = f"import urllib.request as u; u.urlopen('http://127.0.0.1:8003{path}', timeout=3)"
+            asked = ["docker", "exec", name, "python3", "-c", ask]
+            wait_until(
+                lambda a=asked: not subprocess.run(a, env=stack.engine.environment, capture_output=True).returncode,
+                f"{path}: 200", 0.5,
+            )  # fmt: skip
+        question = ["exec", name, "python3", "/opt/vivace/deploy/compose/health.py"]
+        assert not stack.engine.docker(*question)
+        began = time.monotonic()
+        stack.engine.docker("stop", "--time", str(deployment["terminationGracePeriodSeconds"]), name)
+        took_s = time.monotonic() - began
+        sleep_s = server["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert took_s + sleep_s < deployment["terminationGracePeriodSeconds"]
+        assert stack.engine.inspect(name)["State"]["ExitCode"] == 0
+    except AssertionError:
+        print(stack.engine.docker("logs", "--tail", "30", name))
+        raise
+    finally:
+        stack.engine.docker("rm", "--force", name)
