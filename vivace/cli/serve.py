@@ -15,61 +15,74 @@ from vivace.store.opening import STORE_URL
 
 SELF_SIGNED = ("self-signed",)
 
+PortOption = Annotated[int, typer.Option(help="0: any free port", min=0, max=MAX_PORT)]
+StatusPortOption = Annotated[
+    int, typer.Option(help="Prometheus metrics of the watchdog (0: none)", min=0, max=MAX_PORT)
+]
+CacheMbOption = Annotated[int, typer.Option(help="cache of encoded users (0: none); takes the profile cached", min=0)]
+TraceUrlOption = Annotated[str, typer.Option(help="OpenTelemetry collector, such as http://127.0.0.1:4318/v1/traces")]
+TraceRateOption = Annotated[int, typer.Option(help="one of so many requests is traced", min=1)]
+LogFileOption = Annotated[
+    Path | None, typer.Option(help="Triton's log; default artifacts/RUN/triton.log", dir_okay=False)
+]
+VerboseOption = Annotated[int, typer.Option(help="of Triton's log", min=0)]
+StoreOption = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        envvar=STORE_URL,
+        metavar="URL",
+        show_default=False,
+        help="a Valkey that servers share, such as valkey://127.0.0.1:6379/0; without it the run's own store",
+    ),
+]
+ReplicasOption = Annotated[
+    int,
+    typer.Option(
+        help="servers behind the one guard: one that dies leaves the others; each takes its memory", min=1, max=16
+    ),
+]
+GuardOption = Annotated[
+    bool,
+    typer.Option("--guard/--no-guard", help="Envoy in front; without it only on a loopback address"),
+]
+KeysOption = Annotated[
+    Path | None, typer.Option(help="callers need one of these; 'vivace keys add' makes the file", dir_okay=False)
+]
+TlsOption = Annotated[str, choice("--tls", SELF_SIGNED, "certificate for trials, kept in the run's folder")]
+TlsCertOption = Annotated[Path | None, typer.Option(help="PEM, with its chain; needs --tls-key", dir_okay=False)]
+TlsKeyOption = Annotated[Path | None, typer.Option(help="PEM, of --tls-cert", dir_okay=False)]
+ClientCaOption = Annotated[
+    Path | None, typer.Option(help="PEM; callers need a certificate that it signed", dir_okay=False)
+]
+InsecureNetworkOption = Annotated[
+    bool, typer.Option("--insecure-network", help="serve others without keys or TLS: only on a trusted network")
+]
+
 
 def serve(
     name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     host: Host = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(help="0: any free port", min=0, max=MAX_PORT)] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="0: any free port", min=0, max=MAX_PORT)] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="0: any free port", min=0, max=MAX_PORT)] = 8002,
-    status_port: Annotated[
-        int, typer.Option(help="Prometheus metrics of the watchdog (0: none)", min=0, max=MAX_PORT)
-    ] = 8003,
+    http_port: PortOption = 8000,
+    grpc_port: PortOption = 8001,
+    metrics_port: PortOption = 8002,
+    status_port: StatusPortOption = 8003,
     profile: Profile = "",
-    cache_mb: Annotated[
-        int, typer.Option(help="cache of encoded users (0: none); takes the profile cached", min=0)
-    ] = 0,
-    trace_url: Annotated[
-        str, typer.Option(help="OpenTelemetry collector, such as http://127.0.0.1:4318/v1/traces")
-    ] = "",
-    trace_rate: Annotated[int, typer.Option(help="one of so many requests is traced", min=1)] = 100,
-    log_file: Annotated[
-        Path | None, typer.Option(help="Triton's log; default artifacts/RUN/triton.log", dir_okay=False)
-    ] = None,
-    verbose: Annotated[int, typer.Option(help="of Triton's log", min=0)] = 0,
-    store: Annotated[
-        str,
-        typer.Option(
-            "--store",
-            envvar=STORE_URL,
-            metavar="URL",
-            show_default=False,
-            help="a Valkey that servers share, such as valkey://127.0.0.1:6379/0; without it the run's own store",
-        ),
-    ] = "",
-    replicas: Annotated[
-        int,
-        typer.Option(
-            help="servers behind the one guard: one that dies leaves the others; each takes its memory", min=1, max=16
-        ),
-    ] = 1,
-    guard: Annotated[
-        bool,
-        typer.Option("--guard/--no-guard", help="Envoy in front; without it only on a loopback address"),
-    ] = True,
-    keys: Annotated[
-        Path | None, typer.Option(help="callers need one of these; 'vivace keys add' makes the file", dir_okay=False)
-    ] = None,
-    tls: Annotated[str, choice("--tls", SELF_SIGNED, "certificate for trials, kept in the run's folder")] = "",
-    tls_cert: Annotated[Path | None, typer.Option(help="PEM, with its chain; needs --tls-key", dir_okay=False)] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM, of --tls-cert", dir_okay=False)] = None,
-    client_ca: Annotated[
-        Path | None, typer.Option(help="PEM; callers need a certificate that it signed", dir_okay=False)
-    ] = None,
-    insecure_network: Annotated[
-        bool, typer.Option("--insecure-network", help="serve others without keys or TLS: only on a trusted network")
-    ] = False,
+    cache_mb: CacheMbOption = 0,
+    trace_url: TraceUrlOption = "",
+    trace_rate: TraceRateOption = 100,
+    log_file: LogFileOption = None,
+    verbose: VerboseOption = 0,
+    store: StoreOption = "",
+    replicas: ReplicasOption = 1,
+    guard: GuardOption = True,
+    keys: KeysOption = None,
+    tls: TlsOption = "",
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    client_ca: ClientCaOption = None,
+    insecure_network: InsecureNetworkOption = False,
 ) -> None:
     """Start the real Triton with the ensemble, guard it, bring back what ends, stop cleanly on Ctrl-C."""
     from serving.door.options import AccessOptions
