@@ -28,7 +28,7 @@ class HttpAnswer:
 
 
 class HttpPool:
-    """POSTs to one ``url``, host:port. Raises TimeoutError where a call takes longer than it may, another OSError or
+    """Calls of one ``url``, host:port. Raises TimeoutError where a call takes longer than it may, another OSError or
     HTTPException where it fails."""
 
     def __init__(self, url: str) -> None:
@@ -37,7 +37,9 @@ class HttpPool:
         self._idle: deque[HTTPConnection] = deque()  # the last one used comes first: the others may be closed
         self._closed = False
 
-    def post(self, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
+    def post(
+        self, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float, method: str = "POST"
+    ) -> HttpAnswer:
         deadline = time.monotonic() + timeout_s
         try:
             connection, used = self._idle.pop(), True
@@ -45,7 +47,7 @@ class HttpPool:
             connection, used = HTTPConnection(self._host, self._port), False
         while True:
             try:
-                answer, again = _exchange(connection, path, body, headers, deadline)
+                answer, again = _exchange(connection, method, path, body, headers, deadline)
             except (RemoteDisconnected, ConnectionResetError, BrokenPipeError):
                 connection.close()
                 if not used:
@@ -71,7 +73,7 @@ class HttpPool:
 
 
 def _exchange(
-    connection: HTTPConnection, path: str, body: bytes, headers: Mapping[str, str], deadline: float
+    connection: HTTPConnection, method: str, path: str, body: bytes, headers: Mapping[str, str], deadline: float
 ) -> tuple[HttpAnswer, bool]:
     """The answer, and whether the connection can be used again."""
 
@@ -86,7 +88,7 @@ def _exchange(
         connection.connect()
     sock = connection.sock
     sock.settimeout(left())
-    connection.request("POST", path, body, dict(headers))
+    connection.request(method, path, body, dict(headers))
     sock.settimeout(left())
     response = connection.getresponse()
     parts = []
@@ -118,6 +120,13 @@ class HttpClient:
             raise _refused(answer.status, answer.body)
         length = answer.headers.get("inference-header-content-length")
         return self._codec.parse_response_body(answer.body, header_length=None if length is None else int(length))
+
+    def get_model_config(self, model: str, client_timeout: float) -> dict[str, Any]:
+        answer = self._pool.post(f"/v2/models/{model}/config", b"", {}, client_timeout, "GET")
+        if answer.status != 200:
+            raise _refused(answer.status, answer.body)
+        config: dict[str, Any] = json.loads(answer.body)
+        return config
 
     def close(self) -> None:
         self._pool.close()
