@@ -43,6 +43,21 @@ def nearest(close: np.ndarray, count: int) -> np.ndarray:
     return chosen
 
 
+def attribute_shares(ids: Mapping[str, Sequence[int]]) -> tuple[dict[str, float], bool]:
+    """({"attribute=id": weight}, whether it has any attribute) of one item, by the ids of each attribute: training and
+    a server must weigh the same. The attributes that it has take equal parts of the length 1, the values of a list
+    share its part. What is null takes none and is like nothing; a value that the vocabulary lacks takes its part, and is
+    like no other."""
+    known = {name: values for name, values in ids.items() if list(values) != [NULL_ID]}
+    shares = {
+        f"{name}={id_}": 1 / math.sqrt(len(known) * len(values))
+        for name, values in known.items()
+        for id_ in values
+        if id_ >= FIRST_ID
+    }
+    return shares, bool(known)
+
+
 @dataclass(frozen=True)
 class NewItemTables:
     """What is needed of a trained run. ``terms_WS``: the seen items' weights of words and names; ``frequency_W``: items
@@ -178,12 +193,11 @@ class NewItems:
             parts += 1
         ids = {attribute: [self._category(attribute, row)] for attribute in self.names["categories"]}
         ids |= {attribute: self._list(attribute, row) for attribute in self._lists}
-        for attribute, of_row in ids.items():
-            share = 1 / math.sqrt(len(ids) * len(of_row))  # the values of a list have one attribute's part together
-            found = [at for id_ in of_row if (at := self._name.get(f"{attribute}={id_}")) is not None]
-            columns += found
-            weights += [share] * len(found)
-        parts += bool(ids)
+        shares, described = attribute_shares(ids)
+        places = {at: share for name, share in shares.items() if (at := self._name.get(name)) is not None}
+        columns += places
+        weights += places.values()
+        parts += described
         return columns, [w / math.sqrt(parts) for w in weights]
 
     def _category(self, attribute: str, row: Mapping[str, Any]) -> int:
