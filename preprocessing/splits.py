@@ -118,14 +118,14 @@ class Ties:
         if not self.tied:
             return []
         each = (
-            f"; the times of all events of {self.equal:,} of them are equal, so that their order in the file is taken for "
-            "the order in time"
+            f"; the times of all events of {self.equal:,} of them are equal, so that their order in the file is taken "
+            "for the order in time"
             if self.equal
             else ""
         )
         return [
-            f"leave-one-out: of {self.held_out:,} users with held-out events {self.tied:,} have one whose time is that of "
-            f"the event before it; which of them came last is decided by their order in the file{each}"
+            f"leave-one-out: of {self.held_out:,} users with held-out events {self.tied:,} have one whose time is that "
+            f"of the event before it; which of them came last is decided by their order in the file{each}"
         ]
 
 

@@ -46,8 +46,8 @@ def nearest(close: np.ndarray, count: int) -> np.ndarray:
 def attribute_shares(ids: Mapping[str, Sequence[int]]) -> tuple[dict[str, float], bool]:
     """({"attribute=id": weight}, whether it has any attribute) of one item, by the ids of each attribute: training and
     a server must weigh the same. The attributes that it has take equal parts of the length 1, the values of a list
-    share its part. What is null takes none and is like nothing; a value that the vocabulary lacks takes its part, and is
-    like no other."""
+    share its part. What is null takes none and is like nothing; a value that the vocabulary lacks takes its part, and
+    is like no other."""
     known = {name: values for name, values in ids.items() if list(values) != [NULL_ID]}
     shares = {
         f"{name}={id_}": 1 / math.sqrt(len(known) * len(values))

@@ -215,7 +215,7 @@ def described_items(features: Features) -> DescribedItems | None:
 
 
 def description(features: Features) -> sparse.csr_matrix | None:
-    """Rows of the catalogue's items (``DescribedItems``): TF-IDF of their text beside their attributes; None where there is neither."""
+    """Rows of the catalogue's items (``DescribedItems``); None where they have neither text nor attributes."""
     described = described_items(features)
     return None if described is None else described.matrix
 
