@@ -13,7 +13,7 @@ from preprocessing.features import Features
 from preprocessing.item_rows import parse_item
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers.tables import Tables
-from serving.runtime.new_items import NewItems, attribute_shares
+from serving.runtime.new_items import NewItem, NewItems, attribute_shares
 from tests.unit.preprocessing.tables import HEAD, write
 from training.data.counters import popularity
 from training.data.new_items import new_item_tables
@@ -74,3 +74,19 @@ def test_shares_by_hand():
     assert attribute_shares({"brand": [5], "tags": [NULL_ID]}) == ({"brand=5": 1.0}, True)
     assert attribute_shares({"brand": [5], "tags": [OOV_ID]}) == ({"brand=5": half}, True)
     assert attribute_shares({"brand": [NULL_ID], "tags": [NULL_ID]}) == ({}, False)
+
+
+def test_a_vector_does_not_depend_on_the_rows_beside_it_nor_on_what_came_before(features):
+    counts = popularity(features.files("train"), features.item_count())
+    retriever = RetrievalModel(EncoderConfig(width=8, heads=2, layers=1), features.item_count(), torch.tensor(counts))
+    tables = new_item_tables(features, retriever, counts)
+    described = [("Alto", ["War"]), (None, ["War", "Love"]), ("Alto", []), ("strange", ["unheard"]), (None, ["War"])]
+    rows = [
+        parse_item({"item_id": str(n), "brand": brand, "genres": genres, "colour": "red"[: n % 2 * 3]}, features.schema)
+        for n, (brand, genres) in enumerate(described * 2)
+    ]
+    raw = [item and item.to_bytes() for item in NewItems(tables)(rows)]
+    kept = NewItems(tables)
+    assert [(item := kept([row])[0]) and item.to_bytes() for row in rows] == raw  # alone
+    assert [(item := kept([row])[0]) and item.to_bytes() for row in rows] == raw  # again
+    assert len(set(raw)) > 5 and NewItem.from_bytes(raw[0]).to_bytes() == raw[0]
