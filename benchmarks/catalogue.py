@@ -2,10 +2,12 @@
 
     python -m benchmarks.catalogue artifacts/shop --upserts 1000 --qps 100 --seconds 20
     python -m benchmarks.catalogue artifacts/shop --cost --turns 5
+    python -m benchmarks.catalogue artifacts/shop --alone --seconds 20
 
 The first offers requests at random arrivals while rows are put in at ``--upserts`` a second, and now and then takes one
 new item: how long from before its call until an answer has it. The second serves the same graphs with the live
-catalogue and without, in turns, and nothing is put in.
+catalogue and without, in turns, and nothing is put in. The third puts rows in as fast as they are taken, without other
+requests: the processor time of the server's processes a row, for rows that are new and for the same rows again.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from serving.launcher import TritonServer
 from serving.repository import write_configs
 from vivace import contract
 from vivace.client import VivaceClient
+from vivace.machine import processor_seconds
 from vivace.run import Run
 
 SEED, TOP_K, SLO_MS, WARM_S = 7, 10, 1000.0, 1.0
@@ -62,11 +65,14 @@ class Upserts(threading.Thread):
         self.address, self.rows, self.number, self.per_second, self.over = address, rows, number, per_second, over
         self.took: list[float] = []
         self.statuses = Counter[str]()
+        self.most = 0  # rows; 0: no end
 
     def run(self) -> None:
         start, sent = time.monotonic(), 0
         with VivaceClient(self.address) as client:
             while not self.over.wait(max(0.0, start + sent / self.per_second - time.monotonic())):
+                if self.most and sent >= self.most:
+                    return
                 part = [
                     {
                         **self.rows[n % len(self.rows)],
@@ -159,6 +165,32 @@ def under_load(root: Path, profile: str, qps: float, seconds: float, upserts: fl
     }  # fmt: skip
 
 
+def alone(root: Path, profile: str, seconds: float) -> dict[str, Any]:
+    """Rows a second and processor time a row of a server that is asked nothing else."""
+    whole = Run(root)
+    rows, result = rows_of(whole), {}
+    with tempfile.TemporaryDirectory() as folder:
+        own = with_store_of_its_own(whole, Path(folder))
+        with TritonServer(on_free_ports(Run(own).repository, profile)) as server:
+            for what in ("new", "again"):
+                over, before, began = threading.Event(), processor_seconds(server.pid), time.monotonic()
+                calls = [Upserts(grpc_address(server), rows[k::SENDERS], k, 1e6, over) for k in range(SENDERS)]
+                for call in calls:
+                    call.most = NEW_ITEMS if what == "new" else 0
+                    call.start()
+                if what == "again":
+                    over.wait(seconds)
+                    over.set()
+                for call in calls:
+                    call.join()
+                count = BATCH * sum(len(call.took) for call in calls)
+                result[what] = {
+                    "rows": count, "rows_a_second": round(count / (time.monotonic() - began)),
+                    "processor_ms_a_row": round((processor_seconds(server.pid) - before) * 1000 / count, 3),
+                }  # fmt: skip
+    return result
+
+
 def _figures(outcome: LoadRun, processor_ms: float) -> dict[str, Any]:
     return {
         "p50_ms": round(outcome.p50, 2), "p99_ms": round(outcome.p99, 2), "processor_ms": round(processor_ms, 2),
@@ -209,8 +241,13 @@ def main(
     qps: float = 100.0,
     seconds: float = 20.0,
     only_cost: Annotated[bool, typer.Option("--cost", help="what it costs while nothing changes")] = False,
+    only_upserts: Annotated[bool, typer.Option("--alone", help="what a row costs while nothing is asked")] = False,
     turns: int = 5,
 ) -> None:
+    if only_upserts:
+        result = {p or "default": alone(root, p, seconds) for p in profile}
+        print(record_line("upserts alone", seconds=seconds, results=result))
+        return
     if only_cost:
         result = cost(root, profile, turns, qps, seconds)
         print(record_line("cost of the live catalogue", turns=turns, qps=qps, results=result))

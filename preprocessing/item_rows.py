@@ -77,20 +77,26 @@ def _checked(text: str, name: str) -> str:
     return text
 
 
-def _number(value: Any, name: str) -> float | None:
-    """A number as float32 holds it; None for what is none, as a table's reader takes it."""
+def _number(value: Any, name: str, notes: list[str]) -> float | None:
+    """A number as float32 holds it; None for what is none, as a table's reader takes it, and a note of what came."""
     if isinstance(value, dict | list):
         raise ValueError(f"{name}: expected a number, got {type(value).__name__} {str(value)[:60]!r}")
-    try:
-        number = float(np.float32(value)) if value is not None else math.nan
-    except (ValueError, TypeError, OverflowError):
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
+    try:
+        number = float(np.float32(value))
+    except (ValueError, TypeError, OverflowError):
+        number = math.inf
+    if math.isinf(number):
+        notes.append(f"{name}: expected a number, got {value!r:.60}; taken as missing")
     return number if math.isfinite(number) else None
 
 
-def parse_item(record: Mapping[str, Any], schema: DataSchema) -> ItemRow:
-    """A row by the catalogue's own column names; what is absent is null. Raises ValueError that names the column, what
-    was expected and what came. STOCK may be there also where the catalogue has no such column."""
+def parse_item(record: Mapping[str, Any], schema: DataSchema, notes: list[str] | None = None) -> ItemRow:
+    """A row by the catalogue's own column names; what is absent is null. STOCK may be there also where the catalogue
+    has no such column. ``notes``: takes what cannot be read and counts as missing, one text a column. Raises ValueError
+    that names the column, what was expected and what came."""
+    notes = [] if notes is None else notes
     known = (ITEM, TITLE, TEXT, *schema.item_attributes)
     if strange := sorted(set(record) - {*known, STOCK}):
         raise ValueError(f"item: expected columns of {', '.join(dict.fromkeys([*known, STOCK]))}, got {strange[0]!r}")
@@ -108,13 +114,12 @@ def parse_item(record: Mapping[str, Any], schema: DataSchema) -> ItemRow:
     row: ItemRow = {ITEM: item, TITLE: title, TEXT: title if TEXT not in record else texts[TEXT] or ""}
     row |= {name: _category(record.get(name), name) for name in schema.item_categoricals}
     row |= {name: list_values(record.get(name), name, part) for name, part in schema.separators.items()}
-    row |= {name: _number(record.get(name), name) for name in schema.item_continuous}
-    if STOCK in record:
-        row[STOCK] = _number(record[STOCK], STOCK)
+    numbers = [*schema.item_continuous, *([STOCK] if STOCK in record else [])]
+    row |= {name: _number(record.get(name), name, notes) for name in dict.fromkeys(numbers)}
     return row
 
 
-def parse_item_json(raw: bytes, schema: DataSchema) -> ItemRow:
+def parse_item_json(raw: bytes, schema: DataSchema, notes: list[str] | None = None) -> ItemRow:
     """``parse_item`` of a JSON object in UTF-8. Raises ValueError."""
     if len(raw) > MAX_ROW_BYTES:
         raise ValueError(f"item: expected a row of at most {MAX_ROW_BYTES} bytes, got {len(raw)}; shorten its text")
@@ -124,7 +129,7 @@ def parse_item_json(raw: bytes, schema: DataSchema) -> ItemRow:
             raise ValueError
     except (ValueError, RecursionError):
         raise ValueError(f'item: expected a JSON object such as {{"{ITEM}": "a"}}, got {raw[:80]!r}') from None
-    return parse_item(record, schema)
+    return parse_item(record, schema, notes)
 
 
 def sold_out(row: Mapping[str, Any]) -> bool:

@@ -48,7 +48,7 @@ from preprocessing.readers.base import Chunk, SearchSource, Source, UserSource
 from preprocessing.readers.tables import Tables
 from preprocessing.rejects import Rejects
 from preprocessing.sequences import write_requests
-from preprocessing.splits import SplitConfig, TimeSample, mark
+from preprocessing.splits import LEAVE_ONE_OUT, SplitConfig, Ties, TimeSample, mark
 from preprocessing.workflow import (
     VocabularyConfig,
     checksums,
@@ -167,13 +167,15 @@ def _events(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     out, totals = [], {"events": 0, "users": 0, "given": 0}
-    positives = dict.fromkeys((h.name for h in schema.heads), 0)
+    positives, ties = dict.fromkeys((h.name for h in schema.heads), 0), Ties()
     for file in files:
         frame = drop_duplicates(pd.read_parquet(file), rejects)
         frame = frame.sort_values([contract.USER, contract.TIME, contract.SOURCE_ROW], kind="stable").reset_index(
             drop=True
         )
         frame[contract.SPLIT] = mark(frame, split, times)
+        if split.kind == LEAVE_ONE_OUT:
+            ties.add(frame)
         for head in schema.heads:
             weight = (
                 frame[contract.WEIGHT].fillna(-np.inf)
@@ -188,6 +190,7 @@ def _events(
         totals["given"] += int((frame[contract.SPLIT] >= contract.GIVEN).sum())
         totals["users"] += frame[contract.USER].nunique()
     _check_labels(positives, schema, rejects)
+    rejects.notes.extend(ties.notes())
     return out, totals
 
 

@@ -88,6 +88,47 @@ class TimeSample:
         return [f"half of the events lie {where} (the median is {day}): if these are dates, time_unit is another"]
 
 
+@dataclass
+class Ties:
+    """Users whose held-out events (leave-one-out) were told apart from the event before by their order in the file
+    alone, as the times are equal; ``equal``: those whose events all have one time."""
+
+    held_out: int = 0
+    tied: int = 0
+    equal: int = 0
+
+    def add(self, frame: pd.DataFrame) -> None:
+        """``frame`` is sorted by user and time and holds whole users."""
+        of_user = frame.groupby(USER, sort=False)
+        from_end = of_user.cumcount(ascending=False).to_numpy()
+        size = of_user[USER].transform("size").to_numpy()
+        times, first = frame[TIME].to_numpy(), of_user.cumcount().to_numpy() == 0
+        same = np.zeros(len(frame), bool)  # as the event before it of the same user
+        same[1:] = (times[1:] == times[:-1]) & ~first[1:]
+        last = (from_end == 0) & (size >= 3)
+        tied = same.copy()
+        tied[1:] |= same[:-1] & (from_end[1:] == 0)  # the validation event's tie, on the row of the test event
+        all_equal = (of_user[TIME].transform("min") == of_user[TIME].transform("max")).to_numpy()
+        self.held_out += int(last.sum())
+        self.tied += int((last & tied).sum())
+        self.equal += int((last & all_equal).sum())
+
+    def notes(self) -> list[str]:
+        """A line if there are any."""
+        if not self.tied:
+            return []
+        each = (
+            f"; the times of all events of {self.equal:,} of them are equal, so that their order in the file is taken "
+            "for the order in time"
+            if self.equal
+            else ""
+        )
+        return [
+            f"leave-one-out: of {self.held_out:,} users with held-out events {self.tied:,} have one whose time is that "
+            f"of the event before it; which of them came last is decided by their order in the file{each}"
+        ]
+
+
 def mark(frame: pd.DataFrame, config: SplitConfig, times: TimeSample) -> np.ndarray:
     """The mark of each event, int8; ``frame`` is sorted by user and time and holds whole users. Raises ValueError for a
     test set that came with a log that is not split by sessions."""

@@ -212,6 +212,20 @@ class VivaceClient(UpdateCalls):
         result = self._again(contract.APPEND_EVENT, tensors, parameters=event_name(event_id))
         return _read(read_appended, result)  # type: ignore[no-any-return]
 
+    def about(self) -> dict[str, str]:
+        """What the server says of what it serves: ``data``, the name of the data set, ``precision`` and
+        others; a run that was compiled before it could says less. Raises VivaceError."""
+        limit = Limit(self._timeout_s)
+        more: dict[str, Any] = {} if isinstance(self._client, HttpClient) else {"as_json": True}
+        try:
+            config = self._client.get_model_config(
+                contract.ENSEMBLE, client_timeout=limit.left(), headers=self._headers, **more
+            )
+        except Exception as error:
+            raise limit.error(error) from error
+        parameters = config.get("config", config).get("parameters", {})
+        return {key: str(value["string_value"]) for key, value in parameters.items()}
+
     def close(self) -> None:
         self._closed = True
         self._client.close()

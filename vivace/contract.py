@@ -143,6 +143,7 @@ MAX_FRESH = 10_000  # items that are not in the trained tables and are recommend
 
 # -- models of the repository -----------------------------------------------------------------------
 ENSEMBLE = "recommend"
+DATA = "data"  # parameter of its configuration: name of the data set
 FEATURE_TRANSFORM = "feature_transform"
 RETRIEVAL = "retrieval"
 RANKING = "ranking"

@@ -62,7 +62,7 @@ class _TlsConnection(HTTPConnection):
 
 
 class HttpPool:
-    """POSTs to one ``url``, host:port or unix:/path/of/socket. Raises TimeoutError where a call takes longer than it
+    """Calls of one ``url``, host:port or unix:/path/of/socket. Raises TimeoutError where a call takes longer than it
     may, another OSError or HTTPException where it fails."""
 
     def __init__(self, url: str, credentials: Credentials | None = None) -> None:
@@ -80,7 +80,9 @@ class HttpPool:
             return HTTPConnection(host.strip("[]"), int(port))
         return _TlsConnection(host.strip("[]"), int(port), self._context, self._server_name)
 
-    def post(self, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
+    def post(
+        self, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float, method: str = "POST"
+    ) -> HttpAnswer:
         deadline = time.monotonic() + timeout_s
         try:
             connection, used = self._idle.pop(), True
@@ -88,7 +90,7 @@ class HttpPool:
             connection, used = self._new(), False
         while True:
             try:
-                answer, again = _exchange(connection, path, body, headers, deadline)
+                answer, again = _exchange(connection, method, path, body, headers, deadline)
             except (RemoteDisconnected, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
                 connection.close()
                 if not used:
@@ -114,7 +116,7 @@ class HttpPool:
 
 
 def _exchange(
-    connection: HTTPConnection, path: str, body: bytes, headers: Mapping[str, str], deadline: float
+    connection: HTTPConnection, method: str, path: str, body: bytes, headers: Mapping[str, str], deadline: float
 ) -> tuple[HttpAnswer, bool]:
     """The answer, and whether the connection can be used again."""
 
@@ -129,7 +131,7 @@ def _exchange(
         connection.connect()
     sock = connection.sock
     sock.settimeout(left())
-    connection.request("POST", path, body, dict(headers))
+    connection.request(method, path, body, dict(headers))
     sock.settimeout(left())
     response = connection.getresponse()
     parts = []
@@ -168,6 +170,15 @@ class HttpClient:
             raise _refused(answer.status, answer.body)
         head = answer.headers.get("inference-header-content-length")
         return self._codec.parse_response_body(answer.body, header_length=None if head is None else int(head))
+
+    def get_model_config(
+        self, model: str, client_timeout: float, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        answer = self._pool.post(f"/v2/models/{model}/config", b"", headers or {}, client_timeout, "GET")
+        if answer.status != 200:
+            raise _refused(answer.status, answer.body)
+        config: dict[str, Any] = json.loads(answer.body)
+        return config
 
     def close(self) -> None:
         self._pool.close()

@@ -169,7 +169,9 @@ def write_profile(folder: Path, name: str, profile: repository.ServingProfile) -
     run = Run(folder)
     schema, target = run.schema(), run.repository
     served = repository.read_config(target, contract.ENSEMBLE, "").parameters
-    metadata = {key: served[key].string_value for key in ("precision", "tables", "gate") if key in served}
+    metadata = {
+        key: served[key].string_value for key in ("precision", "tables", "gate", contract.DATA) if key in served
+    }
     repository.write_profile(target, run.shapes(), schema.heads, name, profile, schema.exclude_seen, metadata)
 
 

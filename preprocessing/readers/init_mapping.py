@@ -24,6 +24,7 @@ SAMPLE_ROWS, SAMPLE_BYTES = 1000, 1 << 20
 MAX_CATEGORIES = 0.5  # distinct values a row, up to which a text column is a category
 LIST_SEPARATORS = {"|": 0.25, ";": 0.5, ",": 0.5}  # with the share of a column's texts that have it in a list
 YEAR_1990_MS, YEAR_2100_MS = 631_152_000_000, 4_102_444_800_000
+LEFT_OUT = "# left out: "  # begins a line on a column of which the mapping says nothing, with the reason
 SESSION = "session"  # in the name of the column of users: the log is one of sessions
 _USER = ("user", "visitor", "customer", "member", "client", "session", "account", "uid")
 _ITEM = ("item", "product", "article", "sku", "asin", "movie", "track", "song", "book", "video", "content", "iid")
@@ -211,7 +212,7 @@ def _interactions(sample: Sample, item_hint: str | None, folder: Path) -> list[s
     if rest:
         at = out.index("") if "" in out else len(out)
         out.insert(at, f"# context = {_toml(rest)}  # columns of the event that may matter, as categories")
-    return out
+    return [*out, *(_left_out(name, "take it in by the line 'context' if it matters") for name in rest)]
 
 
 def _items(sample: Sample, item: str, folder: Path) -> list[str]:
@@ -229,7 +230,24 @@ def _items(sample: Sample, item: str, folder: Path) -> list[str]:
     each = ", ".join(f"{_toml(n)} = {_toml(separator)}" for n, separator in parted.items())
     out += [f"separator = {{ {each} }}  # check: what parts the values"] if parted else []
     out += [f"continuous = {_toml(numbers)}  # check: numbers, such as a price"] if numbers else []
-    return out
+    used = {*numbers, *lists, *kinds}
+    return out + [_left_out(n, _why_left_out(sample, n)) for n in rest if n not in used]
+
+
+def _left_out(name: str, reason: str) -> str:
+    return f"{LEFT_OUT}{_toml(name)}: {reason}"
+
+
+def _why_left_out(sample: Sample, name: str) -> str:
+    array = sample.table[name].combine_chunks()
+    if pa.types.is_nested(array.type):
+        return f"its values are {array.type}, which no key takes"
+    if arrow_types.is_text(array.type) and any(is_written_list(v) for v in array.to_pylist() if v):
+        return "its values are printed lists: part them by a separator, or give true lists (Parquet)"
+    return (
+        f"{len(array.dictionary_encode().dictionary):,} values in {sample.table.num_rows:,} rows are too many for a "
+        "category: if people read it, add it to title"
+    )
 
 
 def draft(file: Path, items: Path | None, folder: Path) -> str:

@@ -69,10 +69,12 @@ class FreshItems:
             else:
                 return False
             self.place[item_id] = place
-        values = (item.vector, item.bias, slot, item.nearest, True, *attributes)
-        names = ("vectors", "biases", "slots", "nearest", "alive", *Attributes._fields)
-        for name, value in zip(names, values, strict=True):
-            self._arrays[name][place] = value
+        arrays = self._arrays
+        arrays["vectors"][place], arrays["biases"][place], arrays["slots"][place] = item.vector, item.bias, slot
+        arrays["nearest"][place], arrays["alive"][place] = item.nearest, True
+        if attributes is not Attributes.none():
+            for name, value in attributes._asdict().items():
+                arrays[name][place] = value
         return True
 
     def take_out(self, item_id: str) -> None:

@@ -9,9 +9,11 @@ C categorical, A list and M continuous attributes, K neighbours.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,24 +25,41 @@ from scipy import sparse
 
 from preprocessing.item_lists import list_ids, padded
 from preprocessing.item_rows import digest, sold_out
-from vivace.contract import FIRST_ID, NULL_ID, OOV_ID, TEXT
+from vivace.contract import FIRST_ID, MAX_FRESH, NULL_ID, OOV_ID, TEXT
 from vivace.store.lmdb_catalogue import Change
 
 TABLES, NAMES = FILES = ("new_items.npz", "new_items.json")  # of a published version
 WORD = re.compile(r"(?u)\b\w+\b")
 NEIGHBOURS = 10
 TIED = 1e-3
+KEPT_TEXT = 2000  # characters of a text up to which what was made of it is kept
 
 
-def nearest(close: np.ndarray, count: int) -> np.ndarray:
-    """Places of the ``count`` largest of ``close`` float32 [S], equal ones (to three digits) by place: training and a
-    server must choose the same."""
+def nearest(close: np.ndarray, count: int, places: np.ndarray | None = None) -> np.ndarray:
+    """Positions of the ``count`` largest of ``close`` float32 [n], equal ones (to three digits) by their ``places``
+    int [n] (None: positions): training and a server must choose the same."""
     if count >= len(close):
         return np.arange(len(close))
     least = np.partition(close, len(close) - count)[len(close) - count]
     near = np.flatnonzero(close >= least - 2 * TIED)
-    chosen: np.ndarray = near[np.lexsort((near, -np.round(close[near] / TIED)))][:count]
+    by = near if places is None else places[near]
+    chosen: np.ndarray = near[np.lexsort((by, -np.round(close[near] / TIED)))[:count]]
     return chosen
+
+
+def attribute_shares(ids: Mapping[str, Sequence[int]]) -> tuple[dict[str, float], bool]:
+    """({"attribute=id": weight}, whether it has any attribute) of one item, by the ids of each attribute: training and
+    a server must weigh the same. The attributes that it has take equal parts of the length 1, the values of a list
+    share its part. What is null takes none and is like nothing; a value that the vocabulary lacks takes its part, and
+    is like no other."""
+    known = {name: values for name, values in ids.items() if list(values) != [NULL_ID]}
+    shares = {
+        f"{name}={id_}": 1 / math.sqrt(len(known) * len(values))
+        for name, values in known.items()
+        for id_ in values
+        if id_ >= FIRST_ID
+    }
+    return shares, bool(known)
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,9 @@ class CompiledRows:
         return held and not sold_out(json.loads(change.row))
 
 
+_HEAD = struct.Struct("<fq")  # bias and nearest, before the vector
+
+
 @dataclass(frozen=True)
 class NewItem:
     """``vector`` float32 [D], the retriever's ``bias``, and the id of the ``nearest`` seen item."""
@@ -119,12 +141,12 @@ class NewItem:
     nearest: int
 
     def to_bytes(self) -> bytes:
-        return np.float32(self.bias).tobytes() + np.int64(self.nearest).tobytes() + self.vector.tobytes()
+        return _HEAD.pack(self.bias, self.nearest) + self.vector.tobytes()
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> NewItem:
-        bias, nearest = np.frombuffer(raw, np.float32, 1)[0], np.frombuffer(raw, np.int64, 1, 4)[0]
-        return cls(np.frombuffer(raw, np.float32, -1, 12), float(bias), int(nearest))
+        bias, nearest = _HEAD.unpack_from(raw)
+        return cls(np.frombuffer(raw, np.float32, -1, _HEAD.size), bias, nearest)
 
 
 class Attributes(NamedTuple):
@@ -136,7 +158,10 @@ class Attributes(NamedTuple):
 
     @classmethod
     def none(cls) -> Attributes:
-        return cls(np.zeros(0, np.int64), padded([]), np.zeros(0, np.float32))
+        return _NO_ATTRIBUTES
+
+
+_NO_ATTRIBUTES = Attributes(np.zeros(0, np.int64), padded([]), np.zeros(0, np.float32))
 
 
 class NewItems:
@@ -147,7 +172,10 @@ class NewItems:
         self._word = {word: i for i, word in enumerate(self.names["words"])}
         self._name = {name: len(self._word) + i for i, name in enumerate(self.names["names"])}
         self._lists: dict[str, dict[str, int]] = self.names.get("lists", {})  # an older version's have none
-        self._lengths_S = np.linalg.norm(tables.vectors_SD, axis=1)
+        self._made: dict[tuple[Any, ...], NewItem | None] = {}  # of late: prices and stocks change, words seldom do
+        lengths_S = np.linalg.norm(tables.vectors_SD, axis=1)
+        of_seen = [tables.vectors_SD, lengths_S[:, None], tables.biases_S[:, None]]
+        self._of_seen_SE = np.concatenate(of_seen, 1, dtype=np.float32)
 
     @classmethod
     def load(cls, folder: Path) -> NewItems:
@@ -178,12 +206,11 @@ class NewItems:
             parts += 1
         ids = {attribute: [self._category(attribute, row)] for attribute in self.names["categories"]}
         ids |= {attribute: self._list(attribute, row) for attribute in self._lists}
-        for attribute, of_row in ids.items():
-            share = 1 / math.sqrt(len(ids) * len(of_row))  # the values of a list have one attribute's part together
-            found = [at for id_ in of_row if (at := self._name.get(f"{attribute}={id_}")) is not None]
-            columns += found
-            weights += [share] * len(found)
-        parts += bool(ids)
+        shares, described = attribute_shares(ids)
+        places = {at: share for name, share in shares.items() if (at := self._name.get(name)) is not None}
+        columns += places
+        weights += places.values()
+        parts += described
         return columns, [w / math.sqrt(parts) for w in weights]
 
     def _category(self, attribute: str, row: Mapping[str, Any]) -> int:
@@ -198,32 +225,48 @@ class NewItems:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[NewItem | None]:
         """What stands for each row; None for one that shares no word and no attribute with a seen item."""
+        keys = [self._described_by(row) for row in rows]
+        anew = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._made}
+        made = dict(zip(anew, self._make(list(anew.values())), strict=True)) if anew else {}
+        items = [made[key] if key in made else self._made[key] for key in keys]
+        if len(self._made) + len(made) > MAX_FRESH:
+            self._made.clear()
+        self._made.update((key, item) for key, item in made.items() if len(key[0]) <= KEPT_TEXT)
+        return items
+
+    def _described_by(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All of a row that its vector depends on: text first, then attributes."""
+        lists = [tuple(row.get(attribute) or ()) for attribute in self._lists]
+        return (row[TEXT], *(row.get(attribute) for attribute in self.names["categories"]), *lists)
+
+    def _make(self, rows: Sequence[Mapping[str, Any]]) -> list[NewItem | None]:
         described = [self._terms(row) for row in rows]
         lengths = [len(columns) for columns, _ in described]
         shape = (len(rows), self.tables.terms_WS.shape[0])
         columns = np.array([c for columns, _ in described for c in columns], np.int32)
         weights = np.array([w for _, weights in described for w in weights], np.float32)
         row_WI = sparse.csr_matrix((weights, columns, np.concatenate([[0], np.cumsum(lengths)])), shape=shape)
-        close_IS = (row_WI @ self.tables.terms_WS).tocsr()
-        return [
-            self._of_neighbours(close_IS.indices[start:stop], close_IS.data[start:stop])
-            for start, stop in zip(close_IS.indptr, close_IS.indptr[1:], strict=False)
-        ]
+        return self._of_neighbours((row_WI @ self.tables.terms_WS).tocsr())
 
-    def _of_neighbours(self, places: np.ndarray, close: np.ndarray) -> NewItem | None:
-        """``places``: of all seen items that share a term; ``close``: their similarity."""
-        order = np.argsort(places)  # a product of sparse matrices has its columns in any order
-        best = order[nearest(close[order], NEIGHBOURS)]
-        places, close = places[best], close[best]
-        total = float(close.sum())
-        if total <= 0:
-            return None
-        share_K, t = close / total, self.tables
-        mean_D = share_K @ t.vectors_SD[places]
-        length = float(share_K @ self._lengths_S[places])
-        vector = mean_D / max(float(np.linalg.norm(mean_D)), 1e-9) * length
-        first = t.seen_ids[places[np.lexsort((places, -close))[0]]]
-        return NewItem(vector.astype(np.float32), float(share_K @ t.biases_S[places]), int(first))
+    def _of_neighbours(self, close_IS: sparse.csr_matrix) -> list[NewItem | None]:
+        """``close_IS``: similarity of each row to the seen items that share a term with it. What stands for a row does
+        not depend on those beside it, to the last bit."""
+        rows, t = close_IS.shape[0], self.tables
+        places_IK, close_IK = np.zeros((rows, NEIGHBOURS), np.int64), np.zeros((rows, NEIGHBOURS), np.float32)
+        for i, (start, stop) in enumerate(itertools.pairwise(close_IS.indptr.tolist())):
+            places, close = close_IS.indices[start:stop], close_IS.data[start:stop]
+            best = nearest(close, NEIGHBOURS, places)
+            places_IK[i, : len(best)], close_IK[i, : len(best)] = places[best], close[best]
+        share_IK = close_IK / np.maximum(close_IK.sum(1, keepdims=True), 1e-30)
+        mean_IE = (share_IK[:, None] @ self._of_seen_SE[places_IK])[:, 0]  # vector, its length, bias
+        mean_ID, length_I = mean_IE[:, :-2], mean_IE[:, -2]
+        vector_ID = mean_ID / np.maximum(np.linalg.norm(mean_ID, axis=1), 1e-9)[:, None] * length_I[:, None]
+        largest_I = close_IK.max(1)
+        first_I = np.where(close_IK == largest_I[:, None], places_IK, len(t.seen_ids)).min(1)
+        return [
+            NewItem(vector_ID[i], float(mean_IE[i, -1]), int(t.seen_ids[first_I[i]])) if largest_I[i] > 0 else None
+            for i in range(rows)
+        ]
 
     def attributes(self, row: Mapping[str, Any]) -> Attributes:
         """Of a row, as ``vivace prepare`` encodes."""

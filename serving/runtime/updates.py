@@ -13,7 +13,7 @@ from preprocessing.item_rows import ItemRow, parse_item_json, sold_out, to_json
 from serving.releases import releases
 from serving.runtime.live_catalogue import ItemIds
 from serving.runtime.new_items import TABLES, CompiledRows, NewItems
-from serving.runtime.stages import ItemVocabulary
+from serving.runtime.stages import ItemVocabulary, with_reason
 from vivace.contract import (
     ACTION,
     FEATURE_TRANSFORM,
@@ -24,7 +24,6 @@ from vivace.contract import (
     MAX_ID_BYTES,
     RECORD,
     REMOVE,
-    STATUS_DEGRADED,
     STATUS_ERROR,
     STATUS_OK,
     UPDATE_STORE,
@@ -36,6 +35,13 @@ from vivace.store.interface import Change, ServingStore, StoreError
 log = logging.getLogger(__name__)
 NO_CATALOGUE = "this run has no live catalogue, as its items have neither text nor attributes"
 NOT_FOLLOWED = "stored, but the profile that is served does not read changes; serve the default one, or fused"
+NOTHING_SHARED = (
+    "stored and found by its words, but not recommended: it shares no word and no attribute with a known item"
+)
+TOO_MANY = (
+    f"stored, but not recommended: there are {MAX_FRESH:,} new items already; run 'vivace prepare', 'vivace train' and "
+    "'vivace compile', which take them in"
+)
 SCHEMA = "schema.json"
 NOTHING_KNOWN = "nothing was known of this user"
 
@@ -103,7 +109,7 @@ class Updates:
                 statuses[i] = f"{STATUS_ERROR}{error}"
         self._describe(changes, rows, statuses)
         for i in () if self._followed else changes:
-            statuses[i] = f"{STATUS_DEGRADED}{NOT_FOLLOWED}"
+            statuses[i] = with_reason(statuses[i], NOT_FOLLOWED)
         if changes:
             self._store.change_catalogue([changes[i] for i in sorted(changes)])
         return statuses
@@ -126,7 +132,9 @@ class Updates:
             changes[i] = Change(_id(record, "an item"))
             self._fresh.discard(changes[i].item_id)
             return
-        rows[i] = parse_item_json(record, self._schema)
+        notes: list[str] = []
+        rows[i] = parse_item_json(record, self._schema, notes)
+        statuses[i] = with_reason(STATUS_OK, "; ".join(notes))
         changes[i] = Change(rows[i][ITEM], to_json(rows[i]), self._key)
 
     def _describe(self, changes: dict[int, Change], rows: dict[int, ItemRow], statuses: list[str]) -> None:
@@ -142,15 +150,9 @@ class Updates:
             if sold_out(rows[i]):
                 self._fresh.discard(item_id)
             elif item is None:
-                statuses[i] = (
-                    f"{STATUS_DEGRADED}stored and found by its words, but not recommended: it shares no word and no "
-                    "attribute with a known item"
-                )
+                statuses[i] = with_reason(statuses[i], NOTHING_SHARED)
             elif item_id in self._fresh or len(self._fresh) < MAX_FRESH:
                 self._fresh.add(item_id)
             else:
-                statuses[i] = (
-                    f"{STATUS_DEGRADED}stored, but not recommended: there are {MAX_FRESH:,} new items already; run "
-                    "'vivace prepare', 'vivace train' and 'vivace compile', which take them in"
-                )
+                statuses[i] = with_reason(statuses[i], TOO_MANY)
                 log.warning("%s: %s", item_id, statuses[i])

@@ -96,6 +96,7 @@ def publish(features: Features, run: Run, folder: Path, tensors: contract.StageT
             folder / RECENT, features.log_number()
         )
     metadata = {"precision": card["precision"], "tables": card["tables"], "gate": json.dumps(gate)}
+    metadata[contract.DATA] = schema.name
     return repository.assemble(
         run.repository,
         tensors,

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from scipy import sparse
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from preprocessing.features import Features
 from preprocessing.item_lists import stacked
-from serving.runtime.new_items import NEIGHBOURS, nearest
+from serving.runtime.new_items import NEIGHBOURS, attribute_shares, nearest
 from training.models.encoders import EncoderConfig
 from vivace.contract import FIRST_ID, PADDING_ID, TEXT, DataSchema
 
@@ -166,7 +165,8 @@ def item_attributes(features: Features, config: EncoderConfig) -> ItemAttributes
 
 @dataclass(frozen=True)
 class DescribedItems:
-    """Items by their words and attributes: ``matrix`` float32 [V - FIRST_ID, words and names], rows of unit length.
+    """Items by their words and attributes: ``matrix`` float32 [V - FIRST_ID, words and names], rows of unit length or,
+    where the vocabulary lacks a value, less.
 
     ``words``: what was fitted, None where the catalogue has no text; ``names``: "attribute=id" of each column behind
     the words."""
@@ -176,36 +176,46 @@ class DescribedItems:
     names: list[str]
 
 
-def _named(table: pd.DataFrame, schema: DataSchema) -> tuple[sparse.csr_matrix | None, list[str]]:
-    """(rows of unit length of the catalogue's categories and list values, in which every attribute has an equal part
-    and the values of a list share it; the name of each column); None where it has no such attribute."""
-    names, parts = list[str](), []
-    for attribute in (*schema.item_categoricals, *schema.item_lists):
-        ids = table[attribute] if attribute in schema.item_lists else ([id_] for id_ in table[attribute])
-        vectorizer = CountVectorizer(analyzer=lambda row: row, binary=True, dtype=np.float32)
-        parts.append(normalize(vectorizer.fit_transform([[f"{attribute}={id_}" for id_ in row] for row in ids])))
-        names += vectorizer.get_feature_names_out().tolist()
-    if not parts:
-        return None, []
-    order = sorted(range(len(names)), key=names.__getitem__)
-    return normalize(sparse.hstack(parts).tocsr()[:, order]), [names[i] for i in order]
+def _named(table: pd.DataFrame, schema: DataSchema) -> tuple[sparse.csr_matrix, list[str], np.ndarray] | None:
+    """(weights of the catalogue's categories and list values by ``attribute_shares``, the name of each column, which
+    items have an attribute: bool [V - FIRST_ID]); None where it has no such columns."""
+    attributes = (*schema.item_categoricals, *schema.item_lists)
+    if not attributes:
+        return None
+    columns = [table[name] if name in schema.item_lists else [[id_] for id_ in table[name]] for name in attributes]
+    of_items = [attribute_shares(dict(zip(attributes, ids, strict=True))) for ids in zip(*columns, strict=True)]
+    names = sorted({name for shares, _ in of_items for name in shares})
+    place = {name: i for i, name in enumerate(names)}
+    starts = np.concatenate([[0], np.cumsum([len(shares) for shares, _ in of_items])])
+    weights = np.array([share for shares, _ in of_items for share in shares.values()], np.float32)
+    at = np.array([place[name] for shares, _ in of_items for name in shares], np.int32)
+    matrix = sparse.csr_matrix((weights, at, starts), shape=(len(table), len(names)))
+    matrix.sort_indices()
+    return matrix, names, np.array([described for _, described in of_items])
 
 
 def described_items(features: Features) -> DescribedItems | None:
-    """TF-IDF of the catalogue's text beside its attributes; None where it has neither."""
+    """TF-IDF of the catalogue's text beside its attributes, which have equal parts in an item that has both; None where
+    it has neither."""
     table, schema = features.items(), features.schema
-    words, parts = None, []
+    words, parts, there = None, list[sparse.csr_matrix](), list[np.ndarray]()
     if table[TEXT].str.strip().any():
         words = TfidfVectorizer(token_pattern=WORD, sublinear_tf=True, dtype=np.float32)
         parts.append(words.fit_transform(table[TEXT]))
-    named, names = _named(table, schema)
+        there.append(parts[0].getnnz(axis=1) > 0)
+    named, names = _named(table, schema), list[str]()
     if named is not None:
-        parts.append(named)
-    return DescribedItems(normalize(sparse.hstack(parts).tocsr()), words, names) if parts else None
+        names = named[1]
+        parts.append(named[0])
+        there.append(named[2])
+    if not parts:
+        return None
+    scale = 1 / np.sqrt(np.maximum(np.sum(there, axis=0), 1)).astype(np.float32)
+    return DescribedItems((sparse.diags(scale) @ sparse.hstack(parts)).tocsr(), words, names)
 
 
 def description(features: Features) -> sparse.csr_matrix | None:
-    """Unit rows of the catalogue's items: TF-IDF of their text beside their attributes; None where there is neither."""
+    """Rows of the catalogue's items (``DescribedItems``); None where they have neither text nor attributes."""
     described = described_items(features)
     return None if described is None else described.matrix
 

@@ -17,7 +17,7 @@ from vivace.cli.evaluate import evaluate
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Data, DataPath, PresetName, Seed, console, say
 from vivace.cli.prepare import prepare
 from vivace.cli.query import print_answer, titles
-from vivace.cli.runs import run_name, say_next
+from vivace.cli.runs import run_name, say_next, steps_follow
 from vivace.cli.train import train
 from vivace.client import VivaceClient
 from vivace.run import Run
@@ -140,15 +140,16 @@ def run_demo(
 
     interrupt_on_signals()
     clock = Clock()
-    run = prepare(data=data, path=path, artifacts=artifacts, seed=seed)
-    clock.done("prepare")
-    name = run_name(run, artifacts)
-    steps: list[tuple[str, Callable[..., None]]] = [("train", train), ("evaluate", evaluate)]
-    steps += [("final fit", partial(train, final=True))]
-    steps += [("search", partial(train, task="search"))] if search else []
-    for label, verb in (*steps, ("compile", compile_)):
-        verb(name=name, artifacts=artifacts, preset=preset, seed=seed)
-        clock.done(label)
+    with steps_follow():
+        run = prepare(data=data, path=path, artifacts=artifacts, seed=seed)
+        clock.done("prepare")
+        name = run_name(run, artifacts)
+        steps: list[tuple[str, Callable[..., None]]] = [("train", train), ("evaluate", evaluate)]
+        steps += [("final fit", partial(train, final=True))]
+        steps += [("search", partial(train, task="search"))] if search else []
+        for label, verb in (*steps, ("compile", compile_)):
+            verb(name=name, artifacts=artifacts, preset=preset, seed=seed)
+            clock.done(label)
     options = ServerOptions(
         repository=run.repository, http_port=0, grpc_port=0, metrics_port=0, log=run.server_log, guard=True
     )

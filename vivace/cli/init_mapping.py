@@ -16,11 +16,15 @@ def init_mapping(
     out: Annotated[Path | None, typer.Option("--out", help="the mapping; mapping.toml beside the events")] = None,
 ) -> None:
     """Write a first mapping.toml for --data tables from a table's columns."""
-    from preprocessing.readers.init_mapping import draft
+    from preprocessing.readers.init_mapping import LEFT_OUT, draft
     from vivace.manifest import write_text
 
     target = out or file.parent / "mapping.toml"
     if target.exists():
         raise ValueError(f"init-mapping: {target} is there; name another file with --out")
-    write_text(target, draft(file, items, target.parent))
+    text = draft(file, items, target.parent)
+    write_text(target, text)
+    for line in text.splitlines():
+        if line.startswith(LEFT_OUT):
+            say(line.removeprefix("# "))
     say(f"wrote {target}: check each line, then: vivace prepare --data tables --path {target}")

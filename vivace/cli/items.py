@@ -14,7 +14,8 @@ import typer
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, Protocol, say
 from vivace.cli.query import require_server
-from vivace.cli.runs import find_run
+from vivace.cli.runs import find_run, run_name
+from vivace.cli.served import served_run
 from vivace.client import VivaceClient, VivaceError
 from vivace.contract import ITEM, STATUS_ERROR, STATUS_OK
 from vivace.run import Run
@@ -22,7 +23,9 @@ from vivace.run import Run
 items = typer.Typer(no_args_is_help=True)
 SHOWN = 10  # reasons that are listed
 
-File = Annotated[Path, typer.Argument(help="CSV, Parquet, or JSON lines (.jsonl)", exists=True, dir_okay=False)]
+File = Annotated[
+    Path, typer.Argument(help="CSV, Parquet or JSON (a list, or an object a line)", exists=True, dir_okay=False)
+]
 MappingPath = Annotated[
     Path | None,
     typer.Option("--path", help="TOML mapping whose \\[items] names the columns; else they have the schema's names"),
@@ -34,15 +37,31 @@ def _address(url: str, protocol: str) -> str:
     return url or ("127.0.0.1:8001" if protocol == "grpc" else "127.0.0.1:8000")
 
 
-def require_server_of(run: Run, url: str, address: str) -> None:
-    """Raises VivaceError where nobody listens at ``address`` or, without a ``url`` that names it, no server of ``run``
-    is up: another run's would take what is meant for this one."""
+def require_server_of(run: Run) -> None:
+    """Raises VivaceError where no server of ``run`` is up here: another run's would take what is meant for this one."""
     from serving.releases import in_use
 
-    if not url and not in_use(run.repository):
+    if not in_use(run.repository):
         name = run.root.name
         raise VivaceError(f"no server of {name} runs here; start one: vivace serve --name {name}, or give its --url")
+
+
+def _run_to_change(name: str, artifacts: Path, url: str, protocol: str) -> Run:
+    """The run by whose columns a file is read: the one called ``name``, else of what is served at ``url``, else the one
+    prepared last. Raises VivaceError where nobody serves it."""
+    address = _address(url, protocol)
+    if url and not name:
+        require_server(address)
+        with VivaceClient(address, protocol) as client:
+            served, why = served_run(client, address, artifacts)
+        if served is None:
+            raise VivaceError(f"{why}; say with --name by which run's columns the file is to be read")
+        return find_run(artifacts, run_name(served, artifacts))
+    run = find_run(artifacts, name)
+    if not url:
+        require_server_of(run)
     require_server(address, run)
+    return run
 
 
 def _report(what: str, statuses: list[str], rejected: Counter[str], began: float) -> None:
@@ -62,12 +81,13 @@ def _report(what: str, statuses: list[str], rejected: Counter[str], began: float
 def _change(
     action: str, file: Path, path: Path | None, name: str, artifacts: Path, url: str, protocol: str
 ) -> None:  # fmt: skip
-    run, address = find_run(artifacts, name), _address(url, protocol)
-    require_server_of(run, url, address)
+    run, address = _run_to_change(name, artifacts, url, protocol), _address(url, protocol)
     from preprocessing.item_file import ItemFile
 
     with tempfile.TemporaryDirectory() as folder:
         read = ItemFile(file, run.schema(), path, Path(folder) / "rejects.csv", ids_only=action == "removed")
+    for reason, count in read.changed.most_common(SHOWN):
+        say(f"{count:,}: {reason}")
     if read.left_out:
         say(f"columns that the catalogue does not have are left out: {', '.join(read.left_out)}")
     began = time.monotonic()
@@ -104,17 +124,21 @@ def forget(
 ) -> None:
     """Take a user out of the feature store: histories, live log, ids of events. Through the running server, or in the
     store itself where none runs; what a log of your own and artifacts/RUN/features hold of the user stays."""
-    run, address = find_run(artifacts, name), _address(url, protocol)
     if not user:
         raise typer.BadParameter("expected a user id, got an empty text", param_hint="USER")
-    try:
-        require_server_of(run, url, address)
-    except VivaceError:
-        if url:
-            raise
-        say(_forgotten_in(run, user))
-        return
+    address = _address(url, protocol)
+    run = None if url and not name else find_run(artifacts, name)
+    if run is not None and not url:
+        try:
+            require_server_of(run)
+            require_server(address, run)
+        except VivaceError:
+            say(_forgotten_in(run, user))
+            return
+    require_server(address, run)
     with VivaceClient(address, protocol) as client:
+        if run is None:
+            served_run(client, address, artifacts)
         say(f"{user}: {client.forget(user)}")
 
 

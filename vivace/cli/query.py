@@ -14,6 +14,7 @@ from rich.table import Table
 from vivace import contract
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, Protocol, console, say
 from vivace.cli.runs import find_run, run_name, runs
+from vivace.cli.served import served_run
 from vivace.cli.values import json_object
 from vivace.client import Recommendation, VivaceClient, VivaceError
 from vivace.run import Run
@@ -73,10 +74,13 @@ def query(
     ):  # fmt: skip
         if value and not present:
             raise typer.BadParameter(f"goes with {needed}", param_hint=flag)
-    run = find_run(artifacts, name) if name or runs(artifacts) else None
+    there = runs(artifacts)  # of several nobody knows which is meant at another address
+    run = find_run(artifacts, name) if name else there[0] if len(there) == 1 or (there and not url) else None
     address = url or ("127.0.0.1:8001" if protocol == "grpc" else "127.0.0.1:8000")
     require_server(address, run)
     with VivaceClient(address, protocol) as client:
+        if not name:
+            run, _ = served_run(client, address, artifacts)
         if append:
             appended = client.append(user, append, event_type, context=context or None)
             status = getattr(appended, "status", "")

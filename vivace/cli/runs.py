@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from serving.exchange import finish_exchange_of, is_exchanging
@@ -84,8 +85,23 @@ def new_run(name: str, artifacts: Path) -> Iterator[Run]:
         yield run
 
 
+_next_is_said = ContextVar("next_is_said", default=True)
+
+
+@contextlib.contextmanager
+def steps_follow() -> Iterator[None]:
+    """Within it ``say_next`` says nothing: who runs several steps runs the next one too."""
+    token = _next_is_said.set(False)
+    try:
+        yield
+    finally:
+        _next_is_said.reset(token)
+
+
 def say_next(command: str, run: Run, artifacts: Path) -> None:
     """Names the command that follows, as it can be typed."""
+    if not _next_is_said.get():
+        return
     where = "" if artifacts == DEFAULT_ARTIFACTS else f" --artifacts {shlex.quote(str(artifacts))}"
     verb, _, options = command.partition(" ")
     rest = f" {options}" if options else ""

@@ -155,7 +155,8 @@ def test_what_was_acknowledged_outlives_a_worker_that_is_killed_and_health_stays
 
 def test_bad_rows_are_refused_alone(own_root, catalogue):
     rows = [{"title": "no id"}, {"item_id": "x", "colour": "red"}, next(iter(catalogue.values())),
-            {"item_id": "y" * 2000}, {"item_id": "z", "price": [1]}]  # fmt: skip
+            {"item_id": "y" * 2000}, {"item_id": "z", "price": [1]},
+            {**next(iter(catalogue.values())), "price": "abc", "stock": "many"}]  # fmt: skip
     with (
         service(on_free_ports(own_root / "model_repository", guard=True), quiet) as (server, _),
         PatientClient(f"{server.host}:{server.http_port}", "http") as client,
@@ -163,9 +164,13 @@ def test_bad_rows_are_refused_alone(own_root, catalogue):
         statuses = client.upsert_items(rows)
         assert client.upsert_items(rows[:1]) == statuses[:1]
         assert client.forget("nobody at all") == "ok: nothing was known of this user"
-    assert [s.partition(":")[0] for s in statuses] == ["error", "error", "ok", "error", "error"]
+    assert [s.partition(":")[0] for s in statuses] == ["error", "error", "ok", "error", "error", "degraded"]
+    assert statuses[-1] == (
+        "degraded: price: expected a number, got 'abc'; taken as missing; stock: expected a number, got 'many'; taken "
+        "as missing"
+    )
     for part, status in zip(
-        ("item_id: expected an item id", "'colour'", "", "1024 bytes", "price"), statuses, strict=True
+        ("item_id: expected an item id", "'colour'", "", "1024 bytes", "price", ""), statuses, strict=True
     ):
         assert part in status
 

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vivace.cli import main
-from vivace.cli.runs import find_run, mark_prepared, say_next
+from vivace.cli.runs import find_run, mark_prepared, say_next, steps_follow
 from vivace.manifest import MANIFEST
 from vivace.run import Run
 
@@ -63,6 +63,16 @@ def test_without_any_run_the_command_that_makes_one_is_named(tmp_path):
 def test_the_next_command_can_be_typed(artifacts, capsys):
     say_next("train --epochs 2", Run(artifacts / "a"), artifacts)
     assert capsys.readouterr().out.strip() == f"· next: vivace train --name a --artifacts {artifacts} --epochs 2"
+
+
+def test_who_runs_several_steps_names_none_of_them(artifacts, capsys):
+    run = Run(artifacts / "a")
+    with pytest.raises(KeyError), steps_follow():
+        say_next("train", run, artifacts)
+        raise KeyError
+    assert capsys.readouterr().out == ""
+    say_next("serve", run, artifacts)
+    assert "next: vivace serve" in capsys.readouterr().out
 
 
 def test_tables_are_named_by_their_mapping(tmp_path):

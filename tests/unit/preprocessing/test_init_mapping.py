@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
 from preprocessing.readers.init_mapping import draft
 from preprocessing.readers.mapping import read_mapping
 from tests.unit.preprocessing.tables import taken, write
+from vivace.cli import main
 from vivace.contract import EVENT, ITEM, TIME, TITLE, USER
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "preprocessing.md"
@@ -76,6 +78,37 @@ def test_columns_of_several_values_are_lists(tmp_path):
     write(tmp_path, "i.parquet", pa.table({"item": [str(i) for i in range(6)], "genres": lists}))
     text = draft(tmp_path / "e.csv", tmp_path / "i.parquet", tmp_path)
     assert 'lists = ["genres"]' in text and "separator" not in text
+
+
+def test_every_column_is_used_or_left_out_with_a_reason(tmp_path):
+    """Whatever a table holds, no column goes in silence: in the mapping, and in what the command says."""
+    n = range(40)
+    events = {
+        "user": [f"u{i % 7}" for i in n], "sku": [f"s{i % 9}" for i in n], "ts": [1_700_000_000 + i for i in n],
+        "rating": [1.0 + i % 5 for i in n], "action": ["view"] * 40, "url": [f"/p/{i}" for i in n], "tag": [["x"]] * 40,
+        "device": ["phone", "tablet"] * 20, "empty": [None] * 40,
+    }  # fmt: skip
+    items = {
+        "sku": [f"s{i}" for i in n], "name": [f"Lamp {i}" for i in n], "price": [i / 2 for i in n], "brand": ["a"] * 40,
+        "describes": [f"No two alike, {i}" for i in n], "genres": ["War|Love", "War"] * 20, "empty": [None] * 40,
+        "parts": [{"a": i} for i in n], "nested": [[[i]] for i in n], "printed": [f"['x', 'y{i}']" for i in n],
+    }  # fmt: skip
+    for name, columns in (("e", events), ("i", items)):
+        write(tmp_path, f"{name}.parquet", pa.table(columns))
+    out = CliRunner().invoke(main.app, ["init-mapping", str(tmp_path / "e.parquet"), "--items",
+                                        str(tmp_path / "i.parquet"), "--out", str(tmp_path / "m.toml")])  # fmt: skip
+    assert out.exit_code == 0, out.output
+    text = (tmp_path / "m.toml").read_text()
+    read_mapping(tmp_path / "m.toml")
+    of_events, _, of_items = text.partition("[items]")
+    for section, columns in ((of_events, events), (of_items, items)):
+        used = "\n".join(line for line in section.splitlines() if not line.startswith("#"))
+        for column in columns:
+            line = re.search(rf'^# (left out: "{column}": .+)$', section, re.MULTILINE)
+            assert (f'"{column}"' in used) != (line is not None), (column, text)
+            assert line is None or line[1] in out.output.replace("\n", ""), out.output
+    for column, reason in (("describes", "too many"), ("parts", "struct"), ("printed", "printed lists")):
+        assert re.search(rf'left out: "{column}": .*{reason}', of_items), text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""CSV, Parquet and JSON lines of the same rows are the same rows."""
+"""CSV, Parquet and JSON of the same rows are the same rows; a file of another name is refused."""
 
 from __future__ import annotations
 
@@ -22,16 +22,54 @@ EXPECTED = [
 ]
 
 
-@pytest.fixture(params=["csv", "parquet", "jsonl"])
-def file(request, tmp_path):
-    path, frame = tmp_path / f"items.{request.param}", pd.DataFrame(ROWS)
-    if request.param == "csv":
-        frame.to_csv(path, index=False)
-    elif request.param == "parquet":
+LINES, LIST = "\n".join(map(json.dumps, ROWS)) + "\n", "\n " + json.dumps(ROWS, indent=2) + "\n"
+
+
+def _written(path, rows, text):
+    """``rows`` as the file's ending says; of JSON ``text``."""
+    frame = pd.DataFrame(rows)
+    if path.suffix == ".parquet":
         frame.to_parquet(path, index=False)
+    elif "json" in path.suffix:
+        path.write_text(text, encoding="utf-8-sig")
     else:
-        path.write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+        frame.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
     return path
+
+
+@pytest.fixture(
+    params=[
+        *(("csv", ""), ("CSV", ""), ("csv.gz", ""), ("tsv", ""), ("txt", ""), ("parquet", "")),
+        *((ending, text) for ending in ("json", "jsonl", "ndjson") for text in (LINES, LIST)),
+    ],
+    ids=lambda param: f"{param[0]} {'list' if param[1] == LIST else ''}".strip(),
+)
+def file(request, tmp_path):
+    return _written(tmp_path / f"items.{request.param[0]}", ROWS, request.param[1])
+
+
+@pytest.mark.parametrize("name", ["items.xlsx", "items.xml", "items", "items.json.gz", "items.parquet.gz", "items.jsn"])
+def test_a_file_of_another_name_is_refused(name, tmp_path):
+    (tmp_path / name).write_text("item_id,title\na,b\n")
+    with pytest.raises(ValueError, match=f"{name}: expected a name that says what it is: .*json"):
+        ItemFile(tmp_path / name, SCHEMA, None, tmp_path / "rejects.csv")
+
+
+def test_one_json_object_over_several_lines_is_a_row(tmp_path):
+    (tmp_path / "item.json").write_text(json.dumps(ROWS[0], indent=1))
+    assert ItemFile(tmp_path / "item.json", SCHEMA, None, tmp_path / "rejects.csv").rows == EXPECTED[:1]
+
+
+NOT_NUMBERS = [("cheap", "price"), ("12,50 EUR", "price"), ("many", "stock"), (None, ""), (" ", ""), ("1.5", "")]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "json", "jsonl"])
+@pytest.mark.parametrize(("value", "column"), NOT_NUMBERS)
+def test_a_number_that_cannot_be_read_is_missing_and_said(ending, value, column, tmp_path):
+    row = {"item_id": "a", "title": "t", "price": "1", "stock": "2"} | {column or "price": value}
+    read = ItemFile(_written(tmp_path / f"i.{ending}", [row], json.dumps([row])), SCHEMA, None, tmp_path / "r.csv")
+    assert read.rows[0][column or "price"] == (1.5 if value == "1.5" else None) and not read.rejected
+    assert [column in said and "taken as missing" in said for said in read.changed] == [True] * bool(column)
 
 
 def test_rows_by_the_schema_s_names(file, tmp_path):

@@ -71,6 +71,21 @@ def test_what_is_no_row_is_named(raw, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "note"),
+    [
+        ("price", "abc", "price: expected a number, got 'abc'; taken as missing"),
+        ("price", "1e999", "price: expected a number, got '1e999'; taken as missing"),
+        ("stock", "many", "stock: expected a number, got 'many'; taken as missing"),
+        *(("price", value, "") for value in (None, "", " ", 3, "3", True, float("nan"))),
+    ],
+)
+def test_a_number_that_cannot_be_read_is_missing_and_noted(column, value, note):
+    notes = []
+    row = parse_item({"item_id": "a", column: value}, SCHEMA, notes)
+    assert notes == [note] * bool(note) and (row[column] is None) == (value not in (3, "3", True))
+
+
 def test_equal_rows_have_one_digest_and_nothing_left_is_sold_out():
     a, b = ({"item_id": "a", "title": "T", "price": 1.5}, {"price": "1.5", "title": "T", "item_id": "a "})
     assert digest(to_json(parse_item(a, SCHEMA))) == digest(to_json(parse_item(b, SCHEMA)))
