@@ -62,13 +62,14 @@ def main(
     root: Annotated[Path, typer.Argument(help="a compiled run, such as artifacts/shop")],
     turns: Annotated[int, typer.Option(min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="of one measurement", min=0.5)] = 4.0,
+    control: Annotated[bool, typer.Option("--control", help="both count: what chance alone gives")] = False,
 ) -> None:
-    run = Run(root)
+    run, other = Run(root), config.stats_config if control else without_statistics
     histories = [list(h) for h in recorded(root)[contract.ITEM][:300]]
     counting = TritonServer(on_free_ports(run.repository, "", root / "counting.log", guard=True))
     plain = TritonServer(on_free_ports(run.repository, "", root / "plain.log", guard=True))
     rows: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-    with counting, mock.patch.object(config, "stats_config", without_statistics), plain:
+    with counting, mock.patch.object(config, "stats_config", other), plain:
         for server in (plain, counting):
             measure(server, "grpc", AT_ONCE, histories, seconds)  # warm
         for _, server in in_turns(turns, (plain, counting)):
@@ -77,7 +78,7 @@ def main(
     ratios = {name: spread([b[name] / a[name] for a, b in pairs]) for name in ("p50_ms", "cpu_ms", "envoy_ms")}
     for name, ratio in ratios.items():
         print(f"{name}: {with_spread(spread([b[name] for _, b in pairs]), 3)}, {with_spread(ratio, 3)} times")
-    print(record_line("door_statistics", turns=turns, seconds=seconds, ratios=ratios))
+    print(record_line("door_statistics", turns=turns, seconds=seconds, control=control, ratios=ratios))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from serving.door.keys import add_key
+from serving.door.tls import self_signed
 from serving.releases import is_free
 from serving.start_checks import free_port
 from tests.support import PatientClient, wait_until
@@ -301,7 +303,7 @@ def _limits(pod: dict[str, Any], container: dict[str, Any], folder: Path) -> lis
         path, empty = mount["mountPath"], volumes[mount["name"]].get("emptyDir", {})
         if path == "/dev/shm":
             options += ["--shm-size", empty["sizeLimit"].removesuffix("i")]
-        elif mount["name"] in ("models", "run"):
+        elif "emptyDir" not in volumes[mount["name"]] or mount["name"] == "run":
             (folder / mount["name"]).mkdir(exist_ok=True)
             os.chown(folder / mount["name"], user, user)
             options += ["--volume", f"{folder / mount['name']}:{path}" + (":ro" if mount.get("readOnly") else "")]
@@ -329,12 +331,39 @@ def test_a_pod_serves_with_what_its_manifest_gives_it(stack, shared, tmp_path):
         command = [*variables, "--entrypoint", program, container["image"], *first, *container["args"]]
         stack.engine.docker("run", "--rm", *_limits(pod, container, folder), *command)
     assert deployment["securityContext"]["runAsUser"] == job["securityContext"]["runAsUser"] == POD_USER
-    server = deployment["containers"][0]
+    with _pod(stack, deployment, tmp_path, variables) as name:
+        assert stack.engine.inspect(name)["HostConfig"]["ReadonlyRootfs"]
+        assert not stack.engine.docker("exec", name, "python3", "/opt/vivace/deploy/compose/health.py")
+    guarded = rendered("overlays/access")["deployment/vivace"]["spec"]["template"]["spec"]
+    key = _access(tmp_path / "access")
+    ask = "from vivace import VivaceClient as C; c = C('127.0.0.1:8001', ca='/etc/vivace/tls.crt', key={key!r}); "
+    ask += "print(len(c.recommend(top_k=3).items))"
+    with _pod(stack, guarded, tmp_path, variables) as name:
+        assert stack.engine.docker("exec", name, "python3", "-c", ask.format(key=key)) == "3\n"
+        with pytest.raises(AssertionError, match="key"):
+            stack.engine.docker("exec", name, "python3", "-c", ask.format(key="another"))
+
+
+def _access(folder: Path) -> str:
+    """What the secret vivace-access holds, in ``folder``; the key of a caller."""
+    folder.mkdir()
+    certificate, private_key, _ = self_signed(folder / "made", "127.0.0.1")
+    shutil.copy(certificate, folder / "tls.crt")
+    shutil.copy(private_key, folder / "tls.key")
+    _, key = add_key(folder / "keys.toml", "caller")
+    for path in folder.iterdir():
+        os.chown(path, POD_USER, POD_USER)
+    return key
+
+
+@contextlib.contextmanager
+def _pod(stack: Stack, pod: dict[str, Any], folder: Path, variables: list[str]) -> Iterator[str]:
+    """The container of a pod's server while its probes say that it serves; at the end it stops within its time."""
+    server = pod["containers"][0]
     arguments = [argument.replace("$(VIVACE_PROFILE)", "") for argument in server["args"]]
-    command = [*_limits(deployment, server, tmp_path), *variables, server["image"], *arguments]
+    command = [*_limits(pod, server, folder), *variables, server["image"], *arguments]
     name = stack.engine.docker("run", "--detach", *command).strip()
     try:
-        assert stack.engine.inspect(name)["HostConfig"]["ReadonlyRootfs"]
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             path = server[probe]["httpGet"]["path"]
             ask = f"import urllib.request as u; u.urlopen('http://127.0.0.1:8003{path}', timeout=3)"
@@ -343,13 +372,10 @@ def test_a_pod_serves_with_what_its_manifest_gives_it(stack, shared, tmp_path):
                 lambda a=asked: not subprocess.run(a, env=stack.engine.environment, capture_output=True).returncode,
                 f"{path}: 200", 0.5,
             )  # fmt: skip
-        question = ["exec", name, "python3", "/opt/vivace/deploy/compose/health.py"]
-        assert not stack.engine.docker(*question)
-        began = time.monotonic()
-        stack.engine.docker("stop", "--time", str(deployment["terminationGracePeriodSeconds"]), name)
-        took_s = time.monotonic() - began
-        sleep_s = server["lifecycle"]["preStop"]["sleep"]["seconds"]
-        assert took_s + sleep_s < deployment["terminationGracePeriodSeconds"]
+        yield name
+        began, grace_s = time.monotonic(), pod["terminationGracePeriodSeconds"]
+        stack.engine.docker("stop", "--time", str(grace_s), name)
+        assert time.monotonic() - began + server["lifecycle"]["preStop"]["sleep"]["seconds"] < grace_s
         assert stack.engine.inspect(name)["State"]["ExitCode"] == 0
     except AssertionError:
         print(stack.engine.docker("logs", "--tail", "30", name))

@@ -22,7 +22,14 @@ from vivace.store.opening import STORE_URL
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 FOLDER = CHECKOUT / "deploy" / "kubernetes"
-OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/monitoring", "overlays/autoscaling", "overlays/autoscaling-keda")
+OVERLAYS = (
+    "overlays/cpu",
+    "overlays/gpu",
+    "overlays/monitoring",
+    "overlays/autoscaling",
+    "overlays/autoscaling-keda",
+    "overlays/access",
+)
 RENDERED = (*OVERLAYS, "base", "fill")
 VERSIONS = ("1.30", "1.37")  # the oldest with the sleep of preStop, the newest that there are schemas of
 OWN_SCHEMAS = {"PrometheusRule", "ServiceMonitor", "ScaledObject"}  # of the operators that read them
@@ -193,6 +200,23 @@ def test_what_scales_servers_finds_them_and_nothing_else_sets_their_number(overl
     assert "replicas" not in rendered(overlay)[SERVER]["spec"]
     other = {"HorizontalPodAutoscaler": "ScaledObject", "ScaledObject": "HorizontalPodAutoscaler"}[kind]
     assert not of_kind(overlay, other), "KEDA makes an autoscaler of its own"
+
+
+def test_keys_and_certificate_are_a_secrets_and_options_of_serve():
+    """And Prometheus asks that port over TLS; the status page, which the probes ask too, has none."""
+    locked = container("overlays/access")
+    (mount,) = [m for m in locked["volumeMounts"] if m["name"] == "access"]
+    options = dict(argument.split("=") for argument in locked["args"][1:])
+    assert {name.removeprefix("--").replace("-", "_") for name in options} <= set(inspect.signature(serve).parameters)
+    assert mount["readOnly"] and all(path.startswith(f"{mount['mountPath']}/") for path in options.values())
+    volumes = rendered("overlays/access")[SERVER]["spec"]["template"]["spec"]["volumes"]
+    (secret,) = [v["secret"] for v in volumes if "secret" in v]
+    assert secret == {"secretName": "vivace-access", "defaultMode": 0o440}
+    (monitor,) = of_kind("overlays/access", "ServiceMonitor")
+    assert {e["port"]: e.get("scheme", "http") for e in monitor["spec"]["endpoints"]} == {
+        "metrics": "https",
+        "status": "http",
+    }
 
 
 def test_keda_asks_for_what_the_rules_record():
