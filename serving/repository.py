@@ -109,6 +109,8 @@ def _base(
     while 0 < size <= profile.max_batch_size:
         config.dynamic_batching.preferred_batch_size.append(size)
         size *= 2
+    if name in STORE_MODELS:  # with any policy Triton 2.51 leaves some of their requests waiting for half a second: it
+        return config  # misses that the instance is free again. The guard bounds how many there are
     policy = config.dynamic_batching.default_queue_policy
     policy.timeout_action = pb.ModelQueuePolicy.REJECT
     policy.default_timeout_microseconds = profile.queue_timeout_us

@@ -44,6 +44,18 @@ def test_no_two_stages_are_at_work_for_one_request(search):
         known |= set(step.output_map.values())
 
 
+@pytest.mark.parametrize("profile", sorted(repository.PROFILES))
+def test_queues_of_the_ensemble_are_bounded_and_calls_that_store_wait_for_no_policy(profile):
+    """With any policy Triton 2.51 lets some calls wait for half a second: docs/log.md, upserts that waited."""
+    configs = repository.model_configs(
+        repository.DEFAULT_SHAPES, repository.DEFAULT_HEADS, repository.PROFILES[profile]
+    )
+    for name, config in configs.items():
+        if config.HasField("dynamic_batching"):
+            bounded = config.dynamic_batching.HasField("default_queue_policy")
+            assert bounded == (name not in repository.STORE_MODELS), name
+
+
 def test_the_gpu_profile_moves_only_the_onnx_stages():
     configs = repository.model_configs(repository.DEFAULT_SHAPES, repository.DEFAULT_HEADS, repository.PROFILES["gpu"])
     kinds = {name: {g.kind for g in m.instance_group} for name, m in configs.items() if name != contract.ENSEMBLE}
