@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -32,10 +32,13 @@ AT_ONCE = 8
 MODES = (("grpc", 1), ("http", 1), ("grpc", AT_ONCE))
 
 
-def ask(server: TritonServer, protocol: str, histories: list[list[str]], seconds: float, took_ms: list[float]) -> None:
-    """Asks for ``seconds``, one request after the other; adds the time of each."""
+def ask(
+    server: TritonServer, protocol: str, histories: list[list[str]], seconds: float, took_ms: list[float],
+    access: dict[str, Any],
+) -> None:  # fmt: skip
+    """Asks for ``seconds``, one request after the other; adds the time of each. ``access``: of the client."""
     port = server.grpc_port if protocol == "grpc" else server.http_port
-    with VivaceClient(f"{server.host}:{port}", protocol) as client:
+    with VivaceClient(f"{server.host}:{port}", protocol, **access) as client:
         stop, n = time.perf_counter() + seconds, 0
         while (started := time.perf_counter()) < stop:
             client.recommend(history=histories[n % len(histories)], top_k=10)
@@ -44,14 +47,16 @@ def ask(server: TritonServer, protocol: str, histories: list[list[str]], seconds
 
 
 def measure(
-    server: TritonServer, protocol: str, callers: int, histories: list[list[str]], seconds: float
+    server: TritonServer, protocol: str, callers: int, histories: list[list[str]], seconds: float, **access: Any
 ) -> dict[str, float]:
     """p50 in ms and processor milliseconds a request."""
     pids = [server.pid, *([server.door.pid] if server.door is not None else [])]
     took_ms: list[list[float]] = [[] for _ in range(callers)]
     busy = processor_seconds(pids)
     threads = [
-        threading.Thread(target=ask, args=(server, protocol, histories[i:] + histories[:i], seconds, took_ms[i]))
+        threading.Thread(
+            target=ask, args=(server, protocol, histories[i:] + histories[:i], seconds, took_ms[i], access)
+        )
         for i in range(callers)
     ]
     for thread in threads:

@@ -50,8 +50,8 @@ def check_exposure(host: str, address: str, guard: bool, access: AccessOptions |
     """Raises ServerError for an address that others reach without the guard, or without keys and TLS where nobody said
     that its network is trusted; and for keys or TLS without the guard, which has them."""
     access = access or AccessOptions()
-    if not guard and (access.keys or access.certificate):
-        raise ServerError("--no-guard: expected the guard with --keys or --tls, which are its; leave --no-guard out")
+    if not guard and (access.keys or access.certificate or access.client_ca):
+        raise ServerError("--no-guard: expected the guard with --keys or TLS, as those are its; leave --no-guard out")
     if ipaddress.ip_address(address).is_loopback:
         return
     if not guard:
@@ -62,8 +62,8 @@ def check_exposure(host: str, address: str, guard: bool, access: AccessOptions |
     missing = [option for option, there in (("--keys", access.keys), ("--tls-cert", access.certificate)) if not there]
     if missing and not access.insecure_network:
         raise ServerError(
-            f"--host {host}: others reach this address, and without {' and '.join(missing)} "
-            "they call it or read along; give them, or --insecure-network where the network is trusted"
+            f"--host {host}: others reach this address, and without {' and '.join(missing)} anyone of them may call or "
+            "read along; give them, or --insecure-network where the network is trusted"
         )
 
 

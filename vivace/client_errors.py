@@ -6,6 +6,7 @@ import ssl
 import time
 from http.client import HTTPException
 
+PLAIN_TO_TLS = "Trying to connect an http1.x server (HTTP status 400)"  # gRPC's words for the door's refusal
 REVIVED = ("is not healthy", "has no available versions")  # Triton's words while a worker is brought back
 RETRIES_S = (0.1, 0.4, 1.5)  # waits before an append is sent again, where nobody knows whether the server has it
 
@@ -32,6 +33,8 @@ def _failed(error: Exception) -> VivaceError:
     passing = isinstance(error, OSError | HTTPException) or status in ("StatusCode.UNAVAILABLE", "502", "503", "504")
     passing = passing and not isinstance(error, ssl.SSLCertVerificationError)
     passing = passing or any(words in str(text) for words in REVIVED)
+    if PLAIN_TO_TLS in str(text):
+        return VivaceError("this port takes TLS only; give ca= or tls=True, or --tls-ca on the command line")
     return VivaceError(str(text) or type(error).__name__, passing and "not stored" not in str(text))
 
 

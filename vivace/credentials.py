@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 KEY_VARIABLE, CA_VARIABLE = "VIVACE_KEY", "VIVACE_TLS_CA"
+SYSTEM = "system"
 NO_LIMIT = -1  # of a gRPC message, as in tritonclient
 
 
 @dataclass(frozen=True, kw_only=True)
 class Credentials:
     """``key``: sent with each call. ``tls``: the connection is encrypted and the server's certificate checked against
-    ``ca``, a PEM file that holds it or its authority ("": the authorities that come with gRPC or the system); a ``ca``
-    or ``cert`` alone means TLS as well. ``cert``: PEM files of the caller's own certificate and its key, where a server
-    asks for one. ``server_name``: what the certificate must be for ("": the host of the address). What is None comes
-    from VIVACE_KEY and VIVACE_TLS_CA. Raises ValueError for what cannot be sent or read."""
+    ``ca``, a PEM file that holds it or its authority ("" or "system": the authorities that come with gRPC or the
+    system); a ``ca`` or ``cert`` alone means TLS as well. ``cert``: PEM files of the caller's own certificate and its
+    key, where a server asks for one. ``server_name``: what the certificate must be for ("": the host of the address).
+    What is None comes from VIVACE_KEY and VIVACE_TLS_CA. Raises ValueError for what cannot be sent or read."""
 
     key: str | None = field(default=None, repr=False)
     tls: bool = False
@@ -34,11 +35,11 @@ class Credentials:
         if self.cert is not None and (isinstance(self.cert, str) or len(self.cert) != 2):
             raise ValueError("cert: expected two files, (certificate, key)")
         for name, file in (("ca", ca), *(("cert", str(file)) for file in self.cert or ())):
-            if file and not os.access(file, os.R_OK):
+            if file not in ("", SYSTEM) and not os.access(file, os.R_OK):
                 raise ValueError(f"{name}: cannot read {file}; expected a PEM file")
         object.__setattr__(self, "key", key)
-        object.__setattr__(self, "ca", ca)
         object.__setattr__(self, "tls", bool(self.tls or ca or self.cert))
+        object.__setattr__(self, "ca", "" if ca == SYSTEM else ca)
 
     @property
     def headers(self) -> dict[str, str] | None:
@@ -49,18 +50,30 @@ class Credentials:
         """As arguments of a client."""
         return asdict(self)
 
+    @property
+    def _channel_options(self) -> list[tuple[str, Any]]:
+        lengths = [(f"grpc.max_{way}_message_length", NO_LIMIT) for way in ("send", "receive")]
+        return [*lengths, *([("grpc.ssl_target_name_override", self.server_name)] if self.server_name else [])]
+
+    def _channel_credentials(self) -> Any:
+        import grpc
+
+        files = (self.ca or None, *(reversed(self.cert) if self.cert else (None, None)))
+        roots, key, certificate = (None if file is None else Path(file).read_bytes() for file in files)
+        return grpc.ssl_channel_credentials(roots, key, certificate)
+
     def grpc_client(self, module: Any, url: str) -> Any:
         """The client of ``tritonclient.grpc`` or its ``aio``."""
         if not self.tls:
             return module.InferenceServerClient(url)
-        more: dict[str, Any] = {}
-        if self.server_name:
-            lengths = [(f"grpc.max_{way}_message_length", NO_LIMIT) for way in ("send", "receive")]
-            more["channel_args"] = [*lengths, ("grpc.ssl_target_name_override", self.server_name)]
-        certificate, key = self.cert or (None, None)
-        return module.InferenceServerClient(
-            url, ssl=True, root_certificates=self.ca or None, certificate_chain=certificate, private_key=key, **more
-        )
+        more = {"channel_args": self._channel_options} if self.server_name else {}
+        return module.InferenceServerClient(url, creds=self._channel_credentials(), **more)
+
+    def channel(self, module: Any, url: str) -> Any:
+        """The channel of ``grpc`` or ``grpc.aio``, for messages of any length."""
+        if not self.tls:
+            return module.insecure_channel(url, self._channel_options)
+        return module.secure_channel(url, self._channel_credentials(), self._channel_options)
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """For HTTP; None without TLS. Raises ValueError for files that are no certificates."""

@@ -27,6 +27,7 @@ from loadtest.generate.arrivals import REPEAT, due_times, picks
 from preprocessing.requests import recorded, requests_of
 from vivace import contract
 from vivace.client_request import request_tensors
+from vivace.credentials import Credentials
 from vivace.machine import processor_seconds
 
 T = TypeVar("T")
@@ -159,14 +160,16 @@ def summarize(records: Sequence[Any], qps: float, seconds: float, slo_ms: float)
 def run(
     url: str, sent: Sequence[bytes], due_s: np.ndarray, seconds: float, slo_ms: float, timeout_s: float = 10.0
 ) -> LoadRun:
-    """Offers ``sent`` at ``due_s`` to the server at ``url``; refusals and timeouts are counted, never raised."""
+    """Offers ``sent`` at ``due_s`` to the server at ``url``; refusals and timeouts are counted, never raised. A key and
+    TLS come from the environment (``vivace.credentials``)."""
 
     async def go() -> list[Any]:
-        options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-        async with grpc.aio.insecure_channel(url, options) as channel:
+        access = Credentials()
+        key = tuple((access.headers or {}).items())
+        async with access.channel(grpc.aio, url) as channel:
             method = channel.unary_unary(METHOD)  # bytes in, bytes out: nothing is parsed
-            await method(sent[0], timeout=timeout_s, wait_for_ready=True)
-            return await offer(lambda m: method(m, timeout=timeout_s), due_s, sent)
+            await method(sent[0], timeout=timeout_s, metadata=key, wait_for_ready=True)
+            return await offer(lambda m: method(m, timeout=timeout_s, metadata=key), due_s, sent)
 
     return summarize(complete(go()), len(due_s) / seconds, seconds, slo_ms)
 

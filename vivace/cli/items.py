@@ -8,11 +8,11 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, Protocol, say
+from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Key, Name, Protocol, TlsCa, TlsCert, credentials, say
 from vivace.cli.query import require_server
 from vivace.cli.runs import find_run, run_name
 from vivace.cli.served import served_run
@@ -79,7 +79,8 @@ def _report(what: str, statuses: list[str], rejected: Counter[str], began: float
 
 
 def _change(
-    action: str, file: Path, path: Path | None, name: str, artifacts: Path, url: str, protocol: str
+    action: str, file: Path, path: Path | None, name: str, artifacts: Path, url: str, protocol: str,
+    access: dict[str, Any],
 ) -> None:  # fmt: skip
     run, address = _run_to_change(name, artifacts, url, protocol), _address(url, protocol)
     from preprocessing.item_file import ItemFile
@@ -91,7 +92,7 @@ def _change(
     if read.left_out:
         say(f"columns that the catalogue does not have are left out: {', '.join(read.left_out)}")
     began = time.monotonic()
-    with VivaceClient(address, protocol) as client:
+    with VivaceClient(address, protocol, **access) as client:
         if action == "removed":
             statuses = client.remove_items(row[ITEM] for row in read.rows)
         else:
@@ -102,17 +103,17 @@ def _change(
 @items.command(help="Put the rows of a file into the running server's catalogue, or in the place of those it has.")
 def upsert(
     file: File, path: MappingPath = None, name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS, url: Url = "",
-    protocol: Protocol = "grpc",
+    protocol: Protocol = "grpc", key: Key = "", tls_ca: TlsCa = "", tls_cert: TlsCert = "",
 ) -> None:  # fmt: skip
-    _change("stored", file, path, name, artifacts, url, protocol)
+    _change("stored", file, path, name, artifacts, url, protocol, credentials(key, tls_ca, tls_cert))
 
 
 @items.command(help="Take the items of a file out: no later answer has them until they are put in again.")
 def remove(
     file: File, path: MappingPath = None, name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS, url: Url = "",
-    protocol: Protocol = "grpc",
+    protocol: Protocol = "grpc", key: Key = "", tls_ca: TlsCa = "", tls_cert: TlsCert = "",
 ) -> None:  # fmt: skip
-    _change("removed", file, path, name, artifacts, url, protocol)
+    _change("removed", file, path, name, artifacts, url, protocol, credentials(key, tls_ca, tls_cert))
 
 
 def forget(
@@ -121,6 +122,9 @@ def forget(
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     url: Url = "",
     protocol: Protocol = "grpc",
+    key: Key = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
 ) -> None:
     """Take a user out of the feature store: histories, live log, ids of events. Through the running server, or in the
     store itself where none runs; what a log of your own and artifacts/RUN/features hold of the user stays."""
@@ -136,7 +140,7 @@ def forget(
             say(_forgotten_in(run, user))
             return
     require_server(address, run)
-    with VivaceClient(address, protocol) as client:
+    with VivaceClient(address, protocol, **credentials(key, tls_ca, tls_cert)) as client:
         if run is None:
             served_run(client, address, artifacts)
         say(f"{user}: {client.forget(user)}")

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vivace.cli.values import choice, json_file, one_of, plain_name, run_name, values_of
+from vivace.credentials import CA_VARIABLE, KEY_VARIABLE, SYSTEM
 
 # markup and emoji codes are off: titles, ids and messages are printed as they are, in tables as well
 console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False, highlight=False)
@@ -74,8 +75,36 @@ Wandb = Annotated[
 ]
 Host = Annotated[str, typer.Option("--host", help="address to bind or to call")]
 Protocol = Annotated[str, choice("--protocol", PROTOCOLS, "of the call")]
+Key = Annotated[
+    str, typer.Option("--key", envvar=KEY_VARIABLE, show_default=False, help="for a server that asks for one")
+]
+TlsCa = Annotated[
+    str,
+    typer.Option(
+        "--tls-ca",
+        envvar=CA_VARIABLE,
+        show_default=False,
+        metavar="FILE",
+        help=f"for a server with TLS: PEM of its certificate or authority, or {SYSTEM!r} for those of this machine",
+    ),
+]
+TlsCert = Annotated[
+    str,
+    typer.Option(
+        "--tls-cert",
+        envvar="VIVACE_TLS_CERT",
+        show_default=False,
+        metavar="FILE",
+        help="for a server that asks for a certificate: yours and its key, in one PEM",
+    ),
+]
 DEFAULT_ARTIFACTS = Path("artifacts")
 MAX_PORT = 65535
+
+
+def credentials(key: str, tls_ca: str, tls_cert: str) -> dict[str, Any]:
+    """What the options of a caller mean to a client."""
+    return {"key": key, "ca": tls_ca, "cert": (tls_cert, tls_cert) if tls_cert else None}
 
 
 def say(text: str) -> None:

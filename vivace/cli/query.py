@@ -12,7 +12,18 @@ import typer
 from rich.table import Table
 
 from vivace import contract
-from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, Protocol, console, say
+from vivace.cli.options import (
+    DEFAULT_ARTIFACTS,
+    Artifacts,
+    Key,
+    Name,
+    Protocol,
+    TlsCa,
+    TlsCert,
+    console,
+    credentials,
+    say,
+)
 from vivace.cli.runs import find_run, run_name, runs
 from vivace.cli.served import served_run
 from vivace.cli.values import json_object
@@ -65,6 +76,9 @@ def query(
     diversity: Annotated[
         float, typer.Option(help="of --text: 0 by score, 1 as unlike each other as can be", min=0, max=1)
     ] = 0.0,
+    key: Key = "",
+    tls_ca: TlsCa = "",
+    tls_cert: TlsCert = "",
 ) -> None:
     """Ask the running server and print ids and titles; with --text what it understood and which branches found each
     item."""
@@ -78,7 +92,7 @@ def query(
     run = find_run(artifacts, name) if name else there[0] if len(there) == 1 or (there and not url) else None
     address = url or ("127.0.0.1:8001" if protocol == "grpc" else "127.0.0.1:8000")
     require_server(address, run)
-    with VivaceClient(address, protocol) as client:
+    with VivaceClient(address, protocol, **credentials(key, tls_ca, tls_cert)) as client:
         if not name:
             run, _ = served_run(client, address, artifacts)
         if append:

@@ -126,6 +126,7 @@ def serve(
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     address = "" if grpc_port in (0, 8001) else f" --url 127.0.0.1:{grpc_port}"
+    address += (f" --tls-ca {tls_cert}" if tls_cert else "") + (" --key KEY" if keys else "")
     run_until_signal(
         options, status_port, say, on_ready=lambda: say_next(f"query{address}", run, artifacts), replicas=replicas
     )

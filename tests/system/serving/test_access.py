@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import socket
+import ssl
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import pytest
 
+from serving.door.access import PROBES_RATE
 from serving.door.keys import add_key, digest, remove_key
-from serving.door.options import AccessOptions
+from serving.door.options import AccessOptions, DoorOptions
+from serving.door.process import Door
 from serving.door.tls import make_pair
-from serving.fleet import warm_up
 from serving.service import service
+from serving.start_checks import free_port
 from tests.support import PATIENCE_S, on_free_ports, quiet, wait_until
 from vivace.client import AsyncVivaceClient, VivaceClient, VivaceError
 
@@ -57,7 +63,6 @@ def shop(root, tmp_path_factory):
     access = AccessOptions(keys=file, certificate=certificate, private_key=private_key, client_ca=cert[0])
     options = on_free_ports(root / "model_repository", guard=True, access=access)
     with service(options, quiet) as (server, watchdog):
-        assert warm_up(server) < PATIENCE_S
         wait_until(lambda: server.door.told_ready, "a server that is ready, as its own questions are answered")
         ports = {"grpc": server.grpc_port, "http": server.http_port}
         yield Shop(ports, keys, file, certificate, cert)
@@ -87,8 +92,10 @@ def test_a_key_that_reads_does_not_write(shop, protocol):
             lambda: client.remove_items(["sku-00001"]),
             lambda: client.forget("nobody"),
         ):
-            with pytest.raises(VivaceError, match="may only read"):
+            with pytest.raises(VivaceError, match="may only read") as refused:
                 call()
+            if protocol == "grpc":
+                assert refused.value.__cause__.status() == "StatusCode.PERMISSION_DENIED"
     with shop.client(protocol, "writer") as client:
         assert client.recommend("nobody").status != "error" and client.append(f"writer-{protocol}", "sku-00001") == 1
 
@@ -101,9 +108,10 @@ def test_a_connection_needs_tls_and_a_certificate(shop, protocol):
             client.recommend(history=HISTORY)
 
 
-def test_a_plain_caller_is_told_that_this_port_takes_tls(shop):
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_plain_caller_is_told_that_this_port_takes_tls(shop, protocol):
     with (
-        VivaceClient(f"127.0.0.1:{shop.ports['http']}", "http", timeout_s=PATIENCE_S, key="x") as client,
+        VivaceClient(f"127.0.0.1:{shop.ports[protocol]}", protocol, timeout_s=PATIENCE_S, key="x") as client,
         pytest.raises(VivaceError, match="takes TLS only"),
     ):
         client.recommend(history=HISTORY)
@@ -142,3 +150,117 @@ def test_keys_that_are_added_and_removed_count_at_once(shop):
         shop.file.write_text(before)
         remove_key(shop.file, kept.name)
         wait_until(lambda: not answered(), "the key refused")
+
+
+# -- with nobody behind the door: who is let in gets its 404 ----------------------------------------------------------
+@contextlib.contextmanager
+def door(tmp_path_factory, access):
+    """A door with nobody behind it."""
+    ports = {f"{name}_port": free_port("127.0.0.1") for name in ("http", "grpc", "metrics")}
+    with Door(DoorOptions(host="127.0.0.1", **ports), tmp_path_factory.mktemp("d"), access) as alone:
+        yield alone
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """(door, file of keys, key by name); http alone is looked at, without TLS."""
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    keys = {f"of {n} bytes": "k" * n for n in (1, 54, 55, 56, 63, 64, 65, 119, 120, 200)} | {"known": "good"}
+    file.write_text("".join(f'k{n} = {{ sha256 = "{digest(key)}" }}\n' for n, key in enumerate(keys.values())))
+    keys |= {name: add_key(file, name, rate=rate)[1] for name, rate in (("flood", 5), ("polite", 1000))}
+    with door(tmp_path_factory, AccessOptions(keys=file)) as running:
+        yield running, file, keys
+
+
+def asked(port: int, path: str = "/nowhere", *authorization: str) -> tuple[int, str]:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)) as connection:
+        connection.putrequest("GET", path)
+        for value in authorization:
+            connection.putheader("Authorization", value)
+        connection.endheaders()
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def test_a_key_of_any_length_is_known_by_its_digest(alone):
+    running, _, keys = alone
+    for key in keys.values():
+        assert asked(running.options.http_port, "/nowhere", f"Bearer {key}")[0] == 404
+        assert asked(running.options.http_port, "/nowhere", f"Bearer {key}x")[0] == 401
+
+
+HEADERS = {
+    "none": (), "another scheme": ("Basic good",), "no scheme": ("good",), "no key": ("Bearer ",),
+    "two": ("Bearer good", "Bearer good"), "two in one": ("Bearer good, Bearer good",), "more": ("Bearer good more",),
+    "far too long": ("Bearer " + "x" * 5000,), "bytes": ("Bearer \xff\xfe",), "Lua": ('Bearer "]=nil--',),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADERS)
+@pytest.mark.parametrize("which", ["http_port", "metrics_port"])
+def test_anything_else_is_refused_with_a_sentence(alone, name, which):
+    status, text = asked(getattr(alone[0].options, which), "/metrics", *HEADERS[name])
+    assert status == 401 and text.startswith('{"error":"key: '), (status, text)
+
+
+@pytest.mark.parametrize("spelling", ["Bearer good", "bearer good", "BEARER  good "])
+def test_a_scheme_is_spelt_as_one_likes(alone, spelling):
+    assert asked(alone[0].options.http_port, "/nowhere", spelling)[0] == 404
+
+
+def test_headers_of_our_own_open_nothing(alone):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", alone[0].options.http_port)) as connection:
+        connection.request("GET", "/nowhere", headers={"x-vivace-key": "polite", "x-vivace-access": "write"})
+        assert connection.getresponse().status == 401
+
+
+def test_a_flood_is_limited_and_a_polite_key_is_not(alone):
+    running, _, keys = alone
+    port = running.options.http_port
+    flood = [asked(port, "/nowhere", f"Bearer {keys['flood']}") for _ in range(40)]
+    assert {status for status, _ in flood} == {404, 429} and sum(s == 429 for s, _ in flood) > 20
+    assert any("more calls a second than it has" in text for _, text in flood)
+    assert {asked(port, "/nowhere", f"Bearer {keys['polite']}")[0] for _ in range(40)} == {404}
+    channel = grpc.insecure_channel(f"127.0.0.1:{running.options.grpc_port}")
+    call, codes = channel.unary_unary("/x/y"), set()
+    for _ in range(40):
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"", metadata=(("authorization", f"Bearer {keys['flood']}"),), timeout=PATIENCE_S)
+        codes.add(refused.value.code())
+    assert codes == {grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    with pytest.raises(grpc.RpcError) as refused:
+        call(b"", timeout=PATIENCE_S)
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED and "got none" in refused.value.details()
+
+
+def test_probes_need_no_key_but_have_a_limit(alone):
+    answers = [asked(alone[0].options.http_port, "/v2/health/ready?x=1")[0] for _ in range(4 * PROBES_RATE)]
+    assert set(answers) == {503, 429}, "not ready, and not for everybody at once"
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+def test_a_certificate_that_is_renewed_is_taken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = make_pair(folder, ["localhost", "127.0.0.1"])
+    access = AccessOptions(certificate=certificate, private_key=key)
+    with door(tmp_path_factory, access) as running:
+        address = ("127.0.0.1", running.options.http_port)
+        assert ssl.get_server_certificate(address) == certificate.read_text()
+        old = key.read_text()
+        key.write_text("half a renewal")
+        time.sleep(2.5)
+        assert ssl.get_server_certificate(address) == certificate.read_text()
+        key.write_text(old)
+        make_pair(folder, ["localhost", "127.0.0.1"])
+        wait_until(lambda: ssl.get_server_certificate(address) == certificate.read_text(), "the new certificate")
+        versions = (ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
+        assert [speaks(address, version) for version in versions] == [False, False, True, True]
+
+
+def speaks(address: tuple[str, int], version: ssl.TLSVersion) -> bool:
+    context = ssl._create_unverified_context()
+    context.minimum_version = context.maximum_version = version
+    context.set_ciphers("DEFAULT@SECLEVEL=0")
+    with contextlib.suppress(OSError), socket.create_connection(address) as s, context.wrap_socket(s) as encrypted:
+        return bool(encrypted.version())
+    return False

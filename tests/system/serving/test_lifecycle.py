@@ -184,6 +184,11 @@ BAD = {
     "a collector that is no URL": (("--trace-url", "127.0.0.1:4318"), "--trace-url: expected a URL such as"),
     "a log that cannot be": (("--log-file", "/proc/none/triton.log"), "log /proc/none/triton.log: cannot be written"),
     "an open address without the guard": (("--host", "0.0.0.0", "--no-guard"), "leave --no-guard out"),
+    "an open address that anyone calls": (("--host", "0.0.0.0"), "without --keys and --tls-cert"),
+    "keys that are none": (("--keys", "/no/keys.toml"), "--keys /no/keys.toml: cannot be read"),
+    "half a certificate": (("--tls-cert", "/no/cert.pem"), "--tls-cert and --tls-key: expected both"),
+    "an authority without TLS": (("--client-ca", "/no/ca.pem"), "--client-ca: expected --tls-cert"),
+    "two certificates": (("--tls", "self-signed", "--tls-cert", "/no/cert.pem"), "goes without --tls-cert"),
 }
 
 
