@@ -35,7 +35,7 @@ from serving.door.options import AccessOptions
 from serving.door.tls import self_signed
 from serving.launcher import TritonServer
 from vivace import contract
-from vivace.client import VivaceClient
+from vivace.client import VivaceClient, VivaceError
 from vivace.client_request import request_tensors
 from vivace.credentials import Credentials
 from vivace.run import Run
@@ -78,18 +78,21 @@ def flooding(url: str, ca: Path, key: str, seconds: float) -> Iterator[None]:
         print(f"  flood: {process.communicate()[0].strip()}")
 
 
-def polite_ms(url: str, histories: list[list[str]], seconds: float, access: dict[str, Any]) -> list[float]:
-    """Times of calls at ``POLITE_A_SECOND``, from when each was due."""
-    took: list[float] = []
+def polite_ms(url: str, histories: list[list[str]], seconds: float, access: dict[str, Any]) -> tuple[list[float], int]:
+    """Times of calls at ``POLITE_A_SECOND``, from when each was due, and how many were refused."""
+    took, refused = list[float](), 0
     with VivaceClient(url, **access) as client:
         client.recommend(history=histories[0])
         began = time.monotonic()
         for n in range(int(seconds * POLITE_A_SECOND)):
             due = began + n / POLITE_A_SECOND
             time.sleep(max(0.0, due - time.monotonic()))
-            client.recommend(history=histories[n % len(histories)])
-            took.append((time.monotonic() - due) * 1000)
-    return took
+            try:
+                client.recommend(history=histories[n % len(histories)])
+                took.append((time.monotonic() - due) * 1000)
+            except VivaceError:
+                refused += 1
+    return took, refused
 
 
 def cost(plain: TritonServer, asking: TritonServer, access: dict[str, Any], histories: list[list[str]], turns: int,
@@ -109,10 +112,18 @@ def cost(plain: TritonServer, asking: TritonServer, access: dict[str, Any], hist
         more_ms = spread([b["p50_ms"] - a["p50_ms"] for a, b in zip(off, on, strict=True)])
         cpu = spread([b["cpu_ms"] / a["cpu_ms"] for a, b in zip(off, on, strict=True)])
         p50 = spread([b["p50_ms"] for b in on])
-        rows.append({"protocol": protocol, "callers": callers, "p50_ms": p50, "more_ms": more_ms, "cpu_ratio": cpu})
+        envoy = spread([b["door_cpu_ms"] - a["door_cpu_ms"] for a, b in zip(off, on, strict=True)])
+        share = spread(
+            [(b["door_cpu_ms"] - a["door_cpu_ms"]) / a["cpu_ms"] for a, b in zip(off, on, strict=True)]
+        )  # fmt: skip
+        rows.append(
+            {"protocol": protocol, "callers": callers, "p50_ms": p50, "more_ms": more_ms, "cpu_ratio": cpu,
+             "more_of_envoy_ms": envoy, "more_of_envoy_share": share}
+        )  # fmt: skip
         print(
             f"{protocol}, {callers} at once: p50 {with_spread(p50, 2)} ms with TLS and keys, "
-            f"{with_spread(more_ms, 2)} more than without; processor time {with_spread(cpu, 2)} times"
+            f"{with_spread(more_ms, 2)} more than without; processor time {with_spread(cpu, 2)} times, "
+            f"Envoy's alone {with_spread(envoy, 3)} ms more, {with_spread(share, 3)} of all"
         )
     return rows
 
@@ -122,9 +133,12 @@ def beside_a_flood(
 ) -> dict[str, Any]:
     """p50 and p99 in ms of the polite key, and how many times those beside an idle key they are."""
     url, took = f"{server.host}:{server.grpc_port}", {beside: list[list[float]]() for beside in BESIDE}
+    refused = dict.fromkeys(BESIDE, 0)
     for _, beside in in_turns(turns, BESIDE):
         with flooding(url, ca, keys.get(beside, ""), seconds):
-            took[beside].append(polite_ms(url, histories, seconds, {"key": keys["polite"], "ca": ca}))
+            times, count = polite_ms(url, histories, seconds, {"key": keys["polite"], "ca": ca})
+            took[beside].append(times)
+            refused[beside] += count
     result: dict[str, Any] = {}
     for beside in BESIDE:
         p99 = [float(np.percentile(t, 99)) for t in took[beside]]
@@ -132,11 +146,12 @@ def beside_a_flood(
         every = np.concatenate(took[beside])
         result[beside] = {
             "p50_ms": round(float(np.median(every)), 3), "p99_of_all_ms": round(float(np.percentile(every, 99)), 3),
-            "p99_ms": spread(p99), "p99_ratio": spread(ratio),
+            "p99_ms": spread(p99), "p99_ratio": spread(ratio), "refused": refused[beside],
         }  # fmt: skip
+        row = result[beside]
         print(
-            f"beside another key that is {beside}: p50 {result[beside]['p50_ms']:.2f}, p99 "
-            f"{with_spread(result[beside]['p99_ms'], 2)} ms, {with_spread(result[beside]['p99_ratio'], 2)} times"
+            f"beside another key that is {beside}: p50 {row['p50_ms']:.2f}, p99 {with_spread(row['p99_ms'], 2)} ms, "
+            f"{with_spread(row['p99_ratio'], 2)} times; {refused[beside]} refused"
         )
     return result
 
