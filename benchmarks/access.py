@@ -3,9 +3,10 @@
     python -m benchmarks.access artifacts/shop --turns 5
 
 Cost: the same run behind the guard, with TLS, keys and limits and without, taking turns as in ``benchmarks.guard``.
-Flood: a polite key asks ``recommend`` some times a second; beside it another key is idle, floods the server far above
-its limit, or floods it without one, in turns. The flood comes from a process of its own at the lowest priority, which
-still takes of the same cores. Differences and ratios are by turn. The last line of stdout is one JSON object.
+Flood: a polite key asks ``recommend`` some times a second; beside it another key is idle, floods another door on the
+same machine far above its limit, floods this one so, or floods it without a limit, in turns. The flood comes from a
+process of its own at the lowest priority, which still takes of the same cores: "elsewhere" shows how much that is.
+Differences and ratios are by turn. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,17 +32,20 @@ from loadtest.generate.local_server import on_free_ports
 from loadtest.reports.record import record_line
 from preprocessing.requests import recorded
 from serving.door.keys import add_key
-from serving.door.options import AccessOptions
+from serving.door.options import AccessOptions, DoorOptions
+from serving.door.process import Door
 from serving.door.tls import self_signed
 from serving.launcher import TritonServer
+from serving.start_checks import free_port
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError
 from vivace.client_request import request_tensors
 from vivace.credentials import Credentials
 from vivace.run import Run
 
+BURST_S = 1.5  # the calls of a second that a limit lets through at once are over then
 POLITE_A_SECOND, FLOOD_A_SECOND, LIMIT = 30, 600, 20
-BESIDE = ("idle", "limited", "unlimited")
+BESIDE = ("idle", "elsewhere", "limited", "unlimited")
 KEYS = {"polite": 100_000, "limited": LIMIT, "unlimited": 100_000}
 
 
@@ -53,9 +57,13 @@ def flood(url: str, ca: Path, key: str, seconds: float) -> None:
     codes: Counter[str] = Counter()
     with access.channel(grpc, url) as channel:
         infer = channel.unary_unary(METHOD)
-        infer(sent, timeout=10, metadata=metadata, wait_for_ready=True)
-        began, calls = time.monotonic(), list[Any]()
-        while (passed := time.monotonic() - began) < seconds:
+        with contextlib.suppress(grpc.RpcError):
+            infer(sent, timeout=10, metadata=metadata, wait_for_ready=True)
+        began, calls, told = time.monotonic(), list[Any](), False
+        while (passed := time.monotonic() - began) < seconds + BURST_S:
+            if passed > BURST_S and not told:
+                told = True
+                print("flooding", flush=True)
             for _ in range(int(passed * FLOOD_A_SECOND) - len(calls)):
                 calls.append(infer.future(sent, timeout=10, metadata=metadata))
             time.sleep(0.01)
@@ -66,14 +74,14 @@ def flood(url: str, ca: Path, key: str, seconds: float) -> None:
 
 @contextlib.contextmanager
 def flooding(url: str, ca: Path, key: str, seconds: float) -> Iterator[None]:
-    """A flood by a process of its own, from before the block's begin to its end; none without a key."""
+    """A flood by a process of its own, under way before the block begins and after it ends; none without a key."""
     if not key:
         yield
         return
     code = f"from benchmarks.access import flood; from pathlib import Path; flood({url!r}, Path({str(ca)!r}), "
     command = ["nice", "-n", "19", sys.executable, "-c", f"{code}{key!r}, {seconds + 1})"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        time.sleep(3.0)  # to import
+        assert process.stdout is not None and process.stdout.readline() == "flooding\n"
         yield
         print(f"  flood: {process.communicate()[0].strip()}")
 
@@ -129,13 +137,15 @@ def cost(plain: TritonServer, asking: TritonServer, access: dict[str, Any], hist
 
 
 def beside_a_flood(
-    server: TritonServer, keys: dict[str, str], ca: Path, histories: list[list[str]], turns: int, seconds: float
-) -> dict[str, Any]:
+    server: TritonServer, other: Door, keys: dict[str, str], ca: Path, histories: list[list[str]], turns: int,
+    seconds: float,
+) -> dict[str, Any]:  # fmt: skip
     """p50 and p99 in ms of the polite key, and how many times those beside an idle key they are."""
     url, took = f"{server.host}:{server.grpc_port}", {beside: list[list[float]]() for beside in BESIDE}
     refused = dict.fromkeys(BESIDE, 0)
     for _, beside in in_turns(turns, BESIDE):
-        with flooding(url, ca, keys.get(beside, ""), seconds):
+        at = f"127.0.0.1:{other.options.grpc_port}" if beside == "elsewhere" else url
+        with flooding(at, ca, keys.get(beside.replace("elsewhere", "limited"), ""), seconds):
             times, count = polite_ms(url, histories, seconds, {"key": keys["polite"], "ca": ca})
             took[beside].append(times)
             refused[beside] += count
@@ -161,6 +171,7 @@ def main(
     turns: Annotated[int, typer.Option(min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="of one measurement", min=0.5)] = 4.0,
     profile: Annotated[str, typer.Option(help="configs/<profile>.pbtxt")] = "",
+    only: Annotated[str, typer.Option(help="cost or flood; both if empty")] = "",
 ) -> None:
     run = Run(root)
     histories = [list(h) for h in recorded(root)[contract.ITEM][:300]]
@@ -176,8 +187,15 @@ def main(
             for name, access in (("open", AccessOptions()), ("asking", options))
         )
         access = {"key": keys["polite"], "ca": certificate}
-        rows = cost(plain, asking, access, histories, turns, seconds)
-        floods = beside_a_flood(asking, keys, certificate, histories, turns, 2 * seconds)
+        rows = cost(plain, asking, access, histories, turns, seconds) if only != "flood" else []
+        folder_of_other = Path(folder) / "other"
+        folder_of_other.mkdir()
+        http, rpc, metrics = (free_port("127.0.0.1") for _ in range(3))
+        listens = DoorOptions(host="127.0.0.1", http_port=http, grpc_port=rpc, metrics_port=metrics)
+        other = servers.enter_context(Door(listens, folder_of_other, options))
+        floods: dict[str, Any] = {}
+        if only != "cost":
+            floods = beside_a_flood(asking, other, keys, certificate, histories, turns, 3 * seconds)
     print(
         record_line(
             "access", turns=turns, seconds=seconds, profile=profile, cost=rows, flood=floods,
