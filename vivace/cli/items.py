@@ -46,13 +46,13 @@ def require_server_of(run: Run) -> None:
         raise VivaceError(f"no server of {name} runs here; start one: vivace serve --name {name}, or give its --url")
 
 
-def _run_to_change(name: str, artifacts: Path, url: str, protocol: str) -> Run:
+def _run_to_change(name: str, artifacts: Path, url: str, protocol: str, access: dict[str, Any]) -> Run:
     """The run by whose columns a file is read: the one called ``name``, else of what is served at ``url``, else the one
     prepared last. Raises VivaceError where nobody serves it."""
     address = _address(url, protocol)
     if url and not name:
         require_server(address)
-        with VivaceClient(address, protocol) as client:
+        with VivaceClient(address, protocol, **access) as client:
             served, why = served_run(client, address, artifacts)
         if served is None:
             raise VivaceError(f"{why}; say with --name by which run's columns the file is to be read")
@@ -82,7 +82,7 @@ def _change(
     action: str, file: Path, path: Path | None, name: str, artifacts: Path, url: str, protocol: str,
     access: dict[str, Any],
 ) -> None:  # fmt: skip
-    run, address = _run_to_change(name, artifacts, url, protocol), _address(url, protocol)
+    run, address = _run_to_change(name, artifacts, url, protocol, access), _address(url, protocol)
     from preprocessing.item_file import ItemFile
 
     with tempfile.TemporaryDirectory() as folder:
