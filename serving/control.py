@@ -4,6 +4,7 @@
 
 GET /         what is served, as JSON
 POST /serve   {"version": 4}: serve that version; lines of text as it goes on, the last one JSON: {"error": "" or why}
+POST /scale   {"replicas": 3}: so many servers; answered alike
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from vivace.run import Run
 ASK_S = 5.0
 LONGEST_S = 600.0  # of a change of versions
 MAX_BODY = 1 << 16
+SERVE, SCALE = "serve", "scale"
+NUMBERS = {SERVE: "version", SCALE: "replicas"}  # what is given with each
 
 
 @dataclass
 class _Task:
-    version: int
+    kind: str
+    number: int
     lines: queue.Queue[str | None] = field(default_factory=queue.Queue)  # None: it ended
     error: str = ""
 
@@ -55,17 +59,20 @@ class Control:
         with contextlib.suppress(queue.Empty):
             task = self._tasks.get(timeout=wait_s)
             try:
-                self._serve(task)
+                if task.kind == SCALE:
+                    self.fleet.scale(task.number, task.lines.put)
+                else:
+                    self._serve(task)
             except Exception as error:  # the server goes on with what it has
                 task.error = f"{error}"
             finally:
                 task.lines.put(None)
 
     def _serve(self, task: _Task) -> None:
-        release = next((r for r in self._releases() if version_of(r) == task.version), None)
+        release = next((r for r in self._releases() if version_of(r) == task.number), None)
         if release is None:
             there = ", ".join(str(version_of(r)) for r in self._releases())
-            raise ServerError(f"version {task.version}: expected one of {there}")
+            raise ServerError(f"version {task.number}: expected one of {there}")
         if release == self.fleet.release:
             task.lines.put(f"{release.name}: is served already")
             return
@@ -83,13 +90,13 @@ class Control:
             "replicas": len(self.fleet.replicas),
         }  # fmt: skip
 
-    def ask(self, version: int) -> Iterator[str]:
-        """Lines of a change of versions, the last one its end as JSON."""
+    def ask(self, kind: str, number: int) -> Iterator[str]:
+        """Lines of a change, the last one its end as JSON."""
         if not self._busy.acquire(blocking=False):
-            yield json.dumps({"error": "another change of versions is under way; try again when it has ended"})
+            yield json.dumps({"error": "another change is under way; try again when it has ended"})
             return
         try:
-            task = _Task(version)
+            task = _Task(kind, number)
             self._tasks.put(task)
             while (line := task.lines.get()) is not None:
                 yield line
@@ -107,12 +114,13 @@ class _Handler(UnixHandler):
     def do_POST(self) -> None:  # noqa: N802
         try:
             length = min(int(self.headers.get("Content-Length", "0")), MAX_BODY)
-            version = int(json.loads(self.rfile.read(length))["version"])
+            kind = self.path.strip("/")
+            number = int(json.loads(self.rfile.read(length))[NUMBERS[kind]])
         except (ValueError, KeyError, TypeError):
-            self.answer(400, json.dumps({"error": 'expected {"version": 4}'}).encode())
+            self.answer(400, json.dumps({"error": 'expected /serve {"version": 4} or /scale {"replicas": 3}'}).encode())
             return
         self.head(200)
-        for line in self.control.ask(version):
+        for line in self.control.ask(kind, number):
             with contextlib.suppress(OSError):  # whoever asked has gone: the change goes on
                 self.wfile.write(line.encode() + b"\n")
                 self.wfile.flush()
@@ -148,21 +156,29 @@ class RunningServer:
 
     def serve(self, version: int, say: Callable[[str], None]) -> None:
         """Has it serve a version; raises ServerError with its reason where it does not."""
+        if error := self._change(SERVE, version, say):
+            raise ServerError(f"server {self.pid}: stays with version {self.state['version']}: {error}")
+
+    def scale(self, replicas: int, say: Callable[[str], None]) -> None:
+        """Has it run so many servers; raises ServerError with its reason where it does not."""
+        if error := self._change(SCALE, replicas, say):
+            raise ServerError(f"server {self.pid}: {error}")
+
+    def _change(self, kind: str, number: int, say: Callable[[str], None]) -> str:
+        """Why it was not done, or ""."""
         connection = UnixConnection(self.socket, LONGEST_S)
         try:
-            connection.request("POST", "/serve", json.dumps({"version": version}))
+            connection.request("POST", f"/{kind}", json.dumps({NUMBERS[kind]: number}))
             last = ""
             for raw in connection.getresponse():
                 if last:
                     say(last)
                 last = raw.decode().strip()
-            error = json.loads(last)["error"] if last else "it ended meanwhile"
+            return str(json.loads(last)["error"]) if last else "it ended meanwhile"
         except (OSError, HTTPException, ValueError, KeyError) as failure:
-            error = f"{type(failure).__name__}: {failure}"
+            return f"{type(failure).__name__}: {failure}"
         finally:
             connection.close()
-        if error:
-            raise ServerError(f"server {self.pid}: stays with version {self.state['version']}: {error}")
 
 
 def running_servers(run: Run) -> list[RunningServer]:

@@ -125,9 +125,8 @@ class Fleet:
     def _start(self) -> None:
         if self.options.guard:
             self.door = self._make_door()
-            if self.count > 1:
-                self.door.metrics = self.private / "metrics"
-                self._life.enter_context(TritonMetrics(self.door.metrics, self._metrics_sockets))
+            self.door.metrics = self.private / "metrics"
+            self._life.enter_context(TritonMetrics(self.door.metrics, self._metrics_sockets))
         for place in range(self.count):
             self.replicas.append(self._started(self.options, place))
         if self.door is not None:
@@ -151,7 +150,7 @@ class Fleet:
         probe = TritonServer(self.options)
         ports = {"--http-port": probe.http_port, "--grpc-port": probe.grpc_port, "--metrics-port": probe.metrics_port}
         check_ports(probe.host, ports)
-        listens = door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port, self.count > 1)
+        listens = door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port)
         return Door(listens, self.private, self.options.access)
 
     def _started(self, options: ServerOptions, place: int) -> Replica:
@@ -232,6 +231,35 @@ class Fleet:
             raise
         self.options = replace(self.options, repository=release)
         self._swaps.labels("done").inc()
+
+    def scale(self, count: int, say: Callable[[str], None]) -> None:
+        """As many servers of the served version as ``count``, from 1; calls go on. Called as ``serve`` is."""
+        if self.door is None or count < 1:
+            raise ServerError(f"replicas {count}: expected 1 and more, and the guard before them")
+        while len(self.replicas) < count:
+            place = len(self.replicas)
+            say(f"starting replica {place}")
+            new = self._candidate = self._started(self.options, place)
+            try:
+                warm_up(new.server)
+                self._wait_ready(new)
+            except BaseException:
+                self._candidate = None
+                new.stop()
+                raise
+            self.replicas.append(new)
+            self._candidate = None
+            say(f"replica {place}: takes what comes")
+        while len(self.replicas) > count:
+            old = self.replicas[-1]
+            old.leaves = True
+            self.door.point(self.endpoints())
+            assert old.server.sockets is not None
+            self.door.leave(old.server.sockets)
+            self.replicas.remove(old)
+            old.stop()
+            say(f"replica {len(self.replicas)}: stopped")
+        self.count = count
 
     def _exchange(self, place: int, options: ServerOptions, accept: Acceptance, say: Callable[[str], None]) -> None:
         old = self.replicas[place]

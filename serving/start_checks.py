@@ -174,13 +174,12 @@ def connections_for(most: int) -> int:
     return max(16, min(most, (soft - FILES_OF_OUR_OWN) // 4))  # two ports, and each call has one to Triton
 
 
-def door_options(host: str, http_port: int, grpc_port: int, metrics_port: int, several: bool = False) -> DoorOptions:
-    """A door on these ports, for as many callers as there are descriptors for. ``several``: servers stand behind."""
+def door_options(host: str, http_port: int, grpc_port: int, metrics_port: int) -> DoorOptions:
+    """A door on these ports, for as many callers as there are descriptors for."""
     most = connections_for(DoorOptions.max_connections)
     return DoorOptions(
-        host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, max_connections=most,
-        health_checks=several,
-    )  # fmt: skip
+        host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, max_connections=most
+    )
 
 
 # -- what was left -------------------------------------------------------------------------------------

@@ -41,9 +41,10 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
             ]
         },
     }
-    if options.health_checks and not http2:
+    if not http2:  # who does not say that it lives is left out, where another does
         live = {"path": "/v2/health/live"}
         seldom = {"timeout": "0.5s", "interval": "0.25s", "unhealthy_threshold": 2, "healthy_threshold": 1}
+        cluster["ignore_health_on_host_removal"] = True
         cluster["health_checks"] = [seldom | {"http_health_check": live, "no_traffic_interval": "0.25s"}]
     explicit = {"http2_protocol_options": {"max_concurrent_streams": 2048}} if http2 else {"http_protocol_options": {}}
     protocol = {

@@ -40,9 +40,6 @@ class DoorOptions:
     """An answer that has not come by then is given up."""
     recovery_s: float = 8.0
     """How long a call of ``recommend`` is sent again while the server comes back."""
-    health_checks: bool = False
-    """Each of several servers is asked whether it lives, a few times a second, and left out while it does not say
-    so."""
     keys: bool = False
     """A caller needs a key of those in ``DoorFiles.keys``."""
     tls: bool = False

@@ -98,7 +98,7 @@ class Door:
     def point(self, endpoints: Endpoints) -> None:
         """Whom the door asks from now on."""
         if endpoints != self._endpoints:
-            write_endpoints(self.folder, endpoints, self.metrics)
+            write_endpoints(self.folder, endpoints, self.metrics if len(endpoints) > 1 else None)
             self._endpoints = dict(endpoints)
 
     def leave(self, sockets: Sockets, wait_s: float = DRAIN_S) -> bool:
@@ -110,7 +110,7 @@ class Door:
             if time.monotonic() > deadline:
                 return False
             lines = [line for line in self.ask("GET", "/clusters").splitlines() if line.startswith(tuple(signs))]
-            leaving = any(line.endswith("::health_flags::/eds_status_draining") for line in lines)
+            leaving = any("::health_flags::" in line and "/eds_status_draining" in line for line in lines)
             active = ("::rq_active::", "::rq_pending_active::")
             busy = any(any(a in line for a in active) and not line.endswith("::0") for line in lines)
             quiet = quiet + 1 if leaving and not busy else 0

@@ -25,7 +25,7 @@ from vivace.cli.options import console
 from vivace.cli.prepare import prepare
 from vivace.cli.presets import presets
 from vivace.cli.pretrain import pretrain
-from vivace.cli.publish import publish, rollback, versions
+from vivace.cli.publish import publish, rollback, scale, versions
 from vivace.cli.query import query
 from vivace.cli.refresh import refresh
 from vivace.cli.report import report_compress
@@ -46,7 +46,7 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Start": (demo, doctor),
     "Data": (init_mapping, prepare),
     "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
-    "Serving": (serve, publish, rollback, versions, refresh, forget, tune, load),
+    "Serving": (serve, publish, rollback, versions, scale, refresh, forget, tune, load),
     "Looking": (query,),
 }
 

@@ -1,4 +1,4 @@
-"""``vivace publish``, ``vivace rollback`` and ``vivace versions``: which version of a run is served."""
+"""``vivace publish``, ``rollback`` and ``versions``: which version of a run is served; ``vivace scale``: how often."""
 
 from __future__ import annotations
 
@@ -66,6 +66,25 @@ def versions(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS) -> None:
             _ndcg(card), by, "yes" if number == chosen else "",
         )  # fmt: skip
     console.print(table)
+
+
+def scale(
+    replicas: Annotated[int, typer.Argument(help="servers behind the one guard", min=1, max=16)],
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+) -> None:
+    """Have the running server of a run be so many replicas, without a refused request."""
+    from serving.control import running_servers
+
+    run = find_run(artifacts, name)
+    servers = running_servers(run)
+    if not servers:
+        raise FileNotFoundError(
+            f"no server of {run_name(run, artifacts)} is running; 'vivace serve --replicas {replicas}'"
+        )
+    for server in servers:
+        server.scale(replicas, say)
+        say(f"process {server.pid}: {replicas} replica{'s' * (replicas > 1)}")
 
 
 def serve_version(run: Run, release: Path, artifacts: Path, before: Path | None = None) -> None:

@@ -35,12 +35,12 @@ def executed(fleet: Fleet) -> list[float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as page:
         families = text_string_to_metric_families(page.read().decode())
     counts = {
-        s.labels["replica"]: s.value
+        s.labels.get("replica", "0"): s.value
         for f in families
         for s in f.samples
         if s.name == "nv_inference_request_success_total" and s.labels["model"] == contract.ENSEMBLE
     }
-    return [counts[str(place)] for place in range(len(fleet.replicas))]
+    return [counts[str(place)] for place in range(len(counts))]
 
 
 def test_the_calls_of_one_channel_are_spread(fleet):
@@ -78,6 +78,15 @@ def test_a_server_that_hangs_is_left_out_within_two_seconds(fleet):
         finally:
             os.kill(server.pid, signal.SIGCONT)
     wait_until(lambda: all(r.watchdog.health.ready for r in fleet.replicas), "two ready servers")
+
+
+def test_servers_come_and_go_and_no_call_is_lost(fleet):
+    with Callers(ports_of(fleet)) as callers:
+        for count in (3, 1, 2):
+            fleet.scale(count, quiet)
+            assert len(fleet.replicas) == count and all(r.server.ready() for r in fleet.replicas)
+    assert callers.errors == []
+    wait_until(lambda: len(executed(fleet)) == 2, "metrics of both")
 
 
 def test_a_version_comes_to_all_of_them_one_by_one(fleet):
