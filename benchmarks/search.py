@@ -37,9 +37,10 @@ from loadtest.generate.statistics import between, statistics
 from loadtest.reports.record import record_line
 from preprocessing.features import CATALOGUE_FILE
 from preprocessing.requests import recorded
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
 from serving.releases import seal
 from serving.repository import write_configs
+from serving.server_options import ServerOptions
 from vivace import contract
 from vivace.client_request import request_tensors
 from vivace.machine import cpu, memory_mib

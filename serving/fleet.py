@@ -24,9 +24,10 @@ from serving.door.keeper import DoorKeeper
 from serving.door.options import DoorOptions
 from serving.door.process import Door
 from serving.door.statistics import DoorStatistics
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
 from serving.merged_metrics import TritonMetrics
 from serving.releases import HELD, held
+from serving.server_options import ServerOptions
 from serving.start_checks import LEFTOVER, check_ports, door_options
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
@@ -130,7 +131,7 @@ class Fleet:
         for place in range(self.count):
             self.replicas.append(self._started(self.options, place))
         if self.door is not None:
-            self.door.point(self.endpoints())
+            self.door.point(self.endpoints)
             self.door.start()
             for replica in self.replicas:  # they saw no door until now
                 replica.watchdog.health.look()
@@ -153,12 +154,12 @@ class Fleet:
         listens = door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port)
         return Door(listens, self.private, self.options.access)
 
-    def _started(self, options: ServerOptions, place: int) -> Replica:
-        """A ready server with its watchdog; nothing is left where it does not come up."""
+    def _started(self, options: ServerOptions, place: int, aside: bool = False) -> Replica:
+        """A ready server with its watchdog; nothing is left where it does not come up. ``aside``: others serve."""
         log = options.log
         if place and log is not None:
             options = replace(options, log=log.with_name(f"{log.stem}-{place}{log.suffix}"))
-        server = TritonServer(options, self.door)
+        server = TritonServer(options, self.door, aside)
         try:
             server.start()
             watchdog = Watchdog(server, Metrics(), on_event=self._say)
@@ -239,7 +240,7 @@ class Fleet:
         while len(self.replicas) < count:
             place = len(self.replicas)
             say(f"starting replica {place}")
-            new = self._candidate = self._started(self.options, place)
+            new = self._candidate = self._started(self.options, place, aside=True)
             try:
                 warm_up(new.server)
                 self._wait_ready(new)
@@ -247,13 +248,14 @@ class Fleet:
                 self._candidate = None
                 new.stop()
                 raise
+            new.server.take_over()
             self.replicas.append(new)
             self._candidate = None
             say(f"replica {place}: takes what comes")
         while len(self.replicas) > count:
             old = self.replicas[-1]
             old.leaves = True
-            self.door.point(self.endpoints())
+            self.door.point(self.endpoints)
             assert old.server.sockets is not None
             self.door.leave(old.server.sockets)
             self.replicas.remove(old)
@@ -264,7 +266,7 @@ class Fleet:
     def _exchange(self, place: int, options: ServerOptions, accept: Acceptance, say: Callable[[str], None]) -> None:
         old = self.replicas[place]
         say(f"starting {options.repository.name}")
-        new = self._candidate = self._started(options, place)
+        new = self._candidate = self._started(options, place, aside=True)
         try:
             say(f"{options.repository.name}: warm-up {warm_up(new.server):.1f} s")
             self._wait_ready(new)
@@ -275,7 +277,7 @@ class Fleet:
             raise
         with self._both(place, old, new):
             assert self.door is not None and old.server.sockets is not None
-            self.door.point(self.endpoints())
+            self.door.point(self.endpoints)
             say(f"{options.repository.name}: takes what comes; {old.server.release.name} answers what it was sent")
             if not self.door.leave(old.server.sockets):
                 say(f"{old.server.release.name}: calls under way for long; ending it all the same")
@@ -285,6 +287,7 @@ class Fleet:
     @contextlib.contextmanager
     def _both(self, place: int, old: Replica, new: Replica) -> Iterator[None]:
         """While the old one leaves; afterwards the new one has its place."""
+        new.server.take_over()
         old.leaves = True
         self.replicas[place : place + 1] = [new, old]
         self._candidate = None

@@ -20,7 +20,6 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -29,13 +28,20 @@ from tritonclient.grpc import InferenceServerClientPlugin, Request
 from tritonclient.utils import InferenceServerException
 
 from serving.door.endpoints import Sockets, Turn
-from serving.door.options import AccessOptions
 from serving.door.process import DRAIN_S, Door, health_over
 from serving.logs import open_log, tail
-from serving.process import become_triton, living_workers, server_environment
+from serving.process import (
+    become_triton,
+    living_workers,
+    may_return,
+    server_environment,
+    step_aside,
+    step_forward,
+)
 from serving.releases import held, verify
 from serving.repository import check_profile, models
 from serving.segments import Segments
+from serving.server_options import ServerOptions
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
@@ -65,34 +71,6 @@ KEY_HEADER = "vivace-key"
 UNNOTICED_S = 2.0  # a starting server that has not noticed for so long that a worker ended waits for it for ever
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """How to start. Port 0 takes a free one. ``cache_bytes`` sizes Triton's local response cache (0: none).
-    ``trace_url``: an OpenTelemetry collector (OTLP over HTTP) that gets one of ``trace_rate`` requests. ``guard``: the
-    ports are Envoy's, which lets the public calls through and nothing else, and Triton listens on Unix sockets that
-    only this user opens; without it Triton's own ports are on ``host``, its management calls behind a key
-    (``restricted``)."""
-
-    repository: Path
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    profile: str = ""
-    cache_bytes: int = 0
-    trace_url: str = ""
-    trace_rate: int = 100
-    log: Path | None = None
-    verbose: int = 0
-    start_timeout_s: float = 120.0
-    python: Path = Path(sys.executable)  # that of the Python workers
-    extra: tuple[str, ...] = field(default=())
-    guard: bool = False
-    restricted: bool = False
-    store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
-    access: AccessOptions = field(default=AccessOptions())  # of the guard
-
-
 class _WithKey(InferenceServerClientPlugin):
     """Sends the key of the restricted calls with each request."""
 
@@ -106,13 +84,13 @@ class _WithKey(InferenceServerClientPlugin):
 class TritonServer:
     """One running ``tritonserver``; a context manager that is ready inside and leaves nothing behind. ``door``: one
     that stands before others too, and is told of this one, started and stopped by whoever made it; without it a
-    guarded server makes its own.
+    guarded server makes its own. ``aside``: until ``take_over`` others have the processors first.
 
     Attributes: ``http_port``, ``grpc_port``, ``metrics_port`` as bound; ``segments``, its workers' shared memory;
     ``release``, the version that it serves.
     """
 
-    def __init__(self, options: ServerOptions, door: Door | None = None) -> None:
+    def __init__(self, options: ServerOptions, door: Door | None = None, aside: bool = False) -> None:
         address = local_address(options.host)
         check_exposure(options.host, address, options.guard, options.access)
         self.options = options
@@ -128,6 +106,7 @@ class TritonServer:
         self._key = secrets.token_urlsafe(32)
         self.door = door
         self._shared_door = door is not None
+        self._aside = aside and may_return()
         self._root: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.log = options.log
@@ -263,8 +242,15 @@ class TritonServer:
             folder.mkdir(mode=0o700)
             listens = door_options(self.host, self.http_port, self.grpc_port, self.metrics_port)
             self.door = Door(listens, folder, o.access)
-            self.door.point({self.sockets: Turn.TAKES})
+            endpoints = {self.sockets: Turn.TAKES}
+            self.door.point(lambda: endpoints)
             self.door.start()
+
+    def take_over(self) -> None:
+        """From now on it serves callers, at a server's priority."""
+        if self._aside:
+            self._aside = False
+            step_forward(self.pid)
 
     def _launch(self, again: bool = False) -> None:
         """One tritonserver, until it is ready. ``again``: in the place of one that was."""
@@ -281,6 +267,8 @@ class TritonServer:
                 start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
                 preexec_fn=become_triton,
             )
+        if self._aside:
+            step_aside(self.pid)
         wait_s = self.options.start_timeout_s
         deadline = time.monotonic() + wait_s
         seen: set[int] = set()  # workers

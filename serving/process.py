@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,42 @@ def give_way() -> None:
         with contextlib.suppress(ProcessLookupError):
             niceness = os.getpriority(os.PRIO_PROCESS, int(thread.name)) + _WORKER_NICENESS
             os.setpriority(os.PRIO_PROCESS, int(thread.name), min(niceness, 19))
+
+
+_ASIDE = 15  # niceness of a server that starts beside one that serves
+
+
+def may_return() -> bool:
+    """Whether a process of this user that was made nicer can be made as it was: who is not allowed to would leave a
+    server at the lower priority for ever."""
+    allowed = []
+
+    def attempt() -> None:  # a thread of its own: where it may not return, nothing else has changed
+        thread = threading.get_native_id()
+        before = os.getpriority(os.PRIO_PROCESS, thread)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, before + 1)
+            os.setpriority(os.PRIO_PROCESS, thread, before)
+            allowed.append(True)
+
+    prober = threading.Thread(target=attempt)
+    prober.start()
+    prober.join()
+    return bool(allowed)
+
+
+def step_aside(server: int) -> None:
+    """A tritonserver, and what it starts, takes what processor time others leave."""
+    with contextlib.suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PGRP, server, _ASIDE)
+
+
+def step_forward(server: int) -> None:
+    """Back to the priority of a server, and of a worker, which gives way to it."""
+    for process, niceness in [(server, 0), *((worker, _WORKER_NICENESS) for worker in living_workers(server))]:
+        for thread in Path(f"/proc/{process}/task").glob("*"):
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
 
 
 def close_callers() -> None:

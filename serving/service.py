@@ -11,10 +11,11 @@ from types import FrameType
 from serving.control import Control, control_socket
 from serving.door.access import check_access
 from serving.fleet import Fleet, warm_up
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
 from serving.logs import rotate
 from serving.process import Reaper, adopt_orphans
 from serving.repository import check_profile
+from serving.server_options import ServerOptions
 from serving.start_checks import (
     check_cache,
     check_exposure,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
+log = logging.getLogger(__name__)
 SILENT_S = 5.0  # a connection may say nothing for so long
 
 
@@ -41,6 +44,11 @@ class UnixServer(ThreadingMixIn, UnixStreamServer):
     def get_request(self) -> tuple[Any, Any]:
         connection, _ = super().get_request()
         return connection, ("owner", 0)  # the handler's address; that of a Unix socket is empty
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One that hung up is no news; what else went wrong is."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("unix http")
 
     def start(self) -> None:
         threading.Thread(target=self.serve_forever, name="unix http", daemon=True).start()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pyarrow.parquet as pq
 
 from preprocessing.features import Features
-from serving.launcher import ServerOptions
+from serving.server_options import ServerOptions
 from vivace.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError
 from vivace.contract import USER
 from vivace.manifest import CHECKOUT

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
+from serving.server_options import ServerOptions
 
 
 def on_free_ports(repository: Path, profile: str = "", log: Path | None = None, **more: Any) -> ServerOptions:

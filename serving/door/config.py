@@ -41,7 +41,7 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
             ]
         },
     }
-    if not http2:  # who does not say that it lives is left out, where another does
+    if name in (RECOMMEND, OTHERS):  # who does not say that it lives is left out, where another does
         live = {"path": "/v2/health/live"}
         seldom = {"timeout": "0.5s", "interval": "0.25s", "unhealthy_threshold": 2, "healthy_threshold": 1}
         cluster["ignore_health_on_host_removal"] = True

@@ -50,7 +50,7 @@ class DoorKeeper:
         due = time.monotonic()
         while not self._stop.wait(LOOK_S):
             try:
-                self.door.point(self._endpoints())
+                self.door.point(self._endpoints)
                 if not self.door.running():
                     self._restarted()
                     self._say("door: Envoy ended by itself; starting it again")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from serving.door.access import Access, with_access
@@ -61,6 +63,7 @@ class Door:
         self.log = folder / "envoy.log"
         self.metrics: Path | None = None  # the socket where those of several servers are
         self._endpoints: Endpoints = {}
+        self._pointing = threading.Lock()
         self._told: tuple[int, bool] | None = None  # an Envoy, by its process, and what it was told of readiness
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -95,11 +98,13 @@ class Door:
                 raise DoorError(f"door: Envoy did not start\n{self.log_tail()}")
             time.sleep(0.02)
 
-    def point(self, endpoints: Endpoints) -> None:
-        """Whom the door asks from now on."""
-        if endpoints != self._endpoints:
-            write_endpoints(self.folder, endpoints, self.metrics if len(endpoints) > 1 else None)
-            self._endpoints = dict(endpoints)
+    def point(self, endpoints: Callable[[], Endpoints]) -> None:
+        """Whom the door asks from now on. ``endpoints`` is asked while no other thread writes: the last word counts."""
+        with self._pointing:
+            now = dict(endpoints())
+            if now != self._endpoints:
+                write_endpoints(self.folder, now, self.metrics if len(now) > 1 else None)
+                self._endpoints = now
 
     def leave(self, sockets: Sockets, wait_s: float = DRAIN_S) -> bool:
         """Waits until an endpoint that is told to leave has nothing under way; whether all of it was answered."""

@@ -135,7 +135,7 @@ def run_demo(
 ) -> None:
     """Runs every step; each one that is already there is not done again."""
     from preprocessing.requests import recorded
-    from serving.launcher import ServerOptions
+    from serving.server_options import ServerOptions
     from serving.service import interrupt_on_signals, service
 
     interrupt_on_signals()

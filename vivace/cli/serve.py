@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -85,10 +86,11 @@ def serve(
     insecure_network: InsecureNetworkOption = False,
 ) -> None:
     """Start the real Triton with the ensemble, guard it, bring back what ends, stop cleanly on Ctrl-C."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers may end a server that is about to start
     from serving.door.options import AccessOptions
     from serving.door.tls import self_signed
-    from serving.launcher import ServerOptions
     from serving.repository import served_from
+    from serving.server_options import ServerOptions
     from serving.service import run_until_signal
     from serving.start_checks import local_address
     from vivace.run import Run

@@ -21,8 +21,9 @@ import tritonclient.grpc as grpcclient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
 from serving.segments import SHM
+from serving.server_options import ServerOptions
 from serving.wheel import ServerError
 from tests.support import PATIENCE_S, PatientClient, wait_until, waited_too_long
 from vivace.client import inputs_of

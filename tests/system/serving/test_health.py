@@ -116,6 +116,18 @@ def test_another_answer_is_red(served):
     turns_green(server, watchdog)
 
 
+def test_the_known_answer_does_not_change_with_the_hour(served):
+    """The shop's models read the clock; the canary's question says what time it is."""
+    server, watchdog = served
+    canary = watchdog.health.canary
+    assert set(canary.context) == {"hour", "weekday"}
+    with PatientClient(f"{server.host}:{server.grpc_port}") as client:
+        answers = {
+            str(client.recommend(history=HISTORY, top_k=20, context={"hour": str(hour)}).scores) for hour in range(24)
+        }
+    assert len(answers) > 1, "by the hour the scores differ"
+
+
 def test_a_guard_that_hangs_is_red_and_replaced(served):
     server, watchdog = served
     hanging = server.door.pid

@@ -15,9 +15,10 @@ import psutil
 import pytest
 
 from preprocessing.requests import recorded
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
 from serving.releases import seal
 from serving.segments import SHM
+from serving.server_options import ServerOptions
 from serving.service import service
 from serving.start_checks import free_port
 from serving.wheel import ServerError

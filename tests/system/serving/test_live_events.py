@@ -11,7 +11,8 @@ import psutil
 
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers.shop import Shop, ShopConfig
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
+from serving.server_options import ServerOptions
 from vivace import contract
 from vivace.client import VivaceClient
 from vivace.run import Run

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from preprocessing.requests import recorded
-from serving.launcher import ServerOptions, TritonServer
+from serving.launcher import TritonServer
+from serving.server_options import ServerOptions
 from serving.wheel import ServerError
 from tests.support import PatientClient, on_free_ports, quiet
 from training.compile.compiler import CompileConfig, compile_models

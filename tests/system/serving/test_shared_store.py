@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from serving.launcher import ServerOptions
+from serving.server_options import ServerOptions
 from serving.service import check_options, service
 from serving.wheel import ServerError
 from tests.support import (

@@ -1,0 +1,37 @@
+"""How a server is started."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from serving.door.options import AccessOptions
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How to start. Port 0 takes a free one. ``cache_bytes`` sizes Triton's local response cache (0: none).
+    ``trace_url``: an OpenTelemetry collector (OTLP over HTTP) that gets one of ``trace_rate`` requests. ``guard``: the
+    ports are Envoy's, which lets the public calls through and nothing else, and Triton listens on Unix sockets that
+    only this user opens; without it Triton's own ports are on ``host``, its management calls behind a key
+    (``restricted``)."""
+
+    repository: Path
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    profile: str = ""
+    cache_bytes: int = 0
+    trace_url: str = ""
+    trace_rate: int = 100
+    log: Path | None = None
+    verbose: int = 0
+    start_timeout_s: float = 120.0
+    python: Path = Path(sys.executable)  # that of the Python workers
+    extra: tuple[str, ...] = field(default=())
+    guard: bool = False
+    restricted: bool = False
+    store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
+    access: AccessOptions = field(default=AccessOptions())  # of the guard
