@@ -33,7 +33,6 @@ from serving.logs import open_log, tail
 from serving.process import (
     become_triton,
     living_workers,
-    may_return,
     server_environment,
     step_aside,
     step_forward,
@@ -106,7 +105,7 @@ class TritonServer:
         self._key = secrets.token_urlsafe(32)
         self.door = door
         self._shared_door = door is not None
-        self._aside = aside and may_return()
+        self._aside = aside
         self._root: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.log = options.log

@@ -77,15 +77,28 @@ def may_return() -> bool:
     return bool(allowed)
 
 
+def _weigh_session(server: int, niceness: int) -> None:
+    """Of all processes of the session that a tritonserver leads, against other sessions, which is where the kernel's
+    autogroups compare (sched(7)): there the niceness of a process counts among its own session alone."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{server}/autogroup").write_text(str(niceness))
+
+
 def step_aside(server: int) -> None:
     """A tritonserver, and what it starts, takes what processor time others leave."""
-    with contextlib.suppress(ProcessLookupError):
-        os.setpriority(os.PRIO_PGRP, server, _ASIDE)
+    _weigh_session(server, _ASIDE)
+    if may_return():
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PGRP, server, _ASIDE)
 
 
 def step_forward(server: int) -> None:
-    """Back to the priority of a server, and of a worker, which gives way to it."""
-    for process, niceness in [(server, 0), *((worker, _WORKER_NICENESS) for worker in living_workers(server))]:
+    """Back to the priority of a server, this process's own, and of a worker, which gives way to it."""
+    time.sleep(0.1)  # an ordinary user may change it ten times a second
+    _weigh_session(server, 0)
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    workers = [(worker, min(ours + _WORKER_NICENESS, 19)) for worker in living_workers(server)]
+    for process, niceness in [(server, ours), *workers]:
         for thread in Path(f"/proc/{process}/task").glob("*"):
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
