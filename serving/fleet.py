@@ -18,7 +18,6 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter
 
-from serving.acceptance import Acceptance
 from serving.door.endpoints import Endpoints, Turn
 from serving.door.keeper import DoorKeeper
 from serving.door.options import DoorOptions
@@ -36,7 +35,7 @@ from vivace.client import VivaceError
 WARM_AT_ONCE = DoorOptions.max_recommends
 WARM_EVENTS = 200
 WARM_S = 20.0
-READY_S = 30.0  # a new server has so long until its watchdog says that all parts work
+READY_S = 60.0  # a new server has so long until its watchdog says that all parts work
 
 
 def warm_up(server: TritonServer) -> float:
@@ -53,6 +52,9 @@ def warm_up(server: TritonServer) -> float:
     with server.client(WARM_S) as client, ThreadPoolExecutor(WARM_AT_ONCE) as pool:
         list(pool.map(ask, range(WARM_AT_ONCE)))
     return time.monotonic() - started
+
+
+Accept = Callable[[TritonServer, TritonServer], str]  # (old, new): what was seen; raises where the new one is no good
 
 
 @dataclass
@@ -215,7 +217,7 @@ class Fleet:
         return [*logs, *([self.door.log] if self.door is not None else [])]
 
     # -- another version -----------------------------------------------------------------------------
-    def serve(self, release: Path, accept: Acceptance, say: Callable[[str], None]) -> None:
+    def serve(self, release: Path, accept: Accept, say: Callable[[str], None]) -> None:
         """Serves the version in ``release`` in the place of the one that is served. Called by the thread that lives as
         long as the servers. Raises ServerError, DamagedError or ValueError where it does not come up or is not
         accepted; those of the old one that were there are there then."""
@@ -223,14 +225,18 @@ class Fleet:
             raise ServerError(
                 "the server was started with --no-guard: nothing stands before it; stop it and start it again"
             )
-        options = replace(self.options, repository=release)
+        before, options = self.options, replace(self.options, repository=release)
+        place = 0
         try:
             for place in range(len(self.replicas)):
                 self._exchange(place, options, accept, say)
-        except BaseException:
+        except BaseException as error:
             self._swaps.labels("refused").inc()
+            back = replace(before, repository=self.replicas[place].server.release)  # not the link, which may have moved
+            for earlier in range(place) if isinstance(error, Exception) else ():
+                self._exchange(earlier, back, lambda old, new: "back", say)
             raise
-        self.options = replace(self.options, repository=release)
+        self.options = options
         self._swaps.labels("done").inc()
 
     def scale(self, count: int, say: Callable[[str], None]) -> None:
@@ -263,7 +269,7 @@ class Fleet:
             say(f"replica {len(self.replicas)}: stopped")
         self.count = count
 
-    def _exchange(self, place: int, options: ServerOptions, accept: Acceptance, say: Callable[[str], None]) -> None:
+    def _exchange(self, place: int, options: ServerOptions, accept: Accept, say: Callable[[str], None]) -> None:
         old = self.replicas[place]
         say(f"starting {options.repository.name}")
         new = self._candidate = self._started(options, place, aside=True)

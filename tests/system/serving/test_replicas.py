@@ -13,6 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.acceptance import Acceptance
 from serving.fleet import Fleet
+from serving.releases import put_in_use
+from serving.wheel import ServerError
 from tests.support import PatientClient, on_free_ports, own_copy, quiet, wait_until
 from tests.system.serving.test_publish import Callers, answer, newest, ports_of
 from tests.system.serving.test_versions import HISTORY, publish_with_other_items
@@ -87,6 +89,23 @@ def test_servers_come_and_go_and_no_call_is_lost(fleet):
             assert len(fleet.replicas) == count and all(r.server.ready() for r in fleet.replicas)
     assert callers.errors == [], callers.errors
     wait_until(lambda: len(executed(fleet)) == 2, "metrics of both")
+
+
+def test_a_version_that_one_of_them_refuses_is_served_by_none(fleet):
+    run, first, seen = Run(fleet.release.parent), fleet.release, []
+    publish_with_other_items(run)
+
+    def accept(old, new) -> str:
+        seen.append(new)
+        if len(seen) == 2:
+            raise ServerError("no good")
+        return "good"
+
+    with pytest.raises(ServerError, match="no good"):
+        fleet.serve(newest(run), accept, quiet)
+    put_in_use(first, run.repository)
+    assert len(seen) == 2 and {r.server.release for r in fleet.replicas} == {first} and len(fleet.replicas) == 2
+    wait_until(lambda: all(r.watchdog.health.ready for r in fleet.replicas), "two ready servers")
 
 
 def test_a_version_comes_to_all_of_them_one_by_one(fleet):
