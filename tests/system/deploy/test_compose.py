@@ -105,7 +105,7 @@ def imported_by_stages() -> set[str]:
                 todo += inside
             elif (top := module.partition(".")[0]) not in sys.stdlib_module_names and not (CHECKOUT / top).is_dir():
                 outside.add(top)
-    return outside - {"triton_python_backend_utils", "tritonclient", "grpc"}  # Triton's own; taken when a client is made
+    return outside - {"triton_python_backend_utils", "tritonclient", "grpc"}  # Triton's own; or of a client
 
 
 def imports(path: Path) -> Iterator[str]:
