@@ -37,9 +37,11 @@ from benchmarks.hostile import over_grpc, over_http, over_http2
 from loadtest.generate.local_server import on_free_ports
 from loadtest.reports.record import record_line
 from preprocessing.requests import recorded
+from serving.fleet import warm_up
 from serving.launcher import TritonServer
 from serving.segments import SHM
-from serving.service import raise_descriptor_limit, service, warm_up
+from serving.service import service
+from serving.start_checks import raise_descriptor_limit
 from vivace import contract
 from vivace.client import Recommendation, VivaceClient, VivaceError
 from vivace.machine import memory_by_process, process_tree

@@ -27,9 +27,9 @@ from loadtest.generate.generator import ATTAINED, CODE_DEGRADED, METHOD, complet
 from loadtest.generate.local_server import grpc_address, on_free_ports
 from loadtest.reports.html import drawn, image, page
 from loadtest.reports.record import record_line
+from serving.fleet import warm_up
 from serving.launcher import TritonServer
 from serving.repository import served_from
-from serving.service import warm_up
 from vivace.machine import memory_by_process, process_tree
 from vivace.run import Run
 

@@ -31,10 +31,10 @@ from loadtest.reports.record import record_line
 from loadtest.tune.decision import shows
 from loadtest.tune.offline import gains, share_kept
 from loadtest.tune.space import TOP_K, Answer, Objective, Trial, engines, untuned
+from serving.fleet import warm_up
 from serving.launcher import TritonServer
 from serving.repository import served_from
 from serving.runtime.pipeline import Pipeline
-from serving.service import warm_up
 from training.presets import from_json
 from vivace.machine import cores, cpu, memory_mib
 from vivace.run import RECORDED_PARTS, Run

@@ -13,11 +13,12 @@ import tritonclient.grpc as grpcclient
 
 from loadtest.generate.generator import messages, run
 from preprocessing.requests import recorded
+from serving.fleet import warm_up
 from serving.runtime.by_length import chunks
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
-from serving.service import service, warm_up
+from serving.service import service
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, patient, quiet, wait_until
 from training.presets import shapes, tiny
 from vivace import contract
@@ -78,7 +79,7 @@ def test_a_bad_row_leaves_its_neighbours_alone(fused):
 
 
 def test_the_warm_up_waits_for_every_answer(fused, monkeypatch):
-    monkeypatch.setattr("serving.service.WARM_S", PATIENCE_S)
+    monkeypatch.setattr("serving.fleet.WARM_S", PATIENCE_S)
     server, _ = fused
     with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as client:
 
