@@ -34,6 +34,7 @@ ASK_S = 5.0
 LONGEST_S = 600.0  # of a change of versions
 MAX_BODY = 1 << 16
 SERVE, SCALE = "serve", "scale"
+ENDED = "the server ended before that was done"
 NUMBERS = {SERVE: "version", SCALE: "replicas"}  # what is given with each
 
 
@@ -42,7 +43,7 @@ class _Task:
     kind: str
     number: int
     lines: queue.Queue[str | None] = field(default_factory=queue.Queue)  # None: it ended
-    error: str = ""
+    error: str = ENDED  # until it is done
 
 
 class Control:
@@ -63,6 +64,7 @@ class Control:
                     self.fleet.scale(task.number, task.lines.put)
                 else:
                     self._serve(task)
+                task.error = ""
             except Exception as error:  # the server goes on with what it has
                 task.error = f"{error}"
             finally:
@@ -157,7 +159,8 @@ class RunningServer:
     def serve(self, version: int, say: Callable[[str], None]) -> None:
         """Has it serve a version; raises ServerError with its reason where it does not."""
         if error := self._change(SERVE, version, say):
-            raise ServerError(f"server {self.pid}: stays with version {self.state['version']}: {error}")
+            stays = "" if error == ENDED else f"stays with version {self.state['version']}: "
+            raise ServerError(f"server {self.pid}: {stays}{error}")
 
     def scale(self, replicas: int, say: Callable[[str], None]) -> None:
         """Has it run so many servers; raises ServerError with its reason where it does not."""
@@ -174,9 +177,9 @@ class RunningServer:
                 if last:
                     say(last)
                 last = raw.decode().strip()
-            return str(json.loads(last)["error"]) if last else "it ended meanwhile"
-        except (OSError, HTTPException, ValueError, KeyError) as failure:
-            return f"{type(failure).__name__}: {failure}"
+            return str(json.loads(last)["error"])
+        except (OSError, HTTPException, ValueError, KeyError):  # cut off in the middle of a line, or before any
+            return ENDED
         finally:
             connection.close()
 

@@ -118,10 +118,10 @@ class Fleet:
             self.door.finish()
         if self._keeper is not None:
             self._keeper.__exit__()
+        if self.door is not None:  # first: its idle connections would keep each Triton from ending
+            self.door.stop()
         for replica in [*self.replicas, *filter(None, [self._candidate])]:
             replica.stop()
-        if self.door is not None:
-            self.door.stop()
         self.replicas, self._candidate = [], None
         self._life.close()
 
@@ -223,7 +223,8 @@ class Fleet:
         accepted; those of the old one that were there are there then."""
         if self.door is None:
             raise ServerError(
-                "the server was started with --no-guard: nothing stands before it; stop it and start it again"
+                "the server was started with --no-guard: nothing stands before it; stop it, give the command again, "
+                "then start it"
             )
         before, options = self.options, replace(self.options, repository=release)
         place = 0

@@ -21,7 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CHECKSUMS, HELD = "checksums.json", ".held"
+MEND = ". 'vivace compile' makes it anew; 'vivace rollback' serves the version before"
 KEPT = 2  # versions on disk: the one in use and the one before; more only while servers hold them
+
+
+HISTORY = 20  # served versions that are remembered
 
 
 class DamagedError(ValueError):
@@ -76,6 +80,8 @@ def verify(release: Path) -> None:
     numbers = {p.name for p in release.glob("*/*") if p.is_dir() and p.name.isdigit()}
     file = release / CHECKSUMS
     if not file.exists():
+        if (release / HELD).exists():  # it was published
+            raise DamagedError(f"model repository {release}: not as it was published; missing: {CHECKSUMS}{MEND}")
         return
     sums = json.loads(file.read_text())
     missing = sorted(name for name in sums if not (release / name).exists())
@@ -84,9 +90,7 @@ def verify(release: Path) -> None:
         faults = [f"missing: {', '.join(missing[:5])}"] * bool(missing)
         faults += [f"changed: {', '.join(changed[:5])}"] * bool(changed)
         faults += [f"more than one version: {', '.join(sorted(numbers))}"] * (len(numbers) > 1)
-        raise DamagedError(
-            f"model repository {release}: not as it was published; {'; '.join(faults)}. Run 'vivace compile' again"
-        )
+        raise DamagedError(f"model repository {release}: not as it was published; {'; '.join(faults)}{MEND}")
 
 
 def _adopt(repository: Path) -> None:
@@ -164,6 +168,39 @@ def put_in_use(release: Path, repository: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(release.name)
     os.replace(link, repository)
+
+
+def _history(repository: Path) -> Path:
+    return repository.with_name(f"{repository.name}.served.json")
+
+
+def served_before(repository: Path) -> list[int]:
+    """Versions that servers have taken over, the last one last; what cannot be read says nothing."""
+    try:
+        return [int(version) for version in json.loads(_history(repository).read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def remember_served(version: int, repository: Path, before: int) -> None:
+    """That servers serve ``version`` in the place of ``before``. What was served after a version that is gone back to
+    is forgotten: a later rollback does not bring it back."""
+    history = served_before(repository)
+    history = history if history[-1:] == [before] else [*history, before]
+    history = history[: history.index(version) + 1] if version in history else [*history, version]
+    history = history[-HISTORY:]
+    partial = _history(repository).with_suffix(".partial")
+    partial.write_text(json.dumps(history))
+    os.replace(partial, _history(repository))
+
+
+def is_whole(versions: list[Path]) -> bool:
+    """Whether the newest version is as it was published."""
+    try:
+        verify(versions[-1])
+    except (DamagedError, IndexError):
+        return not versions
+    return True
 
 
 def in_use(repository: Path) -> list[Path]:

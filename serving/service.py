@@ -20,6 +20,7 @@ from serving.start_checks import (
     check_cache,
     check_exposure,
     check_log,
+    check_path,
     check_ports,
     check_store,
     check_trace_url,
@@ -64,6 +65,7 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     check_access(options.access)
     check_exposure(options.host, address, options.guard, options.access)
     check_ports(address, named)
+    check_path(options.repository)
     check_profile(options.repository, options.profile)
     check_cache(options.repository, options.profile, options.cache_bytes)
     check_trace_url(options.trace_url)

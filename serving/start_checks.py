@@ -182,6 +182,16 @@ def door_options(host: str, http_port: int, grpc_port: int, metrics_port: int) -
     )
 
 
+def check_path(repository: Path) -> None:
+    """Raises ServerError for a path that Triton's Python workers cannot be started with: their arguments are parted at
+    blanks."""
+    for what, path in (("run", repository.resolve()), ("TMPDIR", Path(tempfile.gettempdir()))):
+        if any(c.isspace() for c in str(path)):
+            raise ServerError(
+                f"{what} {path}: expected a path without blanks, as Triton's workers part it there; move it"
+            )
+
+
 # -- what was left -------------------------------------------------------------------------------------
 def sweep_leftovers() -> None:
     """Removes folders, shared memory and workers of launchers that were killed outright: what nobody holds

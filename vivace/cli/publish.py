@@ -34,32 +34,36 @@ def rollback(
     to: Annotated[int, typer.Option(help="version (0: the one before what is served)", min=0)] = 0,
 ) -> None:
     """Serve an earlier version again: see 'vivace publish'."""
-    from serving.releases import releases, version_of
+    from serving.control import running_servers
+    from serving.releases import releases, served_before, version_of
 
     run = find_run(artifacts, name)
     if not to:
-        current = version_of(run.repository.resolve())
-        earlier = [version_of(r) for r in releases(run.repository) if version_of(r) < current]
+        servers, there = running_servers(run), [version_of(r) for r in releases(run.repository)]
+        current = int(servers[0].state["version"]) if servers else version_of(run.repository.resolve())
+        history = served_before(run.repository)
+        history = history[: history.index(current)] if current in history else history
+        earlier = [v for v in history if v in there][-1:] or [v for v in there if v < current][-1:]
         if not earlier:
-            raise ValueError(f"rollback: version {current} is the oldest that is kept; nothing to go back to")
-        to = max(earlier)
+            raise ValueError(f"rollback: no version before {current} is kept; nothing to go back to")
+        to = earlier[0]
     serve_version(run, _release(run, to), artifacts)
 
 
 def versions(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS) -> None:
     """The versions that are kept: when and from what they were made, how well they rank, who serves them."""
     from serving.control import running_servers
-    from serving.releases import releases, version_of
+    from serving.releases import CHECKSUMS, releases, version_of
 
     run = find_run(artifacts, name)
     _check_published(run)
     servers, chosen = running_servers(run), version_of(run.repository.resolve())
     table = Table(title=f"versions of {run_name(run, artifacts)}", title_justify="left")
-    for column in ("version", "made", "commit", "precision", "NDCG@10", "served by", "at a start"):
+    for column in ("version", "made", "trained at", "precision", "NDCG@10", "served by", "at a start"):
         table.add_column(column, justify="right" if column in ("version", "NDCG@10") else "left")
     for release in releases(run.repository):
         number, card = version_of(release), _card(release)
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(release.stat().st_mtime))
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime((release / CHECKSUMS).stat().st_mtime))
         by = ", ".join(f"process {s.pid}" for s in servers if s.state["version"] == number)
         table.add_row(
             str(number), made, str(card.get("ranking", {}).get("commit", ""))[:8], str(card.get("precision", "")),
@@ -79,9 +83,9 @@ def scale(
     run = find_run(artifacts, name)
     servers = running_servers(run)
     if not servers:
-        raise FileNotFoundError(
-            f"no server of {run_name(run, artifacts)} is running; 'vivace serve --replicas {replicas}'"
-        )
+        name = run_name(run, artifacts)
+        start = f"vivace serve --name {name} --replicas {replicas}"
+        raise FileNotFoundError(f"no running server of {name} is known here; '{start}' starts one")
     for server in servers:
         server.scale(replicas, say)
         say(f"process {server.pid}: {replicas} replica{'s' * (replicas > 1)}")
@@ -92,16 +96,20 @@ def serve_version(run: Run, release: Path, artifacts: Path, before: Path | None 
     where one does not; then the others go back to what they had, and servers that start later get ``before``, where the
     release is in use already."""
     from serving.control import running_servers
-    from serving.releases import put_in_use, verify, version_of
+    from serving.releases import put_in_use, remember_served, verify, version_of
     from serving.wheel import ServerError
 
     verify(release)
     moved = []
     servers = running_servers(run)
+    served = int(servers[0].state["version"]) if servers else version_of((before or run.repository).resolve())
     for server in servers:
         try:
             server.serve(version_of(release), say)
             moved.append(server)
+        except KeyboardInterrupt:
+            say(f"server {server.pid} goes on with the change; give the command again to see its end and to keep it")
+            raise
         except ServerError:
             for earlier in moved:
                 earlier.serve(int(earlier.state["version"]), say)
@@ -109,8 +117,9 @@ def serve_version(run: Run, release: Path, artifacts: Path, before: Path | None 
                 put_in_use(before, run.repository)
             raise
     put_in_use(release, run.repository)
+    remember_served(version_of(release), run.repository, served)
     count = f"{len(servers)} running server{'s' * (len(servers) > 1)}"
-    where = count if servers else "no server of this run is running"
+    where = count if servers else "no running server of this run is known here"
     say(f"version {version_of(release)}: {where}; servers that start from now on serve it")
     if not servers:
         say_next("serve", run, artifacts)

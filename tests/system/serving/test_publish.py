@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,12 +19,13 @@ import pytest
 from serving.acceptance import Acceptance, recorded_calls
 from serving.control import running_servers
 from serving.fleet import Fleet
-from serving.releases import publishing, releases, seal
+from serving.releases import publishing, put_in_use, releases, seal
 from serving.wheel import ServerError
-from tests.support import PatientClient, on_free_ports, own_copy, quiet, vivace, wait_until
+from tests.support import PATIENCE_S, PatientClient, on_free_ports, own_copy, quiet, vivace, wait_until
 from tests.system.serving.test_lifecycle import serving
 from tests.system.serving.test_versions import HISTORY, publish_with_other_items, run
 from vivace import contract
+from vivace.manifest import CHECKOUT
 from vivace.run import Run
 
 __all__ = ["run"]  # the fixture
@@ -172,10 +175,31 @@ def test_the_command_line_publishes_goes_back_and_says_who_serves_what(run, tmp_
         assert refused.returncode == 1 and "not as it was published" in refused.stderr
         assert run.repository.resolve() == first and running_servers(run)[0].state["release"] == str(first)
         nothing = vivace("rollback", *where)
-        assert nothing.returncode == 1 and "the oldest that is kept" in nothing.stderr
+        assert nothing.returncode == 1 and "nothing to go back to" in nothing.stderr
     assert running_servers(run) == [] and not list(run.servers.iterdir())
     done = vivace("publish", "--to", first.name.rpartition(".")[2], *where)
-    assert done.returncode == 0 and "no server of this run is running" in done.stdout
+    assert done.returncode == 0 and "no running server of this run is known here" in done.stdout
+
+
+def test_a_server_that_is_stopped_in_the_middle_has_accepted_nothing(run, tmp_path):
+    first = run.repository.resolve()
+    publish_with_other_items(run)
+    second = newest(run)
+    put_in_use(first, run.repository)
+    command = [sys.executable, "-m", "vivace.cli.main", "publish", "--name", run.root.name]
+    with serving(run.root, tmp_path) as process:
+        publish = subprocess.Popen(
+            [*command, "--artifacts", str(run.root.parent)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, cwd=CHECKOUT,
+        )  # fmt: skip
+        assert publish.stdout is not None
+        lines = [publish.stdout.readline()]
+        assert f"starting {second.name}" in lines[0]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0
+        said = "".join([*lines, *publish.communicate(timeout=PATIENCE_S)[0:1]])
+    assert publish.returncode == 1 and "the server ended before that was done" in " ".join(said.split()), said
+    assert run.repository.resolve() == first
 
 
 def test_a_half_written_version_is_never_there(run):

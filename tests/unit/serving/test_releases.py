@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from serving import releases
-from serving.releases import CHECKSUMS, DamagedError, held, next_version, publishing, verify
+from serving.releases import (
+    CHECKSUMS,
+    DamagedError,
+    held,
+    next_version,
+    publishing,
+    remember_served,
+    served_before,
+    verify,
+)
+from serving.start_checks import check_path
+from serving.wheel import ServerError
 
 MODELS = ("feature_transform", "recommend")
 
@@ -136,3 +147,28 @@ def test_a_plain_folder_of_before_becomes_the_version_it_holds(tmp_path):
     assert publish(repository, "eight") == 8
     assert (tmp_path / "model_repository.7" / "recommend" / "7").is_dir() and repository.is_symlink()
     assert not (tmp_path / "model_repository.7" / CHECKSUMS).exists()
+
+
+def test_a_rollback_goes_to_what_was_served_before_and_never_to_what_was_rolled_back(tmp_path):
+    repository = tmp_path / "model_repository"
+    for version, before in ((2, 1), (1, 2), (3, 1)):  # 2 was published and taken back, then came 3
+        remember_served(version, repository, before)
+    assert served_before(repository) == [1, 3]
+    remember_served(1, repository, 3)
+    assert served_before(repository) == [1]
+
+
+def test_a_published_version_without_its_checksums_is_damaged(tmp_path):
+    repository = tmp_path / "model_repository"
+    with publishing(repository) as (folder, version):
+        (folder / "response" / str(version)).mkdir(parents=True)
+    verify(repository.resolve())
+    (repository.resolve() / CHECKSUMS).unlink()
+    with pytest.raises(DamagedError, match=r"missing: checksums.json.*vivace compile"):
+        verify(repository.resolve())
+
+
+def test_a_path_with_blanks_is_refused_before_anything_starts(tmp_path):
+    check_path(tmp_path)
+    with pytest.raises(ServerError, match="expected a path without blanks"):
+        check_path(tmp_path / "my run")
