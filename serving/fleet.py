@@ -132,6 +132,7 @@ class Fleet:
             self._life.enter_context(TritonMetrics(self.door.metrics, self._metrics_sockets))
         for place in range(self.count):
             self.replicas.append(self._started(self.options, place))
+            self.options = replace(self.options, repository=self.release)  # whatever the link names later
         if self.door is not None:
             self.door.point(self.endpoints)
             self.door.start()
@@ -239,6 +240,7 @@ class Fleet:
             raise
         self.options = options
         self._swaps.labels("done").inc()
+        self._say(f"serving {release.name}, before {before.repository.name}")
 
     def scale(self, count: int, say: Callable[[str], None]) -> None:
         """As many servers of the served version as ``count``, from 1; calls go on. Called as ``serve`` is."""

@@ -83,10 +83,14 @@ def test_a_server_that_hangs_is_left_out_within_two_seconds(fleet):
 
 
 def test_servers_come_and_go_and_no_call_is_lost(fleet):
+    run, first = Run(fleet.release.parent), fleet.release
+    publish_with_other_items(run)  # it is not served, and what comes is of the version that is
     with Callers(ports_of(fleet)) as callers:
         for count in (1, 2):
             fleet.scale(count, quiet)
+            assert {r.server.release for r in fleet.replicas} == {first}
             assert len(fleet.replicas) == count and all(r.server.ready() for r in fleet.replicas)
+    put_in_use(first, run.repository)
     assert callers.errors == [], callers.errors
     wait_until(lambda: len(executed(fleet)) == 2, "metrics of both")
 
