@@ -13,6 +13,7 @@ from training.metrics import bootstrap, ndcg_of
 
 BOUND = 0.05  # share of NDCG@10 that may be lost at most, at 95 %
 CUT = 10
+LEAST_JUDGED = 30  # requests; of fewer, most of which change nothing, the bootstrap's interval is too narrow
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def _change(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]
 
 
 def decide(before: np.ndarray, after: np.ndarray, bound: float = BOUND, force: bool = False) -> Decision:
-    """From the ranks of the same requests by the old and the new models: published is what is better, the whole
-    interval above 0, or not inferior, the whole interval above the loss that ``bound`` lets through. ``force``
-    publishes anyway."""
+    """From the ranks of the same requests, LEAST_JUDGED and more, by the old and the new models: published is what is
+    better, the whole interval above 0, or not inferior, the whole interval above the loss that ``bound`` lets through.
+    ``force`` publishes anyway."""
     if len(before) != len(after):
         raise ValueError(f"refresh: expected ranks of the same requests, got {len(before)} and {len(after)}")
     if not len(before):
@@ -60,7 +61,10 @@ def decide(before: np.ndarray, after: np.ndarray, bound: float = BOUND, force: b
     ndcg, hit = (ndcg_of(before, CUT), ndcg_of(after, CUT)), (before < CUT, after < CUT)
     old, change = float(ndcg[0].mean()), _change(*ndcg)
     low, high, least = change[1], change[2], -bound * float(ndcg[0].mean())
-    if low > 0:
+    if len(before) < LEAST_JUDGED:
+        publish = False
+        reason = f"not sure: {len(before)} requests to judge by, expected {LEAST_JUDGED} and more; wait for more events"
+    elif low > 0:
         publish, reason = True, "better: the whole interval is above 0"
     elif low >= least:
         publish, reason = True, f"not inferior: at most {bound:.1%} of {old:.4f} are lost, as the interval says"

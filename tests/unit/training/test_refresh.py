@@ -210,6 +210,7 @@ def test_what_is_published_and_why():
     assert not worse.publish and worse.reason.startswith("worse")
     few = decide(old[:12], rng.permutation(old[:12]))
     assert not few.publish and few.reason.startswith("not sure")
+    assert not decide(old[:16], old[:16]).publish, "so few say nothing, even where none changes"
     forced = decide(old, old + 3, force=True)
     assert forced.publish and forced.forced
     one = decide(np.array([0, 2]), np.array([2, 2]), bound=1.0)
