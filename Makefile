@@ -14,7 +14,7 @@ demo: setup
 	$(BIN)/vivace demo $(ARGS)
 
 test: setup lint
-	$(BIN)/python -m pytest $(ARGS)
+	@deploy/test.sh $(BIN)/python $(ARGS)
 
 # lint and what needs neither server nor trained shop: about a minute
 unit: setup lint
