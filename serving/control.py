@@ -144,7 +144,8 @@ def control_socket(fleet: Fleet) -> Iterator[Control]:
         yield control
     finally:
         server.stop()
-        word.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the same
+            word.unlink()
 
 
 # -- the other side ------------------------------------------------------------------------------------

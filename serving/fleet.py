@@ -234,9 +234,8 @@ class Fleet:
                 self._exchange(place, options, accept, say)
         except BaseException as error:
             self._swaps.labels("refused").inc()
-            back = replace(before, repository=self.replicas[place].server.release)  # not the link, which may have moved
             for earlier in range(place) if isinstance(error, Exception) else ():
-                self._exchange(earlier, back, lambda old, new: "back", say)
+                self._exchange(earlier, before, lambda old, new: "back", say)
             raise
         self.options = options
         self._swaps.labels("done").inc()
@@ -249,61 +248,51 @@ class Fleet:
         while len(self.replicas) < count:
             place = len(self.replicas)
             say(f"starting replica {place}")
-            new = self._candidate = self._started(self.options, place, aside=True)
-            try:
-                warm_up(new.server)
-                self._wait_ready(new)
-            except BaseException:
-                self._candidate = None
-                new.stop()
-                raise
-            new.server.take_over()
-            self.replicas.append(new)
-            self._candidate = None
+            with self._candidate_of(self.options, place) as new:
+                new.server.take_over()
+                self.replicas.append(new)
             say(f"replica {place}: takes what comes")
         while len(self.replicas) > count:
             old = self.replicas[-1]
             old.leaves = True
-            self.door.point(self.endpoints)
-            assert old.server.sockets is not None
-            self.door.leave(old.server.sockets)
-            self.replicas.remove(old)
-            old.stop()
-            say(f"replica {len(self.replicas)}: stopped")
+            self._retire(old, say)
         self.count = count
 
     def _exchange(self, place: int, options: ServerOptions, accept: Accept, say: Callable[[str], None]) -> None:
-        old = self.replicas[place]
-        say(f"starting {options.repository.name}")
+        old, name = self.replicas[place], options.repository.name
+        say(f"starting {name}")
+        with self._candidate_of(options, place) as new:
+            say(f"{name}: {accept(old.server, new.server)}")
+            new.server.take_over()
+            old.leaves = True
+            self.replicas[place : place + 1] = [new, old]
+        say(f"{name}: takes what comes; {old.server.release.name} answers what it was sent")
+        self._retire(old, say)
+
+    @contextlib.contextmanager
+    def _candidate_of(self, options: ServerOptions, place: int) -> Iterator[Replica]:
+        """A server that is well and warm and that nobody asks yet, for the block to put among ``replicas``; it is gone
+        where the block, or what comes before it, fails."""
         new = self._candidate = self._started(options, place, aside=True)
         try:
-            say(f"{options.repository.name}: warm-up {warm_up(new.server):.1f} s")
+            warm_up(new.server)
             self._wait_ready(new)
-            say(f"{options.repository.name}: {accept(old.server, new.server)}")
+            yield new
         except BaseException:
             self._candidate = None
             new.stop()
             raise
-        with self._both(place, old, new):
-            assert self.door is not None and old.server.sockets is not None
-            self.door.point(self.endpoints)
-            say(f"{options.repository.name}: takes what comes; {old.server.release.name} answers what it was sent")
-            if not self.door.leave(old.server.sockets):
-                say(f"{old.server.release.name}: calls under way for long; ending it all the same")
+        self._candidate = None
+
+    def _retire(self, old: Replica, say: Callable[[str], None]) -> None:
+        """Ends a server that leaves, when it has answered what it was sent."""
+        assert self.door is not None and old.server.sockets is not None
+        self.door.point(self.endpoints)
+        if not self.door.leave(old.server.sockets):
+            say(f"{old.server.release.name}: calls under way for long; ending it all the same")
+        self.replicas.remove(old)
         old.stop()
         say(f"{old.server.release.name}: stopped")
-
-    @contextlib.contextmanager
-    def _both(self, place: int, old: Replica, new: Replica) -> Iterator[None]:
-        """While the old one leaves; afterwards the new one has its place."""
-        new.server.take_over()
-        old.leaves = True
-        self.replicas[place : place + 1] = [new, old]
-        self._candidate = None
-        try:
-            yield
-        finally:
-            self.replicas.remove(old)
 
     def _wait_ready(self, replica: Replica) -> None:
         deadline = time.monotonic() + READY_S

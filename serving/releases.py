@@ -20,11 +20,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from vivace.manifest import write_json
+
 CHECKSUMS, HELD = "checksums.json", ".held"
 MEND = ". 'vivace compile' makes it anew; 'vivace rollback' serves the version before"
 KEPT = 2  # versions on disk: the one in use and the one before; more only while servers hold them
-
-
 HISTORY = 20  # served versions that are remembered
 
 
@@ -33,7 +33,9 @@ class DamagedError(ValueError):
 
 
 def version_of(release: Path) -> int:
-    return int(release.name.rpartition(".")[2])
+    """0 for a folder that was not published as a version, such as a copy of one."""
+    number = release.name.rpartition(".")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def releases(repository: Path) -> list[Path]:
@@ -188,18 +190,16 @@ def remember_served(version: int, repository: Path, before: int) -> None:
     history = served_before(repository)
     history = history if history[-1:] == [before] else [*history, before]
     history = history[: history.index(version) + 1] if version in history else [*history, version]
-    history = history[-HISTORY:]
-    partial = _history(repository).with_suffix(".partial")
-    partial.write_text(json.dumps(history))
-    os.replace(partial, _history(repository))
+    write_json(_history(repository), history[-HISTORY:])
 
 
-def is_whole(versions: list[Path]) -> bool:
-    """Whether the newest version is as it was published."""
+def newest_is_whole(repository: Path) -> bool:
+    """Whether the newest version is as it was published; also where there is none."""
     try:
-        verify(versions[-1])
-    except (DamagedError, IndexError):
-        return not versions
+        for newest in releases(repository)[-1:]:
+            verify(newest)
+    except DamagedError:
+        return False
     return True
 
 

@@ -6,13 +6,13 @@ way is touched (Envoy's "filesystem subscriptions").
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from vivace.manifest import write_json
 
 RECOMMEND, OTHERS, GRPC, METRICS = "triton_recommend", "triton_http", "triton_grpc", "triton_metrics"  # clusters
 
@@ -78,7 +78,4 @@ def write_endpoints(folder: Path, endpoints: Endpoints, metrics: Path | None = N
             "cluster_name": cluster,
             "endpoints": [{"lb_endpoints": listed}],
         }
-        file = endpoints_file(folder, cluster)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"resources": [assignment]}))
-        os.replace(partial, file)
+        write_json(endpoints_file(folder, cluster), {"resources": [assignment]})

@@ -17,7 +17,7 @@ from preprocessing.requests import record
 from preprocessing.sequences import WHOLE
 from search import published as search
 from serving import repository
-from serving.releases import is_whole, releases
+from serving.releases import newest_is_whole
 from serving.runtime.fresh import GRAPH, STATE_GRAPH
 from serving.runtime.item_index import ENCODER, STATE
 from training.checkpoints import load_ranker, load_retrieval
@@ -337,7 +337,7 @@ def compile_models(
     run = Run(root, features.folder)
     reference = Run(config.reference, features.folder) if config.reference is not None else run
     step = _step(features, preset, run, reference, seed, config)
-    if step.done() and run.repository.is_dir() and is_whole(releases(run.repository)):
+    if step.done() and run.repository.is_dir() and newest_is_whole(run.repository):
         say("compiled models are there: nothing to do")
         assert step.manifest is not None
         return step.manifest

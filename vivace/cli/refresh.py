@@ -51,6 +51,7 @@ def refresh(
     with the next one."""
     run = find_run(artifacts, name)
     give_way(run, threads)
+    from serving.wheel import ServerError
     from training.refresh.fit import MoreTraining
     from training.refresh.refresh import REFUSED, RefreshConfig
 
@@ -66,7 +67,7 @@ def refresh(
         try:
             with exclusive(run.root):
                 once(run, config, items, artifacts)
-        except BusyError as error:  # such as a training: the next turn may find the run free
+        except (BusyError, ServerError) as error:  # such as a training, or a server that keeps what it has
             say(str(error))
         time.sleep(max(0.0, float(every) - (time.monotonic() - started)))
 

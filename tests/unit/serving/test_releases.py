@@ -18,6 +18,7 @@ from serving.releases import (
     remember_served,
     served_before,
     verify,
+    version_of,
 )
 from serving.start_checks import check_path
 from serving.wheel import ServerError
@@ -156,6 +157,10 @@ def test_a_rollback_goes_to_what_was_served_before_and_never_to_what_was_rolled_
     assert served_before(repository) == [1, 3]
     remember_served(1, repository, 3)
     assert served_before(repository) == [1]
+
+
+def test_a_copy_that_is_no_version_has_the_number_0(tmp_path):
+    assert version_of(tmp_path / "model_repository") == 0 and version_of(tmp_path / "model_repository.12") == 12
 
 
 def test_a_published_version_without_its_checksums_is_damaged(tmp_path):
