@@ -118,10 +118,13 @@ class Fleet:
             self.door.finish()
         if self._keeper is not None:
             self._keeper.__exit__()
-        if self.door is not None:  # first: its idle connections would keep each Triton from ending
+        replicas = [*self.replicas, *filter(None, [self._candidate])]
+        for replica in replicas:
+            replica.watchdog.__exit__()
+        if self.door is not None:  # before them: its idle connections would keep each Triton from ending
             self.door.stop()
-        for replica in [*self.replicas, *filter(None, [self._candidate])]:
-            replica.stop()
+        for replica in replicas:
+            replica.server.stop()
         self.replicas, self._candidate = [], None
         self._life.close()
 
