@@ -89,7 +89,7 @@ def step_aside(server: int) -> None:
     _weigh_session(server, _ASIDE)
     if may_return():
         with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PGRP, server, _ASIDE)
+            os.setpriority(os.PRIO_PGRP, server, min(os.getpriority(os.PRIO_PROCESS, 0) + _ASIDE, 19))
 
 
 def step_forward(server: int) -> None:

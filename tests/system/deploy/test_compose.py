@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from loadtest.generate.generator import messages, run
 from serving.launcher import KEY_HEADER, RESTRICTED
 from serving.start_checks import free_port
 from serving.status import start_status_page
-from tests.support import PATIENCE_S, PatientClient, wait_until
+from tests.support import PATIENCE_S
 from vivace.manifest import CHECKOUT
 from vivace.store.opening import STORE_URL
 
@@ -167,11 +168,10 @@ def test_prometheus_answers_the_dashboards_queries(fleet, root, tmp_path):
     )  # fmt: skip
     try:
         pool = messages(root)
-        for _ in range(4):
+        deadline = time.monotonic() + PATIENCE_S
+        while silent := _silent(port):  # calls all the while: a rate has two looks at a counter that grows between them
+            assert time.monotonic() < deadline, f"no query of these panels has an answer: {silent}"
             run(f"{server.host}:{server.grpc_port}", pool[:100], np.arange(100) / 100, 1.0, 50.0, PATIENCE_S)
-        with PatientClient(f"{server.host}:{server.grpc_port}") as client:
-            client.recommend("", [], 3)
-        wait_until(lambda: _silent(port) == [], "an answer to each panel's query", 0.5)
     finally:
         process.terminate()
         process.wait(PATIENCE_S)
