@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import uuid
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -39,12 +39,13 @@ from serving.process import (
 )
 from serving.releases import held, verify
 from serving.repository import check_profile, models
+from serving.runtime.cache_settings import ANSWER_CACHE
 from serving.segments import Segments
 from serving.server_options import ServerOptions
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
-    SHM_PREFIX,
+    check_answer_cache,
     check_cache,
     check_exposure,
     check_ports,
@@ -99,7 +100,11 @@ class TritonServer:
         self.http_port, self.grpc_port, self.metrics_port = (
             port or free_port(address) for port in (chosen.http_port, chosen.grpc_port, chosen.metrics_port)
         )
-        self.segments = Segments(f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_")
+        self.segments = Segments()
+        self.answer_memory: Segments | None = None  # memory of its answer cache, where it shares none
+        if options.answer_cache is not None and not options.answer_cache.path:
+            self.answer_memory = Segments()
+            self.options = replace(options, answer_cache=options.answer_cache.at(self.answer_memory.prefix))
         self._held = contextlib.ExitStack()
         self.release = options.repository
         self._key = secrets.token_urlsafe(32)
@@ -200,6 +205,9 @@ class TritonServer:
         env.pop(STORE_URL, None)
         if self.options.store:  # not by the command line, which every user of the machine can read
             env[STORE_URL] = self.options.store
+        env.pop(ANSWER_CACHE, None)
+        if self.options.answer_cache is not None:
+            env[ANSWER_CACHE] = self.options.answer_cache.text()
         env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
         return server_environment(env)
 
@@ -216,6 +224,7 @@ class TritonServer:
             raise ServerError(f"model repository: nothing to serve in {o.repository}; run 'vivace compile' first")
         check_profile(o.repository, o.profile)
         check_cache(o.repository, o.profile, o.cache_bytes)
+        check_answer_cache(o.repository, o.profile, o.answer_cache)
         check_trace_url(o.trace_url)
         check_store(o.store)
         self.release = o.repository.resolve()  # whatever is published since, this server stays with it
@@ -228,7 +237,8 @@ class TritonServer:
         self._root = Path(tempfile.mkdtemp(prefix=LEFTOVER))
         self._held.enter_context(held(self._root))
         self.log = o.log or self._root / "triton.log"
-        (self._root / PREFIX_FILE).write_text(self.segments.prefix)
+        owned = [self.segments, *([self.answer_memory] if self.answer_memory is not None else [])]
+        (self._root / PREFIX_FILE).write_text("\n".join(s.prefix for s in owned))
         backend_folder(self._root)
         if self.sockets is not None:
             self.sockets.folder.mkdir(mode=0o700)
@@ -385,3 +395,5 @@ class TritonServer:
             self._process.wait()
             remove_environments(self._launched)
         self.segments.remove()
+        if self.answer_memory is not None:
+            self.answer_memory.remove()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.door.options import AccessOptions
+from serving.runtime.cache_settings import CacheSettings
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ServerOptions:
     metrics_port: int = 8002
     profile: str = ""
     cache_bytes: int = 0
+    answer_cache: CacheSettings | None = None  # of whole answers; None: none
     trace_url: str = ""
     trace_rate: int = 100
     log: Path | None = None

@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.runtime.events import event_status, parse_event, parse_event_id
 from serving.runtime.response import ResponseStage
 from serving.runtime.stages import (
     NO_IDS,
     FeatureTransform,
     ItemVocabulary,
-    event_status,
-    parse_event,
-    parse_event_id,
     read_search_for,
     search_for,
     with_reason,

@@ -90,15 +90,16 @@ COLD = f"{contract.STATUS_DEGRADED}popular items"
 
 
 class Counts:
-    """Rows answered, by how, for Triton's metrics page; handed on a few times a second, as each hand-over is a call to
-    another process."""
+    """Rows by how they were answered, for Triton's metrics page; handed on a few times a second, as each hand-over is a
+    call to another process. ``label``: what the page calls the how."""
 
     EVERY_S = 0.25
 
-    def __init__(self) -> None:
-        self._family = pb_utils.MetricFamily(
-            name="vivace_answers_total", description="Rows answered, by how", kind=pb_utils.MetricFamily.COUNTER
-        )
+    def __init__(
+        self, name: str = "vivace_answers_total", description: str = "Rows answered, by how", label: str = "how"
+    ) -> None:
+        self._label = label
+        self._family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
         self._metrics: dict[str, Any] = {}
         self._waiting: dict[str, int] = {}
         self._last = 0.0
@@ -112,15 +113,17 @@ class Counts:
         for status in statuses:
             self("cold" if status.startswith(COLD) else how)
 
-    def hand_over(self) -> None:
+    def hand_over(self) -> bool:
+        """Whether it was time to."""
         now = time.monotonic()
         if now - self._last < self.EVERY_S:
-            return
+            return False
         for how, rows in self._waiting.items():
             if how not in self._metrics:
-                self._metrics[how] = self._family.Metric(labels={"how": how})
+                self._metrics[how] = self._family.Metric(labels={self._label: how})
             self._metrics[how].increment(rows)
         self._waiting, self._last = {}, now
+        return True
 
 
 class ParsedRequest:

@@ -21,6 +21,12 @@ StatusPortOption = Annotated[
     int, typer.Option(help="Prometheus metrics of the watchdog (0: none)", min=0, max=MAX_PORT)
 ]
 CacheMbOption = Annotated[int, typer.Option(help="cache of encoded users (0: none); takes the profile cached", min=0)]
+AnswerCacheMbOption = Annotated[
+    int, typer.Option(help="cache of whole answers (0: none); takes the profile fused", min=0)
+]
+AnswerCacheSOption = Annotated[
+    float, typer.Option(help="an answer is kept for at most so many seconds", min=1, max=86_400)
+]
 TraceUrlOption = Annotated[str, typer.Option(help="OpenTelemetry collector, such as http://127.0.0.1:4318/v1/traces")]
 TraceRateOption = Annotated[int, typer.Option(help="one of so many requests is traced", min=1)]
 LogFileOption = Annotated[
@@ -71,6 +77,8 @@ def serve(
     status_port: StatusPortOption = 8003,
     profile: Profile = "",
     cache_mb: CacheMbOption = 0,
+    answer_cache_mb: AnswerCacheMbOption = 0,
+    answer_cache_s: AnswerCacheSOption = 60.0,
     trace_url: TraceUrlOption = "",
     trace_rate: TraceRateOption = 100,
     log_file: LogFileOption = None,
@@ -90,12 +98,14 @@ def serve(
     from serving.door.options import AccessOptions
     from serving.door.tls import self_signed
     from serving.repository import served_from
+    from serving.runtime.cache_settings import CacheSettings
     from serving.server_options import ServerOptions
     from serving.service import run_until_signal
     from serving.start_checks import local_address
     from vivace.run import Run
 
     run = find_run(artifacts, name)
+    profile = profile or ("cached" if cache_mb else "fused" if answer_cache_mb else "")
     served = Run(served_from(run.root, profile))
     if served != run:
         say(f"profile {profile} serves {served.root}")
@@ -115,8 +125,9 @@ def serve(
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
-        profile=profile or ("cached" if cache_mb else ""),
+        profile=profile,
         cache_bytes=cache_mb << 20,
+        answer_cache=CacheSettings(answer_cache_mb << 20, answer_cache_s) if answer_cache_mb else None,
         trace_url=trace_url,
         trace_rate=trace_rate,
         log=log_file or run.server_log,

@@ -120,3 +120,16 @@ class ServingStore(FeatureStore, Protocol):
 
     def sweep(self, now_ms: int | None = None) -> bool:
         """One short turn of removing what has aged out; whether there is more."""
+
+
+class SharedAnswers(Protocol):
+    """A store that servers share and that keeps answers for a while beside what it is for."""
+
+    def histories_and_answers(
+        self, user_ids: Sequence[str], keys: Sequence[bytes]
+    ) -> tuple[list[tuple[list[str], list[str], list[int]] | None], list[bytes | None]]:
+        """``typed_histories`` of users and what is kept under ``keys``, in one trip; no answers, [], where the store
+        does not answer."""
+
+    def keep_answers(self, entries: Sequence[tuple[bytes, bytes]], life_ms: int) -> None:
+        """Keeps values under keys for so long, in one trip. Raises StoreError."""

@@ -17,8 +17,9 @@ import pytest
 
 from serving.launcher import TritonServer
 from serving.process import children, living
+from serving.segments import SHM_PREFIX
 from serving.service import service
-from serving.start_checks import LEFTOVER, SHM_PREFIX, free_port
+from serving.start_checks import LEFTOVER, free_port
 from tests.support import PATIENCE_S, on_free_ports, quiet, wait_until, waited_too_long
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError
