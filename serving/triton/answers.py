@@ -158,9 +158,8 @@ class Answers:
         run.batch.answers[way.request.place] = values
         self.recalled.add(way.request.place)
         self._counts(result)
-        run.batch.counts.answered(
-            [values[-1][0, 0].decode()], "full" if values[-1][0, 0] == OK else run.level.name.lower()
-        )
+        status = values[-1][0, 0].decode()
+        run.batch.counts.answered([status], "full" if status == contract.STATUS_OK else run.level.name.lower())
 
     def _compute(self, run: _Run, ways: Sequence[_Way]) -> None:
         """Computes what is asked, and keeps the answers that may be given again."""

@@ -29,7 +29,7 @@ def own_root(root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def users(root):
-    return sorted(users_of_data(root))[20:40]
+    return sorted(users_of_data(root))[20:30]
 
 
 def server_of(own_root, **more) -> TritonServer:
@@ -117,7 +117,7 @@ def test_two_servers_over_one_valkey_share_answers_and_neither_is_old(own_root, 
         shared = life.enter_context(ValkeyServer(tmp_path / "valkey"))
         copied = vivace("store", "copy", "--name", "shop", "--artifacts", str(own_root.parent), "--to", shared.url)
         assert copied.returncode == 0, copied.stderr
-        store = f"{shared.url}?limit_ms=2000"
+        store = f"{shared.url}?limit_ms=300"
         servers = [life.enter_context(server_of(own_root, store=store, log=tmp_path / f"{n}.log")) for n in "ab"]
         a, b = (life.enter_context(PatientClient(f"{s.host}:{s.grpc_port}")) for s in servers)
         users = users[2:]
@@ -139,5 +139,5 @@ def test_two_servers_over_one_valkey_share_answers_and_neither_is_old(own_root, 
 
         with stopped(shared):
             away = b.recommend(users[1], top_k=7)  # as it was last known, and said so
-            assert away.status.startswith("degraded: store") and away.items
+            assert away.status.startswith("degraded: ") and "store: " in away.status and away.items
         wait_until(lambda: b.recommend(users[1], top_k=7).status == "ok", "a store that answers")
