@@ -6,6 +6,7 @@ whole. An answer that is read from the older one moves into the newer, so what g
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import lmdb
 
 from serving.runtime.cache_settings import LEAST_BYTES
 
+log = logging.getLogger(__name__)
 SHARE = 0.4  # of the room that one generation takes: the pages of one that goes are free only in the next transaction
 CLAIM_S = 0.1  # after which someone who computes an answer is no longer waited for
 _CURRENT = b"current"
@@ -22,6 +24,7 @@ _CURRENT = b"current"
 
 class AnswerMemory:
     """``path``: of the file, made where there is none; ``room_bytes``: how large it may grow. Not for several threads.
+    Nothing raises once it is open: where the file cannot be read or written there are no answers in it.
 
     A claim says that a process is about to compute an answer, so that others wait for it in place of doing the same.
     Attributes: ``evicted``: answers that this process has dropped for want of room."""
@@ -29,6 +32,7 @@ class AnswerMemory:
     def __init__(self, path: Path, room_bytes: int) -> None:
         if room_bytes < LEAST_BYTES:
             raise ValueError(f"answer cache: expected at least {LEAST_BYTES} bytes, got {room_bytes}")
+        self._path, self._said = path, False
         self._env = lmdb.open(
             os.fspath(path), map_size=room_bytes, subdir=False, max_dbs=4, mode=0o600, sync=False, metasync=False,
             readahead=False, max_readers=512,
@@ -45,15 +49,19 @@ class AnswerMemory:
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """What was put under each key; None where there is nothing."""
         values, old = list[bytes | None](), list[tuple[bytes, bytes]]()
-        with self._env.begin() as transaction:
-            current = self._current(transaction)
-            for key in keys:
-                value = transaction.get(key, db=self._generations[current])
-                if value is None:
-                    value = transaction.get(key, db=self._generations[1 - current])
-                    if value is not None:
-                        old.append((key, value))
-                values.append(value)
+        try:
+            with self._env.begin() as transaction:
+                current = self._current(transaction)
+                for key in keys:
+                    value = transaction.get(key, db=self._generations[current])
+                    if value is None:
+                        value = transaction.get(key, db=self._generations[1 - current])
+                        if value is not None:
+                            old.append((key, value))
+                    values.append(value)
+        except lmdb.Error as error:
+            self._failed(error)
+            return [None] * len(keys)
         if old:
             self.put(old)
         return values
@@ -72,10 +80,22 @@ class AnswerMemory:
                 if self._size(transaction, current) > self._limit:
                     self._drop(transaction, 1 - current)
                     transaction.put(_CURRENT, b"%d" % (1 - current), db=self._about)
-        except lmdb.MapFullError:  # a batch that is larger than what a generation may exceed its share by
-            with self._env.begin(write=True) as transaction:
-                for number in range(2):
-                    self._drop(transaction, number)
+        except lmdb.Error as error:  # such as a batch larger than the room: everything goes
+            self._failed(error)
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for number in range(2):
+                        self._drop(transaction, number)
+                    transaction.drop(self._claims, delete=False)
+            except lmdb.Error as again:
+                self._failed(again)
+
+    def _failed(self, error: lmdb.Error) -> None:
+        """Says so once, and frees the places of readers that were killed, which keep pages from being used again."""
+        if not self._said and not isinstance(error, lmdb.MapFullError):
+            self._said = True
+            log.warning("answer cache: %s: %s; answers are computed meanwhile", self._path, error)
+        self._env.reader_check()
 
     def _size(self, transaction: lmdb.Transaction[bytes], number: int) -> int:
         pages = transaction.stat(self._generations[number])
@@ -87,29 +107,41 @@ class AnswerMemory:
 
     def size(self) -> int:
         """Bytes that answers take."""
-        with self._env.begin() as transaction:
-            return sum(self._size(transaction, number) for number in range(2))
+        try:
+            with self._env.begin() as transaction:
+                return sum(self._size(transaction, number) for number in range(2))
+        except lmdb.Error as error:
+            self._failed(error)
+            return 0
 
     def claim(self, claims: Sequence[bytes]) -> list[bool]:
         """Whether each is this process's to compute; another has claimed what is not, less than CLAIM_S ago."""
-        now_ns, mine = time.monotonic_ns(), list[bool]()  # one clock for all processes of a machine
-        with self._env.begin(write=True) as transaction:
-            for claim in claims:
-                held = transaction.get(claim, db=self._claims)
-                theirs = held is not None and held[8:] != self._me
-                free = not theirs or now_ns - int.from_bytes(held[:8], "big") > CLAIM_S * 1e9  # type: ignore[index]
-                if free:
-                    transaction.put(claim, now_ns.to_bytes(8, "big") + self._me, db=self._claims)
-                mine.append(free)
+        mine = list[bool]()
+        try:
+            with self._env.begin(write=True) as transaction:
+                for claim in claims:
+                    mine.append(not self._is_theirs(transaction.get(claim, db=self._claims)))
+                    if mine[-1]:
+                        transaction.put(claim, time.monotonic_ns().to_bytes(8, "big") + self._me, db=self._claims)
+        except lmdb.Error as error:
+            self._failed(error)
+            return [True] * len(claims)
         return mine
 
     def claimed(self, claims: Sequence[bytes]) -> list[bool]:
         """Whether another process is still computing each."""
-        now_ns = time.monotonic_ns()
-        with self._env.begin() as transaction:
-            held = [transaction.get(claim, db=self._claims) for claim in claims]
-        return [h is not None and h[8:] != self._me and now_ns - int.from_bytes(h[:8], "big") <= CLAIM_S * 1e9
-                for h in held]  # fmt: skip
+        try:
+            with self._env.begin() as transaction:
+                return [self._is_theirs(transaction.get(claim, db=self._claims)) for claim in claims]
+        except lmdb.Error as error:
+            self._failed(error)
+            return [False] * len(claims)
+
+    def _is_theirs(self, held: bytes | None) -> bool:
+        """``held``: when it was claimed, by the clock that all processes of a machine share, and by whom."""
+        if held is None or held[8:] == self._me:
+            return False
+        return time.monotonic_ns() - int.from_bytes(held[:8], "big") <= CLAIM_S * 1e9
 
     def close(self) -> None:
         self._env.close()

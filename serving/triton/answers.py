@@ -175,7 +175,7 @@ class Answers:
         places = {id(way.question): way.request.place for way in ways}
         answers = [(q, part.answers[place]) for q in asked if (place := places[id(q)]) in part.answers]
         whole = [(q, values[:-1]) for q, values in answers if self._may_be_kept(run, q, values, largest)]
-        self.cache.keep(whole, asked, run.known.shareable)
+        self.cache.keep(whole, asked if run.level == Level.FULL else [], run.known.shareable)
 
     def _may_be_kept(self, run: _Run, question: Question, values: list[np.ndarray], largest: int) -> bool:
         """Whether it is what anyone who asks the same would be answered: whole, and neither changed by its neighbours

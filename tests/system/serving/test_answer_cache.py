@@ -20,6 +20,7 @@ from vivace.client import Recommendation
 
 LINE = re.compile(r'vivace_answer_cache_total\{[^}]*result="(\w+)"[^}]*\} (\d+)')
 CACHE = CacheSettings(8 << 20, 600.0)
+NOON = {"hour": "12", "weekday": "2"}  # counts stay what they are where the hour changes meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def same(a: Recommendation, b: Recommendation) -> bool:
     )  # fmt: skip
 
 
-def asked(client: PatientClient, users: Sequence[str], **more) -> list[Recommendation]:
-    return [client.recommend(user, top_k=7, **more) for user in users]
+def asked(client: PatientClient, users: Sequence[str]) -> list[Recommendation]:
+    return [client.recommend(user, top_k=7, context=NOON) for user in users]
 
 
 def test_a_hit_is_the_computed_answer_and_no_append_or_change_is_missed(own_root, users):
@@ -79,31 +80,31 @@ def test_a_hit_is_the_computed_answer_and_no_append_or_change_is_missed(own_root
         assert all(same(a, b) for a, b in zip(first * 3, again, strict=True))
         counted.more(miss=len(users), memory=3 * len(users))
 
-        assert len(client.recommend(users[0], top_k=6).items) == 6  # another question
-        assert client.recommend(users[0], history=first[0].items[:2], top_k=7).items != first[0].items
+        assert len(client.recommend(users[0], top_k=6, context=NOON).items) == 6  # another question
+        assert client.recommend(users[0], history=first[0].items[:2], top_k=7, context=NOON).items != first[0].items
         counted.more(miss=2)
 
         for user, answer in zip(users, first, strict=True):
             for place in range(2):  # an event, then another
                 client.append(user, answer.items[place], "view")
-                now = client.recommend(user, top_k=7)
+                now = client.recommend(user, top_k=7, context=NOON)
                 assert not set(answer.items[: place + 1]) & set(now.items), "an answer of before the append"
-                assert same(now, client.recommend(user, top_k=7))
+                assert same(now, client.recommend(user, top_k=7, context=NOON))
         counted.more(miss=2 * len(users), memory=2 * len(users))
-        moved = client.recommend(users[0], top_k=7)
+        moved = client.recommend(users[0], top_k=7, context=NOON)
         assert client.remove_items([moved.items[0]]) == ["ok"]
-        assert moved.items[0] not in client.recommend(users[0], top_k=7).items
+        assert moved.items[0] not in client.recommend(users[0], top_k=7, context=NOON).items
         counted.more(memory=1, miss=1)
 
         assert client.forget(users[0]).startswith("ok")
         for _ in range(3):  # what is degraded is computed each time
-            assert "is unknown" in client.recommend(users[0], top_k=7).status
-        assert client.recommend("", ["no such item"], 7).status.startswith("degraded")
+            assert "is unknown" in client.recommend(users[0], top_k=7, context=NOON).status
+        assert client.recommend("", ["no such item"], 7, context=NOON).status.startswith("degraded")
         counted.more(miss=4)
 
         many = 64
         with ThreadPoolExecutor(many) as pool:
-            answers = list(pool.map(lambda _: client.recommend(users[1], top_k=9), range(many)))
+            answers = list(pool.map(lambda _: client.recommend(users[1], top_k=9, context=NOON), range(many)))
         assert all(same(answers[0], answer) for answer in answers)
         wait_until(lambda: sum(counted.ask().values()) == sum(counted.expected.values()) + many, f"{many} more")
         assert counts(server)["miss"] == counted.expected["miss"] + 1
@@ -129,15 +130,15 @@ def test_two_servers_over_one_valkey_share_answers_and_neither_is_old(own_root, 
         counted.more(shared=len(users))
         for user, answer in zip(users, first, strict=True):
             a.append(user, answer.items[0], "view")
-            now = b.recommend(user, top_k=7)
+            now = b.recommend(user, top_k=7, context=NOON)
             assert answer.items[0] not in now.items, "an answer of before the append"
             b.append(user, now.items[0], "view")
-            assert not {now.items[0], answer.items[0]} & set(a.recommend(user, top_k=7).items)
-        gone = b.recommend(users[0], top_k=7).items[0]
-        assert a.remove_items([gone]) == ["ok"] and gone not in b.recommend(users[0], top_k=7).items
+            assert not {now.items[0], answer.items[0]} & set(a.recommend(user, top_k=7, context=NOON).items)
+        gone = b.recommend(users[0], top_k=7, context=NOON).items[0]
+        assert a.remove_items([gone]) == ["ok"] and gone not in b.recommend(users[0], top_k=7, context=NOON).items
         assert all(valkey.pttl(key) > 0 for key in valkey.scan_iter("*answer*"))
 
         with stopped(shared):
-            away = b.recommend(users[1], top_k=7)  # as it was last known, and said so
+            away = b.recommend(users[1], top_k=7, context=NOON)  # as it was last known, and said so
             assert away.status.startswith("degraded: ") and "store: " in away.status and away.items
-        wait_until(lambda: b.recommend(users[1], top_k=7).status == "ok", "a store that answers")
+        wait_until(lambda: b.recommend(users[1], top_k=7, context=NOON).status == "ok", "a store that answers")
