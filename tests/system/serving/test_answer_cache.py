@@ -7,16 +7,24 @@ import re
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from types import SimpleNamespace
 
 import pytest
 
 from serving.launcher import TritonServer
+from serving.runtime import moment
 from serving.runtime.cache_settings import CacheSettings
+from serving.runtime.stages import FeatureTransform, Row
 from serving.segments import SHM
-from tests.support import PatientClient, on_free_ports, own_copy, users_of_data, vivace, wait_until
+from tests.support import PatientClient, on_free_ports, own_copy, quiet, users_of_data, wait_until
 from tests.valkey_server import ValkeyServer, stopped
 from vivace.client import Recommendation
+from vivace.contract import FEATURE_TRANSFORM
+from vivace.run import Run
+from vivace.store.lmdb_store import LmdbStore
+from vivace.store.remote.copying import copy, end_of
+from vivace.store.remote.store import ValkeyStore
 
 LINE = re.compile(r'vivace_answer_cache_total\{[^}]*result="(\w+)"[^}]*\} (\d+)')
 CACHE = CacheSettings(8 << 20, 600.0)
@@ -113,11 +121,27 @@ def test_a_hit_is_the_computed_answer_and_no_append_or_change_is_missed(own_root
     assert not file.exists()
 
 
+def test_what_a_state_is_of(own_root, users, monkeypatch):
+    """The hour that the models read, and what the store says of the user."""
+    run = Run(own_root)
+    store = LmdbStore(run.feature_store, readonly=True)
+    graph = run.repository / FEATURE_TRANSFORM / str(run.version()) / "transform.onnx"
+    transform = FeatureTransform(graph, store, run.shapes())
+
+    def state(minutes: int, user: str = users[2]) -> list:
+        monkeypatch.setattr(moment, "time", SimpleNamespace(time=lambda: (1_700_000_000 // 3600 * 60 + minutes) * 60))
+        return transform.known([Row(user, None, 5)]).state(0)
+
+    assert state(1) == state(59) and state(59) != state(61)
+    assert state(1) != state(1, users[3])
+    store.close()
+
+
 def test_two_servers_over_one_valkey_share_answers_and_neither_is_old(own_root, users, tmp_path):
     with ExitStack() as life:
         shared = life.enter_context(ValkeyServer(tmp_path / "valkey"))
-        copied = vivace("store", "copy", "--name", "shop", "--artifacts", str(own_root.parent), "--to", shared.url)
-        assert copied.returncode == 0, copied.stderr
+        with end_of(Run(own_root).feature_store) as own, end_of(shared.url) as target:
+            copy(own, target, False, quiet)
         store = f"{shared.url}?limit_ms=300"
         servers = [life.enter_context(server_of(own_root, store=store, log=tmp_path / f"{n}.log")) for n in "ab"]
         a, b = (life.enter_context(PatientClient(f"{s.host}:{s.grpc_port}")) for s in servers)
@@ -137,6 +161,16 @@ def test_two_servers_over_one_valkey_share_answers_and_neither_is_old(own_root, 
         gone = b.recommend(users[0], top_k=7, context=NOON).items[0]
         assert a.remove_items([gone]) == ["ok"] and gone not in b.recommend(users[0], top_k=7, context=NOON).items
         assert all(valkey.pttl(key) > 0 for key in valkey.scan_iter("*answer*"))
+
+        valkey.config_set("maxmemory-policy", "volatile-lru")  # answers alone make room where memory is full
+        valkey.config_set("maxmemory", valkey.info("memory")["used_memory"] + (1 << 20))
+        with closing(ValkeyStore(store)) as full:
+            for start in range(0, 4_000, 100):
+                full.keep_answers([(b"%016d" % n, b"v" * 1000) for n in range(start, start + 100)], 60_000)
+        assert 0 < len(list(valkey.scan_iter("*answer*"))) < 2_000
+        assert a.append(users[2], first[2].items[1], "view").status == "ok"
+        assert len(asked(b, users)[2].items) == 7
+        valkey.config_set("maxmemory", 0)
 
         with stopped(shared):
             away = b.recommend(users[1], top_k=7, context=NOON)  # as it was last known, and said so
