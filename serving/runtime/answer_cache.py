@@ -98,7 +98,8 @@ class AnswerCache:
     def question(self, row: Row, parameters: Mapping[str, Any]) -> Question:
         """``parameters``: of the request, those that change the answer."""
         sent = [row.history, row.types, row.times]
-        asked = [row.user_id, sent, row.top_k, row.query, sorted(row.context.items()), sorted(parameters.items())]
+        context = [sorted(row.context.items()), row.unknown_context]
+        asked = [row.user_id, sent, row.top_k, row.query, context, sorted(parameters.items())]
         return Question(row, _digest([self._identity, asked]))
 
     # -- before ---------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Answers:
         parameters: Mapping[str, str],
     ) -> None:  # fmt: skip
         self.pipeline, self._transform = pipeline, pipeline.transform
-        self._shared: SharedAnswers | None = store if hasattr(store, "keep_answers") else None  # type: ignore[assignment]
+        self._shared = store if isinstance(store, SharedAnswers) else None
         memory = AnswerMemory(Path(settings.path), settings.room_bytes)
         self.cache = AnswerCache(memory, self._shared, identity(release, parameters), settings.seconds)
         self.recalled: set[int] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vivace.contract import TITLE
 
@@ -122,6 +122,7 @@ class ServingStore(FeatureStore, Protocol):
         """One short turn of removing what has aged out; whether there is more."""
 
 
+@runtime_checkable
 class SharedAnswers(Protocol):
     """A store that servers share and that keeps answers for a while beside what it is for."""
 

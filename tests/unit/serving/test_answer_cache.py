@@ -59,7 +59,8 @@ def test_an_answer_is_given_again_bit_by_bit_and_only_where_all_it_went_by_is_th
     }
     for what, change in changed.items():
         assert recalled(cache, known=replace(KNOWN, **change)).answer is None, what
-    others = [Row("other", None, 3), Row("user", None, 4), Row("user", ["a", "b"], 3), Row("user", None, 3, "shoe")]
+    others = [replace(ROW, unknown_context=("colour",)), replace(ROW, context={"device": "phone"})]
+    others += [Row("other", None, 3), Row("user", None, 4), Row("user", ["a", "b"], 3), Row("user", None, 3, "shoe")]
     assert not any(recalled(cache, row).answer for row in others)
     assert recalled(cache, parameters={"diversity": ".5"}).answer is None
     assert recalled(AnswerCache(memory, None, b"other models", 60)).answer is None
