@@ -43,7 +43,7 @@ from vivace.contract import (
 from vivace.live import RECENT
 from vivace.masks import excluded, seen_ids
 from vivace.onnx_session import open_session
-from vivace.store.interface import FeatureStore
+from vivace.store.interface import ServingStore
 
 MAX_DIGITS = 15  # of a time in ms
 NO_SUCH_ITEM = "\0"
@@ -205,14 +205,15 @@ class FeatureTransform:
     """
 
     def __init__(
-        self, graph: Path, store: FeatureStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1,
+        self, graph: Path, store: ServingStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1,
         catalogue: LiveCatalogue | None = None,
     ) -> None:  # fmt: skip
         self.item_ids = ItemVocabulary(graph, threads)
         self.moment = Moment(graph.parent, shapes, store, threads)
         self.live = None
         if shapes.rising:
-            self.live = LiveFeed(graph.parent / RECENT, store, self.item_ids, shapes, self.moment)
+            counted = shapes if catalogue is not None else replace(shapes, rising_fresh=0)
+            self.live = LiveFeed(graph.parent / RECENT, store, self.item_ids, counted, self.moment)
         self._store, self._shapes, self._exclude_seen, self._catalogue = store, shapes, exclude_seen, catalogue
 
     def known(self, rows: Sequence[Row], histories: Histories | None = None) -> Known:
@@ -247,8 +248,8 @@ class FeatureTransform:
         """(inputs of ``retrieval`` in the contract's order, status of each row): history ids int64 [B, T], exclude bool
         [B, V] (for an index seen ids int64 [B, S]) and, as the shapes read them, times and types int64 [B, T] (0 and
         null where the history came without), context ids int64 [B, C] and amounts float32 [B, F]; with live counters,
-        rising ids int64 [B, M] and features float32 [B, M, F]; with a live catalogue, fresh items of the history int64
-        [B, M']. ``known``: what the stores know of the rows, None to read it."""
+        rising ids int64 [B, M] and features float32 [B, M, F]; with a live catalogue, rising fresh items alike, then
+        fresh items of the history int64 [B, M']. ``known``: what the stores know of the rows, None to read it."""
         t, catalogue = self._shapes.history, self._catalogue
         known = self.known(rows) if known is None else known
         stored = known.stored
@@ -291,7 +292,8 @@ class FeatureTransform:
         moment += context if self._shapes.context or self._shapes.amounts else []
         live: list[np.ndarray] = []
         if self.live is not None:
-            live = self.live.rows(context[0] if self._shapes.counted else None, history_BT[:, -1])
+            newest_B = history_BT[:, -1] if catalogue is None else catalogue.newest(histories, history_BT[:, -1])
+            live = self.live.rows(context[0] if self._shapes.counted else None, newest_B)
         if catalogue is not None:
             live = [*live, seen_fresh]
         if late := self.late():
