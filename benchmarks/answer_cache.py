@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 import urllib.request
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,16 +54,14 @@ def offered(server: TritonServer, sent: list[bytes], due: np.ndarray, seconds: f
     return outcome, (processor_seconds(server.pid) - before) * 1000 / len(due)
 
 
-def requests(users: list[str], kind: str, turn: int, count: int, repeat: float) -> list[bytes]:
-    """Requests of a turn; ``repeat``: exponent of the users' power law."""
+def requests(users: list[str], kind: str, turn: int, count: int, room: int, repeat: float) -> list[bytes]:
+    """``count`` requests of a turn, of which ``room`` at most are sent; ``repeat``: exponent of the users' power law."""
     if kind == ONCE:
-        chosen = [users[i % len(users)] for i in range(turn * (count + 1), (turn + 1) * (count + 1))]
-        top_k = FIRST_TOP_K + turn * (count + 1) // len(users)  # all users were seen: another question to them
+        first = turn * room
+        asked = [(users[i % len(users)], FIRST_TOP_K + i // len(users)) for i in range(first, first + count)]
     else:
-        chosen = [users[i] for i in picks(count + 1, len(users), repeat, SEED + turn)]
-        top_k = contract.MAX_TOP_K // 2 - turn
-    made = partial(request_tensors, top_k=top_k)
-    return [message(contract.ENSEMBLE, made(user)) for user in chosen]
+        asked = [(users[i], contract.MAX_TOP_K // 2 - turn) for i in picks(count, len(users), repeat, SEED + turn)]
+    return [message(contract.ENSEMBLE, request_tensors(user, top_k=top_k)) for user, top_k in asked]
 
 
 def main(
@@ -91,9 +88,8 @@ def main(
             before = looked_up(with_)
             for turn, cached in in_turns(turns + 1, (False, True)):
                 due = due_times("poisson", qps, seconds, SEED + turn)
-                outcome, processor_ms = offered(
-                    servers[cached], requests(users, kind, turn, len(due), repeat), due, seconds
-                )
+                sent = requests(users, kind, turn, len(due), int(2 * qps * seconds), repeat)
+                outcome, processor_ms = offered(servers[cached], sent, due, seconds)
                 if turn:  # the first one warms up
                     p50[kind, cached].append(outcome.p50)
                     processor[kind, cached].append(processor_ms)
