@@ -1,32 +1,39 @@
 """What the cache of answers costs where nothing repeats, and what it is worth where requests do.
 
-    python -m benchmarks.answer_cache artifacts/shop --turns 7
+    python -m benchmarks.answer_cache artifacts/shop --turns 9
     python -m benchmarks.answer_cache artifacts/shop --store valkey://127.0.0.1:6379/0
 
-Two servers of the profile ``fused``, one with the cache, are offered the same requests in turns at random arrivals, by
-user alone, so that the store gives the history. "once": no request comes twice. "repeats": users by a power law, each
-turn from an empty cache, as it asks for another number of items. Figures: p50, and processor time a request of all the
-server's processes (of a Valkey not: it serves both); the ratio of the server with the cache to the other, turn by turn.
-The last line of stdout is one JSON object.
+Two servers of the profile ``fused``, one with the cache, are asked the same in turn, request by request, by user
+alone, so that the store gives the history; whatever else the machine does meets both. One request at a time: each is a
+batch of its own, for which the cache does the most. "repeats": users by a power law, each turn from an empty cache, as
+it asks for another number of items. "once": no request comes twice; the turns before the server has seen that are
+apart, as "first". Figures of a turn: p50, and processor time a request of all the server's processes (of a Valkey not:
+it serves both); the ratio of the server with the cache to the other, turn by turn. The last line of stdout is one JSON
+object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
 import urllib.request
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import numpy as np
 import typer
 
-from benchmarks.turns import in_turns, spread, with_spread
-from loadtest.generate.arrivals import due_times, picks
-from loadtest.generate.generator import LoadRun, message, run
+from benchmarks.turns import spread, with_spread
+from loadtest.generate.arrivals import picks
+from loadtest.generate.generator import METHOD, message
 from loadtest.generate.local_server import grpc_address, on_free_ports
 from loadtest.reports.record import record_line
 from serving.launcher import TritonServer
+from serving.runtime.answer_cache import Repeats
 from serving.runtime.cache_settings import CacheSettings
 from vivace import contract
 from vivace.client_request import request_tensors
@@ -34,8 +41,9 @@ from vivace.machine import processor_seconds
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
 
-SEED, SLO_MS, FIRST_TOP_K = 7, 1000.0, 10
-ONCE, REPEATS = "once", "repeats"
+SEED, FIRST_TOP_K = 7, 10
+TIMEOUT_S, SETTLE_S = 30.0, 0.3
+FIRST, ONCE, REPEATS = "first", "once", "repeats"
 COUNTER = re.compile(r'vivace_answer_cache_total\{[^}]*result="(\w+)"[^}]*\} (\d+)')
 
 
@@ -45,20 +53,30 @@ def looked_up(server: TritonServer) -> dict[str, int]:
         return {result: int(count) for result, count in COUNTER.findall(page.read().decode())}
 
 
-def offered(server: TritonServer, sent: list[bytes], due: np.ndarray, seconds: float) -> tuple[LoadRun, float]:
-    """The run, and the milliseconds of processor time that a request took."""
-    before = processor_seconds(server.pid)
-    outcome = run(grpc_address(server), sent, due, seconds, SLO_MS)
-    if outcome.answered < outcome.due or outcome.degraded:
-        raise RuntimeError(f"{outcome.refused}, {outcome.degraded} degraded: offer less")
-    return outcome, (processor_seconds(server.pid) - before) * 1000 / len(due)
+def alternately(servers: Sequence[TritonServer], sent: Sequence[bytes]) -> list[tuple[float, float]]:
+    """(p50 in ms, milliseconds of processor time a request) of each server, all asked each request before the next."""
+    took: list[list[float]] = [[] for _ in servers]
+    before = [processor_seconds(server.pid) for server in servers]
+    with contextlib.ExitStack() as channels:
+        calls = [
+            channels.enter_context(grpc.insecure_channel(grpc_address(server))).unary_unary(METHOD)
+            for server in servers
+        ]
+        for number, request in enumerate(sent):
+            for place in (0, 1) if number % 2 else (1, 0):
+                began = time.perf_counter()
+                calls[place](request, timeout=TIMEOUT_S)
+                took[place].append((time.perf_counter() - began) * 1000)
+    time.sleep(SETTLE_S)
+    used = [processor_seconds(s.pid) - b for s, b in zip(servers, before, strict=True)]
+    return [(float(np.median(t)), u * 1000 / len(sent)) for t, u in zip(took, used, strict=True)]
 
 
-def requests(users: list[str], kind: str, turn: int, count: int, room: int, repeat: float) -> list[bytes]:
-    """``count`` requests of a turn, of which ``room`` at most are sent; ``repeat``: exponent of the users' power law."""
-    if kind == ONCE:
-        first = turn * room
-        asked = [(users[i % len(users)], FIRST_TOP_K + i // len(users)) for i in range(first, first + count)]
+def requests(users: list[str], kind: str, turn: int, count: int, repeat: float) -> list[bytes]:
+    """The requests of a turn; ``repeat``: exponent of the users' power law."""
+    if kind != REPEATS:
+        places = range(turn * count, (turn + 1) * count)
+        asked = [(users[i % len(users)], FIRST_TOP_K + i // len(users)) for i in places]
     else:
         asked = [(users[i], contract.MAX_TOP_K // 2 - turn) for i in picks(count, len(users), repeat, SEED + turn)]
     return [message(contract.ENSEMBLE, request_tensors(user, top_k=top_k)) for user, top_k in asked]
@@ -67,9 +85,8 @@ def requests(users: list[str], kind: str, turn: int, count: int, room: int, repe
 def main(
     root: Annotated[Path, typer.Argument(help="a compiled run, such as artifacts/shop")],
     store: Annotated[str, typer.Option(help="a Valkey with the run's store; the run's own if empty")] = "",
-    turns: Annotated[int, typer.Option(min=1)] = 7,
-    qps: float = 60.0,
-    seconds: float = 6.0,
+    turns: Annotated[int, typer.Option(min=1)] = 9,
+    count: Annotated[int, typer.Option(help="requests of a turn", min=1)] = 300,
     repeat: Annotated[float, typer.Option(help="exponent of the users' power law")] = 1.0,
     cache_mb: int = 64,
 ) -> None:
@@ -83,21 +100,23 @@ def main(
         TritonServer(on_free_ports(repository, "fused", root / "without.log", store=store)) as without,
         TritonServer(on_free_ports(repository, "fused", root / "with.log", store=store, answer_cache=cache)) as with_,
     ):
-        servers, results = {False: without, True: with_}, dict[str, dict[str, int]]()
-        for kind in (ONCE, REPEATS):
+        results = dict[str, dict[str, int]]()
+        whole = max(2, Repeats.WINDOW // count)  # turns in which both workers still look up all of their rows
+        warm = 1 + -(-2 * Repeats.WINDOW // count)  # and after which neither does
+        plan = {REPEATS: (0, 1, turns), FIRST: (0, 1, whole - 1), ONCE: (whole, warm, turns)}
+        for kind, (start, unused, used) in plan.items():
             before = looked_up(with_)
-            for turn, cached in in_turns(turns + 1, (False, True)):
-                due = due_times("poisson", qps, seconds, SEED + turn)
-                sent = requests(users, kind, turn, len(due), int(2 * qps * seconds), repeat)
-                outcome, processor_ms = offered(servers[cached], sent, due, seconds)
-                if turn:  # the first one warms up
-                    p50[kind, cached].append(outcome.p50)
-                    processor[kind, cached].append(processor_ms)
-                print(f"{kind:8} turn {turn} {'with' if cached else 'without':8} p50 {outcome.p50:.2f} ms, processor "
-                      f"{processor_ms:.2f} ms", flush=True)  # fmt: skip
-            results[kind] = {result: count - before.get(result, 0) for result, count in looked_up(with_).items()}
+            for turn in range(start, start + unused + used):
+                figures_of_turn = alternately((without, with_), requests(users, kind, turn, count, repeat))
+                (p50_off, cpu_off), (p50_on, cpu_on) = figures_of_turn
+                print(f"{kind:8} turn {turn}: p50 {p50_off:.2f} ms without, {p50_on:.2f} with; processor {cpu_off:.2f} "
+                      f"ms without, {cpu_on:.2f} with", flush=True)  # fmt: skip
+                for cached, (p50_ms, processor_ms) in enumerate(figures_of_turn) if turn >= start + unused else ():
+                    p50[kind, bool(cached)].append(p50_ms)
+                    processor[kind, bool(cached)].append(processor_ms)
+            results[kind] = {result: n - before.get(result, 0) for result, n in looked_up(with_).items()}
     figures: dict[str, Any] = {}
-    for kind in (ONCE, REPEATS):
+    for kind in (FIRST, ONCE, REPEATS):
         for what, of in (("p50", p50), ("processor", processor)):
             off, on = of[kind, False], of[kind, True]
             ratio = spread([b / a for a, b in zip(off, on, strict=True)])
@@ -107,8 +126,8 @@ def main(
         print(f"{kind}: {results[kind]}")
     print(
         record_line(
-            "answer cache", data=root.name, store="valkey" if store else "lmdb", users=len(users), qps=qps,
-            seconds=seconds, repeat=repeat, cache_mb=cache_mb, looked_up=results, results=figures,
+            "answer cache", data=root.name, store="valkey" if store else "lmdb", users=len(users),
+            turns=turns, count=count, repeat=repeat, cache_mb=cache_mb, looked_up=results, results=figures,
         )
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import hashlib
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,31 @@ class Question:
     @property
     def claim(self) -> bytes:
         return self.key + self.state
+
+
+class Repeats:
+    """Whether requests repeat. Where almost none does, looking and keeping would cost more than they save: then it is
+    done for a share of the users alone, by whom it is seen when that changes."""
+
+    WINDOW, LEAST, SHARE = 500, 0.06, 8  # rows to judge by; hits that are worth it; one in so many users
+
+    def __init__(self) -> None:
+        self.few, self._rows, self._hits = False, 0, 0
+
+    def worth(self, row: Row) -> bool:
+        """Whether ``row`` is looked up: the same in every process that sees few repeats."""
+        if not self.few:
+            return True
+        who = row.user_id or (row.history or [row.query])[-1]
+        return zlib.crc32(who.encode()) % self.SHARE == 0
+
+    def seen(self, hit: bool) -> None:
+        """One row that was looked up."""
+        self._rows += 1
+        self._hits += hit
+        if self._rows == (self.WINDOW // self.SHARE if self.few else self.WINDOW):
+            self.few = self._hits < self.LEAST * self._rows
+            self._rows = self._hits = 0
 
 
 def _digest(value: Any) -> bytes:

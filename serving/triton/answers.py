@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from serving.runtime.answer_cache import AnswerCache, Question, identity
+from serving.runtime.answer_cache import AnswerCache, Question, Repeats, identity
 from serving.runtime.answer_memory import AnswerMemory
 from serving.runtime.cache_settings import CacheSettings
 from serving.runtime.known import Histories, Known, TypedHistory
@@ -26,7 +26,8 @@ from vivace import contract
 from vivace.store.interface import ServingStore, SharedAnswers
 
 Compute = Callable[[Batch, Level, Known | None], None]
-MISS, JOINED = "miss", "joined"
+MISS, JOINED, PASSED = "miss", "joined", "passed"
+EVERY_S = 1.0  # each hand-over of counters costs as much as an answer's place in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +65,15 @@ class Answers:
         memory = AnswerMemory(Path(settings.path), settings.room_bytes)
         self.cache = AnswerCache(memory, self._shared, identity(release, parameters), settings.seconds)
         self.recalled: set[int] = set()
-        self._counts = Counts("vivace_answer_cache_total", "Rows that the answer cache was asked for", "result")
+        self.repeats = Repeats()
+        self._counts = Counts("vivace_answer_cache_total", "Rows by what the cache had", "result", EVERY_S)
         kinds = (
             ("vivace_answer_cache_bytes", "Memory that answers take", pb_utils.MetricFamily.GAUGE),
             ("vivace_answer_cache_evicted_total", "Answers dropped for want of room", pb_utils.MetricFamily.COUNTER),
         )
         self._families = [pb_utils.MetricFamily(name=n, description=d, kind=k) for n, d, k in kinds]
         self._bytes, self._evicted = (family.Metric(labels={}) for family in self._families)
-        for result in ("memory", "shared", JOINED, MISS):
+        for result in ("memory", "shared", JOINED, MISS, PASSED):
             self._counts(result, 0)
 
     def hand_over(self) -> None:
@@ -84,17 +86,21 @@ class Answers:
 
     def __call__(self, batch: Batch, outputs: Sequence[str], level: Level, compute: Compute) -> None:
         """Answers ``batch``, by ``compute`` what is not there. Requests that ask for the same are computed once."""
+        questions = [self._question(request) for request in batch.requests]
+        asked = [question for question in questions if question is not None]
+        if not asked:
+            compute(batch, level, None)
+            return
         ways, row = list[_Way](), 0
-        for request in batch.requests:
-            ways.append(_Way(request, row, self._question(request)))
+        for request, question in zip(batch.requests, questions, strict=True):
+            ways.append(_Way(request, row, question))
             row += len(request.rows)
-        asked = [way.question for way in ways if way.question is not None]
         beside: list[bytes | None] = []
         known = self._transform.known(batch.rows, self._reading([q.key for q in asked], beside))
         run = _Run(batch, outputs, level, known, compute)
         if known.fault or self._transform.late():  # what is not known to be whole is neither asked for nor kept
-            asked, ways = [], [_Way(way.request, way.row, None) for way in ways]
-        if asked:
+            ways = [_Way(way.request, way.row, None) for way in ways]
+        else:
             self.cache.recall(asked, known, [way.row for way in ways if way.question is not None], beside)
         self._answer(run, ways)
 
@@ -107,6 +113,9 @@ class Answers:
             given = json.loads(request.request.parameters() or "{}")
             parameters = {name: str(given[name]) for name in (contract.FILTERS, contract.DIVERSITY) if name in given}
         elif row.history is None and not row.user_id:
+            return None
+        if not self.repeats.worth(row):
+            self._counts(PASSED)
             return None
         return self.cache.question(row, parameters)
 
@@ -158,6 +167,7 @@ class Answers:
         run.batch.answers[way.request.place] = values
         self.recalled.add(way.request.place)
         self._counts(result)
+        self.repeats.seen(True)
         status = values[-1][0, 0].decode()
         run.batch.counts.answered([status], "full" if status == contract.STATUS_OK else run.level.name.lower())
 
@@ -172,6 +182,8 @@ class Answers:
         run.batch.answers.update(part.answers)
         asked = [way.question for way in ways if way.question is not None]
         self._counts(MISS, len(asked))
+        for _ in asked:
+            self.repeats.seen(False)
         places = {id(way.question): way.request.place for way in ways}
         answers = [(q, part.answers[place]) for q in asked if (place := places[id(q)]) in part.answers]
         whole = [(q, values[:-1]) for q, values in answers if self._may_be_kept(run, q, values, largest)]

@@ -96,9 +96,10 @@ class Counts:
     EVERY_S = 0.25
 
     def __init__(
-        self, name: str = "vivace_answers_total", description: str = "Rows answered, by how", label: str = "how"
-    ) -> None:
-        self._label = label
+        self, name: str = "vivace_answers_total", description: str = "Rows answered, by how", label: str = "how",
+        every_s: float = EVERY_S,
+    ) -> None:  # fmt: skip
+        self._label, self._every_s = label, every_s
         self._family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
         self._metrics: dict[str, Any] = {}
         self._waiting: dict[str, int] = {}
@@ -116,7 +117,7 @@ class Counts:
     def hand_over(self) -> bool:
         """Whether it was time to."""
         now = time.monotonic()
-        if now - self._last < self.EVERY_S:
+        if now - self._last < self._every_s:
             return False
         for how, rows in self._waiting.items():
             if how not in self._metrics:

@@ -55,7 +55,7 @@ class Counted:
 
     def __init__(self, server: TritonServer, client: PatientClient) -> None:
         self.server, self.client = server, client
-        self.expected = dict.fromkeys(("memory", "shared", "joined", "miss"), 0)
+        self.expected = dict.fromkeys(("memory", "shared", "joined", "miss", "passed"), 0)
 
     def more(self, **results: int) -> None:
         for result, count in results.items():
