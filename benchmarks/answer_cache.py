@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Sequence
@@ -48,7 +49,18 @@ COUNTER = re.compile(r'vivace_answer_cache_total\{[^}]*result="(\w+)"[^}]*\} (\d
 
 
 def looked_up(server: TritonServer) -> dict[str, int]:
-    """Rows by what the cache had for them, since the server's start."""
+    """Rows by what the cache had for them, since the server's start; Triton's page comes a moment after its answers."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return _looked_up(server)
+        except urllib.error.URLError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _looked_up(server: TritonServer) -> dict[str, int]:
     with urllib.request.urlopen(f"http://{server.host}:{server.metrics_port}/metrics") as page:
         return {result: int(count) for result, count in COUNTER.findall(page.read().decode())}
 
