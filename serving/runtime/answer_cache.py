@@ -31,7 +31,7 @@ from vivace.store.interface import SharedAnswers, StoreError
 
 DIGEST = 16  # bytes
 HEAD = DIGEST + 8  # of an entry: the state it was computed from, then until when it holds, Unix ms
-SHARE_EVERY_S = 0.1  # what was computed goes to the shared store so often
+SHARE_EVERY_S, SHARE_SELDOM_S = 0.1, 1.0  # what was computed goes to the shared store so often; where few repeat
 MOST_WAITING = 2_000  # answers on their way there; more are not shared
 
 
@@ -56,7 +56,7 @@ class Repeats:
     """Whether requests repeat. Where almost none does, looking and keeping would cost more than they save: then it is
     done for a share of the users alone, by whom it is seen when that changes."""
 
-    WINDOW, LEAST, SHARE = 500, 0.06, 8  # rows to judge by; hits that are worth it; one in so many users
+    WINDOW, FEWER, LEAST, SHARE = 500, 64, 0.06, 16  # rows to judge by; hits that are worth it; one in so many users
 
     def __init__(self) -> None:
         self.few, self._rows, self._hits = False, 0, 0
@@ -72,7 +72,7 @@ class Repeats:
         """One row that was looked up."""
         self._rows += 1
         self._hits += hit
-        if self._rows == (self.WINDOW // self.SHARE if self.few else self.WINDOW):
+        if self._rows == (self.FEWER if self.few else self.WINDOW):
             self.few = self._hits < self.LEAST * self._rows
             self._rows = self._hits = 0
 
@@ -115,6 +115,7 @@ class AnswerCache:
 
     def __init__(self, memory: AnswerMemory, shared: SharedAnswers | None, identity: bytes, seconds: float) -> None:
         self.memory, self._shared, self._identity, self._life_ms = memory, shared, identity, int(seconds * 1000)
+        self.repeats = Repeats()
         self._waiting: dict[bytes, bytes] = {}
         self._lock = threading.Lock()
         self._to_share = threading.Event()
@@ -179,7 +180,7 @@ class AnswerCache:
         assert self._shared is not None
         while True:
             self._to_share.wait()
-            time.sleep(SHARE_EVERY_S)
+            time.sleep(SHARE_SELDOM_S if self.repeats.few else SHARE_EVERY_S)
             self._to_share.clear()
             with self._lock:
                 entries, self._waiting = list(self._waiting.items()), {}

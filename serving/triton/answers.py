@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from serving.runtime.answer_cache import AnswerCache, Question, Repeats, identity
+from serving.runtime.answer_cache import AnswerCache, Question, identity
 from serving.runtime.answer_memory import AnswerMemory
 from serving.runtime.cache_settings import CacheSettings
 from serving.runtime.known import Histories, Known, TypedHistory
@@ -65,7 +65,6 @@ class Answers:
         memory = AnswerMemory(Path(settings.path), settings.room_bytes)
         self.cache = AnswerCache(memory, self._shared, identity(release, parameters), settings.seconds)
         self.recalled: set[int] = set()
-        self.repeats = Repeats()
         self._counts = Counts("vivace_answer_cache_total", "Rows by what the cache had", "result", EVERY_S)
         kinds = (
             ("vivace_answer_cache_bytes", "Memory that answers take", pb_utils.MetricFamily.GAUGE),
@@ -114,7 +113,7 @@ class Answers:
             parameters = {name: str(given[name]) for name in (contract.FILTERS, contract.DIVERSITY) if name in given}
         elif row.history is None and not row.user_id:
             return None
-        if not self.repeats.worth(row):
+        if not self.cache.repeats.worth(row):
             self._counts(PASSED)
             return None
         return self.cache.question(row, parameters)
@@ -167,7 +166,7 @@ class Answers:
         run.batch.answers[way.request.place] = values
         self.recalled.add(way.request.place)
         self._counts(result)
-        self.repeats.seen(True)
+        self.cache.repeats.seen(True)
         status = values[-1][0, 0].decode()
         run.batch.counts.answered([status], "full" if status == contract.STATUS_OK else run.level.name.lower())
 
@@ -183,7 +182,7 @@ class Answers:
         asked = [way.question for way in ways if way.question is not None]
         self._counts(MISS, len(asked))
         for _ in asked:
-            self.repeats.seen(False)
+            self.cache.repeats.seen(False)
         places = {id(way.question): way.request.place for way in ways}
         answers = [(q, part.answers[place]) for q in asked if (place := places[id(q)]) in part.answers]
         whole = [(q, values[:-1]) for q, values in answers if self._may_be_kept(run, q, values, largest)]
