@@ -1,6 +1,6 @@
 """Starts the processes that hold a sharded item table, under torchrun, which starts them anew where one dies.
 
-    python -m training.sharded.launch ORDER.json      what each of them runs
+python -m training.sharded.launch ORDER.json      what each of them runs
 """
 
 from __future__ import annotations

@@ -101,7 +101,11 @@ def sharded_scores(
     score_B = torch.where(seen_B.to(score_B.device) | (target_B < FIRST_ID), EXCLUDED, score_B)
     row_E = torch.from_numpy(np.repeat(np.arange(len(excluded)), [len(ids) for ids in excluded])).to(items.device)
     id_E = torch.from_numpy(np.concatenate(excluded)).to(items.device)
-    log_B, above_B, equal_B = torch.full_like(score_B, -torch.inf), torch.zeros_like(target_B), torch.zeros_like(target_B)
+    log_B, above_B, equal_B = (
+        torch.full_like(score_B, -torch.inf),
+        torch.zeros_like(target_B),
+        torch.zeros_like(target_B),
+    )
     for (first, rows), biases in zip(items.local(ROWS), _biases_beside(items), strict=True):
         for start in range(0, len(rows), BLOCK):
             low, part = first + start, rows[start : start + BLOCK]

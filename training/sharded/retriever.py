@@ -83,7 +83,9 @@ def dense_retriever(preset: Preset, features: Features | None = None) -> Retriev
     return model
 
 
-def _start(items: ShardedItems, features: Features, preset: Preset, counts: np.ndarray, seed: int, scratch: Path) -> None:
+def _start(
+    items: ShardedItems, features: Features, preset: Preset, counts: np.ndarray, seed: int, scratch: Path
+) -> None:
     """As ``warm_start.start_from_counts``: the first process works the vectors out, each takes its rows of the file."""
     if preset.retrieval.start != "cooccurrence":
         items.start(seed)
@@ -102,9 +104,7 @@ def _start(items: ShardedItems, features: Features, preset: Preset, counts: np.n
         file.unlink()
 
 
-def whole_retriever(
-    dense: RetrievalModel, rows_VD: Tensor, bias_V: Tensor, counts: np.ndarray
-) -> RetrievalModel:
+def whole_retriever(dense: RetrievalModel, rows_VD: Tensor, bias_V: Tensor, counts: np.ndarray) -> RetrievalModel:
     """The trained retriever as every later step knows it, over a table that may lie in a mapped file."""
     dense.items.id = nn.Embedding.from_pretrained(rows_VD, freeze=False, padding_idx=0)
     dense.bias = nn.Parameter(bias_V)

@@ -80,7 +80,6 @@ def test_two_processes_have_the_losses_of_one(features, tmp_path, one, kind):
         torch.testing.assert_close(tensor, weights[1][name], atol=1e-3, rtol=0, msg=name)
 
 
-
 def test_a_killed_process_comes_back_and_the_run_is_one_that_later_steps_read(features, tmp_path):
     run = tmp_path / "shop"
     run.mkdir()
@@ -103,5 +102,10 @@ def test_a_killed_process_comes_back_and_the_run_is_one_that_later_steps_read(fe
     results = read_manifest(run / "retrieval", "train")["results"]
     assert len(results["epochs"]) == 6
     assert results["processes"] == 2
-    assert sorted(p.name for p in (run / "retrieval").iterdir()) == ["manifest.json", "owner.key", "tensorboard", "weights.pt"]
+    assert sorted(p.name for p in (run / "retrieval").iterdir()) == [
+        "manifest.json",
+        "owner.key",
+        "tensorboard",
+        "weights.pt",
+    ]
     assert "ranker:" in out  # trained over the table that came back
