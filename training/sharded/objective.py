@@ -49,8 +49,8 @@ class Negatives:
         return torch.searchsorted(self.cumulative_V, uniform_S, right=True).clamp_max(items - 1)
 
     def of(self, ids_U: Tensor) -> tuple[Tensor, Tensor]:
-        """Of ids: (log of how often each is expected among the negatives, what is added to its bias as a negative: items
-        without a training event are none), float32 [U]."""
+        """Of ids: (log of how often each is expected among the negatives, what is added to its bias as items without a
+        training event are no negatives), float32 [U]."""
         at = ids_U.cpu()
         unseen_U = torch.where(self.seen_V[at] | (at < FIRST_ID), 0.0, MASKED)
         return self.log_V[at].to(ids_U.device), unseen_U.to(ids_U.device)
@@ -101,11 +101,7 @@ def sharded_scores(
     score_B = torch.where(seen_B.to(score_B.device) | (target_B < FIRST_ID), EXCLUDED, score_B)
     row_E = torch.from_numpy(np.repeat(np.arange(len(excluded)), [len(ids) for ids in excluded])).to(items.device)
     id_E = torch.from_numpy(np.concatenate(excluded)).to(items.device)
-    log_B, above_B, equal_B = (
-        torch.full_like(score_B, -torch.inf),
-        torch.zeros_like(target_B),
-        torch.zeros_like(target_B),
-    )
+    log_B, above_B, equal_B = torch.full_like(score_B, -torch.inf), 0 * target_B, 0 * target_B
     for (first, rows), biases in zip(items.local(ROWS), _biases_beside(items), strict=True):
         for start in range(0, len(rows), BLOCK):
             low, part = first + start, rows[start : start + BLOCK]

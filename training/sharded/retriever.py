@@ -47,8 +47,8 @@ def for_sharding(preset: Preset) -> Preset:
     refused = {
         "retrieval.loss 'full' scores every item each step: set --loss sampled or gbce": training.loss == "full",
         "encoder.family 'bert4rec' hides items of the table: choose another family": encoder.family == "bert4rec",
-        "item attributes and texts join a table that is whole: set encoder.attributes and encoder.text_encoder to false "
-        "and encoder.text_tokens to 0": encoder.attributes or bool(encoder.text_tokens) or encoder.text_encoder,
+        "item attributes and texts need the whole table: set encoder.attributes and encoder.text_encoder to false and "
+        "encoder.text_tokens to 0": encoder.attributes or bool(encoder.text_tokens) or encoder.text_encoder,
         "the session memory is a table of its own: set encoder.neighbours to 0": bool(encoder.neighbours),
         "retrieval.adversarial moves the whole table: set it to 0": bool(training.adversarial),
         "retrieval.shard_model (FSDP) cuts the same table: set it to false": training.shard_model,

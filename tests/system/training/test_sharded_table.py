@@ -102,10 +102,6 @@ def test_a_killed_process_comes_back_and_the_run_is_one_that_later_steps_read(fe
     results = read_manifest(run / "retrieval", "train")["results"]
     assert len(results["epochs"]) == 6
     assert results["processes"] == 2
-    assert sorted(p.name for p in (run / "retrieval").iterdir()) == [
-        "manifest.json",
-        "owner.key",
-        "tensorboard",
-        "weights.pt",
-    ]
+    left = {path.name for path in (run / "retrieval").iterdir()}
+    assert left == {"manifest.json", "owner.key", "tensorboard", "weights.pt"}
     assert "ranker:" in out  # trained over the table that came back
