@@ -56,8 +56,8 @@ def launch(root: Path, preset: Preset, seed: int, sharding: dict[str, Any]) -> d
         code = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent).wait()
     if code:
         raise RuntimeError(
-            f"{processes} processes with the item table ended {RESTARTS + 1} times, last with exit code {code}: see the "
-            "first error above. The same command goes on from the last checkpoint"
+            f"{processes} processes with the item table ended {RESTARTS + 1} times, last with exit code {code}: see "
+            "the first error above. The same command goes on from the last checkpoint"
         )
     return read_manifest(Run(root).retrieval, "vivace train")
 
