@@ -4,9 +4,11 @@
 
 The training is that of ``vivace train --table-processes`` (``training/sharded``): sampled softmax, AdamW for the
 encoder, row-wise Adagrad for the table; without dropout, so that the losses can be compared. Windows are made up: a
-user stays in one of the blocks of 64 items, which are drawn by popularity. With more than one process the last one kills itself after half of the steps; torchrun starts the group anew
-and it goes on from the checkpoint. Memory of each process: proportional set size when the table is there and at the
-end, and the largest resident size. The last line of stdout is one JSON object.
+user stays in one of the blocks of 64 items, which are drawn by popularity. With more than one process the last one
+kills itself after half of the steps; torchrun starts the group anew, and it goes on from the checkpoint. Steps a second
+are those of the second half. Memory of each process: proportional set size at each stage, and the largest resident
+size, which has what is read of a checkpoint in it and, in the first process, the whole table's mapped file. The last
+line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from vivace.contract import FIRST_ID
 from vivace.manifest import CHECKOUT, environment, write_json
 
 BLOCK = 64  # items that a user's events are of
+POWER = 1.5  # popularity of a block falls with its number to this power
 EVENTS = 50_000_000  # of the log that the item counts stand for
 SEED = 7
 
@@ -54,17 +57,17 @@ def preset(width: int, batch: int) -> Preset:
 
 
 def popularity(rows: int) -> np.ndarray:
-    """Expected events of each item id, float32 [V]: Zipf's law over blocks of items."""
+    """Expected events of each item id, float32 [V]: a power law over blocks of items."""
     counts = np.zeros(rows, np.float32)
     block = np.arange(rows - FIRST_ID, dtype=np.int64) // BLOCK
-    counts[FIRST_ID:] = 1.0 / (block + 10.0)
+    counts[FIRST_ID:] = (block + 10.0) ** -POWER
     return counts * np.float32(EVENTS / counts.sum(dtype=np.float64))
 
 
 def windows(counts: np.ndarray, history: int, batch: int, steps: int, world: World) -> Iterator[Tensor]:
     """Batches of this process, int64 [B, T + 1]; the global batch depends on the step alone."""
     blocks = (len(counts) - FIRST_ID) // BLOCK
-    cumulative = np.cumsum(1.0 / (np.arange(blocks) + 10.0))
+    cumulative = np.cumsum((np.arange(blocks) + 10.0) ** -POWER)
     for step in range(steps):
         rng = np.random.default_rng([SEED, step])
         block_B = np.searchsorted(cumulative, rng.random(batch) * cumulative[-1]).clip(max=blocks - 1)
@@ -117,8 +120,8 @@ def work(order: dict[str, Any]) -> None:
         loop.run()
         record = {
             "rows held": items.held(), "resumed at step": taken if resumed else 0, "steps measured": loop.taken - taken,
-            "steps_per_s": round((loop.taken - taken) / losses[1], 2), "mean loss of these": float(np.mean(losses[0])),
-            "last loss": losses[0][-1],
+            "steps_per_s": round((loop.taken - taken) / losses[1], 2), "mean loss": loop.history[-1]["loss"],
+            "mean loss of these": float(np.mean(losses[0])), "last loss": losses[0][-1],
         }  # fmt: skip
         memory["after training"] = _mib(me)
         began = time.monotonic()

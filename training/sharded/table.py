@@ -109,7 +109,7 @@ class ShardedItems:
         return rows_UD, biases[:, 0]
 
     def rate(self, factor: float) -> None:
-        """Sets the optimizer's rate to ``factor`` of its peak, for the backward passes to come."""
+        """Sets the optimizer's rate to ``factor`` of its peak, for the steps that fetch their rows after this."""
         for group in self.model.fused_optimizer.param_groups:
             group["lr"] = self.sharding.learning_rate * factor
         self.model.fused_optimizer.step()  # hands the rate to FBGEMM; the rows change in the backward pass
