@@ -1,6 +1,6 @@
 """An item table too large for one process: steps a second and memory with its rows cut over processes by TorchRec.
 
-    python -m benchmarks.sharded_table --rows 20000000 --processes 1,2 --save docs/benchmarks/sharded-table.json
+    python -m benchmarks.sharded_table --rows 20000000 --processes 1,2 --turns 3 --save docs/benchmarks/sharded-table.json
 
 The training is that of ``vivace train --table-processes`` (``training/sharded``): sampled softmax, AdamW for the
 encoder, row-wise Adagrad for the table; without dropout, so that the losses can be compared. Windows are made up: a
@@ -32,6 +32,7 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.turns import in_turns, spread
 from loadtest.reports.record import record_line
 from training import distributed
 from training.distributed import World, device
@@ -181,7 +182,8 @@ def main(
     processes: Annotated[
         str, typer.Option(help="numbers of processes, by commas, measured one after the other")
     ] = "1,2",
-    steps: int = 200,
+    steps: int = 300,
+    turns: Annotated[int, typer.Option(help="runs of each number of processes")] = 1,
     batch: Annotated[int, typer.Option(help="windows a step, of all processes together")] = 64,
     scratch: Annotated[Path | None, typer.Option(help="folder for checkpoints")] = None,
     save: Annotated[Path | None, typer.Option(help="JSON file for the figures")] = None,
@@ -190,14 +192,22 @@ def main(
     if work_order is not None:
         work(json.loads(work_order.read_text()))
         return
-    runs = {n: measured(int(n), rows, width, steps, batch, scratch) for n in processes.split(",")}
-    record = {"rows": rows, "width": width, "steps": steps, "batch": batch, "processes": runs}
-    for n, ranks in runs.items():
-        for rank in ranks:
-            print(f"{n} processes, rank {rank['rank']}: {json.dumps(rank)}")
+    numbers = [int(n) for n in processes.split(",")]
+    runs: dict[int, list[list[dict[str, Any]]]] = {n: [] for n in numbers}
+    for turn, number in in_turns(turns, numbers):
+        runs[number].append(measured(number, rows, width, steps, batch, scratch))
+        for rank in runs[number][-1]:
+            print(f"turn {turn}, {number} processes, rank {rank['rank']}: {json.dumps(rank)}", flush=True)
+    rates = {n: spread([ranks[0]["steps_per_s"] for ranks in runs[n]]) for n in numbers}
+    first = rates[numbers[0]]["turns"]
+    ratios = {n: spread([b / a for a, b in zip(first, rates[n]["turns"], strict=True)]) for n in numbers[1:]}
+    record = {
+        "rows": rows, "width": width, "steps": steps, "batch": batch, "steps_per_s": rates,
+        f"steps_per_s over {numbers[0]} processes": ratios, "runs": runs,
+    }  # fmt: skip
     if save is not None:
-        write_json(save, {"command": " ".join(["python -m benchmarks.sharded_table", *sys.argv[1:]]),
-                          **environment(), **record})  # fmt: skip
+        command = " ".join(["python -m benchmarks.sharded_table", *sys.argv[1:]])
+        write_json(save, {"command": command, **environment(), **record})
     print(record_line("sharded item table", **record))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def work(order: dict[str, Any]) -> None:
     from training.sharded.table import TableSharding
 
     run = Run(Path(order["root"]))
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # TorchRec calls an older name of torch's
     with distributed.group() as world:
         train_sharded(
             Features(run.features), from_json(order["preset"]), run.root, order["seed"],

@@ -18,7 +18,7 @@ from training.sharded.table import ShardedItems
 from vivace.manifest import replaced
 
 CHECKPOINT, BEST = "checkpoint", "best"  # folders of a step
-DENSE = "checkpoint.pt"  # in the first of them: everything but the table
+DENSE = "checkpoint.pt"  # in them: everything but the table
 
 
 class ShardedLoop(Loop):
@@ -80,10 +80,15 @@ class ShardedLoop(Loop):
         best = self.best
         super()._end_epoch(progress)
         if self.best < best and self.config.patience:
-            self.write_table(self.folder / BEST)
+            self.write_table(self.folder / BEST, self._write_best)
+
+    def _write_best(self) -> None:
+        if self.world.first:
+            torch.save(self.best_state, self._path)
 
     def run(self, stop_after_steps: int | None = None) -> dict[str, Any]:
         report = super().run(stop_after_steps)
         if stop_after_steps is None and self.config.patience and self.best_state is not None:
+            self.model.load_state_dict(torch.load(self.folder / BEST / DENSE, weights_only=True))
             self.items.load(self.folder / BEST)
         return report

@@ -30,7 +30,7 @@ from training.learn.retriever import compile_blocks, training_windows
 from training.learn.warm_start import START_SCALE, finish_unseen
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
-from training.sharded.loop import CHECKPOINT, ShardedLoop
+from training.sharded.loop import BEST, CHECKPOINT, ShardedLoop
 from training.sharded.objective import Negatives, sharded_loss, sharded_metric
 from training.sharded.table import ShardedItems, TableSharding, read_whole
 from vivace.contract import FIRST_ID
@@ -199,8 +199,7 @@ def _finish(
     finish_unseen(whole, counts, features, preset.retrieval)
     sizes = {"parameters": sum(p.numel() for p in whole.parameters())}
     record = {**sizes, "trained_parameters": sizes["parameters"], "start": {}, "memory": {}}
-    for folder in (CHECKPOINT, "best"):
-        shutil.rmtree(step.folder / folder, ignore_errors=True)
     manifest = finish_training(step, whole, report, **record, processes=world.size, table=asdict(sharding))
-    shutil.rmtree(saved, ignore_errors=True)
+    for folder in (CHECKPOINT, BEST, WHOLE_TABLE):
+        shutil.rmtree(step.folder / folder, ignore_errors=True)
     return manifest

@@ -9,7 +9,9 @@ Axis legend: V item ids, D width, U ids of a step (each once), R rows of this pr
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,16 +152,28 @@ class ShardedItems:
     # -- on disk: torch.distributed.checkpoint, a file a process --------------------------------------------
     def save(self, folder: Path) -> None:
         """Writes tables and optimizer; any number of processes can read them."""
-        dcp.save(self._state(), checkpoint_id=folder)
+        with _quiet():
+            dcp.save(self._state(), checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
         """Takes up what ``save`` wrote."""
         state = self._state()
-        dcp.load(state, checkpoint_id=folder)  # in place: the tensors are those of the table
+        with _quiet():
+            dcp.load(state, checkpoint_id=folder)  # in place: the tensors are those of the table
         self.model.fused_optimizer.load_state_dict(state["optimizer"])
 
     def _state(self) -> dict[str, Any]:
         return {"tables": self.model.state_dict(), "optimizer": self.model.fused_optimizer.state_dict()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's word that DTensor will take ShardedTensor's place, which TorchRec 1.8 has to know of, not us, and
+    that one process reads alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def mapped(file: Path, *shape: int) -> Tensor:
@@ -175,5 +189,6 @@ def read_whole(saved: Path, items: int, width: int, scratch: Path) -> tuple[Tens
     One process calls it."""
     scratch.mkdir(parents=True, exist_ok=True)
     rows, biases = mapped(scratch / "rows.bin", items, width), mapped(scratch / "biases.bin", items, BIAS_WIDTH)
-    dcp.load({"tables": {ROWS: rows, BIASES: biases}}, checkpoint_id=saved, no_dist=True)
+    with _quiet():
+        dcp.load({"tables": {ROWS: rows, BIASES: biases}}, checkpoint_id=saved, no_dist=True)
     return rows, biases
