@@ -1,6 +1,6 @@
 """An item table too large for one process: steps a second and memory with its rows cut over processes by TorchRec.
 
-    python -m benchmarks.sharded_table --rows 20000000 --processes 1,2 --turns 3 --save docs/benchmarks/sharded-table.json
+    python -m benchmarks.sharded_table --rows 20000000 --processes 1,2 --turns 3 --save table.json
 
 The training is that of ``vivace train --table-processes`` (``training/sharded``): sampled softmax, AdamW for the
 encoder, row-wise Adagrad for the table; without dropout, so that the losses can be compared. Windows are made up: a

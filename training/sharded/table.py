@@ -44,7 +44,7 @@ class TableSharding:
 
     kind: Literal["row", "table"] = "row"
     """"row": each process holds a part of the rows; "table": the first process holds the table, the last its biases."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.02
     """Peak rate of row-wise Adagrad; it follows the schedule of the other weights."""
     processes: int = 2
     """Processes that hold the table."""
