@@ -6,7 +6,7 @@ The training is that of ``vivace train --table-processes`` (``training/sharded``
 encoder, row-wise Adagrad for the table; without dropout, so that the losses can be compared. Windows are made up: a
 user stays in one of the blocks of 64 items, which are drawn by popularity. With more than one process the last one
 kills itself after half of the steps; torchrun starts the group anew, and it goes on from the checkpoint. Steps a second
-are those of the second half. Memory of each process: proportional set size at each stage, and the largest resident
+are those of the second half, and so is the processor time, which says more beside other work. Memory of each process: proportional set size at each stage, and the largest resident
 size, which has what is read of a checkpoint in it and, in the first process, the whole table's mapped file. The last
 line of stdout is one JSON object.
 """
@@ -117,11 +117,13 @@ def work(order: dict[str, Any]) -> None:
             if world.size > 1 and world.rank == world.size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             world.barrier()  # with one that is dead: torchrun ends this process too
-        taken, losses = loop.taken, _recorded(loop)
+        taken, losses, used = loop.taken, _recorded(loop), sum(me.cpu_times()[:2])
         loop.run()
+        used = sum(me.cpu_times()[:2]) - used
         record = {
             "rows held": items.held(), "resumed at step": taken if resumed else 0, "steps measured": loop.taken - taken,
-            "steps_per_s": round((loop.taken - taken) / losses[1], 2), "mean loss": loop.history[-1]["loss"],
+            "steps_per_s": round((loop.taken - taken) / losses[1], 2),
+            "processor ms a step": round(used * 1000 / (loop.taken - taken), 1), "mean loss": loop.history[-1]["loss"],
             "mean loss of these": float(np.mean(losses[0])), "last loss": losses[0][-1],
         }  # fmt: skip
         memory["after training"] = _mib(me)
@@ -199,11 +201,12 @@ def main(
         for rank in runs[number][-1]:
             print(f"turn {turn}, {number} processes, rank {rank['rank']}: {json.dumps(rank)}", flush=True)
     rates = {n: spread([ranks[0]["steps_per_s"] for ranks in runs[n]]) for n in numbers}
-    first = rates[numbers[0]]["turns"]
-    ratios = {n: spread([b / a for a, b in zip(first, rates[n]["turns"], strict=True)]) for n in numbers[1:]}
+    costs = {n: spread([sum(rank["processor ms a step"] for rank in ranks) for ranks in runs[n]]) for n in numbers}
+    first = costs[numbers[0]]["turns"]
+    ratios = {n: spread([b / a for a, b in zip(first, costs[n]["turns"], strict=True)]) for n in numbers[1:]}
     record = {
         "rows": rows, "width": width, "steps": steps, "batch": batch, "steps_per_s": rates,
-        f"steps_per_s over {numbers[0]} processes": ratios, "runs": runs,
+        "processor ms a step, all processes": costs, f"over {numbers[0]} processes": ratios, "runs": runs,
     }  # fmt: skip
     if save is not None:
         command = " ".join(["python -m benchmarks.sharded_table", *sys.argv[1:]])

@@ -116,7 +116,7 @@ def write_hugectr(features: Features, folder: Path, say: Progress) -> dict[str, 
     attributes = raw[[*schema.item_categoricals, *schema.item_continuous]].fillna(0)
     special = pd.DataFrame(0, index=range(FIRST_ID), columns=attributes.columns)
     items = pd.concat([special, attributes], ignore_index=True)
-    columns, counts = Columns.of(features, items, len(users)), {}
+    columns, counts = Columns.of(features, items, len(users)), dict[str, int]()
     with replaced(folder) as building:
         for part in PARTS:
             scratch = building / "scratch" / part
