@@ -6,9 +6,9 @@ The training is that of ``vivace train --table-processes`` (``training/sharded``
 encoder, row-wise Adagrad for the table; without dropout, so that the losses can be compared. Windows are made up: a
 user stays in one of the blocks of 64 items, which are drawn by popularity. With more than one process the last one
 kills itself after half of the steps; torchrun starts the group anew, and it goes on from the checkpoint. Steps a second
-are those of the second half, and so is the processor time, which says more beside other work. Memory of each process: proportional set size at each stage, and the largest resident
-size, which has what is read of a checkpoint in it and, in the first process, the whole table's mapped file. The last
-line of stdout is one JSON object.
+are those of the second half, and so is the processor time, which says more beside other work. Memory of each process:
+proportional set size at each stage, and the largest resident size, which has what is read of a checkpoint in it and, in
+the first process, the whole table's mapped file. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
