@@ -82,10 +82,11 @@ def _mib(process: psutil.Process) -> float:
 
 def work(order: dict[str, Any]) -> None:
     """What each process runs; leaves ``rank-<n>.json`` in the folder."""
+    from training.sharded.config import TableSharding
     from training.sharded.loop import CHECKPOINT, ShardedLoop
     from training.sharded.objective import Negatives, sharded_loss
     from training.sharded.retriever import dense_retriever, process_group
-    from training.sharded.table import ShardedItems, TableSharding, read_whole
+    from training.sharded.table import ShardedItems, read_whole
 
     folder, steps, me = Path(order["folder"]), order["steps"], psutil.Process()
     sizes = preset(order["width"], order["batch"])

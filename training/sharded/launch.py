@@ -39,8 +39,8 @@ def launch(root: Path, preset: Preset, seed: int, sharding: dict[str, Any]) -> d
     ``sharding``: fields of ``TableSharding``. Raises ValueError for what cannot be cut, RuntimeError where the
     processes gave up."""
     check_installed()
+    from training.sharded.config import TableSharding
     from training.sharded.retriever import for_sharding
-    from training.sharded.table import TableSharding
 
     preset = for_sharding(preset)  # what cannot be cut is refused here, once, and not by every process
     processes = TableSharding(**sharding).processes
@@ -72,8 +72,8 @@ def work(order: dict[str, Any]) -> None:
     """What each process runs."""
     from preprocessing.features import Features
     from training import distributed
+    from training.sharded.config import TableSharding
     from training.sharded.retriever import train_sharded
-    from training.sharded.table import TableSharding
 
     run = Run(Path(order["root"]))
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # TorchRec calls an older name of torch's

@@ -30,9 +30,10 @@ from training.learn.retriever import compile_blocks, training_windows
 from training.learn.warm_start import START_SCALE, finish_unseen
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
+from training.sharded.config import TableSharding
 from training.sharded.loop import BEST, CHECKPOINT, ShardedLoop
 from training.sharded.objective import Negatives, sharded_loss, sharded_metric
-from training.sharded.table import ShardedItems, TableSharding, read_whole
+from training.sharded.table import ShardedItems, read_whole
 from vivace.contract import FIRST_ID
 from vivace.manifest import Progress, Step, read_manifest, write_text
 from vivace.run import Run

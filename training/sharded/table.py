@@ -13,9 +13,8 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,29 +29,12 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv,
 from torchrec.optim import RowWiseAdagrad
 
 from training.distributed import World, device
-from vivace.checks import check_fields, check_minimum, check_positive
+from training.sharded.config import TableSharding
 
 BIAS_WIDTH = 4  # FBGEMM's narrowest row; its first number is the item's bias
 BLOCK = 65_536  # rows that are drawn, or scored, at once
 START_STD = 0.02  # of a random start, as in ``RetrievalModel``
 ROWS, BIASES = "rows.embeddings.item.weight", "biases.embeddings.bias.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableSharding:
-    """How the item table lies over the processes and learns."""
-
-    kind: Literal["row", "table"] = "row"
-    """"row": each process holds a part of the rows; "table": the first process holds the table, the last its biases."""
-    learning_rate: float = 0.02
-    """Peak rate of row-wise Adagrad; it follows the schedule of the other weights."""
-    processes: int = 2
-    """Processes that hold the table."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_positive(self, "learning_rate")
-        check_minimum(self, 1, "processes")
 
 
 class _Tables(nn.Module):

@@ -29,7 +29,7 @@ from vivace.manifest import exclusive
 
 LOSSES = values_of("training.presets:RetrievalTraining.loss")
 METHODS = values_of("training.models.adapters:Adaptation.method")
-SHARDINGS = values_of("training.sharded.table:TableSharding.kind")
+SHARDINGS = values_of("training.sharded.config:TableSharding.kind")
 
 
 def train(
@@ -131,8 +131,8 @@ def train_table(
     from training.sharded.launch import check_installed, launch
 
     check_installed()
+    from training.sharded.config import TableSharding
     from training.sharded.retriever import for_sharding, train_sharded
-    from training.sharded.table import TableSharding
 
     sizes = for_sharding(sizes)
     if world.size == 1:

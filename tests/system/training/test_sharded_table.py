@@ -28,7 +28,7 @@ from preprocessing.features import Features
 from training import distributed
 from training.presets import with_values, tiny
 from training.sharded.retriever import train_sharded
-from training.sharded.table import TableSharding
+from training.sharded.config import TableSharding
 features, root, values, kind = sys.argv[1:]
 with distributed.group() as world:
     sharding = TableSharding(kind=kind, processes=world.size)

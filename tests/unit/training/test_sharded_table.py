@@ -16,9 +16,10 @@ from training.losses import sampled_softmax
 from training.metrics import ALL_ITEMS, MISS, place, ranks
 from training.models.retrieval import EXCLUDED, MASKED
 from training.presets import beauty, session, shop, tiny, with_values
+from training.sharded.config import TableSharding
 from training.sharded.objective import Negatives, sharded_loss, sharded_scores
 from training.sharded.retriever import dense_retriever, for_sharding, process_group, whole_retriever
-from training.sharded.table import ROWS, ShardedItems, TableSharding, read_whole
+from training.sharded.table import ROWS, ShardedItems, read_whole
 from vivace.contract import FIRST_ID
 
 ITEMS, WIDTH, RATE, EPS = 90, 16, 0.1, 1e-8
