@@ -36,8 +36,8 @@ def check_installed() -> None:
 
 def launch(root: Path, preset: Preset, seed: int, sharding: dict[str, Any]) -> dict[str, Any]:
     """Trains the retriever of a run in ``sharding["processes"]`` processes of this machine; returns its manifest.
-    ``sharding``: fields of ``TableSharding``. Raises ValueError for what cannot be cut, RuntimeError where the
-    processes gave up."""
+    ``sharding``: fields of ``TableSharding``. Raises ValueError for what cannot be cut, ChildProcessError where
+    the processes gave up."""
     check_installed()
     from training.sharded.config import TableSharding
     from training.sharded.retriever import for_sharding
@@ -56,7 +56,7 @@ def launch(root: Path, preset: Preset, seed: int, sharding: dict[str, Any]) -> d
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": _path()}
         code = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent).wait()
     if code:
-        raise RuntimeError(
+        raise ChildProcessError(
             f"{processes} processes with the item table ended {RESTARTS + 1} times, last with exit code {code}: see "
             "the first error above. The same command goes on from the last checkpoint"
         )

@@ -112,6 +112,8 @@ def train(
 def check_table(processes: int, kind: str, from_another: bool) -> dict[str, Any]:
     """Fields of ``TableSharding``; {} without --table-processes. Raises BadParameter for what does not go with it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not processes and kind != "row":
+        raise typer.BadParameter("goes with --table-processes N; name how many", param_hint="--table-sharding")
     if not processes:
         return {}
     if from_another:
@@ -134,6 +136,8 @@ def train_table(
     from training.sharded.config import TableSharding
     from training.sharded.retriever import for_sharding, train_sharded
 
+    if sizes.retrieval.ema and world.first:
+        say("without an average of the weights (ema): it would be a second item table")
     sizes = for_sharding(sizes)
     if world.size == 1:
         return launch(root, sizes, seed, table), sizes
