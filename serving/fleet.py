@@ -154,7 +154,7 @@ class Fleet:
         if self.options.answer_cache is not None:
             answers = Segments()
             (self.private / PREFIX_FILE).write_text(answers.prefix)
-            self.options = replace(self.options, answer_cache=self.options.answer_cache.at(answers.prefix))
+            self.options = replace(self.options, answer_cache=self.options.answer_cache.at(answers))
             self._life.callback(answers.remove)
         (self.private / HELD).touch()
         self._life.enter_context(held(self.private))

@@ -45,7 +45,6 @@ from serving.server_options import ServerOptions
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
-    check_answer_cache,
     check_cache,
     check_exposure,
     check_ports,
@@ -94,18 +93,14 @@ class TritonServer:
     def __init__(self, options: ServerOptions, door: Door | None = None, aside: bool = False) -> None:
         address = local_address(options.host)
         check_exposure(options.host, address, options.guard, options.access)
-        self.options = options
+        self.segments = Segments()
+        self.options = replace(options, answer_cache=options.answer_cache and options.answer_cache.at(self.segments))
         self.host = address
         self.address = "127.0.0.1" if address == "0.0.0.0" else address  # where this machine reaches it
         chosen = options if door is None else door.options
         self.http_port, self.grpc_port, self.metrics_port = (
             port or free_port(address) for port in (chosen.http_port, chosen.grpc_port, chosen.metrics_port)
         )
-        self.segments = Segments()
-        self.answer_memory: Segments | None = None  # memory of its answer cache, where it shares none
-        if options.answer_cache is not None and not options.answer_cache.path:
-            self.answer_memory = Segments()
-            self.options = replace(options, answer_cache=options.answer_cache.at(self.answer_memory.prefix))
         self._held = contextlib.ExitStack()
         self.release = options.repository
         self._key = secrets.token_urlsafe(32)
@@ -206,9 +201,7 @@ class TritonServer:
         env.pop(STORE_URL, None)
         if self.options.store:  # not by the command line, which every user of the machine can read
             env[STORE_URL] = self.options.store
-        env.pop(ANSWER_CACHE, None)
-        if self.options.answer_cache is not None:
-            env[ANSWER_CACHE] = self.options.answer_cache.text()
+        env[ANSWER_CACHE] = "" if self.options.answer_cache is None else self.options.answer_cache.text()
         env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
         return server_environment(env)
 
@@ -224,8 +217,7 @@ class TritonServer:
         if not (o.repository / "recommend" / "config.pbtxt").exists():
             raise ServerError(f"model repository: nothing to serve in {o.repository}; run 'vivace compile' first")
         check_profile(o.repository, o.profile)
-        check_cache(o.repository, o.profile, o.cache_bytes)
-        check_answer_cache(o.repository, o.profile, o.answer_cache)
+        check_cache(o.repository, o.profile, o.cache_bytes, o.answer_cache)
         check_trace_url(o.trace_url)
         check_store(o.store)
         self.release = o.repository.resolve()  # whatever is published since, this server stays with it
@@ -238,8 +230,7 @@ class TritonServer:
         self._root = Path(tempfile.mkdtemp(prefix=LEFTOVER))
         self._held.enter_context(held(self._root))
         self.log = o.log or self._root / "triton.log"
-        owned = [self.segments, *([self.answer_memory] if self.answer_memory is not None else [])]
-        (self._root / PREFIX_FILE).write_text("\n".join(s.prefix for s in owned))
+        (self._root / PREFIX_FILE).write_text(self.segments.prefix)
         backend_folder(self._root)
         if self.sockets is not None:
             self.sockets.folder.mkdir(mode=0o700)
@@ -407,5 +398,3 @@ class TritonServer:
             self._process.wait()
             remove_environments(self._launched)
         self.segments.remove()
-        if self.answer_memory is not None:
-            self.answer_memory.remove()

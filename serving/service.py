@@ -17,7 +17,6 @@ from serving.process import Reaper, adopt_orphans
 from serving.repository import check_profile
 from serving.server_options import ServerOptions
 from serving.start_checks import (
-    check_answer_cache,
     check_cache,
     check_exposure,
     check_log,
@@ -68,8 +67,7 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     check_ports(address, named)
     check_path(options.repository)
     check_profile(options.repository, options.profile)
-    check_cache(options.repository, options.profile, options.cache_bytes)
-    check_answer_cache(options.repository, options.profile, options.answer_cache)
+    check_cache(options.repository, options.profile, options.cache_bytes, options.answer_cache)
     check_trace_url(options.trace_url)
     check_store(options.store)
     if options.log is not None:

@@ -28,7 +28,7 @@ from vivace import contract
 from vivace.store.interface import StoreError
 
 LEFTOVER = "vivace-triton-"  # how a launcher's folder for temporary files is called
-PREFIX_FILE = "segments"  # in it: prefixes of its shared memory, one a line
+PREFIX_FILE = "segments"  # in it: the prefix of its shared memory
 ENVIRONMENTS = Path("/tmp")  # where Triton's Python backend makes a folder for itself, whatever TMPDIR says
 LEAST_FILES = 512  # descriptors: below it a few hundred callers stop every answer
 FILES_OF_OUR_OWN = 256
@@ -101,8 +101,9 @@ def check_ports(host: str, ports: dict[str, int]) -> None:
 
 
 # -- what it is told -----------------------------------------------------------------------------------
-def check_cache(repository: Path, profile: str, cache_bytes: int) -> None:
+def check_cache(repository: Path, profile: str, cache_bytes: int, answers: CacheSettings | None = None) -> None:
     """Raises ServerError for a cache that is larger than the memory, or that no model of the profile would use."""
+    _check_answer_cache(repository, profile, answers)
     if not cache_bytes:
         return
     total = psutil.virtual_memory().total
@@ -116,7 +117,7 @@ def check_cache(repository: Path, profile: str, cache_bytes: int) -> None:
         )
 
 
-def check_answer_cache(repository: Path, profile: str, settings: CacheSettings | None) -> None:
+def _check_answer_cache(repository: Path, profile: str, settings: CacheSettings | None) -> None:
     """Raises ServerError for a cache of answers that does not fit the memory, or that the profile does not ask."""
     if settings is None:
         return
@@ -218,10 +219,9 @@ def sweep_leftovers() -> None:
         with contextlib.suppress(OSError):  # another start may sweep the same
             if folder.stat().st_uid == os.getuid() and (folder / HELD).exists() and is_free(folder):
                 _end_workers(folder)
-                text = (folder / PREFIX_FILE).read_text() if (folder / PREFIX_FILE).exists() else ""
-                for prefix in text.split():
-                    if prefix.startswith(SHM_PREFIX) and "/" not in prefix:
-                        Segments(prefix).remove()
+                prefix = (folder / PREFIX_FILE).read_text() if (folder / PREFIX_FILE).exists() else ""
+                if prefix.startswith(SHM_PREFIX) and "/" not in prefix:
+                    Segments(prefix).remove()
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -56,7 +56,7 @@ class Repeats:
     """Whether requests repeat. Where almost none does, looking and keeping would cost more than they save: then it is
     done for a share of the users alone, by whom it is seen when that changes."""
 
-    WINDOW, FEWER, LEAST, SHARE = 500, 64, 0.06, 16  # rows to judge by; hits that are worth it; one in so many users
+    WINDOW, FEWER, LEAST, SHARE = 500, 64, 0.12, 16  # rows to judge by; hits that are worth it; one in so many users
 
     def __init__(self) -> None:
         self.few, self._rows, self._hits = False, 0, 0

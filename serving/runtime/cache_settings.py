@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
+from serving.segments import SHM, Segments
+
 ANSWER_CACHE = "VIVACE_ANSWER_CACHE"  # environment variable by which it does
 LEAST_BYTES, MAX_S = 1 << 20, 86_400.0
 
@@ -24,9 +26,9 @@ class CacheSettings:
         if not 0 < self.seconds <= MAX_S:
             raise ValueError(f"--answer-cache-s: expected seconds above 0, at most {MAX_S:.0f}, got {self.seconds}")
 
-    def at(self, prefix: str) -> CacheSettings:
-        """The same with a file in shared memory whose name begins so."""
-        return replace(self, path=f"/dev/shm/{prefix}answers")
+    def at(self, segments: Segments) -> CacheSettings:
+        """The same with a file among these, if it has none yet."""
+        return self if self.path else replace(self, path=str(SHM / f"{segments.prefix}answers"))
 
     def text(self) -> str:
         return json.dumps(asdict(self))

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,6 @@ from serving.launcher import TritonServer
 from serving.runtime import moment
 from serving.runtime.cache_settings import CacheSettings
 from serving.runtime.stages import FeatureTransform, Row
-from serving.segments import SHM
 from tests.support import PatientClient, on_free_ports, own_copy, quiet, users_of_data, wait_until
 from tests.valkey_server import ValkeyServer, stopped
 from vivace.client import Recommendation
@@ -116,7 +116,7 @@ def test_a_hit_is_the_computed_answer_and_no_append_or_change_is_missed(own_root
         assert all(same(answers[0], answer) for answer in answers)
         wait_until(lambda: sum(counted.ask().values()) == sum(counted.expected.values()) + many, f"{many} more")
         assert counts(server)["miss"] == counted.expected["miss"] + 1
-        file = SHM / CACHE.at(server.answer_memory.prefix).path
+        file = Path(server.options.answer_cache.path)
         assert file.exists()
     assert not file.exists()
 

@@ -95,7 +95,7 @@ def test_where_almost_nothing_repeats_one_user_in_sixteen_is_looked_up_until_som
     assert 200 < len(looked_up) < 300
     for number in range(Repeats.FEWER):
         assert not all(map(repeats.worth, rows))
-        repeats.seen(number % 10 == 0)
+        repeats.seen(number % 5 == 0)
     assert all(map(repeats.worth, rows))
 
 
