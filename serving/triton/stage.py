@@ -90,15 +90,13 @@ COLD = f"{contract.STATUS_DEGRADED}popular items"
 
 
 class Counts:
-    """Rows answered, by how, for Triton's metrics page; handed on a few times a second, as each hand-over is a call to
+    """Rows answered, by how, or another counter by ``how``, for Triton's metrics page; handed on a few times a second, as each hand-over is a call to
     another process."""
 
     EVERY_S = 0.25
 
-    def __init__(self) -> None:
-        self._family = pb_utils.MetricFamily(
-            name="vivace_answers_total", description="Rows answered, by how", kind=pb_utils.MetricFamily.COUNTER
-        )
+    def __init__(self, name: str = "vivace_answers_total", description: str = "Rows answered, by how") -> None:
+        self._family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
         self._metrics: dict[str, Any] = {}
         self._waiting: dict[str, int] = {}
         self._last = 0.0

@@ -1,0 +1,76 @@
+"""The log of what was shown, as the models see it: off unless the server was told to keep one.
+
+Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils``).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from serving.triton.stage import Counts, ParsedRequest, contexts_of, strings
+from vivace.contract import SHOWN_TO
+from vivace.impressions.queue import ENVIRONMENT, queue_of_worker, shown_to
+
+
+def is_on() -> bool:
+    """Whether the server was started with a log."""
+    return bool(os.environ.get(ENVIRONMENT))
+
+
+def shown_to_rows(request: ParsedRequest, began_ms: float) -> list[bytes]:
+    """SHOWN_TO of each row of a request that the first stage began with at ``began_ms``, Unix ms; b"" of one that is at
+    fault, which is shown nothing."""
+    contexts = contexts_of(request.request, len(request.rows))
+    return [
+        b"" if error else shown_to(row.user_id, row.query, context[0], began_ms)
+        for row, error, context in zip(request.rows, request.errors, contexts, strict=True)
+    ]
+
+
+def nothing(rows: int) -> np.ndarray:
+    """SHOWN_TO of a server without a log."""
+    return strings([""] * rows)
+
+
+class Impressions:
+    """That of the process which makes the answers. Requests that were written and that were dropped are on Triton's
+    metrics page, handed on with later requests."""
+
+    def __init__(self, model_version: str, inputs: list[str]) -> None:
+        knows = SHOWN_TO.name in inputs
+        if is_on() and not knows:
+            pb_utils.Logger.log_warn("impressions: not logged, as this version was compiled by one without; compile it")
+        self._queue = queue_of_worker(os.environ.get(ENVIRONMENT, "") if knows else "", model_version)
+        if self._queue is not None:
+            self._counts, self._counted = Counts("vivace_impressions_total", "Requests logged, by what became"), (0, 0)
+
+    def __bool__(self) -> bool:
+        return self._queue is not None
+
+    def put(
+        self, request: Any, rows: list[bytes], items_BK: np.ndarray, scores_BK: np.ndarray, status_B: np.ndarray
+    ) -> None:
+        """The answer to a request: SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows."""
+        if self._queue is None:
+            return
+        # scores are a view of Triton's memory, which goes with the answer
+        self._queue.put((request.request_id(), rows, items_BK, scores_BK.copy(), status_B.tolist(), time.time() * 1000))
+
+    def hand_over(self) -> None:
+        if self._queue is None:
+            return
+        now, before = (self._queue.logged, self._queue.dropped), self._counted
+        for how, more in zip(("written", "dropped"), np.subtract(now, before).tolist(), strict=True):
+            if more:
+                self._counts(how, more)
+        self._counted = now
+        self._counts.hand_over()
+
+    def close(self) -> None:
+        if self._queue is not None:
+            self._queue.close()

@@ -1,0 +1,193 @@
+"""From answers to files, off the request path: a request costs one step of a queue, and a thread does the rest.
+
+Axis legend: B rows of a request, K answered items.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import numpy as np
+
+from vivace.contract import MAX_PARAMETER_ID_BYTES
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+log = logging.getLogger(__name__)
+ENVIRONMENT = "VIVACE_IMPRESSIONS"  # what a server tells its workers: JSON of ``ImpressionOptions``
+TIDY_S = 3600.0
+TURN_S = 1.0  # between two looks at what waits
+CHUNK, PAUSE_S = 100, 0.002  # requests that are made columns of while the answers' thread waits for the interpreter
+
+
+@dataclass(frozen=True)
+class ImpressionOptions:
+    """Where and how answers are logged. A process writes a file when it has ``rows`` requests for one or the oldest is
+    of ``seconds`` ago; where more than ``waiting`` requests wait to be looked at, the newest are dropped and counted.
+    ``days``: older files go (0: none does). ``variant``: what the rows say of the experiment's arm."""
+
+    folder: str
+    variant: str = ""
+    days: int = 365
+    seconds: float = 60.0
+    rows: int = 50_000
+    waiting: int = 20_000
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.waiting < 1:
+            raise ValueError(f"impressions: expected rows and waiting of 1 and more, got {self.rows}, {self.waiting}")
+        if self.seconds <= 0 or self.days < 0:
+            raise ValueError(f"impressions: expected seconds > 0 and days >= 0, got {self.seconds:g}, {self.days}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ImpressionOptions:
+        return cls(**json.loads(text))
+
+
+def folder_of(feature_store: Path) -> Path:
+    """Where the impressions of a run lie, by the folder of its feature store, which a compressed variant shares."""
+    return feature_store.resolve().parent / "impressions"
+
+
+def shown_to(user_id: str, query: str, context: bytes, began_ms: float) -> bytes:
+    """One row of the tensor SHOWN_TO: whom the answer is for. ``began_ms``: Unix ms, when its first stage began."""
+    packed: bytes = msgpack.packb([user_id, query, context.decode("utf-8", "replace"), began_ms])
+    return packed
+
+
+def row_ids(request_id: str, rows: int) -> list[str]:
+    """The ids of a request's rows: its own of a single row, else with the row's number. One is made where the caller
+    gave none, or one that an event cannot name."""
+    if not request_id or len(request_id.encode()) > MAX_PARAMETER_ID_BYTES:
+        request_id = uuid.uuid4().hex
+    return [request_id] if rows == 1 else [f"{request_id}/{row}" for row in range(rows)]
+
+
+Shown = tuple[str, list[bytes], np.ndarray, np.ndarray, list[bytes], float]
+"""Request id; of each row SHOWN_TO; ITEM_ID object [B, K]; SCORE float32 [B, K]; STATUS; Unix ms of the answer."""
+
+
+class ImpressionQueue:
+    """One process's. ``put`` never waits and never raises; ``close`` writes what waits."""
+
+    def __init__(self, options: ImpressionOptions, model_version: str) -> None:
+        self.options, self.model_version = options, model_version
+        self.logged = self.dropped = 0  # requests since the start; dropped: too many waited, or the disk refused
+        self._waiting: deque[Shown] = deque()
+        self._closing, self._over = threading.Event(), False
+        self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
+        self._thread.start()
+
+    def put(self, shown: Shown) -> None:
+        if len(self._waiting) < self.options.waiting:
+            self._waiting.append(shown)
+        else:
+            self.dropped += 1
+
+    def close(self) -> None:
+        self._over = True
+        self._closing.set()
+        self._thread.join()
+
+    # -- the thread ----------------------------------------------------------------------------------
+    def _run(self) -> None:
+        from vivace.impressions.files import Part, tidy  # pyarrow, which a server without impressions does without
+
+        folder, part = Path(self.options.folder), None
+        tables: list[pa.Table] = []
+        requests, since, tidied = 0, time.monotonic(), -TIDY_S
+        while True:
+            over = self._over
+            if not over:
+                self._closing.wait(TURN_S)
+            while self._waiting and requests < self.options.rows:
+                if not requests:
+                    since = time.monotonic()
+                requests += self._columns(tables)
+                if not over:
+                    time.sleep(PAUSE_S)
+            full = requests >= self.options.rows or time.monotonic() - since >= self.options.seconds
+            try:
+                if requests and (full or over):
+                    part = part or Part(folder)
+                    part.write(_joined(tables))
+                    self.logged += requests
+                if time.monotonic() - tidied > TIDY_S and not over and folder.is_dir():
+                    tidied = time.monotonic()
+                    tidy(folder, self.options.days)
+            except Exception as error:  # such as a disk that is full; answers go on
+                self.dropped += requests
+                log.warning("impressions: %d requests are not logged: %s: %s", requests, type(error).__name__, error)
+            if full or over:
+                requests = 0
+                tables.clear()
+            if over and not self._waiting:
+                return
+
+    def _columns(self, tables: list[pa.Table]) -> int:
+        """Makes columns of the oldest that wait; how many there were."""
+        taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), CHUNK))]
+        try:
+            tables.append(table_of(taken, self.options.variant, self.model_version))
+        except Exception as error:  # a row that is not as expected costs its neighbours, not the log
+            self.dropped += len(taken)
+            log.warning("impressions: %d requests are not logged: %s: %s", len(taken), type(error).__name__, error)
+            return 0
+        return len(taken)
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
+    """Requests as rows of ``files.SCHEMA``; rows that nothing is known of (SHOWN_TO "") are left out."""
+    import pyarrow as pa
+
+    from vivace.impressions.files import SCHEMA
+
+    heads: list[tuple[Any, ...]] = []
+    items: list[bytes] = []
+    scores: list[np.ndarray] = []
+    ends = [0]
+    for request_id, rows, items_BK, scores_BK, statuses, made_ms in taken:
+        for row, id_ in enumerate(row_ids(request_id, len(rows))):
+            if not rows[row]:
+                continue
+            user, query, context, began_ms = msgpack.unpackb(rows[row])
+            shown = [item for item in items_BK[row].tolist() if item]
+            items += shown
+            scores.append(scores_BK[row, : len(shown)])
+            ends.append(len(items))
+            status = statuses[row].decode("utf-8", "replace")
+            heads.append((id_, user, int(made_ms), context, query, made_ms - began_ms, status))
+    ids, users, times, contexts, queries, latencies, status_column = zip(*heads, strict=True) if heads else [()] * 7
+    offsets, flat = pa.array(ends, pa.int32()), np.concatenate(scores) if scores else np.empty(0, np.float32)
+    lists = [
+        pa.ListArray.from_arrays(offsets, values)
+        for values in (pa.array(items, pa.string()), pa.array(flat, pa.float32()), pa.array(np.ones_like(flat)))
+    ]
+    constants = [pa.repeat(pa.scalar(text), len(heads)) for text in (variant, model_version)]
+    columns = [ids, users, times, contexts, queries, *lists, *constants, latencies, status_column]
+    typed = [c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+    return pa.Table.from_arrays(typed, schema=SCHEMA)
+
+
+def queue_of_worker(environment: str, model_version: str) -> ImpressionQueue | None:
+    """That of a worker whose server was told to log (``environment``: of ENVIRONMENT); None where it was not."""
+    return ImpressionQueue(ImpressionOptions.from_json(environment), model_version) if environment else None
