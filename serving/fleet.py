@@ -31,6 +31,7 @@ from serving.start_checks import LEFTOVER, check_ports, door_options
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
 from vivace.client import VivaceError
+from vivace.contract import UNLOGGED
 
 WARM_AT_ONCE = DoorOptions.max_recommends
 WARM_EVENTS = 200
@@ -47,7 +48,7 @@ def warm_up(server: TritonServer) -> float:
 
     def ask(_: int) -> None:
         with contextlib.suppress(VivaceError):
-            client.recommend(history=history)
+            client.recommend(history=history, request_id=UNLOGGED)
 
     with server.client(WARM_S) as client, ThreadPoolExecutor(WARM_AT_ONCE) as pool:
         list(pool.map(ask, range(WARM_AT_ONCE)))

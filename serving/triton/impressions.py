@@ -13,7 +13,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from serving.triton.stage import Counts, ParsedRequest, contexts_of, strings
-from vivace.contract import SHOWN_TO
+from vivace.contract import SHOWN_TO, UNLOGGED
 from vivace.impressions.queue import ENVIRONMENT, queue_of_worker, shown_to
 
 
@@ -56,10 +56,10 @@ class Impressions:
         self, request: Any, rows: list[bytes], items_BK: np.ndarray, scores_BK: np.ndarray, status_B: np.ndarray
     ) -> None:
         """The answer to a request: SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows."""
-        if self._queue is None:
+        if self._queue is None or (request_id := request.request_id()) == UNLOGGED:
             return
         # scores are a view of Triton's memory, which goes with the answer
-        self._queue.put((request.request_id(), rows, items_BK, scores_BK.copy(), status_B.tolist(), time.time() * 1000))
+        self._queue.put((request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), time.time() * 1000))
 
     def hand_over(self) -> None:
         if self._queue is None:

@@ -22,11 +22,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from vivace.columns import QUERY_TEXT as QUERY, TIME, USER
 from vivace.store.retention import DAY_MS
 
-REQUEST_ID, USER, TIME, CONTEXT, QUERY = "request_id", "user", "time_ms", "context", "query"
+REQUEST_ID, CONTEXT = "request_id", "context"
 ITEMS, SCORES, PROPENSITIES = "items", "scores", "propensities"
 VARIANT, MODEL_VERSION, LATENCY, STATUS = "variant", "model_version", "latency_ms", "status"
+
+
+
+def _list(values: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", values))  # as Parquet calls it, and gives it back
+
 
 SCHEMA = pa.schema(
     [
@@ -35,9 +42,9 @@ SCHEMA = pa.schema(
         (TIME, pa.int64()),  # Unix ms, when the answer was made
         (CONTEXT, pa.string()),  # JSON as it was sent
         (QUERY, pa.string()),
-        (ITEMS, pa.list_(pa.string())),  # in the order shown
-        (SCORES, pa.list_(pa.float32())),
-        (PROPENSITIES, pa.list_(pa.float32())),  # chance that this item was shown at this place
+        (ITEMS, _list(pa.string())),  # in the order shown
+        (SCORES, _list(pa.float32())),
+        (PROPENSITIES, _list(pa.float32())),  # chance that this item was shown at this place
         (VARIANT, pa.string()),
         (MODEL_VERSION, pa.string()),
         (LATENCY, pa.float32()),  # from the first stage's begin to the answer

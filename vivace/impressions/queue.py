@@ -159,7 +159,7 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     """Requests as rows of ``files.SCHEMA``; rows that nothing is known of (SHOWN_TO "") are left out."""
     import pyarrow as pa
 
-    from vivace.impressions.files import SCHEMA
+    from vivace.impressions.files import ITEMS, PROPENSITIES, SCHEMA, SCORES
 
     heads: list[tuple[Any, ...]] = []
     items: list[bytes] = []
@@ -183,6 +183,7 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
         for values in (pa.array(items, pa.string()), pa.array(flat, pa.float32()), pa.array(np.ones_like(flat)))
     ]
     constants = [pa.repeat(pa.scalar(text), len(heads)) for text in (variant, model_version)]
+    lists = [array.cast(SCHEMA.field(name).type) for array, name in zip(lists, (ITEMS, SCORES, PROPENSITIES), strict=True)]
     columns = [ids, users, times, contexts, queries, *lists, *constants, latencies, status_column]
     typed = [c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
     return pa.Table.from_arrays(typed, schema=SCHEMA)
