@@ -72,12 +72,7 @@ def own_work_us(top_k: int) -> dict[str, float]:
         tables = [table_of(shown[start : start + CHUNK], "a", "1") for start in range(0, len(shown), CHUNK)]
         Part(Path(folder)).write(pa.concat_tables(tables).combine_chunks())
         behind = time.process_time() - began
-        size = parts(Path(folder))[0].stat().st_size
-    return {
-        "waited_us": 1e6 * waited / OWN_REQUESTS,
-        "thread_us": 1e6 * behind / OWN_REQUESTS,
-        "bytes": size / OWN_REQUESTS,
-    }
+    return {"waited_us": 1e6 * waited / OWN_REQUESTS, "thread_us": 1e6 * behind / OWN_REQUESTS}
 
 
 def main(

@@ -99,6 +99,11 @@ def _is_day(file: Path) -> bool:
     return len(file.name) == len("20260131") + len(SUFFIX)
 
 
+def joined_of(folder: Path) -> Path:
+    """The file that the impressions are joined to with their events, unless another is named."""
+    return folder.with_name(f"{folder.name}{SUFFIX}")
+
+
 class Part:
     """Names of one process's files, and the writing of one."""
 
@@ -142,9 +147,11 @@ def without_forgotten(table: pa.Table, forgotten: Mapping[str, int]) -> pa.Table
 
 
 def forget(folder: Path, user_id: str) -> int:
-    """Takes a user out of every file, and out of what is about to be written; the rows that were there."""
+    """Takes a user out of every file, and out of what is about to be written; the rows that were there. The joined file
+    beside the folder goes whole, as it can be joined again."""
     if not folder.is_dir():
         return 0
+    joined_of(folder).unlink(missing_ok=True)
     removed = 0
     with locked(folder, alone=True):
         now_ms = int(time.time() * 1000)

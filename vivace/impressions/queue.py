@@ -84,6 +84,7 @@ class ImpressionQueue:
     """One process's. ``put`` never waits and never raises; ``close`` writes what waits."""
 
     def __init__(self, options: ImpressionOptions, model_version: str) -> None:
+        table_of([], "", "")  # loads pyarrow now: what is loaded before a worker freezes its garbage is walked no more
         self.options, self.model_version = options, model_version
         self.logged = self.dropped = 0  # requests since the start; dropped: too many waited, or the disk refused
         self._waiting: deque[Shown] = deque()
@@ -104,7 +105,7 @@ class ImpressionQueue:
 
     # -- the thread ----------------------------------------------------------------------------------
     def _run(self) -> None:
-        from vivace.impressions.files import Part, tidy  # pyarrow, which a server without impressions does without
+        from vivace.impressions.files import Part, tidy
 
         folder, part = Path(self.options.folder), None
         tables: list[pa.Table] = []
@@ -157,7 +158,7 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
 
 def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     """Requests as rows of ``files.SCHEMA``; rows that nothing is known of (SHOWN_TO "") are left out."""
-    import pyarrow as pa
+    import pyarrow as pa  # a server without impressions does without
 
     from vivace.impressions.files import ITEMS, PROPENSITIES, SCHEMA, SCORES
 
