@@ -58,7 +58,9 @@ def measured(
 def own_work_us(top_k: int) -> dict[str, float]:
     """Microseconds of processor time a request: of what its answer waits for, and of the thread behind it."""
     rng = np.random.default_rng(SEED)
-    items = [np.array([[f"item-{i:07}".encode() for i in rng.integers(0, 1_000_000, top_k)]], object) for _ in range(99)]
+    items = [
+        np.array([[f"item-{i:07}".encode() for i in rng.integers(0, 1_000_000, top_k)]], object) for _ in range(99)
+    ]
     scores, began = rng.normal(size=(1, top_k)).astype(np.float32), time.process_time()
     shown: list[Shown] = []
     for number in range(OWN_REQUESTS):

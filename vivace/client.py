@@ -187,7 +187,8 @@ class VivaceClient(UpdateCalls):
         be (item id, event type, Unix time in ms). ``request_id``: what the log of impressions calls this request; one
         is made if empty. Raises VivaceError where the server refuses or fails, VivaceTimeoutError where no answer came
         in time, and ValueError for values of a wrong type."""
-        tensors, more = request_tensors(user_id, history, top_k, query, context), limits(within_ms, filters, diversity, request_id)
+        tensors = request_tensors(user_id, history, top_k, query, context)
+        more = limits(within_ms, filters, diversity, request_id)
         limit = Limit(self._timeout_s, within_ms)
         return _read(read_answer, self._infer(contract.ENSEMBLE, tensors, limit, **more))  # type: ignore[no-any-return]
 
@@ -206,11 +207,12 @@ class VivaceClient(UpdateCalls):
 
     def append_many(self, events: Sequence[Event], event_id: str = "", request_id: str = "") -> list[Appended]:
         """The same for many events (``vivace.Event``, whose ``context`` is JSON), BATCH to a request. ``event_id``: of
-        all together; each has its place in it; so is ``request_id``. A bad event of a request costs those beside it: nothing of that request
-        is stored."""
+        all together; each has its place in it; so is ``request_id``. A bad event of a request costs those beside it:
+        nothing of that request is stored."""
         events, out = list(events), list[Appended]()
         for start in range(0, len(events), BATCH):
-            out += self._append(batch_tensors(events[start : start + BATCH], start), event_id and f"{event_id}/{start}", request_id)
+            part = batch_tensors(events[start : start + BATCH], start)
+            out += self._append(part, event_id and f"{event_id}/{start}", request_id)
         return out
 
     def _append(self, tensors: Tensors, event_id: str, request_id: str) -> list[Appended]:
@@ -295,7 +297,8 @@ class AsyncVivaceClient(AsyncUpdateCalls):
         request_id: str = "",
     ) -> Recommendation:
         """See ``VivaceClient.recommend``."""
-        tensors, more = request_tensors(user_id, history, top_k, query, context), limits(within_ms, filters, diversity, request_id)
+        tensors = request_tensors(user_id, history, top_k, query, context)
+        more = limits(within_ms, filters, diversity, request_id)
         result = await self._infer(contract.ENSEMBLE, tensors, Limit(self._timeout_s, within_ms), **more)
         return _read(read_answer, result)  # type: ignore[no-any-return]
 

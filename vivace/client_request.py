@@ -147,8 +147,9 @@ def limits(
     if diversity:
         parameters[contract.DIVERSITY] = str(diversity)
     timeout = {"timeout": int(within_ms * 1000)} if within_ms else {}
-    if len(_text(request_id, "request_id")) > contract.MAX_PARAMETER_ID_BYTES:
-        raise ValueError(f"request_id: expected at most {contract.MAX_PARAMETER_ID_BYTES} bytes, got {request_id!r:.60}")
+    most = contract.MAX_PARAMETER_ID_BYTES
+    if len(_text(request_id, "request_id")) > most:
+        raise ValueError(f"request_id: expected at most {most} bytes, got {request_id!r:.60}")
     return {"request_id": _id(request_id, "request_id")} | timeout | ({"parameters": parameters} if parameters else {})
 
 

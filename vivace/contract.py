@@ -134,7 +134,7 @@ APPEND_OUTPUTS = (HISTORY_LENGTH, STATUS)  # STATUS: "ok", or what of the event 
 EVENT_ID = "event_id"
 
 # parameter of the request, text: the id of the ``recommend`` request whose answer the event is of. That id is Triton's
-# own of a request, which its answer carries; of row r of a request of several rows it is "<id>/<r>". Kept with the event
+# own of a request, which its answer carries; of row r of a request of several rows it is "<id>/<r>"
 REQUEST_ID = "request_id"
 UNLOGGED = "vivace-unlogged"  # id of a request that a server asks itself: nobody is shown its answer
 

@@ -42,7 +42,15 @@ def arm_rows(seen: Evidence) -> tuple[list[str], list[list[Any]]]:
 
 def comparison_rows(seen: Evidence) -> tuple[list[str], list[list[str]]]:
     """(header, a row a figure of each arm but the control)."""
-    header = ["arm", "figure", f"beside {seen.control or 'the unnamed arm'}", "interval", "p", "verdict", "users needed"]
+    header = [
+        "arm",
+        "figure",
+        f"beside {seen.control or 'the unnamed arm'}",
+        "interval",
+        "p",
+        "verdict",
+        "users needed",
+    ]
     rows = [
         [arm.name or '""', name, per_cent(c.lift), interval(c), chance(c.p_value), verdict(c), needed(c)]
         for arm in seen.arms

@@ -90,8 +90,8 @@ COLD = f"{contract.STATUS_DEGRADED}popular items"
 
 
 class Counts:
-    """Rows answered, by how, or another counter by ``how``, for Triton's metrics page; handed on a few times a second, as each hand-over is a call to
-    another process."""
+    """Rows answered, by how, or another counter, for Triton's metrics page; handed on a few times a second, as each
+    hand-over is a call to another process."""
 
     EVERY_S = 0.25
 

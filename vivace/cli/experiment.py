@@ -18,7 +18,7 @@ experiment = typer.Typer(no_args_is_help=True)
 
 EventTypes = Annotated[
     list[str] | None,
-    typer.Option("--event", metavar="TYPE", help="type of event that counts as a click; may be given again (default all)"),
+    typer.Option("--event", metavar="TYPE", help="type that counts as a click; may be given again (default all)"),
 ]
 
 
@@ -64,7 +64,7 @@ def report(
         typer.Option(help="file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if empty"),
     ] = None,
     by: Annotated[str, choice("--by", values_of("training.judge.experiment:ARMS"), "what makes the arms")] = "variant",
-    control: Annotated[str, typer.Option(help="the arm that others are compared with; the first by name if empty")] = "",
+    control: Annotated[str, typer.Option(help="the arm that others stand beside; the first by name if empty")] = "",
     top_k: Annotated[int, typer.Option(help="places of a request that count", min=1, max=100)] = 10,
     effect: Annotated[
         float, typer.Option(help="relative difference of CTR that is to be found; choose it before the first look")

@@ -126,8 +126,9 @@ def forget(
     tls_ca: TlsCa = "",
     tls_cert: TlsCert = "",
 ) -> None:
-    """Take a user out of the feature store (histories, live log, ids of events) and the log of impressions. Through the running server, or in the
-    store itself where none runs; what a log of your own and artifacts/RUN/features hold of the user stays."""
+    """Take a user out of the feature store (histories, live log, ids of events) and the log of impressions. Through the
+    running server, or in the store itself where none runs; what a log of your own and artifacts/RUN/features hold of
+    the user stays."""
     if not user:
         raise typer.BadParameter("expected a user id, got an empty text", param_hint="USER")
     address = _address(url, protocol)

@@ -47,7 +47,8 @@ ImpressionsOption = Annotated[
     bool, typer.Option("--impressions", help="log what is shown to whom in artifacts/RUN/impressions")
 ]
 ImpressionsEveryOption = Annotated[
-    float, typer.Option(help="seconds between two files of --impressions; a process that is killed loses as much", min=1)
+    float,
+    typer.Option(help="seconds between two files of --impressions; a killed process loses as much", min=1),
 ]
 VariantOption = Annotated[
     str, typer.Option(help="what --impressions calls this server's arm of an experiment", parser=plain_name)

@@ -30,7 +30,6 @@ ITEMS, SCORES, PROPENSITIES = "items", "scores", "propensities"
 VARIANT, MODEL_VERSION, LATENCY, STATUS = "variant", "model_version", "latency_ms", "status"
 
 
-
 def _list(values: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", values))  # as Parquet calls it, and gives it back
 

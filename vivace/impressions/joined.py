@@ -83,7 +83,9 @@ class Events:
         of_request = table.select(OF_REQUEST).take(parents)
         items = pc.list_flatten(lists)
         position = np.arange(len(items)) - starts[parents.to_numpy()] + 1
-        clicked, kinds, times = np.zeros(len(items), bool), [None] * len(items), [None] * len(items)
+        clicked = np.zeros(len(items), bool)
+        kinds: list[str | None] = [None] * len(items)
+        times: list[int | None] = [None] * len(items)
         maybe = pc.is_in(of_request[REQUEST_ID], value_set=self.requests).combine_chunks()
         places = np.flatnonzero(maybe.to_numpy(zero_copy_only=False))
         columns = (of_request[REQUEST_ID], of_request[USER], items)

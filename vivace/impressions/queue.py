@@ -184,7 +184,8 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
         for values in (pa.array(items, pa.string()), pa.array(flat, pa.float32()), pa.array(np.ones_like(flat)))
     ]
     constants = [pa.repeat(pa.scalar(text), len(heads)) for text in (variant, model_version)]
-    lists = [array.cast(SCHEMA.field(name).type) for array, name in zip(lists, (ITEMS, SCORES, PROPENSITIES), strict=True)]
+    named = zip((ITEMS, SCORES, PROPENSITIES), lists, strict=True)
+    lists = [array.cast(SCHEMA.field(name).type) for name, array in named]
     columns = [ids, users, times, contexts, queries, *lists, *constants, latencies, status_column]
     typed = [c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
     return pa.Table.from_arrays(typed, schema=SCHEMA)

@@ -19,7 +19,7 @@ from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from serving.service import service
-from tests.support import LOGS, PATIENCE_S, PatientClient, on_free_ports, logged, patient, quiet, wait_until
+from tests.support import LOGS, PATIENCE_S, PatientClient, logged, on_free_ports, patient, quiet, wait_until
 from training.presets import shapes, tiny
 from vivace import contract
 from vivace.client import VivaceError

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from training.judge.counterfactual import PROBABILITY, UNIT, counterfactual
+from training.judge.counterfactual import UNIT, counterfactual
 from training.judge.sequential import Plan, Rate, compare
 from vivace.columns import CLICKED, ITEM, POSITION
 from vivace.impressions.files import REQUEST_ID
@@ -26,7 +26,7 @@ def test_an_interval_by_hand():
     plan = Plan(effect=0.03, alpha=0.05, power=0.8)
     tuning = 5.9915 + math.log(6.9915)  # -2 log 0.05 = 5.9915
     assert plan.scale == pytest.approx(plan.information / tuning, rel=1e-4)
-    at_plan = plan.radius(1 / plan.information)  # there the boundary is 3.036 standard errors, and power asks 0.842 more
+    at_plan = plan.radius(1 / plan.information)  # there it is 3.036 standard errors, and power asks 0.842 more
     assert at_plan * math.sqrt(plan.information) == pytest.approx(3.036, abs=2e-3)
     assert at_plan + 0.8416 / math.sqrt(plan.information) == pytest.approx(math.log(1.03), rel=1e-4)
     # what the interval just tells from 0 has the p-value alpha, whatever was accumulated

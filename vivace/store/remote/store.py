@@ -190,7 +190,9 @@ class ValkeyStore(Filling, ValkeyCatalogue):
         appended, now_ms = list(events), int(time.time() * 1000)
         if not appended:
             return {}
-        columns = [(digest(e), packed_record(e, digest(e), now_ms), key_of(e.user_id), _packed_event(e)) for e in appended]
+        columns = [
+            (digest(e), packed_record(e, digest(e), now_ms), key_of(e.user_id), _packed_event(e)) for e in appended
+        ]
         logged = [x for id_digest, record, _, _ in columns for x in (id_digest, record)]
         ((generation, filling, *numbers),) = self._trips.script(LOG_EVENTS, [(self._log_keys, logged)], "write")
         of_user: dict[bytes, list[bytes]] = defaultdict(list)
