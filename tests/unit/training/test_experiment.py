@@ -40,20 +40,20 @@ def clicks(rng: np.random.Generator, users: int, shown: np.ndarray, rate: float)
 
 
 def test_looking_every_hour_calls_a_difference_where_there_is_none_in_at_most_5_of_100():
-    users, hours, plan, called = 600, 24 * 4, Plan(effect=0.1), 0
+    users, hours, plan, called, naive = 600, 24 * 4, Plan(effect=0.1), 0, 0
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)
         taste = rng.beta(0.4, 3.6, (2, users))  # each comes again and again, with a taste that stays
         came = rng.poisson(0.4, (hours, 2, users))
         clicked = rng.binomial(5 * came, taste).cumsum(0).astype(float)
         shown = (5 * came).cumsum(0).astype(float)
-        looks = (
-            compare(Rate.of(clicked[h, 0], shown[h, 0]), Rate.of(clicked[h, 1], shown[h, 1]), plan)
-            for h in range(hours)
-        )
-        called += any(look.differs for look in looks)
-    print(called)
+        arms = [[Rate.of(clicked[h, arm], shown[h, arm]) for arm in (0, 1)] for h in range(hours)]
+        called += any(compare(a, b, plan).differs for a, b in arms)
+        naive += any(a.is_enough and b.is_enough and abs(a.value - b.value) > 1.96 * math.sqrt(a.variance + b.variance)
+                     for a, b in arms)  # fmt: skip
+    print(called, naive)
     assert called <= 5
+    assert naive >= 15  # what a usual interval does to who looks every hour
 
 
 def test_three_per_cent_are_seen_at_the_size_that_is_planned():
