@@ -4,7 +4,7 @@
 
 Files are written every ``--every`` seconds, far more often than a server does, so that their cost is within the run.
 Figures: p50 and the processor time a request of all the server's processes, and the ratio with to without, turn by
-turn; beside it the log's own work in this process, which no other load disturbs as much: processor time of whom a
+turn; as a control, that of a second server without to the first: what the machine itself cannot tell. Beside it the log's own work in this process, which no other load disturbs as much: processor time of whom a
 request was for, of the queue and of the file, a request of ``--top-k`` items.
 """
 
@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -27,11 +27,12 @@ from loadtest.generate.generator import LoadRun, at_rate, messages, run
 from loadtest.generate.local_server import grpc_address, on_free_ports
 from serving.launcher import TritonServer
 from vivace.impressions.files import Part, parts
-from vivace.impressions.queue import CHUNK, Shown, folder_of, shown_to, table_of
+from vivace.impressions.queue import CHUNK, Shown, folder_of, packed_viewer, table_of
 from vivace.run import Run
 
 SEED, SLO_MS, WARM_S = 7, 1000.0, 1.0
 OWN_REQUESTS = 20_000
+WITHOUT, WITH, CONTROL = "without", "with", "control"
 
 
 def _offered(address: str, seconds: float, due: np.ndarray, sent: list[bytes]) -> LoadRun:
@@ -64,7 +65,7 @@ def own_work_us(top_k: int) -> dict[str, float]:
     scores, began = rng.normal(size=(1, top_k)).astype(np.float32), time.process_time()
     shown: list[Shown] = []
     for number in range(OWN_REQUESTS):
-        row = shown_to(f"user-{number}", "", b'{"device":"phone"}', 1e12)
+        row = packed_viewer((f"user-{number}", "", b'{"device":"phone"}', 1e12))
         shown.append((f"{number:032x}", [row], items[number % len(items)], scores.copy(), [b"ok"], 1e12 + 3))
     waited = time.process_time() - began
     with tempfile.TemporaryDirectory() as folder:
@@ -88,25 +89,23 @@ def main(
 ) -> None:
     own = own_work_us(top_k)
     print(", ".join(f"{name} {value:.1f}" for name, value in own.items()), flush=True)
-    systems = [(p, logged) for p in profile for logged in (False, True)]
-    p50, processor = defaultdict[tuple[str, bool], list[float]](list), defaultdict[tuple[str, bool], list[float]](list)
-    for turn, (p, logged) in in_turns(turns, systems):
-        figures = measured(root, p, logged, top_k, qps, seconds, every)
-        p50[p, logged].append(figures[0])
-        processor[p, logged].append(figures[1])
-        how = "with" if logged else "without"
+    systems = [(p, how) for p in profile for how in (WITHOUT, WITH, CONTROL)]
+    p50, processor = defaultdict[tuple[str, str], list[float]](list), defaultdict[tuple[str, str], list[float]](list)
+    for turn, (p, how) in in_turns(turns, systems):
+        figures = measured(root, p, how == WITH, top_k, qps, seconds, every)
+        p50[p, how].append(figures[0])
+        processor[p, how].append(figures[1])
         print(f"turn {turn + 1} {p or 'default':8} {how:8} p50 {figures[0]:.2f} ms, processor {figures[1]:.3f} ms",
               flush=True)  # fmt: skip
     result = {}
     for p in profile:
         for what, of in (("p50", p50), ("processor time", processor)):
-            ratios = [b / a for a, b in zip(of[p, False], of[p, True], strict=True)]
-            result[f"{p or 'default'}, {what}"] = {
-                "ratio": spread(ratios),
-                "without_ms": spread(of[p, False]),
-                "with_ms": spread(of[p, True]),
-            }
-            print(f"{p or 'default'}, {what}: {with_spread(spread(ratios), 3)} times")
+            figure: dict[str, Any] = {f"{how}_ms": spread(of[p, how]) for how in (WITHOUT, WITH, CONTROL)}
+            for how in (WITH, CONTROL):
+                ratios = [b / a for a, b in zip(of[p, WITHOUT], of[p, how], strict=True)]
+                figure[f"ratio of {how}"] = spread(ratios)
+                print(f"{p or 'default'}, {what}, {how}: {with_spread(spread(ratios), 3)} times")
+            result[f"{p or 'default'}, {what}"] = figure
     shutil.rmtree(folder_of(Run(root).feature_store), ignore_errors=True)
     print(record_line("cost of the log of impressions", turns=turns, qps=qps, every_s=every, own=own, results=result))
 

@@ -158,7 +158,7 @@ RESPONSE = "response"
 # QUERY as the feature transform hands it on: the ids of items that must not be found, by commas, a blank, the text; ""
 # without a query
 SEARCH_FOR = WireTensor("SEARCH_FOR", "BYTES", (1,))
-# What the log of impressions keeps of a row beside its answer: ``serving.runtime.impressions.shown_to``; "" where there
+# What the log of impressions keeps of a row beside its answer: ``vivace.impressions.queue.Viewer``; "" where there
 # is no log. Last among the tensors of both stages
 SHOWN_TO = WireTensor("SHOWN_TO", "BYTES", (1,))
 FOUND = WireTensor("FOUND", "BYTES", (1,))  # ``search.online.pack``: items, features, UNDERSTOOD; "" without a query

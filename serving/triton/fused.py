@@ -199,8 +199,8 @@ class RecommendModel(Stage):
             top_k = np.array([row.top_k for row in request.rows])
             values = self.pipeline.respond(ranked_BN[start:stop], values_BCN[start:stop], top_k, status[:, 0])
             if self.impressions:
-                shown_to = impressions.shown_to_rows(request, batch.began_ms)
-                self.impressions.put(request.request, shown_to, values[0], values[1], status[:, 0])
+                viewers = impressions.viewers(request, batch.began_ms)
+                self.impressions.put(request.request, viewers, values[0], values[1], status[:, 0])
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
             batch.answer(request, answer(request.request, self.outputs, [*values, status]))

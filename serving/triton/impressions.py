@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from serving.triton.stage import Counts, ParsedRequest, contexts_of, strings
+from serving.triton.stage import Counts, ParsedRequest, strings
 from vivace.contract import SHOWN_TO, UNLOGGED
-from vivace.impressions.queue import ENVIRONMENT, queue_of_worker, shown_to
+from vivace.impressions.queue import ENVIRONMENT, Viewer, packed_viewer, queue_of_worker
 
 
 def is_on() -> bool:
@@ -22,19 +23,21 @@ def is_on() -> bool:
     return bool(os.environ.get(ENVIRONMENT))
 
 
-def shown_to_rows(request: ParsedRequest, began_ms: float) -> list[bytes]:
-    """SHOWN_TO of each row of a request that the first stage began with at ``began_ms``, Unix ms; b"" of one that is at
-    fault, which is shown nothing."""
-    contexts = contexts_of(request.request, len(request.rows))
+def viewers(request: ParsedRequest, began_ms: float) -> list[Viewer | None]:
+    """Whom each row of a request is for, which the first stage began with at ``began_ms``, Unix ms; None of one that is
+    at fault, which is shown nothing."""
     return [
-        b"" if error else shown_to(row.user_id, row.query, context[0], began_ms)
-        for row, error, context in zip(request.rows, request.errors, contexts, strict=True)
+        None if error else (row.user_id, row.query, context, began_ms)
+        for row, error, context in zip(request.rows, request.errors, request.contexts, strict=True)
     ]
 
 
-def nothing(rows: int) -> np.ndarray:
-    """SHOWN_TO of a server without a log."""
-    return strings([""] * rows)
+def shown_to(request: ParsedRequest, began_ms: float) -> np.ndarray:
+    """SHOWN_TO of a request's rows."""
+    if not is_on():
+        return strings([""] * len(request.rows))
+    packed = [packed_viewer(viewer) if viewer else b"" for viewer in viewers(request, began_ms)]
+    return np.array(packed, object)[:, None]
 
 
 class Impressions:
@@ -46,6 +49,7 @@ class Impressions:
         if is_on() and not knows:
             pb_utils.Logger.log_warn("impressions: not logged, as this version was compiled by one without; compile it")
         self._queue = queue_of_worker(os.environ.get(ENVIRONMENT, "") if knows else "", model_version)
+        self._next_s = 0.0
         if self._queue is not None:
             self._counts, self._counted = Counts("vivace_impressions_total", "Requests logged, by what became"), (0, 0)
 
@@ -53,17 +57,19 @@ class Impressions:
         return self._queue is not None
 
     def put(
-        self, request: Any, rows: list[bytes], items_BK: np.ndarray, scores_BK: np.ndarray, status_B: np.ndarray
-    ) -> None:
-        """The answer to a request: SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows."""
+        self, request: Any, rows: Sequence[Viewer | bytes | None], items_BK: np.ndarray, scores_BK: np.ndarray,
+        status_B: np.ndarray,
+    ) -> None:  # fmt: skip
+        """The answer to a request: ``viewers`` or SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows."""
         if self._queue is None or (request_id := request.request_id()) == UNLOGGED:
             return
         # scores are a view of Triton's memory, which goes with the answer
         self._queue.put((request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), time.time() * 1000))
 
     def hand_over(self) -> None:
-        if self._queue is None:
+        if self._queue is None or time.monotonic() < self._next_s:
             return
+        self._next_s = time.monotonic() + Counts.EVERY_S
         now, before = (self._queue.logged, self._queue.dropped), self._counted
         for how, more in zip(("written", "dropped"), np.subtract(now, before).tolist(), strict=True):
             if more:

@@ -90,15 +90,9 @@ class FeatureTransformModel(Stage):
         if self.search:
             values.append(self._search_for(request, inputs[0]))
         if self.shown_to:
-            values.append(self._shown_to(request, began_ms))
+            values.append(impressions.shown_to(request, began_ms))
         self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)
-
-    @staticmethod
-    def _shown_to(request: ParsedRequest, began_ms: float) -> np.ndarray:
-        if not impressions.is_on():
-            return impressions.nothing(len(request.rows))
-        return np.array(impressions.shown_to_rows(request, began_ms), object)[:, None]
 
     def _search_for(self, request: ParsedRequest, history_BT: np.ndarray) -> np.ndarray:
         """SEARCH_FOR of each row."""

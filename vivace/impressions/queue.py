@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ENVIRONMENT = "VIVACE_IMPRESSIONS"  # what a server tells its workers: JSON of ``ImpressionOptions``
 TIDY_S = 3600.0
-TURN_S = 1.0  # between two looks at what waits
+TURN_S = 4.0  # between two looks at what waits: few at once cost as much as many
 CHUNK, PAUSE_S = 100, 0.002  # requests that are made columns of while the answers' thread waits for the interpreter
 
 
@@ -62,9 +63,13 @@ def folder_of(feature_store: Path) -> Path:
     return feature_store.resolve().parent / "impressions"
 
 
-def shown_to(user_id: str, query: str, context: bytes, began_ms: float) -> bytes:
-    """One row of the tensor SHOWN_TO: whom the answer is for. ``began_ms``: Unix ms, when its first stage began."""
-    packed: bytes = msgpack.packb([user_id, query, context.decode("utf-8", "replace"), began_ms])
+Viewer = tuple[str, str, bytes, float]
+"""Whom an answer is for: user, query, CONTEXT, and when its first stage began, Unix ms."""
+
+
+def packed_viewer(viewer: Viewer) -> bytes:
+    """One row of the tensor SHOWN_TO."""
+    packed: bytes = msgpack.packb(viewer)
     return packed
 
 
@@ -76,8 +81,9 @@ def row_ids(request_id: str, rows: int) -> list[str]:
     return [request_id] if rows == 1 else [f"{request_id}/{row}" for row in range(rows)]
 
 
-Shown = tuple[str, list[bytes], np.ndarray, np.ndarray, list[bytes], float]
-"""Request id; of each row SHOWN_TO; ITEM_ID object [B, K]; SCORE float32 [B, K]; STATUS; Unix ms of the answer."""
+Shown = tuple[str, Sequence[Viewer | bytes | None], np.ndarray, np.ndarray, list[bytes], float]
+"""Request id; of each row whom it is for, or that packed; ITEM_ID object [B, K]; SCORE float32 [B, K]; STATUS; Unix ms
+of the answer."""
 
 
 class ImpressionQueue:
@@ -113,7 +119,7 @@ class ImpressionQueue:
         while True:
             over = self._over
             if not over:
-                self._closing.wait(TURN_S)
+                self._closing.wait(min(TURN_S, self.options.seconds))
             while self._waiting and requests < self.options.rows:
                 if not requests:
                     since = time.monotonic()
@@ -157,7 +163,7 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
 
 
 def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
-    """Requests as rows of ``files.SCHEMA``; rows that nothing is known of (SHOWN_TO "") are left out."""
+    """Requests as rows of ``files.SCHEMA``; rows that are for nobody are left out."""
     import pyarrow as pa  # a server without impressions does without
 
     from vivace.impressions.files import ITEMS, PROPENSITIES, SCHEMA, SCORES
@@ -168,15 +174,18 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     ends = [0]
     for request_id, rows, items_BK, scores_BK, statuses, made_ms in taken:
         for row, id_ in enumerate(row_ids(request_id, len(rows))):
-            if not rows[row]:
+            viewer = rows[row]
+            if not viewer:
                 continue
-            user, query, context, began_ms = msgpack.unpackb(rows[row])
+            user, query, context, began_ms = msgpack.unpackb(viewer) if isinstance(viewer, bytes) else viewer
             shown = [item for item in items_BK[row].tolist() if item]
             items += shown
             scores.append(scores_BK[row, : len(shown)])
             ends.append(len(items))
             status = statuses[row].decode("utf-8", "replace")
-            heads.append((id_, user, int(made_ms), context, query, made_ms - began_ms, status))
+            heads.append(
+                (id_, user, int(made_ms), context.decode("utf-8", "replace"), query, made_ms - began_ms, status)
+            )
     ids, users, times, contexts, queries, latencies, status_column = zip(*heads, strict=True) if heads else [()] * 7
     offsets, flat = pa.array(ends, pa.int32()), np.concatenate(scores) if scores else np.empty(0, np.float32)
     lists = [

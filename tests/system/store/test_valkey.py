@@ -196,7 +196,8 @@ def read_all(store) -> list:
     users = sorted(store.users())
     number, events = store.live_events(0)
     return [
-        number, [(e, e.context, e.request_id) for e in events], users, store.typed_histories([*users, "ü" * 400, "gone"]),
+        number, [(e, e.context, e.request_id) for e in events], users,
+        store.typed_histories([*users, "ü" * 400, "gone"]),
         store.titles([f"i{n}" for n in range(1_501)]), store.attributes(users), store.event_types(),
         store.catalogue_changes(0), store.last_change(),
     ]  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 from vivace.columns import CLICKED, ITEM, POSITION
 from vivace.impressions import files, joined
 from vivace.impressions.files import REQUEST_ID, SCHEMA, USER, Part, forget, parts, tidy
-from vivace.impressions.queue import ImpressionOptions, ImpressionQueue, row_ids, shown_to, table_of
+from vivace.impressions.queue import ImpressionOptions, ImpressionQueue, packed_viewer, row_ids, table_of
 from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
 
@@ -23,7 +23,7 @@ NOW_MS = 1_800_000_000_000
 
 def shown(request_id: str, *users: str, items=((b"x", b"y"),), made_ms: float = NOW_MS):
     """One request of a row a user, as a stage puts it into the queue."""
-    rows = [shown_to(user, "", b'{"device": "phone"}', made_ms - 4) for user in users]
+    rows = [packed_viewer((user, "", b'{"device": "phone"}', made_ms - 4)) for user in users]
     scores = np.linspace(2, 1, len(items[0]) * len(rows), dtype=np.float32).reshape(len(rows), -1)
     return request_id, rows, np.array(items, object).reshape(len(rows), -1), scores, [b"ok"] * len(rows), made_ms
 
@@ -134,14 +134,14 @@ def test_a_click_joins_what_it_was_of(tmp_path):
 
 WRITER = """
 import sys, numpy as np
-from vivace.impressions.queue import ImpressionOptions, ImpressionQueue, shown_to
+from vivace.impressions.queue import ImpressionOptions, ImpressionQueue
 queue = ImpressionQueue(ImpressionOptions(sys.argv[1], rows=500, seconds=0.1), "1")
 items, scores = np.array([[b"x", b"y"]], object), np.ones((1, 2), np.float32)
 print("goes", flush=True)
 number = 0
 while True:
     if len(queue._waiting) < 1_000:
-        queue.put((f"r{number}", [shown_to("u", "", b"", 1.0)], items, scores, [b"ok"], 2.0))
+        queue.put((f"r{number}", [("u", "", b"", 1.0)], items, scores, [b"ok"], 2.0))
         number += 1
 """
 
