@@ -4,8 +4,8 @@
 
 Files are written every ``--every`` seconds, far more often than a server does, so that their cost is within the run.
 Figures: p50 and the processor time a request of all the server's processes, and the ratio with to without, turn by
-turn; as a control, that of a second server without to the first: what the machine itself cannot tell. Beside it the log's own work in this process, which no other load disturbs as much: processor time of whom a
-request was for, of the queue and of the file, a request of ``--top-k`` items.
+turn; as a control, that of a second server without to the first: what the machine itself cannot tell. Beside them the
+log's own work in this process: processor time of the queue and of the file, a request of ``--top-k`` items.
 """
 
 from __future__ import annotations
