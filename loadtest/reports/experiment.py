@@ -77,6 +77,14 @@ def needed(c: Comparison) -> str:
     return f"{c.users_needed:,} more" if c.users_needed > 0 else "not known yet"
 
 
+def place_words(seen: Evidence) -> str:
+    """How often each place is looked at; "" where the log does not say."""
+    shares = [f"{place} {share:.0%}" for place, share in enumerate(seen.examined, 1) if math.isfinite(share)]
+    if len(shares) < 2:
+        return ""
+    return f"looked at, beside the first place (of what a user was shown at both): {', '.join(shares[1:])}"
+
+
 def plan_words(plan: Plan) -> str:
     return (
         f"Plan: to find {per_cent(plan.effect, 0)} of CTR with power {plan.power:.0%}, error {plan.alpha:.3g} at all "
@@ -141,5 +149,5 @@ def write(seen: Evidence, file: Path, more: Sequence[str] = ()) -> None:
     parts = [f"<p>{when(seen.began_ms)} to {when(seen.ended_ms)}. {plan_words(seen.plan)}.{crossed}</p>", table(*arms)]
     if beside[1]:
         parts += [table(*beside), f"<p>{HOW}</p>", image(_lifts(seen), "difference of CTR over time")]
-    parts += ["<h2>By place</h2>", image(_places(seen), "clicks by place"), *more]
+    parts += ["<h2>By place</h2>", image(_places(seen), "clicks by place"), f"<p>{place_words(seen)}</p>", *more]
     file.write_text(page("Experiment", parts), encoding="utf-8")

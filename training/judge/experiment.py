@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from training.judge.places import examined_in
 from training.judge.sequential import Comparison, Plan, Rate, compare
 from vivace.columns import CLICKED, ITEM, POSITION, TIME, USER
 from vivace.impressions.files import LATENCY, REQUEST_ID, VARIANT
@@ -66,6 +67,8 @@ class Evidence:
     """Different items that any arm showed."""
     began_ms: int
     ended_ms: int
+    examined: list[float]
+    """How often each place is looked at, relative to the first; NaN where the log does not say."""
 
 
 def _requests(file: Path, by: str, top_k: int) -> Iterator[pd.DataFrame]:
@@ -129,6 +132,7 @@ def evidence(file: Path, plan: Plan, by: str = VARIANT, control: str = "", top_k
     return Evidence(
         arms, control, shared, top_k, len(crossed), len(set().union(*items.values())),
         int(requests[TIME].min()) if len(requests) else 0, int(requests[TIME].max()) if len(requests) else 0,
+        examined_in(file, top_k).tolist(),
     )  # fmt: skip
 
 

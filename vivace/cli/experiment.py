@@ -104,6 +104,8 @@ def report(
         say(f"{seen.crossed:,} users were in several arms and are left out")
     if len(seen.arms) > 1:
         _print(*pages.comparison_rows(seen))
+    if places := pages.place_words(seen):
+        say(places)
     more = []
     if target is not None:
         import pyarrow.parquet as pq

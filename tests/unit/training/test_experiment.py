@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from training.judge.counterfactual import UNIT, counterfactual
+from training.judge.places import examined
 from training.judge.sequential import Plan, Rate, compare
 from vivace.columns import CLICKED, ITEM, POSITION
 from vivace.impressions.files import REQUEST_ID
@@ -69,6 +70,16 @@ def test_three_per_cent_are_seen_at_the_size_that_is_planned():
     assert 0.9 < needed / (2 * len(shown)) < 1.15  # the size that the plan asks for, with users like these
     print(needed, seen)
     assert seen >= 35, seen
+
+
+def test_how_often_a_place_is_looked_at_is_within_5_per_cent_of_what_was_planted():
+    rng, looked = np.random.default_rng(1), np.array([1.0, 0.7, 0.5, 0.35])
+    taste = rng.beta(1, 3, 60_000)  # of each user for each item, shown four times; the better it is the higher
+    pair = np.repeat(np.arange(len(taste)), 4)
+    place = np.clip(np.round(3 * (1 - taste[pair]) + rng.normal(0, 1, len(pair))), 0, 3).astype(int)
+    clicked = rng.random(len(pair)) < looked[place] * taste[pair]
+    assert examined(pair, place, clicked, 5)[:4] == pytest.approx(looked, rel=0.05)
+    assert math.isnan(examined(pair, place, clicked, 5)[4])  # nothing was shown there
 
 
 def log_of(rng: np.random.Generator, requests: int) -> tuple[pd.DataFrame, pd.DataFrame, float]:
