@@ -47,11 +47,14 @@ class Impressions:
     def __init__(self, model_version: str, inputs: list[str]) -> None:
         knows = SHOWN_TO.name in inputs
         if is_on() and not knows:
-            pb_utils.Logger.log_warn("impressions: not logged, as this version was compiled by one without; compile it")
+            pb_utils.Logger.log_warn(
+                "impressions: not logged, as this version was compiled before there was a log: 'vivace compile'"
+            )
         self._queue = queue_of_worker(os.environ.get(ENVIRONMENT, "") if knows else "", model_version)
         self._next_s = 0.0
         if self._queue is not None:
-            self._counts, self._counted = Counts("vivace_impressions_total", "Requests logged, by what became"), (0, 0)
+            self._counts = Counts("vivace_impressions_total", "Requests to log, by what became of them")
+            self._counted = (0, 0)
 
     def __bool__(self) -> bool:
         return self._queue is not None
@@ -61,7 +64,13 @@ class Impressions:
         status_B: np.ndarray,
     ) -> None:  # fmt: skip
         """The answer to a request: ``viewers`` or SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows."""
-        if self._queue is None or (request_id := request.request_id()) == UNLOGGED:
+        if self._queue is None:
+            return
+        try:
+            request_id = request.request_id()
+        except UnicodeDecodeError:  # no id that an event can name
+            request_id = ""
+        if request_id == UNLOGGED:
             return
         # scores are a view of Triton's memory, which goes with the answer
         self._queue.put((request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), time.time() * 1000))

@@ -24,9 +24,12 @@ from vivace.contract import MAX_PARAMETER_ID_BYTES
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from vivace.impressions.files import Part
+
 log = logging.getLogger(__name__)
 ENVIRONMENT = "VIVACE_IMPRESSIONS"  # what a server tells its workers: JSON of ``ImpressionOptions``
 TIDY_S = 3600.0
+CLOSE_S = 4.0  # of the seconds that Triton gives its workers to end
 TURN_S = 4.0  # between two looks at what waits: few at once cost as much as many
 CHUNK, PAUSE_S = 100, 0.002  # requests that are made columns of while the answers' thread waits for the interpreter
 
@@ -94,6 +97,7 @@ class ImpressionQueue:
         self.options, self.model_version = options, model_version
         self.logged = self.dropped = 0  # requests since the start; dropped: too many waited, or the disk refused
         self._waiting: deque[Shown] = deque()
+        self._part: Part | None = None
         self._closing, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
         self._thread.start()
@@ -107,15 +111,12 @@ class ImpressionQueue:
     def close(self) -> None:
         self._over = True
         self._closing.set()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
 
     # -- the thread ----------------------------------------------------------------------------------
     def _run(self) -> None:
-        from vivace.impressions.files import Part, tidy
-
-        folder, part = Path(self.options.folder), None
         tables: list[pa.Table] = []
-        requests, since, tidied = 0, time.monotonic(), -TIDY_S
+        requests, since, tidied = 0, time.monotonic(), time.monotonic() - TIDY_S
         while True:
             over = self._over
             if not over:
@@ -127,22 +128,40 @@ class ImpressionQueue:
                 if not over:
                     time.sleep(PAUSE_S)
             full = requests >= self.options.rows or time.monotonic() - since >= self.options.seconds
-            try:
-                if requests and (full or over):
-                    part = part or Part(folder)
-                    part.write(_joined(tables))
-                    self.logged += requests
-                if time.monotonic() - tidied > TIDY_S and not over and folder.is_dir():
-                    tidied = time.monotonic()
-                    tidy(folder, self.options.days)
-            except Exception as error:  # such as a disk that is full; answers go on
-                self.dropped += requests
-                log.warning("impressions: %d requests are not logged: %s: %s", requests, type(error).__name__, error)
-            if full or over:
+            if requests and (full or over):
+                self._write(tables, requests)
                 requests = 0
                 tables.clear()
             if over and not self._waiting:
                 return
+            if time.monotonic() - tidied >= TIDY_S:
+                tidied = time.monotonic()
+                self._tidy()
+
+    def _write(self, tables: list[pa.Table], requests: int) -> None:
+        import pyarrow as pa
+
+        from vivace.impressions.files import Part
+
+        try:
+            self._part = self._part or Part(Path(self.options.folder))
+            self._part.write(pa.concat_tables(tables).combine_chunks())
+            self.logged += requests
+        except Exception as error:  # such as a disk that is full; answers go on
+            self._drop(requests, error)
+
+    def _tidy(self) -> None:
+        from vivace.impressions.files import tidy
+
+        try:
+            if Path(self.options.folder).is_dir():
+                tidy(Path(self.options.folder), self.options.days)
+        except Exception as error:  # it is tried again in an hour
+            log.warning("impressions: not tidied: %s: %s", type(error).__name__, error)
+
+    def _drop(self, requests: int, error: Exception) -> None:
+        self.dropped += requests
+        log.warning("impressions: %d requests are not logged: %s: %s", requests, type(error).__name__, error)
 
     def _columns(self, tables: list[pa.Table]) -> int:
         """Makes columns of the oldest that wait; how many there were."""
@@ -150,16 +169,9 @@ class ImpressionQueue:
         try:
             tables.append(table_of(taken, self.options.variant, self.model_version))
         except Exception as error:  # a row that is not as expected costs its neighbours, not the log
-            self.dropped += len(taken)
-            log.warning("impressions: %d requests are not logged: %s: %s", len(taken), type(error).__name__, error)
+            self._drop(len(taken), error)
             return 0
         return len(taken)
-
-
-def _joined(tables: list[pa.Table]) -> pa.Table:
-    import pyarrow as pa
-
-    return pa.concat_tables(tables).combine_chunks()
 
 
 def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
