@@ -190,7 +190,7 @@ def _served(s: contract.StageTensors, profile: ServingProfile) -> contract.Stage
     """Fresh items join where the ranking stage is ours: under other backends it is a graph alone, and a query finds
     them, but nothing recommends them."""
     ours = profile.backend == "onnxruntime" and profile.kind == "CPU"
-    return s if ours else replace(s, fresh=0)
+    return s if ours else replace(s, fresh=0, rising_fresh=0)
 
 
 def _fused(

@@ -187,7 +187,8 @@ class StageTensors:
     the live counters that join the candidates (0: none, and no counter is read); ``types``: whether the types of the
     history's events are read; ``context`` and ``amounts``: categorical and continuous columns of the request's moment;
     ``counted``: those of the categorical ones that live counters go by; ``fresh``: items that are not in the trained
-    tables that join the ranked ones (0: none, and no live change of the catalogue is read).
+    tables that join the ranked ones (0: none, and no live change of the catalogue is read); ``rising_fresh``: those of
+    them that may be there because they are clicked most just now (0: their events are not counted).
     """
 
     history: int
@@ -205,6 +206,7 @@ class StageTensors:
     amounts: int = 0
     counted: int = 0
     fresh: int = 0
+    rising_fresh: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -290,6 +292,14 @@ class StageTensors:
         return WireTensor("SEEN_FRESH", "INT64", (self.fresh,))
 
     @property
+    def rising_of_fresh(self) -> tuple[WireTensor, ...]:
+        """Slots of fresh items that are clicked most just now, best first, 0 where there are fewer; what the live
+        counters say of them, as of other items. None where they are not counted."""
+        m = self.rising_fresh
+        features = WireTensor("RISING_FRESH_FEATURES", "FP32", (m, live_features(self.counted)))
+        return (WireTensor("RISING_FRESH", "INT64", (m,)), features) if m else ()
+
+    @property
     def proposed(self) -> int:
         """Candidates that are ranked: the retriever's and the rising items."""
         return self.candidates + self.rising
@@ -320,7 +330,7 @@ class StageTensors:
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     live = [s.rising_features] if s.rising else []
-    fresh = [s.seen_fresh] if s.fresh else []
+    fresh = [*s.rising_of_fresh, s.seen_fresh] if s.fresh else []
     return (*retrieval_inputs(s), *live, *fresh, STATUS, *([SEARCH_FOR] if s.search else []), SHOWN_TO)
 
 
@@ -340,8 +350,9 @@ def ranking_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
 
 
 def ranking_stage_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    """What the stage reads: the graph's inputs and, where fresh items join, those that the history has."""
-    return (*ranking_inputs(s), *([s.seen_fresh] if s.fresh else []))
+    """What the stage reads: the graph's inputs and, where fresh items join, those that are rising and those that the
+    history has."""
+    return (*ranking_inputs(s), *([*s.rising_of_fresh, s.seen_fresh] if s.fresh else []))
 
 
 def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
