@@ -65,7 +65,7 @@ def own_work_us(top_k: int) -> dict[str, float]:
     scores, began = rng.normal(size=(1, top_k)).astype(np.float32), time.process_time()
     shown: list[Shown] = []
     for number in range(OWN_REQUESTS):
-        row = packed_viewer((f"user-{number}", "", b'{"device":"phone"}', 1e12))
+        row = packed_viewer((f"user-{number}", "", b'{"device":"phone"}', 1e12, ""))
         shown.append((f"{number:032x}", [row], items[number % len(items)], scores.copy(), [b"ok"], 1e12 + 3))
     waited = time.process_time() - began
     with tempfile.TemporaryDirectory() as folder:

@@ -136,6 +136,7 @@ EVENT_ID = "event_id"
 # parameter of the request, text: the id of the ``recommend`` request whose answer the event is of. That id is Triton's
 # own of a request, which its answer carries; of row r of a request of several rows it is "<id>/<r>"
 REQUEST_ID = "request_id"
+SESSION = "session"  # parameter of a ``recommend`` request, text: by it someone anonymous is told from others
 UNLOGGED = "vivace-unlogged"  # id of a request that a server asks itself: nobody is shown its answer
 
 # -- the call that changes the store: model ``update_store`` ------------------------------------------

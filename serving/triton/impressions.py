@@ -5,6 +5,7 @@ Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils`
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from serving.triton.stage import Counts, ParsedRequest, strings
-from vivace.contract import SHOWN_TO, UNLOGGED
+from vivace.contract import MAX_PARAMETER_ID_BYTES, SESSION, SHOWN_TO, UNLOGGED
 from vivace.impressions.queue import ENVIRONMENT, Viewer, packed_viewer, queue_of_worker
 
 
@@ -23,11 +24,19 @@ def is_on() -> bool:
     return bool(os.environ.get(ENVIRONMENT))
 
 
+def session_of(request: Any) -> str:
+    """The parameter SESSION; "" where it is none, or one too long."""
+    parameters = request.parameters()
+    given = json.loads(parameters).get(SESSION) if SESSION in parameters else None
+    return given if isinstance(given, str) and len(given) <= MAX_PARAMETER_ID_BYTES else ""
+
+
 def viewers(request: ParsedRequest, began_ms: float) -> list[Viewer | None]:
     """Whom each row of a request is for, which the first stage began with at ``began_ms``, Unix ms; None of one that is
     at fault, which is shown nothing."""
+    session = "" if all(row.user_id for row in request.rows) else session_of(request.request)
     return [
-        None if error else (row.user_id, row.query, context, began_ms)
+        None if error else (row.user_id, row.query, context, began_ms, "" if row.user_id else session)
         for row, error, context in zip(request.rows, request.errors, request.contexts, strict=True)
     ]
 

@@ -1,7 +1,7 @@
 """Which version is better by what came of what it showed: figures of each arm, and each beside the control.
 
 Users are the unit: a user counts in one arm, all that one was shown and clicked together; someone anonymous counts by
-the request. Users of several arms are left out and counted.
+the session, or without one by the request. Users of several arms are left out and counted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from training.judge.places import examined_in
 from training.judge.sequential import Comparison, Plan, Rate, compare
 from vivace.columns import CLICKED, ITEM, POSITION, TIME, USER
+from vivace.contract import SESSION
 from vivace.impressions.files import LATENCY, REQUEST_ID, VARIANT
 from vivace.impressions.joined import PROPENSITY
 
@@ -73,7 +74,7 @@ class Evidence:
 
 def _requests(file: Path, by: str, top_k: int) -> Iterator[pd.DataFrame]:
     """The joined log's rows among the first ``top_k`` places, whole requests at a time."""
-    columns = [REQUEST_ID, USER, TIME, by, LATENCY, ITEM, POSITION, CLICKED]
+    columns = [REQUEST_ID, USER, SESSION, TIME, by, LATENCY, ITEM, POSITION, CLICKED]
     held = pd.DataFrame(columns=columns)
     for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=columns):
         frame = batch.to_pandas()
@@ -89,15 +90,21 @@ def _of_requests(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     """A row a request: its arm, unit, time and latency, and its SUMS."""
     gain = frame[CLICKED] / np.log2(frame[POSITION] + 1)
     sums = frame.assign(_gain=gain).groupby(REQUEST_ID, sort=False).agg(
-        **{ARM: (by, "first"), USER: (USER, "first"), TIME: (TIME, "first"), LATENCY: (LATENCY, "first"),
-           SHOWN: (CLICKED, "size"), CLICKS: (CLICKED, "sum"), GAIN: ("_gain", "sum")}
+        **{ARM: (by, "first"), USER: (USER, "first"), SESSION: (SESSION, "first"), TIME: (TIME, "first"),
+           LATENCY: (LATENCY, "first"), SHOWN: (CLICKED, "size"), CLICKS: (CLICKED, "sum"), GAIN: ("_gain", "sum")}
     )  # fmt: skip
     most = int(sums[CLICKS].max()) if len(sums) else 0
     ideal = np.concatenate([[1.0], np.cumsum(1 / np.log2(np.arange(2, most + 2)))])
     sums[GAIN] = sums[GAIN] / ideal[sums[CLICKS].astype(int)]
     sums[CLICKED_REQUESTS] = (sums[CLICKS] > 0).astype(float)
-    sums[UNIT] = np.where(sums[USER] == "", "\0" + sums.index.astype(str), sums[USER])  # no user's id starts so
-    return sums.reset_index()
+    sums = sums.reset_index()
+    return sums.assign(**{UNIT: _units(sums)})
+
+
+def _units(frame: pd.DataFrame) -> np.ndarray:
+    """Whom randomness goes by: the user, the session of someone anonymous, or else the request; object [rows]."""
+    anonymous = np.where(frame[SESSION] == "", "\0\0" + frame[REQUEST_ID], "\0" + frame[SESSION])
+    return np.where(frame[USER] == "", anonymous, frame[USER])  # no user's id starts so
 
 
 def evidence(file: Path, plan: Plan, by: str = VARIANT, control: str = "", top_k: int = 10) -> Evidence:
@@ -172,8 +179,8 @@ def looks(control: pd.DataFrame, treatment: pd.DataFrame, plan: Plan, count: int
 
 def shown_rows(file: Path, by: str, arm: str) -> pd.DataFrame:
     """The rows of one arm as ``counterfactual`` reads them. Raises ValueError where there are none."""
-    columns = [REQUEST_ID, USER, ITEM, POSITION, CLICKED, PROPENSITY, by]
+    columns = [REQUEST_ID, USER, SESSION, ITEM, POSITION, CLICKED, PROPENSITY, by]
     frame = pq.read_table(file, columns=columns, filters=[(by, "=", arm)]).to_pandas()
     if not len(frame):
         raise ValueError(f"{file}: expected rows of {by} {arm!r}, got none")
-    return frame.assign(**{UNIT: np.where(frame[USER] == "", "\0" + frame[REQUEST_ID], frame[USER])})
+    return frame.assign(**{UNIT: _units(frame)})

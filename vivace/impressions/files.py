@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vivace.columns import QUERY_TEXT as QUERY, TIME, USER
+from vivace.contract import SESSION
 from vivace.store.retention import DAY_MS
 
 REQUEST_ID, CONTEXT = "request_id", "context"
@@ -38,6 +39,7 @@ SCHEMA = pa.schema(
     [
         (REQUEST_ID, pa.string()),
         (USER, pa.string()),  # "" for an anonymous request
+        (SESSION, pa.string()),  # of an anonymous request that named one
         (TIME, pa.int64()),  # Unix ms, when the answer was made
         (CONTEXT, pa.string()),  # JSON as it was sent
         (QUERY, pa.string()),

@@ -26,6 +26,7 @@ from vivace.impressions.files import (
     REQUEST_ID,
     SCHEMA,
     SCORES,
+    SESSION,
     STATUS,
     TIME,
     USER,
@@ -36,7 +37,7 @@ from vivace.impressions.files import (
 from vivace.store.interface import Event, FeatureStore
 
 SCORE, PROPENSITY, EVENT_TIME = "score", "propensity", "event_ms"
-OF_REQUEST = (REQUEST_ID, USER, TIME, VARIANT, MODEL_VERSION, CONTEXT, QUERY, LATENCY, STATUS)
+OF_REQUEST = (REQUEST_ID, USER, SESSION, TIME, VARIANT, MODEL_VERSION, CONTEXT, QUERY, LATENCY, STATUS)
 JOINED = pa.schema(
     [
         *(SCHEMA.field(name) for name in OF_REQUEST),

@@ -66,8 +66,9 @@ def folder_of(feature_store: Path) -> Path:
     return feature_store.resolve().parent / "impressions"
 
 
-Viewer = tuple[str, str, bytes, float]
-"""Whom an answer is for: user, query, CONTEXT, and when its first stage began, Unix ms."""
+Viewer = tuple[str, str, bytes, float, str]
+"""Whom an answer is for: user, query, CONTEXT, when its first stage began, Unix ms, and the session of someone
+anonymous."""
 
 
 def packed_viewer(viewer: Viewer) -> bytes:
@@ -189,16 +190,15 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
             viewer = rows[row]
             if not viewer:
                 continue
-            user, query, context, began_ms = msgpack.unpackb(viewer) if isinstance(viewer, bytes) else viewer
+            user, query, context, began_ms, session = msgpack.unpackb(viewer) if isinstance(viewer, bytes) else viewer
             shown = [item for item in items_BK[row].tolist() if item]
             items += shown
             scores.append(scores_BK[row, : len(shown)])
             ends.append(len(items))
             status = statuses[row].decode("utf-8", "replace")
-            heads.append(
-                (id_, user, int(made_ms), context.decode("utf-8", "replace"), query, made_ms - began_ms, status)
-            )
-    ids, users, times, contexts, queries, latencies, status_column = zip(*heads, strict=True) if heads else [()] * 7
+            sent = context.decode("utf-8", "replace")
+            heads.append((id_, user, session, int(made_ms), sent, query, made_ms - began_ms, status))
+    *of_viewers, latencies, status_column = zip(*heads, strict=True) if heads else [()] * 8
     offsets, flat = pa.array(ends, pa.int32()), np.concatenate(scores) if scores else np.empty(0, np.float32)
     lists = [
         pa.ListArray.from_arrays(offsets, values)
@@ -207,7 +207,7 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     constants = [pa.repeat(pa.scalar(text), len(heads)) for text in (variant, model_version)]
     named = zip((ITEMS, SCORES, PROPENSITIES), lists, strict=True)
     lists = [array.cast(SCHEMA.field(name).type) for name, array in named]
-    columns = [ids, users, times, contexts, queries, *lists, *constants, latencies, status_column]
+    columns = [*of_viewers, *lists, *constants, latencies, status_column]
     typed = [c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
     return pa.Table.from_arrays(typed, schema=SCHEMA)
 

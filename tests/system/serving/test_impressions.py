@@ -50,6 +50,10 @@ def test_rows_of_a_request_are_logged_apart_and_what_the_server_asks_itself_is_n
         inputs = inputs_of(grpcclient, tensors)
         result = patient(lambda: raw.infer(contract.ENSEMBLE, inputs, request_id="of two"))
         patient(lambda: raw.infer(contract.ENSEMBLE, inputs_of(grpcclient, request_tensors("no id", top_k=3))))
+        nobody = inputs_of(grpcclient, request_tensors("", top_k=3))
+        session = {contract.SESSION: "of a visit"}
+        patient(lambda: raw.infer(contract.ENSEMBLE, nobody, request_id="a visit", parameters=session))
+    assert logged(root, "a visit")["session"] == "of a visit"
     assert result.as_numpy(contract.STATUS.name)[1, 0].startswith(b"error")
     assert logged(root, "of two/0")["items"] == [i.decode() for i in result.as_numpy(contract.ITEM_ID.name)[0]]
     rows = wait_until(

@@ -20,7 +20,9 @@ def log(path, rows):
     """``rows``: (request, user, ms, variant, item, place, clicked)."""
     columns = {name: [] for name in JOINED.names}
     for request, user, ms, variant, item, place, clicked in rows:
-        values = {"request_id": request, "user_id": user, "timestamp_ms": ms, "variant": variant, "item_id": item,
+        user, _, session = user.partition(" of ")
+        values = {"request_id": request, "user_id": user, "session": session,
+                  "timestamp_ms": ms, "variant": variant, "item_id": item,
                   "position": place, "clicked": clicked, "latency_ms": 10.0 * place, "model_version": "1",
                   "context": "", "query": "", "status": "ok", "score": 0.0, "propensity": 1.0}  # fmt: skip
         for name in columns:
@@ -34,7 +36,8 @@ def test_figures_by_hand(tmp_path, monkeypatch):
     file = log(tmp_path / "log.parquet", [
         ("r1", "u1", 0, "a", "x", 1, False), ("r1", "u1", 0, "a", "y", 2, True), ("r1", "u1", 0, "a", "z", 3, True),
         ("r2", "u2", 9, "a", "x", 1, False), ("r2", "u2", 9, "a", "w", 2, False),
-        ("r3", "", 5, "b", "x", 1, True), ("r3", "", 5, "b", "q", 2, False),
+        ("r3", " of s", 5, "b", "x", 1, True), ("r3", " of s", 5, "b", "q", 2, False),
+        ("r6", " of s", 8, "b", "x", 1, True), ("r7", "", 8, "b", "x", 1, False), ("r8", "", 8, "b", "x", 1, False),
         ("r4", "u3", 6, "a", "x", 1, True), ("r5", "u3", 7, "b", "x", 1, False),
     ])  # fmt: skip
     seen = evidence(file, Plan(), top_k=2)
@@ -42,7 +45,7 @@ def test_figures_by_hand(tmp_path, monkeypatch):
     assert (seen.control, seen.crossed, seen.items) == ("a", 1, 4)  # u3 was in both; x, y, w, q among the first two
     assert (a.users, a.requests, a.rates[CTR].value, a.coverage) == (2, 2, 1 / 4, 3)
     assert a.rates[NDCG].value == pytest.approx(1 / math.log2(3))  # one click, at the second place
-    assert (b.users, b.requests, b.rates[CTR].value, b.rates[NDCG].value) == (1, 1, 1 / 2, 1.0)
+    assert (b.users, b.requests, b.rates[CTR].value, b.rates[NDCG].value) == (3, 4, 2 / 5, 1.0)  # s and two without
     assert b.beside[CTR].verdict == "no difference seen" and math.isnan(b.beside[CTR].lift)  # three users say nothing
 
 

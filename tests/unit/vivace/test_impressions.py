@@ -23,7 +23,7 @@ NOW_MS = 1_800_000_000_000
 
 def shown(request_id: str, *users: str, items=((b"x", b"y"),), made_ms: float = NOW_MS):
     """One request of a row a user, as a stage puts it into the queue."""
-    rows = [packed_viewer((user, "", b'{"device": "phone"}', made_ms - 4)) for user in users]
+    rows = [packed_viewer((user, "", b'{"device": "phone"}', made_ms - 4, "" if user else "s")) for user in users]
     scores = np.linspace(2, 1, len(items[0]) * len(rows), dtype=np.float32).reshape(len(rows), -1)
     return request_id, rows, np.array(items, object).reshape(len(rows), -1), scores, [b"ok"] * len(rows), made_ms
 
@@ -36,11 +36,13 @@ def test_a_request_becomes_a_row():
     several = shown("r2", "v", "", items=((b"x", b"y"), (b"z", b"")))
     first, second, third = table_of([shown("r1", "u"), several], "b", "7").to_pylist()
     assert first == {
-        "request_id": "r1", "user_id": "u", "timestamp_ms": NOW_MS, "context": '{"device": "phone"}', "query": "",
+        "request_id": "r1", "user_id": "u", "session": "", "timestamp_ms": NOW_MS,
+        "context": '{"device": "phone"}', "query": "",
         "items": ["x", "y"], "scores": [2.0, 1.0], "propensities": [1.0, 1.0], "variant": "b", "model_version": "7",
         "latency_ms": 4.0, "status": "ok",
     }  # fmt: skip
     assert (second["request_id"], third["request_id"]) == ("r2/0", "r2/1")
+    assert (third["user_id"], third["session"]) == ("", "s")
     assert third["items"] == ["z"] and third["scores"] == [pytest.approx(4 / 3)]  # what only fills the row is left out
 
 
@@ -141,7 +143,7 @@ print("goes", flush=True)
 number = 0
 while True:
     if len(queue._waiting) < 1_000:
-        queue.put((f"r{number}", [("u", "", b"", 1.0)], items, scores, [b"ok"], 2.0))
+        queue.put((f"r{number}", [("u", "", b"", 1.0, "")], items, scores, [b"ok"], 2.0))
         number += 1
 """
 
