@@ -86,11 +86,12 @@ class Fleet:
     def __init__(self, options: ServerOptions, say: Callable[[str], None], count: int = 1) -> None:
         if count > 1 and not options.guard:
             raise ServerError(f"--replicas {count}: expected the guard, which stands before them; leave --no-guard out")
-        self.options, self._say, self.count = options, say, count
+        self.options, self.say, self.count = options, say, count
         self.replicas: list[Replica] = []
         self.door: Door | None = None
         self.starting = ""
         self.private = Path()
+        self.trial: Replica | None = None  # of a version that a share of the users gets
         self._candidate: Replica | None = None
         self._keeper: DoorKeeper | None = None
         self._life = contextlib.ExitStack()
@@ -119,14 +120,14 @@ class Fleet:
             self.door.finish()
         if self._keeper is not None:
             self._keeper.__exit__()
-        replicas = [*self.replicas, *filter(None, [self._candidate])]
+        replicas = self._all()
         for replica in replicas:
             replica.watchdog.__exit__()
         if self.door is not None:  # before them: its idle connections would keep each Triton from ending
             self.door.stop()
         for replica in replicas:
             replica.server.stop()
-        self.replicas, self._candidate = [], None
+        self.replicas, self.trial, self._candidate = [], None, None
         self._life.close()
 
     def _start(self) -> None:
@@ -143,7 +144,7 @@ class Fleet:
             for replica in self.replicas:  # they saw no door until now
                 replica.watchdog.health.look()
             self._keeper = DoorKeeper(
-                self.door, lambda: self.ready, self.endpoints, self._count_door_restart, self._say
+                self.door, lambda: self.ready, self.endpoints, self._count_door_restart, self.say
             ).__enter__()
 
     def _make_private(self) -> None:
@@ -161,7 +162,7 @@ class Fleet:
         listens = door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port)
         return Door(listens, self.private, self.options.access)
 
-    def _started(self, options: ServerOptions, place: int, aside: bool = False) -> Replica:
+    def _started(self, options: ServerOptions, place: int | str, aside: bool = False) -> Replica:
         """A ready server with its watchdog; nothing is left where it does not come up. ``aside``: others serve."""
         log = options.log
         if place and log is not None:
@@ -169,7 +170,7 @@ class Fleet:
         server = TritonServer(options, self.door, aside)
         try:
             server.start()
-            watchdog = Watchdog(server, Metrics(), on_event=self._say)
+            watchdog = Watchdog(server, Metrics(), on_event=self.say)
             watchdog.__enter__()
         except BaseException:
             server.stop()
@@ -181,10 +182,23 @@ class Fleet:
 
     # -- for those who ask ---------------------------------------------------------------------------
     def endpoints(self) -> Endpoints:
-        return {r.server.sockets: r.turn for r in list(self.replicas) if r.server.sockets is not None}
+        endpoints = {r.server.sockets: r.turn for r in list(self.replicas) if r.server.sockets is not None}
+        trial = self.trial
+        if trial is not None and trial.server.sockets is not None and trial.turn is Turn.TAKES:
+            endpoints[trial.server.sockets] = Turn.TRIES
+        return endpoints
 
-    def _metrics_sockets(self) -> list[Path]:
-        return [sockets.metrics for sockets, turn in self.endpoints().items() if turn is not Turn.LEAVES]
+    def by_name(self) -> dict[str, Replica]:
+        """Those that take calls, by their places, and "trial"."""
+        staying = [r for r in list(self.replicas) if not r.leaves]
+        named = {str(place): replica for place, replica in enumerate(staying)}
+        return named | ({"trial": self.trial} if self.trial is not None else {})
+
+    def _metrics_sockets(self) -> dict[str, Path]:
+        return {name: r.server.sockets.metrics for name, r in self.by_name().items() if r.server.sockets is not None}
+
+    def _all(self) -> list[Replica]:
+        return [*self.replicas, *filter(None, [self.trial, self._candidate])]
 
     @property
     def ready(self) -> bool:
@@ -212,13 +226,12 @@ class Fleet:
 
     def processes(self) -> set[int]:
         """What this process started and waits for itself."""
-        servers = [*self.replicas, *filter(None, [self._candidate])]
-        pids = {pid for r in servers for pid in r.server.processes()}
+        pids = {pid for r in self._all() for pid in r.server.processes()}
         return pids | ({self.door.pid} if self.door is not None and self.door.started else set())
 
     def logs(self) -> list[Path]:
         """What grows while it runs."""
-        logs = {r.server.log for r in self.replicas if r.server.log is not None}
+        logs = {r.server.log for r in self._all() if r.server.log is not None}
         return [*logs, *([self.door.log] if self.door is not None else [])]
 
     # -- another version -----------------------------------------------------------------------------
@@ -231,6 +244,9 @@ class Fleet:
                 "the server was started with --no-guard: nothing stands before it; stop it, give the command again, "
                 "then start it"
             )
+        if self.trial is not None and self.trial.server.release != release:
+            name = self.trial.server.release.name
+            raise ServerError(f"{name} is on trial; 'vivace rollout promote' or 'vivace rollout stop' first")
         before, options = self.options, replace(self.options, repository=release)
         place = 0
         try:
@@ -243,7 +259,34 @@ class Fleet:
             raise
         self.options = options
         self._swaps.labels("done").inc()
-        self._say(f"serving {release.name}, before {before.repository.name}")
+        self.say(f"serving {release.name}, before {before.repository.name}")
+
+    def begin_trial(self, release: Path, accept: Accept, say: Callable[[str], None]) -> None:
+        """A server of the version in ``release`` beside the others, which the door sends nobody to yet. Called and
+        raises as ``serve``."""
+        if self.door is None:
+            raise ServerError("rollout: expected the guard, which deals the users; leave --no-guard out")
+        if self.trial is not None:
+            raise ServerError(f"{self.trial.server.release.name} is on trial; 'vivace rollout stop' first")
+        name = release.name
+        say(f"starting {name}")
+        with self._candidate_of(replace(self.options, repository=release), "trial") as new:
+            say(f"{name}: {accept(self.replicas[0].server, new.server)}")
+            new.server.take_over()
+            self.trial = new
+        self.door.point(self.endpoints)
+
+    def end_trial(self, say: Callable[[str], None]) -> None:
+        """Ends the server on trial, when it has answered what it was sent."""
+        trial = self.trial
+        if trial is None or self.door is None:
+            return
+        if not self.door.end_trial():
+            say(f"{trial.server.release.name}: calls under way for long; ending it all the same")
+        self.trial = None
+        self.door.point(self.endpoints)
+        trial.stop()
+        say(f"{trial.server.release.name}: its trial is over")
 
     def scale(self, count: int, say: Callable[[str], None]) -> None:
         """As many servers of the served version as ``count``, from 1; calls go on. Called as ``serve`` is."""
@@ -274,7 +317,7 @@ class Fleet:
         self._retire(old, say)
 
     @contextlib.contextmanager
-    def _candidate_of(self, options: ServerOptions, place: int) -> Iterator[Replica]:
+    def _candidate_of(self, options: ServerOptions, place: int | str) -> Iterator[Replica]:
         """A server that is well and warm and that nobody asks yet, for the block to put among ``replicas``; it is gone
         where the block, or what comes before it, fails."""
         new = self._candidate = self._started(options, place, aside=True)

@@ -68,6 +68,7 @@ log = logging.getLogger(__name__)
 # what only the launcher may ask: otherwise anyone who reaches the port loads code into the server or takes models away
 RESTRICTED = "model-repository,shared-memory,model-config,logging,trace,statistics"
 KEY_HEADER = "vivace-key"
+LOCK_LOST = "boost::interprocess::lock_exception"
 UNNOTICED_S = 2.0  # a starting server that has not noticed for so long that a worker ended waits for it for ever
 
 
@@ -239,7 +240,7 @@ class TritonServer:
         store = self.release.parent / "feature_store"
         if is_due(store) and not compact(store):
             log.warning("%s: what was forgotten stays in its file, as another process has it open", store)
-        self._launch()
+        self._launch_first()
         if self.sockets is not None and not self._shared_door:
             folder = self._root / "door"
             folder.mkdir(mode=0o700)
@@ -254,6 +255,17 @@ class TritonServer:
         if self._aside:
             self._aside = False
             step_forward(self.pid)
+
+    def _launch_first(self) -> None:
+        """Again where Triton 2.51 gave itself up for a lock of its shared memory, as on a machine that is very busy."""
+        for tries in range(3):
+            try:
+                return self._launch()
+            except ServerError as error:
+                if tries == 2 or LOCK_LOST not in str(error):
+                    raise
+                log.warning("tritonserver ended while starting (%s); starting it again", LOCK_LOST)
+                self._end_process()
 
     def _launch(self, again: bool = False) -> None:
         """One tritonserver, until it is ready. ``again``: in the place of one that was."""
