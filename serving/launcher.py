@@ -40,7 +40,7 @@ from serving.process import (
 from serving.releases import held, verify
 from serving.repository import check_profile, models
 from serving.segments import Segments
-from serving.server_options import ServerOptions, impressions_of
+from serving.server_options import ServerOptions, log_environment
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
@@ -59,7 +59,6 @@ from serving.start_checks import (
 from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
 from vivace import contract
 from vivace.client import VivaceClient
-from vivace.impressions.queue import ENVIRONMENT
 from vivace.store.forgetting import compact, is_due
 from vivace.store.opening import STORE_URL
 
@@ -200,9 +199,7 @@ class TritonServer:
         libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), str(python_library().parent)]
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
         env.pop(STORE_URL, None)
-        env.pop(ENVIRONMENT, None)
-        if self.options.impressions:
-            env[ENVIRONMENT] = impressions_of(self.options, self.release).to_json()
+        env |= log_environment(self.options, self.release)
         if self.options.store:  # not by the command line, which every user of the machine can read
             env[STORE_URL] = self.options.store
         env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])

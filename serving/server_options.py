@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.door.options import AccessOptions
-from vivace.impressions.queue import ImpressionOptions, folder_of
+from vivace.impressions.queue import ENVIRONMENT, ImpressionOptions, folder_of
 from vivace.store.retention import Retention
 
 
@@ -42,11 +42,12 @@ class ServerOptions:
     access: AccessOptions = field(default=AccessOptions())  # of the guard
 
 
-def impressions_of(options: ServerOptions, release: Path) -> ImpressionOptions:
-    """How the workers of ``release`` log what they show: beside the run's store, and kept as long as its events. Raises
-    ValueError for values that are none."""
+def log_environment(options: ServerOptions, release: Path) -> dict[str, str]:
+    """What tells the workers of ``release`` how to log what they show ("": they do not): beside the run's store, and
+    kept as long as its events. Raises ValueError for values that are none."""
+    if not options.impressions:
+        return {ENVIRONMENT: ""}
     store = release.parent / "feature_store"
-    return ImpressionOptions(
-        folder=str(folder_of(store)), variant=options.variant, days=Retention.of(store).days,
-        seconds=options.impressions_every_s,
-    )  # fmt: skip
+    days, every_s = Retention.of(store).days, options.impressions_every_s
+    log = ImpressionOptions(folder=str(folder_of(store)), variant=options.variant, days=days, seconds=every_s)
+    return {ENVIRONMENT: log.to_json()}

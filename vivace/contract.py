@@ -137,6 +137,7 @@ EVENT_ID = "event_id"
 # own of a request, which its answer carries; of row r of a request of several rows it is "<id>/<r>"
 REQUEST_ID = "request_id"
 SESSION = "session"  # parameter of a ``recommend`` request, text: by it someone anonymous is told from others
+TRIAL = "trial"  # what the log of impressions calls the arm of a version on trial
 UNLOGGED = "vivace-unlogged"  # id of a request that a server asks itself: nobody is shown its answer
 
 # -- the call that changes the store: model ``update_store`` ------------------------------------------

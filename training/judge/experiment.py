@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from training.judge.places import examined_in
 from training.judge.sequential import Comparison, Plan, Rate, compare
 from vivace.columns import CLICKED, ITEM, POSITION, TIME, USER
-from vivace.contract import SESSION
+from vivace.contract import SESSION, TRIAL
 from vivace.impressions.files import LATENCY, REQUEST_ID, VARIANT
 from vivace.impressions.joined import PROPENSITY
 
@@ -72,18 +72,30 @@ class Evidence:
     """How often each place is looked at, relative to the first; NaN where the log does not say."""
 
 
-def _requests(file: Path, by: str, top_k: int) -> Iterator[pd.DataFrame]:
-    """The joined log's rows among the first ``top_k`` places, whole requests at a time."""
-    columns = [REQUEST_ID, USER, SESSION, TIME, by, LATENCY, ITEM, POSITION, CLICKED]
+def _requests(file: Path, by: str, top_k: int, unseen: set[str]) -> Iterator[pd.DataFrame]:
+    """The joined log's rows among the first ``top_k`` places, whole requests at a time, without copies of calls whose
+    answers nobody saw (``shadows``)."""
+    columns = [REQUEST_ID, USER, SESSION, TIME, *dict.fromkeys([by, VARIANT]), LATENCY, ITEM, POSITION, CLICKED]
     held = pd.DataFrame(columns=columns)
     for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=columns):
         frame = batch.to_pandas()
+        if unseen:
+            frame = frame[(frame[VARIANT] != TRIAL) | ~frame[REQUEST_ID].isin(unseen)]
+            if not len(frame):
+                continue
         if len(held):
             frame = pd.concat([held, frame], ignore_index=True)
         last = frame[REQUEST_ID] == frame[REQUEST_ID].iloc[-1]  # it may go on in the next
         held, whole = frame[last], frame[~last]
         yield whole[whole[POSITION] <= top_k]
     yield held[held[POSITION] <= top_k]
+
+
+def shadows(file: Path) -> set[str]:
+    """Requests that the version on trial answered beside another: it was sent a copy (``vivace rollout --shadow``)."""
+    first = pq.read_table(file, columns=[REQUEST_ID, VARIANT], filters=[(POSITION, "=", 1)]).to_pandas()
+    of_trial = first[VARIANT] == TRIAL
+    return set(first[REQUEST_ID][of_trial]) & set(first[REQUEST_ID][~of_trial])
 
 
 def _of_requests(frame: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -111,7 +123,8 @@ def evidence(file: Path, plan: Plan, by: str = VARIANT, control: str = "", top_k
     """Reads a file of ``vivace.impressions.joined``. ``control``: an arm ("": the first by name). With several arms
     beside it each is judged at a part of the error. Raises ValueError for an arm that is not there."""
     parts, items, places = list[pd.DataFrame](), dict[str, set[str]](), dict[str, pd.DataFrame]()
-    for frame in _requests(file, by, top_k):
+    unseen = shadows(file)
+    for frame in _requests(file, by, top_k, unseen):
         parts.append(_of_requests(frame, by))
         for name, of_arm in frame.groupby(by):
             items.setdefault(str(name), set()).update(of_arm[ITEM].unique())
@@ -139,7 +152,7 @@ def evidence(file: Path, plan: Plan, by: str = VARIANT, control: str = "", top_k
     return Evidence(
         arms, control, shared, top_k, len(crossed), len(set().union(*items.values())),
         int(requests[TIME].min()) if len(requests) else 0, int(requests[TIME].max()) if len(requests) else 0,
-        examined_in(file, top_k).tolist(),
+        examined_in(file, top_k, unseen).tolist(),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ pair was shown three times.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from vivace.columns import CLICKED, ITEM, POSITION, USER
+from vivace.contract import TRIAL
+from vivace.impressions.files import REQUEST_ID, VARIANT
 
 LEAST_CLICKS = 30  # at each of the two places
 
@@ -35,10 +38,12 @@ def examined(pair: np.ndarray, place: np.ndarray, clicked: np.ndarray, places: i
     return out
 
 
-def examined_in(file: Path, top_k: int) -> np.ndarray:
-    """The same of a file of ``vivace.impressions.joined``, float64 [top_k]; of users who are known."""
-    frame = pq.read_table(
-        file, columns=[USER, ITEM, POSITION, CLICKED], filters=[(USER, "!=", ""), (POSITION, "<=", top_k)]
-    ).to_pandas()  # fmt: skip
+def examined_in(file: Path, top_k: int, unseen: Collection[str] = ()) -> np.ndarray:
+    """The same of a file of ``vivace.impressions.joined``, float64 [top_k]; of users who are known. ``unseen``: requests
+    whose answers by the version on trial nobody saw."""
+    columns = [REQUEST_ID, VARIANT, USER, ITEM, POSITION, CLICKED]
+    seen = [(USER, "!=", ""), (POSITION, "<=", top_k)]
+    frame = pq.read_table(file, columns=columns, filters=seen).to_pandas()
+    frame = frame[(frame[VARIANT] != TRIAL) | ~frame[REQUEST_ID].isin(list(unseen))]
     pair = frame.groupby([USER, ITEM], sort=False).ngroup().to_numpy()
     return examined(pair, frame[POSITION].to_numpy() - 1, frame[CLICKED].to_numpy(), top_k)

@@ -49,6 +49,15 @@ def test_figures_by_hand(tmp_path, monkeypatch):
     assert b.beside[CTR].verdict == "no difference seen" and math.isnan(b.beside[CTR].lift)  # three users say nothing
 
 
+def test_copies_that_nobody_saw_are_left_out(tmp_path):
+    file = log(tmp_path / "log.parquet", [
+        ("r1", "u1", 0, "", "x", 1, True), ("r1", "u1", 0, "trial", "y", 1, False),
+        ("r2", "u2", 0, "trial", "x", 1, True),
+    ])  # fmt: skip
+    served, trial = evidence(file, Plan()).arms
+    assert (served.users, trial.users, trial.rates[CTR].value, trial.coverage) == (1, 1, 1.0, 1)
+
+
 def test_a_better_arm_is_called_and_drawn(tmp_path):
     rng, rows = np.random.default_rng(5), []
     for number in range(2_000):
