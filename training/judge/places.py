@@ -39,8 +39,8 @@ def examined(pair: np.ndarray, place: np.ndarray, clicked: np.ndarray, places: i
 
 
 def examined_in(file: Path, top_k: int, unseen: Collection[str] = ()) -> np.ndarray:
-    """The same of a file of ``vivace.impressions.joined``, float64 [top_k]; of users who are known. ``unseen``: requests
-    whose answers by the version on trial nobody saw."""
+    """The same of a file of ``vivace.impressions.joined``, float64 [top_k]; of users who are known.
+    ``unseen``: requests whose answers by the version on trial nobody saw."""
     columns = [REQUEST_ID, VARIANT, USER, ITEM, POSITION, CLICKED]
     seen = [(USER, "!=", ""), (POSITION, "<=", top_k)]
     frame = pq.read_table(file, columns=columns, filters=seen).to_pandas()
