@@ -27,6 +27,7 @@ EXCLUDED = -1e30  # as in the exact graph: the score of a place that no item tak
 FACTORY = "HNSW32"  # "HNSW32_SQ8": a quarter of the memory, about one in a hundred candidates less
 PRODUCTS, DISTANCES = "inner products", "distances"  # what a graph is one of
 INDEX, GROUPS, ENCODER, POPULAR = "index.faiss", "groups.npz", "encoder.onnx", "popular.npz"
+ROWS = "encoder.rows"  # with int8 tables: the embeddings that ENCODER reads, which ONNX Runtime maps into memory
 STATE = "STATE"  # output of the encoder graph before the encoded history, where a run reads context
 
 

@@ -19,7 +19,7 @@ from search import published as search
 from serving import repository
 from serving.releases import newest_is_whole
 from serving.runtime.fresh import GRAPH, STATE_GRAPH
-from serving.runtime.item_index import ENCODER, STATE
+from serving.runtime.item_index import ENCODER, ROWS, STATE
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.aoti import without_merlin
 from training.compile.engine import Engine
@@ -33,6 +33,7 @@ from training.compile.onnx_export import (
     export,
     export_checked,
     names_of,
+    put_outside,
 )
 from training.compile.publish import model_card, publish
 from training.compile.quantize import OVERLAP, Precision, overlap, reduce_precision
@@ -95,8 +96,8 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.index and not (self.precision == self.tables == "fp32" and not self.targets):
-            raise ValueError("--index goes with --precision fp32, --tables fp32 and no --target")
+        if self.index and (self.precision != "fp32" or self.targets):
+            raise ValueError("--index goes with --precision fp32 and no --target")
         if "aoti" in self.targets and not self.exact:
             raise ValueError("--target aoti goes with --precision fp32 and --tables fp32")
         if self.tables == "int8" and self.precision != "fp32":
@@ -254,13 +255,15 @@ class Compilation:
         s = self.tensors
         self.say(f"building the index {self.config.index}")
         export(
-            EncoderGraph(self.retriever, s.memory),
+            EncoderGraph(self.retriever, s.memory, self.config.tables == "int8"),
             (self.example[0], *self.example[2:]),
             [t.name for t in contract.retrieval_inputs(s) if t != s.exclude],
             [*([STATE] if s.context or s.amounts else []), contract.ENCODED_HISTORY],
             self.folder / ENCODER,
             RETRIEVAL_AXES,
         )
+        if self.config.tables == "int8":
+            put_outside(self.folder / ENCODER, ROWS)
         states_BD = validation_states(self.features, self.preset, self.retriever)
         tuned = build_index(self.retriever, states_BD, s.candidates, self.config.index, self.folder)
         self.say(f"index: effort {tuned.effort} finds {tuned.recall:.4f} of the exact candidates")

@@ -10,7 +10,7 @@ from preprocessing.features import REQUEST_GRAPH, Features
 from search import published as search
 from serving import repository
 from serving.runtime.fresh import GRAPH, STATE_GRAPH
-from serving.runtime.item_index import ENCODER, GROUPS, INDEX, POPULAR
+from serving.runtime.item_index import ENCODER, GROUPS, INDEX, POPULAR, ROWS
 from serving.runtime.new_items import FILES as NEW_ITEM_FILES
 from training.compile.targets import files as plans
 from vivace import contract
@@ -55,7 +55,8 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
     """What goes into the new version, by model and name."""
     built, of_search = plans(folder), search.files_of(run.root)
     if tensors.indexed:
-        retrieval = {name: folder / name for name in (ENCODER, INDEX, GROUPS, POPULAR)}
+        there = [ROWS] if (folder / ROWS).exists() else []
+        retrieval = {name: folder / name for name in (ENCODER, INDEX, GROUPS, POPULAR, *there)}
     else:
         retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
     graphs = [TYPES_GRAPH] if tensors.types else []
