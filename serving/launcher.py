@@ -40,7 +40,7 @@ from serving.process import (
 from serving.releases import held, verify
 from serving.repository import check_profile, models
 from serving.segments import Segments
-from serving.server_options import ServerOptions
+from serving.server_options import ServerOptions, log_environment
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
@@ -199,6 +199,7 @@ class TritonServer:
         libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), str(python_library().parent)]
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
         env.pop(STORE_URL, None)
+        env |= log_environment(self.options, self.release)
         if self.options.store:  # not by the command line, which every user of the machine can read
             env[STORE_URL] = self.options.store
         env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
