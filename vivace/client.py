@@ -179,16 +179,18 @@ class VivaceClient(UpdateCalls):
         diversity: float = 0.0,
         context: Mapping[str, Any] | None = None,
         request_id: str = "",
+        session: str = "",
     ) -> Recommendation:
         """Items for a user; an empty ``history`` asks the feature store for the user's own. ``within_ms``: server and
         client give up afterwards (0: after ``timeout_s``). Of a ``query``: ``filters`` {"values": {attribute: [...]},
         "ranges": {number: [low, high]}, "seen": False} and ``diversity`` 0..1 of the answer. ``context``: what is known
         of the moment and the user by the data set's columns, such as {"device": "phone"}; an event of ``history`` may
         be (item id, event type, Unix time in ms). ``request_id``: what the log of impressions calls this request; one
-        is made if empty. Raises VivaceError where the server refuses or fails, VivaceTimeoutError where no answer came
-        in time, and ValueError for values of a wrong type."""
+        is made if empty. ``session``: tells someone anonymous from others, in rollouts and experiments. Raises
+        VivaceError where the server refuses or fails, VivaceTimeoutError where no answer came in time, and ValueError
+        for values of a wrong type."""
         tensors = request_tensors(user_id, history, top_k, query, context)
-        more = limits(within_ms, filters, diversity, request_id)
+        more = limits(within_ms, filters, diversity, request_id, session)
         limit = Limit(self._timeout_s, within_ms)
         return _read(read_answer, self._infer(contract.ENSEMBLE, tensors, limit, **more))  # type: ignore[no-any-return]
 
@@ -295,10 +297,11 @@ class AsyncVivaceClient(AsyncUpdateCalls):
         diversity: float = 0.0,
         context: Mapping[str, Any] | None = None,
         request_id: str = "",
+        session: str = "",
     ) -> Recommendation:
         """See ``VivaceClient.recommend``."""
         tensors = request_tensors(user_id, history, top_k, query, context)
-        more = limits(within_ms, filters, diversity, request_id)
+        more = limits(within_ms, filters, diversity, request_id, session)
         result = await self._infer(contract.ENSEMBLE, tensors, Limit(self._timeout_s, within_ms), **more)
         return _read(read_answer, result)  # type: ignore[no-any-return]
 

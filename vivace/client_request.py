@@ -125,12 +125,13 @@ def _id(given: str, name: str) -> str:
 
 
 def limits(
-    within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, diversity: float = 0.0, request_id: str = ""
-) -> dict[str, Any]:
+    within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, diversity: float = 0.0, request_id: str = "",
+    session: str = "",
+) -> dict[str, Any]:  # fmt: skip
     """Arguments of Triton's client beside the tensors. Of a request that is worth nothing after ``within_ms``: how long
     it may wait in a queue (``timeout``, microseconds) and when it ends (parameter DEADLINE, Unix ms: client and server
-    need the same time). Of an answer to a query: FILTERS and DIVERSITY. ``request_id`` ("": one that nothing else has)
-    is Triton's own of a request."""
+    need the same time). Of an answer to a query: FILTERS and DIVERSITY. ``session``: SESSION. ``request_id`` ("": one
+    that nothing else has) is Triton's own of a request."""
     parameters: dict[str, Any] = {}
     within_ms, diversity = number(within_ms, "within_ms"), number(diversity, "diversity")
     if within_ms < 0:
@@ -146,6 +147,8 @@ def limits(
             raise ValueError(f"filters: expected what JSON can hold, got {filters!r:.200}: {error}") from None
     if diversity:
         parameters[contract.DIVERSITY] = str(diversity)
+    if session:
+        parameters[contract.SESSION] = _id(session, "session")
     timeout = {"timeout": int(within_ms * 1000)} if within_ms else {}
     most = contract.MAX_PARAMETER_ID_BYTES
     if len(_text(request_id, "request_id")) > most:

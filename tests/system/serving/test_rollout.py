@@ -105,6 +105,7 @@ def test_a_share_of_the_users_gets_it_and_nobody_notices_its_death(run):
                 assert (row["variant"], row["model_version"]) == arm
             for session in USERS[:8]:  # anonymous: by their sessions, if they name one
                 assert over_json(ports["http"], "", True, session=session)[1] == ("trial" * split.takes(session))
+                assert (grpc.recommend("", HISTORY, 5, session=session).items != served) == split.takes(session)
             assert grpc.recommend("", HISTORY, 5).items == served
             with pytest.raises(ServerError, match=r"on trial; 'vivace rollout promote' or 'vivace rollout stop' first"):
                 fleet.serve(newest_of_another(run), Acceptance([]), quiet)
