@@ -90,7 +90,9 @@ class Canary:
             if self._client is None:
                 self._client = self.server.client(CANARY_WAIT_S)
             nobody = f"canary {uuid.uuid4()}" if self.server.options.answer_cache is not None else ""  # computed anew
-            answer = self._client.recommend(nobody, self._history, 10, context=self.context or None)
+            answer = self._client.recommend(
+                nobody, self._history, 10, context=self.context or None, request_id=contract.UNLOGGED
+            )
             self.seconds.set(time.monotonic() - started)
             if answer.status == "ok":
                 why, problem = "answer", self._compare(answer.items)

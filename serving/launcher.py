@@ -41,7 +41,7 @@ from serving.releases import held, verify
 from serving.repository import check_profile, models
 from serving.runtime.cache_settings import ANSWER_CACHE
 from serving.segments import Segments
-from serving.server_options import ServerOptions
+from serving.server_options import ServerOptions, log_environment
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
@@ -199,6 +199,7 @@ class TritonServer:
         libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), str(python_library().parent)]
         env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
         env.pop(STORE_URL, None)
+        env |= log_environment(self.options, self.release)
         if self.options.store:  # not by the command line, which every user of the machine can read
             env[STORE_URL] = self.options.store
         env[ANSWER_CACHE] = "" if self.options.answer_cache is None else self.options.answer_cache.text()

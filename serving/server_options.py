@@ -8,6 +8,8 @@ from pathlib import Path
 
 from serving.door.options import AccessOptions
 from serving.runtime.cache_settings import CacheSettings
+from vivace.impressions.queue import ENVIRONMENT, ImpressionOptions, folder_of
+from vivace.store.retention import Retention
 
 
 @dataclass(frozen=True)
@@ -35,5 +37,19 @@ class ServerOptions:
     extra: tuple[str, ...] = field(default=())
     guard: bool = False
     restricted: bool = False
+    impressions: bool = False  # what is shown is logged in the run's folder
+    impressions_every_s: float = 60.0  # and written as often: so much of it goes with a process that is killed
+    variant: str = ""  # what the log calls this server's arm of an experiment
     store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
     access: AccessOptions = field(default=AccessOptions())  # of the guard
+
+
+def log_environment(options: ServerOptions, release: Path) -> dict[str, str]:
+    """What tells the workers of ``release`` how to log what they show ("": they do not): beside the run's store, and
+    kept as long as its events. Raises ValueError for values that are none."""
+    if not options.impressions:
+        return {ENVIRONMENT: ""}
+    store = release.parent / "feature_store"
+    days, every_s = Retention.of(store).days, options.impressions_every_s
+    log = ImpressionOptions(folder=str(folder_of(store)), variant=options.variant, days=days, seconds=every_s)
+    return {ENVIRONMENT: log.to_json()}

@@ -26,6 +26,7 @@ from vivace import contract
 from vivace.store.interface import ServingStore, SharedAnswers
 
 Compute = Callable[[Batch, Level, Known | None], None]
+Shown = Callable[[Batch, ParsedRequest, list[np.ndarray]], None]
 MISS, JOINED, PASSED = "miss", "joined", "passed"
 EVERY_S = 1.0  # each hand-over of counters costs as much as an answer's place in the cache
 
@@ -48,6 +49,7 @@ class _Run:
     level: Level
     known: Known
     compute: Compute
+    shown: Shown
 
 
 class Answers:
@@ -83,7 +85,7 @@ class Answers:
                 self._evicted.increment(self.cache.memory.evicted)
                 self.cache.memory.evicted = 0
 
-    def __call__(self, batch: Batch, outputs: Sequence[str], level: Level, compute: Compute) -> None:
+    def __call__(self, batch: Batch, outputs: Sequence[str], level: Level, compute: Compute, shown: Shown) -> None:
         """Answers ``batch``, by ``compute`` what is not there. Requests that ask for the same are computed once."""
         questions = [self._question(request) for request in batch.requests]
         asked = [question for question in questions if question is not None]
@@ -96,7 +98,7 @@ class Answers:
             row += len(request.rows)
         beside: list[bytes | None] = []
         known = self._transform.known(batch.rows, self._reading([q.key for q in asked], beside))
-        run = _Run(batch, outputs, level, known, compute)
+        run = _Run(batch, outputs, level, known, compute, shown)
         if known.fault or self._transform.late():  # what is not known to be whole is neither asked for nor kept
             ways = [_Way(way.request, way.row, None) for way in ways]
         else:
@@ -163,6 +165,7 @@ class Answers:
 
     def _give(self, run: _Run, way: _Way, values: list[np.ndarray], result: str) -> None:
         run.batch.answer(way.request, answer(way.request.request, run.outputs, values))
+        run.shown(run.batch, way.request, values)
         run.batch.answers[way.request.place] = values
         self.recalled.add(way.request.place)
         self._counts(result)
@@ -175,6 +178,7 @@ class Answers:
         if not ways:
             return
         part = Batch([way.request for way in ways], run.batch.responses, run.batch.counts)
+        part.began_ms = run.batch.began_ms
         rows = [way.row + n for way in ways for n in range(len(way.request.rows))]
         largest = max(row.top_k for row in part.rows)
         run.compute(part, run.level, run.known.of(rows))

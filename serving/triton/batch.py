@@ -24,6 +24,7 @@ class Batch:
 
     def __init__(self, requests: list[ParsedRequest], responses: list[Any], counts: Counts) -> None:
         self.requests, self.responses, self.counts = requests, responses, counts
+        self.began_ms = time.time() * 1000
         self.answers: dict[int, list[np.ndarray]] = {}  # to requests of one row, by place
 
     @property

@@ -18,6 +18,7 @@ from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import with_reason
+from serving.triton import impressions
 from serving.triton.answers import Answers
 from serving.triton.batch import Batch
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
@@ -44,6 +45,7 @@ class RecommendModel(Stage):
         if settings := os.environ.get(ANSWER_CACHE):
             cache = CacheSettings.read(settings)
             self.answers = Answers(cache, self.pipeline, store, repository, self.parameters)
+        self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
         for level, seconds in self.pipeline.warm(self.largest):
             self.overload.done(level, self.largest, seconds)
 
@@ -52,7 +54,7 @@ class RecommendModel(Stage):
         columns = self.pipeline.transform.moment.columns
         parsed = [ParsedRequest(i, request, columns) for i, request in enumerate(requests)]
         batch = Batch(parsed, [None] * len(requests), self.counts)
-        rows, began = len(batch.rows), time.monotonic()
+        rows, began, batch.began_ms = len(batch.rows), time.monotonic(), time.time() * 1000
         level = self._level(batch, rows)
         self._answer(batch, level)
         computed = [r for r in parsed if self.answers is None or r.place not in self.answers.recalled]
@@ -61,7 +63,11 @@ class RecommendModel(Stage):
         self.counts.hand_over()
         if self.answers is not None:
             self.answers.hand_over()
+        self.impressions.hand_over()
         return batch.responses
+
+    def finalize(self) -> None:
+        self.impressions.close()
 
     def _level(self, batch: Batch, rows: int) -> Level:
         """The level at which these are answered: under load, one at which half of those with a deadline keep it. The
@@ -103,7 +109,7 @@ class RecommendModel(Stage):
         if self.answers is None:
             self._computed(batch, level, None)
         else:
-            self.answers(batch, self.outputs, level, self._computed)
+            self.answers(batch, self.outputs, level, self._computed, self._shown)
 
     def _computed(self, batch: Batch, level: Level, known: Known | None) -> None:
         """Answers what is at hand by the models. ``known``: what the stores know of its rows, None to read it."""
@@ -177,7 +183,14 @@ class RecommendModel(Stage):
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
             values.append(status)
+            self._shown(batch, request, values)
             if self.answers is not None and len(request.rows) == 1:
                 batch.answers[request.place] = values
             batch.answer(request, answer(request.request, self.outputs, values))
             start = stop
+
+    def _shown(self, batch: Batch, request: ParsedRequest, values: list[np.ndarray]) -> None:
+        """Puts what a request is answered among the impressions."""
+        if self.impressions:
+            viewers = impressions.viewers(request, batch.began_ms)
+            self.impressions.put(request.request, viewers, values[0], values[1], values[-1][:, 0])

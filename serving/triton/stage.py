@@ -129,12 +129,12 @@ class Counts:
 
 class ParsedRequest:
     """One request as it goes through the stages: its ``place`` among those at hand, its rows, what is wrong with each
-    ("" if nothing), its deadline (Unix ms); ``options`` and ``understood`` (of each row) are for requests with a query.
-    """
+    ("" if nothing), CONTEXT of each as sent, its deadline (Unix ms); ``options`` and ``understood`` (of each row) are
+    for requests with a query."""
 
     def __init__(self, place: int, request: Any, columns: ContextColumns) -> None:
         self.place, self.request, self.deadline = place, request, math.inf
-        self.rows, self.errors = _parse(request, columns)
+        self.rows, self.errors, self.contexts = _parse(request, columns)
         try:
             self.deadline = deadline(request)
         except ValueError as error:
@@ -153,20 +153,20 @@ def contexts_of(request: Any, rows: int) -> Any:
     return NO_CONTEXT * rows if sent is None else sent.as_numpy()
 
 
-def _parse(request: Any, columns: ContextColumns) -> tuple[list[Row], list[str]]:
+def _parse(request: Any, columns: ContextColumns) -> tuple[list[Row], list[str], list[bytes]]:
     users, queries, histories, top_ks = (
         tensor_of(request, t) for t in (contract.USER_ID, contract.QUERY, contract.HISTORY, contract.TOP_K)
     )
-    contexts = contexts_of(request, len(users))
+    contexts = [context[0] for context in contexts_of(request, len(users))]
     rows, errors = [], []
     for user, query, history, top_k, context in zip(users, queries, histories, top_ks, contexts, strict=True):
         try:
-            rows.append(parse_row(user[0], query[0], history, int(top_k[0]), context[0], columns))
+            rows.append(parse_row(user[0], query[0], history, int(top_k[0]), context, columns))
             errors.append("")
         except ValueError as error:
             rows.append(Row("", None, 1))
             errors.append(str(error))
-    return rows, errors
+    return rows, errors, contexts
 
 
 def new_only(request: Any) -> bool:

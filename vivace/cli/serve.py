@@ -11,7 +11,7 @@ import typer
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, MAX_PORT, Artifacts, Host, Name, Profile, say
 from vivace.cli.runs import find_run, say_next
-from vivace.cli.values import choice
+from vivace.cli.values import choice, plain_name
 from vivace.store.opening import STORE_URL
 
 SELF_SIGNED = ("self-signed",)
@@ -49,6 +49,16 @@ ReplicasOption = Annotated[
         help="servers behind the one guard: one that dies leaves the others; each takes its memory", min=1, max=16
     ),
 ]
+ImpressionsOption = Annotated[
+    bool, typer.Option("--impressions", help="log what is shown to whom in artifacts/RUN/impressions")
+]
+ImpressionsEveryOption = Annotated[
+    float,
+    typer.Option(help="seconds between two files of --impressions; a killed process loses as much", min=1),
+]
+VariantOption = Annotated[
+    str, typer.Option(help="what --impressions calls this server's arm of an experiment", parser=plain_name)
+]
 GuardOption = Annotated[
     bool,
     typer.Option("--guard/--no-guard", help="Envoy in front; without it only on a loopback address"),
@@ -85,6 +95,9 @@ def serve(
     verbose: VerboseOption = 0,
     store: StoreOption = "",
     replicas: ReplicasOption = 1,
+    impressions: ImpressionsOption = False,
+    impressions_every: ImpressionsEveryOption = 60.0,
+    variant: VariantOption = "",
     guard: GuardOption = True,
     keys: KeysOption = None,
     tls: TlsOption = "",
@@ -132,6 +145,9 @@ def serve(
         trace_rate=trace_rate,
         log=log_file or run.server_log,
         verbose=verbose,
+        impressions=impressions,
+        impressions_every_s=impressions_every,
+        variant=variant,
         guard=guard,
         store=store,
         restricted=True,
