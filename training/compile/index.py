@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.features import Features
-from serving.runtime.item_index import DISTANCES, POPULAR, PRODUCTS, Groups, ItemIndex, asking, with_bias
+from serving.runtime.encoded import POPULAR
+from serving.runtime.item_index import DISTANCES, PRODUCTS, Groups, ItemIndex, asking, with_bias
 from training.compile.onnx_export import PARITY_REQUESTS
 from training.data import batches
 from training.judge.gate import GateError
@@ -170,6 +171,14 @@ def validation_states(features: Features, preset: Preset, model: RetrievalModel,
     return torch.cat(parts)[:count]
 
 
+def write_popular(model: RetrievalModel, count: int, folder: Path) -> None:
+    """Writes POPULAR: so many that ``count`` are left whatever was seen."""
+    popularity = torch.log1p(model.popularity.cpu()).numpy()
+    popularity[:FIRST_ID] = -np.inf
+    best = np.argsort(-popularity, kind="stable")[: min(count + MAX_SEEN, len(popularity) - FIRST_ID)]
+    np.savez(folder / POPULAR, ids=best.astype(np.int64), scores=popularity[best].astype(np.float32))
+
+
 def build_index(
     model: RetrievalModel, states_BD: Tensor, count: int, factory: str, folder: Path, least: float = RECALL
 ) -> Tuned:
@@ -186,10 +195,7 @@ def build_index(
     ]
     index, tuned = tuned_index(table, bias, factory, exact, probes, count)
     index.save(folder)
-    popularity = torch.log1p(model.popularity.cpu()).numpy()
-    popularity[:FIRST_ID] = -np.inf
-    best = np.argsort(-popularity, kind="stable")[: min(count + MAX_SEEN, len(popularity) - FIRST_ID)]
-    np.savez(folder / POPULAR, ids=best.astype(np.int64), scores=popularity[best].astype(np.float32))
+    write_popular(model, count, folder)
     rest = states[half:]
     held_out = exact.recall(rest, exact.least(rest, count), index.search(rest, count)[0])
     return Tuned(tuned.effort, held_out, tuned.tried)
