@@ -27,6 +27,7 @@ from serving.launcher import TritonServer
 from serving.merged_metrics import TritonMetrics
 from serving.releases import HELD, held
 from serving.server_options import ServerOptions
+from serving.shards.servers import ShardServer, ShardServers, check_hosts, check_stages, shard_count
 from serving.start_checks import LEFTOVER, check_ports, door_options
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
@@ -91,6 +92,7 @@ class Fleet:
         self.starting = ""
         self.private = Path()
         self._candidate: Replica | None = None
+        self._shards: dict[Path, ShardServers] = {}  # by the version that they are of
         self._keeper: DoorKeeper | None = None
         self._life = contextlib.ExitStack()
         self.registry = CollectorRegistry()
@@ -126,6 +128,7 @@ class Fleet:
         for replica in replicas:
             replica.server.stop()
         self.replicas, self._candidate = [], None
+        self._drop_shards()
         self._life.close()
 
     def _start(self) -> None:
@@ -162,7 +165,7 @@ class Fleet:
 
     def _started(self, options: ServerOptions, place: int, aside: bool = False) -> Replica:
         """A ready server with its watchdog; nothing is left where it does not come up. ``aside``: others serve."""
-        log = options.log
+        options, log = self._with_shards(options, aside), options.log
         if place and log is not None:
             options = replace(options, log=log.with_name(f"{log.stem}-{place}{log.suffix}"))
         server = TritonServer(options, self.door, aside)
@@ -174,6 +177,26 @@ class Fleet:
             server.stop()
             raise
         return Replica(server, watchdog)
+
+    def _with_shards(self, options: ServerOptions, aside: bool) -> ServerOptions:
+        """Tells a server where the shards of its version are; starts them where nobody named others."""
+        release = options.repository.resolve()
+        count = shard_count(release)
+        if options.shards:
+            check_hosts(options, self._say)
+        if options.shards or not count:
+            return options
+        check_stages(release, options.profile)
+        if release not in self._shards:
+            self._say(f"starting {count} shards" + (f", {options.shard_twins} servers each" * (options.shard_twins > 1)))
+            self._shards[release] = ShardServers(replace(options, repository=release), self._say, aside)
+        return replace(options, shards=str(self._shards[release].addresses))
+
+    def _drop_shards(self) -> None:
+        """Ends those of versions that no server serves any more."""
+        served = {r.server.release for r in [*self.replicas, *filter(None, [self._candidate])]}
+        for release in set(self._shards) - served:
+            self._shards.pop(release).stop()
 
     def _count_door_restart(self) -> None:
         self.replicas[0].watchdog.metrics.server_restarts.labels("envoy").inc()
@@ -193,16 +216,21 @@ class Fleet:
     def alive_itself(self) -> bool:
         """Whether all that watches runs."""
         keeper = self._keeper is None or self._keeper.alive_itself()
-        return keeper and all(r.watchdog.alive_itself() for r in self.replicas)
+        return keeper and all(each.watchdog.alive_itself() for each in [*self.replicas, *self._shard_servers()])
 
     def report(self) -> dict[str, object]:
         """What ``/health`` answers: of one server its parts, of several those of each."""
         reports = [r.watchdog.health.report() for r in self.replicas]
-        why = {"why": self.starting} if self.starting else {}
+        why: dict[str, object] = {"why": self.starting} if self.starting else {}
+        if shards := [report for servers in list(self._shards.values()) for report in servers.report()]:
+            why["shards"] = shards
         if len(reports) == 1:
             return reports[0] | {"ready": self.ready} | why
         versions = sorted({str(r["version"]) for r in reports})
         return {"ready": self.ready, **why, "version": ", ".join(versions), "replicas": reports}
+
+    def _shard_servers(self) -> list[ShardServer]:
+        return [each for servers in list(self._shards.values()) for each in servers.servers]
 
     @property
     def release(self) -> Path:
@@ -211,13 +239,13 @@ class Fleet:
 
     def processes(self) -> set[int]:
         """What this process started and waits for itself."""
-        servers = [*self.replicas, *filter(None, [self._candidate])]
+        servers = [*self.replicas, *filter(None, [self._candidate]), *self._shard_servers()]
         pids = {pid for r in servers for pid in r.server.processes()}
         return pids | ({self.door.pid} if self.door is not None and self.door.started else set())
 
     def logs(self) -> list[Path]:
         """What grows while it runs."""
-        logs = {r.server.log for r in self.replicas if r.server.log is not None}
+        logs = {r.server.log for r in [*self.replicas, *self._shard_servers()] if r.server.log is not None}
         return [*logs, *([self.door.log] if self.door is not None else [])]
 
     # -- another version -----------------------------------------------------------------------------
@@ -284,6 +312,7 @@ class Fleet:
         except BaseException:
             self._candidate = None
             new.stop()
+            self._drop_shards()
             raise
         self._candidate = None
 
@@ -295,6 +324,7 @@ class Fleet:
             say(f"{old.server.release.name}: calls under way for long; ending it all the same")
         self.replicas.remove(old)
         old.stop()
+        self._drop_shards()
         say(f"{old.server.release.name}: stopped")
 
     def _wait_ready(self, replica: Replica) -> None:

@@ -41,6 +41,7 @@ from serving.releases import held, verify
 from serving.repository import check_profile, models
 from serving.segments import Segments
 from serving.server_options import ServerOptions
+from serving.shards.addresses import SHARDS_ENV, WAIT_ENV
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
@@ -133,7 +134,7 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self.segments.prefix}",
             f"--backend-config=onnxruntime,shm-region-prefix-name={self.segments.prefix}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in models(self.release, o.profile)),
+            *(f"--load-model={name}" for name in self.loads),
             *self._listens(),
             "--metrics-config=summary_latencies=true",
             "--metrics-config=summary_quantiles=0.5:0.01,0.95:0.002,0.99:0.001",
@@ -154,6 +155,13 @@ class TritonServer:
         if o.verbose:
             command.append(f"--log-verbose={o.verbose}")
         return [*command, *o.extra]
+
+    @property
+    def loads(self) -> list[str]:
+        """Models that it loads."""
+        if self.options.shard is not None:
+            return [contract.shard_model(self.options.shard)]
+        return models(self.release, self.options.profile)
 
     def _listens(self) -> list[str]:
         if self.sockets is not None:  # each appends its port to the address, which only gRPC makes part of the path
@@ -200,6 +208,8 @@ class TritonServer:
         env.pop(STORE_URL, None)
         if self.options.store:  # not by the command line, which every user of the machine can read
             env[STORE_URL] = self.options.store
+        if self.options.shards:
+            env |= {SHARDS_ENV: self.options.shards, WAIT_ENV: str(self.options.shard_wait_ms)}
         env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
         return server_environment(env)
 
@@ -236,7 +246,7 @@ class TritonServer:
         if is_due(store) and not compact(store):
             log.warning("%s: what was forgotten stays in its file, as another process has it open", store)
         self._launch()
-        if self.sockets is not None and not self._shared_door:
+        if self.sockets is not None and not self._shared_door and o.shard is None:
             folder = self._root / "door"
             folder.mkdir(mode=0o700)
             listens = door_options(self.host, self.http_port, self.grpc_port, self.metrics_port)

@@ -90,19 +90,21 @@ class ShardedRetrieval:
         self.encoder, self.popular = Encoder(folder, shapes, threads, whole=True), Popular(folder)
         self.shapes, self.shards = shapes, shards
 
-    def __call__(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], str]:
-        """(candidate ids int64 [B, N], scores float32 [B, N], encoded history float32 [B, M, D]; which shards are
-        missing and why, "" where none is) of what ``contract.retrieval_inputs`` names."""
+    def __call__(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[str]]:
+        """(candidate ids int64 [B, N], scores float32 [B, N], encoded history float32 [B, M, D]; for each row which
+        shards it does without and why, "" where none) of what ``contract.retrieval_inputs`` names."""
         history_BT, seen_BS, *_ = inputs
         state_BD, encoded = self.encoder(inputs)
         cold = without_history(history_BT)
         warm = np.setdiff1d(np.arange(len(history_BT)), cold)
         ids, scores = merged([], len(history_BT), self.shapes.candidates)
-        missing = ""
+        reasons = [""] * len(history_BT)
         if len(warm):
             answers, missing = self.shards(state_BD[warm], rows_of_shards(seen_BS[warm], self.shapes.shards))
             ids[warm], scores[warm] = merged(answers, len(warm), self.shapes.candidates)
+            for i in warm if missing else ():
+                reasons[i] = missing
             if not any(a is not None for a in answers):
                 cold = np.arange(len(history_BT))
         self.popular.fill(cold, seen_BS, ids, scores)
-        return [ids, scores, encoded], missing
+        return [ids, scores, encoded], reasons
