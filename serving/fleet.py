@@ -181,14 +181,16 @@ class Fleet:
     def _with_shards(self, options: ServerOptions, aside: bool) -> ServerOptions:
         """Tells a server where the shards of its version are; starts them where nobody named others."""
         release = options.repository.resolve()
-        count = shard_count(release)
+        count = shard_count(release) if options.shard is None else 0
         if options.shards:
             check_hosts(options, self._say)
         if options.shards or not count:
             return options
         check_stages(release, options.profile)
         if release not in self._shards:
-            self._say(f"starting {count} shards" + (f", {options.shard_twins} servers each" * (options.shard_twins > 1)))
+            self._say(
+                f"starting {count} shards" + (f", {options.shard_twins} servers each" * (options.shard_twins > 1))
+            )
             self._shards[release] = ShardServers(replace(options, repository=release), self._say, aside)
         return replace(options, shards=str(self._shards[release].addresses))
 
@@ -216,7 +218,7 @@ class Fleet:
     def alive_itself(self) -> bool:
         """Whether all that watches runs."""
         keeper = self._keeper is None or self._keeper.alive_itself()
-        return keeper and all(each.watchdog.alive_itself() for each in [*self.replicas, *self._shard_servers()])
+        return keeper and all(each.watchdog.alive_itself() for each in self._watched())
 
     def report(self) -> dict[str, object]:
         """What ``/health`` answers: of one server its parts, of several those of each."""
@@ -229,7 +231,12 @@ class Fleet:
         versions = sorted({str(r["version"]) for r in reports})
         return {"ready": self.ready, **why, "version": ", ".join(versions), "replicas": reports}
 
-    def _shard_servers(self) -> list[ShardServer]:
+    def _watched(self) -> list[Replica | ShardServer]:
+        return [*self.replicas, *self.shard_servers]
+
+    @property
+    def shard_servers(self) -> list[ShardServer]:
+        """Those that this process started."""
         return [each for servers in list(self._shards.values()) for each in servers.servers]
 
     @property
@@ -239,13 +246,13 @@ class Fleet:
 
     def processes(self) -> set[int]:
         """What this process started and waits for itself."""
-        servers = [*self.replicas, *filter(None, [self._candidate]), *self._shard_servers()]
+        servers = [*self._watched(), *filter(None, [self._candidate])]
         pids = {pid for r in servers for pid in r.server.processes()}
         return pids | ({self.door.pid} if self.door is not None and self.door.started else set())
 
     def logs(self) -> list[Path]:
         """What grows while it runs."""
-        logs = {r.server.log for r in [*self.replicas, *self._shard_servers()] if r.server.log is not None}
+        logs = {r.server.log for r in self._watched() if r.server.log is not None}
         return [*logs, *([self.door.log] if self.door is not None else [])]
 
     # -- another version -----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from serving.releases import held, verify
 from serving.repository import check_profile, models
 from serving.segments import Segments
 from serving.server_options import ServerOptions
-from serving.shards.addresses import SHARDS_ENV, WAIT_ENV
+from serving.shard_addresses import SHARDS_ENV, WAIT_ENV
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
@@ -92,7 +92,7 @@ class TritonServer:
 
     def __init__(self, options: ServerOptions, door: Door | None = None, aside: bool = False) -> None:
         address = local_address(options.host)
-        check_exposure(options.host, address, options.guard, options.access)
+        check_exposure(options.host, address, options.guard, options.access, options.shard is not None)
         self.options = options
         self.host = address
         self.address = "127.0.0.1" if address == "0.0.0.0" else address  # where this machine reaches it

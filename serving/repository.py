@@ -72,8 +72,9 @@ def _base(
     while 0 < size <= profile.max_batch_size:
         config.dynamic_batching.preferred_batch_size.append(size)
         size *= 2
-    if name in STORE_MODELS:  # with any policy Triton 2.51 leaves some of their requests waiting for half a second: it
-        return config  # misses that the instance is free again. The guard bounds how many there are
+    if name in STORE_MODELS or name.startswith(contract.SHARD_PREFIX):  # with any policy Triton 2.51 leaves some of
+        return config  # their requests waiting for up to half a second: it misses that the instance is free again. The
+    # guard bounds how many of the first there are, and of the second there are as few as instances that ask
     policy = config.dynamic_batching.default_queue_policy
     policy.timeout_action = pb.ModelQueuePolicy.REJECT
     policy.default_timeout_microseconds = profile.queue_timeout_us

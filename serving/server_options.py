@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.door.options import AccessOptions
-from serving.shards.addresses import WAIT_MS
+from serving.shard_addresses import WAIT_MS
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,6 @@ class ServerOptions:
     store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
     access: AccessOptions = field(default=AccessOptions())  # of the guard
     shard: int | None = None  # this server is that shard of retrieval and nothing else
-    shards: str = ""  # where the shards are (``serving.shards.addresses``); "": started beside it, where there are any
+    shards: str = ""  # where the shards are (``serving.shard_addresses``); "": started beside it, where there are any
     shard_twins: int = 1  # servers of each shard that is started
     shard_wait_ms: int = WAIT_MS  # what has not come from a shard by then is done without

@@ -345,14 +345,12 @@ def retrieval_stage_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     return (*retrieval_outputs(s), *([STATUS] if s.shards else []))
 
 
-# -- one shard of retrieval, model ``retrieval_shard_<i>`` of a server of its own ----------------------
+# -- one shard of retrieval, on a server of its own ------------------------------------------------------
+SHARD_PREFIX = "retrieval_shard_"
+
+
 def shard_model(shard: int) -> str:
-    return f"{RETRIEVAL}_shard_{shard}"
-
-
-def shard_size(s: StageTensors, shard: int) -> int:
-    """Items of a shard: they are dealt one by one, so that each shard has its share of the popular ones."""
-    return len(range(FIRST_ID + shard, s.items, s.shards))
+    return f"{SHARD_PREFIX}{shard}"
 
 
 def shard_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -362,8 +360,8 @@ def shard_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
 
 
 def shard_outputs(s: StageTensors, shard: int) -> tuple[WireTensor, ...]:
-    """The shard's best, best first: ids as everywhere, PADDING_ID where there are fewer."""
-    count = min(s.candidates, shard_size(s, shard))
+    """The best of the shard's items, which are dealt one by one, best first; PADDING_ID where there are fewer."""
+    count = min(s.candidates, len(range(FIRST_ID + shard, s.items, s.shards)))
     return (WireTensor("CANDIDATE_IDS", "INT64", (count,)), WireTensor("CANDIDATE_SCORES", "FP32", (count,)))
 
 

@@ -14,13 +14,14 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 
 import numpy as np
 from tritonclient.http import InferInput, InferRequestedOutput
 
 from serving.runtime.sharded import LEAST_SEEN, Answer
-from serving.shards.addresses import WAIT_MS, ShardAddresses
+from serving.shard_addresses import WAIT_MS, ShardAddresses
 from vivace import contract
 from vivace.client_errors import VivaceError
 from vivace.http_pool import HttpClient
@@ -81,7 +82,8 @@ class RemoteShards:
     def __call__(self, state_BD: np.ndarray, seen: Sequence[np.ndarray]) -> tuple[list[Answer | None], str]:
         """See ``Shards``."""
         self._turn += 1
-        began, answers = time.monotonic(), [None] * len(self.endpoints)  # type: list[Answer | None]
+        began = time.monotonic()
+        answers: list[Answer | None] = [None] * len(self.endpoints)
         asking, whose = list[_Asking](), dict[Future[Answer], Endpoint]()
         for shard, twins in enumerate(self.endpoints):
             turned = [*twins[self._turn % len(twins) :], *twins[: self._turn % len(twins)]]
@@ -172,9 +174,9 @@ class RemoteShards:
                 asking[endpoint.shard].why = LATE
                 self._late(endpoint)
             else:
-                future.add_done_callback(lambda f, e=endpoint: self._overtaken(f, e))
+                future.add_done_callback(partial(self._overtaken, endpoint))
 
-    def _overtaken(self, future: Future[Answer], endpoint: Endpoint) -> None:
+    def _overtaken(self, endpoint: Endpoint, future: Future[Answer]) -> None:
         if not future.cancelled() and isinstance(future.exception(), TimeoutError):
             self._late(endpoint)
 

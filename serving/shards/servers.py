@@ -11,7 +11,7 @@ from serving.door.options import AccessOptions
 from serving.launcher import TritonServer
 from serving.repository import read_config
 from serving.server_options import ServerOptions
-from serving.shards.addresses import ShardAddresses
+from serving.shard_addresses import ShardAddresses
 from serving.shards.calls import RemoteShards
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
@@ -37,7 +37,7 @@ class ShardServer:
 
 def shard_count(release: Path) -> int:
     """Shards of a published version; 0 where one graph scores all items."""
-    return sum(1 for path in release.glob(contract.shard_model(0)[:-1] + "*") if path.is_dir())
+    return sum(1 for path in release.glob(f"{contract.SHARD_PREFIX}*") if path.is_dir())
 
 
 class ShardServers:

@@ -29,7 +29,7 @@ from serving.runtime.stages import (
     search_for,
     with_reason,
 )
-from serving.shards.addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses
+from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses
 from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
 from serving.triton.stage import (
     Counts,

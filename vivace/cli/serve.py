@@ -43,6 +43,24 @@ ReplicasOption = Annotated[
         help="servers behind the one guard: one that dies leaves the others; each takes its memory", min=1, max=16
     ),
 ]
+ShardOption = Annotated[
+    int | None,
+    typer.Option(help="serve this shard of retrieval alone, from 0, for servers elsewhere that ask it by HTTP", min=0),
+]
+ShardHostsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="HOSTS",
+        show_default=False,
+        help="where the shards are, such as a:8000|b:8000,c:8000 for two, the first with a twin; else they start here",
+    ),
+]
+ShardTwinsOption = Annotated[
+    int, typer.Option(help="servers of each shard that is started: one that is slow or dead has another", min=1, max=4)
+]
+ShardWaitOption = Annotated[
+    int, typer.Option(help="a shard that has not answered by then is done without", min=1, max=10_000)
+]
 GuardOption = Annotated[
     bool,
     typer.Option("--guard/--no-guard", help="Envoy in front; without it only on a loopback address"),
@@ -77,6 +95,10 @@ def serve(
     verbose: VerboseOption = 0,
     store: StoreOption = "",
     replicas: ReplicasOption = 1,
+    shard: ShardOption = None,
+    shard_hosts: ShardHostsOption = "",
+    shard_twins: ShardTwinsOption = 1,
+    shard_wait_ms: ShardWaitOption = 300,
     guard: GuardOption = True,
     keys: KeysOption = None,
     tls: TlsOption = "",
@@ -121,14 +143,17 @@ def serve(
         trace_rate=trace_rate,
         log=log_file or run.server_log,
         verbose=verbose,
-        guard=guard,
+        guard=guard and shard is None,
         store=store,
         restricted=True,
         access=access,
+        shard=shard,
+        shards=shard_hosts,
+        shard_twins=shard_twins,
+        shard_wait_ms=shard_wait_ms,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     address = "" if grpc_port in (0, 8001) else f" --url 127.0.0.1:{grpc_port}"
     address += (f" --tls-ca {tls_cert}" if tls_cert else "") + (" --key KEY" if keys else "")
-    run_until_signal(
-        options, status_port, say, on_ready=lambda: say_next(f"query{address}", run, artifacts), replicas=replicas
-    )
+    query = (lambda: say_next(f"query{address}", run, artifacts)) if shard is None else None
+    run_until_signal(options, status_port, say, on_ready=query, replicas=replicas)
