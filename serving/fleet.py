@@ -125,6 +125,8 @@ class Fleet:
             replica.watchdog.__exit__()
         if self.door is not None:  # before them: its idle connections would keep each Triton from ending
             self.door.stop()
+        for shards in self._shards.values():
+            shards.begin_stop()
         for replica in replicas:
             replica.server.stop()
         self.replicas, self._candidate = [], None

@@ -58,14 +58,21 @@ class _Asking:
 
 
 class RemoteShards:
-    """``serving.runtime.sharded.Shards`` over servers that have version ``version``. ``wait_s``: what has not come by
-    then is done without. For one thread at a time; ``counts`` by (shard, how) is for whoever reports it: "answered",
-    "hedged", "late", "failed", and "without": answered without it."""
+    """``serving.runtime.sharded.Shards`` over servers that have version ``version``. For one thread at a time.
+
+    ``wait_s``: what has not come by then is done without; ``first``: number of the first shard in ``addresses``;
+    ``counts`` by (shard, how) is for whoever reports it: "answered", "hedged", "late", "failed", and "without", which
+    is a call that was answered without it."""
 
     def __init__(
-        self, addresses: ShardAddresses, version: str, shapes: contract.StageTensors, wait_s: float = WAIT_MS / 1000
+        self,
+        addresses: ShardAddresses,
+        version: str,
+        shapes: contract.StageTensors,
+        wait_s: float = WAIT_MS / 1000,
+        first: int = 0,
     ) -> None:
-        self._model = [f"{contract.shard_model(i)}/versions/{version}" for i in range(len(addresses.twins))]
+        self._model = [f"{contract.shard_model(first + i)}/versions/{version}" for i in range(len(addresses.twins))]
         self.endpoints = [
             [Endpoint(shard, address, HttpClient(address)) for address in twins]
             for shard, twins in enumerate(addresses.twins)

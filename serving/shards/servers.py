@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class ShardServers:
         # its threads live as long as the servers: the kernel ends a server with the thread that started it
         self._pool = ThreadPoolExecutor(len(places), "shards")
         starting = [self._pool.submit(self._started, options, *place, aside) for place in places]
-        self.servers = list[ShardServer]()
+        self.servers, self._stopping = list[ShardServer](), list[Future[None]]()
         faults = list[BaseException]()
         for future in starting:
             if (fault := future.exception()) is None:
@@ -93,9 +93,14 @@ class ShardServers:
             fault = each.fault()
             yield {"shard": each.shard, "twin": each.twin, "ok": not fault, **({"why": fault} if fault else {})}
 
-    def stop(self) -> None:
-        list(self._pool.map(self._stop, self.servers))
+    def begin_stop(self) -> None:
+        """Nothing is asked any more: they end while others do."""
+        self._stopping += [self._pool.submit(self._stop, each) for each in self.servers]
         self.servers = []
+
+    def stop(self) -> None:
+        self.begin_stop()
+        wait(self._stopping)
         self._pool.shutdown()
 
     @staticmethod

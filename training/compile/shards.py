@@ -23,16 +23,16 @@ from vivace.masks import seen_ids
 
 
 class ShardGraph(nn.Module):
-    """What is exported of shard ``shard``: a state and the rows that may not be answered in, its best items out."""
+    """What is exported of shard ``shard``: a state and the rows that may not be answered in, its best items out.
+    ``table_nD`` and ``bias_n`` are of its items alone."""
 
     table_RD: Tensor
     bias_R: Tensor
 
-    def __init__(self, table_VD: Tensor, bias_V: Tensor, s: contract.StageTensors, shard: int) -> None:
+    def __init__(self, table_nD: Tensor, bias_n: Tensor, s: contract.StageTensors, shard: int) -> None:
         super().__init__()
-        mine = torch.arange(contract.FIRST_ID + shard, s.items, s.shards)
-        self.register_buffer("table_RD", torch.cat([torch.zeros(1, s.width), table_VD[mine]]))
-        self.register_buffer("bias_R", torch.cat([torch.tensor([EXCLUDED]), bias_V[mine]]))
+        self.register_buffer("table_RD", torch.cat([torch.zeros(1, s.width), table_nD]))
+        self.register_buffer("bias_R", torch.cat([torch.tensor([EXCLUDED]), bias_n]))
         self.first, self.step = contract.FIRST_ID + shard, s.shards
         self.count = contract.shard_outputs(s, shard)[0].dims[0]
 
@@ -60,15 +60,21 @@ def export_encoder(model: RetrievalModel, s: contract.StageTensors, example: Seq
     )
 
 
+def export_shard(table_nD: Tensor, bias_n: Tensor, s: contract.StageTensors, shard: int, folder: Path) -> None:
+    """One of the graphs."""
+    inputs, outputs = names_of(contract.shard_inputs(s)), names_of(contract.shard_outputs(s, shard))
+    example = (torch.zeros(2, s.width), torch.zeros(2, 3, dtype=torch.long))
+    graph = ShardGraph(table_nD, bias_n, s, shard)
+    export(graph, example, inputs, outputs, shard_file(folder, shard), {"SEEN_ROWS": (1, "seen")})
+
+
 def export_shards(model: RetrievalModel, s: contract.StageTensors, folder: Path) -> None:
     """The graphs of ``s.shards`` shards, and POPULAR."""
-    free = {"SEEN_ROWS": (1, "seen")}
     with torch.no_grad():
         table_VD, bias_V = model.table().detach().cpu(), model.bias.detach().cpu()
-    example = (torch.zeros(2, s.width), torch.zeros(2, 3, dtype=torch.long))
     for shard in range(s.shards):
-        inputs, outputs = names_of(contract.shard_inputs(s)), names_of(contract.shard_outputs(s, shard))
-        export(ShardGraph(table_VD, bias_V, s, shard), example, inputs, outputs, shard_file(folder, shard), free)
+        mine = torch.arange(contract.FIRST_ID + shard, s.items, s.shards)
+        export_shard(table_VD[mine], bias_V[mine], s, shard, folder)
     write_popular(model, s.candidates, folder)
 
 

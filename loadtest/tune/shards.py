@@ -1,0 +1,93 @@
+"""What retrieval in shards takes where it cannot be run: measured times of one shard, put together by simulation.
+
+An answer is as late as the slowest of its shards (Dean & Barroso, "The Tail at Scale", 2013), so what one shard does
+once in a hundred questions, 64 of them do every second time. Axis legend: R requests, S shards, P twins of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Milliseconds, as measured of a shard of one size."""
+
+    service: Sequence[float]
+    """From the question to the answer of a shard that nobody else asks, beside the work of who asks."""
+    call: float
+    """Processor time of who asks, a question."""
+    slowed: float = 1.0
+    """Times as long while other shards of the machine are at work: they share its memory's bandwidth."""
+
+
+def shared_finish(release_S: np.ndarray, work_S: np.ndarray, cores: int, slowed: float) -> float:
+    """When the last of the jobs is done that a machine's cores are shared among evenly (processor sharing)."""
+    left, now, done = work_S.astype(float), 0.0, np.zeros(len(work_S), bool)
+    while not done.all():
+        active = ~done & (release_S <= now + 1e-12)
+        waiting = ~done & ~active
+        next_release = release_S[waiting].min(initial=np.inf)
+        if not active.any():
+            now = next_release
+            continue
+        count = int(active.sum())
+        speed = min(1.0, cores / count) / (slowed if count > 1 else 1.0)
+        step = min(left[active].min() / speed, next_release - now)
+        left[active] -= step * speed
+        now += step
+        done |= active & (left <= 1e-9)
+    return now
+
+
+def on_one_machine(measured: Measured, shards: int, cores: int, requests: int = 4000, seed: int = 7) -> np.ndarray:
+    """Milliseconds [R] from a request to its merged answer, one at a time, with all shards and who asks on one machine.
+
+    Half of a call's work is before the question is out, half after its answer is in, one after the other."""
+    rng = np.random.default_rng(seed)
+    work_RS = rng.choice(np.asarray(measured.service), (requests, shards))
+    release_S = measured.call / 2 * np.arange(1, shards + 1)
+    ends = [shared_finish(release_S, work_S, cores, measured.slowed) for work_S in work_RS]
+    return np.array(ends) + measured.call / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A shard a machine, or a machine for each twin of it; any number of servers in front."""
+
+    shards: int
+    twins: int = 1
+    hedge_ms: float = float("inf")
+    """A twin is asked too where no answer came by then."""
+    network_ms: float = 0.2
+    """There and back, assumed."""
+
+
+def over_machines(
+    measured: Measured, cluster: Cluster, qps: float, requests: int = 20_000, seed: int = 7
+) -> tuple[np.ndarray, float]:
+    """(milliseconds [R] of requests that come at random at ``qps``, share of the questions that went to a twin as
+    well). Each machine answers one question at a time, in their order; questions to twins are taken in turns."""
+    rng, c = np.random.default_rng(seed), cluster
+    arrivals = np.cumsum(rng.exponential(1000 / qps, requests))
+    service = np.asarray(measured.service, float)
+    sent_S = measured.call / 2 * np.arange(1, c.shards + 1) + c.network_ms / 2
+    free_SP, places = np.zeros((c.shards, c.twins)), np.arange(c.shards)
+    out, hedged = np.empty(requests), 0
+    for r, arrival in enumerate(arrivals):
+        first = (r + places) % c.twins
+        came_S = arrival + sent_S
+        done_S = np.maximum(came_S, free_SP[places, first]) + rng.choice(service, c.shards)
+        free_SP[places, first] = done_S
+        late = np.flatnonzero(done_S - came_S > c.hedge_ms)
+        if c.twins > 1 and len(late):
+            hedged += len(late)
+            second = (first[late] + 1) % c.twins
+            again = np.maximum(came_S[late] + c.hedge_ms, free_SP[late, second]) + rng.choice(service, len(late))
+            free_SP[late, second] = again
+            done_S[late] = np.minimum(done_S[late], again)
+        out[r] = done_S.max() - arrival + c.network_ms / 2 + measured.call / 2
+    return out, hedged / (requests * c.shards)
