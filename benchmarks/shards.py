@@ -256,9 +256,7 @@ def main(
         },
     }  # fmt: skip
     for count, row in result["by_shards"].items():
-        print(
-            f"{count} shards: measured {row['measured']}, predicted {row['predicted']}, off {row['off']}, {row['mib']} MiB"
-        )
+        print(f"{count} shards: {row}")
     for row in result["simulated"]["rows"]:
         print(row)
     if report_file is not None:

@@ -197,7 +197,9 @@ def model_configs(
     )
     if s.lists_seen:
         retrieval.parameters["shapes"].string_value = json.dumps(asdict(s))
-    if p.state_cache:  # its inputs are the user's whole state: without a new event it hits, with one it misses
+    # its inputs are the user's whole state: without a new event it hits, with one it misses. An answer that a shard is
+    # missing of would stay
+    if p.state_cache and not s.shards:
         retrieval.response_cache.enable = True
     ranking = _base(
         contract.RANKING,

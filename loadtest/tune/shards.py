@@ -74,19 +74,20 @@ def over_machines(
     rng, c = np.random.default_rng(seed), cluster
     arrivals = np.cumsum(rng.exponential(1000 / qps, requests))
     service = np.asarray(measured.service, float)
+    first_RS, second_RS = rng.choice(service, (2, requests, c.shards))
     sent_S = measured.call / 2 * np.arange(1, c.shards + 1) + c.network_ms / 2
     free_SP, places = np.zeros((c.shards, c.twins)), np.arange(c.shards)
     out, hedged = np.empty(requests), 0
     for r, arrival in enumerate(arrivals):
         first = (r + places) % c.twins
         came_S = arrival + sent_S
-        done_S = np.maximum(came_S, free_SP[places, first]) + rng.choice(service, c.shards)
+        done_S = np.maximum(came_S, free_SP[places, first]) + first_RS[r]
         free_SP[places, first] = done_S
         late = np.flatnonzero(done_S - came_S > c.hedge_ms)
         if c.twins > 1 and len(late):
             hedged += len(late)
             second = (first[late] + 1) % c.twins
-            again = np.maximum(came_S[late] + c.hedge_ms, free_SP[late, second]) + rng.choice(service, len(late))
+            again = np.maximum(came_S[late] + c.hedge_ms, free_SP[late, second]) + second_RS[r, late]
             free_SP[late, second] = again
             done_S[late] = np.minimum(done_S[late], again)
         out[r] = done_S.max() - arrival + c.network_ms / 2 + measured.call / 2

@@ -1,0 +1,44 @@
+"""Simulated shards by hand: cores that are shared, the slowest of all, twins that are asked as well."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loadtest.tune.shards import Cluster, Measured, on_one_machine, over_machines, shared_finish
+
+
+def test_jobs_share_the_cores_of_a_machine():
+    finish = lambda release, work, cores, slowed=1.0: shared_finish(  # noqa: E731
+        np.array(release, float), np.array(work, float), cores, slowed
+    )
+    assert finish([0, 0], [4, 4], 2) == pytest.approx(4)
+    assert finish([0, 0, 0, 0], [4, 4, 4, 4], 2) == pytest.approx(8)  # half a core each
+    assert finish([0, 0, 0], [2, 4, 6], 1) == pytest.approx(12)  # no core is idle
+    assert finish([0, 3], [4, 4], 1) == pytest.approx(8)
+    assert finish([0, 10], [4, 4], 1) == pytest.approx(14)  # idle in between
+    assert finish([0, 0], [4, 4], 2, 1.5) == pytest.approx(6)
+    assert finish([0], [4], 2, 1.5) == pytest.approx(4)  # alone nothing slows it
+
+
+def test_all_shards_and_who_asks_on_one_machine():
+    fixed = Measured(service=[4.0], call=2.0)
+    assert on_one_machine(fixed, 2, 2, requests=5) == pytest.approx(7)  # the second question leaves at 2, is back at 7
+
+
+def test_the_slowest_of_many_is_seldom_a_quick_one():
+    """One question in a hundred takes 50 ms: of 64, 1 - .99^64 = 47 % of the requests have such a one."""
+    measured = Measured(service=[1.0] * 99 + [50.0], call=0.0)
+    ms, hedged = over_machines(measured, Cluster(shards=64, network_ms=0), qps=1, requests=4000)
+    assert hedged == 0 and (ms > 49).mean() == pytest.approx(1 - 0.99**64, abs=0.03)
+    ms, hedged = over_machines(measured, Cluster(shards=64, twins=2, hedge_ms=2, network_ms=0), qps=1, requests=4000)
+    assert hedged == pytest.approx(0.01, abs=0.002)
+    assert (ms > 49).mean() == pytest.approx(1 - (1 - 0.01**2) ** 64, abs=0.01)
+    assert np.median(ms) <= 3
+
+
+def test_questions_wait_for_those_before_them():
+    """M/D/1: rho S / (2 (1 - rho)) on average; 5 ms of work, 100 a second: 2.5 ms."""
+    one = Measured(service=[5.0], call=0.0)
+    ms, _ = over_machines(one, Cluster(shards=1, network_ms=0), qps=100, requests=20_000)
+    assert ms.mean() == pytest.approx(5 + 2.5, rel=0.08)
