@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.features import Features
-from training.compile.parity import difference
+from training.judge.parity import difference
 from training.data import batches
 from training.data.live import with_live
 from training.presets import Preset, shapes

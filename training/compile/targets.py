@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from training.compile import aoti
-from training.compile.parity import difference
+from training.judge.parity import difference
 from training.compile.tensorrt_engine import build
 from vivace import contract
 from vivace.onnx_session import open_session
