@@ -27,7 +27,7 @@ from serving.launcher import TritonServer
 from serving.merged_metrics import TritonMetrics
 from serving.releases import HELD, held
 from serving.server_options import ServerOptions
-from serving.shards.servers import ShardServer, ShardServers, check_hosts, check_stages, shard_count
+from serving.shards.servers import ShardMetrics, ShardServer, ShardServers, check_hosts, check_stages, shard_count
 from serving.start_checks import LEFTOVER, check_ports, door_options
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
@@ -101,6 +101,7 @@ class Fleet:
         )
         for result in ("done", "refused"):
             self._swaps.labels(result)
+        self.registry.register(ShardMetrics(lambda: self.shard_servers))  # type: ignore[arg-type]
         self.registry.register(DoorStatistics(lambda path: self.door.ask("GET", path) if self.door is not None else ""))
 
     # -- life ----------------------------------------------------------------------------------------

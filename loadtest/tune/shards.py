@@ -43,7 +43,7 @@ def shared_finish(release_S: np.ndarray, work_S: np.ndarray, cores: int, slowed:
     return now
 
 
-def on_one_machine(measured: Measured, shards: int, cores: int, requests: int = 4000, seed: int = 7) -> np.ndarray:
+def on_one_machine(measured: Measured, shards: int, cores: int, requests: int = 2000, seed: int = 7) -> np.ndarray:
     """Milliseconds [R] from a request to its merged answer, one at a time, with all shards and who asks on one machine.
 
     Half of a call's work is before the question is out, half after its answer is in, one after the other."""
@@ -61,34 +61,46 @@ class Cluster:
     shards: int
     twins: int = 1
     hedge_ms: float = float("inf")
-    """A twin is asked too where no answer came by then."""
+    """A twin is asked too where no answer came by then..."""
+    hedge_share: float = 0.1
+    """...of at most this share of the questions."""
     network_ms: float = 0.2
     """There and back, assumed."""
 
 
-def over_machines(
-    measured: Measured, cluster: Cluster, qps: float, requests: int = 20_000, seed: int = 7
-) -> tuple[np.ndarray, float]:
-    """(milliseconds [R] of requests that come at random at ``qps``, share of the questions that went to a twin as
-    well). Each machine answers one question at a time, in their order; questions to twins are taken in turns."""
+@dataclass(frozen=True)
+class Outcome:
+    """``ms`` [R] of the requests, ``questions`` ms [R, S] of those to the shards; ``asked_twice``: share of them that
+    went to a twin as well."""
+
+    ms: np.ndarray
+    questions: np.ndarray
+    asked_twice: float
+
+
+def over_machines(measured: Measured, cluster: Cluster, qps: float, requests: int = 10_000, seed: int = 7) -> Outcome:
+    """Requests that come at random at ``qps``. Each machine answers one question at a time, in their order; twins take
+    turns; who asks has as many cores as it needs."""
     rng, c = np.random.default_rng(seed), cluster
     arrivals = np.cumsum(rng.exponential(1000 / qps, requests))
     service = np.asarray(measured.service, float)
     first_RS, second_RS = rng.choice(service, (2, requests, c.shards))
     sent_S = measured.call / 2 * np.arange(1, c.shards + 1) + c.network_ms / 2
     free_SP, places = np.zeros((c.shards, c.twins)), np.arange(c.shards)
-    out, hedged = np.empty(requests), 0
+    out, questions_RS, hedged = np.empty(requests), np.empty((requests, c.shards)), 0
     for r, arrival in enumerate(arrivals):
         first = (r + places) % c.twins
         came_S = arrival + sent_S
         done_S = np.maximum(came_S, free_SP[places, first]) + first_RS[r]
         free_SP[places, first] = done_S
         late = np.flatnonzero(done_S - came_S > c.hedge_ms)
+        late = late[: int((r + 1) * c.shards * c.hedge_share) - hedged]
         if c.twins > 1 and len(late):
             hedged += len(late)
             second = (first[late] + 1) % c.twins
             again = np.maximum(came_S[late] + c.hedge_ms, free_SP[late, second]) + second_RS[r, late]
             free_SP[late, second] = again
             done_S[late] = np.minimum(done_S[late], again)
+        questions_RS[r] = done_S - came_S
         out[r] = done_S.max() - arrival + c.network_ms / 2 + measured.call / 2
-    return out, hedged / (requests * c.shards)
+    return Outcome(out, questions_RS, hedged / (requests * c.shards))

@@ -28,6 +28,8 @@ from vivace.http_pool import HttpClient
 
 HEDGE_SHARE = 95.0  # percentile of the times of answers after which a twin is asked
 FIRST_HEDGE_S, LEAST_HEDGE_S = 0.05, 0.002
+MOST_HEDGED, HEDGES_AT_ONCE = 0.1, 8.0  # share of the questions that are asked twice: where all are slow, more of them
+# would make all slower; and how many may be in a row, as those to a server that hangs
 TIMES, LEARN_EVERY = 512, 32  # times that are remembered, and how often the percentile is taken of them
 LATE_IN_A_ROW = 3  # answers that come too late until a server is not waited for
 PROBE_S, PROBE_WAIT_S = 0.25, 1.0
@@ -81,6 +83,7 @@ class RemoteShards:
         self._inputs = contract.shard_inputs(shapes)
         self._outputs = [t.name for t in contract.shard_outputs(shapes, 0)]
         self._times, self._measured, self._turn = deque[float](maxlen=TIMES), 0, 0
+        self._hedges = HEDGES_AT_ONCE  # that may be made now
         everyone = [e for twins in self.endpoints for e in twins]
         self._pool = ThreadPoolExecutor(4 * len(everyone), "shards")  # those that are late keep theirs for a while
         self._closed = threading.Event()
@@ -89,6 +92,7 @@ class RemoteShards:
     def __call__(self, state_BD: np.ndarray, seen: Sequence[np.ndarray]) -> tuple[list[Answer | None], str]:
         """See ``Shards``."""
         self._turn += 1
+        self._hedges = min(HEDGES_AT_ONCE, self._hedges + MOST_HEDGED * len(self.endpoints))
         began = time.monotonic()
         answers: list[Answer | None] = [None] * len(self.endpoints)
         asking, whose = list[_Asking](), dict[Future[Answer], Endpoint]()
@@ -114,8 +118,9 @@ class RemoteShards:
                     self._ask(asked, whose, state_BD, seen[endpoint.shard])
             if time.monotonic() >= hedge_at:
                 for shard in open_:
-                    if answers[shard] is None and not asking[shard].hedged and asking[shard].left:
+                    if answers[shard] is None and not asking[shard].hedged and asking[shard].left and self._hedges >= 1:
                         asking[shard].hedged = True
+                        self._hedges -= 1
                         self.counts[shard, "hedged"] += 1
                         self._ask(asking[shard], whose, state_BD, seen[shard])
         self._give_up(asking, answers, whose)
@@ -184,8 +189,12 @@ class RemoteShards:
                 future.add_done_callback(partial(self._overtaken, endpoint))
 
     def _overtaken(self, endpoint: Endpoint, future: Future[Answer]) -> None:
-        if not future.cancelled() and isinstance(future.exception(), TimeoutError):
+        if future.cancelled():
+            return
+        if isinstance(future.exception(), TimeoutError):
             self._late(endpoint)
+        elif future.exception() is None:
+            endpoint.late = 0
 
     def _late(self, endpoint: Endpoint) -> None:
         endpoint.late += 1

@@ -7,6 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
 from serving.door.options import AccessOptions
 from serving.launcher import TritonServer
 from serving.repository import read_config
@@ -38,6 +41,25 @@ class ShardServer:
 def shard_count(release: Path) -> int:
     """Shards of a published version; 0 where one graph scores all items."""
     return sum(1 for path in release.glob(f"{contract.SHARD_PREFIX}*") if path.is_dir())
+
+
+class ShardMetrics:
+    """Metrics of the shards that this process started, of ``servers()`` at that moment."""
+
+    def __init__(self, servers: Callable[[], list[ShardServer]]) -> None:
+        self._servers = servers
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("vivace_shard_up", "1 while this server of a shard works", labels=["shard", "twin"])
+        restarts = CounterMetricFamily(
+            "vivace_shard_restarts", "Times that a shard's server ended by itself", labels=["shard", "twin"]
+        )
+        for each in self._servers():
+            place = [str(each.shard), str(each.twin)]
+            up.add_metric(place, float(not each.fault()))
+            restarts.add_metric(place, each.watchdog.metrics.server_restarts.labels("tritonserver")._value.get())
+        yield up
+        yield restarts
 
 
 class ShardServers:

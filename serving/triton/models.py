@@ -124,7 +124,12 @@ class ShardedRetrievalModel(Stage):
         from serving.shards.calls import RemoteShards  # its libraries, which the other stages do without
 
         shapes = self.shapes()
-        addresses = ShardAddresses.parse(os.environ.get(SHARDS_ENV, ""), shapes.shards)
+        if not (told := os.environ.get(SHARDS_ENV, "")):
+            raise ValueError(
+                f"{SHARDS_ENV}: expected host:port of {shapes.shards} shards, by commas, got nothing; 'vivace serve' "
+                "starts them and says where"
+            )
+        addresses = ShardAddresses.parse(told, shapes.shards)
         wait_s = int(os.environ.get(WAIT_ENV, WAIT_MS)) / 1000
         self.asked, self.counts = RemoteShards(addresses, self.folder.name, shapes, wait_s), ShardCounts()
         self.retrieve = ShardedRetrieval(self.folder, shapes, self.asked)

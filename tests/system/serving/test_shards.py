@@ -132,6 +132,11 @@ def test_a_dead_shard_is_named_and_started_again(served):
     assert items and status.startswith("degraded: shards: popular items, without 2 of 2: 0 (does not answer), 1")
     wait_until(lambda: answers(fleet, users[:1]) == by_one[:1], "all shards again")
     wait_until(lambda: all(not each.fault() for each in fleet.shard_servers), "well shards")
+    registry = fleet.registry
+    for shard, twin in (("0", "0"), ("1", "1")):
+        labels = {"shard": shard, "twin": twin}
+        assert registry.get_sample_value("vivace_shard_up", labels) == 1
+        assert registry.get_sample_value("vivace_shard_restarts_total", labels) == 1
 
 
 def test_shards_elsewhere_are_asked_before_anything_starts(run, served):

@@ -29,16 +29,16 @@ def test_all_shards_and_who_asks_on_one_machine():
 def test_the_slowest_of_many_is_seldom_a_quick_one():
     """One question in a hundred takes 50 ms: of 64, 1 - .99^64 = 47 % of the requests have such a one."""
     measured = Measured(service=[1.0] * 99 + [50.0], call=0.0)
-    ms, hedged = over_machines(measured, Cluster(shards=64, network_ms=0), qps=1, requests=4000)
-    assert hedged == 0 and (ms > 49).mean() == pytest.approx(1 - 0.99**64, abs=0.03)
-    ms, hedged = over_machines(measured, Cluster(shards=64, twins=2, hedge_ms=2, network_ms=0), qps=1, requests=4000)
-    assert hedged == pytest.approx(0.01, abs=0.002)
-    assert (ms > 49).mean() == pytest.approx(1 - (1 - 0.01**2) ** 64, abs=0.01)
-    assert np.median(ms) <= 3
+    alone = over_machines(measured, Cluster(shards=64, network_ms=0), qps=1, requests=4000)
+    assert alone.asked_twice == 0 and (alone.ms > 49).mean() == pytest.approx(1 - 0.99**64, abs=0.03)
+    both = over_machines(measured, Cluster(shards=64, twins=2, hedge_ms=2, network_ms=0), qps=1, requests=4000)
+    assert both.asked_twice == pytest.approx(0.01, abs=0.002)
+    assert (both.ms > 49).mean() == pytest.approx(1 - (1 - 0.01**2) ** 64, abs=0.01)
+    assert np.median(both.ms) <= 3 and both.questions.shape == (4000, 64)
 
 
 def test_questions_wait_for_those_before_them():
     """M/D/1: rho S / (2 (1 - rho)) on average; 5 ms of work, 100 a second: 2.5 ms."""
     one = Measured(service=[5.0], call=0.0)
-    ms, _ = over_machines(one, Cluster(shards=1, network_ms=0), qps=100, requests=20_000)
-    assert ms.mean() == pytest.approx(5 + 2.5, rel=0.08)
+    waited = over_machines(one, Cluster(shards=1, network_ms=0), qps=100, requests=20_000)
+    assert waited.ms.mean() == pytest.approx(5 + 2.5, rel=0.08)
