@@ -224,7 +224,7 @@ def main(
     items: int = 1_000_000,
     shards: str = "1,2,4",
     requests: Annotated[int, typer.Option(help="of each kind a turn")] = 40,
-    turns: int = 12,
+    turns: int = 20,
     simulated_items: int = 100_000_000,
     simulated_shards: int = 64,
     report_file: Annotated[Path | None, typer.Option("--report", help="HTML page")] = None,

@@ -62,8 +62,10 @@ class Cluster:
     twins: int = 1
     hedge_ms: float = float("inf")
     """A twin is asked too where no answer came by then..."""
-    hedge_share: float = 0.1
-    """...of at most this share of the questions."""
+    hedge_share: float = 0.05
+    """...of at most this share of the questions to its shard..."""
+    hedges_at_once: float = 4.0
+    """...and of so many in a row."""
     network_ms: float = 0.2
     """There and back, assumed."""
 
@@ -85,22 +87,26 @@ def over_machines(measured: Measured, cluster: Cluster, qps: float, requests: in
     arrivals = np.cumsum(rng.exponential(1000 / qps, requests))
     service = np.asarray(measured.service, float)
     first_RS, second_RS = rng.choice(service, (2, requests, c.shards))
-    sent_S = measured.call / 2 * np.arange(1, c.shards + 1) + c.network_ms / 2
     free_SP, places = np.zeros((c.shards, c.twins)), np.arange(c.shards)
-    out, questions_RS, hedged = np.empty(requests), np.empty((requests, c.shards)), 0
-    for r, arrival in enumerate(arrivals):
-        first = (r + places) % c.twins
-        came_S = arrival + sent_S
-        done_S = np.maximum(came_S, free_SP[places, first]) + first_RS[r]
-        free_SP[places, first] = done_S
-        late = np.flatnonzero(done_S - came_S > c.hedge_ms)
-        late = late[: int((r + 1) * c.shards * c.hedge_share) - hedged]
-        if c.twins > 1 and len(late):
-            hedged += len(late)
-            second = (first[late] + 1) % c.twins
-            again = np.maximum(came_S[late] + c.hedge_ms, free_SP[late, second]) + second_RS[r, late]
-            free_SP[late, second] = again
-            done_S[late] = np.minimum(done_S[late], again)
-        questions_RS[r] = done_S - came_S
-        out[r] = done_S.max() - arrival + c.network_ms / 2 + measured.call / 2
-    return Outcome(out, questions_RS, hedged / (requests * c.shards))
+    done_RS, hedged_S, next_hedge = np.empty((requests, c.shards)), np.zeros(c.shards, np.int64), 0
+    tokens_S = np.full(c.shards, c.hedges_at_once)
+    for r, arrival in enumerate(np.append(arrivals, np.inf)):  # in each shard's time, which begins when it is sent to
+        while next_hedge < r and c.twins > 1 and arrivals[next_hedge] + c.hedge_ms <= arrival:
+            again = arrivals[next_hedge] + c.hedge_ms
+            late = np.flatnonzero(done_RS[next_hedge] > again)
+            tokens_S = np.minimum(tokens_S + c.hedge_share, c.hedges_at_once)
+            late = late[tokens_S[late] >= 1]
+            tokens_S[late] -= 1
+            twin = (next_hedge + late + 1) % c.twins
+            free_SP[late, twin] = np.maximum(again, free_SP[late, twin]) + second_RS[next_hedge, late]
+            done_RS[next_hedge, late] = np.minimum(done_RS[next_hedge, late], free_SP[late, twin])
+            hedged_S[late] += 1
+            next_hedge += 1
+        if r < requests:
+            twin = (r + places) % c.twins
+            free_SP[places, twin] = np.maximum(arrival, free_SP[places, twin]) + first_RS[r]
+            done_RS[r] = free_SP[places, twin]
+    questions_RS = done_RS - arrivals[:, None]
+    sent_S = measured.call / 2 * np.arange(1, c.shards + 1)
+    ms = (questions_RS + sent_S).max(1) + c.network_ms + measured.call / 2
+    return Outcome(ms, questions_RS, float(hedged_S.sum()) / (requests * c.shards))

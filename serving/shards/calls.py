@@ -28,8 +28,11 @@ from vivace.http_pool import HttpClient
 
 HEDGE_SHARE = 95.0  # percentile of the times of answers after which a twin is asked
 FIRST_HEDGE_S, LEAST_HEDGE_S = 0.05, 0.002
-MOST_HEDGED, HEDGES_AT_ONCE = 0.1, 8.0  # share of the questions that are asked twice: where all are slow, more of them
-# would make all slower; and how many may be in a row, as those to a server that hangs
+MOST_HEDGED, HEDGES_AT_ONCE = (
+    0.05,
+    4.0,
+)  # share of a shard's questions that are asked twice: where all are slow, more of
+# them would make all slower; and how many may be in a row
 TIMES, LEARN_EVERY = 512, 32  # times that are remembered, and how often the percentile is taken of them
 LATE_IN_A_ROW = 3  # answers that come too late until a server is not waited for
 PROBE_S, PROBE_WAIT_S = 0.25, 1.0
@@ -83,7 +86,7 @@ class RemoteShards:
         self._inputs = contract.shard_inputs(shapes)
         self._outputs = [t.name for t in contract.shard_outputs(shapes, 0)]
         self._times, self._measured, self._turn = deque[float](maxlen=TIMES), 0, 0
-        self._hedges = HEDGES_AT_ONCE  # that may be made now
+        self._hedges = [HEDGES_AT_ONCE] * len(self.endpoints)  # that each shard may be asked now
         everyone = [e for twins in self.endpoints for e in twins]
         self._pool = ThreadPoolExecutor(4 * len(everyone), "shards")  # those that are late keep theirs for a while
         self._closed = threading.Event()
@@ -92,12 +95,13 @@ class RemoteShards:
     def __call__(self, state_BD: np.ndarray, seen: Sequence[np.ndarray]) -> tuple[list[Answer | None], str]:
         """See ``Shards``."""
         self._turn += 1
-        self._hedges = min(HEDGES_AT_ONCE, self._hedges + MOST_HEDGED * len(self.endpoints))
+        self._hedges = [min(HEDGES_AT_ONCE, n + MOST_HEDGED) for n in self._hedges]
         began = time.monotonic()
         answers: list[Answer | None] = [None] * len(self.endpoints)
         asking, whose = list[_Asking](), dict[Future[Answer], Endpoint]()
         for shard, twins in enumerate(self.endpoints):
             turned = [*twins[self._turn % len(twins) :], *twins[: self._turn % len(twins)]]
+            turned.sort(key=lambda endpoint: endpoint.late > 0)  # whoever still owes an answer comes last
             asking.append(_Asking([e for e in turned if not e.down], next((e.down for e in twins if e.down), SILENT)))
             self._ask(asking[shard], whose, state_BD, seen[shard])
         end, hedge_at = began + self.wait_s, began + self.hedge_s
@@ -118,11 +122,12 @@ class RemoteShards:
                     self._ask(asked, whose, state_BD, seen[endpoint.shard])
             if time.monotonic() >= hedge_at:
                 for shard in open_:
-                    if answers[shard] is None and not asking[shard].hedged and asking[shard].left and self._hedges >= 1:
+                    if answers[shard] is None and not asking[shard].hedged and asking[shard].left:
                         asking[shard].hedged = True
-                        self._hedges -= 1
-                        self.counts[shard, "hedged"] += 1
-                        self._ask(asking[shard], whose, state_BD, seen[shard])
+                        if self._hedges[shard] >= 1:
+                            self._hedges[shard] -= 1
+                            self.counts[shard, "hedged"] += 1
+                            self._ask(asking[shard], whose, state_BD, seen[shard])
         self._give_up(asking, answers, whose)
         return answers, self._missing(asking, answers)
 
@@ -186,13 +191,15 @@ class RemoteShards:
                 asking[endpoint.shard].why = LATE
                 self._late(endpoint)
             else:
+                endpoint.late += 1
                 future.add_done_callback(partial(self._overtaken, endpoint))
 
     def _overtaken(self, endpoint: Endpoint, future: Future[Answer]) -> None:
         if future.cancelled():
             return
         if isinstance(future.exception(), TimeoutError):
-            self._late(endpoint)
+            self.counts[endpoint.shard, "late"] += 1
+            endpoint.down = LATE  # nobody would ask it again, as its twin comes first
         elif future.exception() is None:
             endpoint.late = 0
 

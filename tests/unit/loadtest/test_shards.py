@@ -42,3 +42,13 @@ def test_questions_wait_for_those_before_them():
     one = Measured(service=[5.0], call=0.0)
     waited = over_machines(one, Cluster(shards=1, network_ms=0), qps=100, requests=20_000)
     assert waited.ms.mean() == pytest.approx(5 + 2.5, rel=0.08)
+
+
+def test_as_few_are_asked_twice_as_may_be():
+    """Where nearly all are slow, hedging is held to its share, so that queues stay as they are but for that."""
+    measured = Measured(service=[10.0], call=0.0)
+    once = over_machines(measured, Cluster(shards=4, twins=2, network_ms=0), qps=100, requests=4000)
+    hasty = Cluster(shards=4, twins=2, hedge_ms=1, hedge_share=0.05, hedges_at_once=1, network_ms=0)
+    twice = over_machines(measured, hasty, qps=100, requests=4000)
+    assert once.asked_twice == 0 and twice.asked_twice == pytest.approx(0.05, abs=0.01)
+    assert np.percentile(once.ms, 99) < np.percentile(twice.ms, 99) < 1.5 * np.percentile(once.ms, 99)
