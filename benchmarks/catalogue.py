@@ -221,7 +221,9 @@ def cost(root: Path, profiles: list[str], turns: int, qps: float, seconds: float
         with_, without = (with_store_of_its_own(whole, Path(folder)) for folder in (one, two))
         shapes, schema = whole.shapes(), whole.schema()
         (without / "model_repository" / "checksums.json").unlink(missing_ok=True)
-        write_configs(without / "model_repository", replace(shapes, fresh=0), schema.heads, schema.exclude_seen)
+        write_configs(
+            without / "model_repository", replace(shapes, fresh=0, rising_fresh=0), schema.heads, schema.exclude_seen
+        )
         figures = defaultdict[tuple[str, Path], list[tuple[float, float]]](list)
         for turn, (profile, own) in in_turns(turns, [(p, own) for p in profiles for own in (without, with_)]):
             figures[profile, own].append(measured(own, profile, qps, seconds, 0.0))

@@ -38,6 +38,7 @@ from training.compile.shards import export_shard, shard_file
 from vivace import contract
 from vivace.http_pool import UNIX
 from vivace.machine import cores, memory_mib
+from vivace.shard_contract import shard_model
 
 WIDTH, CANDIDATES, SEEN, WAIT_S, MS = 64, 100, 50, 30.0, 1000.0
 USES, SHARES = (0.1, 0.3, 0.5, 0.7), (50.0, 99.0)
@@ -58,7 +59,7 @@ class Servers:
         for shard in range(self.count):
             mine = table_VD if alone else table_VD[shard :: s.shards].contiguous()
             export_shard(mine, torch.zeros(len(mine)), s, shard, folder)
-            files[contract.shard_model(shard)] = {"model.onnx": shard_file(folder, shard)}
+            files[shard_model(shard)] = {"model.onnx": shard_file(folder, shard)}
         assemble(folder / "model_repository", s, DEFAULT_HEADS, files)
         for file in files.values():
             file["model.onnx"].unlink()

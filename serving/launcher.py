@@ -60,6 +60,7 @@ from serving.start_checks import (
 from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
 from vivace import contract
 from vivace.client import VivaceClient
+from vivace.shard_contract import shard_model
 from vivace.store.forgetting import compact, is_due
 from vivace.store.opening import STORE_URL
 
@@ -160,7 +161,7 @@ class TritonServer:
     def loads(self) -> list[str]:
         """Models that it loads."""
         if self.options.shard is not None:
-            return [contract.shard_model(self.options.shard)]
+            return [shard_model(self.options.shard)]
         return models(self.release, self.options.profile)
 
     def _listens(self) -> list[str]:

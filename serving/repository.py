@@ -19,6 +19,7 @@ from serving.releases import publishing
 from serving.runtime.batch_sizes import padded_sizes
 from vivace import contract
 from vivace.run import Run
+from vivace.shard_contract import SHARD_PREFIX, shard_inputs, shard_model, shard_outputs
 
 CHECKOUT_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 ADAPTERS = Path(__file__).resolve().parent / "triton" / "adapters"
@@ -72,7 +73,7 @@ def _base(
     while 0 < size <= profile.max_batch_size:
         config.dynamic_batching.preferred_batch_size.append(size)
         size *= 2
-    if name in STORE_MODELS or name.startswith(contract.SHARD_PREFIX):  # with any policy Triton 2.51 leaves some of
+    if name in STORE_MODELS or name.startswith(SHARD_PREFIX):  # with any policy Triton 2.51 leaves some of
         return config  # their requests waiting for up to half a second: it misses that the instance is free again. The
     # guard bounds how many of the first there are, and of the second there are as few as instances that ask
     policy = config.dynamic_batching.default_queue_policy
@@ -154,7 +155,7 @@ def _served(s: contract.StageTensors, profile: ServingProfile) -> contract.Stage
     """Fresh items join where the ranking stage is ours: under other backends it is a graph alone, and a query finds
     them, but nothing recommends them."""
     ours = profile.backend == "onnxruntime" and profile.kind == "CPU"
-    return s if ours else replace(s, fresh=0)
+    return s if ours else replace(s, fresh=0, rising_fresh=0)
 
 
 def _fused(
@@ -175,8 +176,8 @@ def _shards(s: contract.StageTensors, profile: ServingProfile) -> dict[str, pb.M
     p = profile if profile.backend == "onnxruntime" else replace(profile, backend="onnxruntime", kind="CPU")
     configs = {}
     for shard in range(s.shards):
-        name, outputs = contract.shard_model(shard), contract.shard_outputs(s, shard)
-        configs[name] = _graph(_base(name, p.backend, p, contract.shard_inputs(s), outputs), p)
+        name, outputs = shard_model(shard), shard_outputs(s, shard)
+        configs[name] = _graph(_base(name, p.backend, p, shard_inputs(s), outputs), p)
     return configs
 
 
@@ -353,7 +354,7 @@ def assemble(
     """
     with publishing(repository) as (release, version):
         write_configs(release, s, heads, exclude_seen, metadata)
-        for model in (*ALL_MODELS, *map(contract.shard_model, range(s.shards))):
+        for model in (*ALL_MODELS, *map(shard_model, range(s.shards))):
             if model == contract.QUERY_SEARCH and not s.search:
                 continue
             target = release / model / str(version)

@@ -179,8 +179,9 @@ class StageTensors:
     the live counters that join the candidates (0: none, and no counter is read); ``types``: whether the types of the
     history's events are read; ``context`` and ``amounts``: categorical and continuous columns of the request's moment;
     ``counted``: those of the categorical ones that live counters go by; ``fresh``: items that are not in the trained
-    tables that join the ranked ones (0: none, and no live change of the catalogue is read); ``shards``: servers that
-    the items of retrieval are dealt to (0: one graph scores them all).
+    tables that join the ranked ones (0: none, and no live change of the catalogue is read); ``rising_fresh``: those of
+    them that may be there because they are clicked most just now (0: their events are not counted); ``shards``: servers
+    that the items of retrieval are dealt to (0: one graph scores them all).
     """
 
     history: int
@@ -198,6 +199,7 @@ class StageTensors:
     amounts: int = 0
     counted: int = 0
     fresh: int = 0
+    rising_fresh: int = 0
     shards: int = 0
 
     def __post_init__(self) -> None:
@@ -291,6 +293,14 @@ class StageTensors:
         return WireTensor("SEEN_FRESH", "INT64", (self.fresh,))
 
     @property
+    def rising_of_fresh(self) -> tuple[WireTensor, ...]:
+        """Slots of fresh items that are clicked most just now, best first, 0 where there are fewer; what the live
+        counters say of them, as of other items. None where they are not counted."""
+        m = self.rising_fresh
+        features = WireTensor("RISING_FRESH_FEATURES", "FP32", (m, live_features(self.counted)))
+        return (WireTensor("RISING_FRESH", "INT64", (m,)), features) if m else ()
+
+    @property
     def proposed(self) -> int:
         """Candidates that are ranked: the retriever's and the rising items."""
         return self.candidates + self.rising
@@ -321,7 +331,7 @@ class StageTensors:
 # -- stage signatures, in the order of the graph ------------------------------------------------------
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     live = [s.rising_features] if s.rising else []
-    fresh = [s.seen_fresh] if s.fresh else []
+    fresh = [*s.rising_of_fresh, s.seen_fresh] if s.fresh else []
     status = STATUS_BEFORE if s.shards else STATUS
     return (*retrieval_inputs(s), *live, *fresh, status, *([SEARCH_FOR] if s.search else []))
 
@@ -345,34 +355,15 @@ def retrieval_stage_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     return (*retrieval_outputs(s), *([STATUS] if s.shards else []))
 
 
-# -- one shard of retrieval, on a server of its own ------------------------------------------------------
-SHARD_PREFIX = "retrieval_shard_"
-
-
-def shard_model(shard: int) -> str:
-    return f"{SHARD_PREFIX}{shard}"
-
-
-def shard_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    """The user's state, and rows of the shard that may not be answered, 0 where there are fewer; row r, from 1, is item
-    FIRST_ID + shard + shards * (r - 1)."""
-    return (WireTensor("STATE", "FP32", (s.width,)), WireTensor("SEEN_ROWS", "INT64", (-1,)))
-
-
-def shard_outputs(s: StageTensors, shard: int) -> tuple[WireTensor, ...]:
-    """The best of the shard's items, which are dealt one by one, best first; PADDING_ID where there are fewer."""
-    count = min(s.candidates, len(range(FIRST_ID + shard, s.items, s.shards)))
-    return (WireTensor("CANDIDATE_IDS", "INT64", (count,)), WireTensor("CANDIDATE_SCORES", "FP32", (count,)))
-
-
 def ranking_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
     live = [s.rising_ids, s.rising_features] if s.rising else []
     return (s.history_ids, s.candidate_ids, s.candidate_scores, s.encoded_history, *s.moment, *live)
 
 
 def ranking_stage_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    """What the stage reads: the graph's inputs and, where fresh items join, those that the history has."""
-    return (*ranking_inputs(s), *([s.seen_fresh] if s.fresh else []))
+    """What the stage reads: the graph's inputs and, where fresh items join, those that are rising and those that the
+    history has."""
+    return (*ranking_inputs(s), *([*s.rising_of_fresh, s.seen_fresh] if s.fresh else []))
 
 
 def ranking_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:

@@ -134,6 +134,10 @@ class LiveCounts(_Counts):
             total += sums[block % BLOCKS] * np.exp2(-halvings - FRACTION_BITS)
         return total
 
+    def forget(self, ids: np.ndarray) -> None:
+        """Sets what was counted of items int64 [n] to nothing."""
+        self._sums[:, :, ids] = 0
+
     def at(self, ids: np.ndarray, now_ms: int) -> np.ndarray:
         """Decayed counts float64 [..., L] of items [...] by the events before ``now_ms``."""
         self._count(now_ms)

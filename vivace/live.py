@@ -6,6 +6,8 @@ differs from what they click on from there.
 
 ``LiveTable.rows`` adds what the context of a request and its newest event make of them (``live_moment``).
 
+A *fresh* item is one that the trained tables lack; its id is V and its slot (``vivace.contract``).
+
 Axis legend: V item ids, M rising items, L half-lives, F features = 4 L + 1, C columns of the context.
 """
 
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vivace.contract import FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, PADDING_ID
+from vivace.contract import FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, MAX_FRESH, PADDING_ID
 from vivace.counters import BLOCK, LiveCounts
 from vivace.live_moment import MomentRows, PairCounts
 
@@ -26,6 +28,7 @@ KEPT_MS = BLOCK * LIVE_HALF_LIVES_MS[-1]  # of a log, events that may still coun
 FIRST_LEVEL = 1  # of the half-lives: 10 minutes orders what is rising
 PRUNE = 100_000  # users beyond which those whose visit is over are forgotten
 SHARE_FLOOR = 0.1  # events
+NEVER_MS = np.iinfo(np.int64).max
 RECENT = "recent.npz"  # of a published version: see ``Stream.save``
 
 
@@ -50,6 +53,36 @@ def previous_items(users: np.ndarray, ids: np.ndarray, entry: np.ndarray) -> np.
     return np.where(entry, PADDING_ID, before)
 
 
+class FreshPlaces:
+    """Where fresh items are counted: in the ``room`` last places of a table of ``items`` others. Once they are taken,
+    the item that was counted first gives up its place."""
+
+    def __init__(self, items: int, room: int) -> None:
+        self._items, self._room = items, room
+        self._place: dict[int, int] = {}  # by id, in the order they came
+        self.ids = np.full(room, PADDING_ID, np.int64)
+
+    def of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(place int64 [n] of each of ``ids``, places that another item had). Ids below V are their own places; without
+        room fresh ones have PADDING_ID."""
+        fresh = np.flatnonzero(ids >= self._items)
+        if not len(fresh):
+            return ids, ids[:0]
+        places, taken = ids.copy(), list[int]()
+        for at in fresh.tolist():
+            places[at] = self._take(int(ids[at]), taken) if self._room else PADDING_ID
+        return places, np.array(taken, np.int64)
+
+    def _take(self, id_: int, taken: list[int]) -> int:
+        if id_ not in self._place:
+            number = len(self._place)
+            if number == self._room:
+                number = self._place.pop(next(iter(self._place))) - self._items
+                taken.append(self._items + number)
+            self._place[id_], self.ids[number] = self._items + number, id_
+        return self._place[id_]
+
+
 class LiveTable:
     """Counts of all events and of entries, and when an item was first clicked.
 
@@ -57,14 +90,15 @@ class LiveTable:
         items: V.
         rising: M, rows that ``at`` gives.
         columns: C.
+        fresh: rising fresh items that ``moment`` gives (0: they are not counted).
     """
 
-    def __init__(self, items: int, rising: int, columns: int = 0) -> None:
-        self.pairs = PairCounts(columns)
-        self.items, self.rising = items, min(rising, items - FIRST_ID)
-        self.every, self.entry = LiveCounts(items, LIVE_HALF_LIVES_MS), LiveCounts(items, LIVE_HALF_LIVES_MS)
-        self.first_ms = np.full(items, np.iinfo(np.int64).max)
-        self._width = rising
+    def __init__(self, items: int, rising: int, columns: int = 0, fresh: int = 0) -> None:
+        self.pairs, self.items = PairCounts(columns), items
+        self._widths, places = (rising, fresh), items + (MAX_FRESH if fresh else 0)
+        self._fresh = FreshPlaces(items, places - items)
+        self.every, self.entry = LiveCounts(places, LIVE_HALF_LIVES_MS), LiveCounts(places, LIVE_HALF_LIVES_MS)
+        self.first_ms = np.full(places, NEVER_MS)
 
     def add(
         self,
@@ -74,14 +108,19 @@ class LiveTable:
         context_NC: np.ndarray | None = None,
         previous_N: np.ndarray | None = None,
     ) -> None:
-        """Events of items int64 [n] at Unix times in ms int64 [n]; ``entry`` bool [n]: those that begin a visit;
-        ``context_NC`` and ``previous_N``: as for ``PairCounts.add``."""
+        """Events of items int64 [n], fresh ones too, at Unix times in ms int64 [n]; ``entry`` bool [n]: those that
+        begin a visit; ``context_NC`` and ``previous_N``: as for ``PairCounts.add``."""
         if context_NC is not None and previous_N is not None:
             known = ids >= FIRST_ID
             self.pairs.add(ids[known], times_ms[known], context_NC[known], previous_N[known])
-        self.every.add(ids, times_ms)
-        self.entry.add(ids[entry], times_ms[entry])
-        np.minimum.at(self.first_ms, ids, times_ms)
+        places, taken = self._fresh.of(ids)
+        if len(taken):
+            self.every.forget(taken)
+            self.entry.forget(taken)
+            self.first_ms[taken] = NEVER_MS
+        self.every.add(places, times_ms)
+        self.entry.add(places[entry], times_ms[entry])
+        np.minimum.at(self.first_ms, places, times_ms)
 
     def at(self, now_ms: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids int64 [M], features float32 [M, F]) by the events before ``now_ms``, most clicked first; PADDING_ID and
@@ -92,22 +131,53 @@ class LiveTable:
 
     def rows(self, now_ms: int) -> MomentRows:
         """The same, to be seen in the context of requests."""
+        return self.moment(now_ms)[0]
+
+    def moment(self, now_ms: int) -> tuple[MomentRows, MomentRows]:
+        """The same of the items that the tables know, and of fresh ones."""
         self.pairs.count(now_ms)
         counts_CV = np.stack([c.every(now_ms, h) for c in (self.every, self.entry) for h in LIVE_HALF_LIVES_MS])
-        levels = len(LIVE_HALF_LIVES_MS)
-        score_V = np.log1p(counts_CV[FIRST_LEVEL]) + np.log1p(counts_CV[levels + FIRST_LEVEL])
-        chosen = np.argpartition(-score_V, self.rising - 1)[: self.rising]
-        chosen = chosen[score_V[chosen] > 0]
-        chosen = chosen[np.lexsort((chosen, -score_V[chosen]))]
-        counts_CM, total_C1 = counts_CV[:, chosen], counts_CV.sum(1, keepdims=True)
+        score_V = np.log1p(counts_CV[FIRST_LEVEL]) + np.log1p(counts_CV[len(LIVE_HALF_LIVES_MS) + FIRST_LEVEL])
+        (known, fresh), v = self._widths, self.items
+        of_known = self._rows(_best(score_V[:v], known), known, counts_CV, score_V, now_ms)
+        of_fresh = self._rows(v + _best(score_V[v:], fresh), fresh, counts_CV, score_V, now_ms)
+        return of_known, of_fresh
+
+    def _rows(
+        self, places: np.ndarray, width: int, counts_CV: np.ndarray, score_V: np.ndarray, now_ms: int
+    ) -> MomentRows:
+        """Of the items in ``places`` int64 [<= width]."""
+        counts_CM, total_C1 = counts_CV[:, places], counts_CV.sum(1, keepdims=True)
         share_CM = np.log((counts_CM + SHARE_FLOOR) / (total_C1 + 1))
-        age_M = np.log1p(np.maximum(now_ms - self.first_ms[chosen], 0) / 60_000)
-        ids, features = np.full(self._width, PADDING_ID, np.int64), np.zeros((self._width, LIVE_FEATURES), np.float32)
-        ids[: len(chosen)] = chosen
-        features[: len(chosen)] = np.concatenate([np.log1p(counts_CM), share_CM, age_M[None]]).T
-        order_M = np.full(self._width, -np.inf)
-        order_M[: len(chosen)] = score_V[chosen]
+        age_M = np.log1p(np.maximum(now_ms - self.first_ms[places], 0) / 60_000)
+        ids, features = np.full(width, PADDING_ID, np.int64), np.zeros((width, LIVE_FEATURES), np.float32)
+        of_fresh = places >= self.items
+        ids[: len(places)] = places
+        ids[: len(places)][of_fresh] = self._fresh.ids[places[of_fresh] - self.items]
+        features[: len(places)] = np.concatenate([np.log1p(counts_CM), share_CM, age_M[None]]).T
+        order_M = np.full(width, -np.inf)
+        order_M[: len(places)] = score_V[places]
         return MomentRows(self.pairs, ids, features, order_M, now_ms)
+
+
+def _best(score_V: np.ndarray, count: int) -> np.ndarray:
+    """Places int64 [<= count] of the largest scores above 0, largest first, equal ones by place."""
+    count = min(count, len(score_V))
+    if not count:
+        return np.empty(0, np.int64)
+    chosen = np.argpartition(-score_V, count - 1)[:count]
+    chosen = chosen[score_V[chosen] > 0]
+    best: np.ndarray = chosen[np.lexsort((chosen, -score_V[chosen]))]
+    return best
+
+
+def order_of(features: np.ndarray, columns: int) -> np.ndarray:
+    """What orders rising items, float [...], of their features [..., base + 2 C + 2] in a request's context; 0 where
+    nothing was counted."""
+    entries = len(LIVE_HALF_LIVES_MS) + FIRST_LEVEL
+    by_context = features[..., LIVE_FEATURES : LIVE_FEATURES + 2 * columns : 2].sum(-1)
+    order: np.ndarray = features[..., FIRST_LEVEL] + features[..., entries] + by_context
+    return order
 
 
 class Visits:

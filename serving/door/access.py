@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from serving.door.extension import extension
 from serving.door.keys import Key, KeysError, read_keys, write_private
 from serving.door.listeners import FOLDER
 from serving.door.options import AccessOptions, DoorFiles, DoorOptions
@@ -53,12 +53,6 @@ def with_access(options: DoorOptions, access: AccessOptions) -> DoorOptions:
     return replace(options, keys=keys, tls=tls, client_ca=client_ca)
 
 
-def _extension(name: str, config: dict[str, Any]) -> str:
-    """A filter's configuration as a file that Envoy reads again when another takes its place."""
-    kind = "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig"
-    return json.dumps({"resources": [{"@type": kind, "name": name, "typed_config": config}]})
-
-
 def keys_filter(keys: list[Key]) -> str:
     """Names are letters, digits, _ and - (``keys.NAME``), digests hex: nothing of them needs an escape."""
     rows = [
@@ -68,7 +62,7 @@ def keys_filter(keys: list[Key]) -> str:
     code = "\n".join(
         [(FOLDER / "sha256.lua").read_text(), f"local KEYS={{{','.join(rows)}}}", (FOLDER / "keys.lua").read_text()]
     )
-    return _extension("keys", {"@type": f"{TYPE}.http.lua.v3.Lua", "default_source_code": {"inline_string": code}})
+    return extension("keys", {"@type": f"{TYPE}.http.lua.v3.Lua", "default_source_code": {"inline_string": code}})
 
 
 def limits_filter(keys: list[Key]) -> str:
@@ -90,7 +84,7 @@ def limits_filter(keys: list[Key]) -> str:
             for name, rate in rates.items()
         ],
     }
-    return _extension("limits", config)
+    return extension("limits", config)
 
 
 def certificate_secret(certificate: Path, private_key: Path) -> str:

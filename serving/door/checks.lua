@@ -97,6 +97,7 @@ local function check_http(handle)
   end
   local json = head and tonumber(head)
   local ranks = string.find(headers:get(":path"), "/recommend/", 1, true)
+  local rollout = read_rollout(headers)
   local body = handle:body() -- from here on ``headers`` is gone: Envoy allows no object across a wait
   if not body then return end
   local length = body:length()
@@ -116,6 +117,7 @@ local function check_http(handle)
     local fault = binary_fault(text, whole, #text + 1)
     if fault then return refuse(handle, "400", "body: " .. fault) end
   end
+  if ranks and rollout then assign(handle, rollout, asks_over_http(read_json(text), whole, #text + 1)) end
 end
 
 local READS_OF_A_MODEL = {
@@ -126,6 +128,7 @@ local READS_OF_A_MODEL = {
 local function check_grpc(handle)
   local headers = handle:headers()
   headers:remove("x-vivace-model")
+  local rollout = read_rollout(headers)
   local path, encoding = headers:get(":path"), headers:get("grpc-encoding")
   if encoding and encoding ~= "identity" then
     return refuse(handle, "400", "message: expected it uncompressed; turn the compression of the channel off", "12")
@@ -160,6 +163,7 @@ local function check_grpc(handle)
     end
   end
   handle:headers():replace("x-vivace-model", request.model)
+  if rollout and request.model == "recommend" then assign(handle, rollout, asks_over_grpc(request)) end
   send_over_http(handle, request)
   handle:clearRouteCache()
 end

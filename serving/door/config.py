@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND, endpoints_file, pipe
+from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND, TRIAL, endpoints_file, pipe
 from serving.door.listeners import listeners
 from serving.door.options import DoorFiles, DoorOptions
+from serving.door.routes import TRIAL_OR_ELSE
 from serving.door.statistics import stats_config
 
 MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors"
@@ -29,7 +30,8 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
         "eds_cluster_config": {"eds_config": source},
         "connect_timeout": "1s",
         "lb_policy": "LEAST_REQUEST",
-        "common_lb_config": {"healthy_panic_threshold": {"value": 1}},  # if none is well, all are asked
+        # if none is well, all are asked; of those on trial none
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0 if name == TRIAL else 1}},
         "circuit_breakers": {
             "thresholds": [
                 {
@@ -41,7 +43,7 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
             ]
         },
     }
-    if name in (RECOMMEND, OTHERS):  # who does not say that it lives is left out, where another does
+    if name in (RECOMMEND, OTHERS, TRIAL):  # who does not say that it lives is left out, where another does
         live = {"path": "/v2/health/live"}
         seldom = {"timeout": "0.5s", "interval": "0.25s", "unhealthy_threshold": 2, "healthy_threshold": 1}
         cluster["ignore_health_on_host_removal"] = True
@@ -56,6 +58,19 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
     return cluster
 
 
+def _trial_or_else() -> dict[str, Any]:
+    kind = "type.googleapis.com/envoy.extensions.clusters.aggregate.v3.ClusterConfig"
+    return {
+        "name": TRIAL_OR_ELSE,
+        "connect_timeout": "1s",
+        "lb_policy": "CLUSTER_PROVIDED",
+        "cluster_type": {
+            "name": "envoy.clusters.aggregate",
+            "typed_config": {"@type": kind, "clusters": [TRIAL, RECOMMEND]},
+        },
+    }
+
+
 def render(options: DoorOptions, files: DoorFiles) -> str:
     """The bootstrap as JSON."""
     folder = files.folder
@@ -66,6 +81,8 @@ def render(options: DoorOptions, files: DoorFiles) -> str:
             "listeners": listeners(options, files),
             "clusters": [
                 _cluster(RECOMMEND, folder, options, options.max_recommends),
+                _cluster(TRIAL, folder, options, options.max_recommends),
+                _trial_or_else(),
                 _cluster(OTHERS, folder, options, options.max_others),
                 _cluster(GRPC, folder, options, options.max_others, http2=True),
                 _cluster(METRICS, folder, options, options.max_others),

@@ -15,6 +15,7 @@ from typing import Any
 from vivace.manifest import write_json
 
 RECOMMEND, OTHERS, GRPC, METRICS = "triton_recommend", "triton_http", "triton_grpc", "triton_metrics"  # clusters
+TRIAL = "triton_trial"  # of ``recommend`` by the version on trial
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ class Sockets:
 
 
 class Turn(Enum):
-    """What an endpoint is sent: everything, nothing new, or nothing unless no other is there."""
+    """What an endpoint is sent: everything, nothing new, nothing unless no other is there, or what the callers of a
+    version on trial ask."""
 
     TAKES = "HEALTHY"
     LEAVES = "DRAINING"
     ILL = "UNHEALTHY"
+    TRIES = "on trial"
 
 
 Endpoints = Mapping[Sockets, Turn]
@@ -68,8 +71,9 @@ def pipe(path: Path) -> dict[str, Any]:
 def write_endpoints(folder: Path, endpoints: Endpoints, metrics: Path | None = None) -> None:
     """Exchanges the files of all clusters. ``metrics``: the socket where those of all servers are, in the place of
     theirs."""
-    for cluster in (RECOMMEND, OTHERS, GRPC, METRICS):
-        places = [(sockets.of(cluster), turn) for sockets, turn in endpoints.items()]
+    for cluster in (TRIAL, RECOMMEND, OTHERS, GRPC, METRICS):
+        of_cluster = [(s, t) for s, t in endpoints.items() if (t is Turn.TRIES) == (cluster == TRIAL)]
+        places = [(s.of(cluster), Turn.TAKES if t is Turn.TRIES else t) for s, t in of_cluster]
         if cluster == METRICS and metrics is not None:
             places = [(metrics, Turn.TAKES)]
         listed = [{"endpoint": {"address": pipe(path)}, "health_status": turn.value} for path, turn in places]

@@ -17,6 +17,20 @@ local ESCAPES = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
 
 local function skip(text, position) return string.find(text, "[^ \t\r\n]", position) or #text + 1 end
 
+-- A code point as UTF-8.
+local function utf8(code)
+  if code < 128 then return string.char(code) end
+  if code < 2048 then return string.char(192 + math.floor(code / 64), 128 + code % 64) end
+  local low = string.char(128 + math.floor(code / 64) % 64, 128 + code % 64)
+  if code < 65536 then return string.char(224 + math.floor(code / 4096)) .. low end
+  return string.char(240 + math.floor(code / 262144), 128 + math.floor(code / 4096) % 64) .. low
+end
+
+local function hex4(text, position)
+  local digits = string.match(text, "^%x%x%x%x", position)
+  return digits and tonumber(digits, 16)
+end
+
 local function read_string(text, position) -- position: behind the opening quote
   local parts = {}
   while true do
@@ -26,10 +40,14 @@ local function read_string(text, position) -- position: behind the opening quote
     if string.byte(text, stop) == 34 then return table.concat(parts), stop + 1 end
     local escaped = string.sub(text, stop + 1, stop + 1)
     if escaped == "u" then
-      local code = tonumber(string.sub(text, stop + 2, stop + 5), 16)
+      local code = hex4(text, stop + 2)
       if not code then error("an escape is none") end
-      parts[#parts + 1] = code < 128 and string.char(code) or "?" -- names that matter are ASCII
       position = stop + 6
+      local second = code >= 0xD800 and code < 0xDC00 and string.sub(text, position, position + 1) == "\\u" and hex4(text, position + 2)
+      if second and second >= 0xDC00 and second < 0xE000 then -- a pair of surrogates
+        code, position = 65536 + (code - 0xD800) * 1024 + second - 0xDC00, position + 6
+      end
+      parts[#parts + 1] = utf8(code)
     else
       parts[#parts + 1] = ESCAPES[escaped] or escaped
       position = stop + 2

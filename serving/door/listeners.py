@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from serving.door.extension import changing
 from serving.door.options import DoorFiles, DoorOptions
 from serving.door.routes import BRIDGE, TYPE, grpc_routes, http_routes, metrics_routes
 
@@ -16,6 +17,8 @@ INSPECTORS = {  # what a connection says first; until then it takes nobody's pla
 }
 DOWNSTREAM_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext"
 OWN_HEADERS = ["authorization", "x-vivace-key", "x-vivace-access"]  # of a caller with a key; not for Triton
+TRIAL_HEADERS = ["x-vivace-rollout", "x-vivace-variant"]
+TRIAL_FILES = ("sha256.lua", "trial.lua")
 HCM = f"{TYPE}.network.http_connection_manager.v3.HttpConnectionManager"
 
 
@@ -34,7 +37,7 @@ def _lua(name: str, files: tuple[str, ...], request: str = "", response: str = "
 
 
 def _http_checks() -> list[dict[str, Any]]:
-    return [_lua("checks", ("json.lua", "checks.lua"), "guard_http", "blame_caller")]
+    return [_lua("checks", ("json.lua", *TRIAL_FILES, "checks.lua"), "guard_http", "blame_caller")]
 
 
 def _grpc_checks() -> list[dict[str, Any]]:
@@ -44,7 +47,9 @@ def _grpc_checks() -> list[dict[str, Any]]:
         "withhold_grpc_frames": True,
     }
     return [
-        _lua("checks", ("json.lua", "transcode.lua", "checks.lua"), "guard_grpc", "end_grpc"),
+        _lua(
+            "checks", ("json.lua", "transcode.lua", "sha256.lua", "trial.lua", "checks.lua"), "guard_grpc", "end_grpc"
+        ),
         {"name": BRIDGE, "typed_config": bridge},
         _lua("transcode", ("json.lua", "transcode.lua"), response="from_http"),
     ]
@@ -78,20 +83,13 @@ def _replies(options: DoorOptions, grpc: bool) -> dict[str, Any]:
     }
 
 
-def _changing(name: str, path: Path, kind: str) -> dict[str, Any]:
-    """A filter whose configuration Envoy reads again when another file takes the place of this one; without a file it
-    lets nothing through."""
-    source = {"path_config_source": {"path": str(path)}}
-    return {"name": name, "config_discovery": {"config_source": source, "type_urls": [kind]}}
-
-
 def _access_filters(options: DoorOptions, files: DoorFiles) -> list[dict[str, Any]]:
     """Who calls, and how often; before any of the body is read."""
     if not options.keys:
         return []
     return [
-        _changing("keys", files.keys, f"{TYPE}.http.lua.v3.Lua"),
-        _changing("limits", files.limits, f"{TYPE}.http.local_ratelimit.v3.LocalRateLimit"),
+        changing("keys", files.keys, f"{TYPE}.http.lua.v3.Lua"),
+        changing("limits", files.limits, f"{TYPE}.http.local_ratelimit.v3.LocalRateLimit"),
     ]
 
 
@@ -153,10 +151,11 @@ def _listener(
         "stat_prefix": name,
         "codec_type": "HTTP2" if http2 else "AUTO",
         "route_config": {"name": name, "virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]}
-        | ({"request_headers_to_remove": OWN_HEADERS} if options.keys else {}),
+        | {"request_headers_to_remove": [*TRIAL_HEADERS, *(OWN_HEADERS if options.keys else [])]},
         "http_filters": [
             *_access_filters(options, files),
             {"name": "envoy.filters.http.buffer", "typed_config": limit},
+            *([changing("rollout", files.rollout, f"{TYPE}.http.lua.v3.Lua")] if checks else []),
             *checks,
             {"name": "envoy.filters.http.router", "typed_config": router},
         ],

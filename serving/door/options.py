@@ -93,6 +93,11 @@ class DoorFiles:
         return self.folder / "certificate.json"
 
     @property
+    def rollout(self) -> Path:
+        """The filter that says which callers a version on trial gets (``serving.door.rollout``)."""
+        return self.folder / "rollout.json"
+
+    @property
     def client_ca(self) -> Path:
         """Authorities of callers' certificates, PEM."""
         return self.folder / "client-ca.pem"

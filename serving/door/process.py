@@ -12,9 +12,10 @@ from pathlib import Path
 
 from serving.door.access import Access, with_access
 from serving.door.config import render
-from serving.door.endpoints import OTHERS, RECOMMEND, Endpoints, Sockets, Turn, write_endpoints
+from serving.door.endpoints import OTHERS, RECOMMEND, TRIAL, Endpoints, Sockets, Turn, write_endpoints
 from serving.door.options import AccessOptions, DoorFiles, DoorOptions
-from serving.door.routes import STOPPING, UNREADY
+from serving.door.rollout import Split, write_split
+from serving.door.routes import SHADOW, STOPPING, UNREADY
 from serving.logs import open_log, tail
 from serving.process import become_server
 from serving.wheel import ServerError
@@ -60,6 +61,7 @@ class Door:
         self._access = Access(access, self.files)
         self._entered = False
         write_endpoints(folder, {})  # Envoy does not start without the files
+        write_split(self.files, None)
         self.log = folder / "envoy.log"
         self.metrics: Path | None = None  # the socket where those of several servers are
         self._endpoints: Endpoints = {}
@@ -110,15 +112,32 @@ class Door:
         """Waits until an endpoint that is told to leave has nothing under way; whether all of it was answered."""
         assert self._endpoints.get(sockets) is Turn.LEAVES
         signs = [f"{cluster}::{sockets.of(cluster)}::" for cluster in (RECOMMEND, OTHERS)]
+        draining = lambda lines: any("::health_flags::" in x and "/eds_status_draining" in x for x in lines)  # noqa: E731
+        return self._quiet(signs, draining, wait_s)
+
+    def split(self, split: Split | None, shadow: float = 0.0) -> None:
+        """Which callers the version on trial gets from now on, and of which share of the others' calls a copy; who was
+        sent to it before is still answered."""
+        write_split(self.files, split)
+        self.ask("POST", f"/runtime_modify?{SHADOW}={round(100 * shadow)}")
+
+    def end_trial(self, wait_s: float = DRAIN_S) -> bool:
+        """Sends nobody more to the version on trial, and waits until it has nothing under way; whether all of it was
+        answered."""
+        self.split(None)
+        return self._quiet([f"{TRIAL}::"], lambda _: True, wait_s)
+
+    def _quiet(self, signs: list[str], told: Callable[[list[str]], bool], wait_s: float) -> bool:
+        """Waits until endpoints have nothing under way. ``signs``: how their lines on Envoy's page begin; ``told``: of
+        these lines, whether Envoy has heard that they get nothing more."""
         deadline, quiet = time.monotonic() + wait_s, 0
         while self.running() and quiet < 4:  # its threads hear of a change one after the other
             if time.monotonic() > deadline:
                 return False
             lines = [line for line in self.ask("GET", "/clusters").splitlines() if line.startswith(tuple(signs))]
-            leaving = any("::health_flags::" in line and "/eds_status_draining" in line for line in lines)
             active = ("::rq_active::", "::rq_pending_active::")
             busy = any(any(a in line for a in active) and not line.endswith("::0") for line in lines)
-            quiet = quiet + 1 if leaving and not busy else 0
+            quiet = quiet + 1 if told(lines) and not busy else 0
             time.sleep(0.05)
         return True
 

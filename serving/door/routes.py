@@ -6,7 +6,7 @@ import ipaddress
 import socket
 from typing import Any
 
-from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND
+from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND, TRIAL
 from serving.door.options import DoorOptions
 from vivace import contract
 
@@ -16,6 +16,10 @@ GRPC_READS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "Mode
 TYPE = "type.googleapis.com/envoy.extensions.filters"
 BRIDGE = "envoy.filters.http.grpc_http1_reverse_bridge"
 UNREADY, STOPPING = "vivace.unready", "vivace.stopping"  # runtime keys, in per cent of the calls
+SHADOW = "vivace.shadow"  # the same: calls of which the version on trial gets a copy
+VARIANT = "x-vivace-variant"  # header that the checks set, of a call and of its answer
+ON_TRIAL = "trial"
+TRIAL_OR_ELSE = "trial_or_else"  # a cluster: that on trial, and while nobody of it is well the others
 
 
 def _retry(options: DoorOptions, twice: bool) -> dict[str, Any]:
@@ -40,9 +44,22 @@ def to(cluster: str, options: DoorOptions, again: bool = False) -> dict[str, Any
     return {"cluster": cluster, "timeout": f"{options.timeout_s:g}s", "retry_policy": _retry(options, again)}
 
 
-def _infer(model: str, options: DoorOptions) -> dict[str, Any]:
-    ranks = model == contract.ENSEMBLE
-    return to(RECOMMEND if ranks else OTHERS, options, again=ranks)
+def _infer(model: str, match: dict[str, Any], options: DoorOptions) -> list[dict[str, Any]]:
+    """Routes of a model's calls."""
+    if model != contract.ENSEMBLE:
+        return [{"match": match, "route": to(OTHERS, options), "stat_prefix": model}]
+    sign = {"name": VARIANT, "string_match": {"exact": ON_TRIAL}}
+    told = {"header": {"key": VARIANT, "value": ON_TRIAL}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+    on_trial = {
+        "match": match | {"headers": [*match["headers"], sign]},
+        "route": to(TRIAL_OR_ELSE, options, again=True),
+        "stat_prefix": ON_TRIAL,
+        "response_headers_to_add": [told],
+    }
+    share = {"default_value": {"numerator": 0}, "runtime_key": SHADOW}
+    copies = {"request_mirror_policies": [{"cluster": TRIAL, "runtime_fraction": share}]}
+    served = {"match": match, "route": to(RECOMMEND, options, again=True) | copies, "stat_prefix": model}
+    return [on_trial, served]
 
 
 def _away(key: str, match: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -95,7 +112,7 @@ def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
         infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": method("POST")}
         if options.keys and model != contract.ENSEMBLE:
             routes.append(_may_not_write(infer))
-        routes.append({"match": infer, "route": _infer(model, options), "stat_prefix": model})
+        routes += _infer(model, infer, options)
         config = "|/config" if model == contract.ENSEMBLE else ""  # those of the others name the store
         look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": method("GET")}
         routes.append({"match": look, "route": to(OTHERS, options, again=True)})
@@ -122,10 +139,9 @@ def grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
     if options.keys:
         writing = (model for model in PUBLIC if model != contract.ENSEMBLE)
         away += [_may_not_write({"prefix": "/", "headers": _model(model)}) for model in writing]
-    routes: list[dict[str, Any]] = [  # by the model that the checks read in the message; a caller's own header is gone
-        {"match": {"prefix": "/", "headers": _model(model)}, "route": _infer(model, options), "stat_prefix": model}
-        for model in PUBLIC
-    ]
+    # by the model that the checks read in the message; a caller's own header is gone
+    of_models = [_infer(model, {"prefix": "/", "headers": _model(model)}, options) for model in PUBLIC]
+    routes: list[dict[str, Any]] = [route for of_model in of_models for route in of_model]
     routes += [
         {"match": {"path": f"{SERVICE}/ModelInfer"}, "route": to(OTHERS, options)},
         *(

@@ -192,6 +192,13 @@ class LiveCatalogue:
             return 0, 0
         return int(self.fresh.of("slots")[place]), int(self.fresh.of("nearest")[place])
 
+    def newest(self, histories: Sequence[Sequence[str]], newest_B: np.ndarray) -> np.ndarray:
+        """``newest_B``, ids int64 [B] of the newest events of histories, with V and the slot for fresh items."""
+        if self.fresh is None:
+            return newest_B
+        slots_B = np.array([self.stands_for(history[-1])[0] if history else 0 for history in histories], np.int64)
+        return np.where(slots_B > 0, self.shapes.items + slots_B, newest_B)
+
     def name(self, id_: int) -> bytes:
         """Raw id of a fresh item's id; b"" where it is not known."""
         return self._names.get(id_, b"")

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from serving.runtime.moment import Moment
-from vivace.contract import FIRST_ID, StageTensors
+from vivace.contract import FIRST_ID, PADDING_ID, StageTensors
 from vivace.live import KEPT_MS, LiveTable, Stream, Visits, recent_number
-from vivace.store.interface import Event, FeatureStore, StoreError
+from vivace.store.interface import Event, ServingStore, StoreError
 
 EVERY_S = 0.2
 STALE_S = 5.0
@@ -28,7 +28,7 @@ class LiveFeed:
     def __init__(
         self,
         recent: Path,
-        store: FeatureStore,
+        store: ServingStore,
         item_ids: Callable[[Sequence[str]], np.ndarray],
         shapes: StageTensors,
         moment: Moment | None = None,
@@ -38,7 +38,10 @@ class LiveFeed:
             raise FileNotFoundError(f"live counters: nothing at {recent}; run 'vivace compile' again")
         stream = Stream.load(recent)
         self._store, self._item_ids, self._moment, self._counted = store, item_ids, moment, shapes.counted
-        self._table, self._visits = LiveTable(shapes.items, shapes.rising, shapes.counted), Visits()
+        self._table = LiveTable(shapes.items, shapes.rising, shapes.counted, shapes.rising_fresh)
+        self._visits, self._items = Visits(), shapes.items
+        self._slots: dict[str, int] | None = {} if shapes.rising_fresh else None  # by raw id of items put in since
+        self._changes = 0  # number of the newest change among them
         stream.into(self._table)
         newest_ms = int(stream.times_ms[-1]) if len(stream) else 0
         self._after_ms = min(newest_ms, int(time.time() * 1000))  # a log may hold the future
@@ -48,7 +51,7 @@ class LiveFeed:
         try:
             self.refresh()
         except StoreError as error:  # it may answer later
-            self._rows, self._at, self.error = self._table.rows(self._now_ms), time.monotonic() - STALE_S, str(error)
+            self._rows, self._at, self.error = self._table.moment(self._now_ms), time.monotonic() - STALE_S, str(error)
         if start:
             threading.Thread(target=self._follow, name="live counters", daemon=True).start()
 
@@ -59,7 +62,7 @@ class LiveFeed:
         self._number, events = self._store.live_events(self._number, now_ms - KEPT_MS)
         events = [event for event in events if event.timestamp_ms > self._after_ms]
         if events:
-            ids = self._item_ids([event.item_id for event in events])
+            ids = self._ids([event.item_id for event in events])
             times = np.array([event.timestamp_ms for event in events], np.int64)
             visits = [
                 self._visits.entry(event.user_id, event.timestamp_ms, int(item))
@@ -67,8 +70,23 @@ class LiveFeed:
             ]
             entry, previous = (np.array(part) for part in zip(*visits, strict=True))
             Stream(ids, times, entry, self._context(events), previous)[ids >= FIRST_ID].into(self._table)
-        self._rows = self._table.rows(now_ms)
+        self._rows = self._table.moment(now_ms)
         self._at = time.monotonic()
+
+    def _ids(self, items: list[str]) -> np.ndarray:
+        """Ids int64 [n], of items that were put in since the run was compiled too: V and their slots. Called after the
+        events were read, so that no change that came before one of them is missed."""
+        ids = self._item_ids(items)
+        unknown = np.flatnonzero(ids < FIRST_ID)
+        if self._slots is None or not len(unknown):
+            return ids
+        for change in self._store.catalogue_changes(self._changes):
+            self._changes, self._slots[change.item_id] = change.number, change.slot
+        ids = ids.copy()
+        for at in unknown.tolist():
+            if slot := self._slots.get(items[at], 0):
+                ids[at] = self._items + slot
+        return ids
 
     def _context(self, events: Sequence[Event]) -> np.ndarray:
         """Ids int64 [n, C] of the columns that are counted by; what an event sent that is none of them, or cannot be
@@ -81,12 +99,17 @@ class LiveFeed:
 
     def rows(self, context_BC: np.ndarray | None, newest_B: np.ndarray) -> list[np.ndarray]:
         """Rising ids int64 [B, M] and features float32 [B, M, F] of requests in a context, ids [B, all columns], whose
-        newest events are ``newest_B``."""
+        newest events are ``newest_B``; then, where fresh items are counted, slots int64 [B, M'] and features of those
+        that are rising."""
         if context_BC is None or self._moment is None or not self._counted:
             context_BC = np.empty((len(newest_B), 0), np.int64)
         else:
             context_BC = context_BC[:, self._moment.columns.counted]
-        return list(self._rows.of(context_BC, newest_B))
+        known, fresh = self._rows
+        if self._slots is None:
+            return list(known.of(context_BC, newest_B))
+        ids, features = fresh.of(context_BC, newest_B)
+        return [*known.of(context_BC, newest_B), np.where(ids == PADDING_ID, 0, ids - self._items), features]
 
     def status(self) -> str:
         """Why the counts are old, as a reason of STATUS; "" where they are not."""

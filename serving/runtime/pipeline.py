@@ -125,6 +125,8 @@ class Pipeline:
         """Ids int64 [B, N], best first, and their values float32 [B, C, N]: of the retriever's first ``count``."""
         ids, scores, encoded, *passed_on = retrieved
         seen_fresh = passed_on.pop() if self.shapes.fresh else None
+        of_fresh = [passed_on.pop() for _ in self.shapes.rising_of_fresh][::-1]
+        rising = [passed_on[-1], *of_fresh] if of_fresh else []
         if count < ids.shape[1]:
             ids, scores = np.ascontiguousarray(ids[:, :count]), np.ascontiguousarray(scores[:, :count])
         parts = []
@@ -138,7 +140,7 @@ class Pipeline:
         if self._fresh is None or seen_fresh is None:
             return ranked
         moment = passed_on[: len(self.shapes.moment)]
-        return self._fresh.ranked(history_BT, scores, encoded, seen_fresh, moment, *ranked)
+        return self._fresh.ranked(history_BT, scores, encoded, seen_fresh, moment, rising, *ranked)
 
     def unranked(self, ids_BN: np.ndarray, scores_BN: np.ndarray) -> list[np.ndarray]:
         """The same for candidates in the order they have: their scores, and no probabilities (0)."""

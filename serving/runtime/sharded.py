@@ -15,8 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from serving.runtime.encoded import EXCLUDED, Encoder, Popular, without_history
-from vivace.contract import FIRST_ID, PADDING_ID, StageTensors, shard_model
+from vivace.contract import FIRST_ID, PADDING_ID, StageTensors
 from vivace.onnx_session import open_session
+from vivace.shard_contract import shard_model
 
 LEAST_SEEN = 16  # rows of seen items are padded to this or one of its multiples by 4: equal shapes are batched together
 Answer = tuple[np.ndarray, np.ndarray]

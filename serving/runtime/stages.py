@@ -47,7 +47,7 @@ from vivace.contract import (
 from vivace.live import RECENT
 from vivace.masks import excluded, seen_ids
 from vivace.onnx_session import open_session
-from vivace.store.interface import Event, FeatureStore
+from vivace.store.interface import Event, ServingStore
 
 TypedHistory = tuple[list[str], list[str], list[int]]
 MAX_DIGITS = 15  # of a time in ms
@@ -257,22 +257,23 @@ class FeatureTransform:
     """
 
     def __init__(
-        self, graph: Path, store: FeatureStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1,
+        self, graph: Path, store: ServingStore, shapes: StageTensors, exclude_seen: bool = True, threads: int = 1,
         catalogue: LiveCatalogue | None = None,
     ) -> None:  # fmt: skip
         self.item_ids = ItemVocabulary(graph, threads)
         self.moment = Moment(graph.parent, shapes, store, threads)
         self.live = None
         if shapes.rising:
-            self.live = LiveFeed(graph.parent / RECENT, store, self.item_ids, shapes, self.moment)
+            counted = shapes if catalogue is not None else replace(shapes, rising_fresh=0)
+            self.live = LiveFeed(graph.parent / RECENT, store, self.item_ids, counted, self.moment)
         self._store, self._shapes, self._exclude_seen, self._catalogue = store, shapes, exclude_seen, catalogue
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[str]]:
         """(inputs of ``retrieval`` in the contract's order, status of each row): history ids int64 [B, T], exclude bool
         [B, V] (for an index seen ids int64 [B, S]) and, as the shapes read them, times and types int64 [B, T] (0 and
         null where the history came without), context ids int64 [B, C] and amounts float32 [B, F]; with live counters,
-        rising ids int64 [B, M] and features float32 [B, M, F]; with a live catalogue, fresh items of the history int64
-        [B, M']."""
+        rising ids int64 [B, M] and features float32 [B, M, F]; with a live catalogue, rising fresh items alike, then
+        fresh items of the history int64 [B, M']."""
         t, catalogue = self._shapes.history, self._catalogue
         if catalogue is not None:
             catalogue.refresh()
@@ -318,10 +319,9 @@ class FeatureTransform:
         moment += context if self._shapes.context or self._shapes.amounts else []
         live: list[np.ndarray] = []
         if self.live is not None:
-            live, late = (
-                self.live.rows(context[0] if self._shapes.counted else None, history_BT[:, -1]),
-                self.live.status(),
-            )
+            newest_B = history_BT[:, -1] if catalogue is None else catalogue.newest(histories, history_BT[:, -1])
+            live = self.live.rows(context[0] if self._shapes.counted else None, newest_B)
+            late = self.live.status()
             status = [with_reason(s, late) for s in status] if late else status
         if catalogue is not None:
             live, late = [*live, seen_fresh], catalogue.status()

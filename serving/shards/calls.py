@@ -25,6 +25,7 @@ from serving.shard_addresses import WAIT_MS, ShardAddresses
 from vivace import contract
 from vivace.client_errors import VivaceError
 from vivace.http_pool import HttpClient
+from vivace.shard_contract import shard_inputs, shard_model, shard_outputs
 
 HEDGE_SHARE = 95.0  # percentile of the times of answers after which a twin is asked
 FIRST_HEDGE_S, LEAST_HEDGE_S = 0.05, 0.002
@@ -77,14 +78,14 @@ class RemoteShards:
         wait_s: float = WAIT_MS / 1000,
         first: int = 0,
     ) -> None:
-        self._model = [f"{contract.shard_model(first + i)}/versions/{version}" for i in range(len(addresses.twins))]
+        self._model = [f"{shard_model(first + i)}/versions/{version}" for i in range(len(addresses.twins))]
         self.endpoints = [
             [Endpoint(shard, address, HttpClient(address)) for address in twins]
             for shard, twins in enumerate(addresses.twins)
         ]
         self.wait_s, self.hedge_s, self.counts = wait_s, FIRST_HEDGE_S, Counter[tuple[int, str]]()
-        self._inputs = contract.shard_inputs(shapes)
-        self._outputs = [t.name for t in contract.shard_outputs(shapes, 0)]
+        self._inputs = shard_inputs(shapes)
+        self._outputs = [t.name for t in shard_outputs(shapes, 0)]
         self._times, self._measured, self._turn = deque[float](maxlen=TIMES), 0, 0
         self._hedges = [HEDGES_AT_ONCE] * len(self.endpoints)  # that each shard may be asked now
         everyone = [e for twins in self.endpoints for e in twins]

@@ -21,6 +21,7 @@ from serving.wheel import ServerError
 from vivace import contract
 from vivace.http_pool import UNIX
 from vivace.run import Run
+from vivace.shard_contract import SHARD_PREFIX
 
 
 @dataclass
@@ -40,7 +41,7 @@ class ShardServer:
 
 def shard_count(release: Path) -> int:
     """Shards of a published version; 0 where one graph scores all items."""
-    return sum(1 for path in release.glob(f"{contract.SHARD_PREFIX}*") if path.is_dir())
+    return sum(1 for path in release.glob(f"{SHARD_PREFIX}*") if path.is_dir())
 
 
 class ShardMetrics:

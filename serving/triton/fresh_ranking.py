@@ -38,16 +38,19 @@ class FreshRankingModel(TritonPythonModel):
         catalogue = LiveCatalogue(store, repository / contract.UPDATE_STORE / version, ids, shapes, ranks=True)
         self.fresh = FreshRanking(self.folder, catalogue, options_of(config))
         self.seen, names = shapes.seen_fresh.name, contract.ranking_inputs(shapes)
+        self.rising, self.rising_features = [t.name for t in shapes.rising_of_fresh], shapes.rising_features.name
         self.history, _, self.scores, self.encoded, *_ = (t.name for t in names)
 
     def signature(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         inputs, outputs = super().signature()
-        return inputs | {self.seen: Tensor("TYPE_INT64", 2)}, outputs
+        rising = dict(zip(self.rising, (Tensor("TYPE_INT64", 2), Tensor("TYPE_FP32", 3)), strict=False))
+        return inputs | {self.seen: Tensor("TYPE_INT64", 2)} | rising, outputs
 
     def run(self, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        seen = feed.pop(self.seen)
+        seen, rising = feed.pop(self.seen), [feed.pop(name) for name in self.rising]
+        rising = [feed[self.rising_features], *rising] if rising else []
         ranked = super().run(outputs, feed)
         self.fresh.catalogue.refresh()
         moment = [feed[tensor.name] for tensor in self.fresh.catalogue.shapes.moment]
         inputs = feed[self.history], feed[self.scores], feed[self.encoded]
-        return self.fresh.ranked(*inputs, seen, moment, ranked[0], ranked[1])
+        return self.fresh.ranked(*inputs, seen, moment, rising, ranked[0], ranked[1])

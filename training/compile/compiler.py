@@ -43,13 +43,14 @@ from training.data.fresh_ranking import (
     CATEGORIES,
     INPUTS,
     LISTS,
+    LIVE,
     NEWEST,
     NUMBERS,
     OUTPUT,
     FreshRankingGraph,
     StateGraph,
 )
-from training.data.new_items import fresh_count, new_item_tables
+from training.data.new_items import new_item_tables, with_fresh
 from training.judge.evaluate import RANKED, Models, rank_validation
 from training.judge.gate import BOUND, Verdict, judge_engine
 from training.models.ranking import RankingGraph, RankingModel
@@ -151,7 +152,7 @@ class Compilation:
         final = run.has(FINAL)
         retriever = load_retrieval(features, preset, run.root, final).cpu()
         ranker = load_ranker(features, preset, run.root, final=final).cpu()
-        tensors = replace(shapes(preset, features), fresh=fresh_count(features))
+        tensors = with_fresh(shapes(preset, features), features)
         example = example_requests(features, preset)
         return cls(features, preset, run, config, folder, say, retriever, ranker, tensors, example)
 
@@ -196,7 +197,8 @@ class Compilation:
         counts = popularity(self.features.files(WHOLE if self.run.has(FINAL) else "train"), self.tensors.items)
         boost = self.preset.retrieval.new_item_boost
         new_item_tables(self.features, self.retriever, counts, boost).save(self.folder)
-        graph, (history, _, scores, encoded, *_) = FreshRankingGraph(self.ranker), self.candidates
+        graph = FreshRankingGraph(self.ranker, counted=bool(self.tensors.rising_fresh))
+        history, _, scores, encoded, *_ = self.candidates
         chosen = self.candidates[1][:, : self.tensors.fresh]
         given = [history, scores, encoded, scores[:, : self.tensors.fresh], self.ranker.item(chosen)]
         names = list(INPUTS)
@@ -208,6 +210,9 @@ class Compilation:
             if name in attributes and attributes[name].shape[1]:
                 given.append(attributes[name][chosen])
                 names.append(name)
+        if self.tensors.rising_fresh:
+            given.append(self.candidates[-1][:, torch.arange(chosen.shape[1]) % self.tensors.rising])
+            names.append(LIVE)
         free = {**RANKING_AXES, OUTPUT: (2, "fresh"), **{name: (1, "fresh") for name in names[3:]}}
         names += names_of(self.tensors.moment)
         given += self.candidates[4 : 4 + len(self.tensors.moment)]
@@ -319,7 +324,7 @@ def _step(features: Features, preset: Preset, run: Run, reference: Run, seed: in
     settings = {
         "opset": OPSET,
         "layout": LAYOUT,
-        "shapes": replace(shapes(preset, features), fresh=fresh_count(features)),
+        "shapes": with_fresh(shapes(preset, features), features),
         "profiles": {name: repr(profile) for name, profile in repository.PROFILES.items()},
         **{name: value for name, value in asdict(config).items() if name != "reference"},
     }
@@ -341,10 +346,9 @@ def compile_models(
             "train with --preset news"
         )
     if (config.index or config.shards) and preset.encoder.neighbours:
-        option = "--index" if config.index else "--shards"
         raise ValueError(
-            f"{option} finds items by their vectors alone, and this run's retriever has a session memory beside them: "
-            f"compile without {option}, or train with encoder.neighbours 0"
+            "--index and --shards find items by their vectors alone, and this run's retriever has a session memory "
+            "beside them: compile without, or train with encoder.neighbours 0"
         )
     run = Run(root, features.folder)
     reference = Run(config.reference, features.folder) if config.reference is not None else run

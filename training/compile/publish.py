@@ -20,6 +20,7 @@ from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColu
 from vivace.live import RECENT
 from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
+from vivace.shard_contract import shard_model
 
 ITEMS_FILE, SCHEMA_FILE = "items.json", "schema.json"
 
@@ -77,7 +78,7 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
             **({RECENT: folder / RECENT} if tensors.rising else {}),
         },
         contract.RETRIEVAL: retrieval,
-        **{contract.shard_model(i): {"model.onnx": shard_file(folder, i)} for i in shards},
+        **{shard_model(i): {"model.onnx": shard_file(folder, i)} for i in shards},
         contract.RANKING: {
             "model.onnx": folder / "ranking.onnx",
             **{name: folder / name for name in fresh_graphs},

@@ -20,6 +20,7 @@ from training.compile.onnx_export import EQUAL_IDS, RETRIEVAL_AXES, TOLERANCE, e
 from training.models.retrieval import RetrievalModel
 from vivace import contract
 from vivace.masks import seen_ids
+from vivace.shard_contract import shard_inputs, shard_model, shard_outputs
 
 
 class ShardGraph(nn.Module):
@@ -34,7 +35,7 @@ class ShardGraph(nn.Module):
         self.register_buffer("table_RD", torch.cat([torch.zeros(1, s.width), table_nD]))
         self.register_buffer("bias_R", torch.cat([torch.tensor([EXCLUDED]), bias_n]))
         self.first, self.step = contract.FIRST_ID + shard, s.shards
-        self.count = contract.shard_outputs(s, shard)[0].dims[0]
+        self.count = shard_outputs(s, shard)[0].dims[0]
 
     def forward(self, state_BD: Tensor, seen_BK: Tensor) -> tuple[Tensor, Tensor]:
         scores_BR = F.linear(state_BD, self.table_RD, self.bias_R)
@@ -45,7 +46,7 @@ class ShardGraph(nn.Module):
 
 
 def shard_file(folder: Path, shard: int) -> Path:
-    return folder / f"{contract.shard_model(shard)}.onnx"
+    return folder / f"{shard_model(shard)}.onnx"
 
 
 def export_encoder(model: RetrievalModel, s: contract.StageTensors, example: Sequence[Tensor], folder: Path) -> None:
@@ -62,7 +63,7 @@ def export_encoder(model: RetrievalModel, s: contract.StageTensors, example: Seq
 
 def export_shard(table_nD: Tensor, bias_n: Tensor, s: contract.StageTensors, shard: int, folder: Path) -> None:
     """One of the graphs."""
-    inputs, outputs = names_of(contract.shard_inputs(s)), names_of(contract.shard_outputs(s, shard))
+    inputs, outputs = names_of(shard_inputs(s)), names_of(shard_outputs(s, shard))
     example = (torch.zeros(2, s.width), torch.zeros(2, 3, dtype=torch.long))
     graph = ShardGraph(table_nD, bias_n, s, shard)
     export(graph, example, inputs, outputs, shard_file(folder, shard), {"SEEN_ROWS": (1, "seen")})

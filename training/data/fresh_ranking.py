@@ -19,6 +19,7 @@ from vivace.contract import FIRST_ID, PADDING_ID
 INPUTS = ("HISTORY_IDS", "CANDIDATE_SCORES", "ENCODED_HISTORY", "FRESH_SCORES", "FRESH_VECTORS")
 # after them, where the catalogue has such attributes
 CATEGORIES, LISTS, NUMBERS = "FRESH_CATEGORIES", "FRESH_LISTS", "FRESH_NUMBERS"
+LIVE = "FRESH_LIVE"  # then, where their events are counted: what live counters say of them
 OUTPUT = "FRESH_VALUES"
 NEWEST = "NEWEST"  # input of the graph of states
 NO_ITEM = -1  # as an id or a category: equal to none
@@ -40,9 +41,10 @@ class StateGraph(nn.Module):
 class FreshRankingGraph(nn.Module):
     """What is exported as ``fresh.onnx``: score and calibrated probabilities of fresh items beside the candidates."""
 
-    def __init__(self, model: RankingModel) -> None:
+    def __init__(self, model: RankingModel, counted: bool = False) -> None:
+        """``counted``: whether live counters count them."""
         super().__init__()
-        self.model = exportable(model).eval()
+        self.model, self.counted = exportable(model).eval(), counted
 
     def _describe(
         self, vectors_BMD: Tensor, categories_BMC: Tensor | None, lists_BMAK: Tensor | None, numbers_BMX: Tensor | None
@@ -60,10 +62,11 @@ class FreshRankingGraph(nn.Module):
         return torch.cat([*parts, *([] if numbers_BMX is None else [numbers_BMX])], dim=-1)
 
     def _counters(
-        self, history_BT: Tensor, scores_BN: Tensor, fresh_BM: Tensor, categories_BMC: Tensor | None
-    ) -> Tensor:
-        """``RankingModel.counters`` of the fresh items among the candidates: nothing has followed them, and they are as
-        popular as an item without an event."""
+        self, history_BT: Tensor, scores_BN: Tensor, fresh_BM: Tensor, categories_BMC: Tensor | None,
+        live_BMF: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """``RankingModel.counters`` of the fresh items among the candidates, and what live counters say of them:
+        nothing has followed them in training, and there they are as popular as an item without an event."""
         model, n = self.model, scores_BN.shape[1]
         none_BM = torch.full_like(fresh_BM, NO_ITEM, dtype=torch.int64)
         category_BM = none_BM if categories_BMC is None else categories_BMC[..., 0]
@@ -75,24 +78,26 @@ class FreshRankingGraph(nn.Module):
         )[:, n:]
         if model.live is None:
             return counted
-        live_F = ((torch.zeros_like(model.live.mean) - model.live.mean) / model.live.spread).clamp(-6.0, 6.0)
-        return torch.cat([counted, live_F + torch.zeros_like(counted[..., :1])], 2)
+        if live_BMF is None:
+            live_BMF = torch.zeros_like(model.live.mean) + torch.zeros_like(counted[..., :1])
+        return torch.cat([counted, model.live.normalised(live_BMF)], 2)
 
     def forward(
         self, history_ids: Tensor, candidate_scores: Tensor, encoded_history: Tensor, fresh_scores: Tensor,
         fresh_vectors: Tensor, *more: Tensor,
     ) -> Tensor:  # fmt: skip
         """float32 [B, 1 + heads, M] as ``contract.ranked_values`` has them, not sorted. ``more``: CATEGORIES, LISTS
-        and NUMBERS, those that the catalogue has, then ``contract.StageTensors.moment``."""
+        and NUMBERS, those that the catalogue has, LIVE if they are counted, then ``contract.StageTensors.moment``."""
         model, f, m = self.model, len(self.model.head_names), fresh_scores.shape[1]
         given = list(more)
         categories = given.pop(0) if len(model.attribute) else None
         lists = given.pop(0) if len(model.listed) else None
         numbers = given.pop(0) if model.numbers.shape[1] else None
+        live = given.pop(0) if self.counted else None
         types, context, _ = moment_of(model.types, model.columns, given)
         candidate = model.norm_own(model.own(self._describe(fresh_vectors, categories, lists, numbers)))
         attended = model.attend(candidate, model.query(candidate), history_ids, encoded_history, types)
-        counted = self._counters(history_ids, candidate_scores, fresh_scores, categories)
+        counted = self._counters(history_ids, candidate_scores, fresh_scores, categories, live)
         user = encoded_history[:, -1:, :] * fresh_vectors
         parts = [attended, candidate, user, model.counter(counted), *model.context_parts(context, candidate)]
         x = torch.cat(parts, dim=2).flatten(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,17 @@ from training.models.retrieval import RetrievalModel
 from vivace import contract
 from vivace.manifest import read_manifest
 
+FRESH, RISING_FRESH = 16, 8
 
-def fresh_count(features: Features) -> int:
-    """M, fresh items that join the ranked ones of a request: 0 for a catalogue that says nothing of its items."""
+
+def with_fresh(shapes: contract.StageTensors, features: Features) -> contract.StageTensors:
+    """The shapes of a run whose ranked items fresh ones join: none for a catalogue that says nothing of its items."""
     described = bool(features.items()[contract.TEXT].str.strip().any()) or bool(
         features.schema.item_categoricals or features.schema.item_lists
     )
-    return FRESH if described else 0
-
-
-FRESH = 16
+    if not described:
+        return shapes
+    return replace(shapes, fresh=FRESH, rising_fresh=RISING_FRESH if shapes.rising else 0)
 
 
 def _raw_rows(features: Features) -> list[dict[str, Any]]:

@@ -309,7 +309,10 @@ class LiveFeatures(nn.Module):
     def forward(self, candidates_BN: Tensor, rising_BM: Tensor, live_BMF: Tensor) -> Tensor:
         """float32 [B, N, F], of -6 to 6."""
         same_BNM = (candidates_BN[:, :, None] == rising_BM[:, None, :]) & (candidates_BN != PADDING_ID)[:, :, None]
-        live_BNF = same_BNM.to(live_BMF.dtype) @ live_BMF
+        return self.normalised(same_BNM.to(live_BMF.dtype) @ live_BMF)
+
+    def normalised(self, live_BNF: Tensor) -> Tensor:
+        """The same of features that were counted, float32 [B, N, F]."""
         return ((live_BNF - self.mean) / self.spread).clamp(-6.0, 6.0)
 
 

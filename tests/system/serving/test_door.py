@@ -291,7 +291,7 @@ def test_a_door_that_is_killed_comes_back(served):
     server, _ = served
     dead = server.door.pid
     os.kill(dead, signal.SIGKILL)
-    wait_until(lambda: server.door.running() and server.door.pid != dead and server.door.ask("GET", "/ready"), "a door")
+    wait_until(lambda: server.door.running() and server.door.pid != dead and server.door.answers(), "a door")
     with PatientClient(f"{server.host}:{server.grpc_port}") as client:
         assert client.recommend(history=HISTORY, top_k=5).items
 

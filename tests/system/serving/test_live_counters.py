@@ -71,6 +71,20 @@ def test_what_is_appended_is_rising_within_a_second(live_root, root, features, p
         assert rising in client.recommend(user, top_k=100).items
         assert rising not in client.recommend(f"crowd {profile} 0", top_k=100).items  # who has seen it
 
+        new = f"new-{profile or 'ensemble'}"
+        title = str(features.items()["title"].tolist()[7])
+        assert client.upsert_items([{"item_id": new, "title": title}]) == ["ok"]
+        for n in range(20):  # fewer than of the other one
+            client.append(f"crowd {profile} {n}", new)
+        appended = time.monotonic()
+        while new not in (items := list(client.recommend("nobody", top_k=10).items))[1:3]:  # behind rising ones alone
+            assert time.monotonic() - appended < 1.0, f"{new} is not among the first after a second: {items}"
+        assert new in client.recommend(user, top_k=100).items
+        assert new not in client.recommend(f"crowd {profile} 0", top_k=100).items
+        client.remove_items([new])
+        assert new not in client.recommend("nobody", top_k=10).items
+        client.upsert_items([{"item_id": new, "title": title}])
+
         run, names = Run(live_root), features.items()["item_id"].tolist()
         version = run.repository / FEATURE_TRANSFORM / str(run.version())
         shutil.copytree(live_root / "feature_store", tmp_path / "feature_store")  # which the feed keeps open
@@ -114,7 +128,7 @@ def test_a_restart_counts_what_the_log_holds(live_root, features):
     rows = [feed.rows(contexts, newest) for feed in (following, anew)]
     for followed, counted in zip(*rows, strict=True):
         np.testing.assert_array_equal(followed, counted)
-    ids_BM, features_of = rows[0]
+    ids_BM, features_of, *_ = rows[0]
     by_item = [
         dict(zip(i.tolist(), f, strict=True)) for i, f in zip(ids_BM, features_of[..., LIVE_FEATURES], strict=True)
     ]
@@ -161,7 +175,7 @@ def test_deaths_lose_no_counted_event(live_root, features, tmp_path):
     moment = Moment(version, run.shapes(), store)
     vocabulary = ItemVocabulary(version / "transform.onnx")
     feed = LiveFeed(version / RECENT, store, vocabulary, run.shapes(), moment, start=False)
-    ids, counts = feed.rows(moment.context([""], [{}])[0], np.zeros(1, np.int64))
+    ids, counts, *_ = feed.rows(moment.context([""], [{}])[0], np.zeros(1, np.int64))
     place = ids[0].tolist().index(FIRST_ID + features.items()["item_id"].tolist().index(rising))
     assert np.expm1(counts[0, place, LIVE_HALF_LIVES_MS.index(12 * 3_600_000)]) == pytest.approx(150, rel=0.02)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from serving.runtime.live_feed import LiveFeed
 from vivace.contract import FIRST_ID, LIVE_FEATURES, OOV_ID, PADDING_ID, StageTensors
 from vivace.live import LiveTable, Stream
-from vivace.store.interface import Event
+from vivace.store.interface import Change, Event
 from vivace.store.lmdb_store import LmdbStore
 
 SHAPES = StageTensors(history=8, candidates=4, items=FIRST_ID + 6, width=4, rising=4)
@@ -105,3 +106,20 @@ def test_after_a_refresh_the_log_is_counted_behind_the_last_event_that_it_took(t
     ids, features = feed.rows(None, np.array([PADDING_ID]))
     for got, rows in zip(expected.at(now + 2 * HOUR), (ids, features[..., :LIVE_FEATURES]), strict=True):
         np.testing.assert_array_equal(rows[0], got)
+
+
+def test_items_that_were_put_in_since_are_counted_by_their_slots(tmp_path, store):
+    shapes = replace(SHAPES, fresh=4, rising_fresh=2)
+    now = int(time.time() * 1000) + 60_000
+    Stream.of(*(np.empty(0, np.int64),) * 3, np.empty((0, 0), np.int64)).save(tmp_path / "recent.npz")
+    feed = LiveFeed(tmp_path / "recent.npz", store, _ids, shapes, start=False)
+    *_, slots, features = feed.rows(None, np.array([PADDING_ID]))
+    assert not slots.any() and not features.any()
+    first, second = store.change_catalogue([Change("new", "{}"), Change("newer", "{}")])
+    store.append([Event("a", "newer", "", now - 9_000), Event("b", "new", "", now - 8_000)])
+    store.append([Event("a", "3", "", now - 7_000), Event("c", "new", "", now - 6_000), Event("c", "x", "", now - 5)])
+    feed.refresh(now)
+    ids, _, slots, features = feed.rows(None, np.array([shapes.items + second.slot]))
+    assert slots.tolist() == [[first.slot, second.slot]] and ids[0].tolist() == [FIRST_ID + 3, 0, 0, 0]
+    assert np.expm1(features[0, :, 4]).round(2).tolist() == [2, 1]
+    assert feed.rows(None, np.array([shapes.items + second.slot]))[1][0, 0, -2] > 0  # 3 came after it

@@ -15,6 +15,7 @@ from serving.shard_addresses import ShardAddresses
 from serving.start_checks import check_exposure
 from serving.wheel import ServerError
 from vivace import contract
+from vivace.shard_contract import shard_model
 
 SHARDED = replace(repository.DEFAULT_SHAPES, items=10, candidates=4, shards=3, seen=5)  # ids 3..9: 3, 2 and 2 of them
 
@@ -61,8 +62,8 @@ def test_a_shard_that_others_reach_wants_a_trusted_network():
 
 def test_the_configurations_of_a_sharded_run():
     configs = repository.model_configs(SHARDED, repository.DEFAULT_HEADS, repository.PROFILES["cached"])
-    counts = [configs[contract.shard_model(i)].output[0].dims[0] for i in range(3)]
-    assert counts == [3, 2, 2] and contract.shard_model(3) not in configs, "fewer items than candidates"
+    counts = [configs[shard_model(i)].output[0].dims[0] for i in range(3)]
+    assert counts == [3, 2, 2] and shard_model(3) not in configs, "fewer items than candidates"
     assert not configs[contract.RETRIEVAL].response_cache.enable, "an answer without a shard would stay"
     steps = {step.model_name: step for step in configs[contract.ENSEMBLE].ensemble_scheduling.step}
     assert steps[contract.FEATURE_TRANSFORM].output_map["STATUS_BEFORE"] == "STATUS_BEFORE"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vivace.contract import FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, OOV_ID, PADDING_ID
-from vivace.live import KEPT_MS, VISIT_GAP_MS, LiveTable, Stream, Visits, entries, previous_items
+from vivace.live import KEPT_MS, VISIT_GAP_MS, LiveTable, Stream, Visits, entries, order_of, previous_items
 from vivace.live_moment import HALF_LIFE_MS, PairCounts
 
 MINUTE = 60_000
@@ -128,3 +128,43 @@ def test_each_context_has_an_order_of_its_own():
     assert np.expm1(of_b[LIVE_FEATURES]) == pytest.approx(5, abs=0.2)  # on phones
     assert np.expm1(features[0, 1, LIVE_FEATURES]) == pytest.approx(0, abs=1e-6)  # A was never clicked there
     assert np.expm1(of_b[-2]) == pytest.approx(5, abs=0.2) and not features[2, :, -2:].any()  # after C; after nothing
+
+
+def test_a_fresh_item_is_counted_as_any_other_and_changes_nothing_of_the_others(monkeypatch):
+    """The events of one item of a log, sent under a fresh id: the same numbers, in every context."""
+    monkeypatch.setattr("vivace.live.MAX_FRESH", 3)
+    rng, v, slot = np.random.default_rng(2), 40, 700
+    ids, times = rng.integers(FIRST_ID, v, 900), START + np.sort(rng.integers(0, 90 * MINUTE, 900))
+    users, now = rng.integers(0, 60, 900), int(times[-1]) + 1
+    log = Stream.of(users, ids, times, rng.integers(1, 5, (900, 2)))
+    known, with_fresh = LiveTable(v, 40, 2), LiveTable(v, 40, 2, fresh=2)
+    log.into(known)
+    ids, previous = (np.where(x == A, v + slot, x) for x in (log.ids, log.previous))
+    moved = replace(log, ids=ids, previous=previous)
+    for part in np.array_split(np.arange(900), 6):
+        moved[part].into(with_fresh)
+    context, newest = np.array([[3, 4]]), np.array([C])
+    expected, (of_known, of_fresh) = known.rows(now), with_fresh.moment(now)
+    expected_ids, numbers = (x[0] for x in expected.of(context, newest))
+    fresh_ids, fresh_numbers = (x[0] for x in of_fresh.of(context, newest))
+    assert fresh_ids.tolist() == [v + slot, PADDING_ID] and not fresh_numbers[1].any()
+    np.testing.assert_array_equal(fresh_numbers[0], numbers[expected_ids.tolist().index(A)])
+    ids_left, numbers_left = (x[0] for x in of_known.of(context, newest))
+    left = (expected_ids != A) & (expected_ids != PADDING_ID)
+    np.testing.assert_array_equal(ids_left[: left.sum()], expected_ids[left])
+    np.testing.assert_array_equal(numbers_left[: left.sum()], numbers[left])
+    assert np.all(np.diff(order_of(numbers_left, 2)[: left.sum()]) <= 1e-6) and order_of(fresh_numbers, 2)[1] == 0
+    after = [x[0] for x in of_known.of(context, np.array([v + slot]))][1]  # what came after the fresh item
+    np.testing.assert_array_equal(after[: left.sum(), -2:], expected.of(context, np.array([A]))[1][0][left][:, -2:])
+
+
+def test_the_fresh_item_that_was_counted_first_gives_up_its_place(monkeypatch):
+    monkeypatch.setattr("vivace.live.MAX_FRESH", 2)
+    table, one = LiveTable(10, 4, fresh=2), np.ones(1, bool)
+    for n, slot in enumerate([5, 6, 5, 9]):
+        table.add(np.array([10 + slot]), np.array([START + n * MINUTE]), one)
+        rows = table.moment(START + n * MINUTE + 1)[1]
+    assert rows.ids.tolist() == [19, 16]
+    of_new = rows.base[0]
+    assert np.expm1(of_new[LEVELS - 1]) == pytest.approx(1, abs=1e-3)  # not the two of the item that it follows
+    assert of_new[-1] == pytest.approx(np.log1p(1 / 60_000))
