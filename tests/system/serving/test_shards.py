@@ -148,6 +148,8 @@ def test_shards_elsewhere_are_asked_before_anything_starts(run, served):
     check_hosts(on_free_ports(second, shards=good), said.append)
     check_hosts(on_free_ports(second, shards=f"{good.split(',')[0]},127.0.0.1:9"), said.append)
     assert len(said) == 1 and said[0].startswith("shard 1 at 127.0.0.1:9: does not answer")
+    with contextlib.closing(RemoteShards(servers.addresses, "9", run.shapes(), wait_s=5.0)) as other:
+        assert other.ask_once() == {0: "has another version", 1: "has another version"}
     faults = {
         good.split(",")[0]: "the addresses of 2 shards",
         "127.0.0.1:9,127.0.0.1:9": "expected servers of version 2",
