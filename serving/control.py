@@ -2,9 +2,12 @@
 
     artifacts/<run>/servers/<pid>.json      where the server of that process listens, and what it serves
 
-GET /         what is served, as JSON
-POST /serve   {"version": 4}: serve that version; lines of text as it goes on, the last one JSON: {"error": "" or why}
-POST /scale   {"replicas": 3}: so many servers; answered alike
+GET /           what is served, as JSON
+POST /serve     {"version": 4}: serve that version; lines of text as it goes on, the last one JSON: {"error": "" or why}
+POST /scale     {"replicas": 3}: so many servers; answered alike, as are the others
+POST /rollout   a ``serving.rollout.Plan``: try a version
+POST /promote   {}: serve the version on trial to everyone
+POST /withdraw  {}: end the trial
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,8 @@ from typing import Any
 from serving.acceptance import Acceptance, recorded_calls
 from serving.fleet import Fleet
 from serving.process import living
-from serving.releases import releases, version_of
+from serving.releases import put_in_use, releases, remember_served, version_of
+from serving.rollout import Plan, Rollout
 from serving.unix_http import UnixHandler, UnixServer
 from serving.wheel import ServerError
 from vivace.http_pool import UnixConnection
@@ -33,15 +37,24 @@ from vivace.run import Run
 ASK_S = 5.0
 LONGEST_S = 600.0  # of a change of versions
 MAX_BODY = 1 << 16
-SERVE, SCALE = "serve", "scale"
+SERVE, SCALE, ROLLOUT, PROMOTE, WITHDRAW = "serve", "scale", "rollout", "promote", "withdraw"
 ENDED = "the server ended before that was done"
-NUMBERS = {SERVE: "version", SCALE: "replicas"}  # what is given with each
+NO_TRIAL = "no version is on trial; 'vivace rollout start' puts one"
+
+
+def _given(kind: str, raw: Any) -> Any:
+    """What a task is given, from its JSON. Raises ValueError, KeyError or TypeError for what is none."""
+    if kind == ROLLOUT:
+        return Plan(**{**raw, "shares": tuple(raw["shares"])})
+    if kind in (PROMOTE, WITHDRAW):
+        return None
+    return int(raw[{SERVE: "version", SCALE: "replicas"}[kind]])
 
 
 @dataclass
 class _Task:
     kind: str
-    number: int
+    given: Any
     lines: queue.Queue[str | None] = field(default_factory=queue.Queue)  # None: it ended
     error: str = ENDED  # until it is done
 
@@ -52,34 +65,74 @@ class Control:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
+        self.rollout: Rollout | None = None
         self._tasks: queue.Queue[_Task] = queue.Queue()
         self._busy = threading.Lock()
 
     def work(self, wait_s: float) -> None:
-        """Does one task, if one comes within ``wait_s``."""
+        """Does one task, if one comes within ``wait_s``, and looks after a version on trial."""
         with contextlib.suppress(queue.Empty):
             task = self._tasks.get(timeout=wait_s)
             try:
-                if task.kind == SCALE:
-                    self.fleet.scale(task.number, task.lines.put)
-                else:
-                    self._serve(task)
+                self._do(task)
                 task.error = ""
             except Exception as error:  # the server goes on with what it has
                 task.error = f"{error}"
             finally:
                 task.lines.put(None)
+        if self.rollout is not None and self.rollout.look() and self._busy.acquire(blocking=False):
+            try:
+                self._promote(self.rollout, lambda line: None)
+            except Exception as error:  # as above; its users stay with it until someone says otherwise
+                self.rollout.give_up(f"{error}")
+            finally:
+                self._busy.release()
 
-    def _serve(self, task: _Task) -> None:
-        release = next((r for r in self._releases() if version_of(r) == task.number), None)
+    def _do(self, task: _Task) -> None:
+        say = task.lines.put
+        if task.kind == SCALE:
+            self.fleet.scale(task.given, say)
+        elif task.kind == SERVE:
+            self._serve(task.given, say)
+        elif task.kind == ROLLOUT:
+            rollout = Rollout(self.fleet, task.given, self.fleet.say)
+            release = self._release(task.given.version)
+            if release == self.fleet.release:
+                raise ServerError(f"{release.name}: is served to everyone already")
+            rollout.start(release, self._acceptance(release), say)
+            self.rollout = rollout
+        elif self.rollout is None or self.rollout.result:
+            raise ServerError(NO_TRIAL)
+        elif task.kind == PROMOTE:
+            self._promote(self.rollout, say)
+        else:
+            self.rollout.stop("it was withdrawn")
+
+    def _promote(self, rollout: Rollout, say: Callable[[str], None]) -> None:
+        """Serves the version on trial to everyone, then ends its trial."""
+        release = self._release(rollout.plan.version)
+        before = self.fleet.release
+        self.fleet.serve(release, self._acceptance(release), say)
+        rollout.promoted()
+        put_in_use(release, Run(release.parent).repository)
+        remember_served(rollout.plan.version, Run(release.parent).repository, version_of(before))
+
+    def _serve(self, version: int, say: Callable[[str], None]) -> None:
+        release = self._release(version)
+        if release == self.fleet.release:
+            say(f"{release.name}: is served already")
+            return
+        self.fleet.serve(release, self._acceptance(release), say)
+
+    def _acceptance(self, release: Path) -> Acceptance:
+        return Acceptance(recorded_calls(Run(release.parent)))
+
+    def _release(self, version: int) -> Path:
+        release = next((r for r in self._releases() if version_of(r) == version), None)
         if release is None:
             there = ", ".join(str(version_of(r)) for r in self._releases())
-            raise ServerError(f"version {task.number}: expected one of {there}")
-        if release == self.fleet.release:
-            task.lines.put(f"{release.name}: is served already")
-            return
-        accept = Acceptance(recorded_calls(Run(release.parent)))
-        self.fleet.serve(release, accept, task.lines.put)
+            raise ServerError(f"version {version}: expected one of {there}")
+        return release
 
     def _releases(self) -> list[Path]:
         return releases(Run(self.fleet.release.parent).repository)
@@ -89,16 +142,16 @@ class Control:
         return {
             "version": version_of(self.fleet.release), "release": str(self.fleet.release),
             "profile": server.options.profile, "ready": self.fleet.ready, "grpc_port": server.grpc_port,
-            "replicas": len(self.fleet.replicas),
+            "replicas": len(self.fleet.replicas), "rollout": self.rollout.state() if self.rollout else None,
         }  # fmt: skip
 
-    def ask(self, kind: str, number: int) -> Iterator[str]:
+    def ask(self, kind: str, given: Any) -> Iterator[str]:
         """Lines of a change, the last one its end as JSON."""
         if not self._busy.acquire(blocking=False):
             yield json.dumps({"error": "another change is under way; try again when it has ended"})
             return
         try:
-            task = _Task(kind, number)
+            task = _Task(kind, given)
             self._tasks.put(task)
             while (line := task.lines.get()) is not None:
                 yield line
@@ -117,12 +170,12 @@ class _Handler(UnixHandler):
         try:
             length = min(int(self.headers.get("Content-Length", "0")), MAX_BODY)
             kind = self.path.strip("/")
-            number = int(json.loads(self.rfile.read(length))[NUMBERS[kind]])
-        except (ValueError, KeyError, TypeError):
-            self.answer(400, json.dumps({"error": 'expected /serve {"version": 4} or /scale {"replicas": 3}'}).encode())
+            given = _given(kind, json.loads(self.rfile.read(length)))
+        except (ValueError, KeyError, TypeError) as error:
+            self.answer(400, json.dumps({"error": f"/{kind}: {error}"}).encode())
             return
         self.head(200)
-        for line in self.control.ask(kind, number):
+        for line in self.control.ask(kind, given):
             with contextlib.suppress(OSError):  # whoever asked has gone: the change goes on
                 self.wfile.write(line.encode() + b"\n")
                 self.wfile.flush()
@@ -159,20 +212,35 @@ class RunningServer:
 
     def serve(self, version: int, say: Callable[[str], None]) -> None:
         """Has it serve a version; raises ServerError with its reason where it does not."""
-        if error := self._change(SERVE, version, say):
+        if error := self._change(SERVE, {"version": version}, say):
             stays = "" if error == ENDED else f"stays with version {self.state['version']}: "
             raise ServerError(f"server {self.pid}: {stays}{error}")
 
     def scale(self, replicas: int, say: Callable[[str], None]) -> None:
         """Has it run so many servers; raises ServerError with its reason where it does not."""
-        if error := self._change(SCALE, replicas, say):
+        self._asked(SCALE, {"replicas": replicas}, say)
+
+    def rollout(self, plan: Plan, say: Callable[[str], None]) -> None:
+        """Has it try a version; raises ServerError with its reason where it does not."""
+        self._asked(ROLLOUT, asdict(plan), say)
+
+    def promote(self, say: Callable[[str], None]) -> None:
+        """Has it serve the version on trial to everyone; raises as above."""
+        self._asked(PROMOTE, {}, say)
+
+    def withdraw(self, say: Callable[[str], None]) -> None:
+        """Has it end the trial; raises as above."""
+        self._asked(WITHDRAW, {}, say)
+
+    def _asked(self, kind: str, given: dict[str, Any], say: Callable[[str], None]) -> None:
+        if error := self._change(kind, given, say):
             raise ServerError(f"server {self.pid}: {error}")
 
-    def _change(self, kind: str, number: int, say: Callable[[str], None]) -> str:
+    def _change(self, kind: str, given: dict[str, Any], say: Callable[[str], None]) -> str:
         """Why it was not done, or ""."""
         connection = UnixConnection(self.socket, LONGEST_S)
         try:
-            connection.request("POST", f"/{kind}", json.dumps({NUMBERS[kind]: number}))
+            connection.request("POST", f"/{kind}", json.dumps(given))
             last = ""
             for raw in connection.getresponse():
                 if last:

@@ -27,7 +27,7 @@ from serving.launcher import TritonServer
 from serving.merged_metrics import TritonMetrics
 from serving.releases import HELD, held
 from serving.server_options import ServerOptions
-from serving.shards.servers import ShardMetrics, ShardServer, ShardServers, check_hosts, check_stages, shard_count
+from serving.shards.servers import ShardGroups, ShardMetrics, ShardServer
 from serving.start_checks import LEFTOVER, check_ports, door_options
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
@@ -86,13 +86,14 @@ class Fleet:
     def __init__(self, options: ServerOptions, say: Callable[[str], None], count: int = 1) -> None:
         if count > 1 and not options.guard:
             raise ServerError(f"--replicas {count}: expected the guard, which stands before them; leave --no-guard out")
-        self.options, self._say, self.count = options, say, count
+        self.options, self.say, self.count = options, say, count
         self.replicas: list[Replica] = []
         self.door: Door | None = None
         self.starting = ""
         self.private = Path()
+        self.trial: Replica | None = None  # of a version that a share of the users gets
         self._candidate: Replica | None = None
-        self._shards: dict[Path, ShardServers] = {}  # by the version that they are of
+        self.shards = ShardGroups(say)
         self._keeper: DoorKeeper | None = None
         self._life = contextlib.ExitStack()
         self.registry = CollectorRegistry()
@@ -101,7 +102,7 @@ class Fleet:
         )
         for result in ("done", "refused"):
             self._swaps.labels(result)
-        self.registry.register(ShardMetrics(lambda: self.shard_servers))  # type: ignore[arg-type]
+        self.registry.register(ShardMetrics(lambda: self.shards.servers))  # type: ignore[arg-type]
         self.registry.register(DoorStatistics(lambda path: self.door.ask("GET", path) if self.door is not None else ""))
 
     # -- life ----------------------------------------------------------------------------------------
@@ -121,16 +122,15 @@ class Fleet:
             self.door.finish()
         if self._keeper is not None:
             self._keeper.__exit__()
-        replicas = [*self.replicas, *filter(None, [self._candidate])]
+        replicas = self._all()
         for replica in replicas:
             replica.watchdog.__exit__()
         if self.door is not None:  # before them: its idle connections would keep each Triton from ending
             self.door.stop()
-        for shards in self._shards.values():
-            shards.begin_stop()
+        self.shards.begin_stop()
         for replica in replicas:
             replica.server.stop()
-        self.replicas, self._candidate = [], None
+        self.replicas, self.trial, self._candidate = [], None, None
         self._drop_shards()
         self._life.close()
 
@@ -148,7 +148,7 @@ class Fleet:
             for replica in self.replicas:  # they saw no door until now
                 replica.watchdog.health.look()
             self._keeper = DoorKeeper(
-                self.door, lambda: self.ready, self.endpoints, self._count_door_restart, self._say
+                self.door, lambda: self.ready, self.endpoints, self._count_door_restart, self.say
             ).__enter__()
 
     def _make_private(self) -> None:
@@ -166,52 +166,51 @@ class Fleet:
         listens = door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port)
         return Door(listens, self.private, self.options.access)
 
-    def _started(self, options: ServerOptions, place: int, aside: bool = False) -> Replica:
+    def _started(self, options: ServerOptions, place: int | str, aside: bool = False) -> Replica:
         """A ready server with its watchdog; nothing is left where it does not come up. ``aside``: others serve."""
-        options, log = self._with_shards(options, aside), options.log
+        options, log = self.shards.told(options, aside), options.log
         if place and log is not None:
             options = replace(options, log=log.with_name(f"{log.stem}-{place}{log.suffix}"))
         server = TritonServer(options, self.door, aside)
         try:
             server.start()
-            watchdog = Watchdog(server, Metrics(), on_event=self._say)
+            watchdog = Watchdog(server, Metrics(), on_event=self.say)
             watchdog.__enter__()
         except BaseException:
             server.stop()
+            self._drop_shards()
             raise
         return Replica(server, watchdog)
 
-    def _with_shards(self, options: ServerOptions, aside: bool) -> ServerOptions:
-        """Tells a server where the shards of its version are; starts them where nobody named others."""
-        release = options.repository.resolve()
-        count = shard_count(release) if options.shard is None else 0
-        if options.shards:
-            check_hosts(options, self._say)
-        if options.shards or not count:
-            return options
-        check_stages(release, options.profile)
-        if release not in self._shards:
-            self._say(
-                f"starting {count} shards" + (f", {options.shard_twins} servers each" * (options.shard_twins > 1))
-            )
-            self._shards[release] = ShardServers(replace(options, repository=release), self._say, aside)
-        return replace(options, shards=str(self._shards[release].addresses))
-
     def _drop_shards(self) -> None:
         """Ends those of versions that no server serves any more."""
-        served = {r.server.release for r in [*self.replicas, *filter(None, [self._candidate])]}
-        for release in set(self._shards) - served:
-            self._shards.pop(release).stop()
+        self.shards.drop(but={r.server.release for r in self._all()})
 
     def _count_door_restart(self) -> None:
         self.replicas[0].watchdog.metrics.server_restarts.labels("envoy").inc()
 
     # -- for those who ask ---------------------------------------------------------------------------
     def endpoints(self) -> Endpoints:
-        return {r.server.sockets: r.turn for r in list(self.replicas) if r.server.sockets is not None}
+        endpoints = {r.server.sockets: r.turn for r in list(self.replicas) if r.server.sockets is not None}
+        trial = self.trial
+        if trial is not None and trial.server.sockets is not None and trial.turn is Turn.TAKES:
+            endpoints[trial.server.sockets] = Turn.TRIES
+        return endpoints
 
-    def _metrics_sockets(self) -> list[Path]:
-        return [sockets.metrics for sockets, turn in self.endpoints().items() if turn is not Turn.LEAVES]
+    def by_name(self) -> dict[str, Replica]:
+        """Those that take calls, by their places, and "trial"."""
+        staying = [r for r in list(self.replicas) if not r.leaves]
+        named = {str(place): replica for place, replica in enumerate(staying)}
+        return named | ({"trial": self.trial} if self.trial is not None else {})
+
+    def _metrics_sockets(self) -> dict[str, Path]:
+        return {name: r.server.sockets.metrics for name, r in self.by_name().items() if r.server.sockets is not None}
+
+    def _all(self) -> list[Replica]:
+        return [*self.replicas, *filter(None, [self.trial, self._candidate])]
+
+    def _watched(self) -> list[Replica | ShardServer]:
+        return [*self._all(), *self.shards.servers]
 
     @property
     def ready(self) -> bool:
@@ -221,26 +220,19 @@ class Fleet:
     def alive_itself(self) -> bool:
         """Whether all that watches runs."""
         keeper = self._keeper is None or self._keeper.alive_itself()
-        return keeper and all(each.watchdog.alive_itself() for each in self._watched())
+        watched: list[Replica | ShardServer] = [*self.replicas, *self.shards.servers]
+        return keeper and all(each.watchdog.alive_itself() for each in watched)
 
     def report(self) -> dict[str, object]:
         """What ``/health`` answers: of one server its parts, of several those of each."""
         reports = [r.watchdog.health.report() for r in self.replicas]
         why: dict[str, object] = {"why": self.starting} if self.starting else {}
-        if shards := [report for servers in list(self._shards.values()) for report in servers.report()]:
+        if shards := self.shards.report():
             why["shards"] = shards
         if len(reports) == 1:
             return reports[0] | {"ready": self.ready} | why
         versions = sorted({str(r["version"]) for r in reports})
         return {"ready": self.ready, **why, "version": ", ".join(versions), "replicas": reports}
-
-    def _watched(self) -> list[Replica | ShardServer]:
-        return [*self.replicas, *self.shard_servers]
-
-    @property
-    def shard_servers(self) -> list[ShardServer]:
-        """Those that this process started."""
-        return [each for servers in list(self._shards.values()) for each in servers.servers]
 
     @property
     def release(self) -> Path:
@@ -249,13 +241,12 @@ class Fleet:
 
     def processes(self) -> set[int]:
         """What this process started and waits for itself."""
-        servers = [*self._watched(), *filter(None, [self._candidate])]
-        pids = {pid for r in servers for pid in r.server.processes()}
+        pids = {pid for each in self._watched() for pid in each.server.processes()}
         return pids | ({self.door.pid} if self.door is not None and self.door.started else set())
 
     def logs(self) -> list[Path]:
         """What grows while it runs."""
-        logs = {r.server.log for r in self._watched() if r.server.log is not None}
+        logs = {each.server.log for each in self._watched() if each.server.log is not None}
         return [*logs, *([self.door.log] if self.door is not None else [])]
 
     # -- another version -----------------------------------------------------------------------------
@@ -268,6 +259,9 @@ class Fleet:
                 "the server was started with --no-guard: nothing stands before it; stop it, give the command again, "
                 "then start it"
             )
+        if self.trial is not None and self.trial.server.release != release:
+            name = self.trial.server.release.name
+            raise ServerError(f"{name} is on trial; 'vivace rollout promote' or 'vivace rollout stop' first")
         before, options = self.options, replace(self.options, repository=release)
         place = 0
         try:
@@ -280,7 +274,35 @@ class Fleet:
             raise
         self.options = options
         self._swaps.labels("done").inc()
-        self._say(f"serving {release.name}, before {before.repository.name}")
+        self.say(f"serving {release.name}, before {before.repository.name}")
+
+    def begin_trial(self, release: Path, accept: Accept, say: Callable[[str], None]) -> None:
+        """A server of the version in ``release`` beside the others, which the door sends nobody to yet. Called and
+        raises as ``serve``."""
+        if self.door is None:
+            raise ServerError("rollout: expected the guard, which deals the users; leave --no-guard out")
+        if self.trial is not None:
+            raise ServerError(f"{self.trial.server.release.name} is on trial; 'vivace rollout stop' first")
+        name = release.name
+        say(f"starting {name}")
+        with self._candidate_of(replace(self.options, repository=release), "trial") as new:
+            say(f"{name}: {accept(self.replicas[0].server, new.server)}")
+            new.server.take_over()
+            self.trial = new
+        self.door.point(self.endpoints)
+
+    def end_trial(self, say: Callable[[str], None]) -> None:
+        """Ends the server on trial, when it has answered what it was sent."""
+        trial = self.trial
+        if trial is None or self.door is None:
+            return
+        if not self.door.end_trial():
+            say(f"{trial.server.release.name}: calls under way for long; ending it all the same")
+        self.trial = None
+        self.door.point(self.endpoints)
+        trial.stop()
+        self._drop_shards()
+        say(f"{trial.server.release.name}: its trial is over")
 
     def scale(self, count: int, say: Callable[[str], None]) -> None:
         """As many servers of the served version as ``count``, from 1; calls go on. Called as ``serve`` is."""
@@ -311,7 +333,7 @@ class Fleet:
         self._retire(old, say)
 
     @contextlib.contextmanager
-    def _candidate_of(self, options: ServerOptions, place: int) -> Iterator[Replica]:
+    def _candidate_of(self, options: ServerOptions, place: int | str) -> Iterator[Replica]:
         """A server that is well and warm and that nobody asks yet, for the block to put among ``replicas``; it is gone
         where the block, or what comes before it, fails."""
         new = self._candidate = self._started(options, place, aside=True)

@@ -33,15 +33,13 @@ from serving.logs import open_log, tail
 from serving.process import (
     become_triton,
     living_workers,
-    server_environment,
     step_aside,
     step_forward,
 )
 from serving.releases import held, verify
 from serving.repository import check_profile, models
 from serving.segments import Segments
-from serving.server_options import ServerOptions
-from serving.shard_addresses import SHARDS_ENV, WAIT_ENV
+from serving.server_options import ServerOptions, environment
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
@@ -57,18 +55,18 @@ from serving.start_checks import (
     remove_environments,
     sweep_leftovers,
 )
-from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
+from serving.wheel import ServerError, backend_folder, wheel_folder
 from vivace import contract
 from vivace.client import VivaceClient
 from vivace.shard_contract import shard_model
 from vivace.store.forgetting import compact, is_due
-from vivace.store.opening import STORE_URL
 
 log = logging.getLogger(__name__)
 
 # what only the launcher may ask: otherwise anyone who reaches the port loads code into the server or takes models away
 RESTRICTED = "model-repository,shared-memory,model-config,logging,trace,statistics"
 KEY_HEADER = "vivace-key"
+LOCK_LOST = "boost::interprocess::lock_exception"
 UNNOTICED_S = 2.0  # a starting server that has not noticed for so long that a worker ended waits for it for ever
 
 
@@ -199,21 +197,6 @@ class TritonServer:
             client.register_plugin(_WithKey(self._key))
         return client
 
-    def environment(self) -> dict[str, str]:
-        """Triton's Python workers ignore PYTHONPATH (they start Python isolated): they find this environment, with
-        the project installed in it, because its ``python3`` is the first on PATH."""
-        env = dict(os.environ)
-        binaries = str(self.options.python.parent)
-        libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), str(python_library().parent)]
-        env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
-        env.pop(STORE_URL, None)
-        if self.options.store:  # not by the command line, which every user of the machine can read
-            env[STORE_URL] = self.options.store
-        if self.options.shards:
-            env |= {SHARDS_ENV: self.options.shards, WAIT_ENV: str(self.options.shard_wait_ms)}
-        env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
-        return server_environment(env)
-
     def start(self) -> None:
         """Starts and waits until the server and every model are ready. Raises ServerError with the log's end, and
         ValueError for a profile that the repository does not have."""
@@ -246,7 +229,7 @@ class TritonServer:
         store = self.release.parent / "feature_store"
         if is_due(store) and not compact(store):
             log.warning("%s: what was forgotten stays in its file, as another process has it open", store)
-        self._launch()
+        self._launch_first()
         if self.sockets is not None and not self._shared_door and o.shard is None:
             folder = self._root / "door"
             folder.mkdir(mode=0o700)
@@ -262,6 +245,17 @@ class TritonServer:
             self._aside = False
             step_forward(self.pid)
 
+    def _launch_first(self) -> None:
+        """Again where Triton 2.51 gave itself up for a lock of its shared memory, as on a machine that is very busy."""
+        for tries in range(3):
+            try:
+                return self._launch()
+            except ServerError as error:
+                if tries == 2 or LOCK_LOST not in str(error):
+                    raise
+                log.warning("tritonserver ended while starting (%s); starting it again", LOCK_LOST)
+                self._end_process()
+
     def _launch(self, again: bool = False) -> None:
         """One tritonserver, until it is ready. ``again``: in the place of one that was."""
         assert self._root is not None and self.log is not None
@@ -273,7 +267,7 @@ class TritonServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=self.environment(),
+                env=environment(self.options),
                 start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
                 preexec_fn=become_triton,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
 
@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 ASK_S = 2.0
 
 
-def merged(of_replica: Iterable[Iterable[Metric]]) -> Iterator[Metric]:
-    """Families of each replica as one family a name, its samples with the label ``replica``, from 0."""
+def merged(of_replica: Mapping[str, Iterable[Metric]]) -> Iterator[Metric]:
+    """Families of each replica as one family a name, its samples with the replica's name as the label ``replica``."""
     families: dict[str, Metric] = {}
-    for place, collected in enumerate(of_replica):
+    for replica, collected in of_replica.items():
         for family in collected:
             joint = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            joint.samples += [s._replace(labels={**s.labels, "replica": str(place)}) for s in family.samples]
+            joint.samples += [s._replace(labels={**s.labels, "replica": replica}) for s in family.samples]
     yield from families.values()
 
 
@@ -44,7 +44,7 @@ class TritonMetrics:
     """``GET /metrics`` on the Unix socket ``path``, answered by asking each of the ``sockets`` at that moment; a
     context manager."""
 
-    def __init__(self, path: Path, sockets: Callable[[], list[Path]]) -> None:
+    def __init__(self, path: Path, sockets: Callable[[], dict[str, Path]]) -> None:
         self._sockets = sockets
 
         class Handler(UnixHandler):
@@ -54,7 +54,7 @@ class TritonMetrics:
         self._server = UnixServer(path, Handler)
 
     def collect(self) -> Iterator[Metric]:
-        return merged(scraped(socket) for socket in self._sockets())
+        return merged({replica: scraped(socket) for replica, socket in self._sockets().items()})
 
     def __enter__(self) -> TritonMetrics:
         self._server.start()

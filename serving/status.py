@@ -29,18 +29,20 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class FleetCollector:
-    """Metrics of all servers of a fleet as one registry's: those of several by the label ``replica``, from 0."""
+    """Metrics of all servers of a fleet as one registry's: those of several by the label ``replica``, from 0, and
+    "trial"."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
     def collect(self) -> Iterator[Metric]:
         yield from self._fleet.registry.collect()
-        registries = [replica.watchdog.metrics.registry for replica in list(self._fleet.replicas)]
+        registries = {name: replica.watchdog.metrics.registry for name, replica in self._fleet.by_name().items()}
         if len(registries) == 1:
-            yield from registries[0].collect()
+            (registry,) = registries.values()
+            yield from registry.collect()
             return
-        yield from merged(registry.collect() for registry in registries)
+        yield from merged({name: registry.collect() for name, registry in registries.items()})
 
 
 def status_app(fleet: Fleet) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:

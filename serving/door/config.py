@@ -43,7 +43,8 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
             ]
         },
     }
-    if name in (RECOMMEND, OTHERS, TRIAL):  # who does not say that it lives is left out, where another does
+    # not of TRIAL: an aggregate keeps the health that an endpoint had when it came, so its watchdog takes it out and in
+    if name in (RECOMMEND, OTHERS):  # who does not say that it lives is left out, where another does
         live = {"path": "/v2/health/live"}
         seldom = {"timeout": "0.5s", "interval": "0.25s", "unhealthy_threshold": 2, "healthy_threshold": 1}
         cluster["ignore_health_on_host_removal"] = True

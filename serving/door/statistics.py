@@ -22,6 +22,7 @@ BOUNDS = (*(str(ms / 1000) for ms in BUCKETS_MS), "+Inf")
 MODELS = (contract.ENSEMBLE, contract.APPEND_EVENT, contract.UPDATE_STORE)
 PROTOCOLS = ("grpc", "http")  # names of the door's listeners
 CODES = ("200", "500", "503", "504")  # there from the start, so that the first failure is an increase
+TRIAL = "trial"  # name of the route of a version on trial (``serving.door.routes.ON_TRIAL``)
 _ROUTE = r"vhost\.(grpc|http)\.route\.\w+\.upstream_rq_"
 _KEPT = (rf"{_ROUTE}time", rf"{_ROUTE}[1-5]\d\d", r"http\.(grpc|http)\.downstream_rq_rx_reset")
 PAGE = "/stats?format=prometheus&filter=^vhost%5C.|downstream_rq_rx_reset$"
@@ -56,31 +57,35 @@ class DoorStatistics:
 
 
 def from_page(text: str) -> Iterator[Metric]:
-    """``vivace_request_seconds`` (model, protocol), ``vivace_requests_total`` (model, protocol, code) and
-    ``vivace_requests_hung_up_total`` (protocol) of a page in Prometheus' format. A bucket holds the calls that took
-    less than its bound: Envoy rounds down to whole milliseconds. It tells the histogram every five seconds."""
-    buckets = {(m, p): dict.fromkeys(BOUNDS, 0.0) for m in MODELS for p in PROTOCOLS}
+    """``vivace_request_seconds`` (model, protocol, variant), ``vivace_requests_total`` (model, protocol, variant, code)
+    and ``vivace_requests_hung_up_total`` (protocol) of a page in Prometheus' format; variant "trial": answered by a
+    version on trial. A bucket holds the calls that took less than its bound: Envoy rounds down to whole milliseconds.
+    It tells the histogram every five seconds."""
+    buckets = {(m, p, ""): dict.fromkeys(BOUNDS, 0.0) for m in MODELS for p in PROTOCOLS}
     sums = dict.fromkeys(buckets, 0.0)
-    answers = {(m, p, code): 0.0 for m, p in buckets for code in CODES}
+    answers = {(*key, code): 0.0 for key in buckets for code in CODES}
     hung_up: dict[str, float] = defaultdict(float)
     for sample in (s for family in text_string_to_metric_families(text) for s in family.samples):
         name, labels = sample.name, sample.labels
-        key = labels.get("envoy_route", ""), labels.get("envoy_virtual_host", "")
+        route, protocol = labels.get("envoy_route", ""), labels.get("envoy_virtual_host", "")
+        key = (contract.ENSEMBLE, protocol, TRIAL) if route == TRIAL else (route, protocol, "")
         if name.endswith("_rq_time_bucket"):
             bound = labels["le"]
-            buckets[key][bound if bound == "+Inf" else str(float(bound) / 1000)] = sample.value
+            buckets.setdefault(key, dict.fromkeys(BOUNDS, 0.0))[
+                bound if bound == "+Inf" else str(float(bound) / 1000)
+            ] = sample.value
         elif name.endswith("_rq_time_sum"):
             sums[key] = sample.value / 1000
         elif code := labels.get("envoy_response_code"):
             answers[*key, code] = sample.value
         elif "_rq_rx_reset" in name:
             hung_up[labels["envoy_http_conn_manager_prefix"]] += sample.value
-    labels_of = ["model", "protocol"]
+    labels_of = ["model", "protocol", "variant"]
     seconds = HistogramMetricFamily(
         "vivace_request_seconds", "From the whole request to the whole answer", labels=labels_of
     )
     for key, counts in buckets.items():
-        seconds.add_metric(list(key), list(counts.items()), sums[key])
+        seconds.add_metric(list(key), list(counts.items()), sums.get(key, 0.0))
     requests = CounterMetricFamily("vivace_requests", "Calls that were answered", labels=[*labels_of, "code"])
     for of, value in answers.items():
         requests.add_metric(list(of), value)

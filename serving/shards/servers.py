@@ -132,6 +132,45 @@ class ShardServers:
         each.server.stop()
 
 
+class ShardGroups:
+    """The shards that a process started, by the version that they are of."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._groups = say, dict[Path, ShardServers]()
+
+    def told(self, options: ServerOptions, aside: bool) -> ServerOptions:
+        """``options`` with where the shards of its version are; they are started where nobody named others. Raises
+        ServerError."""
+        release = options.repository.resolve()
+        count = shard_count(release) if options.shard is None else 0
+        if options.shards:
+            check_hosts(options, self._say)
+        if options.shards or not count:
+            return options
+        check_stages(release, options.profile)
+        if release not in self._groups:
+            self._say(f"starting {count} shards" + (f", {options.shard_twins} of each" * (options.shard_twins > 1)))
+            self._groups[release] = ShardServers(replace(options, repository=release), self._say, aside)
+        return replace(options, shards=str(self._groups[release].addresses))
+
+    @property
+    def servers(self) -> list[ShardServer]:
+        return [each for group in list(self._groups.values()) for each in group.servers]
+
+    def report(self) -> list[dict[str, object]]:
+        """Of each server, for ``/health``."""
+        return [report for group in list(self._groups.values()) for report in group.report()]
+
+    def begin_stop(self) -> None:
+        for group in self._groups.values():
+            group.begin_stop()
+
+    def drop(self, but: set[Path]) -> None:
+        """Ends the shards of all versions but those."""
+        for release in set(self._groups) - but:
+            self._groups.pop(release).stop()
+
+
 def as_shard(options: ServerOptions, shard: int, log: Path | None) -> ServerOptions:
     """Those of a shard on this machine of a server with ``options``."""
     return replace(

@@ -29,6 +29,7 @@ from vivace.cli.publish import publish, rollback, scale, versions
 from vivace.cli.query import query
 from vivace.cli.refresh import refresh
 from vivace.cli.report import report_compress
+from vivace.cli.rollout import rollout
 from vivace.cli.serve import serve
 from vivace.cli.store import store
 from vivace.cli.train import train
@@ -94,6 +95,7 @@ for panel, verbs in PANELS.items():
         app.command(verb.__name__.rstrip("_").replace("_", "-"), rich_help_panel=panel, help=text)(verb)
 app.add_typer(items, name="items", help="Change the catalogue of the running server.", rich_help_panel="Serving")
 app.add_typer(keys, name="keys", help="Keys of those who may call a server.", rich_help_panel="Serving")
+app.add_typer(rollout, name="rollout", help="Try a version on a share of the users.", rich_help_panel="Serving")
 app.add_typer(store, name="store", help="Move the store that a server keeps.", rich_help_panel="Serving")
 app.add_typer(reports, name="report", help="Pages that show what was measured.", rich_help_panel="Looking")
 reports.command("compress")(report_compress)

@@ -24,7 +24,7 @@ def publish(
     too. Where one of them does not come up with it, answers otherwise than whole, or is far slower, all stay as they
     are."""
     run = find_run(artifacts, name)
-    release = _release(run, to)
+    release = release_of(run, to)
     serve_version(run, release, artifacts)
 
 
@@ -47,7 +47,7 @@ def rollback(
         if not earlier:
             raise ValueError(f"rollback: no version before {current} is kept; nothing to go back to")
         to = earlier[0]
-    serve_version(run, _release(run, to), artifacts)
+    serve_version(run, release_of(run, to), artifacts)
 
 
 def versions(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS) -> None:
@@ -64,7 +64,7 @@ def versions(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS) -> None:
     for release in releases(run.repository):
         number, card = version_of(release), _card(release)
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime((release / CHECKSUMS).stat().st_mtime))
-        by = ", ".join(f"process {s.pid}" for s in servers if s.state["version"] == number)
+        by = ", ".join(words for s in servers if (words := _serves(s.pid, s.state, number)))
         table.add_row(
             str(number), made, str(card.get("ranking", {}).get("commit", ""))[:8], str(card.get("precision", "")),
             _ndcg(card), by, "yes" if number == chosen else "",
@@ -125,7 +125,8 @@ def serve_version(run: Run, release: Path, artifacts: Path, before: Path | None 
         say_next("serve", run, artifacts)
 
 
-def _release(run: Run, version: int) -> Path:
+def release_of(run: Run, version: int) -> Path:
+    """Folder of a published version (0: the newest). Raises ValueError that names those there are."""
     from serving.releases import releases, version_of
 
     _check_published(run)
@@ -138,6 +139,14 @@ def _release(run: Run, version: int) -> Path:
 def _check_published(run: Run) -> None:
     if not run.repository.is_symlink():
         raise FileNotFoundError(f"{run.root.name}: no version yet; run 'vivace compile --name {run.root.name}' first")
+
+
+def _serves(pid: int, state: dict[str, Any], version: int) -> str:
+    """How a running server serves a version, in words; "" where it does not."""
+    trial = state.get("rollout")
+    if trial and trial["version"] == version and not trial["result"]:
+        return f"process {pid}, {100 * trial['share']:.4g} % of the users"
+    return f"process {pid}" if state["version"] == version else ""
 
 
 def _card(release: Path) -> dict[str, Any]:

@@ -122,6 +122,17 @@ def duration(text: str) -> str:
     return str(int(text[:-1]) * SECONDS[text[-1]]) if text else text
 
 
+def percentages(text: str) -> tuple[float, ...]:
+    """Shares of numbers in per cent above 0 to 100, each no smaller than the one before, by commas: "1,5%,25"."""
+    try:
+        numbers = tuple(float(part.strip().removesuffix("%")) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(0 < n <= 100 for n in numbers) or list(numbers) != sorted(numbers):
+        raise typer.BadParameter(f"expected per cent above 0 to 100, no step smaller than the last, got {text!r}")
+    return tuple(n / 100 for n in numbers)
+
+
 def json_object(text: str) -> dict[str, Any] | None:
     """A JSON object written on the command line; None for ""."""
     if isinstance(text, dict) or not text:

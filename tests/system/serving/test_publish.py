@@ -165,9 +165,20 @@ def test_the_command_line_publishes_goes_back_and_says_who_serves_what(run, tmp_
     with serving(run.root, tmp_path) as process:
         publish_with_other_items(run)
         second = newest(run)
-        done = vivace("publish", *where)
+        done = vivace("rollout", "start", "--canary", "5,50", *where)
+        assert done.returncode == 0 and "answers 0.05 of the users" in done.stdout, done.stdout + done.stderr
+        shown = vivace("versions", *where).stdout
+        assert (
+            "5 % of the users" in " ".join(shown.split())
+            and "step 1 of 2" in vivace("rollout", "status", *where).stdout
+        )
+        busy = vivace("publish", "--to", first.name[-1], *where)
+        assert busy.returncode == 0, busy.stderr  # it is served already
+        done = vivace("rollout", "promote", *where)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert f"{second.name}: takes what comes" in done.stdout and "1 running server;" in done.stdout
+        assert f"{second.name}: takes what comes" in done.stdout and run.repository.resolve() == second
+        over = vivace("rollout", "stop", *where)
+        assert over.returncode == 1 and "no version is on trial" in over.stderr
         (server,) = running_servers(run)
         assert server.pid == process.pid and server.state["release"] == str(second)
         shown = vivace("versions", *where).stdout

@@ -18,6 +18,7 @@ from serving.acceptance import Acceptance
 from serving.fleet import Fleet
 from serving.releases import releases
 from serving.runtime.sharded import merged, rows_of_shards
+from serving.shard_addresses import ShardAddresses
 from serving.shards.calls import RemoteShards
 from serving.shards.servers import check_hosts
 from serving.wheel import ServerError
@@ -75,7 +76,7 @@ def served(run, root):
 
 def test_answers_are_those_of_one_server_bit_for_bit(served):
     fleet, users, by_one = served
-    assert len(fleet.shard_servers) == 2 * SHARDS and all(not each.fault() for each in fleet.shard_servers)
+    assert len(fleet.shards.servers) == 2 * SHARDS and all(not each.fault() for each in fleet.shards.servers)
     assert answers(fleet, users) == by_one
 
 
@@ -93,8 +94,7 @@ def test_equal_scores_are_ordered_as_by_one_graph(run, served):
     (encoder,) = fleet.release.glob(f"{contract.RETRIEVAL}/*/encoder.onnx")
     state, *_ = open_session(encoder).run(None, {k: v for k, v in given.items() if k != s.exclude.name})
     state_BD = state if state.ndim == 2 else state[:, -1]
-    (servers,) = fleet._shards.values()
-    with contextlib.closing(RemoteShards(servers.addresses, version, s, wait_s=5.0)) as shards:
+    with contextlib.closing(RemoteShards(addresses_of(fleet), version, s, wait_s=5.0)) as shards:
         parts, missing = shards(state_BD, rows_of_shards(seen_ids(list(history_BT), s.seen), SHARDS))
     assert missing == ""
     together = merged(parts, 16, s.candidates)
@@ -103,7 +103,7 @@ def test_equal_scores_are_ordered_as_by_one_graph(run, served):
 
 def test_a_hung_shard_is_left_to_its_twin_then_left_out_and_comes_back(run, served):
     fleet, users, by_one = served
-    hung = [each for each in fleet.shard_servers if each.shard == 1]
+    hung = [each for each in fleet.shards.servers if each.shard == 1]
     names = dict(zip(fleet_items(run), range(10_000), strict=False))
     user = by_one.index(max(by_one, key=lambda a: len(a[0])))
     try:
@@ -126,12 +126,12 @@ def test_a_hung_shard_is_left_to_its_twin_then_left_out_and_comes_back(run, serv
 
 def test_a_dead_shard_is_named_and_started_again(served):
     fleet, users, by_one = served
-    for each in fleet.shard_servers:
+    for each in fleet.shards.servers:
         os.kill(each.server.pid, signal.SIGKILL)
     (items, _, status), *_ = answers(fleet, users[:1])
     assert items and status.startswith("degraded: shards: popular items, without 2 of 2: 0 (does not answer), 1")
     wait_until(lambda: answers(fleet, users[:1]) == by_one[:1], "all shards again")
-    wait_until(lambda: all(not each.fault() for each in fleet.shard_servers), "well shards")
+    wait_until(lambda: all(not each.fault() for each in fleet.shards.servers), "well shards")
     registry = fleet.registry
     for shard, twin in (("0", "0"), ("1", "1")):
         labels = {"shard": shard, "twin": twin}
@@ -141,14 +141,13 @@ def test_a_dead_shard_is_named_and_started_again(served):
 
 def test_shards_elsewhere_are_asked_before_anything_starts(run, served):
     fleet, *_ = served
-    (servers,) = fleet._shards.values()
     second = fleet.release
-    good = str(servers.addresses)
+    good = str(addresses_of(fleet))
     said: list[str] = []
     check_hosts(on_free_ports(second, shards=good), said.append)
     check_hosts(on_free_ports(second, shards=f"{good.split(',')[0]},127.0.0.1:9"), said.append)
     assert len(said) == 1 and said[0].startswith("shard 1 at 127.0.0.1:9: does not answer")
-    with contextlib.closing(RemoteShards(servers.addresses, "9", run.shapes(), wait_s=5.0)) as other:
+    with contextlib.closing(RemoteShards(addresses_of(fleet), "9", run.shapes(), wait_s=5.0)) as other:
         assert other.ask_once() == {0: "has another version", 1: "has another version"}
     faults = {
         good.split(",")[0]: "the addresses of 2 shards",
@@ -160,6 +159,11 @@ def test_shards_elsewhere_are_asked_before_anything_starts(run, served):
             check_hosts(on_free_ports(second, shards=shards), quiet)
     with pytest.raises(ServerError, match="no shards"):
         check_hosts(on_free_ports(releases(run.repository)[0], shards=good), quiet)
+
+
+def addresses_of(fleet: Fleet) -> ShardAddresses:
+    """Of the running shards, as the server in front was told."""
+    return ShardAddresses.parse(fleet.replicas[0].server.options.shards, SHARDS)
 
 
 def fleet_items(run: Run) -> list[str]:

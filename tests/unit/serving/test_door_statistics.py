@@ -34,7 +34,7 @@ def samples(page: str) -> dict[tuple[str, ...], float]:
     registry.register(DoorStatistics(lambda path: page))
     text = generate_latest(registry).decode()
     return {
-        (s.name, *(v for _, v in sorted(s.labels.items()))): s.value
+        (s.name, *(v for _, v in sorted(s.labels.items()) if v)): s.value
         for family in text_string_to_metric_families(text)
         for s in family.samples
     }
@@ -49,6 +49,14 @@ def test_a_page_becomes_buckets_in_seconds_codes_and_callers_that_left():
     assert values["vivace_request_seconds_sum", "recommend", "grpc"] == pytest.approx(5.2505)
     assert values["vivace_requests_total", "503", "recommend", "grpc"] == 1
     assert values["vivace_requests_hung_up_total", "http"] == 4
+
+
+def test_calls_of_a_version_on_trial_are_those_of_recommend_under_its_variant():
+    values = samples(PAGE.replace('envoy_route="recommend"', 'envoy_route="trial"'))
+    assert values["vivace_request_seconds_bucket", "0.01", "recommend", "grpc", "trial"] == 7
+    assert values["vivace_request_seconds_count", "recommend", "grpc", "trial"] == 11
+    assert values["vivace_requests_total", "503", "recommend", "grpc", "trial"] == 1
+    assert values["vivace_request_seconds_count", "recommend", "grpc"] == 0
 
 
 def test_what_never_happened_counts_from_zero():

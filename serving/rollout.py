@@ -1,0 +1,274 @@
+"""A version on trial: a share of the users gets it, step by step, and it goes by itself where it does worse.
+
+What is compared is what the two tritonservers count themselves in the same seconds: refused and failed calls, the mean
+time of a call, and answers that are not whole. Users are dealt by a hash (``serving.door.rollout``), so both see the
+same kind of callers; the health checks of both, about one call a second, are counted too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import Metric
+
+from serving.door.rollout import Split
+from serving.fleet import Accept, Fleet
+from serving.merged_metrics import scraped
+from serving.releases import version_of
+from serving.wheel import ServerError
+from vivace import contract
+
+LOOK_S = 1.0
+WINDOW_S = 30.0
+ILL_S = 3.0  # a version on trial may be unwell for so long
+SURE = 3.0  # standard errors that a share must be beyond chance
+KEPT = 50  # lines of what happened
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a version is tried."""
+
+    version: int
+    salt: str
+    """Deals the users; another salt, other users."""
+    shares: tuple[float, ...] = (0.05,)
+    """Of the users, one step after the other, above 0 to 1."""
+    wait_s: float = 600.0
+    """How long a step lasts at least; it goes on until ``least`` calls came as well."""
+    promote: bool = False
+    """After the last step the version is served to everyone; else that waits for a word."""
+    shadow: float = 0.0
+    """Of all other calls the version gets a copy of this share; nobody sees its answers."""
+    least: int = 50
+    """Calls in the last 30 s that a judgement needs."""
+    more_errors: float = 0.01
+    """Share of calls that may fail beyond those of the served version."""
+    slower: float = 1.5
+    """Times the served version's mean time that a call may take, where that is more than 2 ms longer."""
+    more_partial: float = 0.05
+    """Share of answers that may be less than whole, or for want of a known history, beyond the served version's."""
+
+    def __post_init__(self) -> None:
+        Split(self.salt, 0.0)
+        if not self.shares or not all(0 < share <= 1 for share in self.shares):
+            raise ValueError(f"shares: expected shares above 0 to 1, got {self.shares}")
+        if list(self.shares) != sorted(self.shares):
+            raise ValueError(f"shares: expected each step to be as large as the one before, got {self.shares}")
+        for name in ("wait_s", "shadow", "more_errors", "more_partial"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.shadow > 1 or self.slower < 1 or self.least < 1:
+            raise ValueError(
+                f"expected a shadow of at most 1, slower of at least 1 and least of at least 1, got {self.shadow:g}, "
+                f"{self.slower:g}, {self.least}"
+            )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a server has counted since it began, of ``recommend``: calls, those of them that failed, seconds that the
+    others took; rows answered, those that were not answered whole."""
+
+    calls: float = 0.0
+    failed: float = 0.0
+    seconds: float = 0.0
+    rows: float = 0.0
+    partial: float = 0.0
+
+    def __sub__(self, earlier: Sample) -> Sample:
+        before = asdict(earlier)
+        return Sample(**{name: max(value - before[name], 0.0) for name, value in asdict(self).items()})
+
+    def __add__(self, other: Sample) -> Sample:
+        more = asdict(other)
+        return Sample(**{name: value + more[name] for name, value in asdict(self).items()})
+
+    @property
+    def mean_ms(self) -> float:
+        return 1000 * self.seconds / max(self.calls - self.failed, 1)
+
+    @classmethod
+    def of(cls, families: list[Metric]) -> Sample:
+        """Of a tritonserver's page of metrics."""
+        done = failed = seconds = rows = partial = 0.0
+        for sample in (s for family in families for s in family.samples):
+            of_model = sample.labels.get("model") == contract.ENSEMBLE
+            if sample.name == "nv_inference_request_success_total" or sample.name == "nv_inference_request_success":
+                done += sample.value * of_model
+            elif sample.name.startswith("nv_inference_request_failure"):
+                failed += sample.value * of_model
+            elif sample.name.startswith("nv_inference_request_duration_us"):
+                seconds += sample.value * of_model / 1e6
+            elif sample.name == "vivace_answers_total":
+                rows += sample.value
+                partial += sample.value * (sample.labels.get("how") != "full")
+        return cls(done + failed, failed, seconds, rows, partial)
+
+
+def beyond(part: float, whole: float, part_of_served: float, whole_of_served: float) -> tuple[float, float]:
+    """(difference of two shares, in standard errors too, by the share of both together)."""
+    if not whole or not whole_of_served:
+        return 0.0, 0.0
+    more = part / whole - part_of_served / whole_of_served
+    both = (part + part_of_served) / (whole + whole_of_served)
+    error = math.sqrt(both * (1 - both) * (1 / whole + 1 / whole_of_served))
+    return more, more / error if error else 0.0
+
+
+def fault(plan: Plan, trial: Sample, served: Sample) -> str:
+    """Why a version on trial has to go, by what both counted in the same seconds; "" where it may stay."""
+    if trial.calls < plan.least or served.calls < plan.least:
+        return ""
+    more, errors = beyond(trial.failed, trial.calls, served.failed, served.calls)
+    if more > plan.more_errors and errors > SURE:
+        return (
+            f"{trial.failed:.0f} of {trial.calls:.0f} calls failed, of the served version {served.failed:.0f} of "
+            f"{served.calls:.0f}"
+        )
+    more, errors = beyond(trial.partial, trial.rows, served.partial, served.rows)
+    if more > plan.more_partial and errors > SURE:
+        return (
+            f"{trial.partial:.0f} of {trial.rows:.0f} answers were not whole, of the served version "
+            f"{served.partial:.0f} of {served.rows:.0f}"
+        )
+    if trial.mean_ms > max(plan.slower * served.mean_ms, served.mean_ms + 2.0):
+        return f"a call takes {trial.mean_ms:.1f} ms, and {served.mean_ms:.1f} ms in the served version"
+    return ""
+
+
+class Rollout:
+    """One trial in a fleet, from its start to its end. All methods are called by the thread that lives as long as the
+    servers. ``state`` is for those who ask."""
+
+    def __init__(self, fleet: Fleet, plan: Plan, say: Callable[[str], None]) -> None:
+        self.fleet, self.plan, self._say = fleet, plan, say
+        self.result = ""  # how it ended
+        self._step, self._since, self._in_step = 0, time.monotonic(), 0.0
+        self._due, self._well = 0.0, time.monotonic()
+        self._seen: deque[tuple[float, Sample, Sample]] = deque()  # time, trial, served
+        self._door_pid = 0
+        self._lines: deque[str] = deque(maxlen=KEPT)
+
+    def start(self, release: Path, accept: Accept, say: Callable[[str], None]) -> None:
+        """Brings the version up and sends it its first users. Raises ServerError, DamagedError or ValueError where it
+        does not come up or is not accepted."""
+        self.fleet.begin_trial(release, accept, say)
+        self._note(f"version {self.plan.version}: {self._words()}")
+        say(self._lines[-1])
+        self._apply()
+
+    def look(self) -> bool:
+        """Judges, and takes the next step when it is due; whether all steps are over and the version shall be served to
+        everyone."""
+        now = time.monotonic()
+        if self.result or now < self._due:
+            return False
+        self._due = now + LOOK_S
+        if self.fleet.door is not None and self.fleet.door.running() and self.fleet.door.pid != self._door_pid:
+            self._apply()  # an Envoy that was started again
+        trial = self.fleet.trial
+        if trial is None:
+            return False
+        if trial.watchdog.health.ready:
+            self._well = now
+        elif now - self._well > ILL_S:
+            faults = {part: why for part, why in trial.watchdog.health.faults.items() if why}
+            self.stop(f"not well for {ILL_S:.0f} s: {faults}")
+            return False
+        trial_seen, served_seen = self._window(now)
+        if why := fault(self.plan, trial_seen, served_seen):
+            self.stop(why)
+            return False
+        enough = self._seen[-1][1].calls - self._in_step >= self.plan.least
+        if now - self._since < self.plan.wait_s or not enough:
+            return False
+        if self._step + 1 == len(self.plan.shares):
+            return self.plan.promote
+        self._step, self._since, self._in_step = self._step + 1, now, self._seen[-1][1].calls
+        self._apply()
+        self._note(f"version {self.plan.version}: {self._words()}")
+        return False
+
+    def stop(self, why: str) -> None:
+        """Sends its users back to the served version and ends the version's server. Nobody's call is lost."""
+        self.fleet.end_trial(self._say)
+        self.result = f"version {self.plan.version} is on trial no more: {why}"
+        self._note(self.result)
+
+    def give_up(self, why: str) -> None:
+        """The version could not be served to everyone: its users stay with it, and no further try is made."""
+        self.plan = replace(self.plan, promote=False)
+        self._note(f"version {self.plan.version} stays on trial: {why}")
+
+    def promoted(self) -> None:
+        """Ends the trial of a version that is served to everyone now."""
+        self.fleet.end_trial(self._say)
+        self.result = f"version {self.plan.version} is served to everyone"
+        self._note(self.result)
+
+    def state(self) -> dict[str, Any]:
+        """For ``vivace rollout status``."""
+        trial, served, window_s = Sample(), Sample(), 0.0
+        if self._seen:
+            (began, *first), (now, *last) = self._seen[0], self._seen[-1]
+            trial, served, window_s = last[0] - first[0], last[1] - first[1], now - began
+        return {
+            "version": self.plan.version,
+            "share": 0.0 if self.result else self.plan.shares[self._step],
+            "shadow": 0.0 if self.result else self.plan.shadow,
+            "step": self._step + 1,
+            "steps": len(self.plan.shares),
+            "step_s": round(time.monotonic() - self._since, 1),
+            "salt": self.plan.salt,
+            "result": self.result,
+            "window_s": round(window_s, 1),
+            "trial": asdict(trial) | {"mean_ms": trial.mean_ms},
+            "served": asdict(served) | {"mean_ms": served.mean_ms},
+            "lines": list(self._lines),
+        }
+
+    # -- parts ---------------------------------------------------------------------------------------
+    def _words(self) -> str:
+        share, plan = self.plan.shares[self._step], self.plan
+        shadow = f", a copy of {plan.shadow:.0%} of the other calls" if plan.shadow else ""
+        return f"step {self._step + 1} of {len(plan.shares)}: answers {share:.4g} of the users{shadow}"
+
+    def _note(self, line: str) -> None:
+        self._lines.append(f"{time.strftime('%H:%M:%S')} {line}")
+        self._say(line)
+
+    def _apply(self) -> None:
+        door = self.fleet.door
+        if door is None:
+            raise ServerError("rollout: expected the guard, which deals the users; leave --no-guard out")
+        door.split(Split(self.plan.salt, self.plan.shares[self._step]), self.plan.shadow)
+        self._door_pid = door.pid
+
+    def _window(self, now: float) -> tuple[Sample, Sample]:
+        """What was counted in the last ``WINDOW_S``, by the version on trial and by the served one."""
+        assert self.fleet.trial is not None
+        trial = Sample.of(_page(self.fleet.trial.server.sockets))
+        served = sum((Sample.of(_page(r.server.sockets)) for r in self.fleet.replicas), Sample())
+        self._seen.append((now, trial, served))
+        while len(self._seen) > 2 and now - self._seen[0][0] > WINDOW_S:
+            self._seen.popleft()
+        if len(self._seen) == 1:
+            self._in_step = trial.calls
+        first = self._seen[0]
+        return trial - first[1], served - first[2]
+
+
+def _page(sockets: Any) -> list[Metric]:
+    return scraped(sockets.metrics) if sockets is not None else []
+
+
+def on_trial(fleet: Fleet) -> int:
+    """The version on trial; 0 for none."""
+    return 0 if fleet.trial is None else version_of(fleet.trial.server.release)

@@ -1,0 +1,208 @@
+"""A version on trial: who gets it, that nobody notices its death, and that one which does worse goes by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from serving.acceptance import Acceptance
+from serving.door.rollout import Split
+from serving.fleet import Fleet
+from serving.releases import seal
+from serving.rollout import Plan, Rollout, Sample, fault
+from serving.wheel import ServerError
+from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, wait_until
+from tests.system.serving.test_publish import answer, newest, ports_of
+from tests.system.serving.test_versions import HISTORY, publish_with_other_items, run
+from vivace import contract
+from vivace.run import Run
+
+__all__ = ["run"]  # the fixture
+USERS = [f"visitor {n}" for n in range(30)] + ["ünïcode-ß", "日本", "😀 smile", 'quote"d\\']
+
+
+class Visitors:
+    """One call after the other of many users over gRPC, while the block runs: (user, first items) of each."""
+
+    def __init__(self, port: int) -> None:
+        self.answers: list[tuple[str, list[str]]] = []
+        self.errors: list[str] = []
+        self._port, self._stop = port, threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(3)]
+
+    def _run(self, number: int) -> None:
+        with PatientClient(f"127.0.0.1:{self._port}") as client:
+            count = 0
+            while not self._stop.is_set():
+                user, count = f"caller {number} {count % 40}", count + 1
+                try:
+                    self.answers.append((user, client.recommend(user, HISTORY, 5).items))
+                except Exception as error:
+                    self.errors.append(str(error))
+
+    def __enter__(self) -> Visitors:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def over_json(port: int, user: str, escaped: bool, **parameters: str) -> tuple[list[str], str]:
+    """(items, header of the variant) of a call in plain JSON by someone who says that he is on trial."""
+    inputs = [
+        {"name": name, "datatype": kind, "shape": shape, "data": data}
+        for name, kind, shape, data in (
+            ("TOP_K", "INT32", [1, 1], [5]), ("HISTORY", "BYTES", [1, 2], [HISTORY]),
+            ("QUERY", "BYTES", [1, 1], [[""]]), ("USER_ID", "BYTES", [1, 1], [user]),
+        )
+    ]  # fmt: skip
+    body = json.dumps({"inputs": inputs, "parameters": parameters}, ensure_ascii=escaped).encode()
+    headers = {"x-vivace-variant": "trial", "x-vivace-rollout": "4294967296 mine"}
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}/v2/models/recommend/infer", body, headers)
+    with urllib.request.urlopen(asked, timeout=PATIENCE_S) as got:
+        outputs = {o["name"]: o["data"] for o in json.load(got)["outputs"]}
+        return outputs["ITEM_ID"], got.headers.get("x-vivace-variant", "")
+
+
+def test_a_share_of_the_users_gets_it_and_nobody_notices_its_death(run):
+    first = run.repository.resolve()
+    publish_with_other_items(run)
+    second = newest(run)
+    options = on_free_ports(first, guard=True)
+    with Fleet(options, quiet) as fleet:
+        served = answer(fleet)[0][:5]
+        split = Split("salt-3", 0.4)
+        rollout = Rollout(fleet, Plan(version=2, salt=split.salt, shares=(split.share,)), quiet)
+        rollout.start(second, Acceptance([]), quiet)
+        assert {split.takes(user) for user in USERS[-4:]} == {True, False}, "another salt: both kinds are wanted"
+        ports = ports_of(fleet)
+        with (
+            PatientClient(f"127.0.0.1:{ports['grpc']}") as grpc,
+            PatientClient(f"127.0.0.1:{ports['http']}", "http") as http,
+        ):
+            for n, user in enumerate(USERS):
+                answers = [grpc.recommend(user, HISTORY, 5).items, http.recommend(user, HISTORY, 5).items]
+                items, variant = over_json(ports["http"], user, escaped=bool(n % 2))
+                on_trial = [items != served for items in (*answers, items)]
+                assert on_trial == [split.takes(user)] * 3 and (variant == "trial") == split.takes(user), user
+            for session in USERS[:8]:  # anonymous: by their sessions, if they name one
+                assert over_json(ports["http"], "", True, session=session)[1] == ("trial" * split.takes(session))
+            assert grpc.recommend("", HISTORY, 5).items == served
+            with pytest.raises(ServerError, match=r"on trial; 'vivace rollout promote' or 'vivace rollout stop' first"):
+                fleet.serve(newest_of_another(run), Acceptance([]), quiet)
+            with Visitors(ports["grpc"]) as visitors:
+                wait_until(lambda: len(visitors.answers) > 100, "answers")
+                os.kill(fleet.trial.server.pid, signal.SIGKILL)
+                seen = len(visitors.answers)
+                wait_until(lambda: len(visitors.answers) > seen + 300 or visitors.errors, "answers after its death")
+                rollout.stop("the test has seen enough")
+                seen = len(visitors.answers)
+                wait_until(lambda: len(visitors.answers) > seen + 50, "answers after its end")
+            assert visitors.errors == []
+            given = {(split.takes(user), items != served) for user, items in visitors.answers}
+            assert {(True, True), (False, False)} <= given and (False, True) not in given
+            assert all(items == served for _, items in visitors.answers[seen + 3 :])
+        assert fleet.trial is None and list(fleet.by_name()) == ["0"]
+
+
+def newest_of_another(run: Run):
+    publish_with_other_items(run)
+    return newest(run)
+
+
+def slowed(run: Run) -> None:
+    """The newest version's ranker gets slower by a product of two large matrices, and answers the same."""
+    release = newest(run)
+    path = next(release.glob(f"{contract.RANKING}/*/model.onnx"))
+    graph = onnx.load(path)
+    output = graph.graph.output[1].name
+    for node in graph.graph.node:
+        node.output[:] = [f"{name}_sound" if name == output else name for name in node.output]
+    graph.graph.initializer.append(numpy_helper.from_array(np.ones((1200, 1200), np.float32), "large"))
+    graph.graph.initializer.append(helper.make_tensor("nothing", TensorProto.FLOAT, [], [0.0]))
+    graph.graph.node.extend(
+        [
+            helper.make_node("ReduceMax", [f"{output}_sound"], ["largest"], keepdims=0),
+            helper.make_node("Mul", ["large", "largest"], ["scaled"]),
+            helper.make_node("MatMul", ["scaled", "large"], ["product"]),
+            helper.make_node("ReduceMax", ["product"], ["one"], keepdims=0),
+            helper.make_node("Mul", ["one", "nothing"], ["zero"]),
+            helper.make_node("Add", [f"{output}_sound", "zero"], [output]),
+        ]
+    )
+    onnx.save(graph, path)
+    seal(release)
+
+
+def test_a_version_that_is_slower_goes_by_itself_and_says_why(run):
+    first = run.repository.resolve()
+    publish_with_other_items(run)
+    slowed(run)
+    lines: list[str] = []
+    with Fleet(on_free_ports(first, guard=True), quiet) as fleet, Visitors(ports_of(fleet)["grpc"]) as visitors:
+        rollout = Rollout(fleet, Plan(version=2, salt="s", shares=(0.5, 1.0), wait_s=300, least=20), lines.append)
+        rollout.start(newest(run), Acceptance([]), quiet)
+
+        def over() -> str:
+            assert not rollout.look()
+            time.sleep(0.1)
+            return rollout.result
+
+        wait_until(over, "the end of the trial")
+        seen = len(visitors.answers)
+        wait_until(lambda: len(visitors.answers) > seen + 20 or visitors.errors, "answers after its end")
+        state = rollout.state()
+    assert "a call takes" in rollout.result and rollout.result == state["result"] and state["share"] == 0
+    assert visitors.errors == [] and any(rollout.result in line for line in lines)
+
+
+SERVED = Sample(calls=1000, failed=2, seconds=9.98, rows=1000, partial=100)
+
+
+@pytest.mark.parametrize(
+    ("trial", "why"),
+    [
+        (Sample(100, 0, 1.0, 100, 10), ""),
+        (Sample(100, 1, 1.0, 100, 10), ""),  # one in a hundred: chance
+        (Sample(100, 5, 1.0, 100, 10), "5 of 100 calls failed, of the served version 2 of 1000"),
+        (Sample(49, 49, 0.0, 0, 0), ""),  # too few to judge by
+        (Sample(100, 0, 1.0, 100, 30), "30 of 100 answers were not whole, of the served version 100 of 1000"),
+        (Sample(100, 0, 1.4, 100, 10), ""),
+        (Sample(100, 0, 1.6, 100, 10), "a call takes 16.0 ms, and 10.0 ms in the served version"),
+    ],
+    ids=["as good", "one failure", "failures", "few", "partial", "a little slower", "slower"],
+)
+def test_what_a_version_on_trial_goes_for(trial, why):
+    assert fault(Plan(version=2, salt="s"), trial, SERVED) == why
+    fast = Sample(1000, 0, 2.0, 1000, 100)  # 2 ms and 3.5 ms: a difference that nobody waits for
+    assert fault(Plan(version=2, salt="s"), Sample(100, 0, 0.35, 100, 10), fast) == ""
+
+
+def test_users_are_dealt_evenly_and_independently_of_other_rollouts():
+    users = [f"user-{n}" for n in range(20_000)]
+    one, other = Split("a", 0.1), Split("b", 0.1)
+    taken = [one.takes(user) for user in users]
+    assert np.mean(taken) == pytest.approx(0.1, abs=0.01)
+    assert np.mean([other.takes(user) for user, t in zip(users, taken, strict=True) if t]) == pytest.approx(
+        0.1, abs=0.03
+    )
+    wider: Callable[[str], bool] = Split("a", 0.2).takes
+    assert all(wider(user) for user, t in zip(users, taken, strict=True) if t), "who is on trial stays in the next step"
+    assert not Split("a", 1.0).takes("") and Split("a", 1.0).takes("x") and not Split("a", 0.0).takes("x")
+    for wrong in ({"salt": "a b", "share": 0.1}, {"salt": "a", "share": 1.1}):
+        with pytest.raises(ValueError, match="expected"):
+            Split(**wrong)
