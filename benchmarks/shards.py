@@ -3,8 +3,8 @@
     python -m benchmarks.shards --items 1000000 --shards 1,2,4 --report shards.html
 
 A synthetic catalogue is dealt to real shard servers, which are asked one request after the other as the retrieval stage
-asks them, with 50 seen items. Beside it one shard is asked alone, and while another one is kept busy: from the last
-times only the simulation predicts what all shards take together, before that is compared. Then a shard of the size that
+asks them, with 50 seen items. Beside it one shard is asked alone, and while another one is kept busy: from those times
+alone the simulation predicts what all shards take together, before that is compared. Then a shard of the size that
 ``--simulated-items`` over ``--simulated-shards`` have is measured alone and put on as many machines. All take turns.
 The last line of stdout is one JSON object.
 """
@@ -150,8 +150,10 @@ def percentiles(ms: np.ndarray | list[float]) -> dict[str, float]:
 
 def measured_of(turns: list[dict[str, Any]]) -> Measured:
     """What the simulation is told: of one shard, nothing of several asked together."""
-    beside, call = np.concatenate([t["beside"] for t in turns]), float(np.median([t["call"] for t in turns]))
-    return Measured(service=(beside - call).tolist(), call=call)
+    alone = np.concatenate([t["alone"] for t in turns])
+    call = float(np.median([t["call"] for t in turns]))
+    slowed = float(np.median([np.median(t["beside"]) / np.median(t["alone"]) for t in turns]))
+    return Measured(service=(alone - call).tolist(), call=call, slowed=max(1.0, slowed))
 
 
 def predicted(turns: list[dict[str, Any]], shards: int) -> np.ndarray:
@@ -170,8 +172,8 @@ def compared(turns: list[dict[str, Any]], told: np.ndarray | None, mib: list[int
         "measured": got, "predicted": expected,
         "off": expected and {q: round(expected[q] / got[q] - 1, 3) for q in got},
         "measured_p50_by_turn": spread([float(np.median(t["together"])) for t in turns]),
-        **{what: percentiles(np.concatenate([t[what] for t in turns])) for what in ("alone", "beside")},
-        "call_ms": round(model.call, 3), "mib": mib,
+        "alone": percentiles(np.concatenate([t["alone"] for t in turns])),
+        "call_ms": round(model.call, 3), "slowed": round(model.slowed, 3), "mib": mib,
     }  # fmt: skip
 
 

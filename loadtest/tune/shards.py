@@ -17,13 +17,14 @@ class Measured:
     """Milliseconds, as measured of a shard of one size."""
 
     service: Sequence[float]
-    """From the question to the answer of a shard that nobody else asks, without the work of who asks; where others are
-    on its machine, while as many of them as it has cores to spare are at work."""
+    """From the question to the answer of a shard that nobody else asks, beside the work of who asks."""
     call: float
     """Processor time of who asks, a question."""
+    slowed: float = 1.0
+    """Times as long while other shards of the machine are at work: they share its memory's bandwidth."""
 
 
-def shared_finish(release_S: np.ndarray, work_S: np.ndarray, cores: int) -> float:
+def shared_finish(release_S: np.ndarray, work_S: np.ndarray, cores: int, slowed: float) -> float:
     """When the last of the jobs is done that a machine's cores are shared among evenly (processor sharing)."""
     left, now, done = work_S.astype(float), 0.0, np.zeros(len(work_S), bool)
     while not done.all():
@@ -34,7 +35,7 @@ def shared_finish(release_S: np.ndarray, work_S: np.ndarray, cores: int) -> floa
             now = next_release
             continue
         count = int(active.sum())
-        speed = min(1.0, cores / count)
+        speed = min(1.0, cores / count) / (slowed if count > 1 else 1.0)
         step = min(left[active].min() / speed, next_release - now)
         left[active] -= step * speed
         now += step
@@ -49,7 +50,7 @@ def on_one_machine(measured: Measured, shards: int, cores: int, requests: int = 
     rng = np.random.default_rng(seed)
     work_RS = rng.choice(np.asarray(measured.service), (requests, shards))
     release_S = measured.call / 2 * np.arange(1, shards + 1)
-    ends = [shared_finish(release_S, work_S, cores) for work_S in work_RS]
+    ends = [shared_finish(release_S, work_S, cores, measured.slowed) for work_S in work_RS]
     return np.array(ends) + measured.call / 2
 
 

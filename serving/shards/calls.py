@@ -34,6 +34,7 @@ MOST_HEDGED, HEDGES_AT_ONCE = (
     4.0,
 )  # share of a shard's questions that are asked twice: where all are slow, more of
 # them would make all slower; and how many may be in a row
+RESCUE_SHARE = 0.5  # of the wait: a shard that has not answered by then is asked at its twin, whatever the bounds say
 TIMES, LEARN_EVERY = 512, 32  # times that are remembered, and how often the percentile is taken of them
 LATE_IN_A_ROW = 3  # answers that come too late until a server is not waited for
 PROBE_S, PROBE_WAIT_S = 0.25, 1.0
@@ -105,14 +106,14 @@ class RemoteShards:
             turned.sort(key=lambda endpoint: endpoint.late > 0)  # whoever still owes an answer comes last
             asking.append(_Asking([e for e in turned if not e.down], next((e.down for e in twins if e.down), SILENT)))
             self._ask(asking[shard], whose, state_BD, seen[shard])
-        end, hedge_at = began + self.wait_s, began + self.hedge_s
+        hedge_at, rescue_at, end = (began + s for s in (self.hedge_s, self.wait_s * RESCUE_SHARE, self.wait_s))
         while open_ := [shard for shard, a in enumerate(asking) if answers[shard] is None and a.pending]:
             now = time.monotonic()
             if now >= end:
                 break
-            hedging = now < hedge_at and any(asking[shard].left for shard in open_)
             waited = {future for shard in open_ for future in asking[shard].pending}
-            done, _ = wait(waited, (min(hedge_at, end) if hedging else end) - now, FIRST_COMPLETED)
+            next_look = min(moment for moment in (hedge_at, rescue_at, end) if moment > now)
+            done, _ = wait(waited, next_look - now, FIRST_COMPLETED)
             for future in done:
                 endpoint = whose[future]
                 asked = asking[endpoint.shard]
@@ -121,14 +122,15 @@ class RemoteShards:
                     answers[endpoint.shard] = answer
                 elif not asked.pending:
                     self._ask(asked, whose, state_BD, seen[endpoint.shard])
-            if time.monotonic() >= hedge_at:
-                for shard in open_:
-                    if answers[shard] is None and not asking[shard].hedged and asking[shard].left:
-                        asking[shard].hedged = True
-                        if self._hedges[shard] >= 1:
-                            self._hedges[shard] -= 1
-                            self.counts[shard, "hedged"] += 1
-                            self._ask(asking[shard], whose, state_BD, seen[shard])
+            now = time.monotonic()
+            for shard in open_:
+                if (
+                    answers[shard] is None
+                    and now >= hedge_at
+                    and self._may_hedge(shard, asking[shard], now >= rescue_at)
+                ):
+                    self.counts[shard, "hedged"] += 1
+                    self._ask(asking[shard], whose, state_BD, seen[shard])
         self._give_up(asking, answers, whose)
         return answers, self._missing(asking, answers)
 
@@ -153,6 +155,16 @@ class RemoteShards:
             future = self._pool.submit(self._infer, endpoint, state, rows, self.wait_s)
             asked.pending.add(future)
             whose[future] = endpoint
+
+    def _may_hedge(self, shard: int, asked: _Asking, rescue: bool) -> bool:
+        """Whether a twin is asked now: once while there are hedges left, and where the call would soon do without."""
+        if not asked.left or (asked.hedged and not rescue):
+            return False
+        asked.hedged = True
+        if self._hedges[shard] >= 1:
+            self._hedges[shard] -= 1
+            return True
+        return rescue
 
     def _infer(self, endpoint: Endpoint, state: np.ndarray, rows: np.ndarray, wait_s: float) -> Answer:
         inputs = []

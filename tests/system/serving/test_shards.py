@@ -31,7 +31,7 @@ from vivace.masks import excluded, seen_ids
 from vivace.onnx_session import open_session
 from vivace.run import Run
 
-SHARDS, SEED, WAIT_MS = 2, 3, 250
+SHARDS, SEED, WAIT_MS = 2, 3, 400
 
 
 @pytest.fixture(scope="module")

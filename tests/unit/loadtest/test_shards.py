@@ -9,12 +9,16 @@ from loadtest.tune.shards import Cluster, Measured, on_one_machine, over_machine
 
 
 def test_jobs_share_the_cores_of_a_machine():
-    finish = lambda release, work, cores: shared_finish(np.array(release, float), np.array(work, float), cores)  # noqa: E731
+    finish = lambda release, work, cores, slowed=1.0: shared_finish(  # noqa: E731
+        np.array(release, float), np.array(work, float), cores, slowed
+    )
     assert finish([0, 0], [4, 4], 2) == pytest.approx(4)
     assert finish([0, 0, 0, 0], [4, 4, 4, 4], 2) == pytest.approx(8)  # half a core each
     assert finish([0, 0, 0], [2, 4, 6], 1) == pytest.approx(12)  # no core is idle
     assert finish([0, 3], [4, 4], 1) == pytest.approx(8)
     assert finish([0, 10], [4, 4], 1) == pytest.approx(14)  # idle in between
+    assert finish([0, 0], [4, 4], 2, 1.5) == pytest.approx(6)
+    assert finish([0], [4], 2, 1.5) == pytest.approx(4)  # alone nothing slows it
 
 
 def test_all_shards_and_who_asks_on_one_machine():
