@@ -32,10 +32,15 @@ def server_environment(environment: dict[str, str]) -> dict[str, str]:
     return _MALLOC | environment | {"OMP_NUM_THREADS": "1"}  # numpy's BLAS would start a pool in every worker
 
 
+def end_with_parent() -> None:
+    """In a child before it starts: the kernel asks it to end when the process that started it is gone, however."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def become_server() -> None:
     """In the server's process before it starts: the kernel ends it if its launcher is killed outright, and a thread of
     it that wakes up does not interrupt one that computes (SCHED_BATCH)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
     os.umask(0o077)  # logs, sockets and shared memory hold what users did
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 

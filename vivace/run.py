@@ -117,6 +117,11 @@ class Run:
         return self.root / "optimized"
 
     @property
+    def hugectr(self) -> Path:
+        """The events as HugeCTR reads them."""
+        return self.root / "hugectr"
+
+    @property
     def tuning(self) -> Path:
         return self.root / "tuning"
 

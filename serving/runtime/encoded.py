@@ -17,6 +17,7 @@ from vivace.onnx_session import open_session
 
 EXCLUDED = -1e30  # as in the exact graph: the score of a place that no item takes
 ENCODER, POPULAR = "encoder.onnx", "popular.npz"
+ROWS = "encoder.rows"  # with int8 tables: the embeddings that ENCODER reads, which ONNX Runtime maps into memory
 STATE = "STATE"  # output of the encoder graph before the encoded history, where a run reads context
 
 

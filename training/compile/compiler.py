@@ -98,8 +98,8 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.index and not (self.precision == self.tables == "fp32" and not self.targets):
-            raise ValueError("--index goes with --precision fp32, --tables fp32 and no --target")
+        if self.index and (self.precision != "fp32" or self.targets):
+            raise ValueError("--index goes with --precision fp32 and no --target")
         if self.shards < 0 or (self.shards and (self.index or not self.exact or self.targets)):
             raise ValueError(
                 "--shards: expected 0 or more, with --precision fp32, --tables fp32, no --index and no --target"
@@ -260,7 +260,7 @@ class Compilation:
         """The encoder alone and the index of the items; from here on ``tensors`` are those of an indexed run."""
         s = self.tensors
         self.say(f"building the index {self.config.index}")
-        export_encoder(self.retriever, s, self.example, self.folder)
+        export_encoder(self.retriever, s, self.example, self.folder, self.config.tables == "int8")
         states_BD = validation_states(self.features, self.preset, self.retriever)
         tuned = build_index(self.retriever, states_BD, s.candidates, self.config.index, self.folder)
         self.say(f"index: effort {tuned.effort} finds {tuned.recall:.4f} of the exact candidates")

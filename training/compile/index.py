@@ -22,6 +22,7 @@ from training.compile.onnx_export import PARITY_REQUESTS, export
 from training.data import batches
 from training.judge.gate import GateError
 from training.models.context import exportable
+from training.models.int8_table import Int8Rows
 from training.models.retrieval import RetrievalModel, read_inputs
 from training.presets import Preset
 from vivace.contract import FIRST_ID, MAX_SEEN, PADDING_ID
@@ -37,17 +38,24 @@ NEAR = 1e-5  # relative difference of scores that rounding makes
 
 class EncoderGraph(nn.Module):
     """What is exported as ``encoder.onnx``: the inputs of retrieval without the exclusions to the encoded history and,
-    where the context is read, before it the state that items are scored against."""
+    where the context is read, before it the state that items are scored against. ``int8``: the embeddings of histories
+    are read from rows of one byte a number."""
 
-    def __init__(self, model: RetrievalModel, memory: int = 0) -> None:
+    table_VD: Tensor | Int8Rows
+
+    def __init__(self, model: RetrievalModel, memory: int = 0, int8: bool = False) -> None:
         super().__init__()
         self.model, self.memory = exportable(model), memory
         with torch.no_grad():
-            self.register_buffer("table_VD", model.table().detach().clone())
+            table = model.table().detach().clone()
+        if int8:
+            self.table_VD = Int8Rows(table)
+        else:
+            self.register_buffer("table_VD", table)
 
     def forward(self, history_ids: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         times, types, context, _ = read_inputs(self.model, more)
-        encoded: Tensor = self.model.encode(history_ids, self.table_VD, times, self.memory, types)  # type: ignore[arg-type]
+        encoded: Tensor = self.model.encode(history_ids, self.table_VD, times, self.memory, types)
         return encoded if self.model.context is None else (self.model.state(encoded[:, -1], context), encoded)
 
 

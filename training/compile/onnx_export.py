@@ -25,6 +25,7 @@ OPSET = 18
 TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
 EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
+OUTSIDE_BYTES = 1024  # constants that a mapped file holds; small ones stay in the graph
 
 # axes that are free beside the batch, by tensor: a server may read less of the history and rank fewer candidates
 RETRIEVAL_AXES = {t: (1, "history") for t in ("HISTORY_IDS", "HISTORY_TIMES", "HISTORY_TYPES")} | {
@@ -85,6 +86,15 @@ def export(
             dynamo=False,
         )
     onnx.checker.check_model(str(path))
+
+
+def put_outside(graph: Path, file: str, least_bytes: int = OUTSIDE_BYTES) -> None:
+    """Moves the constants of ``least_bytes`` and more of an ONNX file into ``file`` beside it. ONNX Runtime maps that
+    into memory and copies nothing: pages are read when a request first needs them, stay while memory lasts, and all
+    processes share them."""
+    model = onnx.load(str(graph))
+    (graph.parent / file).unlink(missing_ok=True)  # onnx would append
+    onnx.save(model, str(graph), save_as_external_data=True, location=file, size_threshold=least_bytes)
 
 
 def _check(stage: str, apart: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from preprocessing.features import REQUEST_GRAPH, Features
 from search import published as search
 from serving import repository
-from serving.runtime.encoded import ENCODER, POPULAR
+from serving.runtime.encoded import ENCODER, POPULAR, ROWS
 from serving.runtime.fresh import GRAPH, STATE_GRAPH
 from serving.runtime.item_index import GROUPS, INDEX
 from serving.runtime.new_items import FILES as NEW_ITEM_FILES
@@ -58,10 +58,11 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
     """What goes into the new version, by model and name."""
     built, of_search = plans(folder), search.files_of(run.root)
     shards = range(tensors.shards)
+    there = [ROWS] if (folder / ROWS).exists() else []
     if tensors.shards:
         retrieval = {name: folder / name for name in (ENCODER, POPULAR)}
     elif tensors.indexed:
-        retrieval = {name: folder / name for name in (ENCODER, INDEX, GROUPS, POPULAR)}
+        retrieval = {name: folder / name for name in (ENCODER, INDEX, GROUPS, POPULAR, *there)}
     else:
         retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
     graphs = [TYPES_GRAPH] if tensors.types else []

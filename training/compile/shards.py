@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from serving.runtime.encoded import ENCODER, EXCLUDED, STATE
+from serving.runtime.encoded import ENCODER, EXCLUDED, ROWS, STATE
 from serving.runtime.sharded import LocalShards, ShardedRetrieval
 from training.compile.index import EncoderGraph, write_popular
-from training.compile.onnx_export import EQUAL_IDS, RETRIEVAL_AXES, TOLERANCE, export, names_of
+from training.compile.onnx_export import EQUAL_IDS, RETRIEVAL_AXES, TOLERANCE, export, names_of, put_outside
 from training.models.retrieval import RetrievalModel
 from vivace import contract
 from vivace.masks import seen_ids
@@ -49,16 +49,21 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"{shard_model(shard)}.onnx"
 
 
-def export_encoder(model: RetrievalModel, s: contract.StageTensors, example: Sequence[Tensor], folder: Path) -> None:
-    """The encoder alone, ENCODER; ``example``: inputs of the retrieval graph with the exclusions."""
+def export_encoder(
+    model: RetrievalModel, s: contract.StageTensors, example: Sequence[Tensor], folder: Path, int8: bool = False
+) -> None:
+    """The encoder alone, ENCODER; ``example``: inputs of the retrieval graph with the exclusions; ``int8``: with the
+    table in ROWS, one byte a number."""
     export(
-        EncoderGraph(model, s.memory),
+        EncoderGraph(model, s.memory, int8),
         (example[0], *example[2:]),
         [t.name for t in contract.retrieval_inputs(s) if t not in (s.exclude, s.seen_ids)],
         [*([STATE] if s.context or s.amounts else []), contract.ENCODED_HISTORY],
         folder / ENCODER,
         RETRIEVAL_AXES,
     )
+    if int8:
+        put_outside(folder / ENCODER, ROWS)
 
 
 def export_shard(table_nD: Tensor, bias_n: Tensor, s: contract.StageTensors, shard: int, folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROW_LEVELS = 127.0
@@ -60,3 +61,21 @@ class Int8Table(nn.Module):
         quantized = (torch.round(states_BD / scale_B1) + STATE_ZERO).to(torch.uint8)
         product: Tensor = _Product.apply(quantized, self.rows_DV)
         return product * scale_B1 * self.scale_V
+
+
+class Int8Rows(nn.Module):
+    """The same numbers, read by rows alone: an embedding lies in one place, so that a table in a mapped file costs a
+    request one page an id."""
+
+    rows_VD: Tensor
+    scale_V1: Tensor
+
+    def __init__(self, table_VD: Tensor) -> None:
+        super().__init__()
+        rows, scale = quantize_rows(table_VD)
+        self.register_buffer("rows_VD", rows)
+        self.register_buffer("scale_V1", scale[:, None].contiguous())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings float32 [..., D] of ids int64 [...]."""
+        return F.embedding(ids, self.rows_VD).float() * F.embedding(ids, self.scale_V1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from training.models.context import CONTEXT_WIDTH, Context, ContextTower, exportable, moment_of
 from training.models.encoders import MASKED, Adapter, EncoderConfig, build_encoder, dropout
-from training.models.int8_table import Int8Table
+from training.models.int8_table import Int8Rows, Int8Table
 from training.models.item_table import ItemAttributes, ItemTable
 from training.models.session_memory import SessionMemory
 from vivace.context import ContextColumns
@@ -111,15 +111,17 @@ class RetrievalModel(nn.Module):
         h = self.norm(self.encoder(x_BTD, known_BT, times, newest))
         return h * known_BT[:, -newest:, None].to(x_BTD.dtype)
 
-    def _embedded(self, history_BT: Tensor, table: Tensor | Int8Table, types: Tensor | None = None) -> Tensor:
-        rows = table(history_BT) if isinstance(table, Int8Table) else F.embedding(history_BT, table)
+    def _embedded(
+        self, history_BT: Tensor, table: Tensor | Int8Table | Int8Rows, types: Tensor | None = None
+    ) -> Tensor:
+        rows = table(history_BT) if isinstance(table, Int8Table | Int8Rows) else F.embedding(history_BT, table)
         x_BTD = rows * self.config.width**0.5
         return x_BTD if self.type_embedding is None or types is None else x_BTD + self.type_embedding(types)
 
     def encode(
         self,
         history_BT: Tensor,
-        table_VD: Tensor | Int8Table | None = None,
+        table_VD: Tensor | Int8Table | Int8Rows | None = None,
         times: Tensor | None = None,
         newest: int = 0,
         types: Tensor | None = None,

@@ -14,6 +14,7 @@ from vivace.run import Run
 
 SHOP_ONLY = "Size of the made-up shop"
 SPLITS = values_of("preprocessing.splits:SPLITS")
+ALSO_FOR = ("hugectr",)
 
 
 def prepare(
@@ -39,6 +40,9 @@ def prepare(
     workers: Annotated[
         int, typer.Option(help="Dask worker processes (0: this process; CUDA workers with cuDF)", min=0)
     ] = 0,
+    also_for: Annotated[
+        str, choice("--for", ALSO_FOR, "also write the events for another trainer, under <run>/hugectr")
+    ] = "",
     users: Annotated[int | None, typer.Option(min=1, rich_help_panel=SHOP_ONLY, show_default="20000")] = None,
     items: Annotated[int | None, typer.Option(min=1, rich_help_panel=SHOP_ONLY, show_default="5000")] = None,
     events: Annotated[
@@ -75,6 +79,11 @@ def prepare(
     with new_run(name or source.schema.name, artifacts) as run:
         results = prepare_run(source, config, run.root, seed, say)["results"]
         mark_prepared(run)
+        if also_for:
+            from preprocessing.features import Features
+            from preprocessing.hugectr import write_hugectr
+
+            write_hugectr(Features(run.features), run.hugectr, say)
     say(
         f"{results['events']:,} events, {results['users']:,} users, {results['items_in_vocabulary']:,} items; "
         f"requests {results['requests']}"

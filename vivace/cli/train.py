@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from vivace.manifest import exclusive
 
 LOSSES = values_of("training.presets:RetrievalTraining.loss")
 METHODS = values_of("training.models.adapters:Adaptation.method")
+SHARDINGS = values_of("training.sharded.config:TableSharding.kind")
 
 
 def train(
@@ -49,6 +51,13 @@ def train(
     final: Annotated[
         bool, typer.Option("--final", help="fit the judged models again on all events: what is then compiled")
     ] = False,
+    table_processes: Annotated[
+        int,
+        typer.Option(help="cut the item table over so many processes, which no one holds whole (0: do not)", min=0),
+    ] = 0,
+    table_sharding: Annotated[
+        str, choice("--table-sharding", SHARDINGS, "with --table-processes, by rows or table by table")
+    ] = "row",
     wandb: Wandb = False,
     task: Annotated[
         str, choice("--task", TASKS, "what is trained; search makes a trained run's catalogue searchable")
@@ -73,15 +82,19 @@ def train(
     from training.models.adapters import Adaptation
 
     adaptation = Adaptation(method=adapt, rank=rank)  # type: ignore[arg-type]  # refused where it is none
+    table = check_table(table_processes, table_sharding, start_from is not None)
     with distributed.group() as world:
         sizes = with_overrides(chosen_preset(preset, run.root, recorded=False), epochs, loss)
         features = Features(run.features)
         check_live(features, sizes.ranker.rising, control)  # before the retriever's minutes
         with exclusive(run.root) if world.first else contextlib.nullcontext():
-            retriever = train_retrieval(
-                features, sizes, run.root, seed, say if world.first else lambda _: None,
-                start_from=start_from, adaptation=adaptation, world=world,
-            )  # fmt: skip
+            if table:
+                retriever, sizes = train_table(features, sizes, run.root, seed, table, world)
+            else:
+                retriever = train_retrieval(
+                    features, sizes, run.root, seed, say if world.first else lambda _: None,
+                    start_from=start_from, adaptation=adaptation, world=world,
+                )  # fmt: skip
             if not world.first:  # the ranker is small: the first process trains it alone
                 return
             counts = retriever["results"]
@@ -94,6 +107,42 @@ def train(
             if control:
                 train_ranker(features, sizes, run.root, seed, say, control=True)
     say_next("evaluate", run, artifacts)
+
+
+def check_table(processes: int, kind: str, from_another: bool) -> dict[str, Any]:
+    """Fields of ``TableSharding``; {} without --table-processes. Raises BadParameter for what does not go with it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not processes and kind != "row":
+        raise typer.BadParameter("goes with --table-processes N; name how many", param_hint="--table-sharding")
+    if not processes:
+        return {}
+    if from_another:
+        raise typer.BadParameter("--from takes up a whole table; leave one of both out", param_hint="--table-processes")
+    if size > 1 and processes != size:
+        raise typer.BadParameter(
+            f"torchrun started {size} processes, got {processes}; give the same number", param_hint="--table-processes"
+        )
+    return {"kind": kind, "processes": processes}
+
+
+def train_table(
+    features: Any, sizes: Any, root: Path, seed: int, table: dict[str, Any], world: Any
+) -> tuple[dict[str, Any], Any]:
+    """(the retriever's manifest, the preset it was trained by) with its item table over processes: those that torchrun
+    started, or this machine's."""
+    from training.sharded.launch import check_installed, launch
+
+    check_installed()
+    from training.sharded.config import TableSharding
+    from training.sharded.retriever import for_sharding, train_sharded
+
+    if sizes.retrieval.ema and world.first:
+        say("without an average of the weights (ema): it would be a second item table")
+    sizes = for_sharding(sizes)
+    if world.size == 1:
+        return launch(root, sizes, seed, table), sizes
+    say_first = say if world.first else lambda _: None
+    return train_sharded(features, sizes, root, seed, TableSharding(**table), world, say_first), sizes
 
 
 def train_final(name: str, artifacts: Path, preset: str) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from preprocessing.features import Features
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers.shop import Shop, ShopConfig
+from serving.runtime.item_index import IndexedRetrieval
 from serving.service import service
 from tests.support import PatientClient, on_free_ports, quiet
+from training.checkpoints import load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.engine import Engine
+from training.data import batches
 from training.judge.evaluate import evaluate
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
@@ -89,3 +95,26 @@ def test_batch_equals_single(features, indexed):
     for i in range(8):
         alone = engine([x[i : i + 1] for x in inputs])
         np.testing.assert_allclose(together[1][i : i + 1], alone[1], atol=1e-5)
+
+
+def test_int8_tables_are_read_from_a_mapped_file(features, root, tmp_path):
+    own = tmp_path / "shop"
+    shutil.copytree(root, own, ignore=shutil.ignore_patterns("compiled", "model_repository", "compressed", "*.log"))
+    config = CompileConfig(index="HNSW32", tables="int8", force=True)
+    compile_models(features, tiny(), own, 3, quiet, config)
+    (rows,) = (own / "model_repository").glob("retrieval/*/encoder.rows")
+    items, width = features.item_count(), tiny().encoder.width
+    assert items * (width + 4) <= rows.stat().st_size < 2 * items * (width + 4) + 100_000
+    tensors = replace(shapes(tiny(), features), indexed=True, seen=items)
+    retrieval = IndexedRetrieval(rows.parent, tensors)
+    assert str(rows.resolve()) in Path("/proc/self/maps").read_text()  # pages of the file, no copy
+    request = next(batches.requests(features.files("test"), ["click", "buy"], tiny().encoder.history, 64))
+    inputs = request.inputs(tensors, exclude_seen=True)
+    ids, _, encoded = retrieval(inputs)
+    exact = load_retrieval(features, tiny(), own)
+    with torch.no_grad():
+        expected = exact.encode(request.history_BT, times=request.time_BT, types=request.type_BT)
+        scores = exact.scores(request.history_BT, expected, request.exclude(items, True), context=request.context)
+    np.testing.assert_allclose(encoded, expected[:, -encoded.shape[1] :], atol=0.1)
+    best = scores.topk(10).indices.numpy()
+    assert np.mean([len(set(a) & set(b[:20])) / 10 for a, b in zip(best, ids, strict=True)]) > 0.9

@@ -21,6 +21,7 @@ NOT_LOCKED = {
     "cudf",  # where there is a GPU
     "tensorrt",
     "pynvml",  # where there is a GPU: benchmarks.gpu.served
+    "torchrec",  # requirements-sharded.txt: vivace train --table-processes, which names it where it is missing
     "tantivy",  # only benchmarks.lexical_engines, which names it where it is missing
 }
 
