@@ -32,6 +32,7 @@ from serving.start_checks import LEFTOVER, check_ports, door_options
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
 from vivace.client import VivaceError
+from vivace.contract import TRIAL, UNLOGGED
 
 WARM_AT_ONCE = DoorOptions.max_recommends
 WARM_EVENTS = 200
@@ -48,7 +49,7 @@ def warm_up(server: TritonServer) -> float:
 
     def ask(_: int) -> None:
         with contextlib.suppress(VivaceError):
-            client.recommend(history=history)
+            client.recommend(history=history, request_id=UNLOGGED)
 
     with server.client(WARM_S) as client, ThreadPoolExecutor(WARM_AT_ONCE) as pool:
         list(pool.map(ask, range(WARM_AT_ONCE)))
@@ -285,7 +286,7 @@ class Fleet:
             raise ServerError(f"{self.trial.server.release.name} is on trial; 'vivace rollout stop' first")
         name = release.name
         say(f"starting {name}")
-        with self._candidate_of(replace(self.options, repository=release), "trial") as new:
+        with self._candidate_of(replace(self.options, repository=release, variant=TRIAL), "trial") as new:
             say(f"{name}: {accept(self.replicas[0].server, new.server)}")
             new.server.take_over()
             self.trial = new

@@ -89,7 +89,9 @@ class Canary:
         try:
             if self._client is None:
                 self._client = self.server.client(CANARY_WAIT_S)
-            answer = self._client.recommend(history=self._history, top_k=10, context=self.context or None)
+            answer = self._client.recommend(
+                history=self._history, top_k=10, context=self.context or None, request_id=contract.UNLOGGED
+            )
             self.seconds.set(time.monotonic() - started)
             if answer.status == "ok":
                 why, problem = "answer", self._compare(answer.items)

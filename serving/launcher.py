@@ -267,7 +267,7 @@ class TritonServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment(self.options),
+                env=environment(self.options, self.release),
                 start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
                 preexec_fn=become_triton,
             )

@@ -11,7 +11,9 @@ from serving.door.options import AccessOptions
 from serving.process import server_environment
 from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS
 from serving.wheel import python_library, wheel_folder
+from vivace.impressions.queue import ENVIRONMENT, ImpressionOptions, folder_of
 from vivace.store.opening import STORE_URL
+from vivace.store.retention import Retention
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class ServerOptions:
     extra: tuple[str, ...] = field(default=())
     guard: bool = False
     restricted: bool = False
+    impressions: bool = False  # what is shown is logged in the run's folder
+    impressions_every_s: float = 60.0  # and written as often: so much of it goes with a process that is killed
+    variant: str = ""  # what the log calls this server's arm of an experiment
     store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
     access: AccessOptions = field(default=AccessOptions())  # of the guard
     shard: int | None = None  # this server is that shard of retrieval and nothing else
@@ -46,7 +51,7 @@ class ServerOptions:
     shard_wait_ms: int = WAIT_MS  # what has not come from a shard by then is done without
 
 
-def environment(options: ServerOptions) -> dict[str, str]:
+def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     """Triton's Python workers ignore PYTHONPATH (they start Python isolated): they find this environment, with the
     project installed in it, because its ``python3`` is the first on PATH."""
     env = dict(os.environ)
@@ -54,9 +59,21 @@ def environment(options: ServerOptions) -> dict[str, str]:
     libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), str(python_library().parent)]
     env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
     env.pop(STORE_URL, None)
+    env |= log_environment(options, release)
     if options.store:  # not by the command line, which every user of the machine can read
         env[STORE_URL] = options.store
     if options.shards:
         env |= {SHARDS_ENV: options.shards, WAIT_ENV: str(options.shard_wait_ms)}
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
     return server_environment(env)
+
+
+def log_environment(options: ServerOptions, release: Path) -> dict[str, str]:
+    """What tells the workers of ``release`` how to log what they show ("": they do not): beside the run's store, and
+    kept as long as its events. Raises ValueError for values that are none."""
+    if not options.impressions:
+        return {ENVIRONMENT: ""}
+    store = release.parent / "feature_store"
+    days, every_s = Retention.of(store).days, options.impressions_every_s
+    log = ImpressionOptions(folder=str(folder_of(store)), variant=options.variant, days=days, seconds=every_s)
+    return {ENVIRONMENT: log.to_json()}

@@ -191,7 +191,7 @@ class Watchdog:
             self._cached[model] = (config, time.monotonic())
             inputs = question(config, self._rng)
         try:
-            self._client.infer(model, inputs, client_timeout=self.ask_timeout_s)
+            self._client.infer(model, inputs, request_id=contract.UNLOGGED, client_timeout=self.ask_timeout_s)
         except InferenceServerException as error:
             if died(error):
                 return False

@@ -74,11 +74,11 @@ def features(root: Path) -> Features:
 
 @pytest.fixture(scope="session")
 def fleet(root: Path) -> Fleet:
-    """The small shop's one server behind the guard, on free ports."""
+    """The small shop's one server behind the guard, on free ports, which logs what it shows."""
     from serving.fleet import Fleet
-    from tests.support import on_free_ports, quiet
+    from tests.support import LOGS, on_free_ports, quiet
 
-    with Fleet(on_free_ports(root / "model_repository", guard=True), quiet) as running:
+    with Fleet(on_free_ports(root / "model_repository", guard=True, **LOGS), quiet) as running:
         yield running
 
 

@@ -20,6 +20,7 @@ from vivace.contract import USER
 from vivace.manifest import CHECKOUT
 
 T = TypeVar("T")
+LOGS: dict[str, Any] = {"impressions": True, "impressions_every_s": 1.0, "variant": "b"}  # options of a server
 PATIENCE_S = 180.0  # far beyond what any machine takes: who waits so long has failed
 WAITED_TOO_LONG = ("timeout expired", "exceeds maximum queue size")  # Triton's words where a queue refuses
 IN_A_HURRY = "load: "  # STATUS where less was ranked because the machine is busy
@@ -68,6 +69,18 @@ def users_of_data(root: Path) -> set[str]:
     """Users of a run's data set, not those that tests before this one appended events of to its store."""
     files = Features(root / "features").files("train")
     return {user for file in files for user in pq.read_table(file, columns=[USER])[USER].to_pylist()}
+
+
+def logged(root: Path, request_id: str) -> dict[str, Any]:
+    """What the log of impressions says of a request, once it does."""
+    from vivace.impressions.files import REQUEST_ID, SCHEMA, parts
+
+    def look() -> list[dict[str, Any]]:
+        tables = [pq.read_table(path, schema=SCHEMA) for path in parts(root / "impressions")]
+        return [row for table in tables for row in table.to_pylist() if row[REQUEST_ID] == request_id]
+
+    (row,) = wait_until(look, f"request {request_id} in the log of impressions")
+    return row
 
 
 def waited_too_long(error: Exception | str) -> bool:

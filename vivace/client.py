@@ -22,12 +22,12 @@ from vivace.client_request import (
     address,
     append_tensors,
     batch_tensors,
-    event_name,
+    event_names,
     limits,
     number,
     request_tensors,
 )
-from vivace.client_updates import AsyncUpdateCalls, UpdateCalls
+from vivace.client_updates import AsyncUpdateCalls, Tensors, UpdateCalls
 from vivace.credentials import Credentials
 from vivace.http_pool import HttpClient
 from vivace.store.interface import Event
@@ -44,13 +44,14 @@ BATCH = 32  # events of one append request
 class Recommendation:
     """One answer, best item first; ``heads`` maps a task head to calibrated probabilities (of an answer to a query: 0
     where the recommender does not know the item). ``understood``: what a query was taken for, its facets, and which
-    branches found each item; {} without one."""
+    branches found each item; {} without one. ``request_id``: what an event of this answer is appended with."""
 
     items: list[str]
     scores: np.ndarray
     heads: dict[str, np.ndarray]
     status: str
     understood: dict[str, Any] = field(default_factory=dict)
+    request_id: str = ""
 
     @property
     def degraded(self) -> bool:
@@ -108,7 +109,10 @@ def read_answer(result: Any) -> Recommendation:
     status = arrays.pop(contract.STATUS.name)[0, 0].decode()
     record = arrays.pop(contract.UNDERSTOOD.name)[0, 0] if contract.UNDERSTOOD.name in arrays else b""
     understood = json.loads(record) if record else {}
-    return Recommendation(items, scores, {n.lower(): a[0] for n, a in arrays.items()}, status, understood)
+    response = result.get_response()
+    request_id = response.get("id", "") if isinstance(response, dict) else response.id
+    heads = {name.lower(): array[0] for name, array in arrays.items()}
+    return Recommendation(items, scores, heads, status, understood, request_id)
 
 
 def read_appended(result: Any) -> list[Appended]:
@@ -174,42 +178,47 @@ class VivaceClient(UpdateCalls):
         filters: Mapping[str, Any] | None = None,
         diversity: float = 0.0,
         context: Mapping[str, Any] | None = None,
+        request_id: str = "",
+        session: str = "",
     ) -> Recommendation:
         """Items for a user; an empty ``history`` asks the feature store for the user's own. ``within_ms``: server and
         client give up afterwards (0: after ``timeout_s``). Of a ``query``: ``filters`` {"values": {attribute: [...]},
         "ranges": {number: [low, high]}, "seen": False} and ``diversity`` 0..1 of the answer. ``context``: what is known
         of the moment and the user by the data set's columns, such as {"device": "phone"}; an event of ``history`` may
-        be (item id, event type, Unix time in ms). Raises VivaceError where
-        the server refuses or fails, VivaceTimeoutError where no answer came in time, and ValueError for values of a
-        wrong type."""
-        tensors, more = request_tensors(user_id, history, top_k, query, context), limits(within_ms, filters, diversity)
+        be (item id, event type, Unix time in ms). ``request_id``: what the log of impressions calls this request; one
+        is made if empty. ``session``: tells someone anonymous from others, in rollouts and experiments. Raises
+        VivaceError where the server refuses or fails, VivaceTimeoutError where no answer came in time, and ValueError
+        for values of a wrong type."""
+        tensors = request_tensors(user_id, history, top_k, query, context)
+        more = limits(within_ms, filters, diversity, request_id, session)
         limit = Limit(self._timeout_s, within_ms)
         return _read(read_answer, self._infer(contract.ENSEMBLE, tensors, limit, **more))  # type: ignore[no-any-return]
 
     def append(
         self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0, event_id: str = "",
-        context: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None, request_id: str = "",
     ) -> Appended:  # fmt: skip
         """Adds an event to the user's stored history (time 0: now); returns its new length, an int whose ``status``
         says whether item and type are known. A server that cannot be reached is asked again, within ``timeout_s``: the
         event is stored once. ``event_id``, the caller's own name of a user's event, extends that to calls that the
-        caller repeats. ``context``: what was known of the moment, as for ``recommend``. Raises VivaceError, and
-        ValueError for values of a wrong type."""
+        caller repeats. ``context``: what was known of the moment, as for ``recommend``. ``request_id``: that of the
+        answer which the item was shown in. Raises VivaceError, and ValueError for values of a wrong type."""
         tensors = append_tensors(user_id, item_id, event_type, timestamp_ms, context)
-        appended: Appended = self._append(tensors, event_id)[0]
+        appended: Appended = self._append(tensors, event_id, request_id)[0]
         return appended
 
-    def append_many(self, events: Sequence[Event], event_id: str = "") -> list[Appended]:
+    def append_many(self, events: Sequence[Event], event_id: str = "", request_id: str = "") -> list[Appended]:
         """The same for many events (``vivace.Event``, whose ``context`` is JSON), BATCH to a request. ``event_id``: of
-        all together; each has its place in it. A bad event of a request costs those beside it: nothing of that request
-        is stored."""
+        all together; each has its place in it; so is ``request_id``. A bad event of a request costs those beside it:
+        nothing of that request is stored."""
         events, out = list(events), list[Appended]()
         for start in range(0, len(events), BATCH):
-            out += self._append(batch_tensors(events[start : start + BATCH], start), event_id and f"{event_id}/{start}")
+            part = batch_tensors(events[start : start + BATCH], start)
+            out += self._append(part, event_id and f"{event_id}/{start}", request_id)
         return out
 
-    def _append(self, tensors: list[tuple[contract.WireTensor, np.ndarray]], event_id: str) -> list[Appended]:
-        result = self._again(contract.APPEND_EVENT, tensors, parameters=event_name(event_id))
+    def _append(self, tensors: Tensors, event_id: str, request_id: str) -> list[Appended]:
+        result = self._again(contract.APPEND_EVENT, tensors, parameters=event_names(event_id, request_id))
         return _read(read_appended, result)  # type: ignore[no-any-return]
 
     def about(self) -> dict[str, str]:
@@ -287,31 +296,34 @@ class AsyncVivaceClient(AsyncUpdateCalls):
         filters: Mapping[str, Any] | None = None,
         diversity: float = 0.0,
         context: Mapping[str, Any] | None = None,
+        request_id: str = "",
+        session: str = "",
     ) -> Recommendation:
         """See ``VivaceClient.recommend``."""
-        tensors, more = request_tensors(user_id, history, top_k, query, context), limits(within_ms, filters, diversity)
+        tensors = request_tensors(user_id, history, top_k, query, context)
+        more = limits(within_ms, filters, diversity, request_id, session)
         result = await self._infer(contract.ENSEMBLE, tensors, Limit(self._timeout_s, within_ms), **more)
         return _read(read_answer, result)  # type: ignore[no-any-return]
 
     async def append(
         self, user_id: str, item_id: str, event_type: str = "", timestamp_ms: int = 0, event_id: str = "",
-        context: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None, request_id: str = "",
     ) -> Appended:  # fmt: skip
         """See ``VivaceClient.append``."""
         tensors = append_tensors(user_id, item_id, event_type, timestamp_ms, context)
-        appended: Appended = (await self._append(tensors, event_id))[0]
+        appended: Appended = (await self._append(tensors, event_id, request_id))[0]
         return appended
 
-    async def append_many(self, events: Sequence[Event], event_id: str = "") -> list[Appended]:
+    async def append_many(self, events: Sequence[Event], event_id: str = "", request_id: str = "") -> list[Appended]:
         """See ``VivaceClient.append_many``."""
         events, out = list(events), list[Appended]()
         for start in range(0, len(events), BATCH):
             part = batch_tensors(events[start : start + BATCH], start)
-            out += await self._append(part, event_id and f"{event_id}/{start}")
+            out += await self._append(part, event_id and f"{event_id}/{start}", request_id)
         return out
 
-    async def _append(self, tensors: list[tuple[contract.WireTensor, np.ndarray]], event_id: str) -> list[Appended]:
-        result = await self._again(contract.APPEND_EVENT, tensors, parameters=event_name(event_id))
+    async def _append(self, tensors: Tensors, event_id: str, request_id: str) -> list[Appended]:
+        result = await self._again(contract.APPEND_EVENT, tensors, parameters=event_names(event_id, request_id))
         return _read(read_appended, result)  # type: ignore[no-any-return]
 
     async def close(self) -> None:

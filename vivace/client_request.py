@@ -118,10 +118,20 @@ def request_tensors(
     ]
 
 
-def limits(within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, diversity: float = 0.0) -> dict[str, Any]:
+def _id(given: str, name: str) -> str:
+    """``given``, or a name that nothing else has; raises ValueError for what is no text."""
+    _text(given, name)
+    return given or uuid.uuid4().hex
+
+
+def limits(
+    within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, diversity: float = 0.0, request_id: str = "",
+    session: str = "",
+) -> dict[str, Any]:  # fmt: skip
     """Arguments of Triton's client beside the tensors. Of a request that is worth nothing after ``within_ms``: how long
     it may wait in a queue (``timeout``, microseconds) and when it ends (parameter DEADLINE, Unix ms: client and server
-    need the same time). Of an answer to a query: FILTERS and DIVERSITY."""
+    need the same time). Of an answer to a query: FILTERS and DIVERSITY. ``session``: SESSION. ``request_id`` ("": one
+    that nothing else has) is Triton's own of a request."""
     parameters: dict[str, Any] = {}
     within_ms, diversity = number(within_ms, "within_ms"), number(diversity, "diversity")
     if within_ms < 0:
@@ -137,15 +147,20 @@ def limits(within_ms: float = 0.0, filters: Mapping[str, Any] | None = None, div
             raise ValueError(f"filters: expected what JSON can hold, got {filters!r:.200}: {error}") from None
     if diversity:
         parameters[contract.DIVERSITY] = str(diversity)
+    if session:
+        parameters[contract.SESSION] = _id(session, "session")
     timeout = {"timeout": int(within_ms * 1000)} if within_ms else {}
-    return timeout | ({"parameters": parameters} if parameters else {})
+    most = contract.MAX_PARAMETER_ID_BYTES
+    if len(_text(request_id, "request_id")) > most:
+        raise ValueError(f"request_id: expected at most {most} bytes, got {request_id!r:.60}")
+    return {"request_id": _id(request_id, "request_id")} | timeout | ({"parameters": parameters} if parameters else {})
 
 
-def event_name(event_id: str) -> dict[str, str]:
-    """Parameters of an append call whose sender calls the event so ("": a name that nothing else has). Raises
-    ValueError for a value of a wrong type."""
-    _text(event_id, "event_id")
-    return {contract.EVENT_ID: event_id or uuid.uuid4().hex}
+def event_names(event_id: str, request_id: str = "") -> dict[str, str]:
+    """Parameters of an append call whose sender calls the event so ("": a name that nothing else has); ``request_id``:
+    that of the answer it is of, or "". Raises ValueError for a value of a wrong type."""
+    shown = {contract.REQUEST_ID: _id(request_id, "request_id")} if request_id else {}
+    return {contract.EVENT_ID: _id(event_id, "event_id")} | shown
 
 
 def append_tensors(
@@ -171,6 +186,10 @@ def batch_tensors(events: Sequence[Event], first: int = 0) -> list[tuple[contrac
                 "event_id for all, or append events one by one"
             )
         try:
+            if event.request_id:
+                raise ValueError(
+                    f"expected no request_id of its own, got {event.request_id!r:.60}; give append_many one for all"
+                )
             context = _text(event.context, "context")
             tensors = append_tensors(event.user_id, event.item_id, event.event_type, event.timestamp_ms)
         except ValueError as error:

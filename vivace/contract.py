@@ -53,7 +53,7 @@ from vivace.columns import (
 MAX_TOP_K = 100
 MAX_ID_BYTES = 1024  # longer user or item ids are refused or, inside a history, unknown
 MAX_EVENT_TYPE_BYTES = 128
-MAX_EVENT_ID_BYTES = 128
+MAX_PARAMETER_ID_BYTES = 128  # of the parameters EVENT_ID and REQUEST_ID
 MAX_HISTORY_EVENTS = 100_000
 MAX_QUERY_BYTES = 4096
 MAX_CONTEXT_BYTES = 16_384
@@ -134,6 +134,13 @@ APPEND_OUTPUTS = (HISTORY_LENGTH, STATUS)  # STATUS: "ok", or what of the event 
 # answered as stored and not stored again. Of a request of several rows it is the id of all, each in its own place
 EVENT_ID = "event_id"
 
+# parameter of the request, text: the id of the ``recommend`` request whose answer the event is of. That id is Triton's
+# own of a request, which its answer carries; of row r of a request of several rows it is "<id>/<r>"
+REQUEST_ID = "request_id"
+SESSION = "session"  # parameter of a ``recommend`` request, text: by it someone anonymous is told from others
+TRIAL = "trial"  # what the log of impressions calls the arm of a version on trial
+UNLOGGED = "vivace-unlogged"  # id of a request that a server asks itself: nobody is shown its answer
+
 # -- the call that changes the store: model ``update_store`` ------------------------------------------
 UPSERT, REMOVE, FORGET = "upsert", "remove", "forget"
 ACTION = WireTensor("ACTION", "BYTES", (1,))  # one of the three
@@ -154,6 +161,9 @@ RESPONSE = "response"
 # QUERY as the feature transform hands it on: the ids of items that must not be found, by commas, a blank, the text; ""
 # without a query
 SEARCH_FOR = WireTensor("SEARCH_FOR", "BYTES", (1,))
+# What the log of impressions keeps of a row beside its answer: ``vivace.impressions.queue.Viewer``; "" where there
+# is no log. Last among the tensors of both stages
+SHOWN_TO = WireTensor("SHOWN_TO", "BYTES", (1,))
 FOUND = WireTensor("FOUND", "BYTES", (1,))  # ``search.online.pack``: items, features, UNDERSTOOD; "" without a query
 QUERY_SEARCH = "query_search"  # between ranking and response, where a run has search
 APPEND_EVENT = "append_event"
@@ -333,7 +343,7 @@ def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     live = [s.rising_features] if s.rising else []
     fresh = [*s.rising_of_fresh, s.seen_fresh] if s.fresh else []
     status = STATUS_BEFORE if s.shards else STATUS
-    return (*retrieval_inputs(s), *live, *fresh, status, *([SEARCH_FOR] if s.search else []))
+    return (*retrieval_inputs(s), *live, *fresh, status, *([SEARCH_FOR] if s.search else []), SHOWN_TO)
 
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -377,7 +387,7 @@ def query_search_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
 
 
 def response_inputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (*ranking_outputs(s, heads), STATUS, TOP_K, *([FOUND] if s.search else []))
+    return (*ranking_outputs(s, heads), STATUS, TOP_K, *([FOUND] if s.search else []), SHOWN_TO)
 
 
 def response_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:

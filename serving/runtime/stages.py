@@ -21,16 +21,15 @@ from serving.runtime.moment import Moment
 from vivace.context import ContextColumns, parse_context, unknown_names
 from vivace.contract import (
     APPEND_ITEM_ID,
-    EVENT_ID,
     EVENT_PART,
     EVENT_TYPE,
     FIRST_ID,
     HISTORY,
     ITEM,
-    MAX_EVENT_ID_BYTES,
     MAX_EVENT_TYPE_BYTES,
     MAX_HISTORY_EVENTS,
     MAX_ID_BYTES,
+    MAX_PARAMETER_ID_BYTES,
     MAX_QUERY_BYTES,
     MAX_TOP_K,
     OOV_ID,
@@ -146,18 +145,18 @@ def parse_row(
     return Row(user, items or None, int(top_k), text, types, times, values, tuple(unknown))
 
 
-def parse_event_id(given: object) -> str:
-    """The request parameter EVENT_ID; "" where there is none. Raises ValueError for what is no text or too long."""
+def parse_id(given: object, name: str) -> str:
+    """The request parameter ``name``; "" where there is none. Raises ValueError for what is no text or too long."""
     if given is None:
         return ""
     if not isinstance(given, str):
-        raise ValueError(f"{EVENT_ID}: expected a text, got {type(given).__name__} {str(given)[:60]!r}")
-    return _text(given.encode("utf-8", "surrogatepass"), EVENT_ID, MAX_EVENT_ID_BYTES)
+        raise ValueError(f"{name}: expected a text, got {type(given).__name__} {str(given)[:60]!r}")
+    return _text(given.encode("utf-8", "surrogatepass"), name, MAX_PARAMETER_ID_BYTES)
 
 
 def parse_event(
     user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms: int, event_id: str = "", context: bytes = b"",
-    columns: ContextColumns | None = None,
+    columns: ContextColumns | None = None, request_id: str = "",
 ) -> Event:  # fmt: skip
     """One event of the append call; raises ValueError naming the input, what was expected, what came. Names of
     ``context``, CONTEXT, that are no ``columns`` are kept for models that know them."""
@@ -177,7 +176,7 @@ def parse_event(
         )
     parse_context(context, columns or ContextColumns())
     kind = _text(event_type, EVENT_TYPE.name, MAX_EVENT_TYPE_BYTES)
-    return Event(user, item, kind, timestamp_ms, event_id, context.decode())
+    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id)
 
 
 def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:

@@ -46,6 +46,11 @@ SCHEMA = "schema.json"
 NOTHING_KNOWN = "nothing was known of this user"
 
 
+def with_shown(text: str, requests: int) -> str:
+    """What became of a user who was forgotten, with the requests that left the log of impressions."""
+    return f"{text}; {requests} requests left the log of impressions" if requests else text
+
+
 def _id(raw: bytes, what: str) -> str:
     if not raw:
         raise ValueError(f"{RECORD.name}: expected {what} id, got an empty string")
@@ -59,10 +64,14 @@ def _id(raw: bytes, what: str) -> str:
 
 class Updates:
     """``folder``: of the served version, with the tables of new items and the schema where it has a live catalogue.
-    ``followed``: whether the profile that is served reads what changed."""
+    ``followed``: whether the profile that is served reads what changed. ``impressions``: folder of what was shown."""
 
-    def __init__(self, store: ServingStore, folder: Path, item_ids: ItemIds, followed: bool = True) -> None:
+    def __init__(
+        self, store: ServingStore, folder: Path, item_ids: ItemIds, followed: bool = True,
+        impressions: Path | None = None,
+    ) -> None:  # fmt: skip
         self._store, self._folder, self._item_ids, self._followed = store, folder, item_ids, followed
+        self._impressions = impressions
         self._schema = DataSchema.load(folder / SCHEMA) if (folder / SCHEMA).exists() else None
         self._new = NewItems.load(folder) if self._schema is not None else None
         self._key = NewItems.key_of(folder) if self._schema is not None else ""
@@ -123,8 +132,10 @@ class Updates:
         if kind not in (UPSERT, REMOVE, FORGET):
             raise ValueError(f"{ACTION.name}: expected {UPSERT}, {REMOVE} or {FORGET}, got {kind[:60]!r}")
         if kind == FORGET:
-            known = self._store.forget(_id(record, "a user"))
-            statuses[i] = f"{STATUS_OK}: {self._store.FORGOTTEN if known else NOTHING_KNOWN}"
+            user = _id(record, "a user")
+            shown = self._forget_shown(user)  # first: what fails then is asked for again
+            known = self._store.forget(user)
+            statuses[i] = with_shown(f"{STATUS_OK}: {self._store.FORGOTTEN if known else NOTHING_KNOWN}", shown)
             return
         if self._schema is None:
             raise ValueError(NO_CATALOGUE)
@@ -136,6 +147,14 @@ class Updates:
         rows[i] = parse_item_json(record, self._schema, notes)
         statuses[i] = with_reason(STATUS_OK, "; ".join(notes))
         changes[i] = Change(rows[i][ITEM], to_json(rows[i]), self._key)
+
+    def _forget_shown(self, user: str) -> int:
+        """Takes a user out of the log of impressions; the requests of the user in it."""
+        if self._impressions is None or not self._impressions.is_dir():
+            return 0
+        from vivace.impressions.files import forget  # pyarrow, which a run without a log does without
+
+        return forget(self._impressions, user)
 
     def _describe(self, changes: dict[int, Change], rows: dict[int, ItemRow], statuses: list[str]) -> None:
         """Gives new items their vectors, and a reason to those that cannot be recommended."""

@@ -175,7 +175,7 @@ def as_shard(options: ServerOptions, shard: int, log: Path | None) -> ServerOpti
     """Those of a shard on this machine of a server with ``options``."""
     return replace(
         options, shard=shard, shards="", log=log, guard=True, access=AccessOptions(), cache_bytes=0, trace_url="",
-        store="", host="127.0.0.1", http_port=0, grpc_port=0, metrics_port=0,
+        impressions=False, store="", host="127.0.0.1", http_port=0, grpc_port=0, metrics_port=0,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row, with_reason
+from serving.triton import impressions
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless, refusal
 from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
@@ -31,6 +32,7 @@ class Batch:
 
     def __init__(self, requests: list[ParsedRequest], responses: list[Any], counts: Counts) -> None:
         self.requests, self.responses, self.counts = requests, responses, counts
+        self.began_ms = time.time() * 1000
 
     @property
     def rows(self) -> list[Row]:
@@ -71,6 +73,7 @@ class RecommendModel(Stage):
             repository, self.folder.name, self.shapes(), self.store(readonly=True), seen, threads, ranked
         )
         self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), Counts()
+        self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
         for level, seconds in self.pipeline.warm(self.largest):
             self.overload.done(level, self.largest, seconds)
 
@@ -79,13 +82,17 @@ class RecommendModel(Stage):
         columns = self.pipeline.transform.moment.columns
         parsed = [ParsedRequest(i, request, columns) for i, request in enumerate(requests)]
         batch = Batch(parsed, [None] * len(requests), self.counts)
-        rows, began = len(batch.rows), time.monotonic()
+        rows, began, batch.began_ms = len(batch.rows), time.monotonic(), time.time() * 1000
         level = self._level(batch, rows)
         self._answer(batch, level)
         answered = sum(len(r.rows) for r in parsed if not batch.responses[r.place].has_error())
         self.overload.done(level, answered, time.monotonic() - began)
         self.counts.hand_over()
+        self.impressions.hand_over()
         return batch.responses
+
+    def finalize(self) -> None:
+        self.impressions.close()
 
     def _level(self, batch: Batch, rows: int) -> Level:
         """The level at which these are answered: under load, one at which half of those with a deadline keep it. The
@@ -191,6 +198,9 @@ class RecommendModel(Stage):
             )
             top_k = np.array([row.top_k for row in request.rows])
             values = self.pipeline.respond(ranked_BN[start:stop], values_BCN[start:stop], top_k, status[:, 0])
+            if self.impressions:
+                viewers = impressions.viewers(request, batch.began_ms)
+                self.impressions.put(request.request, viewers, values[0], values[1], status[:, 0])
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
             batch.answer(request, answer(request.request, self.outputs, [*values, status]))

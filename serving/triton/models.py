@@ -24,12 +24,13 @@ from serving.runtime.stages import (
     ItemVocabulary,
     event_status,
     parse_event,
-    parse_event_id,
+    parse_id,
     read_search_for,
     search_for,
     with_reason,
 )
 from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses
+from serving.triton import impressions
 from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
 from serving.triton.stage import (
     Counts,
@@ -63,20 +64,25 @@ class FeatureTransformModel(Stage):
             self.folder / "transform.onnx", store, shapes, seen, catalogue=self.catalogue(store)
         )
         self.search, self.counts = bool(shapes.search), Counts()
+        self.shown_to = contract.SHOWN_TO.name in self.outputs  # a repository of before it does without
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
+        began_ms = time.time() * 1000
         parsed = [ParsedRequest(i, request, self.transform.moment.columns) for i, request in enumerate(requests)]
         inputs, status = self.transform([row for request in parsed for row in request.rows])
         now_ms, responses, start = time.time() * 1000, [], 0
         for request in parsed:
             stop = start + len(request.rows)
-            responses.append(self._answer(request, [v[start:stop] for v in inputs], status[start:stop], now_ms))
+            of_request = [v[start:stop] for v in inputs]
+            responses.append(self._answer(request, of_request, status[start:stop], began_ms, now_ms))
             start = stop
         self.counts.hand_over()
         return responses
 
-    def _answer(self, request: ParsedRequest, inputs: list[np.ndarray], status: list[str], now_ms: float) -> Any:
+    def _answer(
+        self, request: ParsedRequest, inputs: list[np.ndarray], status: list[str], began_ms: float, now_ms: float
+    ) -> Any:
         errors = request.errors
         if request.deadline < now_ms:
             self.counts("deadline passed", len(errors))
@@ -87,6 +93,8 @@ class FeatureTransformModel(Stage):
         values = [*inputs, strings(texts)]
         if self.search:
             values.append(self._search_for(request, inputs[0]))
+        if self.shown_to:
+            values.append(impressions.shown_to(request, began_ms))
         self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)
 
@@ -206,6 +214,7 @@ class ResponseModel(Stage):
     def setup(self) -> None:
         self.respond = ResponseStage.from_file(self.folder / "items.json", self.catalogue())
         self.ids, self.values, *_ = self.inputs  # the contract's order: response_inputs
+        self.impressions = impressions.Impressions(self.folder.name, self.inputs)
         self.search_ranking = None
         if contract.FOUND.name in self.inputs:
             from search.online import SearchRanking, unpack
@@ -214,7 +223,12 @@ class ResponseModel(Stage):
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [self._answer(request) for request in requests]
+        responses = [self._answer(request) for request in requests]
+        self.impressions.hand_over()
+        return responses
+
+    def finalize(self) -> None:
+        self.impressions.close()
 
     def _answer(self, request: Any) -> Any:
         ranked, values = tensor_of(request, self.ids), tensor_of(request, self.values)
@@ -228,9 +242,11 @@ class ResponseModel(Stage):
                 options = [search_options(request)] * len(results)
                 ranked, values = self.search_ranking.rows(results, ranked, values, options)
                 understood = [strings([text for _, _, text in results])]
-        return answer(
-            request, self.outputs, [*self.respond(ranked, values, top_k[:, 0], status[:, 0]), *understood]
-        )  # fmt: skip
+        shown = self.respond(ranked, values, top_k[:, 0], status[:, 0])
+        if self.impressions:
+            rows = tensor_of(request, contract.SHOWN_TO)[:, 0].tolist()
+            self.impressions.put(request, rows, shown[0], shown[1], status[:, 0])
+        return answer(request, self.outputs, [*shown, *understood])
 
 
 SWEEP_S, SWEEP_PAUSE_S = 3600.0, 0.05
@@ -302,7 +318,9 @@ class AppendEventModel(Stage):
     def _events(self, request: Any) -> list[Event]:
         columns: list[Any] = [tensor_of(request, t)[:, 0] for t in contract.APPEND if not t.optional]
         columns.append([c[0] for c in contexts_of(request, len(columns[0]))])
-        event_id = parse_event_id(json.loads(request.parameters() or "{}").get(contract.EVENT_ID))
+        parameters = json.loads(request.parameters() or "{}")
+        event_id = parse_id(parameters.get(contract.EVENT_ID), contract.EVENT_ID)
+        request_id = parse_id(parameters.get(contract.REQUEST_ID), contract.REQUEST_ID)
         now_ms = int(time.time() * 1000)
         return [
             parse_event(
@@ -313,6 +331,7 @@ class AppendEventModel(Stage):
                 event_id and f"{event_id}/{row}",
                 context,
                 self.columns,
+                request_id,
             )
             for row, (user, item, event_type, timestamp_ms, context) in enumerate(zip(*columns, strict=True))
         ]

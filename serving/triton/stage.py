@@ -90,15 +90,13 @@ COLD = f"{contract.STATUS_DEGRADED}popular items"
 
 
 class Counts:
-    """Rows answered, by how, for Triton's metrics page; handed on a few times a second, as each hand-over is a call to
-    another process."""
+    """Rows answered, by how, or another counter, for Triton's metrics page; handed on a few times a second, as each
+    hand-over is a call to another process."""
 
     EVERY_S = 0.25
 
-    def __init__(self) -> None:
-        self._family = pb_utils.MetricFamily(
-            name="vivace_answers_total", description="Rows answered, by how", kind=pb_utils.MetricFamily.COUNTER
-        )
+    def __init__(self, name: str = "vivace_answers_total", description: str = "Rows answered, by how") -> None:
+        self._family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
         self._metrics: dict[str, Any] = {}
         self._waiting: dict[str, int] = {}
         self._last = 0.0
@@ -146,12 +144,12 @@ class ShardCounts:
 
 class ParsedRequest:
     """One request as it goes through the stages: its ``place`` among those at hand, its rows, what is wrong with each
-    ("" if nothing), its deadline (Unix ms); ``options`` and ``understood`` (of each row) are for requests with a query.
-    """
+    ("" if nothing), CONTEXT of each as sent, its deadline (Unix ms); ``options`` and ``understood`` (of each row) are
+    for requests with a query."""
 
     def __init__(self, place: int, request: Any, columns: ContextColumns) -> None:
         self.place, self.request, self.deadline = place, request, math.inf
-        self.rows, self.errors = _parse(request, columns)
+        self.rows, self.errors, self.contexts = _parse(request, columns)
         try:
             self.deadline = deadline(request)
         except ValueError as error:
@@ -170,20 +168,20 @@ def contexts_of(request: Any, rows: int) -> Any:
     return NO_CONTEXT * rows if sent is None else sent.as_numpy()
 
 
-def _parse(request: Any, columns: ContextColumns) -> tuple[list[Row], list[str]]:
+def _parse(request: Any, columns: ContextColumns) -> tuple[list[Row], list[str], list[bytes]]:
     users, queries, histories, top_ks = (
         tensor_of(request, t) for t in (contract.USER_ID, contract.QUERY, contract.HISTORY, contract.TOP_K)
     )
-    contexts = contexts_of(request, len(users))
+    contexts = [context[0] for context in contexts_of(request, len(users))]
     rows, errors = [], []
     for user, query, history, top_k, context in zip(users, queries, histories, top_ks, contexts, strict=True):
         try:
-            rows.append(parse_row(user[0], query[0], history, int(top_k[0]), context[0], columns))
+            rows.append(parse_row(user[0], query[0], history, int(top_k[0]), context, columns))
             errors.append("")
         except ValueError as error:
             rows.append(Row("", None, 1))
             errors.append(str(error))
-    return rows, errors
+    return rows, errors, contexts
 
 
 def new_only(request: Any) -> bool:

@@ -14,6 +14,7 @@ from serving.runtime.updates import Updates
 from serving.triton.graph_model import answer, each_by_itself
 from serving.triton.stage import Stage, strings, tensor_of
 from vivace import contract
+from vivace.impressions.queue import folder_of
 
 
 class UpdateStoreModel(Stage):
@@ -22,7 +23,8 @@ class UpdateStoreModel(Stage):
     def setup(self) -> None:
         ids = ItemVocabulary(self.beside(contract.FEATURE_TRANSFORM) / "transform.onnx")
         followed = self.parameters["followed"] == "true"
-        self.updates = Updates(self.store(readonly=False), self.folder, ids, followed)
+        shown = folder_of(self.folder.parent.parent / self.parameters["feature_store"])
+        self.updates = Updates(self.store(readonly=False), self.folder, ids, followed, shown)
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -126,8 +126,9 @@ def forget(
     tls_ca: TlsCa = "",
     tls_cert: TlsCert = "",
 ) -> None:
-    """Take a user out of the feature store: histories, live log, ids of events. Through the running server, or in the
-    store itself where none runs; what a log of your own and artifacts/RUN/features hold of the user stays."""
+    """Take a user out of the feature store (histories, live log, ids of events) and the log of impressions. Through the
+    running server, or in the store itself where none runs; what a log of your own and artifacts/RUN/features hold of
+    the user stays."""
     if not user:
         raise typer.BadParameter("expected a user id, got an empty text", param_hint="USER")
     address = _address(url, protocol)
@@ -147,15 +148,19 @@ def forget(
 
 
 def _forgotten_in(run: Run, user: str) -> str:
+    from vivace.impressions.files import forget as forget_shown
+    from vivace.impressions.queue import folder_of
     from vivace.store.forgetting import compact
     from vivace.store.lmdb_store import LmdbStore
     from vivace.store.opening import STORE_URL, store_of_worker
 
+    shown = forget_shown(folder_of(run.feature_store), user)
+    log = f"; {shown} requests left the log of impressions" if shown else ""
     if os.environ.get(STORE_URL):
         with contextlib.closing(store_of_worker(run.feature_store)) as shared:
-            return f"{user}: {shared.FORGOTTEN if shared.forget(user) else 'nothing was known of this user'}"
+            return f"{user}: {shared.FORGOTTEN if shared.forget(user) else 'nothing was known of this user'}{log}"
     with contextlib.closing(LmdbStore(run.feature_store, create=False)) as store:
         known = store.forget(user)
     gone = compact(run.feature_store)
     where = "its bytes are gone from the file" if gone else "its bytes leave the file when nobody has it open"
-    return f"{user}: {'forgotten' if known else 'nothing was known of this user'}; {where}"
+    return f"{user}: {'forgotten' if known else 'nothing was known of this user'}; {where}{log}"

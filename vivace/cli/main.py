@@ -16,6 +16,7 @@ from vivace.cli.demo import demo
 from vivace.cli.doctor import doctor
 from vivace.cli.errors import reported
 from vivace.cli.evaluate import evaluate
+from vivace.cli.experiment import experiment
 from vivace.cli.init_mapping import init_mapping
 from vivace.cli.items import forget, items
 from vivace.cli.keys import keys
@@ -97,6 +98,9 @@ app.add_typer(items, name="items", help="Change the catalogue of the running ser
 app.add_typer(keys, name="keys", help="Keys of those who may call a server.", rich_help_panel="Serving")
 app.add_typer(rollout, name="rollout", help="Try a version on a share of the users.", rich_help_panel="Serving")
 app.add_typer(store, name="store", help="Move the store that a server keeps.", rich_help_panel="Serving")
+app.add_typer(
+    experiment, name="experiment", help="What was shown, and which version is better by it.", rich_help_panel="Looking"
+)
 app.add_typer(reports, name="report", help="Pages that show what was measured.", rich_help_panel="Looking")
 reports.command("compress")(report_compress)
 

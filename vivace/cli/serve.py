@@ -11,7 +11,7 @@ import typer
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, MAX_PORT, Artifacts, Host, Name, Profile, say
 from vivace.cli.runs import find_run, say_next
-from vivace.cli.values import choice
+from vivace.cli.values import choice, plain_name
 from vivace.store.opening import STORE_URL
 
 SELF_SIGNED = ("self-signed",)
@@ -61,6 +61,16 @@ ShardTwinsOption = Annotated[
 ShardWaitOption = Annotated[
     int, typer.Option(help="a shard that has not answered by then is done without", min=1, max=10_000)
 ]
+ImpressionsOption = Annotated[
+    bool, typer.Option("--impressions", help="log what is shown to whom in artifacts/RUN/impressions")
+]
+ImpressionsEveryOption = Annotated[
+    float,
+    typer.Option(help="seconds between two files of --impressions; a killed process loses as much", min=1),
+]
+VariantOption = Annotated[
+    str, typer.Option(help="what --impressions calls this server's arm of an experiment", parser=plain_name)
+]
 GuardOption = Annotated[
     bool,
     typer.Option("--guard/--no-guard", help="Envoy in front; without it only on a loopback address"),
@@ -99,6 +109,9 @@ def serve(
     shard_hosts: ShardHostsOption = "",
     shard_twins: ShardTwinsOption = 1,
     shard_wait_ms: ShardWaitOption = 300,
+    impressions: ImpressionsOption = False,
+    impressions_every: ImpressionsEveryOption = 60.0,
+    variant: VariantOption = "",
     guard: GuardOption = True,
     keys: KeysOption = None,
     tls: TlsOption = "",
@@ -143,6 +156,9 @@ def serve(
         trace_rate=trace_rate,
         log=log_file or run.server_log,
         verbose=verbose,
+        impressions=impressions,
+        impressions_every_s=impressions_every,
+        variant=variant,
         guard=guard and shard is None,
         store=store,
         restricted=True,

@@ -21,7 +21,8 @@ class StoreUnreachableError(StoreError):
 @dataclass(frozen=True, slots=True)
 class Event:
     """One interaction. ``timestamp_ms`` is Unix time in milliseconds. ``event_id``: what its sender calls it, the same
-    when it is sent again; "" where it has no name. ``context``: JSON of what was known of the moment, or ""."""
+    when it is sent again; "" where it has no name. ``context``: JSON of what was known of the moment, or "".
+    ``request_id``: of the request whose answer it is of, or ""."""
 
     user_id: str
     item_id: str
@@ -29,6 +30,7 @@ class Event:
     timestamp_ms: int = 0
     event_id: str = field(default="", compare=False)
     context: str = field(default="", compare=False)
+    request_id: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 whose last event is which.
 
 Keys and values: of the log, a number that rises by one, and msgpack ``[user, item, event type, time in ms, digest of
-its id, when it came in ms]`` (the last two are new: older records lack them); of the ids, the digest, and the event's
-number; of the marks, the user, and the number of the user's last live event with a byte that says whether the user was
-there before the first.
+its id, when it came in ms, context, id of the request]`` (older records lack what is behind the time); of the ids, the
+digest, and the event's number; of the marks, the user, and the number of the user's last live event with a byte that
+says whether the user was there before the first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import lmdb
 import msgpack
@@ -47,7 +48,15 @@ def digest(event: Event) -> bytes:
     return hashlib.sha256(msgpack.packb([event.user_id, event.event_id])).digest()[:_DIGEST_BYTES]
 
 
-_ABSENT = [None, None, None, None, b"", 0, ""]  # columns that logs of before they were kept do not have
+_ABSENT = [None, None, None, None, b"", 0, "", ""]  # columns that logs of before they were kept do not have
+
+
+def packed_record(event: Event, id_digest: bytes, came_ms: int) -> bytes:
+    """A record as every log holds it; columns at the end that say nothing are left out."""
+    columns: list[Any] = [event.user_id, event.item_id, event.event_type, event.timestamp_ms, id_digest, came_ms]
+    columns += [event.context, event.request_id] if event.request_id else [event.context] if event.context else []
+    packed: bytes = msgpack.packb(columns)
+    return packed
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,8 @@ class Record:
     @classmethod
     def read(cls, key: bytes, value: bytes) -> Record:
         columns = msgpack.unpackb(value)
-        user, item, kind, time_ms, id_digest, came_ms, context = columns + _ABSENT[len(columns) :]
-        event = Event(user, item, kind, time_ms, context=context)
+        user, item, kind, time_ms, id_digest, came_ms, context, request_id = columns + _ABSENT[len(columns) :]
+        event = Event(user, item, kind, time_ms, context=context, request_id=request_id)
         return cls(int.from_bytes(key, "big"), event, id_digest, came_ms)
 
 
@@ -99,9 +108,7 @@ class EventLog:
 
     def add(self, transaction: Transaction, number: int, event: Event, came_ms: int) -> None:
         key = digest(event)
-        columns = [event.user_id, event.item_id, event.event_type, event.timestamp_ms, key, came_ms]
-        columns += [event.context] if event.context else []
-        transaction.put(number_key(number), msgpack.packb(columns), db=self._log, append=True)
+        transaction.put(number_key(number), packed_record(event, key, came_ms), db=self._log, append=True)
         if key:
             transaction.put(key, number_key(number), db=self._ids)
 

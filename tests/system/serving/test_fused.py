@@ -19,7 +19,7 @@ from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from serving.service import service
-from tests.support import PATIENCE_S, PatientClient, on_free_ports, patient, quiet, wait_until
+from tests.support import LOGS, PATIENCE_S, PatientClient, logged, on_free_ports, patient, quiet, wait_until
 from training.presets import shapes, tiny
 from vivace import contract
 from vivace.client import VivaceError
@@ -29,7 +29,7 @@ from vivace.store.lmdb_store import LmdbStore
 
 @pytest.fixture(scope="module")
 def fused(root):
-    options = on_free_ports(root / "model_repository", profile="fused")
+    options = on_free_ports(root / "model_repository", profile="fused", **LOGS)
     with service(options, quiet) as (server, watchdog):
         yield server, watchdog
 
@@ -40,6 +40,14 @@ def pipeline(root, features):
     version = max(p.name for p in (root / "model_repository" / contract.RANKING).iterdir() if p.name.isdigit())
     yield Pipeline(root / "model_repository", version, shapes(tiny(), features), store)
     store.close()
+
+
+def test_what_one_process_shows_is_logged(fused, root):
+    with PatientClient(f"{fused[0].host}:{fused[0].grpc_port}") as client:
+        answer = client.recommend("someone fused", top_k=3, context={"device": "tv"})
+    row = logged(root, answer.request_id)
+    assert (row["user_id"], row["items"], row["status"]) == ("someone fused", answer.items, answer.status)
+    assert (row["scores"], row["context"]) == (answer.scores.tolist(), '{"device": "tv"}')
 
 
 def test_one_process_answers_as_the_ensemble_does(fused, served, root):

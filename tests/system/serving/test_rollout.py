@@ -21,7 +21,7 @@ from serving.fleet import Fleet
 from serving.releases import seal
 from serving.rollout import Plan, Rollout, Sample, fault
 from serving.wheel import ServerError
-from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, wait_until
+from tests.support import LOGS, PATIENCE_S, PatientClient, logged, on_free_ports, quiet, wait_until
 from tests.system.serving.test_publish import answer, newest, ports_of
 from tests.system.serving.test_versions import HISTORY, publish_with_other_items, run
 from vivace import contract
@@ -82,7 +82,7 @@ def test_a_share_of_the_users_gets_it_and_nobody_notices_its_death(run):
     first = run.repository.resolve()
     publish_with_other_items(run)
     second = newest(run)
-    options = on_free_ports(first, guard=True)
+    options = on_free_ports(first, guard=True, **LOGS)
     with Fleet(options, quiet) as fleet:
         served = answer(fleet)[0][:5]
         split = Split("salt-3", 0.4)
@@ -99,8 +99,13 @@ def test_a_share_of_the_users_gets_it_and_nobody_notices_its_death(run):
                 items, variant = over_json(ports["http"], user, escaped=bool(n % 2))
                 on_trial = [items != served for items in (*answers, items)]
                 assert on_trial == [split.takes(user)] * 3 and (variant == "trial") == split.takes(user), user
+            for user in USERS[-4:]:
+                row = logged(run.root, grpc.recommend(user, HISTORY, 5).request_id)
+                arm = ("trial", "2") if split.takes(user) else (LOGS["variant"], "1")
+                assert (row["variant"], row["model_version"]) == arm
             for session in USERS[:8]:  # anonymous: by their sessions, if they name one
                 assert over_json(ports["http"], "", True, session=session)[1] == ("trial" * split.takes(session))
+                assert (grpc.recommend("", HISTORY, 5, session=session).items != served) == split.takes(session)
             assert grpc.recommend("", HISTORY, 5).items == served
             with pytest.raises(ServerError, match=r"on trial; 'vivace rollout promote' or 'vivace rollout stop' first"):
                 fleet.serve(newest_of_another(run), Acceptance([]), quiet)

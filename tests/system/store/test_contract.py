@@ -93,12 +93,13 @@ def test_histories_grow_in_order_and_keep_the_newest(store):
 @pytest.mark.parametrize("text", ["a b", "{x}", "*", "\\", "\0", "日本", "x" * 1024, "é\n", "[a-z]?"])
 def test_any_text_is_an_id(store, text):
     store.fill([(text, [text], [text], [5])], [(text, text)], [(text, {"of": text})])
-    assert store.append([Event(text, text, text, 7, text, '{"d": "' + "x" * 20 + '"}')]) == {text: 2}
+    assert store.append([Event(text, text, text, 7, text, '{"d": "' + "x" * 20 + '"}', f"of {text}")]) == {text: 2}
     assert store.append([Event(text, text, text, 7, text)]) == {text: 2}
     assert store.events(text)[-1] == Event(text, text, text, 7)
     assert store.titles([text]) == [text] and store.attributes([text]) == [{"of": text}]
     (event,) = store.live_events(0)[1]
     assert (event, event.context) == (Event(text, text, text, 7), '{"d": "' + "x" * 20 + '"}')
+    assert event.request_id == f"of {text}"
     store.change_catalogue([Change(text, '{"title": "' + text.replace("\\", "").strip("\0\n") + '"}')])
     assert store.catalogue_change(text).item_id == text
     assert store.forget(text) and store.histories([text]) == [None] and not store.forget(text)

@@ -184,7 +184,7 @@ def filled(tmp_path):
     users = [(f"u{n}", ["a", "b"], ["view", "buy"], [n + 1, n + 2]) for n in range(2_500)]
     ages = [(f"u{n}", {"age": n, "ö": None}) for n in range(50)]
     store.fill(users, [(f"i{n}", f"Ä {n}") for n in range(1_500)], ages)
-    store.append([Event(f"u{n % 9}", str(n), "view", n + 5, f"id {n}", '{"d": "x"}') for n in range(200)])
+    store.append([Event(f"u{n % 9}", str(n), "view", n + 5, f"id {n}", '{"d": "x"}', f"r{n}") for n in range(200)])
     store.append([Event("ü" * 400, "long"), Event("new", "x"), Event("gone", "x", "view", 1, "gone")])
     store.forget("gone")  # the newest: numbers go on from it
     store.change_catalogue([Change("i1", '{"title": "changed"}', "key", b"\0\xff"), Change("i2"), Change("i1")])
@@ -196,7 +196,8 @@ def read_all(store) -> list:
     users = sorted(store.users())
     number, events = store.live_events(0)
     return [
-        number, [(e, e.context) for e in events], users, store.typed_histories([*users, "ü" * 400, "gone"]),
+        number, [(e, e.context, e.request_id) for e in events], users,
+        store.typed_histories([*users, "ü" * 400, "gone"]),
         store.titles([f"i{n}" for n in range(1_501)]), store.attributes(users), store.event_types(),
         store.catalogue_changes(0), store.last_change(),
     ]  # fmt: skip

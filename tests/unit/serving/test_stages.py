@@ -10,7 +10,7 @@ from serving.runtime.stages import (
     NO_SUCH_ITEM,
     event_status,
     parse_event,
-    parse_event_id,
+    parse_id,
     parse_row,
     read_search_for,
     search_for,
@@ -45,11 +45,11 @@ def test_parse_event():
     assert parse_event(b"u", b"a", b"", 5, "n").event_id == "n"
 
 
-def test_parse_event_id():
-    assert (parse_event_id(None), parse_event_id(""), parse_event_id("ü" * 64)) == ("", "", "ü" * 64)
+def test_parse_id():
+    assert (parse_id(None, "event_id"), parse_id("", "event_id"), parse_id("ü" * 64, "event_id")) == ("", "", "ü" * 64)
     for given, message in ((5, "expected a text, got int"), ("ü" * 65, "at most 128 bytes"), ("\ud800", "UTF-8")):
         with pytest.raises(ValueError, match=f"event_id: .*{message}"):
-            parse_event_id(given)
+            parse_id(given, "event_id")
 
 
 def test_what_is_not_known_of_an_event_is_reported():

@@ -10,7 +10,7 @@ from typing import Protocol
 import msgpack
 
 from vivace.store.interface import Change
-from vivace.store.lmdb_log import Record
+from vivace.store.lmdb_log import Record, packed_record
 from vivace.store.remote.catalogue import stored_change
 
 Pair = tuple[bytes, bytes]  # key of a user or an item, and what there is of it
@@ -79,16 +79,10 @@ def contents(end: End) -> Contents:
 
 
 def _record_bytes(record: Record) -> bytes:
-    e = record.event
-    value: bytes = msgpack.packb(
-        [record.number, e.user_id, e.item_id, e.event_type, e.timestamp_ms, record.digest, record.came_ms, e.context]
-    )
+    value: bytes = msgpack.packb([record.number, value_of(record)])
     return value
 
 
 def value_of(record: Record) -> bytes:
     """A record as both logs hold it."""
-    e = record.event
-    columns = [e.user_id, e.item_id, e.event_type, e.timestamp_ms, record.digest, record.came_ms]
-    value: bytes = msgpack.packb(columns + ([e.context] if e.context else []))
-    return value
+    return packed_record(record.event, record.digest, record.came_ms)

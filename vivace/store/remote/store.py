@@ -27,7 +27,7 @@ import msgpack
 
 from vivace.store.history_rows import FILL_ROWS
 from vivace.store.interface import Event, StoreError
-from vivace.store.lmdb_log import Record, digest, key_of
+from vivace.store.lmdb_log import Record, digest, key_of, packed_record
 from vivace.store.remote.address import Address
 from vivace.store.remote.catalogue import ValkeyCatalogue, read_change
 from vivace.store.remote.fill import Filling
@@ -190,7 +190,9 @@ class ValkeyStore(Filling, ValkeyCatalogue):
         appended, now_ms = list(events), int(time.time() * 1000)
         if not appended:
             return {}
-        columns = [(digest(e), _packed_record(e, now_ms), key_of(e.user_id), _packed_event(e)) for e in appended]
+        columns = [
+            (digest(e), packed_record(e, digest(e), now_ms), key_of(e.user_id), _packed_event(e)) for e in appended
+        ]
         logged = [x for id_digest, record, _, _ in columns for x in (id_digest, record)]
         ((generation, filling, *numbers),) = self._trips.script(LOG_EVENTS, [(self._log_keys, logged)], "write")
         of_user: dict[bytes, list[bytes]] = defaultdict(list)
@@ -273,13 +275,6 @@ def _columns(value: bytes) -> tuple[list[str], list[str], list[int]]:
 
 def _packed_event(event: Event) -> bytes:
     value: bytes = msgpack.packb([event.item_id, event.event_type, event.timestamp_ms])
-    return value
-
-
-def _packed_record(event: Event, came_ms: int) -> bytes:
-    value: bytes = msgpack.packb(
-        [event.user_id, event.item_id, event.event_type, event.timestamp_ms, digest(event), came_ms, event.context]
-    )
     return value
 
 

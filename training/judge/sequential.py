@@ -1,0 +1,126 @@
+"""Confidence that may be looked at every hour: intervals that hold at all looks together, whenever one stops.
+
+The difference of two arms is the logarithm of a ratio of rates, with the variance of an estimate that is clustered by
+user; what is accumulated is its information, 1 / variance. The interval is the normal mixture's confidence sequence
+(Robbins 1970; Waudby-Smith et al. 2021, "Time-uniform central limit theory and asymptotic confidence sequences", eq. 5
+and appendix B.2), the p-value its inverse: the mixture sequential probability ratio test (Johari et al. 2017).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+LEAST_USERS, LEAST_CLICKING = 100, 20  # of each arm: below them a normal approximation is none
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A ratio of sums over users, such as clicks over shown items. ``variance``: of the rate, clustered by user."""
+
+    value: float
+    variance: float
+    users: int
+    above_zero: int
+    """Users whose numerator is not 0."""
+
+    @classmethod
+    def of(cls, numerator: np.ndarray, denominator: np.ndarray) -> Rate:
+        """Of users' sums, float [users]; a user whose denominator is 0 counts for nothing."""
+        there = denominator > 0
+        users, total = int(there.sum()), float(denominator.sum())
+        if not users:
+            return cls(math.nan, math.inf, 0, 0)
+        value = float(numerator.sum()) / total
+        residual = numerator - value * denominator
+        variance = float(residual @ residual) / total**2 * users / max(users - 1, 1)
+        return cls(value, variance, users, int(np.count_nonzero(numerator)))
+
+    @property
+    def is_enough(self) -> bool:
+        return self.users >= LEAST_USERS and self.above_zero >= LEAST_CLICKING
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment is to find: a relative ``effect`` (0.03: 3 % up or down), with error ``alpha`` at all looks
+    together and ``power``. It is chosen before the first look, and the intervals are narrowest where it is found."""
+
+    effect: float = 0.03
+    alpha: float = 0.05
+    power: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name, value in (("effect", self.effect), ("alpha", self.alpha), ("power", self.power)):
+            if not 0 < value < 1:
+                raise ValueError(f"experiment, {name}: expected a number between 0 and 1, got {value!r}")
+
+    @property
+    def _tuning(self) -> float:
+        return -2 * math.log(self.alpha) + math.log(1 - 2 * math.log(self.alpha))
+
+    @property
+    def information(self) -> float:
+        """Information at which the effect is found with ``power``."""
+        c = 1 / self._tuning
+        boundary = math.sqrt((1 + c) * math.log((1 + c) / (c * self.alpha**2)))
+        return ((boundary + NormalDist().inv_cdf(self.power)) / math.log1p(self.effect)) ** 2
+
+    @property
+    def scale(self) -> float:
+        """Of the mixture, in units of information."""
+        return self.information / self._tuning
+
+    def radius(self, variance: float) -> float:
+        """Half of the interval's width, of the logarithm of the ratio."""
+        information, scale = 1 / variance, self.scale
+        joint = information + scale
+        return math.sqrt(joint * math.log(joint / (scale * self.alpha**2))) / information
+
+    def p_value(self, value: float, variance: float) -> float:
+        """The least error at which ``value`` is told from 0; of all looks so far the smallest counts."""
+        information, scale = 1 / variance, self.scale
+        joint = information + scale
+        log_evidence = 0.5 * math.log(scale / joint) + (value * information) ** 2 / (2 * joint)
+        return math.exp(-max(log_evidence, 0.0))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A rate beside the control's. ``lift``: relative, 0.03 is 3 % more; ``low`` and ``high`` bound it at all looks
+    together; NaN and infinite where there is too little to say. ``users_needed``: of both arms in all, more than there
+    are, until the plan's effect is found with its power."""
+
+    lift: float
+    low: float
+    high: float
+    p_value: float
+    users_needed: int
+
+    @property
+    def differs(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+    @property
+    def verdict(self) -> str:
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference seen"
+
+
+UNKNOWN = Comparison(math.nan, -1.0, math.inf, 1.0, -1)
+
+
+def compare(control: Rate, treatment: Rate, plan: Plan) -> Comparison:
+    """``treatment`` beside ``control``; UNKNOWN where either has too few users or clicks."""
+    if not (control.is_enough and treatment.is_enough):
+        return UNKNOWN
+    difference = math.log(treatment.value / control.value)
+    variance = control.variance / control.value**2 + treatment.variance / treatment.value**2
+    if variance <= 0:
+        return UNKNOWN
+    radius, users = plan.radius(variance), control.users + treatment.users
+    needed = max(0, math.ceil(users * (plan.information * variance - 1)))
+    low, high = math.expm1(difference - radius), math.expm1(min(difference + radius, 700.0))
+    return Comparison(math.expm1(difference), low, high, plan.p_value(difference, variance), needed)

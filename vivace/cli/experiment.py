@@ -1,0 +1,133 @@
+"""``vivace experiment impressions`` and ``vivace experiment report``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, console, say
+from vivace.cli.runs import find_run
+from vivace.cli.values import choice, values_of
+
+experiment = typer.Typer(no_args_is_help=True)
+
+EventTypes = Annotated[
+    list[str] | None,
+    typer.Option("--event", metavar="TYPE", help="type that counts as a click; may be given again (default all)"),
+]
+
+
+@experiment.command(
+    help="Join what was shown (vivace serve --impressions) with the events that name its requests: a Parquet with one "
+    "row a shown item."
+)
+def impressions(
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    event: EventTypes = None,
+    out: Annotated[
+        Path | None, typer.Option(help="file to write; artifacts/RUN/impressions.parquet if empty", dir_okay=False)
+    ] = None,
+) -> None:
+    from vivace.impressions.files import joined_of
+    from vivace.impressions.joined import join
+    from vivace.impressions.queue import folder_of
+    from vivace.store.opening import store_of_worker
+
+    run = find_run(artifacts, name)
+    folder = folder_of(run.feature_store)
+    file = out or joined_of(folder)
+    with console.status("joining"), contextlib.closing(store_of_worker(run.feature_store, readonly=True)) as store:
+        counts = join(folder, store, file, event or ())
+    say(
+        f"{counts.requests:,} requests ({counts.empty:,} shown nothing), {counts.shown:,} items shown, "
+        f"{counts.clicked:,} of them with an event; {counts.strays:,} events are of no request in the log"
+    )
+    say(f"wrote {file}")
+
+
+@experiment.command(
+    help="Say which arm is better, by a joined log: CTR, NDCG of clicks, coverage and latency of each, and intervals "
+    "that hold however often one looks; a page with pictures. With --target also what another version would have been "
+    "clicked."
+)
+def report(
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    joined: Annotated[
+        Path | None,
+        typer.Option(help="file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if empty"),
+    ] = None,
+    by: Annotated[str, choice("--by", values_of("training.judge.experiment:ARMS"), "what makes the arms")] = "variant",
+    control: Annotated[str, typer.Option(help="the arm that others stand beside; the first by name if empty")] = "",
+    top_k: Annotated[int, typer.Option(help="places of a request that count", min=1, max=100)] = 10,
+    effect: Annotated[
+        float, typer.Option(help="relative difference of CTR that is to be found; choose it before the first look")
+    ] = 0.03,
+    alpha: Annotated[float, typer.Option(help="error that is accepted, at all looks together")] = 0.05,
+    power: Annotated[float, typer.Option(help="chance to find the effect where it is there")] = 0.8,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            help="Parquet of what another version shows for requests of the control: request_id, item_id, position, "
+            "probability",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="page to write; artifacts/RUN/report/experiment.html if empty", dir_okay=False)
+    ] = None,
+) -> None:
+    from loadtest.reports import experiment as pages
+    from loadtest.reports.html import table
+    from training.judge.experiment import evidence, shown_rows
+    from training.judge.sequential import Plan
+    from vivace.impressions.files import joined_of
+    from vivace.impressions.queue import folder_of
+
+    run = find_run(artifacts, name)
+    file = joined or joined_of(folder_of(run.feature_store))
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: not there yet; run 'vivace experiment impressions --name {run.root.name}'")
+    plan = Plan(effect, alpha, power)
+    with console.status("counting"):
+        seen = evidence(file, plan, by, control, top_k)
+    say(f"{pages.when(seen.began_ms)} to {pages.when(seen.ended_ms)}; {pages.plan_words(seen.plan)}")
+    _print(*pages.arm_rows(seen))
+    if seen.crossed:
+        say(f"{seen.crossed:,} users were in several arms and are left out")
+    if len(seen.arms) > 1:
+        _print(*pages.comparison_rows(seen))
+    if places := pages.place_words(seen):
+        say(places)
+    more = []
+    if target is not None:
+        import pyarrow.parquet as pq
+
+        from training.judge.counterfactual import counterfactual
+
+        with console.status("estimating"):
+            estimate = counterfactual(shown_rows(file, by, seen.control), pq.read_table(target).to_pandas())
+        _print(*pages.counterfactual_rows(estimate))
+        say(pages.counterfactual_words(estimate))
+        words = f"<p>{pages.counterfactual_words(estimate)}</p>"
+        more = ["<h2>Another version</h2>", table(*pages.counterfactual_rows(estimate)), words]
+    page = out or run.root / "report" / "experiment.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    pages.write(seen, page, more)
+    say(f"wrote {page}")
+
+
+def _print(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    shown = Table()
+    for title in header:
+        shown.add_column(title)
+    for row in rows:
+        shown.add_row(*map(str, row))
+    console.print(shown)
