@@ -123,11 +123,9 @@ def serve(
     """Start the real Triton with the ensemble, guard it, bring back what ends, stop cleanly on Ctrl-C."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers may end a server that is about to start
     from serving.door.options import AccessOptions
-    from serving.door.tls import self_signed
     from serving.repository import served_from
     from serving.server_options import ServerOptions
     from serving.service import run_until_signal
-    from serving.start_checks import local_address
     from vivace.run import Run
 
     run = find_run(artifacts, name)
@@ -139,8 +137,7 @@ def serve(
     if tls:
         if tls_cert or tls_key:
             raise typer.BadParameter("goes without --tls-cert and --tls-key", param_hint="--tls")
-        tls_cert, tls_key, made = self_signed(run.root / "tls", local_address(host))
-        say(f"certificate for trials, which callers trust by --tls-ca {tls_cert}: SHA-256 {made.fingerprint}")
+        tls_cert, tls_key = _certificate_for_trials(run.root / "tls", host)
     access = AccessOptions(
         keys=keys, certificate=tls_cert, private_key=tls_key, client_ca=client_ca, insecure_network=insecure_network
     )
@@ -173,3 +170,13 @@ def serve(
     address += (f" --tls-ca {tls_cert}" if tls_cert else "") + (" --key KEY" if keys else "")
     query = (lambda: say_next(f"query{address}", run, artifacts)) if shard is None else None
     run_until_signal(options, status_port, say, on_ready=query, replicas=replicas)
+
+
+def _certificate_for_trials(folder: Path, host: str) -> tuple[Path, Path]:
+    """(certificate, key), made where there is none."""
+    from serving.door.tls import self_signed
+    from serving.start_checks import local_address
+
+    certificate, key, made = self_signed(folder, local_address(host))
+    say(f"certificate for trials, which callers trust by --tls-ca {certificate}: SHA-256 {made.fingerprint}")
+    return certificate, key
