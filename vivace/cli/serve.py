@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -134,13 +134,14 @@ def serve(
         say(f"profile {profile} serves {served.root}")
     if doubt := served.doubt():
         say(f"serving what was published before: {doubt}")
+    if tls and (tls_cert or tls_key):
+        raise typer.BadParameter("goes without --tls-cert and --tls-key", param_hint="--tls")
     if tls:
-        if tls_cert or tls_key:
-            raise typer.BadParameter("goes without --tls-cert and --tls-key", param_hint="--tls")
         tls_cert, tls_key = _certificate_for_trials(run.root / "tls", host)
     access = AccessOptions(
         keys=keys, certificate=tls_cert, private_key=tls_key, client_ca=client_ca, insecure_network=insecure_network
     )
+    shards: dict[str, Any] = dict(shard=shard, shards=shard_hosts, shard_twins=shard_twins, shard_wait_ms=shard_wait_ms)
     options = ServerOptions(
         repository=served.repository,
         host=host,
@@ -160,16 +161,13 @@ def serve(
         store=store,
         restricted=True,
         access=access,
-        shard=shard,
-        shards=shard_hosts,
-        shard_twins=shard_twins,
-        shard_wait_ms=shard_wait_ms,
+        **shards,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     address = "" if grpc_port in (0, 8001) else f" --url 127.0.0.1:{grpc_port}"
     address += (f" --tls-ca {tls_cert}" if tls_cert else "") + (" --key KEY" if keys else "")
     query = (lambda: say_next(f"query{address}", run, artifacts)) if shard is None else None
-    run_until_signal(options, status_port, say, on_ready=query, replicas=replicas)
+    run_until_signal(options, status_port, say, query, replicas)
 
 
 def _certificate_for_trials(folder: Path, host: str) -> tuple[Path, Path]:
