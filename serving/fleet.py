@@ -28,6 +28,7 @@ from serving.merged_metrics import TritonMetrics
 from serving.releases import HELD, held
 from serving.segments import Segments
 from serving.server_options import ServerOptions
+from serving.shards.servers import ShardGroups, ShardMetrics, ShardServer
 from serving.start_checks import LEFTOVER, PREFIX_FILE, check_ports, door_options
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
@@ -94,6 +95,7 @@ class Fleet:
         self.private = Path()
         self.trial: Replica | None = None  # of a version that a share of the users gets
         self._candidate: Replica | None = None
+        self.shards = ShardGroups(say)
         self._keeper: DoorKeeper | None = None
         self._life = contextlib.ExitStack()
         self.registry = CollectorRegistry()
@@ -102,6 +104,7 @@ class Fleet:
         )
         for result in ("done", "refused"):
             self._swaps.labels(result)
+        self.registry.register(ShardMetrics(lambda: self.shards.servers))  # type: ignore[arg-type]
         self.registry.register(DoorStatistics(lambda path: self.door.ask("GET", path) if self.door is not None else ""))
 
     # -- life ----------------------------------------------------------------------------------------
@@ -126,9 +129,11 @@ class Fleet:
             replica.watchdog.__exit__()
         if self.door is not None:  # before them: its idle connections would keep each Triton from ending
             self.door.stop()
+        self.shards.begin_stop()
         for replica in replicas:
             replica.server.stop()
         self.replicas, self.trial, self._candidate = [], None, None
+        self._drop_shards()
         self._life.close()
 
     def _start(self) -> None:
@@ -170,7 +175,7 @@ class Fleet:
 
     def _started(self, options: ServerOptions, place: int | str, aside: bool = False) -> Replica:
         """A ready server with its watchdog; nothing is left where it does not come up. ``aside``: others serve."""
-        log = options.log
+        options, log = self.shards.told(options, aside), options.log
         if place and log is not None:
             options = replace(options, log=log.with_name(f"{log.stem}-{place}{log.suffix}"))
         server = TritonServer(options, self.door, aside)
@@ -180,8 +185,13 @@ class Fleet:
             watchdog.__enter__()
         except BaseException:
             server.stop()
+            self._drop_shards()
             raise
         return Replica(server, watchdog)
+
+    def _drop_shards(self) -> None:
+        """Ends those of versions that no server serves any more."""
+        self.shards.drop(but={r.server.release for r in self._all()})
 
     def _count_door_restart(self) -> None:
         self.replicas[0].watchdog.metrics.server_restarts.labels("envoy").inc()
@@ -206,6 +216,9 @@ class Fleet:
     def _all(self) -> list[Replica]:
         return [*self.replicas, *filter(None, [self.trial, self._candidate])]
 
+    def _watched(self) -> list[Replica | ShardServer]:
+        return [*self._all(), *self.shards.servers]
+
     @property
     def ready(self) -> bool:
         """Whether callers are answered: one of the servers works in all its parts."""
@@ -214,12 +227,15 @@ class Fleet:
     def alive_itself(self) -> bool:
         """Whether all that watches runs."""
         keeper = self._keeper is None or self._keeper.alive_itself()
-        return keeper and all(r.watchdog.alive_itself() for r in self.replicas)
+        watched: list[Replica | ShardServer] = [*self.replicas, *self.shards.servers]
+        return keeper and all(each.watchdog.alive_itself() for each in watched)
 
     def report(self) -> dict[str, object]:
         """What ``/health`` answers: of one server its parts, of several those of each."""
         reports = [r.watchdog.health.report() for r in self.replicas]
-        why = {"why": self.starting} if self.starting else {}
+        why: dict[str, object] = {"why": self.starting} if self.starting else {}
+        if shards := self.shards.report():
+            why["shards"] = shards
         if len(reports) == 1:
             return reports[0] | {"ready": self.ready} | why
         versions = sorted({str(r["version"]) for r in reports})
@@ -232,12 +248,12 @@ class Fleet:
 
     def processes(self) -> set[int]:
         """What this process started and waits for itself."""
-        pids = {pid for r in self._all() for pid in r.server.processes()}
+        pids = {pid for each in self._watched() for pid in each.server.processes()}
         return pids | ({self.door.pid} if self.door is not None and self.door.started else set())
 
     def logs(self) -> list[Path]:
         """What grows while it runs."""
-        logs = {r.server.log for r in self._all() if r.server.log is not None}
+        logs = {each.server.log for each in self._watched() if each.server.log is not None}
         return [*logs, *([self.door.log] if self.door is not None else [])]
 
     # -- another version -----------------------------------------------------------------------------
@@ -292,6 +308,7 @@ class Fleet:
         self.trial = None
         self.door.point(self.endpoints)
         trial.stop()
+        self._drop_shards()
         say(f"{trial.server.release.name}: its trial is over")
 
     def scale(self, count: int, say: Callable[[str], None]) -> None:
@@ -334,6 +351,7 @@ class Fleet:
         except BaseException:
             self._candidate = None
             new.stop()
+            self._drop_shards()
             raise
         self._candidate = None
 
@@ -345,6 +363,7 @@ class Fleet:
             say(f"{old.server.release.name}: calls under way for long; ending it all the same")
         self.replicas.remove(old)
         old.stop()
+        self._drop_shards()
         say(f"{old.server.release.name}: stopped")
 
     def _wait_ready(self, replica: Replica) -> None:

@@ -45,6 +45,7 @@ BUSY_S = 30.0  # a queue that refuses is no fault of the ensemble, for so long
 MIN_FREE_BYTES = 64 << 20
 BUSY = ("exceeds maximum queue size", "timeout expired")  # Triton's words where a queue refuses
 PARTS = ("server", "guard", "watchdog", "models", "ensemble", "store", "disk", "version")
+SHARD_PARTS = ("server", "watchdog", "models", "disk", "version")  # of a server that is a shard
 
 
 class Canary:
@@ -96,7 +97,11 @@ class Canary:
             self.seconds.set(time.monotonic() - started)
             if answer.status == "ok":
                 why, problem = "answer", self._compare(answer.items)
-            elif not (answer.status.startswith("degraded: load") or (self._shared and "store: " in answer.status)):
+            elif not (
+                answer.status.startswith("degraded: load")
+                or (self._shared and "store: " in answer.status)
+                or (self.server.options.shards and "shards: " in answer.status)
+            ):
                 why, problem = "answer", f"expected the status ok, got {answer.status!r}"
         except VivaceError as error:
             if any(sign in str(error) for sign in BUSY) and time.monotonic() - self._last_good < BUSY_S:
@@ -187,8 +192,8 @@ class Health:
     def __init__(self, server: TritonServer, registry: CollectorRegistry, others: dict[str, Callable[[], str]]) -> None:
         self.server = server
         self.starting = ""  # why it is not ready yet, for whoever warms it up
-        self.faults = {name: "not looked at yet" for name in PARTS}
-        self.canary = Canary(server, registry)
+        self.faults = {name: "not looked at yet" for name in (PARTS if server.options.shard is None else SHARD_PARTS)}
+        self.canary = Canary(server, registry) if server.options.shard is None else None
         self.slow_s = SLOW_S
         self._others = others
         self._stop = threading.Event()
@@ -217,7 +222,8 @@ class Health:
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=CANARY_WAIT_S + 5)
-        self.canary.close()
+        if self.canary is not None:
+            self.canary.close()
 
     # -- for those who ask ---------------------------------------------------------------------------
     @property
@@ -228,7 +234,7 @@ class Health:
     @property
     def answers(self) -> bool:
         """Whether calls shall come to this server while there are others."""
-        return not self.starting and not any(self.faults[part] for part in ("server", "models", "ensemble"))
+        return not self.starting and not any(self.faults.get(part) for part in ("server", "models", "ensemble"))
 
     def report(self) -> dict[str, object]:
         """What ``/health`` answers."""
@@ -239,15 +245,15 @@ class Health:
     # -- looking -------------------------------------------------------------------------------------
     def ask(self) -> None:
         """One question to the ensemble; none while there is no server to ask."""
-        if self.server.running() and not self.faults["server"].startswith("tritonserver"):
+        if self.canary is not None and self.server.running() and not self.faults["server"].startswith("tritonserver"):
             self.canary.fault = self.canary.ask()
 
     def look(self) -> None:
         """One round over all parts."""
         slow = time.monotonic() >= self._next_slow
         checks: dict[str, Callable[[], str]] = {
-            "server": self._server_fault, "guard": self._guard_fault, "ensemble": lambda: self.canary.fault,
-            **self._others,
+            "server": self._server_fault, "guard": self._guard_fault,
+            "ensemble": lambda: self.canary.fault if self.canary is not None else "", **self._others,
         }  # fmt: skip
         if slow:
             self._next_slow = time.monotonic() + self.slow_s
@@ -257,6 +263,8 @@ class Health:
                 "version": self._version_fault,
             }
         for name, check in checks.items():
+            if name not in self.faults:
+                continue
             try:
                 fault = check()
             except Exception as error:

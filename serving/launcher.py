@@ -33,15 +33,13 @@ from serving.logs import open_log, tail
 from serving.process import (
     become_triton,
     living_workers,
-    server_environment,
     step_aside,
     step_forward,
 )
 from serving.releases import held, verify
 from serving.repository import check_profile, models
-from serving.runtime.cache_settings import ANSWER_CACHE
 from serving.segments import Segments
-from serving.server_options import ServerOptions, log_environment
+from serving.server_options import ServerOptions, environment
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
@@ -56,11 +54,11 @@ from serving.start_checks import (
     remove_environments,
     sweep_leftovers,
 )
-from serving.wheel import ServerError, backend_folder, python_library, wheel_folder
+from serving.wheel import ServerError, backend_folder, wheel_folder
 from vivace import contract
 from vivace.client import VivaceClient
+from vivace.shard_contract import shard_model
 from vivace.store.forgetting import compact, is_due
-from vivace.store.opening import STORE_URL
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +90,7 @@ class TritonServer:
 
     def __init__(self, options: ServerOptions, door: Door | None = None, aside: bool = False) -> None:
         address = local_address(options.host)
-        check_exposure(options.host, address, options.guard, options.access)
+        check_exposure(options.host, address, options.guard, options.access, options.shard is not None)
         self.segments = Segments()
         self.options = replace(options, answer_cache=options.answer_cache and options.answer_cache.at(self.segments))
         self.host = address
@@ -134,7 +132,7 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self.segments.prefix}",
             f"--backend-config=onnxruntime,shm-region-prefix-name={self.segments.prefix}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in models(self.release, o.profile)),
+            *(f"--load-model={name}" for name in self.loads),
             *self._listens(),
             "--metrics-config=summary_latencies=true",
             "--metrics-config=summary_quantiles=0.5:0.01,0.95:0.002,0.99:0.001",
@@ -155,6 +153,13 @@ class TritonServer:
         if o.verbose:
             command.append(f"--log-verbose={o.verbose}")
         return [*command, *o.extra]
+
+    @property
+    def loads(self) -> list[str]:
+        """Models that it loads."""
+        if self.options.shard is not None:
+            return [shard_model(self.options.shard)]
+        return models(self.release, self.options.profile)
 
     def _listens(self) -> list[str]:
         if self.sockets is not None:  # each appends its port to the address, which only gRPC makes part of the path
@@ -191,21 +196,6 @@ class TritonServer:
             client.register_plugin(_WithKey(self._key))
         return client
 
-    def environment(self) -> dict[str, str]:
-        """Triton's Python workers ignore PYTHONPATH (they start Python isolated): they find this environment, with
-        the project installed in it, because its ``python3`` is the first on PATH."""
-        env = dict(os.environ)
-        binaries = str(self.options.python.parent)
-        libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), str(python_library().parent)]
-        env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
-        env.pop(STORE_URL, None)
-        env |= log_environment(self.options, self.release)
-        if self.options.store:  # not by the command line, which every user of the machine can read
-            env[STORE_URL] = self.options.store
-        env[ANSWER_CACHE] = "" if self.options.answer_cache is None else self.options.answer_cache.text()
-        env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
-        return server_environment(env)
-
     def start(self) -> None:
         """Starts and waits until the server and every model are ready. Raises ServerError with the log's end, and
         ValueError for a profile that the repository does not have."""
@@ -239,7 +229,7 @@ class TritonServer:
         if is_due(store) and not compact(store):
             log.warning("%s: what was forgotten stays in its file, as another process has it open", store)
         self._launch_first()
-        if self.sockets is not None and not self._shared_door:
+        if self.sockets is not None and not self._shared_door and o.shard is None:
             folder = self._root / "door"
             folder.mkdir(mode=0o700)
             listens = door_options(self.host, self.http_port, self.grpc_port, self.metrics_port)
@@ -276,7 +266,7 @@ class TritonServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=self.environment(),
+                env=environment(self.options, self.release),
                 start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
                 preexec_fn=become_triton,
             )

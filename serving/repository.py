@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from serving.profiles import PROFILES as PROFILES, ServingProfile as ServingProfile
 from serving.releases import publishing
 from serving.runtime.batch_sizes import padded_sizes
 from vivace import contract
 from vivace.run import Run
+from vivace.shard_contract import SHARD_PREFIX, shard_inputs, shard_model, shard_outputs
 
 CHECKOUT_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
-INDEX_ADAPTER = Path(__file__).resolve().parent / "triton" / "adapters" / "indexed_retrieval.py"
-FRESH_ADAPTER = Path(__file__).resolve().parent / "triton" / "adapters" / "fresh_ranking.py"
-SEARCH_ADAPTER = Path(__file__).resolve().parent / "triton" / "adapters" / "query_search.py"
+ADAPTERS = Path(__file__).resolve().parent / "triton" / "adapters"
+INDEX_ADAPTER, SHARDS_ADAPTER, FRESH_ADAPTER, SEARCH_ADAPTER = (
+    ADAPTERS / f"{name}.py" for name in ("indexed_retrieval", "sharded_retrieval", "fresh_ranking", "query_search")
+)
 FEATURE_STORE = "../feature_store"  # seen from the repository's folder
 TUNED = Run(Path()).tuning.name  # folder of a run with the records of tuned profiles
 PYTHON_STAGES = (contract.FEATURE_TRANSFORM, contract.RESPONSE, contract.APPEND_EVENT, contract.UPDATE_STORE)
@@ -33,44 +35,6 @@ ALL_MODELS = (*contract.STAGES, contract.QUERY_SEARCH, *STORE_MODELS, contract.E
 
 
 Tensors = tuple[contract.WireTensor, ...]
-
-
-@dataclass(frozen=True)
-class ServingProfile:
-    """What does not change the answer. Batches in requests, delay in microseconds, threads per session."""
-
-    max_batch_size: int = 64
-    preferred_batch: int = 0  # batches of this and its doubles are sent without delay (0: only the largest)
-    queue_delay_us: int = 0
-    retrieval_instances: int = 2  # the longest stage: with one, the other cores wait for it
-    ranking_instances: int = 1
-    threads: int = 1
-    backend: str = "onnxruntime"  # of retrieval and ranking
-    kind: Literal["CPU", "GPU", "MODEL"] = "CPU"  # where their instances run; MODEL: where the compiled file says
-    cuda_graphs: bool = False  # sequences of kernels are recorded for some sizes of batches and replayed
-    container: bool = False  # for the container's own backend, where that reads another configuration than ours
-    state_cache: bool = False  # of encoded users; Triton then leaves retrieval out of its latency summaries
-    fused: bool = False  # one model in the ensemble's place, of ``recommend_instances``
-    recommend_instances: int = 2
-    history: int = 0  # newest events that are read (0: as many as were trained)
-    ranked: int = 0  # candidates that are ranked where stages are fused (0: all)
-    overload_rows: int = 0  # where stages are fused, batches of so many rows are a sign of overload (0: none are)
-    max_queue: int = 512  # requests that wait for a stage; more are refused at once
-    queue_timeout_us: int = 1_000_000  # a request that waited so long for a stage is refused
-
-
-_GPU = ServingProfile(max_batch_size=256, queue_delay_us=200, retrieval_instances=1, kind="GPU")
-PROFILES = {
-    "": ServingProfile(),
-    "cached": ServingProfile(state_cache=True),
-    "fused": ServingProfile(fused=True, overload_rows=32, max_queue=128),
-    "openvino": ServingProfile(backend="openvino"),
-    "gpu": _GPU,
-    "tensorrt": replace(_GPU, backend="tensorrt"),
-    "tensorrt-graphs": replace(_GPU, backend="tensorrt", cuda_graphs=True),
-    "aoti": replace(_GPU, backend="pytorch", kind="MODEL"),
-    "aoti-container": replace(_GPU, backend="pytorch", container=True, max_batch_size=1),
-}
 
 
 DEFAULT_SHAPES = contract.StageTensors(
@@ -109,8 +73,9 @@ def _base(
     while 0 < size <= profile.max_batch_size:
         config.dynamic_batching.preferred_batch_size.append(size)
         size *= 2
-    if name in STORE_MODELS:  # with any policy Triton 2.51 leaves some of their requests waiting for half a second: it
-        return config  # misses that the instance is free again. The guard bounds how many there are
+    if name in STORE_MODELS or name.startswith(SHARD_PREFIX):  # with any policy Triton 2.51 leaves some of
+        return config  # their requests waiting for up to half a second: it misses that the instance is free again. The
+    # guard bounds how many of the first there are, and of the second there are as few as instances that ask
     policy = config.dynamic_batching.default_queue_policy
     policy.timeout_action = pb.ModelQueuePolicy.REJECT
     policy.default_timeout_microseconds = profile.queue_timeout_us
@@ -151,7 +116,7 @@ def _graph(config: pb.ModelConfig, profile: ServingProfile) -> pb.ModelConfig:
 
 def _backend(model: str, s: contract.StageTensors, profile: ServingProfile) -> str:
     """Backend of a model that is no ensemble."""
-    ours = (model == contract.RETRIEVAL and s.indexed) or (model == contract.RANKING and s.fresh)
+    ours = (model == contract.RETRIEVAL and s.lists_seen) or (model == contract.RANKING and s.fresh)
     graph = model in ONNX_STAGES and not ours
     return profile.backend if graph else "python"
 
@@ -164,7 +129,7 @@ def _ensemble(
     _io(config.output, contract.answer_outputs(s, heads))
     steps = (
         (contract.FEATURE_TRANSFORM, contract.REQUEST, contract.feature_transform_outputs(s)),
-        (contract.RETRIEVAL, contract.retrieval_inputs(s), contract.retrieval_outputs(s)),
+        (contract.RETRIEVAL, contract.retrieval_stage_inputs(s), contract.retrieval_stage_outputs(s)),
         (contract.RANKING, contract.ranking_stage_inputs(s), contract.ranking_outputs(s, heads)),
         (contract.RESPONSE, contract.response_inputs(s, heads), contract.response_outputs(s, heads)),
         *([(contract.QUERY_SEARCH, contract.query_search_inputs(s), (contract.FOUND,))] if s.search else []),
@@ -206,6 +171,16 @@ def _fused(
     return config
 
 
+def _shards(s: contract.StageTensors, profile: ServingProfile) -> dict[str, pb.ModelConfig]:
+    """Configurations of the shards by model: graphs for ONNX Runtime, whatever runs the other stages."""
+    p = profile if profile.backend == "onnxruntime" else replace(profile, backend="onnxruntime", kind="CPU")
+    configs = {}
+    for shard in range(s.shards):
+        name, outputs = shard_model(shard), shard_outputs(s, shard)
+        configs[name] = _graph(_base(name, p.backend, p, shard_inputs(s), outputs), p)
+    return configs
+
+
 def model_configs(
     s: contract.StageTensors, heads: tuple[contract.TaskHead, ...], profile: ServingProfile, exclude_seen: bool = True
 ) -> dict[str, pb.ModelConfig]:
@@ -217,13 +192,15 @@ def model_configs(
         contract.RETRIEVAL,
         _backend(contract.RETRIEVAL, s, p),
         p,
-        contract.retrieval_inputs(s),
-        contract.retrieval_outputs(s),
+        contract.retrieval_stage_inputs(s),
+        contract.retrieval_stage_outputs(s),
         p.retrieval_instances,
     )
-    if s.indexed:
+    if s.lists_seen:
         retrieval.parameters["shapes"].string_value = json.dumps(asdict(s))
-    if p.state_cache:  # its inputs are the user's whole state: without a new event it hits, with one it misses
+    # its inputs are the user's whole state: without a new event it hits, with one it misses. An answer that a shard is
+    # missing of would stay
+    if p.state_cache and not s.shards:
         retrieval.response_cache.enable = True
     ranking = _base(
         contract.RANKING,
@@ -253,7 +230,8 @@ def model_configs(
         search[contract.QUERY_SEARCH] = config
     return search | {
         contract.FEATURE_TRANSFORM: transform,
-        contract.RETRIEVAL: retrieval if s.indexed else _graph(retrieval, p),
+        **_shards(s, p),
+        contract.RETRIEVAL: retrieval if s.lists_seen else _graph(retrieval, p),
         contract.RANKING: _graph(ranking, p),
         contract.RESPONSE: response,
         contract.APPEND_EVENT: append,
@@ -376,14 +354,14 @@ def assemble(
     """
     with publishing(repository) as (release, version):
         write_configs(release, s, heads, exclude_seen, metadata)
-        for model in ALL_MODELS:
+        for model in (*ALL_MODELS, *map(shard_model, range(s.shards))):
             if model == contract.QUERY_SEARCH and not s.search:
                 continue
             target = release / model / str(version)
             target.mkdir(parents=True)
             adapter = CHECKOUT_REPOSITORY / model / "1" / "model.py"
-            if model == contract.RETRIEVAL and s.indexed:
-                adapter = INDEX_ADAPTER
+            if model == contract.RETRIEVAL and s.lists_seen:
+                adapter = SHARDS_ADAPTER if s.shards else INDEX_ADAPTER
             if model == contract.QUERY_SEARCH:
                 adapter = SEARCH_ADAPTER
             if model == contract.RANKING and s.fresh:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.door.options import AccessOptions
-from serving.runtime.cache_settings import CacheSettings
+from serving.process import server_environment
+from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
+from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS
+from serving.wheel import python_library, wheel_folder
 from vivace.impressions.queue import ENVIRONMENT, ImpressionOptions, folder_of
+from vivace.store.opening import STORE_URL
 from vivace.store.retention import Retention
 
 
@@ -42,6 +47,28 @@ class ServerOptions:
     variant: str = ""  # what the log calls this server's arm of an experiment
     store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
     access: AccessOptions = field(default=AccessOptions())  # of the guard
+    shard: int | None = None  # this server is that shard of retrieval and nothing else
+    shards: str = ""  # where the shards are (``serving.shard_addresses``); "": started beside it, where there are any
+    shard_twins: int = 1  # servers of each shard that is started
+    shard_wait_ms: int = WAIT_MS  # what has not come from a shard by then is done without
+
+
+def environment(options: ServerOptions, release: Path) -> dict[str, str]:
+    """Triton's Python workers ignore PYTHONPATH (they start Python isolated): they find this environment, with the
+    project installed in it, because its ``python3`` is the first on PATH."""
+    env = dict(os.environ)
+    binaries = str(options.python.parent)
+    libraries = [str(wheel_folder().parent / "nvidia_pytriton.libs"), str(python_library().parent)]
+    env["PATH"] = os.pathsep.join([binaries, env.get("PATH", "")])
+    env.pop(STORE_URL, None)
+    env |= log_environment(options, release)
+    if options.store:  # not by the command line, which every user of the machine can read
+        env[STORE_URL] = options.store
+    env[ANSWER_CACHE] = "" if options.answer_cache is None else options.answer_cache.text()
+    if options.shards:
+        env |= {SHARDS_ENV: options.shards, WAIT_ENV: str(options.shard_wait_ms)}
+    env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
+    return server_environment(env)
 
 
 def log_environment(options: ServerOptions, release: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from serving.logs import rotate
 from serving.process import Reaper, adopt_orphans
 from serving.repository import check_profile
 from serving.server_options import ServerOptions
+from serving.shards.servers import check_shard
 from serving.start_checks import (
     check_cache,
     check_exposure,
@@ -63,11 +64,13 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     named = {f"--{name}-port": port for name, port in ports.items()} | {"--status-port": status_port}
     address = local_address(options.host)
     check_access(options.access)
-    check_exposure(options.host, address, options.guard, options.access)
+    check_exposure(options.host, address, options.guard, options.access, options.shard is not None)
     check_ports(address, named)
     check_path(options.repository)
     check_profile(options.repository, options.profile)
     check_cache(options.repository, options.profile, options.cache_bytes, options.answer_cache)
+    if options.shard is not None:
+        check_shard(options.repository, options.shard)
     check_trace_url(options.trace_url)
     check_store(options.store)
     if options.log is not None:
@@ -95,7 +98,8 @@ def run_until_signal(
             server = fleet.replicas[0].server
             if status_port:
                 start_status_page(server.host, status_port, fleet)
-            say(f"warm-up: {sum(warm_up(replica.server) for replica in fleet.replicas):.1f} s")
+            if options.shard is None:
+                say(f"warm-up: {sum(warm_up(replica.server) for replica in fleet.replicas):.1f} s")
             fleet.starting = ""
             say(
                 f"ready: http {server.host}:{server.http_port}, grpc {server.host}:{server.grpc_port}, "

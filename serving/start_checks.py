@@ -47,13 +47,21 @@ def local_address(host: str) -> str:
     return address
 
 
-def check_exposure(host: str, address: str, guard: bool, access: AccessOptions | None = None) -> None:
+def check_exposure(
+    host: str, address: str, guard: bool, access: AccessOptions | None = None, shard: bool = False
+) -> None:
     """Raises ServerError for an address that others reach without the guard, or without keys and TLS where nobody said
-    that its network is trusted; and for keys or TLS without the guard, which has them."""
+    that its network is trusted; and for keys or TLS without the guard, which has them. ``shard``: one, that only other
+    servers ask, needs no guard on such a network."""
     access = access or AccessOptions()
+    if shard and not guard and not access.insecure_network and not ipaddress.ip_address(address).is_loopback:
+        raise ServerError(
+            f"--host {host}: others reach this address, and a shard takes whatever it is sent; give --insecure-network "
+            "where only the servers that ask it are on that network"
+        )
     if not guard and (access.keys or access.certificate or access.client_ca):
         raise ServerError("--no-guard: expected the guard with --keys or TLS, as those are its; leave --no-guard out")
-    if ipaddress.ip_address(address).is_loopback:
+    if ipaddress.ip_address(address).is_loopback or shard:
         return
     if not guard:
         raise ServerError(

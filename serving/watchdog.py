@@ -24,7 +24,6 @@ from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 from serving.health import Health
 from serving.launcher import TritonServer
 from serving.process import STUB, SilenceWatch, living
-from serving.repository import ALL_MODELS
 from serving.wheel import ServerError
 from vivace import contract
 
@@ -127,7 +126,7 @@ class Watchdog:
         self.health = Health(server, self.metrics.registry, {"watchdog": self.fault, "models": self.models_fault})
 
     def __enter__(self) -> Watchdog:
-        for name in ALL_MODELS:
+        for name in self.server.loads:
             if self._client.is_model_ready(name):
                 config = self._client.get_model_config(name).config
                 self.metrics.healthy.labels(name).set(1)

@@ -61,7 +61,7 @@ MAX_ROW_BYTES = 65_536  # of an item's row as JSON
 MAX_SEEN = 4096  # newest distinct items that an index does not answer: as many events as a store keeps of a user. The
 # exact search excludes them all
 
-# half-lives of the live counters, and the numbers they give of an item (``vivace.live``)
+# half-lives of the live counters (``vivace.live``)
 LIVE_HALF_LIVES_MS = tuple(minutes * 60_000 for minutes in (3, 10, 30, 120, 720))
 LIVE_FEATURES = 4 * len(LIVE_HALF_LIVES_MS) + 1
 
@@ -108,6 +108,7 @@ EVENT_PART = "\x1f"
 ITEM_ID = WireTensor("ITEM_ID", "BYTES", (-1,))
 SCORE = WireTensor("SCORE", "FP32", (-1,))
 STATUS = WireTensor("STATUS", "BYTES", (1,))
+STATUS_BEFORE = WireTensor("STATUS_BEFORE", "BYTES", (1,))  # of the feature transform, where retrieval adds to it
 STATUS_OK = "ok"
 STATUS_DEGRADED = "degraded: "
 STATUS_ERROR = "error: "  # only inside a request of several rows: that row has no answer
@@ -169,7 +170,6 @@ APPEND_EVENT = "append_event"
 UPDATE_STORE = "update_store"
 STAGES = (FEATURE_TRANSFORM, RETRIEVAL, RANKING, RESPONSE)
 
-
 ENCODED_HISTORY = "ENCODED_HISTORY"  # the one tensor between stages whose axis is events, not items
 
 
@@ -190,7 +190,8 @@ class StageTensors:
     history's events are read; ``context`` and ``amounts``: categorical and continuous columns of the request's moment;
     ``counted``: those of the categorical ones that live counters go by; ``fresh``: items that are not in the trained
     tables that join the ranked ones (0: none, and no live change of the catalogue is read); ``rising_fresh``: those of
-    them that may be there because they are clicked most just now (0: their events are not counted).
+    them that may be there because they are clicked most just now (0: their events are not counted); ``shards``: servers
+    that the items of retrieval are dealt to (0: one graph scores them all).
     """
 
     history: int
@@ -209,6 +210,7 @@ class StageTensors:
     counted: int = 0
     fresh: int = 0
     rising_fresh: int = 0
+    shards: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -222,6 +224,8 @@ class StageTensors:
                 f"StageTensors.candidates: expected at most the {self.items - FIRST_ID} items of the catalogue, "
                 f"got {self.candidates}; lower the preset's candidates"
             )
+        if not 0 <= self.shards <= self.items - FIRST_ID:
+            raise ValueError(f"StageTensors.shards: expected 0..{self.items - FIRST_ID}, got {self.shards}")
 
     def reading(self, history: int) -> StageTensors:
         """The shapes if only the newest ``history`` events are read (0: all of them)."""
@@ -271,6 +275,11 @@ class StageTensors:
     def exclude(self) -> WireTensor:
         """True where an item must not be answered (seen items, special ids)."""
         return WireTensor("EXCLUDE", "BOOL", (self.items,))
+
+    @property
+    def lists_seen(self) -> bool:
+        """Whether retrieval is told by id what it may not answer, not by a row of all items."""
+        return self.indexed or bool(self.shards)
 
     @property
     def seen_ids(self) -> WireTensor:
@@ -333,17 +342,27 @@ class StageTensors:
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     live = [s.rising_features] if s.rising else []
     fresh = [*s.rising_of_fresh, s.seen_fresh] if s.fresh else []
-    return (*retrieval_inputs(s), *live, *fresh, STATUS, *([SEARCH_FOR] if s.search else []), SHOWN_TO)
+    status = STATUS_BEFORE if s.shards else STATUS
+    return (*retrieval_inputs(s), *live, *fresh, status, *([SEARCH_FOR] if s.search else []), SHOWN_TO)
 
 
 def retrieval_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    seen = s.seen_ids if s.indexed else s.exclude
+    seen = s.seen_ids if s.lists_seen else s.exclude
     times, rising = [s.history_times] if s.timed else [], [s.rising_ids] if s.rising else []
     return (s.history_ids, seen, *times, *s.moment, *rising)
 
 
 def retrieval_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     return (s.candidate_ids, s.candidate_scores, s.encoded_history)
+
+
+def retrieval_stage_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
+    """What the stage reads: the graph's inputs and, where it asks shards, STATUS so far."""
+    return (*retrieval_inputs(s), *([STATUS_BEFORE] if s.shards else []))
+
+
+def retrieval_stage_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
+    return (*retrieval_outputs(s), *([STATUS] if s.shards else []))
 
 
 def ranking_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -376,5 +395,5 @@ def response_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[Wire
 
 
 def answer_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    """What the ensemble answers: the response's tensors, and STATUS as the feature transform wrote it."""
+    """What the ensemble answers: the response's tensors, and STATUS as the feature transform wrote it, or retrieval."""
     return (*response_outputs(s, heads), STATUS)

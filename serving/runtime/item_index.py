@@ -19,16 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from serving.runtime.by_length import chunks, together
+from serving.runtime.encoded import EXCLUDED, Encoder, Popular, without_history
 from vivace.contract import FIRST_ID, PADDING_ID, StageTensors
-from vivace.onnx_session import open_session
 
-EXCLUDED = -1e30  # as in the exact graph: the score of a place that no item takes
 FACTORY = "HNSW32"  # "HNSW32_SQ8": a quarter of the memory, about one in a hundred candidates less
 PRODUCTS, DISTANCES = "inner products", "distances"  # what a graph is one of
-INDEX, GROUPS, ENCODER, POPULAR = "index.faiss", "groups.npz", "encoder.onnx", "popular.npz"
-ROWS = "encoder.rows"  # with int8 tables: the embeddings that ENCODER reads, which ONNX Runtime maps into memory
-STATE = "STATE"  # output of the encoder graph before the encoded history, where a run reads context
+INDEX, GROUPS = "index.faiss", "groups.npz"
 
 
 def with_bias(table_VD: np.ndarray, bias_V: np.ndarray) -> np.ndarray:
@@ -181,30 +177,17 @@ class ItemIndex:
 
 class IndexedRetrieval:
     """The retrieval stage as a function: an encoder graph, then the index. Files of ``folder``: ENCODER, INDEX, GROUPS
-    and POPULAR (``ids`` by falling popularity and their ``scores``), which answers a history without a known item."""
+    and POPULAR, which answers a history without a known item."""
 
     def __init__(self, folder: Path, shapes: StageTensors, threads: int = 1) -> None:
-        self.encoder = open_session(folder / ENCODER, threads)
+        self.encoder, self.popular = Encoder(folder, shapes, threads), Popular(folder)
         self.index, self.shapes = ItemIndex.load(folder, threads), shapes
-        with np.load(folder / POPULAR) as saved:
-            self.popular, self.popularity = saved["ids"], saved["scores"]
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Candidate ids int64 [B, N], scores float32 [B, N], encoded history float32 [B, M, D] of what
         ``contract.retrieval_inputs`` names."""
-        history_BT, seen_BS, *more = inputs
-        s, names, parts = self.shapes, [i.name for i in self.encoder.get_inputs()], []
-        of_events = (s.history_ids.name, s.history_times.name, s.history_types.name)
-        for places, t in chunks(history_BT):
-            named = zip(names, (history_BT, *more), strict=True)
-            tensors = {n: v[places, -t:] if n in of_events else v[places] for n, v in named}
-            parts.append((places, self.encoder.run(None, tensors)))
-        *state, encoded = together(parts, len(history_BT), s.memory or history_BT.shape[1])
-        state_BD = state[0] if state else encoded[:, -1]
-        count = self.shapes.candidates
-        seen = [row[row != PADDING_ID] for row in seen_BS]
-        ids, scores = self.index.search(state_BD, count, seen)
-        for i in np.flatnonzero((history_BT < FIRST_ID).all(1)):
-            keep = np.flatnonzero(~np.isin(self.popular, seen[i]))[:count]
-            ids[i, : len(keep)], scores[i, : len(keep)] = self.popular[keep], self.popularity[keep]
+        history_BT, seen_BS, *_ = inputs
+        state_BD, encoded = self.encoder(inputs)
+        ids, scores = self.index.search(state_BD, self.shapes.candidates, [row[row != PADDING_ID] for row in seen_BS])
+        self.popular.fill(without_history(history_BT), seen_BS, ids, scores)
         return [ids, scores, encoded]

@@ -19,6 +19,7 @@ from serving.runtime.fresh import FreshRanking
 from serving.runtime.live_catalogue import LiveCatalogue
 from serving.runtime.overload import Level
 from serving.runtime.response import ResponseStage
+from serving.runtime.sharded import ShardedRetrieval, local_shards
 from serving.runtime.stages import FeatureTransform, ItemVocabulary, Row
 from vivace import contract
 from vivace.onnx_session import open_session, session_options
@@ -65,11 +66,14 @@ class Pipeline:
         self.transform = FeatureTransform(graph, store, shapes, exclude_seen, catalogue=catalogue)
         # threads that wait by spinning take the cores of the other instances: 18 ms CPU a request
         options = session_options(threads, spinning=threads == 1)
-        self._index = None
+        self._index = self._sharded = None
         if shapes.indexed:
             from serving.runtime.item_index import IndexedRetrieval  # FAISS, which an exact search does without
 
             self._index = IndexedRetrieval(at(contract.RETRIEVAL), shapes, threads)
+        elif shapes.shards:  # all of them here: the answers are those of their servers
+            shards = local_shards(repository, version, shapes, threads)
+            self._sharded = ShardedRetrieval(at(contract.RETRIEVAL), shapes, shards, threads)
         else:
             self._retrieval = open_session(at(contract.RETRIEVAL) / "model.onnx", options=options)
         self.search, self.search_ranking = None, None
@@ -106,6 +110,8 @@ class Pipeline:
         given, passed_on = inputs[: len(self._retrieval_names)], inputs[self.shapes.passed_on :]
         if self._index is not None:
             return [*self._index(given), *passed_on]
+        if self._sharded is not None:
+            return [*self._sharded(given)[0], *passed_on]
         s = self.shapes
         of_events = (s.history_ids.name, s.history_times.name, s.history_types.name)
         parts = []
@@ -162,7 +168,7 @@ class Pipeline:
             popular_N = np.concatenate([rising, popular_N[others]])[:count]
             first = max(float(popularity_N[0]), 0.0) + np.arange(len(rising), 0, -1, dtype=np.float32)
             popularity_N = np.concatenate([first, popularity_N[others]])[:count]
-        if self.shapes.indexed:
+        if self.shapes.lists_seen:
             taken_BN = np.stack([np.isin(popular_N, seen[seen != contract.PADDING_ID]) for seen in inputs[1]])
         else:
             taken_BN = inputs[1][:, popular_N]

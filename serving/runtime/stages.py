@@ -271,7 +271,7 @@ class FeatureTransform:
             ids_to_exclude.append(raw_ids if self._exclude_seen else raw_ids[:0])
             status.append(self._status(rows[i], history_ids, known_user=stored.get(i) is not None))
         gone = NO_IDS if catalogue is None else catalogue.gone
-        if self._shapes.indexed:
+        if self._shapes.lists_seen:
             if len(gone):
                 ids_to_exclude = [np.concatenate([h, gone]) for h in ids_to_exclude]
             seen = seen_ids(ids_to_exclude, self._shapes.seen)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import threading
 import time
 from typing import Any
@@ -17,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from serving.runtime.events import event_status, parse_event, parse_id
 from serving.runtime.response import ResponseStage
+from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import (
     NO_IDS,
     FeatureTransform,
@@ -25,11 +27,13 @@ from serving.runtime.stages import (
     search_for,
     with_reason,
 )
+from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses
 from serving.triton import impressions
 from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
 from serving.triton.stage import (
     Counts,
     ParsedRequest,
+    ShardCounts,
     Stage,
     contexts_of,
     new_only,
@@ -117,6 +121,44 @@ class IndexedRetrievalModel(Stage):
             responses.append(answer(request, self.outputs, [v[start:stop] for v in retrieved]))
             start = stop
         return responses
+
+
+class ShardedRetrievalModel(Stage):
+    """The retrieval stage over shards: STATUS says which did not answer."""
+
+    def setup(self) -> None:
+        from serving.shards.calls import RemoteShards  # its libraries, which the other stages do without
+
+        shapes = self.shapes()
+        if not (told := os.environ.get(SHARDS_ENV, "")):
+            raise ValueError(
+                f"{SHARDS_ENV}: expected host:port of {shapes.shards} shards, by commas, got nothing; 'vivace serve' "
+                "starts them and says where"
+            )
+        addresses = ShardAddresses.parse(told, shapes.shards)
+        wait_s = int(os.environ.get(WAIT_ENV, WAIT_MS)) / 1000
+        self.asked, self.counts = RemoteShards(addresses, self.folder.name, shapes, wait_s), ShardCounts()
+        self.retrieve = ShardedRetrieval(self.folder, shapes, self.asked)
+
+    @each_by_itself
+    def execute(self, requests: list[Any]) -> list[Any]:
+        columns = [[tensor_of(r, name) for r in requests] for name in self.inputs]
+        *given, status_B1 = [np.concatenate(parts) for parts in columns]
+        retrieved, reasons = self.retrieve(given)
+        if any(reasons):
+            statuses = zip(status_B1[:, 0], reasons, strict=True)
+            status_B1 = strings([with_reason(status.decode(), reason) for status, reason in statuses])
+        responses, start = [], 0
+        for request, rows in zip(requests, columns[0], strict=True):
+            stop = start + len(rows)
+            values = [v[start:stop] for v in (*retrieved, status_B1)]
+            responses.append(answer(request, self.outputs, values))
+            start = stop
+        self.counts.hand_over(self.asked.counts)
+        return responses
+
+    def finalize(self) -> None:
+        self.asked.close()
 
 
 class QuerySearchModel(Stage):

@@ -127,6 +127,27 @@ class Counts:
         return True
 
 
+class ShardCounts:
+    """Questions to shards, by shard and what came of them, for Triton's metrics page."""
+
+    def __init__(self) -> None:
+        self._family = pb_utils.MetricFamily(
+            name="vivace_shard_calls_total", description="Questions to shards", kind=pb_utils.MetricFamily.COUNTER
+        )
+        self._metrics: dict[tuple[int, str], Any] = {}
+        self._last = 0.0
+
+    def hand_over(self, counts: dict[tuple[int, str], int]) -> None:
+        """Takes what is in ``counts`` away, a few times a second."""
+        if time.monotonic() - self._last < Counts.EVERY_S:
+            return
+        self._last = time.monotonic()
+        for shard, how in list(counts):
+            if (shard, how) not in self._metrics:
+                self._metrics[shard, how] = self._family.Metric(labels={"shard": str(shard), "how": how})
+            self._metrics[shard, how].increment(counts.pop((shard, how)))
+
+
 class ParsedRequest:
     """One request as it goes through the stages: its ``place`` among those at hand, its rows, what is wrong with each
     ("" if nothing), CONTEXT of each as sent, its deadline (Unix ms); ``options`` and ``understood`` (of each row) are

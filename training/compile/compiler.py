@@ -18,12 +18,12 @@ from preprocessing.sequences import WHOLE
 from search import published as search
 from serving import repository
 from serving.releases import newest_is_whole
+from serving.runtime.encoded import STATE
 from serving.runtime.fresh import GRAPH, STATE_GRAPH
-from serving.runtime.item_index import ENCODER, ROWS, STATE
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.aoti import without_merlin
 from training.compile.engine import Engine
-from training.compile.index import EncoderGraph, Tuned, build_index, validation_states
+from training.compile.index import Tuned, build_index, validation_states
 from training.compile.onnx_export import (
     OPSET,
     RANKING_AXES,
@@ -33,10 +33,10 @@ from training.compile.onnx_export import (
     export,
     export_checked,
     names_of,
-    put_outside,
 )
 from training.compile.publish import model_card, publish
 from training.compile.quantize import OVERLAP, Precision, overlap, reduce_precision
+from training.compile.shards import check_shards, export_encoder, export_shards
 from training.compile.targets import TargetName, make
 from training.data.counters import popularity
 from training.data.fresh_ranking import (
@@ -86,6 +86,8 @@ class CompileConfig:
     """What it is made ready for beside ONNX Runtime on the CPU (see ``targets``)."""
     index: Index = ""
     """FAISS index that finds the candidates (see ``index``); "": every item is scored."""
+    shards: int = 0
+    """Servers that the items of retrieval are dealt to (see ``shards``); 0: one graph scores them all."""
     reference: Path | None = None
     """Folder of the evaluated run that the quality gate compares with. None: this run itself, where the engine is not
     all float32; an all float32 one is not judged then, as it must equal PyTorch."""
@@ -98,6 +100,10 @@ class CompileConfig:
         check_fields(self)
         if self.index and (self.precision != "fp32" or self.targets):
             raise ValueError("--index goes with --precision fp32 and no --target")
+        if self.shards < 0 or (self.shards and (self.index or not self.exact or self.targets)):
+            raise ValueError(
+                "--shards: expected 0 or more, with --precision fp32, --tables fp32, no --index and no --target"
+            )
         if "aoti" in self.targets and not self.exact:
             raise ValueError("--target aoti goes with --precision fp32 and --tables fp32")
         if self.tables == "int8" and self.precision != "fp32":
@@ -254,21 +260,23 @@ class Compilation:
         """The encoder alone and the index of the items; from here on ``tensors`` are those of an indexed run."""
         s = self.tensors
         self.say(f"building the index {self.config.index}")
-        export(
-            EncoderGraph(self.retriever, s.memory, self.config.tables == "int8"),
-            (self.example[0], *self.example[2:]),
-            [t.name for t in contract.retrieval_inputs(s) if t != s.exclude],
-            [*([STATE] if s.context or s.amounts else []), contract.ENCODED_HISTORY],
-            self.folder / ENCODER,
-            RETRIEVAL_AXES,
-        )
-        if self.config.tables == "int8":
-            put_outside(self.folder / ENCODER, ROWS)
+        export_encoder(self.retriever, s, self.example, self.folder, self.config.tables == "int8")
         states_BD = validation_states(self.features, self.preset, self.retriever)
         tuned = build_index(self.retriever, states_BD, s.candidates, self.config.index, self.folder)
         self.say(f"index: effort {tuned.effort} finds {tuned.recall:.4f} of the exact candidates")
         self.tensors = replace(s, indexed=True, seen=min(contract.MAX_SEEN, s.items))
         return tuned
+
+    def export_shards(self) -> None:
+        """The encoder alone and the shards of the items; from here on ``tensors`` are those of a sharded run."""
+        self.say(f"dealing the items to {self.config.shards} shards")
+        s = replace(self.tensors, shards=self.config.shards, seen=min(contract.MAX_SEEN, self.tensors.items))
+        export_encoder(self.retriever, s, self.example, self.folder)
+        export_shards(self.retriever, s, self.folder)
+        given = [x.numpy() for x in self.example[: len(contract.retrieval_inputs(s))]]
+        exact = Engine(self.exact_folder, self.tensors).retrieve(given)
+        self.parity["shards"] = check_shards(self.folder, s, given, exact)
+        self.tensors = s
 
     def judge(self, reference: Run) -> Verdict:
         """Raises GateError where the engine lost too much."""
@@ -330,17 +338,17 @@ def compile_models(
     StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ or an index
     cannot do what the retriever does, GateError where the engine lost more quality than the bound."""
     config = config or CompileConfig()
-    plain = config.exact and not config.index and not config.targets and not search.features_of(root)
+    plain = config.exact and not (config.index or config.shards or config.targets) and not search.features_of(root)
     if preset.ranker.rising and not plain:
         raise ValueError(
             f"compile: a ranker with live counters (ranker.rising {preset.ranker.rising}) goes with float32 graphs for "
-            "ONNX Runtime alone so far; leave out --precision, --tables, --index, --target and search, or train with "
-            "--preset news"
+            "ONNX Runtime alone so far; leave out --precision, --tables, --index, --shards, --target and search, or "
+            "train with --preset news"
         )
-    if config.index and preset.encoder.neighbours:
+    if (config.index or config.shards) and preset.encoder.neighbours:
         raise ValueError(
-            "--index finds items by their vectors alone, and this run's retriever has a session memory beside them: "
-            "compile without --index, or train with encoder.neighbours 0"
+            "--index and --shards find items by their vectors alone, and this run's retriever has a session memory "
+            "beside them: compile without, or train with encoder.neighbours 0"
         )
     run = Run(root, features.folder)
     reference = Run(config.reference, features.folder) if config.reference is not None else run
@@ -362,6 +370,8 @@ def _compile(work: Compilation, reference: Run, step: Step) -> dict[str, Any]:
     if not config.exact:
         work.export_reduced()
     tuned = work.export_index() if config.index else None
+    if config.shards:
+        work.export_shards()
     verdict = work.judge(reference) if config.judged else None
     targets = work.make_targets()
     for part in filter(work.features.files, RECORDED_PARTS):

@@ -14,6 +14,7 @@ from vivace.onnx_session import open_session
 
 if TYPE_CHECKING:
     from serving.runtime.item_index import IndexedRetrieval
+    from serving.runtime.sharded import ShardedRetrieval
 
 
 class Engine:
@@ -25,7 +26,12 @@ class Engine:
             from serving.runtime.item_index import IndexedRetrieval
 
             self.index = IndexedRetrieval(folder, tensors, threads)
-        self.retrieval = None if tensors.indexed else open_session(folder / f"{contract.RETRIEVAL}.onnx", threads)
+        self.sharded: ShardedRetrieval | None = None
+        if tensors.shards:
+            from training.compile.shards import sharded_engine
+
+            self.sharded = sharded_engine(folder, tensors, threads)
+        self.retrieval = None if tensors.lists_seen else open_session(folder / f"{contract.RETRIEVAL}.onnx", threads)
         self.ranking = open_session(folder / f"{contract.RANKING}.onnx", threads)
         self.tensors = tensors
         self.names = [names_of(contract.retrieval_inputs(tensors)), names_of(contract.ranking_inputs(tensors))]
@@ -36,6 +42,8 @@ class Engine:
         given, passed_on = inputs[: len(self.names[0])], inputs[self.tensors.passed_on :]
         if self.index is not None:
             return [*self.index(given), *passed_on]
+        if self.sharded is not None:
+            return [*self.sharded(given)[0], *passed_on]
         assert self.retrieval is not None
         candidates: list[np.ndarray] = self.retrieval.run(None, dict(zip(self.names[0], given, strict=True)))
         return [*candidates, *passed_on]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.features import Features
-from serving.runtime.item_index import DISTANCES, POPULAR, PRODUCTS, Groups, ItemIndex, asking, with_bias
-from training.compile.onnx_export import PARITY_REQUESTS
+from serving.runtime.encoded import POPULAR
+from serving.runtime.item_index import DISTANCES, PRODUCTS, Groups, ItemIndex, asking, with_bias
+from training.compile.onnx_export import PARITY_REQUESTS, export
 from training.data import batches
 from training.judge.gate import GateError
 from training.models.context import exportable
@@ -25,6 +26,7 @@ from training.models.int8_table import Int8Rows
 from training.models.retrieval import RetrievalModel, read_inputs
 from training.presets import Preset
 from vivace.contract import FIRST_ID, MAX_SEEN, PADDING_ID
+from vivace.onnx_session import open_session
 
 RECALL = 0.98  # of the exact top N that an index must find for real histories to be published
 ITEM_RECALL = 0.95  # and for the vectors of items
@@ -55,6 +57,13 @@ class EncoderGraph(nn.Module):
         times, types, context, _ = read_inputs(self.model, more)
         encoded: Tensor = self.model.encode(history_ids, self.table_VD, times, self.memory, types)
         return encoded if self.model.context is None else (self.model.state(encoded[:, -1], context), encoded)
+
+
+class Log1p(nn.Module):
+    """Counts float32 [1, V] to the scores of a history without a known item."""
+
+    def forward(self, counts: Tensor) -> Tensor:
+        return torch.log1p(counts)
 
 
 class Exact:
@@ -178,6 +187,17 @@ def validation_states(features: Features, preset: Preset, model: RetrievalModel,
     return torch.cat(parts)[:count]
 
 
+def write_popular(model: RetrievalModel, count: int, folder: Path) -> None:
+    """Writes POPULAR: so many that ``count`` are left whatever was seen; scores as the exact graph gives them."""
+    graph = folder / "log1p.onnx"
+    export(Log1p(), (model.popularity.cpu()[None],), ["COUNTS"], ["SCORES"], graph)  # rounds otherwise than torch
+    popularity = open_session(graph).run(None, {"COUNTS": model.popularity.cpu()[None].numpy()})[0][0].copy()
+    graph.unlink()
+    popularity[:FIRST_ID] = -np.inf
+    best = np.argsort(-popularity, kind="stable")[: min(count + MAX_SEEN, len(popularity) - FIRST_ID)]
+    np.savez(folder / POPULAR, ids=best.astype(np.int64), scores=popularity[best].astype(np.float32))
+
+
 def build_index(
     model: RetrievalModel, states_BD: Tensor, count: int, factory: str, folder: Path, least: float = RECALL
 ) -> Tuned:
@@ -194,10 +214,7 @@ def build_index(
     ]
     index, tuned = tuned_index(table, bias, factory, exact, probes, count)
     index.save(folder)
-    popularity = torch.log1p(model.popularity.cpu()).numpy()
-    popularity[:FIRST_ID] = -np.inf
-    best = np.argsort(-popularity, kind="stable")[: min(count + MAX_SEEN, len(popularity) - FIRST_ID)]
-    np.savez(folder / POPULAR, ids=best.astype(np.int64), scores=popularity[best].astype(np.float32))
+    write_popular(model, count, folder)
     rest = states[half:]
     held_out = exact.recall(rest, exact.least(rest, count), index.search(rest, count)[0])
     return Tuned(tuned.effort, held_out, tuned.tried)

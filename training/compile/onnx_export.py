@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.features import Features
-from training.compile.parity import difference
 from training.data import batches
 from training.data.live import with_live
+from training.judge.parity import difference
 from training.presets import Preset, shapes
 from vivace import contract
 from vivace.onnx_session import open_session

@@ -9,15 +9,18 @@ from typing import Any
 from preprocessing.features import REQUEST_GRAPH, Features
 from search import published as search
 from serving import repository
+from serving.runtime.encoded import ENCODER, POPULAR, ROWS
 from serving.runtime.fresh import GRAPH, STATE_GRAPH
-from serving.runtime.item_index import ENCODER, GROUPS, INDEX, POPULAR, ROWS
+from serving.runtime.item_index import GROUPS, INDEX
 from serving.runtime.new_items import FILES as NEW_ITEM_FILES
+from training.compile.shards import shard_file
 from training.compile.targets import files as plans
 from vivace import contract
 from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColumns
 from vivace.live import RECENT
 from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
+from vivace.shard_contract import shard_model
 
 ITEMS_FILE, SCHEMA_FILE = "items.json", "schema.json"
 
@@ -54,8 +57,11 @@ def model_card(
 def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTensors) -> dict[str, dict[str, Path]]:
     """What goes into the new version, by model and name."""
     built, of_search = plans(folder), search.files_of(run.root)
-    if tensors.indexed:
-        there = [ROWS] if (folder / ROWS).exists() else []
+    shards = range(tensors.shards)
+    there = [ROWS] if (folder / ROWS).exists() else []
+    if tensors.shards:
+        retrieval = {name: folder / name for name in (ENCODER, POPULAR)}
+    elif tensors.indexed:
         retrieval = {name: folder / name for name in (ENCODER, INDEX, GROUPS, POPULAR, *there)}
     else:
         retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
@@ -73,6 +79,7 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
             **({RECENT: folder / RECENT} if tensors.rising else {}),
         },
         contract.RETRIEVAL: retrieval,
+        **{shard_model(i): {"model.onnx": shard_file(folder, i)} for i in shards},
         contract.RANKING: {
             "model.onnx": folder / "ranking.onnx",
             **{name: folder / name for name in fresh_graphs},

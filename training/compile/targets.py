@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from training.compile import aoti
-from training.compile.parity import difference
 from training.compile.tensorrt_engine import build
+from training.judge.parity import difference
 from vivace import contract
 from vivace.onnx_session import open_session
 

@@ -156,7 +156,7 @@ class Requests:
         """What the feature transform gives, in the contract's order: inputs of the retrieval stage and, with live
         counters, what they say of the rising items. What ``s`` does not read is left out."""
         histories = self._excluding(exclude_seen)
-        seen = seen_ids(histories, s.seen) if s.indexed else excluded(histories, s.items)
+        seen = seen_ids(histories, s.seen) if s.lists_seen else excluded(histories, s.items)
         times = [self.time_BT.numpy()] if s.timed else []
         moment = (x.numpy() for x in self._moment(s.types, s.context, s.amounts))
         return [self.history_BT.numpy(), seen, *times, *moment, *(x.numpy() for x in self.live)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,24 @@ ReplicasOption = Annotated[
     typer.Option(
         help="servers behind the one guard: one that dies leaves the others; each takes its memory", min=1, max=16
     ),
+]
+ShardOption = Annotated[
+    int | None,
+    typer.Option(help="serve this shard of retrieval alone, from 0, for servers elsewhere that ask it by HTTP", min=0),
+]
+ShardHostsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="HOSTS",
+        show_default=False,
+        help="where the shards are, such as a:8000|b:8000,c:8000 for two, the first with a twin; else they start here",
+    ),
+]
+ShardTwinsOption = Annotated[
+    int, typer.Option(help="servers of each shard that is started: one that is slow or dead has another", min=1, max=4)
+]
+ShardWaitOption = Annotated[
+    int, typer.Option(help="a shard that has not answered by then is done without", min=1, max=10_000)
 ]
 ImpressionsOption = Annotated[
     bool, typer.Option("--impressions", help="log what is shown to whom in artifacts/RUN/impressions")
@@ -95,6 +113,10 @@ def serve(
     verbose: VerboseOption = 0,
     store: StoreOption = "",
     replicas: ReplicasOption = 1,
+    shard: ShardOption = None,
+    shard_hosts: ShardHostsOption = "",
+    shard_twins: ShardTwinsOption = 1,
+    shard_wait_ms: ShardWaitOption = 300,
     impressions: ImpressionsOption = False,
     impressions_every: ImpressionsEveryOption = 60.0,
     variant: VariantOption = "",
@@ -109,12 +131,10 @@ def serve(
     """Start the real Triton with the ensemble, guard it, bring back what ends, stop cleanly on Ctrl-C."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers may end a server that is about to start
     from serving.door.options import AccessOptions
-    from serving.door.tls import self_signed
     from serving.repository import served_from
     from serving.runtime.cache_settings import CacheSettings
     from serving.server_options import ServerOptions
     from serving.service import run_until_signal
-    from serving.start_checks import local_address
     from vivace.run import Run
 
     run = find_run(artifacts, name)
@@ -124,14 +144,14 @@ def serve(
         say(f"profile {profile} serves {served.root}")
     if doubt := served.doubt():
         say(f"serving what was published before: {doubt}")
+    if tls and (tls_cert or tls_key):
+        raise typer.BadParameter("goes without --tls-cert and --tls-key", param_hint="--tls")
     if tls:
-        if tls_cert or tls_key:
-            raise typer.BadParameter("goes without --tls-cert and --tls-key", param_hint="--tls")
-        tls_cert, tls_key, made = self_signed(run.root / "tls", local_address(host))
-        say(f"certificate for trials, which callers trust by --tls-ca {tls_cert}: SHA-256 {made.fingerprint}")
+        tls_cert, tls_key = _certificate_for_trials(run.root / "tls", host)
     access = AccessOptions(
         keys=keys, certificate=tls_cert, private_key=tls_key, client_ca=client_ca, insecure_network=insecure_network
     )
+    shards: dict[str, Any] = dict(shard=shard, shards=shard_hosts, shard_twins=shard_twins, shard_wait_ms=shard_wait_ms)
     options = ServerOptions(
         repository=served.repository,
         host=host,
@@ -148,14 +168,24 @@ def serve(
         impressions=impressions,
         impressions_every_s=impressions_every,
         variant=variant,
-        guard=guard,
+        guard=guard and shard is None,
         store=store,
         restricted=True,
         access=access,
+        **shards,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     address = "" if grpc_port in (0, 8001) else f" --url 127.0.0.1:{grpc_port}"
     address += (f" --tls-ca {tls_cert}" if tls_cert else "") + (" --key KEY" if keys else "")
-    run_until_signal(
-        options, status_port, say, on_ready=lambda: say_next(f"query{address}", run, artifacts), replicas=replicas
-    )
+    query = (lambda: say_next(f"query{address}", run, artifacts)) if shard is None else None
+    run_until_signal(options, status_port, say, query, replicas)
+
+
+def _certificate_for_trials(folder: Path, host: str) -> tuple[Path, Path]:
+    """(certificate, key), made where there is none."""
+    from serving.door.tls import self_signed
+    from serving.start_checks import local_address
+
+    certificate, key, made = self_signed(folder, local_address(host))
+    say(f"certificate for trials, which callers trust by --tls-ca {certificate}: SHA-256 {made.fingerprint}")
+    return certificate, key

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from serving.runtime.item_index import DISTANCES, FACTORY, GROUPS, INDEX, PRODUCTS, Groups, ItemIndex
+from training.compile.compiler import CompileConfig
 from training.compile.index import ITEM_RECALL, RECALL, Exact, Probe, item_states, tune, tuned_index
 from training.judge.gate import GateError
 from vivace import contract
@@ -200,3 +201,12 @@ def test_seen_ids_by_hand():
 
 def test_an_index_leaves_out_as_many_items_as_a_store_keeps():
     assert contract.MAX_SEEN >= MAX_STORED_EVENTS
+
+
+def test_shards_go_with_exact_graphs_alone():
+    assert CompileConfig(shards=2).exact
+    for more in ({"index": "HNSW32"}, {"precision": "int8"}, {"tables": "int8"}, {"targets": ("tensorrt",)}):
+        with pytest.raises(ValueError, match="--shards"):
+            CompileConfig(shards=2, **more)
+    with pytest.raises(ValueError, match="--shards"):
+        CompileConfig(shards=-1)

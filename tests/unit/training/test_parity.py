@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.compile.parity import difference
+from training.judge.parity import difference
 
 NAMES = ["IDS", "SCORES"]
 

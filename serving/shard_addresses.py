@@ -1,0 +1,36 @@
+"""Where the shards of retrieval are: ``a:8101|b:8101,c:8102`` are two shards, the first with a twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vivace.http_pool import UNIX
+
+SHARDS_ENV = "VIVACE_SHARDS"  # of a worker: addresses
+WAIT_ENV = "VIVACE_SHARD_WAIT_MS"
+WAIT_MS = 300
+
+
+@dataclass(frozen=True)
+class ShardAddresses:
+    """Of each shard, by its number, the servers that have it: host:port, or unix: and the path of a socket."""
+
+    twins: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def parse(cls, text: str, shards: int) -> ShardAddresses:
+        """Raises ValueError for what is not ``shards`` addresses."""
+        parsed = cls(tuple(tuple(twin.strip() for twin in shard.split("|")) for shard in text.split(",")))
+        for address in (twin for shard in parsed.twins for twin in shard):
+            host, _, port = address.rpartition(":")
+            if not address.startswith(UNIX) and not (host and port.isdecimal() and 0 < int(port) < 65536):
+                raise ValueError(f"--shard-hosts: expected host:port of each shard, got {address!r} in {text!r}")
+        if len(parsed.twins) != shards:
+            raise ValueError(
+                f"--shard-hosts: expected the addresses of {shards} shards, by commas in their order (twins by |), got "
+                f"{len(parsed.twins)} in {text!r}"
+            )
+        return parsed
+
+    def __str__(self) -> str:
+        return ",".join("|".join(shard) for shard in self.twins)

@@ -1,0 +1,1 @@
+"""Retrieval in shards: who asks them, and the servers that they are."""
