@@ -132,7 +132,6 @@ def serve(
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers may end a server that is about to start
     from serving.door.options import AccessOptions
     from serving.repository import served_from
-    from serving.runtime.cache_settings import CacheSettings
     from serving.server_options import ServerOptions
     from serving.service import run_until_signal
     from vivace.run import Run
@@ -154,13 +153,9 @@ def serve(
     shards: dict[str, Any] = dict(shard=shard, shards=shard_hosts, shard_twins=shard_twins, shard_wait_ms=shard_wait_ms)
     options = ServerOptions(
         repository=served.repository,
-        host=host,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        metrics_port=metrics_port,
+        **dict(host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port),  # type: ignore[arg-type]
         profile=profile,
-        cache_bytes=cache_mb << 20,
-        answer_cache=CacheSettings(answer_cache_mb << 20, answer_cache_s) if answer_cache_mb else None,
+        **_caches(cache_mb, answer_cache_mb, answer_cache_s),
         trace_url=trace_url,
         trace_rate=trace_rate,
         log=log_file or run.server_log,
@@ -179,6 +174,14 @@ def serve(
     address += (f" --tls-ca {tls_cert}" if tls_cert else "") + (" --key KEY" if keys else "")
     query = (lambda: say_next(f"query{address}", run, artifacts)) if shard is None else None
     run_until_signal(options, status_port, say, query, replicas)
+
+
+def _caches(states_mb: int, answers_mb: int, answers_s: float) -> dict[str, Any]:
+    """Options of a server: the cache of encoded users and that of answers."""
+    from serving.runtime.cache_settings import CacheSettings
+
+    answers = CacheSettings(answers_mb << 20, answers_s) if answers_mb else None
+    return {"cache_bytes": states_mb << 20, "answer_cache": answers}
 
 
 def _certificate_for_trials(folder: Path, host: str) -> tuple[Path, Path]:
