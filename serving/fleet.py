@@ -26,9 +26,10 @@ from serving.door.statistics import DoorStatistics
 from serving.launcher import TritonServer
 from serving.merged_metrics import TritonMetrics
 from serving.releases import HELD, held
+from serving.segments import Segments
 from serving.server_options import ServerOptions
 from serving.shards.servers import ShardGroups, ShardMetrics, ShardServer
-from serving.start_checks import LEFTOVER, check_ports, door_options
+from serving.start_checks import LEFTOVER, PREFIX_FILE, check_ports, door_options
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
 from vivace.client import VivaceError
@@ -45,11 +46,11 @@ def warm_up(server: TritonServer) -> float:
     have under load, and the first users wait no longer than others. Returns the seconds it took.
 
     What they are answered or refused does not matter; after ``WARM_S`` no more is waited for."""
-    started, history = time.monotonic(), ["-"] * WARM_EVENTS
+    started = time.monotonic()
 
-    def ask(_: int) -> None:
+    def ask(number: int) -> None:  # none like another: those would be answered once
         with contextlib.suppress(VivaceError):
-            client.recommend(history=history, request_id=UNLOGGED)
+            client.recommend(history=[f"-{number}"] * WARM_EVENTS, request_id=UNLOGGED)
 
     with server.client(WARM_S) as client, ThreadPoolExecutor(WARM_AT_ONCE) as pool:
         list(pool.map(ask, range(WARM_AT_ONCE)))
@@ -156,6 +157,11 @@ class Fleet:
         """A folder that only the owner enters, swept by the next start if this process is killed outright."""
         folder = tempfile.TemporaryDirectory(prefix=LEFTOVER, ignore_cleanup_errors=True)
         self.private = Path(self._life.enter_context(folder))
+        if self.options.answer_cache is not None:
+            answers = Segments()
+            (self.private / PREFIX_FILE).write_text(answers.prefix)
+            self.options = replace(self.options, answer_cache=self.options.answer_cache.at(answers))
+            self._life.callback(answers.remove)
         (self.private / HELD).touch()
         self._life.enter_context(held(self.private))
 

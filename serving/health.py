@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,8 +90,9 @@ class Canary:
         try:
             if self._client is None:
                 self._client = self.server.client(CANARY_WAIT_S)
+            nobody = f"canary {uuid.uuid4()}" if self.server.options.answer_cache is not None else ""  # computed anew
             answer = self._client.recommend(
-                history=self._history, top_k=10, context=self.context or None, request_id=contract.UNLOGGED
+                nobody, self._history, 10, context=self.context or None, request_id=contract.UNLOGGED
             )
             self.seconds.set(time.monotonic() - started)
             if answer.status == "ok":

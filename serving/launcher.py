@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import uuid
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -43,7 +43,6 @@ from serving.server_options import ServerOptions, environment
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
-    SHM_PREFIX,
     check_cache,
     check_exposure,
     check_ports,
@@ -92,14 +91,14 @@ class TritonServer:
     def __init__(self, options: ServerOptions, door: Door | None = None, aside: bool = False) -> None:
         address = local_address(options.host)
         check_exposure(options.host, address, options.guard, options.access, options.shard is not None)
-        self.options = options
+        self.segments = Segments()
+        self.options = replace(options, answer_cache=options.answer_cache and options.answer_cache.at(self.segments))
         self.host = address
         self.address = "127.0.0.1" if address == "0.0.0.0" else address  # where this machine reaches it
         chosen = options if door is None else door.options
         self.http_port, self.grpc_port, self.metrics_port = (
             port or free_port(address) for port in (chosen.http_port, chosen.grpc_port, chosen.metrics_port)
         )
-        self.segments = Segments(f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_")
         self._held = contextlib.ExitStack()
         self.release = options.repository
         self._key = secrets.token_urlsafe(32)
@@ -209,7 +208,7 @@ class TritonServer:
         if not (o.repository / "recommend" / "config.pbtxt").exists():
             raise ServerError(f"model repository: nothing to serve in {o.repository}; run 'vivace compile' first")
         check_profile(o.repository, o.profile)
-        check_cache(o.repository, o.profile, o.cache_bytes)
+        check_cache(o.repository, o.profile, o.cache_bytes, o.answer_cache)
         check_trace_url(o.trace_url)
         check_store(o.store)
         self.release = o.repository.resolve()  # whatever is published since, this server stays with it

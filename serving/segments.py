@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 SHM = Path("/dev/shm")
+SHM_PREFIX = "vivace_"
 
 
 class Segments:
     """Those of one server, by their prefix."""
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix or f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_"
 
     def names(self, older_than_s: float = 0.0) -> set[str]:
         """Segments that were made at least so long ago."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from serving.door.options import AccessOptions
 from serving.process import server_environment
+from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
 from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS
 from serving.wheel import python_library, wheel_folder
 from vivace.impressions.queue import ENVIRONMENT, ImpressionOptions, folder_of
@@ -31,6 +32,7 @@ class ServerOptions:
     metrics_port: int = 8002
     profile: str = ""
     cache_bytes: int = 0
+    answer_cache: CacheSettings | None = None  # of whole answers; None: none
     trace_url: str = ""
     trace_rate: int = 100
     log: Path | None = None
@@ -62,6 +64,7 @@ def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     env |= log_environment(options, release)
     if options.store:  # not by the command line, which every user of the machine can read
         env[STORE_URL] = options.store
+    env[ANSWER_CACHE] = "" if options.answer_cache is None else options.answer_cache.text()
     if options.shards:
         env |= {SHARDS_ENV: options.shards, WAIT_ENV: str(options.shard_wait_ms)}
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])

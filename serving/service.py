@@ -68,7 +68,7 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     check_ports(address, named)
     check_path(options.repository)
     check_profile(options.repository, options.profile)
-    check_cache(options.repository, options.profile, options.cache_bytes)
+    check_cache(options.repository, options.profile, options.cache_bytes, options.answer_cache)
     if options.shard is not None:
         check_shard(options.repository, options.shard)
     check_trace_url(options.trace_url)

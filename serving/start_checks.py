@@ -21,13 +21,14 @@ import psutil
 from serving.door.options import AccessOptions, DoorOptions
 from serving.releases import HELD, is_free
 from serving.repository import models, read_config
-from serving.segments import Segments
+from serving.runtime.cache_settings import CacheSettings
+from serving.segments import SHM, SHM_PREFIX, Segments
 from serving.wheel import ServerError
+from vivace import contract
 from vivace.store.interface import StoreError
 
 LEFTOVER = "vivace-triton-"  # how a launcher's folder for temporary files is called
-PREFIX_FILE = "segments"  # in it: the prefix of its workers' shared memory
-SHM_PREFIX = "vivace_"
+PREFIX_FILE = "segments"  # in it: the prefix of its shared memory
 ENVIRONMENTS = Path("/tmp")  # where Triton's Python backend makes a folder for itself, whatever TMPDIR says
 LEAST_FILES = 512  # descriptors: below it a few hundred callers stop every answer
 FILES_OF_OUR_OWN = 256
@@ -108,8 +109,9 @@ def check_ports(host: str, ports: dict[str, int]) -> None:
 
 
 # -- what it is told -----------------------------------------------------------------------------------
-def check_cache(repository: Path, profile: str, cache_bytes: int) -> None:
+def check_cache(repository: Path, profile: str, cache_bytes: int, answers: CacheSettings | None = None) -> None:
     """Raises ServerError for a cache that is larger than the memory, or that no model of the profile would use."""
+    _check_answer_cache(repository, profile, answers)
     if not cache_bytes:
         return
     total = psutil.virtual_memory().total
@@ -120,6 +122,23 @@ def check_cache(repository: Path, profile: str, cache_bytes: int) -> None:
     if not any(read_config(repository, m, profile).response_cache.enable for m in models(repository, profile)):
         raise ServerError(
             f"--cache-mb: the profile {profile or 'default'} has no cache; leave --profile out, or --cache-mb"
+        )
+
+
+def _check_answer_cache(repository: Path, profile: str, settings: CacheSettings | None) -> None:
+    """Raises ServerError for a cache of answers that does not fit the memory, or that the profile does not ask."""
+    if settings is None:
+        return
+    total, free = psutil.virtual_memory().total, shutil.disk_usage(SHM).free
+    if settings.room_bytes > min(total // 2, free):
+        raise ServerError(
+            f"--answer-cache-mb {settings.room_bytes >> 20}: expected at most {min(total // 2, free) >> 20}, what is "
+            f"free in {SHM}, and half of this machine's memory"
+        )
+    if read_config(repository, contract.ENSEMBLE, profile).platform == "ensemble":
+        raise ServerError(
+            f"--answer-cache-mb: the profile {profile or 'default'} keeps no answers, as no stage of it sees a whole "
+            "one; serve the profile fused, or leave --answer-cache-mb out"
         )
 
 

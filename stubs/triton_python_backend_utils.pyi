@@ -36,9 +36,11 @@ class Logger:
 
 class Metric:
     def increment(self, value: float) -> None: ...
+    def set(self, value: float) -> None: ...
 
 class MetricFamily:
     COUNTER: ClassVar[int]
+    GAUGE: ClassVar[int]
     def __init__(self, name: str, description: str, kind: int) -> None: ...
     def Metric(self, labels: dict[str, str]) -> Metric: ...  # noqa: N802 - Triton's own name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class LiveFeed:
         newest_ms = int(stream.times_ms[-1]) if len(stream) else 0
         self._after_ms = min(newest_ms, int(time.time() * 1000))  # a log may hold the future
         self._number, self._now_ms, self.error = recent_number(recent), 0, ""
+        self._process, self._turns = uuid.uuid4().hex, 0
         if self._number:
             self._after_ms = 0  # which events of the log came along is known by their number
         try:
@@ -57,7 +59,19 @@ class LiveFeed:
 
     def refresh(self, now_ms: int | None = None) -> None:
         """Counts what came since, and works out what is rising at ``now_ms`` (Unix ms; None: now)."""
-        now_ms = int(time.time() * 1000) if now_ms is None else now_ms
+        self._turns += 1
+        try:
+            self._count(int(time.time() * 1000) if now_ms is None else now_ms)
+        finally:
+            self._turns += 1
+
+    @property
+    def epoch(self) -> str:
+        """Another one whenever the counts change, and while they do; of this process alone, as no two count at the same
+        moment."""
+        return f"{self._process} {self._turns}"
+
+    def _count(self, now_ms: int) -> None:
         now_ms = self._now_ms = max(now_ms, self._now_ms)  # a clock that is set back stands still for the counters
         self._number, events = self._store.live_events(self._number, now_ms - KEPT_MS)
         events = [event for event in events if event.timestamp_ms > self._after_ms]

@@ -59,18 +59,25 @@ class Moment:
             start += len(kinds)
         return [out]
 
-    def context(self, users: Sequence[str], sent: Sequence[Values], now_ms: int | None = None) -> list[np.ndarray]:
-        """[ids int64 [B, C]] and [amounts float32 [B, F]] of the rows, those of the two that are read: what a request
-        ``sent``, else what the store knows of its user, else the clock at ``now_ms`` (Unix ms; None: now)."""
+    def known(self, users: Sequence[str], sent: Sequence[Values], now_ms: int | None = None) -> list[Values]:
+        """Values of each row by column: what a request ``sent``, else what the store knows of its user, else the clock
+        at ``now_ms`` (Unix ms; None: now); [] where none are read."""
         if self._context is None:
             return []
-        columns, known = self.columns, list[Values]()
+        columns = self.columns
         attributes = self._store.attributes(users) if columns.user_columns else [None] * len(users)
         of_clock: dict[str, str] = {}
         if columns.time_zone:
             now_ms = int(time.time() * 1000) if now_ms is None else now_ms
             of_clock = {name: v[0] for name, v in clock(np.array([now_ms]), columns.time_zone).items()}
-        known = [{**of_clock, **(a or {}), **s} for a, s in zip(attributes, sent, strict=True)]
+        return [{**of_clock, **(a or {}), **s} for a, s in zip(attributes, sent, strict=True)]
+
+    def encoded(self, known: Sequence[Values]) -> list[np.ndarray]:
+        """[ids int64 [B, C]] and [amounts float32 [B, F]] of what is ``known`` of the rows, those of the two that are
+        read."""
+        if self._context is None:
+            return []
+        columns = self.columns
         feed: dict[str, np.ndarray] = {
             name: np.array([values.get(name, "") for values in known], object) for name in columns.categoricals
         }
@@ -80,3 +87,7 @@ class Moment:
         c = len(columns.categoricals)
         ids = [np.stack(encoded[:c], 1)] if c else []
         return [*ids, *([np.stack(encoded[c:], 1)] if columns.continuous else [])]
+
+    def context(self, users: Sequence[str], sent: Sequence[Values], now_ms: int | None = None) -> list[np.ndarray]:
+        """What is ``known`` of the rows, ``encoded``."""
+        return self.encoded(self.known(users, sent, now_ms))

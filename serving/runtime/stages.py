@@ -8,19 +8,18 @@ Axis legend: B rows, T history events, V item ids, N candidates, K answered item
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from serving.runtime.known import Histories, Known, TypedHistory
 from serving.runtime.live_catalogue import LiveCatalogue
 from serving.runtime.live_feed import LiveFeed
 from serving.runtime.moment import Moment
 from vivace.context import ContextColumns, parse_context, unknown_names
 from vivace.contract import (
-    APPEND_ITEM_ID,
     EVENT_PART,
     EVENT_TYPE,
     FIRST_ID,
@@ -29,7 +28,6 @@ from vivace.contract import (
     MAX_EVENT_TYPE_BYTES,
     MAX_HISTORY_EVENTS,
     MAX_ID_BYTES,
-    MAX_PARAMETER_ID_BYTES,
     MAX_QUERY_BYTES,
     MAX_TOP_K,
     OOV_ID,
@@ -38,7 +36,6 @@ from vivace.contract import (
     STATUS_DEGRADED,
     STATUS_ERROR,
     STATUS_OK,
-    TIMESTAMP_MS,
     TOP_K,
     USER_ID,
     StageTensors,
@@ -46,12 +43,10 @@ from vivace.contract import (
 from vivace.live import RECENT
 from vivace.masks import excluded, seen_ids
 from vivace.onnx_session import open_session
-from vivace.store.interface import Event, ServingStore
+from vivace.store.interface import ServingStore
 
-TypedHistory = tuple[list[str], list[str], list[int]]
 MAX_DIGITS = 15  # of a time in ms
 NO_SUCH_ITEM = "\0"
-DAY_MS = 86_400_000
 NO_SEARCH = f"no search in this run; {QUERY.name} was left out: 'vivace train --task search', then 'vivace compile'"
 SHOWN_TYPES = 20
 
@@ -74,7 +69,8 @@ class Row:
     """Names in it that are no columns."""
 
 
-def _text(raw: bytes, what: str, limit_bytes: int) -> str:
+def checked_text(raw: bytes, what: str, limit_bytes: int) -> str:
+    """Raises ValueError for what is longer or no UTF-8; ``what``: what errors call it."""
     if len(raw) > limit_bytes:
         raise ValueError(f"{what}: expected at most {limit_bytes} bytes, got {len(raw)}; shorten it")
     try:
@@ -90,7 +86,7 @@ def _history_item(raw: bytes, index: int) -> str:
     item, *parts = raw.split(EVENT_PART.encode())
     if len(item) > MAX_ID_BYTES:
         raw = EVENT_PART.encode().join([NO_SUCH_ITEM.encode(), *parts])
-    return _text(raw, f"{HISTORY.name}[{index}]", len(raw))
+    return checked_text(raw, f"{HISTORY.name}[{index}]", len(raw))
 
 
 def _parts_of_events(events: list[str]) -> tuple[list[str], tuple[str, ...], tuple[int, ...]]:
@@ -124,8 +120,8 @@ def parse_row(
     columns: ContextColumns | None = None,
 ) -> Row:
     """One row of the public call; raises ValueError naming the input, what was expected, what came."""
-    user = _text(user_id, USER_ID.name, MAX_ID_BYTES)
-    text = _text(query, QUERY.name, MAX_QUERY_BYTES)
+    user = checked_text(user_id, USER_ID.name, MAX_ID_BYTES)
+    text = checked_text(query, QUERY.name, MAX_QUERY_BYTES)
     if not 1 <= top_k <= MAX_TOP_K:
         raise ValueError(f"{TOP_K.name}: expected 1..{MAX_TOP_K}, got {top_k}")
     if len(history) > MAX_HISTORY_EVENTS:
@@ -143,53 +139,6 @@ def parse_row(
         items, types, times = _parts_of_events(items)
     values, unknown = parse_context(context, columns or ContextColumns()) if context else ({}, [])
     return Row(user, items or None, int(top_k), text, types, times, values, tuple(unknown))
-
-
-def parse_id(given: object, name: str) -> str:
-    """The request parameter ``name``; "" where there is none. Raises ValueError for what is no text or too long."""
-    if given is None:
-        return ""
-    if not isinstance(given, str):
-        raise ValueError(f"{name}: expected a text, got {type(given).__name__} {str(given)[:60]!r}")
-    return _text(given.encode("utf-8", "surrogatepass"), name, MAX_PARAMETER_ID_BYTES)
-
-
-def parse_event(
-    user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms: int, event_id: str = "", context: bytes = b"",
-    columns: ContextColumns | None = None, request_id: str = "",
-) -> Event:  # fmt: skip
-    """One event of the append call; raises ValueError naming the input, what was expected, what came. Names of
-    ``context``, CONTEXT, that are no ``columns`` are kept for models that know them."""
-    user = _text(user_id, USER_ID.name, MAX_ID_BYTES)
-    item = _text(item_id, APPEND_ITEM_ID.name, MAX_ID_BYTES)
-    if not user:
-        raise ValueError(f"{USER_ID.name}: expected a user id, got an empty string")
-    if not item:
-        raise ValueError(f"{APPEND_ITEM_ID.name}: expected an item id, got an empty string")
-    if EVENT_PART in item:
-        raise ValueError(f"{APPEND_ITEM_ID.name}: expected an id without the character U+001F, got {item[:60]!r}")
-    latest_ms = int(time.time() * 1000) + DAY_MS  # clocks differ
-    if not 0 < timestamp_ms <= latest_ms:
-        raise ValueError(
-            f"{TIMESTAMP_MS.name}: expected Unix time in ms, 1 to {latest_ms} (a day from now), got {timestamp_ms}; "
-            "0 is now"
-        )
-    parse_context(context, columns or ContextColumns())
-    kind = _text(event_type, EVENT_TYPE.name, MAX_EVENT_TYPE_BYTES)
-    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id)
-
-
-def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
-    """STATUS of an event that was stored: whether the models know its item, by its id ``item_id``, and the data set its
-    type (``event_types``: those there are, none where the data set has no types)."""
-    status = STATUS_OK
-    if item_id < FIRST_ID:
-        status = with_reason(
-            status, f"stored, but {APPEND_ITEM_ID.name} {event.item_id[:64]!r} is not in the catalogue of the models"
-        )
-    without = unknown_types([event.event_type], event_types, EVENT_TYPE.name)
-    stored = "stored, but " if without and status == STATUS_OK else ""
-    return with_reason(status, stored + without)
 
 
 def unknown_types(types: Iterable[str], event_types: Set[str], name: str) -> str:
@@ -267,18 +216,43 @@ class FeatureTransform:
             self.live = LiveFeed(graph.parent / RECENT, store, self.item_ids, counted, self.moment)
         self._store, self._shapes, self._exclude_seen, self._catalogue = store, shapes, exclude_seen, catalogue
 
-    def __call__(self, rows: Sequence[Row]) -> tuple[list[np.ndarray], list[str]]:
+    def known(self, rows: Sequence[Row], histories: Histories | None = None) -> Known:
+        """What the stores know of ``rows`` now. ``histories``: reads those of users, None the store itself."""
+        if self._catalogue is not None:
+            self._catalogue.refresh()
+        unsent = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
+        read, users = histories or self._store.typed_histories, [rows[i].user_id for i in unsent]
+        stored = dict(zip(unsent, read(users) if users or histories else [], strict=True))
+        sent_types = self._shapes.types and any(row.types for row in rows)
+        types = self._store.event_types() if sent_types else set[str]()
+        values = self.moment.known([row.user_id for row in rows], [row.context for row in rows])
+        known = Known(stored, values, types, self._store.fault())
+        if self.live is not None:
+            known = replace(known, epoch=self.live.epoch, shareable=False)
+        if self._catalogue is not None:
+            whole = known.shareable and not self._catalogue.left_out  # which are left out goes by what came first
+            known = replace(known, number=self.number, shareable=whole)
+        return known
+
+    @property
+    def number(self) -> int:
+        """Of the newest change of the catalogue that is known; 0 where none is read."""
+        return 0 if self._catalogue is None else self._catalogue.number
+
+    def late(self) -> str:
+        """Why changes of the catalogue or live counters may be old, as a reason of STATUS; "" where they are not."""
+        parts = [part.status() for part in (self.live, self._catalogue) if part is not None]
+        return "; ".join(filter(None, parts))
+
+    def __call__(self, rows: Sequence[Row], known: Known | None = None) -> tuple[list[np.ndarray], list[str]]:
         """(inputs of ``retrieval`` in the contract's order, status of each row): history ids int64 [B, T], exclude bool
         [B, V] (for an index seen ids int64 [B, S]) and, as the shapes read them, times and types int64 [B, T] (0 and
         null where the history came without), context ids int64 [B, C] and amounts float32 [B, F]; with live counters,
         rising ids int64 [B, M] and features float32 [B, M, F]; with a live catalogue, rising fresh items alike, then
-        fresh items of the history int64 [B, M']."""
+        fresh items of the history int64 [B, M']. ``known``: what the stores know of the rows, None to read it."""
         t, catalogue = self._shapes.history, self._catalogue
-        if catalogue is not None:
-            catalogue.refresh()
-        unsent = [i for i, row in enumerate(rows) if row.history is None and row.user_id]
-        typed_histories = self._store.typed_histories([rows[i].user_id for i in unsent]) if unsent else []
-        stored = dict(zip(unsent, typed_histories, strict=True))
+        known = self.known(rows) if known is None else known
+        stored = known.stored
         histories = [
             row.history if row.history is not None else (stored.get(i) or [[]])[0] for i, row in enumerate(rows)
         ]
@@ -307,26 +281,25 @@ class FeatureTransform:
             seen[:, gone] = True
         moment = self.moment.types(self._types(rows, histories, stored))
         if moment and any(row.types for row in rows):
-            known = self._store.event_types()
-            unknown = [unknown_types(row.types or (), known, f"{EVENT_TYPE.name} in {HISTORY.name}") for row in rows]
+            where = f"{EVENT_TYPE.name} in {HISTORY.name}"
+            unknown = [unknown_types(row.types or (), known.event_types, where) for row in rows]
             status = [with_reason(s, reason) for s, reason in zip(status, unknown, strict=True)]
         status = [
             with_reason(s, unknown_names(row.unknown_context, self.moment.columns)) if row.unknown_context else s
             for s, row in zip(status, rows, strict=True)
         ]
-        context = self.moment.context([row.user_id for row in rows], [row.context for row in rows])
+        context = self.moment.encoded(known.values)
         moment += context if self._shapes.context or self._shapes.amounts else []
         live: list[np.ndarray] = []
         if self.live is not None:
             newest_B = history_BT[:, -1] if catalogue is None else catalogue.newest(histories, history_BT[:, -1])
             live = self.live.rows(context[0] if self._shapes.counted else None, newest_B)
-            late = self.live.status()
-            status = [with_reason(s, late) for s in status] if late else status
         if catalogue is not None:
-            live, late = [*live, seen_fresh], catalogue.status()
-            status = [with_reason(s, late) for s in status] if late else status
-        if late := self._store.fault():
-            status = [with_reason(s, late) if row.user_id else s for s, row in zip(status, rows, strict=True)]
+            live = [*live, seen_fresh]
+        if late := self.late():
+            status = [with_reason(s, late) for s in status]
+        if known.fault:
+            status = [with_reason(s, known.fault) if row.user_id else s for s, row in zip(status, rows, strict=True)]
         if not self._shapes.timed:
             return [history_BT, seen, *moment, *live], status
         time_BT = np.zeros((len(rows), t), np.int64)

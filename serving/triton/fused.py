@@ -6,57 +6,26 @@ Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils`
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
+from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
-from serving.runtime.stages import Row, with_reason
+from serving.runtime.stages import with_reason
 from serving.triton import impressions
-from serving.triton.graph_model import answer, each_by_itself, failure, hopeless, refusal
+from serving.triton.answers import Answers
+from serving.triton.batch import Batch
+from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
 from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
 
 WAY_BACK_MS = 10  # from the answer to the client where processors are short
-
-
-class Batch:
-    """The requests of one call of ``execute`` that are still to be answered, on their way through the stages.
-
-    ``responses``: of all requests of the call, by place; None where there is none yet.
-    """
-
-    def __init__(self, requests: list[ParsedRequest], responses: list[Any], counts: Counts) -> None:
-        self.requests, self.responses, self.counts = requests, responses, counts
-        self.began_ms = time.time() * 1000
-
-    @property
-    def rows(self) -> list[Row]:
-        return [row for request in self.requests for row in request.rows]
-
-    def answer(self, request: ParsedRequest, response: Any) -> None:
-        self.responses[request.place] = response
-
-    def keep_unanswered(self) -> None:
-        self.requests = [r for r in self.requests if self.responses[r.place] is None]
-
-    def refuse_late(self, stage: str, arrays: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
-        """Refuses requests whose deadline has passed before ``stage``; the others' rows of ``arrays``."""
-        now_ms = time.time() * 1000
-        in_time = [r.deadline >= now_ms for r in self.requests]
-        if all(in_time):
-            return list(arrays)
-        for request in self.requests:
-            if request.deadline < now_ms:
-                self.answer(request, refusal(now_ms - request.deadline, stage))
-                self.counts("deadline passed", len(request.rows))
-        rows_in_time = np.repeat(in_time, [len(r.rows) for r in self.requests])
-        self.keep_unanswered()
-        return [array[rows_in_time] for array in arrays]
 
 
 class RecommendModel(Stage):
@@ -69,10 +38,13 @@ class RecommendModel(Stage):
     def setup(self) -> None:
         seen, threads = self.parameters["exclude_seen"] == "true", int(self.parameters["intra_op_thread_count"])
         repository, ranked = self.folder.parent.parent, int(self.parameters["ranked"])
-        self.pipeline = Pipeline(
-            repository, self.folder.name, self.shapes(), self.store(readonly=True), seen, threads, ranked
-        )
+        store = self.store(readonly=True)
+        self.pipeline = Pipeline(repository, self.folder.name, self.shapes(), store, seen, threads, ranked)
         self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), Counts()
+        self.answers = None
+        if settings := os.environ.get(ANSWER_CACHE):
+            cache = CacheSettings.read(settings)
+            self.answers = Answers(cache, self.pipeline, store, repository, self.parameters)
         self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
         for level, seconds in self.pipeline.warm(self.largest):
             self.overload.done(level, self.largest, seconds)
@@ -85,9 +57,12 @@ class RecommendModel(Stage):
         rows, began, batch.began_ms = len(batch.rows), time.monotonic(), time.time() * 1000
         level = self._level(batch, rows)
         self._answer(batch, level)
-        answered = sum(len(r.rows) for r in parsed if not batch.responses[r.place].has_error())
+        computed = [r for r in parsed if self.answers is None or r.place not in self.answers.recalled]
+        answered = sum(len(r.rows) for r in computed if not batch.responses[r.place].has_error())
         self.overload.done(level, answered, time.monotonic() - began)
         self.counts.hand_over()
+        if self.answers is not None:
+            self.answers.hand_over()
         self.impressions.hand_over()
         return batch.responses
 
@@ -131,7 +106,14 @@ class RecommendModel(Stage):
         self._read_search_options(batch)
         if not batch.requests:
             return
-        inputs, statuses = self.pipeline.transform(batch.rows)
+        if self.answers is None:
+            self._computed(batch, level, None)
+        else:
+            self.answers(batch, self.outputs, level, self._computed, self._shown)
+
+    def _computed(self, batch: Batch, level: Level, known: Known | None) -> None:
+        """Answers what is at hand by the models. ``known``: what the stores know of its rows, None to read it."""
+        inputs, statuses = self.pipeline.transform(batch.rows, known)
         status_B, arrays = np.array(statuses, object), inputs
         ranked_count = self.pipeline.ranked
         if level == Level.POPULAR:
@@ -198,10 +180,17 @@ class RecommendModel(Stage):
             )
             top_k = np.array([row.top_k for row in request.rows])
             values = self.pipeline.respond(ranked_BN[start:stop], values_BCN[start:stop], top_k, status[:, 0])
-            if self.impressions:
-                viewers = impressions.viewers(request, batch.began_ms)
-                self.impressions.put(request.request, viewers, values[0], values[1], status[:, 0])
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
-            batch.answer(request, answer(request.request, self.outputs, [*values, status]))
+            values.append(status)
+            self._shown(batch, request, values)
+            if self.answers is not None and len(request.rows) == 1:
+                batch.answers[request.place] = values
+            batch.answer(request, answer(request.request, self.outputs, values))
             start = stop
+
+    def _shown(self, batch: Batch, request: ParsedRequest, values: list[np.ndarray]) -> None:
+        """Puts what a request is answered among the impressions."""
+        if self.impressions:
+            viewers = impressions.viewers(request, batch.began_ms)
+            self.impressions.put(request.request, viewers, values[0], values[1], values[-1][:, 0])

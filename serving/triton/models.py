@@ -16,15 +16,13 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.runtime.events import event_status, parse_event, parse_id
 from serving.runtime.response import ResponseStage
 from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import (
     NO_IDS,
     FeatureTransform,
     ItemVocabulary,
-    event_status,
-    parse_event,
-    parse_id,
     read_search_for,
     search_for,
     with_reason,

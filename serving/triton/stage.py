@@ -90,12 +90,16 @@ COLD = f"{contract.STATUS_DEGRADED}popular items"
 
 
 class Counts:
-    """Rows answered, by how, or another counter, for Triton's metrics page; handed on a few times a second, as each
-    hand-over is a call to another process."""
+    """Rows by how they were answered, for Triton's metrics page; handed on a few times a second, as each hand-over is a
+    call to another process. ``label``: what the page calls the how."""
 
     EVERY_S = 0.25
 
-    def __init__(self, name: str = "vivace_answers_total", description: str = "Rows answered, by how") -> None:
+    def __init__(
+        self, name: str = "vivace_answers_total", description: str = "Rows answered, by how", label: str = "how",
+        every_s: float = EVERY_S,
+    ) -> None:  # fmt: skip
+        self._label, self._every_s = label, every_s
         self._family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
         self._metrics: dict[str, Any] = {}
         self._waiting: dict[str, int] = {}
@@ -110,15 +114,17 @@ class Counts:
         for status in statuses:
             self("cold" if status.startswith(COLD) else how)
 
-    def hand_over(self) -> None:
+    def hand_over(self) -> bool:
+        """Whether it was time to."""
         now = time.monotonic()
-        if now - self._last < self.EVERY_S:
-            return
+        if now - self._last < self._every_s:
+            return False
         for how, rows in self._waiting.items():
             if how not in self._metrics:
-                self._metrics[how] = self._family.Metric(labels={"how": how})
+                self._metrics[how] = self._family.Metric(labels={self._label: how})
             self._metrics[how].increment(rows)
         self._waiting, self._last = {}, now
+        return True
 
 
 class ShardCounts:

@@ -21,6 +21,12 @@ StatusPortOption = Annotated[
     int, typer.Option(help="Prometheus metrics of the watchdog (0: none)", min=0, max=MAX_PORT)
 ]
 CacheMbOption = Annotated[int, typer.Option(help="cache of encoded users (0: none); takes the profile cached", min=0)]
+AnswerCacheMbOption = Annotated[
+    int, typer.Option(help="cache of whole answers (0: none); takes the profile fused", min=0)
+]
+AnswerCacheSOption = Annotated[
+    float, typer.Option(help="an answer is kept for at most so many seconds", min=1, max=86_400)
+]
 TraceUrlOption = Annotated[str, typer.Option(help="OpenTelemetry collector, such as http://127.0.0.1:4318/v1/traces")]
 TraceRateOption = Annotated[int, typer.Option(help="one of so many requests is traced", min=1)]
 LogFileOption = Annotated[
@@ -99,6 +105,8 @@ def serve(
     status_port: StatusPortOption = 8003,
     profile: Profile = "",
     cache_mb: CacheMbOption = 0,
+    answer_cache_mb: AnswerCacheMbOption = 0,
+    answer_cache_s: AnswerCacheSOption = 60.0,
     trace_url: TraceUrlOption = "",
     trace_rate: TraceRateOption = 100,
     log_file: LogFileOption = None,
@@ -129,6 +137,7 @@ def serve(
     from vivace.run import Run
 
     run = find_run(artifacts, name)
+    profile = profile or ("cached" if cache_mb else "fused" if answer_cache_mb else "")
     served = Run(served_from(run.root, profile))
     if served != run:
         say(f"profile {profile} serves {served.root}")
@@ -144,12 +153,9 @@ def serve(
     shards: dict[str, Any] = dict(shard=shard, shards=shard_hosts, shard_twins=shard_twins, shard_wait_ms=shard_wait_ms)
     options = ServerOptions(
         repository=served.repository,
-        host=host,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        metrics_port=metrics_port,
-        profile=profile or ("cached" if cache_mb else ""),
-        cache_bytes=cache_mb << 20,
+        **dict(host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port),  # type: ignore[arg-type]
+        profile=profile,
+        **_caches(cache_mb, answer_cache_mb, answer_cache_s),
         trace_url=trace_url,
         trace_rate=trace_rate,
         log=log_file or run.server_log,
@@ -168,6 +174,14 @@ def serve(
     address += (f" --tls-ca {tls_cert}" if tls_cert else "") + (" --key KEY" if keys else "")
     query = (lambda: say_next(f"query{address}", run, artifacts)) if shard is None else None
     run_until_signal(options, status_port, say, query, replicas)
+
+
+def _caches(states_mb: int, answers_mb: int, answers_s: float) -> dict[str, Any]:
+    """Options of a server: the cache of encoded users and that of answers."""
+    from serving.runtime.cache_settings import CacheSettings
+
+    answers = CacheSettings(answers_mb << 20, answers_s) if answers_mb else None
+    return {"cache_bytes": states_mb << 20, "answer_cache": answers}
 
 
 def _certificate_for_trials(folder: Path, host: str) -> tuple[Path, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vivace.contract import TITLE
 
@@ -122,3 +122,17 @@ class ServingStore(FeatureStore, Protocol):
 
     def sweep(self, now_ms: int | None = None) -> bool:
         """One short turn of removing what has aged out; whether there is more."""
+
+
+@runtime_checkable
+class SharedAnswers(Protocol):
+    """A store that servers share and that keeps answers for a while beside what it is for."""
+
+    def histories_and_answers(
+        self, user_ids: Sequence[str], keys: Sequence[bytes]
+    ) -> tuple[list[tuple[list[str], list[str], list[int]] | None], list[bytes | None]]:
+        """``typed_histories`` of users and what is kept under ``keys``, in one trip; no answers, [], where the store
+        does not answer."""
+
+    def keep_answers(self, entries: Sequence[tuple[bytes, bytes]], life_ms: int) -> None:
+        """Keeps values under keys for so long, in one trip. Raises StoreError."""

@@ -31,7 +31,7 @@ from vivace.store.opening import STORE_URL
 
 COMPOSE = CHECKOUT / "docker-compose.yml"
 DASHBOARD = CHECKOUT / "deploy" / "compose" / "grafana" / "dashboards" / "vivace.json"
-ELSEWHERE = ("GPU", "Cache of encoded users")  # panels that a CPU server without that cache has nothing for
+ELSEWHERE = ("GPU", "Cache of encoded users", "Cache of answers")  # a CPU server without the caches has none of them
 
 
 @pytest.fixture(scope="module")

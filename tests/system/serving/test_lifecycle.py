@@ -17,8 +17,9 @@ import pytest
 
 from serving.launcher import TritonServer
 from serving.process import children, living
+from serving.segments import SHM_PREFIX
 from serving.service import service
-from serving.start_checks import LEFTOVER, SHM_PREFIX, free_port
+from serving.start_checks import LEFTOVER, free_port
 from tests.support import PATIENCE_S, on_free_ports, quiet, wait_until, waited_too_long
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError
@@ -181,6 +182,7 @@ BAD = {
     "a negative cache": (("--cache-mb", "-5"), "greater than or equal to 0"),
     "a cache beyond the memory": (("--cache-mb", "100000000"), "half of this machine's memory"),
     "a cache that nobody uses": (("--cache-mb", "8", "--profile", "fused"), "the profile fused has no cache"),
+    "a cache of answers that nobody asks": (("--answer-cache-mb", "8", "--profile", "cached"), "keeps no answers"),
     "a collector that is no URL": (("--trace-url", "127.0.0.1:4318"), "--trace-url: expected a URL such as"),
     "a log that cannot be": (("--log-file", "/proc/none/triton.log"), "log /proc/none/triton.log: cannot be written"),
     "an open address without the guard": (("--host", "0.0.0.0", "--no-guard"), "leave --no-guard out"),

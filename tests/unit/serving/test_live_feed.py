@@ -68,6 +68,16 @@ def test_a_clock_that_is_set_back_stops_nothing(tmp_path, store):
     assert feed.rows(None, np.zeros(1, np.int64))[0][0, 0] == FIRST_ID + 3
 
 
+def test_no_answer_outlives_the_counts_that_it_went_by(tmp_path, store, monkeypatch):
+    feed, other = _feed(tmp_path, store, []), _feed(tmp_path, store, [])
+    before, meanwhile = feed.epoch, list[str]()
+    assert before == feed.epoch != other.epoch  # no two processes count at the same moment
+    count = feed._table.moment
+    monkeypatch.setattr(feed._table, "moment", lambda now_ms: (meanwhile.append(feed.epoch), count(now_ms))[1])
+    feed.refresh()
+    assert len({before, *meanwhile, feed.epoch}) == 3
+
+
 def test_old_counts_are_said_to_be_old(tmp_path, store, monkeypatch):
     feed = _feed(tmp_path, store, [])
     feed.error = "OSError: no such store"

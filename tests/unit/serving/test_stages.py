@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from serving.runtime.events import event_status, parse_event, parse_id
 from serving.runtime.response import ResponseStage
 from serving.runtime.stages import (
     NO_SUCH_ITEM,
-    event_status,
-    parse_event,
-    parse_id,
     parse_row,
     read_search_for,
     search_for,

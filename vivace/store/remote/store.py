@@ -2,7 +2,8 @@
 
 Keys, behind the address's prefix: ``<generation>:h:{user}``, ``:n:{user}`` and ``:a:{user}``, a user's history, the
 numbers of the live events in it, and attributes; ``<generation>:t:{item}``, titles; ``{log}:about``, ``{log}:events``
-(a sorted set of records by number) and ``{log}:ids``, the log of live events. ``catalogue`` says what else.
+(a sorted set of records by number) and ``{log}:ids``, the log of live events; ``answer:{digest}``, answers that servers
+have computed, which alone go by themselves after a time. ``catalogue`` says what else.
 
 An append takes two trips: one gives the batch its numbers and writes it to the log, in one step, and one puts each
 event into its user's history, whose set of numbers tells what is there already. Nothing is acknowledged before both. A
@@ -108,6 +109,18 @@ class ValkeyStore(Filling, ValkeyCatalogue):
     def typed_histories(self, user_ids: Sequence[str]) -> list[tuple[list[str], list[str], list[int]] | None]:
         values, _ = self._read(b"h", user_ids)
         return [None if value is None else _columns(value) for value in values]
+
+    def histories_and_answers(
+        self, user_ids: Sequence[str], keys: Sequence[bytes]
+    ) -> tuple[list[tuple[list[str], list[str], list[int]] | None], list[bytes | None]]:
+        values, answers = self._read(b"h", user_ids, [("GET", self._answer_key(key)) for key in keys])
+        return [None if value is None else _columns(value) for value in values], answers
+
+    def keep_answers(self, entries: Sequence[tuple[bytes, bytes]], life_ms: int) -> None:
+        self._trips([("SET", self._answer_key(key), value, "PX", life_ms) for key, value in entries], "write")
+
+    def _answer_key(self, key: bytes) -> bytes:
+        return b"%b:answer:{%b}" % (self._prefix, key.hex().encode())
 
     def attributes(self, user_ids: Sequence[str]) -> list[dict[str, Any] | None]:
         values, _ = self._read(b"a", user_ids)

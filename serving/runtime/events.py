@@ -1,0 +1,71 @@
+"""Events of the append call, checked, and what their answer says of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Set
+
+from serving.runtime.stages import checked_text, unknown_types, with_reason
+from vivace.context import ContextColumns, parse_context
+from vivace.contract import (
+    APPEND_ITEM_ID,
+    EVENT_PART,
+    EVENT_TYPE,
+    FIRST_ID,
+    MAX_EVENT_TYPE_BYTES,
+    MAX_ID_BYTES,
+    MAX_PARAMETER_ID_BYTES,
+    STATUS_OK,
+    TIMESTAMP_MS,
+    USER_ID,
+)
+from vivace.store.interface import Event
+
+DAY_MS = 86_400_000
+
+
+def parse_id(given: object, name: str) -> str:
+    """The request parameter ``name``; "" where there is none. Raises ValueError for what is no text or too long."""
+    if given is None:
+        return ""
+    if not isinstance(given, str):
+        raise ValueError(f"{name}: expected a text, got {type(given).__name__} {str(given)[:60]!r}")
+    return checked_text(given.encode("utf-8", "surrogatepass"), name, MAX_PARAMETER_ID_BYTES)
+
+
+def parse_event(
+    user_id: bytes, item_id: bytes, event_type: bytes, timestamp_ms: int, event_id: str = "", context: bytes = b"",
+    columns: ContextColumns | None = None, request_id: str = "",
+) -> Event:  # fmt: skip
+    """One event of the append call; raises ValueError naming the input, what was expected, what came. Names of
+    ``context``, CONTEXT, that are no ``columns`` are kept for models that know them."""
+    user = checked_text(user_id, USER_ID.name, MAX_ID_BYTES)
+    item = checked_text(item_id, APPEND_ITEM_ID.name, MAX_ID_BYTES)
+    if not user:
+        raise ValueError(f"{USER_ID.name}: expected a user id, got an empty string")
+    if not item:
+        raise ValueError(f"{APPEND_ITEM_ID.name}: expected an item id, got an empty string")
+    if EVENT_PART in item:
+        raise ValueError(f"{APPEND_ITEM_ID.name}: expected an id without the character U+001F, got {item[:60]!r}")
+    latest_ms = int(time.time() * 1000) + DAY_MS  # clocks differ
+    if not 0 < timestamp_ms <= latest_ms:
+        raise ValueError(
+            f"{TIMESTAMP_MS.name}: expected Unix time in ms, 1 to {latest_ms} (a day from now), got {timestamp_ms}; "
+            "0 is now"
+        )
+    parse_context(context, columns or ContextColumns())
+    kind = checked_text(event_type, EVENT_TYPE.name, MAX_EVENT_TYPE_BYTES)
+    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id)
+
+
+def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
+    """STATUS of an event that was stored: whether the models know its item, by its id ``item_id``, and the data set its
+    type (``event_types``: those there are, none where the data set has no types)."""
+    status = STATUS_OK
+    if item_id < FIRST_ID:
+        status = with_reason(
+            status, f"stored, but {APPEND_ITEM_ID.name} {event.item_id[:64]!r} is not in the catalogue of the models"
+        )
+    without = unknown_types([event.event_type], event_types, EVENT_TYPE.name)
+    stored = "stored, but " if without and status == STATUS_OK else ""
+    return with_reason(status, stored + without)
