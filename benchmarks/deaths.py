@@ -44,6 +44,7 @@ from vivace.client import VivaceClient, VivaceError, inputs_of
 from vivace.client_request import request_tensors
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
+from vivace.store.remote.store import ValkeyStore
 
 WAIT_S = 60.0
 LONG_S = 3.0
@@ -190,7 +191,7 @@ def kill_one(rng: random.Random, server: TritonServer, watchdog: Watchdog) -> tu
     return kind, pids
 
 
-def lost_events(store: LmdbStore, callers: Appending) -> list[str]:
+def lost_events(store: LmdbStore | ValkeyStore, callers: Appending) -> list[str]:
     """What was acknowledged and is not there once and in order, or is there and was never sent."""
     faults = []
     for user, events in callers.acknowledged.items():

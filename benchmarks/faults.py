@@ -1,17 +1,22 @@
 """What each fault costs callers of several servers behind one door: open load, one fault after the other.
 
     python -m benchmarks.faults artifacts/shop --replicas 3 --qps 60 --slo 100 --seconds 20
+    python -m benchmarks.faults artifacts/shop --replicas 3 --qps 60 --slo 100 --store valkey
 
 Recorded requests come at random (Poisson) over gRPC, whatever became of those before; a thread appends events over
 HTTP. Four seconds into each run the fault comes: a killed tritonserver, a killed worker, a server that is stopped for
 ten seconds, another version for the served one, and back, the killed guard. Every answer is compared with that of the
 version at rest (of either, while versions change); at the end the store is compared with what was acknowledged. A
 figure a fault: the share of requests answered right within ``--slo`` outside the two seconds after it, the refused,
-and when the last bad one was. It works on a copy of the run. The last line of stdout is one JSON object.
+and when the last bad one was. With ``--store valkey`` the servers share a Valkey that writes each event to its disk
+(``appendfsync always``), requests name users alone, and the faults are the Valkey's: it is started again, killed, has
+no memory left for eight seconds. An answer whose STATUS says that the store is away may be another: it is counted
+apart. It works on a copy of the run. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -36,6 +41,7 @@ from benchmarks.deaths import lost_events
 from loadtest.generate.arrivals import due_times
 from loadtest.generate.generator import METHOD, CallError, complete, messages, offer
 from loadtest.generate.local_server import on_free_ports
+from loadtest.generate.local_valkey import ValkeyServer
 from loadtest.reports.record import record_line
 from serving.acceptance import Acceptance, recorded_calls
 from serving.fleet import Fleet
@@ -44,17 +50,26 @@ from vivace import contract
 from vivace.client import VivaceClient, VivaceError
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
+from vivace.store.remote.address import Address
+from vivace.store.remote.copying import copy as copied, end_of
+from vivace.store.remote.store import ValkeyStore
 
-AT_S, WINDOW_S, STOPPED_S = 4.0, 2.0, 10.0
+AT_S, WINDOW_S, STOPPED_S, FULL_S = 4.0, 2.0, 10.0, 8.0
+STORE_AWAY = b"store: "  # in a STATUS
 TIMEOUT_S = 10.0
 console = Console(width=140)
 
 
-def items_of(answer: bytes) -> tuple[bytes, ...]:
-    """ITEM_ID of a serialized ModelInferResponse."""
+def texts_of(answer: bytes, tensor: contract.WireTensor) -> tuple[bytes, ...]:
+    """A BYTES output of a serialized ModelInferResponse."""
     response = service_pb2.ModelInferResponse.FromString(answer)
-    place = [output.name for output in response.outputs].index(contract.ITEM_ID.name)
+    place = [output.name for output in response.outputs].index(tensor.name)
     return tuple(deserialize_bytes_tensor(response.raw_output_contents[place]))
+
+
+def items_of(answer: bytes) -> tuple[bytes, ...]:
+    """ITEM_ID of the same."""
+    return texts_of(answer, contract.ITEM_ID)
 
 
 def published_again(run: Run) -> Path:
@@ -128,13 +143,37 @@ def faults(fleet: Fleet, run: Run, rng: random.Random) -> dict[str, Callable[[],
     }
 
 
+def faults_of_store(server: ValkeyServer) -> dict[str, Callable[[], None]]:
+    """The same of the Valkey that the servers share."""
+
+    def start_again() -> None:
+        server.send(signal.SIGTERM)
+        assert server.process is not None
+        server.process.wait()
+        server.start()
+
+    def kill() -> None:
+        server.kill()
+        server.start()
+
+    def fill_up() -> None:
+        with server.client() as client:
+            client.config_set("maxmemory", "1mb")  # below what it holds: writes are refused, reads go on
+            time.sleep(FULL_S)
+            client.config_set("maxmemory", "0")
+
+    return {"none": lambda: None, "Valkey started again": start_again, "Valkey killed": kill, "Valkey full": fill_up}
+
+
 class Load:
-    """One run of open load in a thread of its own. ``records``: as ``generator.offer`` gives them, and WRONG."""
+    """One run of open load in a thread of its own. ``records``: as ``generator.offer`` gives them, and WRONG;
+    ``without_store``: times due, in s, of answers that say that the store is away."""
 
     WRONG = "wrong answer"
 
     def __init__(self, url: str, sent: list[bytes], expected: list[tuple[bytes, ...]], due_s: np.ndarray) -> None:
         self.records: list[Any] = []
+        self.without_store = 0
         self.due_s = due_s
         self._thread = threading.Thread(target=lambda: complete(self._go(url, sent, expected)))
 
@@ -147,7 +186,9 @@ class Load:
             async def call(body: bytes) -> bytes:
                 answer: bytes = await method(body, timeout=TIMEOUT_S)
                 if items_of(answer) != right[body]:
-                    raise CallError(self.WRONG)
+                    if STORE_AWAY not in texts_of(answer, contract.STATUS)[0]:
+                        raise CallError(self.WRONG)
+                    self.without_store += 1
                 return answer
 
             self.records = await offer(call, self.due_s, chosen)
@@ -175,6 +216,15 @@ def figures(records: list[Any], slo_ms: float, at_s: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _filled(stack: contextlib.ExitStack, run: Run) -> ValkeyServer:
+    """A Valkey with the run's store, until the stack ends."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "valkey"
+    server = stack.enter_context(ValkeyServer(folder, "--appendonly", "yes", "--appendfsync", "always"))
+    with end_of(run.feature_store) as source, end_of(server.url) as target:
+        copied(source, target, False, lambda text: None)
+    return server
+
+
 def wait_well(fleet: Fleet) -> None:
     deadline = time.monotonic() + 60
     while not (fleet.ready and all(r.watchdog.health.ready for r in fleet.replicas)):
@@ -191,18 +241,24 @@ def main(
     seconds: Annotated[float, typer.Option(help="of each run", min=AT_S + STOPPED_S + 2)] = 20.0,
     profile: str = "fused",
     only: Annotated[str, typer.Option(help="faults by their names, by commas")] = "",
+    store: Annotated[str, typer.Option(help="lmdb or valkey")] = "lmdb",
     seed: int = 7,
 ) -> None:
-    rng, run = random.Random(seed), Run(root)
-    with tempfile.TemporaryDirectory() as folder:
+    if store not in ("lmdb", "valkey"):
+        raise typer.BadParameter(f"expected lmdb or valkey, got {store!r}", param_hint="--store")
+    rng, run, shared = random.Random(seed), Run(root), store == "valkey"
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         copy = Run(Path(folder) / "run")
         release = run.repository.resolve()
         shutil.copytree(release, copy.root / release.name)
         copy.repository.symlink_to(release.name)
         shutil.copytree(run.feature_store, copy.feature_store)
         shutil.copytree(run.compiled, copy.compiled)
-        sent = messages(root)[:200]
-        options = on_free_ports(copy.repository, profile, copy.server_log, guard=True)
+        sent = list(dict.fromkeys(messages(root, stored=shared)))[:200]
+        valkey = _filled(stack, copy) if shared else None
+        url_of_store = f"{valkey.url}?limit_ms=50" if valkey is not None else ""
+        options = on_free_ports(copy.repository, profile, copy.server_log, guard=True, store=url_of_store)
         rows = {}
         with Fleet(options, lambda text: print(text, flush=True), replicas) as fleet:
             wait_well(fleet)
@@ -212,32 +268,33 @@ def main(
                 method = channel.unary_unary(METHOD)
                 expected = [items_of(method(body, timeout=TIMEOUT_S)) for body in sent]
             with Events(f"{server.address}:{server.http_port}") as events:
-                for name, fault in faults(fleet, copy, rng).items():
+                for name, fault in (faults_of_store(valkey) if valkey else faults(fleet, copy, rng)).items():
                     if only and name not in only.split(","):
                         continue
                     with Load(url, sent, expected, due_times("poisson", qps, seconds, seed)) as load:
                         time.sleep(AT_S + 0.05)
                         fault()
-                    rows[name] = figures(load.records, slo, AT_S)
+                    rows[name] = figures(load.records, slo, AT_S) | {"without_store": load.without_store}
                     console.print(name, rows[name])
                     wait_well(fleet)
-        store = LmdbStore(copy.feature_store, readonly=True)
-        lost = lost_events(store, events)
-        store.close()
+        kept = ValkeyStore(Address.parse(valkey.url)) if valkey else LmdbStore(copy.feature_store, readonly=True)
+        lost = lost_events(kept, events)
+        kept.close()
     table = Table(
-        "fault", "requests", "wrong", "refused", f"in {slo:g} ms, outside 2 s", "p50 ms", "p99 ms", "last bad s"
-    )
+        "fault", "requests", "wrong", "refused", "without store", f"in {slo:g} ms, outside 2 s", "p50 ms", "p99 ms",
+        "last bad s",
+    )  # fmt: skip
     for name, r in rows.items():
         refused = str(sum(r["refused"].values()))
         table.add_row(
-            name, str(r["requests"]), str(r["wrong"]), refused, f"{r['in_time_outside']:.2%}", f"{r['p50_ms']:.1f}",
-            f"{r['p99_ms']:.1f}", f"{r['last_bad_s']:.1f}",
+            name, str(r["requests"]), str(r["wrong"]), refused, str(r["without_store"]), f"{r['in_time_outside']:.2%}",
+            f"{r['p50_ms']:.1f}", f"{r['p99_ms']:.1f}", f"{r['last_bad_s']:.1f}",
         )  # fmt: skip
     console.print(table)
     print(
         record_line(
-            "faults", data=root.name, replicas=replicas, profile=profile, qps=qps, slo_ms=slo, seconds=seconds,
-            seed=seed, faults=rows, acknowledged=len(events.acknowledged["fault"]), lost=lost,
+            "faults", data=root.name, store=store, replicas=replicas, profile=profile, qps=qps, slo_ms=slo,
+            seconds=seconds, seed=seed, faults=rows, acknowledged=len(events.acknowledged["fault"]), lost=lost,
             load=[round(n, 1) for n in os.getloadavg()],
         )
     )  # fmt: skip

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import valkey
 
+from loadtest.generate.local_valkey import binary, free_port
 from tests.support import PATIENCE_S, wait_until
 from tests.unit.deploy.test_kubernetes import of_kind, rendered
-from tests.valkey_server import binary, free_port
 
 PASSWORD = "not in any argument"
 

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from loadtest.generate.local_valkey import ValkeyServer, stopped
 from serving.launcher import TritonServer
 from serving.runtime import moment
 from serving.runtime.cache_settings import CacheSettings
 from serving.runtime.stages import FeatureTransform, Row
 from tests.support import PatientClient, on_free_ports, own_copy, quiet, users_of_data, wait_until
-from tests.valkey_server import ValkeyServer, stopped
 from vivace.client import Recommendation
 from vivace.contract import FEATURE_TRANSFORM
 from vivace.run import Run

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
+from loadtest.generate.local_valkey import ValkeyServer, stopped
 from serving.server_options import ServerOptions
 from serving.service import check_options, service
 from serving.wheel import ServerError
@@ -21,7 +22,6 @@ from tests.support import (
     vivace,
     wait_until,
 )
-from tests.valkey_server import ValkeyServer, stopped
 from vivace.client import VivaceError
 from vivace.contract import MAX_TOP_K, STATUS_DEGRADED
 from vivace.store.remote.trips import PAUSES_S

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.generate.local_valkey import ValkeyServer
 from tests.support import wait_until
-from tests.valkey_server import ValkeyServer
 from vivace.store.interface import Change, Event
 from vivace.store.lmdb_store import LmdbStore
 from vivace.store.opening import open_store

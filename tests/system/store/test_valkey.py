@@ -11,9 +11,9 @@ import time
 
 import pytest
 
+from loadtest.generate.local_valkey import ValkeyServer, stopped
 from preprocessing.refresh import appended_since
 from tests.support import vivace, wait_until
-from tests.valkey_server import ValkeyServer, stopped
 from vivace.manifest import CHECKOUT
 from vivace.store.interface import Change, Event, StoreError, StoreUnreachableError
 from vivace.store.lmdb_store import LmdbStore

