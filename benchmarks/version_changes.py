@@ -1,0 +1,130 @@
+"""Many changes of the served version under open load: what callers see of them, and what memory keeps.
+
+    python -m benchmarks.version_changes artifacts/shop --changes 100 --qps 40
+
+Recorded requests come at random (Poisson) over gRPC, whatever became of those before, first for ``--rest`` seconds
+with nothing else, then while the fleet goes to another version and back again, ``--changes`` times in all. The other
+version is the served one once more, so every answer is compared with that before the first change; at the end scores
+are compared too, bit for bit. Memory is that of all processes of the fleet (PSS), at rest before and after. It works on
+a copy of the run. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import numpy as np
+import psutil
+import typer
+from rich.console import Console
+
+from benchmarks.faults import TIMEOUT_S, Load, items_of, published_again, wait_well
+from loadtest.generate.arrivals import due_times
+from loadtest.generate.generator import METHOD, messages
+from loadtest.generate.local_server import on_free_ports
+from loadtest.reports.record import record_line
+from serving.acceptance import Acceptance, recorded_calls
+from serving.fleet import Fleet
+from vivace.run import Run
+
+PART_S = 20.0  # of load beside one change; the next begins when all of it was answered
+console = Console(width=120)
+
+
+def memory_mib(fleet: Fleet) -> float:
+    """PSS of the fleet's processes and all below them."""
+    processes = [psutil.Process(pid) for pid in fleet.processes()]
+    below = [child for process in processes for child in process.children(recursive=True)]
+    total = 0
+    for process in (*processes, *below):
+        try:
+            total += process.memory_full_info().pss
+        except psutil.NoSuchProcess:
+            continue
+    return total / (1 << 20)
+
+
+def offered(
+    url: str, sent: list[bytes], expected: list[tuple[bytes, ...]], qps: float, seconds: float, seed: int
+) -> list[Any]:
+    """Records of one part of the load, as ``generator.offer`` gives them."""
+    with Load(url, sent, expected, due_times("poisson", qps, seconds, seed)) as load:
+        pass
+    return load.records
+
+
+def latencies(records: list[Any]) -> dict[str, Any]:
+    ms = np.array([(r[2] - r[0]) * 1000 for r in records])
+    refused = Counter(r[3] for r in records if r[3])
+    return {
+        "requests": len(records), "wrong": refused.pop(Load.WRONG, 0), "refused": dict(refused),
+        "p50_ms": round(float(np.percentile(ms, 50)), 1), "p99_ms": round(float(np.percentile(ms, 99)), 1),
+    }  # fmt: skip
+
+
+def main(
+    root: Annotated[Path, typer.Argument(help="a compiled run, such as artifacts/shop")],
+    changes: Annotated[int, typer.Option(help="half of them back", min=2)] = 100,
+    qps: Annotated[float, typer.Option(help="offered requests a second")] = 40.0,
+    rest: Annotated[float, typer.Option(help="seconds of load without changes, before and after")] = 40.0,
+    profile: str = "fused",
+    seed: int = 7,
+) -> None:
+    run = Run(root)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Run(Path(folder) / "run")
+        release = run.repository.resolve()
+        shutil.copytree(release, copy.root / release.name)
+        copy.repository.symlink_to(release.name)
+        shutil.copytree(run.feature_store, copy.feature_store)
+        shutil.copytree(run.compiled, copy.compiled)
+        sent = list(dict.fromkeys(messages(root)))[:200]
+        options = on_free_ports(copy.repository, profile, copy.server_log, guard=True)
+        with Fleet(options, lambda text: None) as fleet:
+            wait_well(fleet)
+            server = fleet.replicas[0].server
+            url = f"{server.address}:{server.grpc_port}"
+            with grpc.insecure_channel(url) as channel:
+                method = channel.unary_unary(METHOD)
+                raw = [method(body, timeout=TIMEOUT_S) for body in sent]
+            expected = [items_of(answer) for answer in raw]
+            before = latencies(offered(url, sent, expected, qps, rest, seed))
+            mib_before = memory_mib(fleet)
+            versions = (published_again(copy), copy.root / release.name)
+            accept, took_s, records = Acceptance(recorded_calls(copy)), list[float](), list[Any]()
+            for change in range(changes):
+                with Load(url, sent, expected, due_times("poisson", qps, PART_S, seed + change)) as load:
+                    began = time.monotonic()
+                    fleet.serve(versions[change % 2], accept, lambda text: None)
+                    took_s.append(time.monotonic() - began)
+                records += load.records
+                console.print(f"change {change + 1} of {changes}: {took_s[-1]:.1f} s", latencies(load.records))
+            wait_well(fleet)
+            with grpc.insecure_channel(url) as channel:
+                method = channel.unary_unary(METHOD)
+                alike = sum(method(body, timeout=TIMEOUT_S) == a for body, a in zip(sent, raw, strict=True))
+            after = latencies(offered(url, sent, expected, qps, rest, seed + 1))
+            mib_after = memory_mib(fleet)
+    during = latencies(records)
+    result = {
+        "changes": changes, "change_s": {"median": round(float(np.median(took_s)), 1), "max": round(max(took_s), 1)},
+        "at_rest": before, "while_changing": during, "afterwards": after,
+        "p99_ratio": round(during["p99_ms"] / before["p99_ms"], 2),
+        "mib": {"before": round(mib_before), "after": round(mib_after)}, "bit_for_bit": f"{alike} of {len(sent)}",
+    }  # fmt: skip
+    console.print(result)
+    load_average = [round(n, 1) for n in os.getloadavg()]
+    print(record_line("version changes", data=root.name, profile=profile, qps=qps, load=load_average, **result))
+    if during["wrong"] or during["refused"]:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
