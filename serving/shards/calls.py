@@ -18,7 +18,6 @@ from functools import partial
 from http.client import HTTPException
 
 import numpy as np
-from tritonclient.http import InferInput, InferRequestedOutput
 
 from serving.runtime.sharded import LEAST_SEEN, Answer
 from serving.shard_addresses import WAIT_MS, ShardAddresses
@@ -167,6 +166,8 @@ class RemoteShards:
         return rescue
 
     def _infer(self, endpoint: Endpoint, state: np.ndarray, rows: np.ndarray, wait_s: float) -> Answer:
+        from tritonclient.http import InferInput, InferRequestedOutput  # what a run without shards does without
+
         inputs = []
         for tensor, value in zip(self._inputs, (state, rows), strict=True):
             inputs.append(InferInput(tensor.name, list(value.shape), tensor.datatype))
