@@ -9,7 +9,7 @@ if [ $# -gt 0 ]; then exec "$python" -m pytest "$@"; fi
 second=(tests/unit) first=(tests/end_to_end)
 for room in tests/system/*/; do
   case $room in
-    */benchmarks/ | */search/ | */store/ | */training/) second+=("$room") ;;
+    */benchmarks/ | */deploy/ | */docs/ | */search/ | */store/ | */training/) second+=("$room") ;;
     *__pycache__/) ;;
     *) first+=("$room") ;;
   esac

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
+from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 from serving.service import service
@@ -98,8 +99,8 @@ def test_an_inner_stage_refuses_what_only_it_could_be_sent(server):
             shape = [1, *(d if d > 0 else 1 for d in tensor.dims)]
             kind = {"RANKED_IDS": np.int64, "TOP_K": np.int32}.get(tensor.name, np.float32)
             value = np.full(shape, 2**40 if tensor.name == "RANKED_IDS" else 1, kind)
-            if tensor.name == contract.STATUS.name:
-                value = np.full(shape, b"ok", object)
+            if tensor.data_type == model_config_pb2.TYPE_STRING:
+                value = np.full(shape, b"ok" if tensor.name == contract.STATUS.name else b"", object)
             datatype = {np.dtype(np.int64): "INT64", np.dtype(np.int32): "INT32", np.dtype(object): "BYTES"}
             inputs.append(grpcclient.InferInput(tensor.name, shape, datatype.get(value.dtype, "FP32")))
             inputs[-1].set_data_from_numpy(value)
