@@ -25,7 +25,7 @@ from serving.door.process import Door
 from serving.door.statistics import DoorStatistics
 from serving.launcher import TritonServer
 from serving.merged_metrics import TritonMetrics
-from serving.releases import HELD, held
+from serving.releases import held_from_the_start
 from serving.segments import Segments
 from serving.server_options import ServerOptions
 from serving.shards.servers import ShardGroups, ShardMetrics, ShardServer
@@ -162,8 +162,7 @@ class Fleet:
             (self.private / PREFIX_FILE).write_text(answers.prefix)
             self.options = replace(self.options, answer_cache=self.options.answer_cache.at(answers))
             self._life.callback(answers.remove)
-        (self.private / HELD).touch()
-        self._life.enter_context(held(self.private))
+        self._life.enter_context(held_from_the_start(self.private))
 
     def _make_door(self) -> Door:
         """Not started yet, on the ports of the options, or free ones."""

@@ -36,7 +36,7 @@ from serving.process import (
     step_aside,
     step_forward,
 )
-from serving.releases import held, verify
+from serving.releases import held, held_from_the_start, verify
 from serving.repository import check_profile, models
 from serving.segments import Segments
 from serving.server_options import ServerOptions, environment
@@ -219,7 +219,7 @@ class TritonServer:
             check_ports(self.host, {f"--{name}-port": port for name, port in ports.items()})
         sweep_leftovers()
         self._root = Path(tempfile.mkdtemp(prefix=LEFTOVER))
-        self._held.enter_context(held(self._root))
+        self._held.enter_context(held_from_the_start(self._root))
         self.log = o.log or self._root / "triton.log"
         (self._root / PREFIX_FILE).write_text(self.segments.prefix)
         backend_folder(self._root)

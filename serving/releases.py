@@ -124,6 +124,17 @@ def held(release: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def held_from_the_start(folder: Path) -> Iterator[None]:
+    """The same of a folder that was made a moment ago: there is no moment at which another start, which sweeps what
+    nobody holds, sees its file free."""
+    unseen = folder / f"{HELD}.new"
+    with unseen.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        unseen.rename(folder / HELD)
+        yield
+
+
 def is_free(release: Path) -> bool:
     """Whether no server holds it."""
     with (release / HELD).open("a") as handle:

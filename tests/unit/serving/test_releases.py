@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from serving.releases import (
     CHECKSUMS,
     DamagedError,
     held,
+    held_from_the_start,
     next_version,
     publishing,
     remember_served,
@@ -20,7 +24,7 @@ from serving.releases import (
     verify,
     version_of,
 )
-from serving.start_checks import check_path
+from serving.start_checks import LEFTOVER, check_path, sweep_leftovers
 from serving.wheel import ServerError
 
 MODELS = ("feature_transform", "recommend")
@@ -177,3 +181,31 @@ def test_a_path_with_blanks_is_refused_before_anything_starts(tmp_path):
     check_path(tmp_path)
     with pytest.raises(ServerError, match="expected a path without blanks"):
         check_path(tmp_path / "my run")
+
+
+def test_a_start_never_sweeps_what_another_start_has_just_made(tmp_path, monkeypatch):
+    """Two starts at once, and a third that sweeps all the while: a folder that is held is there to its end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    over, lost = threading.Event(), list[str]()
+
+    def sweep() -> None:
+        while not over.is_set():
+            sweep_leftovers()
+
+    def make() -> None:
+        for _ in range(150):
+            folder = Path(tempfile.mkdtemp(prefix=LEFTOVER))
+            with held_from_the_start(folder):
+                (folder / "model.py").touch()
+                time.sleep(0.001)
+                lost.extend([] if (folder / "model.py").exists() else [folder.name])
+            shutil.rmtree(folder, ignore_errors=True)
+
+    threads = [threading.Thread(target=sweep), *(threading.Thread(target=make) for _ in range(2))]
+    for thread in threads:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join()
+    over.set()
+    threads[0].join()
+    assert lost == []
