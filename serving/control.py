@@ -122,6 +122,9 @@ class Control:
         if release == self.fleet.release:
             say(f"{release.name}: is served already")
             return
+        if self.rollout is not None and not self.rollout.result:
+            name = f"version {self.rollout.plan.version}"
+            raise ServerError(f"{name} is on trial; 'vivace rollout promote' or 'vivace rollout stop' first")
         self.fleet.serve(release, self._acceptance(release), say)
 
     def _acceptance(self, release: Path) -> Acceptance:

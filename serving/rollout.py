@@ -2,7 +2,7 @@
 
 What is compared is what the two tritonservers count themselves in the same seconds: refused and failed calls, the mean
 time of a call, and answers that are not whole. Users are dealt by a hash (``serving.door.rollout``), so both see the
-same kind of callers; the health checks of both, about one call a second, are counted too.
+same kind of callers. Of rows the server's own questions are not counted; in the mean time of a call they are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from vivace import contract
 LOOK_S = 1.0
 WINDOW_S = 30.0
 ILL_S = 3.0  # a version on trial may be unwell for so long
+SLOW_S, SLOW_LOOKS = 10.0, 5  # slow it has to be over so many seconds, and at so many looks, one after the other
 SURE = 3.0  # standard errors that a share must be beyond chance
 KEPT = 50  # lines of what happened
 
@@ -39,7 +40,7 @@ class Plan:
     salt: str
     """Deals the users; another salt, other users."""
     shares: tuple[float, ...] = (0.05,)
-    """Of the users, one step after the other, above 0 to 1."""
+    """Of the users, one step after the other, above 0 and below 1: the others are what it is compared with."""
     wait_s: float = 600.0
     """How long a step lasts at least; it goes on until ``least`` calls came as well."""
     promote: bool = False
@@ -57,11 +58,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         Split(self.salt, 0.0)
-        if not self.shares or not all(0 < share <= 1 for share in self.shares):
-            raise ValueError(f"shares: expected shares above 0 to 1, got {self.shares}")
+        if not self.shares or not all(0 < share < 1 for share in self.shares):
+            raise ValueError(
+                f"shares: expected shares above 0 and below 1, got {self.shares}: it is compared with others"
+            )
         if list(self.shares) != sorted(self.shares):
             raise ValueError(f"shares: expected each step to be as large as the one before, got {self.shares}")
-        for name in ("wait_s", "shadow", "more_errors", "more_partial"):
+        for name in ("wait_s", "shadow", "more_errors", "more_partial", "slower"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.shadow > 1 or self.slower < 1 or self.least < 1:
@@ -124,7 +127,7 @@ def beyond(part: float, whole: float, part_of_served: float, whole_of_served: fl
 
 def fault(plan: Plan, trial: Sample, served: Sample) -> str:
     """Why a version on trial has to go, by what both counted in the same seconds; "" where it may stay."""
-    if trial.calls < plan.least or served.calls < plan.least:
+    if trial.failed + trial.rows < plan.least or served.failed + served.rows < plan.least:
         return ""
     more, errors = beyond(trial.failed, trial.calls, served.failed, served.calls)
     if more > plan.more_errors and errors > SURE:
@@ -138,6 +141,13 @@ def fault(plan: Plan, trial: Sample, served: Sample) -> str:
             f"{trial.partial:.0f} of {trial.rows:.0f} answers were not whole, of the served version "
             f"{served.partial:.0f} of {served.rows:.0f}"
         )
+    return ""
+
+
+def slowness(plan: Plan, trial: Sample, served: Sample) -> str:
+    """The same of its time: of a single second it says little, as a machine is busy now and then."""
+    if trial.rows < plan.least or served.rows < plan.least:
+        return ""
     if trial.mean_ms > max(plan.slower * served.mean_ms, served.mean_ms + 2.0):
         return f"a call takes {trial.mean_ms:.1f} ms, and {served.mean_ms:.1f} ms in the served version"
     return ""
@@ -150,7 +160,7 @@ class Rollout:
     def __init__(self, fleet: Fleet, plan: Plan, say: Callable[[str], None]) -> None:
         self.fleet, self.plan, self._say = fleet, plan, say
         self.result = ""  # how it ended
-        self._step, self._since, self._in_step = 0, time.monotonic(), 0.0
+        self._step, self._since, self._in_step, self._slow = 0, time.monotonic(), 0.0, 0
         self._due, self._well = 0.0, time.monotonic()
         self._seen: deque[tuple[float, Sample, Sample]] = deque()  # time, trial, served
         self._door_pid = 0
@@ -179,19 +189,21 @@ class Rollout:
         if trial.watchdog.health.ready:
             self._well = now
         elif now - self._well > ILL_S:
-            faults = {part: why for part, why in trial.watchdog.health.faults.items() if why}
+            faults = "; ".join(why for why in trial.watchdog.health.faults.values() if why)
             self.stop(f"not well for {ILL_S:.0f} s: {faults}")
             return False
         trial_seen, served_seen = self._window(now)
-        if why := fault(self.plan, trial_seen, served_seen):
+        slow = slowness(self.plan, trial_seen, served_seen) if now - self._seen[0][0] >= SLOW_S else ""
+        self._slow = self._slow + 1 if slow else 0
+        if why := fault(self.plan, trial_seen, served_seen) or (slow if self._slow >= SLOW_LOOKS else ""):
             self.stop(why)
             return False
-        enough = self._seen[-1][1].calls - self._in_step >= self.plan.least
+        enough = self._seen[-1][1].rows - self._in_step >= self.plan.least
         if now - self._since < self.plan.wait_s or not enough:
             return False
         if self._step + 1 == len(self.plan.shares):
             return self.plan.promote
-        self._step, self._since, self._in_step = self._step + 1, now, self._seen[-1][1].calls
+        self._step, self._since, self._in_step = self._step + 1, now, self._seen[-1][1].rows
         self._apply()
         self._note(f"version {self.plan.version}: {self._words()}")
         return False
@@ -237,8 +249,8 @@ class Rollout:
     # -- parts ---------------------------------------------------------------------------------------
     def _words(self) -> str:
         share, plan = self.plan.shares[self._step], self.plan
-        shadow = f", a copy of {plan.shadow:.0%} of the other calls" if plan.shadow else ""
-        return f"step {self._step + 1} of {len(plan.shares)}: answers {share:.4g} of the users{shadow}"
+        shadow = f", and gets a copy of {100 * plan.shadow:.4g} % of the other calls" if plan.shadow else ""
+        return f"step {self._step + 1} of {len(plan.shares)}: answers {100 * share:.4g} % of the users{shadow}"
 
     def _note(self, line: str) -> None:
         self._lines.append(f"{time.strftime('%H:%M:%S')} {line}")
@@ -260,7 +272,7 @@ class Rollout:
         while len(self._seen) > 2 and now - self._seen[0][0] > WINDOW_S:
             self._seen.popleft()
         if len(self._seen) == 1:
-            self._in_step = trial.calls
+            self._in_step = trial.rows
         first = self._seen[0]
         return trial - first[1], served - first[2]
 

@@ -21,7 +21,7 @@ from serving.runtime.overload import Level
 from serving.runtime.pipeline import Pipeline
 from serving.triton.batch import Batch
 from serving.triton.graph_model import answer
-from serving.triton.stage import Counts, ParsedRequest
+from serving.triton.stage import Counts, ParsedRequest, asks_itself
 from vivace import contract
 from vivace.store.interface import ServingStore, SharedAnswers
 
@@ -170,6 +170,8 @@ class Answers:
         self.recalled.add(way.request.place)
         self._counts(result)
         self.cache.repeats.seen(True)
+        if asks_itself(way.request.request):
+            return
         status = values[-1][0, 0].decode()
         run.batch.counts.answered([status], "full" if status == contract.STATUS_OK else run.level.name.lower())
 

@@ -22,7 +22,7 @@ from serving.triton import impressions
 from serving.triton.answers import Answers
 from serving.triton.batch import Batch
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
-from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
+from serving.triton.stage import Counts, ParsedRequest, Stage, asks_itself, refused, search_options, strings
 from vivace import contract
 
 WAY_BACK_MS = 10  # from the answer to the client where processors are short
@@ -137,7 +137,12 @@ class RecommendModel(Stage):
         ranked_BN, values_BCN = self._search(batch, history_BT, ranked_BN, values_BCN)
         status_B, ranked_BN, values_BCN = batch.refuse_late(contract.RESPONSE, [status_B, ranked_BN, values_BCN])
         self._respond(batch, ranked_BN, values_BCN, status_B, level.status(ranked_count, self.pipeline.ranked))
-        self.counts.answered(status_B, level.name.lower())
+        start = 0
+        for request in batch.requests:
+            stop = start + len(request.rows)
+            if not asks_itself(request.request):
+                self.counts.answered(status_B[start:stop], level.name.lower())
+            start = stop
 
     def _read_search_options(self, batch: Batch) -> None:
         """Reads what requests with a query ask of its answer; those that cannot be met get their errors."""

@@ -35,6 +35,7 @@ from serving.triton.stage import (
     ParsedRequest,
     ShardCounts,
     Stage,
+    asks_itself,
     contexts_of,
     new_only,
     refused,
@@ -93,7 +94,8 @@ class FeatureTransformModel(Stage):
             values.append(self._search_for(request, inputs[0]))
         if self.shown_to:
             values.append(impressions.shown_to(request, began_ms))
-        self.counts.answered(status, "full")
+        if not asks_itself(request.request):
+            self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)
 
     def _search_for(self, request: ParsedRequest, history_BT: np.ndarray) -> np.ndarray:

@@ -89,6 +89,14 @@ NO_CONTEXT = [(b"",)]
 COLD = f"{contract.STATUS_DEGRADED}popular items"
 
 
+def asks_itself(request: Any) -> bool:
+    """Whether the server asks it: nobody is shown the answer, and nobody counts it."""
+    try:
+        return bool(request.request_id() == contract.UNLOGGED)
+    except UnicodeDecodeError:
+        return False
+
+
 class Counts:
     """Rows by how they were answered, for Triton's metrics page; handed on a few times a second, as each hand-over is a
     call to another process. ``label``: what the page calls the how."""

@@ -86,6 +86,11 @@ def counterfactual(shown: pd.DataFrame, other: pd.DataFrame, folds: int = 2, see
     if not ((shown[PROPENSITY] > 0) & (shown[PROPENSITY] <= 1)).all():
         raise ValueError(f"shown rows, {PROPENSITY}: expected chances above 0 and up to 1; log them again")
     key = [REQUEST_ID, ITEM, POSITION]
+    if missing := [name for name in key if name not in other]:
+        raise ValueError(f"the other version's rows: expected columns {', '.join(key)}, found no {', '.join(missing)}")
+    chances = other.get(PROBABILITY, pd.Series([1.0]))
+    if not ((chances >= 0) & (chances <= 1)).all():
+        raise ValueError(f"the other version's rows, {PROBABILITY}: expected chances of 0 to 1")
     other = other[other[REQUEST_ID].isin(shown[REQUEST_ID])]
     if not len(other):
         raise ValueError(f"the other version's rows: expected {REQUEST_ID}s of the log, got none of them")

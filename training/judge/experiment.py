@@ -72,17 +72,18 @@ class Evidence:
     """How often each place is looked at, relative to the first; NaN where the log does not say."""
 
 
-def _requests(file: Path, by: str, top_k: int, unseen: set[str]) -> Iterator[pd.DataFrame]:
-    """The joined log's rows among the first ``top_k`` places, whole requests at a time, without copies of calls whose
-    answers nobody saw (``shadows``)."""
+def _requests(file: Path, by: str, top_k: int, unseen: set[str], since_ms: int = 0) -> Iterator[pd.DataFrame]:
+    """The joined log's rows among the first ``top_k`` places, whole requests at a time, from a moment on, Unix ms,
+    without copies of calls whose answers nobody saw (``shadows``)."""
     columns = [REQUEST_ID, USER, SESSION, TIME, *dict.fromkeys([by, VARIANT]), LATENCY, ITEM, POSITION, CLICKED]
     held = pd.DataFrame(columns=columns)
     for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=columns):
         frame = batch.to_pandas()
+        frame = frame[frame[TIME] >= since_ms]
         if unseen:
             frame = frame[(frame[VARIANT] != TRIAL) | ~frame[REQUEST_ID].isin(unseen)]
-            if not len(frame):
-                continue
+        if not len(frame):
+            continue
         if len(held):
             frame = pd.concat([held, frame], ignore_index=True)
         last = frame[REQUEST_ID] == frame[REQUEST_ID].iloc[-1]  # it may go on in the next
@@ -96,6 +97,15 @@ def shadows(file: Path) -> set[str]:
     first = pq.read_table(file, columns=[REQUEST_ID, VARIANT], filters=[(POSITION, "=", 1)]).to_pandas()
     of_trial = first[VARIANT] == TRIAL
     return set(first[REQUEST_ID][of_trial]) & set(first[REQUEST_ID][~of_trial])
+
+
+def last_arm_began(file: Path, by: str, unseen: set[str]) -> int:
+    """When the youngest arm showed its first item, Unix ms: before that there was no choice between the arms, and whom
+    it took had been another's."""
+    columns = [REQUEST_ID, TIME, *dict.fromkeys([by, VARIANT])]
+    first = pq.read_table(file, columns=columns, filters=[(POSITION, "=", 1)]).to_pandas()
+    first = first[(first[VARIANT] != TRIAL) | ~first[REQUEST_ID].isin(unseen)]
+    return int(first.groupby(by)[TIME].min().max()) if len(first) else 0
 
 
 def _of_requests(frame: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -120,11 +130,12 @@ def _units(frame: pd.DataFrame) -> np.ndarray:
 
 
 def evidence(file: Path, plan: Plan, by: str = VARIANT, control: str = "", top_k: int = 10) -> Evidence:
-    """Reads a file of ``vivace.impressions.joined``. ``control``: an arm ("": the first by name). With several arms
-    beside it each is judged at a part of the error. Raises ValueError for an arm that is not there."""
+    """Reads a file of ``vivace.impressions.joined``, from when all arms were there. ``control``: an arm ("": the first
+    by name). With several arms beside it each is judged at a part of the error. Raises ValueError for an arm that is
+    not there."""
     parts, items, places = list[pd.DataFrame](), dict[str, set[str]](), dict[str, pd.DataFrame]()
     unseen = shadows(file)
-    for frame in _requests(file, by, top_k, unseen):
+    for frame in _requests(file, by, top_k, unseen, last_arm_began(file, by, unseen)):
         parts.append(_of_requests(frame, by))
         for name, of_arm in frame.groupby(by):
             items.setdefault(str(name), set()).update(of_arm[ITEM].unique())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +30,7 @@ def start(
     shadow: Annotated[
         float, typer.Option(help="per cent of other calls of which it gets a copy", min=0, max=100)
     ] = 0.0,
-    salt: Annotated[str, typer.Option(help="deals the users (none: by chance)")] = "",
+    salt: Annotated[str, typer.Option(help="deals the users: 1 to 40 letters, digits, _ or - (none: by chance)")] = "",
     slower: Annotated[float, typer.Option(help="times the served one's mean time that a call may take", min=1)] = 1.5,
 ) -> None:
     from serving.control import running_servers
@@ -48,7 +50,8 @@ def start(
     began: list[Any] = []
     for server in _running(run, artifacts, running_servers(run)):
         try:
-            server.rollout(plan, say)
+            with _goes_on(server):
+                server.rollout(plan, say)
             began.append(server)
         except ServerError:
             for earlier in began:
@@ -78,7 +81,8 @@ def promote(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS) -> None:
 
     run = find_run(artifacts, name)
     for server in _running(run, artifacts, running_servers(run)):
-        server.promote(say)
+        with _goes_on(server):
+            server.promote(say)
         say(f"process {server.pid}: version {server.state['rollout']['version']} is served to everyone")
 
 
@@ -88,8 +92,19 @@ def stop(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS) -> None:
 
     run = find_run(artifacts, name)
     for server in _running(run, artifacts, running_servers(run)):
-        server.withdraw(say)
+        with _goes_on(server):
+            server.withdraw(say)
         say(f"process {server.pid}: everyone gets version {server.state['version']}")
+
+
+@contextlib.contextmanager
+def _goes_on(server: Any) -> Iterator[None]:
+    """Ctrl-C ends the command, not what the server was told."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"server {server.pid} goes on with it; 'vivace rollout status' shows how far it is")
+        raise
 
 
 def _running(run: Run, artifacts: Any, servers: list[Any]) -> list[Any]:

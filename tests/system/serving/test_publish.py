@@ -166,7 +166,7 @@ def test_the_command_line_publishes_goes_back_and_says_who_serves_what(run, tmp_
         publish_with_other_items(run)
         second = newest(run)
         done = vivace("rollout", "start", "--canary", "5,50", *where)
-        assert done.returncode == 0 and "answers 0.05 of the users" in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 0 and "answers 5 % of the users" in done.stdout, done.stdout + done.stderr
         shown = vivace("versions", *where).stdout
         assert (
             "5 % of the users" in " ".join(shown.split())
@@ -174,6 +174,8 @@ def test_the_command_line_publishes_goes_back_and_says_who_serves_what(run, tmp_
         )
         busy = vivace("publish", "--to", first.name[-1], *where)
         assert busy.returncode == 0, busy.stderr  # it is served already
+        busy = vivace("publish", *where)
+        assert busy.returncode == 1 and "is on trial" in busy.stderr, busy.stdout
         done = vivace("rollout", "promote", *where)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"{second.name}: takes what comes" in done.stdout and run.repository.resolve() == second

@@ -34,7 +34,8 @@ def log(path, rows):
 def test_figures_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "BATCH", 3)  # requests go on from one read to the next
     file = log(tmp_path / "log.parquet", [
-        ("r1", "u1", 0, "a", "x", 1, False), ("r1", "u1", 0, "a", "y", 2, True), ("r1", "u1", 0, "a", "z", 3, True),
+        ("r0", "u4", 3, "a", "n", 1, True), ("r0b", " of s", 4, "a", "n", 1, True),  # before b was there
+        ("r1", "u1", 5, "a", "x", 1, False), ("r1", "u1", 5, "a", "y", 2, True), ("r1", "u1", 5, "a", "z", 3, True),
         ("r2", "u2", 9, "a", "x", 1, False), ("r2", "u2", 9, "a", "w", 2, False),
         ("r3", " of s", 5, "b", "x", 1, True), ("r3", " of s", 5, "b", "q", 2, False),
         ("r6", " of s", 8, "b", "x", 1, True), ("r7", "", 8, "b", "x", 1, False), ("r8", "", 8, "b", "x", 1, False),
