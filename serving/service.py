@@ -25,6 +25,7 @@ from serving.start_checks import (
     check_ports,
     check_store,
     check_trace_url,
+    check_variant,
     local_address,
     raise_descriptor_limit,
 )
@@ -71,6 +72,7 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     check_cache(options.repository, options.profile, options.cache_bytes, options.answer_cache)
     if options.shard is not None:
         check_shard(options.repository, options.shard)
+    check_variant(options.variant, options.impressions)
     check_trace_url(options.trace_url)
     check_store(options.store)
     if options.log is not None:

@@ -220,6 +220,14 @@ def check_path(repository: Path) -> None:
 
 
 # -- what was left -------------------------------------------------------------------------------------
+def check_variant(variant: str, impressions: bool) -> None:
+    """Raises ServerError for a name that says nothing, or two things."""
+    if variant and not impressions:
+        raise ServerError(f"--variant {variant}: expected --impressions with it, the log that names it")
+    if variant == contract.TRIAL:
+        raise ServerError(f"--variant {contract.TRIAL}: 'vivace rollout' calls its arm so; choose another name")
+
+
 def sweep_leftovers() -> None:
     """Removes folders, shared memory and workers of launchers that were killed outright: what nobody holds
     (``serving.releases.held``)."""

@@ -112,10 +112,15 @@ def _tables(folder: Path) -> Iterator[pa.Table]:
 
 def join(folder: Path, store: FeatureStore, out: Path, types: Collection[str] = ()) -> Counts:
     """Writes ``out``, a Parquet of ``JOINED``, whole or not at all. Raises FileNotFoundError where nothing was
-    logged."""
+    logged, ValueError for a type that no event has."""
     if not folder.is_dir() or not parts(folder):
         raise FileNotFoundError(f"{folder}: nothing was logged yet; serve with --impressions, and wait for a minute")
-    events, counts = Events(store.live_events(0, most=LOG_EVENTS)[1], types), Counts()
+    log = store.live_events(0, most=LOG_EVENTS)[1]
+    kinds = {event.event_type for event in log if event.request_id}
+    if unknown := sorted(set(types) - kinds):
+        there = ", ".join(sorted(kinds)) or "none"
+        raise ValueError(f"--event {unknown[0]}: no event that names a request has that type; there are: {there}")
+    events, counts = Events(log, types), Counts()
     partial = out.with_name(f"{out.name}.partial")
     handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(handle, "wb") as file, pq.ParquetWriter(file, JOINED, compression="zstd") as writer, locked(folder):

@@ -129,6 +129,8 @@ def test_a_click_joins_what_it_was_of(tmp_path):
         ("r1", "x", 1, False, None, None), ("r1", "y", 2, True, "view", 5),
         ("r2", "x", 1, False, None, None), ("r2", "y", 2, False, None, None),
     ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"--event buyy: no event .* there are: "):
+        joined.join(tmp_path / "log", store, out, types=["buyy"])
     joined.join(tmp_path / "log", store, out, types=["buy"])
     assert pq.read_table(out)["event_ms"].to_pylist() == [None, 6, None, None]
     store.close()
