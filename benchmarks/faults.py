@@ -38,10 +38,10 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor
 
 from benchmarks.deaths import lost_events
+from benchmarks.local_valkey import ValkeyServer
 from loadtest.generate.arrivals import due_times
 from loadtest.generate.generator import METHOD, CallError, complete, messages, offer
 from loadtest.generate.local_server import on_free_ports
-from loadtest.generate.local_valkey import ValkeyServer
 from loadtest.reports.record import record_line
 from serving.acceptance import Acceptance, recorded_calls
 from serving.fleet import Fleet

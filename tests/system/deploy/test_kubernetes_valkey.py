@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import valkey
 
-from loadtest.generate.local_valkey import binary, free_port
+from benchmarks.local_valkey import binary, free_port
 from tests.support import PATIENCE_S, wait_until
 from tests.unit.deploy.test_kubernetes import of_kind, rendered
 

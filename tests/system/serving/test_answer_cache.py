@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from loadtest.generate.local_valkey import ValkeyServer, stopped
+from benchmarks.local_valkey import ValkeyServer, stopped
 from serving.launcher import TritonServer
 from serving.runtime import moment
 from serving.runtime.cache_settings import CacheSettings

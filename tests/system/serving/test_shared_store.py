@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from loadtest.generate.local_valkey import ValkeyServer, stopped
+from benchmarks.local_valkey import ValkeyServer, stopped
 from serving.server_options import ServerOptions
 from serving.service import check_options, service
 from serving.wheel import ServerError

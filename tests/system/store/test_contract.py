@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.generate.local_valkey import ValkeyServer
+from benchmarks.local_valkey import ValkeyServer
 from tests.support import wait_until
 from vivace.store.interface import Change, Event
 from vivace.store.lmdb_store import LmdbStore

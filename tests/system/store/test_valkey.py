@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from loadtest.generate.local_valkey import ValkeyServer, stopped
+from benchmarks.local_valkey import ValkeyServer, stopped
 from preprocessing.refresh import appended_since
 from tests.support import vivace, wait_until
 from vivace.manifest import CHECKOUT
