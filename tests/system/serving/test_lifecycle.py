@@ -19,7 +19,7 @@ from serving.launcher import TritonServer
 from serving.process import children, living
 from serving.segments import SHM_PREFIX
 from serving.service import service
-from serving.start_checks import LEFTOVER, free_port
+from serving.start_checks import LEFTOVER, MAKES_S, free_port
 from tests.support import PATIENCE_S, on_free_ports, quiet, wait_until, waited_too_long
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError
@@ -165,10 +165,22 @@ def test_workers_that_were_killed_are_no_zombies_and_new_ones_hold_no_connection
 
 def test_what_a_killed_server_made_elsewhere_goes_too(root):
     ours = lambda: {p for p in Path("/tmp").glob("python_env_*") if p.stat().st_uid == os.getuid()}  # noqa: E731
-    with TritonServer(on_free_ports(root / "model_repository")) as server:
-        made = {p for p in ours() if server._launched <= p.stat().st_ctime}
-        os.kill(server.pid, signal.SIGKILL)
-    assert not made & ours()
+
+    def beside(server: TritonServer) -> bool:
+        """Whether another tritonserver started at about that time, whose folder it might be."""
+        named = (p.info for p in psutil.process_iter(["pid", "name", "create_time"]))
+        started = [i["create_time"] for i in named if i["name"] == "tritonserver" and i["pid"] != server.pid]
+        return any(abs(at - server._launched) < 2 * MAKES_S for at in started)
+
+    for _ in range(4):
+        with TritonServer(on_free_ports(root / "model_repository")) as server:
+            made, disturbed = {p for p in ours() if server._launched <= p.stat().st_ctime}, beside(server)
+            os.kill(server.pid, signal.SIGKILL)
+        if not (disturbed or beside(server)):
+            assert made and not made & ours()
+            return
+        time.sleep(MAKES_S / 2)
+    pytest.skip("tritonservers of others started all the while")
 
 
 BAD = {
