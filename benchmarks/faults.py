@@ -72,6 +72,16 @@ def items_of(answer: bytes) -> tuple[bytes, ...]:
     return texts_of(answer, contract.ITEM_ID)
 
 
+def copy_of(run: Run, folder: Path) -> Run:
+    """The served version of a run with its store, in a folder that is not there yet."""
+    copy, release = Run(folder), run.repository.resolve()
+    shutil.copytree(release, copy.root / release.name)
+    copy.repository.symlink_to(release.name)
+    shutil.copytree(run.feature_store, copy.feature_store)
+    shutil.copytree(run.compiled, copy.compiled)
+    return copy
+
+
 def published_again(run: Run) -> Path:
     """The served version once more, under the next number."""
     old = run.repository.resolve()
@@ -249,12 +259,7 @@ def main(
     rng, run, shared = random.Random(seed), Run(root), store == "valkey"
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        copy = Run(Path(folder) / "run")
-        release = run.repository.resolve()
-        shutil.copytree(release, copy.root / release.name)
-        copy.repository.symlink_to(release.name)
-        shutil.copytree(run.feature_store, copy.feature_store)
-        shutil.copytree(run.compiled, copy.compiled)
+        copy = copy_of(run, Path(folder) / "run")
         sent = list(dict.fromkeys(messages(root, stored=shared)))[:200]
         valkey = _filled(stack, copy) if shared else None
         url_of_store = f"{valkey.url}?limit_ms=50" if valkey is not None else ""

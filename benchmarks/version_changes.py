@@ -12,7 +12,6 @@ a copy of the run. The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -25,7 +24,7 @@ import psutil
 import typer
 from rich.console import Console
 
-from benchmarks.faults import TIMEOUT_S, Load, items_of, published_again, wait_well
+from benchmarks.faults import TIMEOUT_S, Load, copy_of, items_of, published_again, wait_well
 from loadtest.generate.arrivals import due_times
 from loadtest.generate.generator import METHOD, messages
 from loadtest.generate.local_server import on_free_ports
@@ -79,12 +78,7 @@ def main(
 ) -> None:
     run = Run(root)
     with tempfile.TemporaryDirectory() as folder:
-        copy = Run(Path(folder) / "run")
-        release = run.repository.resolve()
-        shutil.copytree(release, copy.root / release.name)
-        copy.repository.symlink_to(release.name)
-        shutil.copytree(run.feature_store, copy.feature_store)
-        shutil.copytree(run.compiled, copy.compiled)
+        copy = copy_of(run, Path(folder) / "run")
         sent = list(dict.fromkeys(messages(root)))[:200]
         options = on_free_ports(copy.repository, profile, copy.server_log, guard=True)
         with Fleet(options, lambda text: None) as fleet:
@@ -96,8 +90,8 @@ def main(
                 raw = [method(body, timeout=TIMEOUT_S) for body in sent]
             expected = [items_of(answer) for answer in raw]
             before = latencies(offered(url, sent, expected, qps, rest, seed))
-            mib_before = memory_mib(fleet)
-            versions = (published_again(copy), copy.root / release.name)
+            mib_before, first = memory_mib(fleet), fleet.release
+            versions = (published_again(copy), first)
             accept, took_s, records = Acceptance(recorded_calls(copy)), list[float](), list[Any]()
             for change in range(changes):
                 with Load(url, sent, expected, due_times("poisson", qps, PART_S, seed + change)) as load:

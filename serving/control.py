@@ -114,8 +114,12 @@ class Control:
         before = self.fleet.release
         self.fleet.serve(release, self._acceptance(release), say)
         rollout.promoted()
-        put_in_use(release, Run(release.parent).repository)
-        remember_served(rollout.plan.version, Run(release.parent).repository, version_of(before))
+        repository = Run(release.parent).repository
+        try:
+            put_in_use(release, repository)
+            remember_served(rollout.plan.version, repository, version_of(before))
+        except OSError as error:  # a run that is mounted read-only
+            self.fleet.say(f"{release.name}: is served, but not by servers that start from now on: {error}")
 
     def _serve(self, version: int, say: Callable[[str], None]) -> None:
         release = self._release(version)

@@ -47,9 +47,7 @@ def _grpc_checks() -> list[dict[str, Any]]:
         "withhold_grpc_frames": True,
     }
     return [
-        _lua(
-            "checks", ("json.lua", "transcode.lua", "sha256.lua", "trial.lua", "checks.lua"), "guard_grpc", "end_grpc"
-        ),
+        _lua("checks", ("json.lua", "transcode.lua", *TRIAL_FILES, "checks.lua"), "guard_grpc", "end_grpc"),
         {"name": BRIDGE, "typed_config": bridge},
         _lua("transcode", ("json.lua", "transcode.lua"), response="from_http"),
     ]

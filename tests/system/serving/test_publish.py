@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -123,21 +125,27 @@ def items_of(run: Run, release: Path, fleet: Fleet) -> list[str]:
     return [new[old.index(item)] for item in answer(fleet)[0][:5]]
 
 
+@contextlib.contextmanager
+def other_values(release: Path) -> Iterator[tuple[onnx.GraphProto, str, str]]:
+    """The ranker's graph of a version, for the block to put nodes between the values that it works out and those that
+    it answers: (graph, name of the first, name of the second)."""
+    path = next(release.glob(f"{contract.RANKING}/*/model.onnx"))
+    model = onnx.load(path)
+    output = model.graph.output[1].name
+    for node in model.graph.node:
+        node.output[:] = [f"{name}_sound" if name == output else name for name in node.output]
+    yield model.graph, f"{output}_sound", output
+    onnx.save(model, path)
+    seal(release)
+
+
 def poisoned(run: Run) -> Path:
     """A version whose ranker answers NaN."""
     publish_with_other_items(run)
-    release = newest(run)
-    path = next(release.glob(f"{contract.RANKING}/*/model.onnx"))
-    graph = onnx.load(path)
-    output = graph.graph.output[1].name
-    for node in graph.graph.node:
-        node.output[:] = [f"{name}_sound" if name == output else name for name in node.output]
-    factor = onnx.helper.make_tensor("poison", onnx.TensorProto.FLOAT, [], [np.nan])
-    graph.graph.initializer.append(factor)
-    graph.graph.node.append(onnx.helper.make_node("Mul", [f"{output}_sound", "poison"], [output]))
-    onnx.save(graph, path)
-    seal(release)
-    return release
+    with other_values(newest(run)) as (graph, sound, output):
+        graph.initializer.append(onnx.helper.make_tensor("poison", onnx.TensorProto.FLOAT, [], [np.nan]))
+        graph.node.append(onnx.helper.make_node("Mul", [sound, "poison"], [output]))
+    return newest(run)
 
 
 def test_a_version_that_is_no_good_is_refused_and_the_old_one_goes_on(root, tmp_path):

@@ -11,20 +11,17 @@ import urllib.request
 from collections.abc import Callable
 
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from serving.acceptance import Acceptance
 from serving.door.rollout import Split
 from serving.fleet import Fleet
-from serving.releases import seal
 from serving.rollout import Plan, Rollout, Sample, fault, slowness
 from serving.wheel import ServerError
 from tests.support import LOGS, PATIENCE_S, PatientClient, logged, on_free_ports, quiet, wait_until
-from tests.system.serving.test_publish import answer, newest, ports_of
+from tests.system.serving.test_publish import answer, newest, other_values, ports_of
 from tests.system.serving.test_versions import HISTORY, publish_with_other_items, run
-from vivace import contract
 from vivace.run import Run
 
 __all__ = ["run"]  # the fixture
@@ -131,26 +128,19 @@ def newest_of_another(run: Run):
 
 def slowed(run: Run) -> None:
     """The newest version's ranker gets slower by a product of two large matrices, and answers the same."""
-    release = newest(run)
-    path = next(release.glob(f"{contract.RANKING}/*/model.onnx"))
-    graph = onnx.load(path)
-    output = graph.graph.output[1].name
-    for node in graph.graph.node:
-        node.output[:] = [f"{name}_sound" if name == output else name for name in node.output]
-    graph.graph.initializer.append(numpy_helper.from_array(np.ones((1200, 1200), np.float32), "large"))
-    graph.graph.initializer.append(helper.make_tensor("nothing", TensorProto.FLOAT, [], [0.0]))
-    graph.graph.node.extend(
-        [
-            helper.make_node("ReduceMax", [f"{output}_sound"], ["largest"], keepdims=0),
-            helper.make_node("Mul", ["large", "largest"], ["scaled"]),
-            helper.make_node("MatMul", ["scaled", "large"], ["product"]),
-            helper.make_node("ReduceMax", ["product"], ["one"], keepdims=0),
-            helper.make_node("Mul", ["one", "nothing"], ["zero"]),
-            helper.make_node("Add", [f"{output}_sound", "zero"], [output]),
-        ]
-    )
-    onnx.save(graph, path)
-    seal(release)
+    with other_values(newest(run)) as (graph, sound, output):
+        graph.initializer.append(numpy_helper.from_array(np.ones((1200, 1200), np.float32), "large"))
+        graph.initializer.append(helper.make_tensor("nothing", TensorProto.FLOAT, [], [0.0]))
+        graph.node.extend(
+            [
+                helper.make_node("ReduceMax", [sound], ["largest"], keepdims=0),
+                helper.make_node("Mul", ["large", "largest"], ["scaled"]),
+                helper.make_node("MatMul", ["scaled", "large"], ["product"]),
+                helper.make_node("ReduceMax", ["product"], ["one"], keepdims=0),
+                helper.make_node("Mul", ["one", "nothing"], ["zero"]),
+                helper.make_node("Add", [sound, "zero"], [output]),
+            ]
+        )
 
 
 def test_a_version_that_is_slower_goes_by_itself_and_says_why(run):
