@@ -19,6 +19,7 @@ from prometheus_client import generate_latest
 from serving.acceptance import Acceptance
 from serving.door.rollout import Split
 from serving.fleet import Fleet
+from serving.releases import put_in_use
 from serving.rollout import Plan, Rollout, Sample, fault, slowness
 from serving.runtime.team_draft import draft
 from serving.wheel import ServerError
@@ -43,6 +44,7 @@ def shop(root, tmp_path_factory) -> Iterator[tuple[Run, Fleet, Path]]:
 @pytest.fixture
 def two(shop) -> Iterator[tuple[Run, Fleet, Path]]:
     """(run, server, second version), and no trial left afterwards."""
+    put_in_use(shop[1].release, shop[0].repository)  # newer versions are made of it
     yield shop
     shop[1].end_trial(quiet)
 
@@ -221,9 +223,8 @@ def test_copies_are_compared_and_a_version_whose_scores_are_of_another_kind_goes
         rollout = Rollout(fleet, plan, quiet)
         rollout.start(newest(run), Acceptance([]), quiet)
         while not rollout.result:
+            page = generate_latest(fleet.registry).decode()
             assert not rollout.look()
-            if rollout.state()["compared"]["copies"]["compared"]:
-                page = generate_latest(fleet.registry).decode()
             time.sleep(0.1)
     seen = rollout.state()["compared"]
     assert "the median score of the first item is" in rollout.result and seen["score_shift"] > 3
