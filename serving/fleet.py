@@ -169,7 +169,8 @@ class Fleet:
         probe = TritonServer(self.options)
         ports = {"--http-port": probe.http_port, "--grpc-port": probe.grpc_port, "--metrics-port": probe.metrics_port}
         check_ports(probe.host, ports)
-        listens = door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port)
+        ports_of = (probe.http_port, probe.grpc_port, probe.metrics_port)
+        listens = door_options(probe.host, *ports_of, self.options.shard)
         return Door(listens, self.private, self.options.access)
 
     def _started(self, options: ServerOptions, place: int | str, aside: bool = False) -> Replica:

@@ -27,7 +27,7 @@ from serving.runtime.stages import (
     search_for,
     with_reason,
 )
-from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses
+from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses, credentials_from
 from serving.triton import impressions
 from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
 from serving.triton.stage import (
@@ -139,7 +139,9 @@ class ShardedRetrievalModel(Stage):
             )
         addresses = ShardAddresses.parse(told, shapes.shards)
         wait_s = int(os.environ.get(WAIT_ENV, WAIT_MS)) / 1000
-        self.asked, self.counts = RemoteShards(addresses, self.folder.name, shapes, wait_s), ShardCounts()
+        credentials = credentials_from(os.environ)
+        self.asked = RemoteShards(addresses, self.folder.name, shapes, wait_s, credentials=credentials)
+        self.counts = ShardCounts()
         self.retrieve = ShardedRetrieval(self.folder, shapes, self.asked)
 
     @each_by_itself
