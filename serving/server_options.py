@@ -10,6 +10,7 @@ from pathlib import Path
 from serving.door.options import AccessOptions
 from serving.process import server_environment
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
+from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleave
 from serving.shard_addresses import CA_ENV, CERT_ENV, SHARDS_ENV, WAIT_ENV, WAIT_MS
 from serving.wheel import python_library, wheel_folder
 from vivace.impressions.queue import ENVIRONMENT, ImpressionOptions, folder_of
@@ -53,6 +54,7 @@ class ServerOptions:
     shard_wait_ms: int = WAIT_MS  # what has not come from a shard by then is done without
     shard_cert: Path | None = None  # shown to shards elsewhere: PEM, with its key; None: they are asked in the clear
     shard_ca: Path | None = None  # PEM: the authority that they are known by
+    interleave: Interleave | None = None  # the version that its answers are drafted with
 
 
 def environment(options: ServerOptions, release: Path) -> dict[str, str]:
@@ -67,6 +69,7 @@ def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     if options.store:  # not by the command line, which every user of the machine can read
         env[STORE_URL] = options.store
     env[ANSWER_CACHE] = "" if options.answer_cache is None else options.answer_cache.text()
+    env[INTERLEAVE] = "" if options.interleave is None else options.interleave.to_json()
     if options.shards:
         env |= {SHARDS_ENV: options.shards, WAIT_ENV: str(options.shard_wait_ms)}
     env |= shard_environment(options)
