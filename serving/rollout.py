@@ -47,6 +47,8 @@ class Plan:
     """After the last step the version is served to everyone; else that waits for a word."""
     shadow: float = 0.0
     """Of all other calls the version gets a copy of this share; nobody sees its answers."""
+    interleave: bool = False
+    """The version's users are answered from its ranking and the served one's, drafted by teams."""
     least: int = 50
     """Calls in the last 30 s that a judgement needs."""
     more_errors: float = 0.01
@@ -67,6 +69,10 @@ class Plan:
         for name in ("wait_s", "shadow", "more_errors", "more_partial", "slower"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.interleave and self.shadow:
+            raise ValueError(
+                "interleave, shadow: expected one of them; copies are compared with a version's own answers"
+            )
         if self.shadow > 1 or self.slower < 1 or self.least < 1:
             raise ValueError(
                 f"expected a shadow of at most 1, slower of at least 1 and least of at least 1, got {self.shadow:g}, "
@@ -148,7 +154,8 @@ def slowness(plan: Plan, trial: Sample, served: Sample) -> str:
     """The same of its time: of a single second it says little, as a machine is busy now and then."""
     if trial.rows < plan.least or served.rows < plan.least:
         return ""
-    if trial.mean_ms > max(plan.slower * served.mean_ms, served.mean_ms + 2.0):
+    times = plan.slower + plan.interleave  # a draft is made of both versions' answers
+    if trial.mean_ms > max(times * served.mean_ms, served.mean_ms + 2.0):
         return f"a call takes {trial.mean_ms:.1f} ms, and {served.mean_ms:.1f} ms in the served version"
     return ""
 
@@ -169,7 +176,7 @@ class Rollout:
     def start(self, release: Path, accept: Accept, say: Callable[[str], None]) -> None:
         """Brings the version up and sends it its first users. Raises ServerError, DamagedError or ValueError where it
         does not come up or is not accepted."""
-        self.fleet.begin_trial(release, accept, say)
+        self.fleet.begin_trial(release, accept, say, self.plan.salt if self.plan.interleave else "")
         self._note(f"version {self.plan.version}: {self._words()}")
         say(self._lines[-1])
         self._apply()
@@ -235,6 +242,7 @@ class Rollout:
             "version": self.plan.version,
             "share": 0.0 if self.result else self.plan.shares[self._step],
             "shadow": 0.0 if self.result else self.plan.shadow,
+            "interleave": self.plan.interleave,
             "step": self._step + 1,
             "steps": len(self.plan.shares),
             "step_s": round(time.monotonic() - self._since, 1),
@@ -250,7 +258,8 @@ class Rollout:
     def _words(self) -> str:
         share, plan = self.plan.shares[self._step], self.plan
         shadow = f", and gets a copy of {100 * plan.shadow:.4g} % of the other calls" if plan.shadow else ""
-        return f"step {self._step + 1} of {len(plan.shares)}: answers {100 * share:.4g} % of the users{shadow}"
+        drafts = ", by drafts of both versions" if plan.interleave else ""
+        return f"step {self._step + 1} of {len(plan.shares)}: answers {100 * share:.4g} % of the users{drafts}{shadow}"
 
     def _note(self, line: str) -> None:
         self._lines.append(f"{time.strftime('%H:%M:%S')} {line}")

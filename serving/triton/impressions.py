@@ -24,6 +24,14 @@ def is_on() -> bool:
     return bool(os.environ.get(ENVIRONMENT))
 
 
+def id_of(request: Any) -> str:
+    """A request's id; "" for none, or one that no event can name."""
+    try:
+        return str(request.request_id())
+    except UnicodeDecodeError:
+        return ""
+
+
 def session_of(request: Any) -> str:
     """The parameter SESSION; "" where it is none, or one too long."""
     parameters = request.parameters()
@@ -70,19 +78,17 @@ class Impressions:
 
     def put(
         self, request: Any, rows: Sequence[Viewer | bytes | None], items_BK: np.ndarray, scores_BK: np.ndarray,
-        status_B: np.ndarray,
+        status_B: np.ndarray, request_id: str = "", teams_BK: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """The answer to a request: ``viewers`` or SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows."""
+        """The answer to a request: ``viewers`` or SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows; its id, if it is at
+        hand; the version that picked each item, where two were interleaved."""
         if self._queue is None:
             return
-        try:
-            request_id = request.request_id()
-        except UnicodeDecodeError:  # no id that an event can name
-            request_id = ""
+        request_id = request_id or id_of(request)
         if request_id == UNLOGGED:
             return
         # scores are a view of Triton's memory, which goes with the answer
-        self._queue.put((request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), time.time() * 1000))
+        self._queue.put((request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), time.time() * 1000, teams_BK))
 
     def hand_over(self) -> None:
         if self._queue is None or time.monotonic() < self._next_s:

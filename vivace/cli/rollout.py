@@ -30,6 +30,12 @@ def start(
     shadow: Annotated[
         float, typer.Option(help="per cent of other calls of which it gets a copy", min=0, max=100)
     ] = 0.0,
+    interleave: Annotated[
+        bool,
+        typer.Option(
+            "--interleave", help="its users get drafts of both versions' rankings, for 'vivace experiment report'"
+        ),
+    ] = False,
     salt: Annotated[str, typer.Option(help="deals the users: 1 to 40 letters, digits, _ or - (none: by chance)")] = "",
     slower: Annotated[float, typer.Option(help="times the served one's mean time that a call may take", min=1)] = 1.5,
 ) -> None:
@@ -45,7 +51,7 @@ def start(
     salt = salt or f"v{version_of(release)}-{secrets.token_hex(4)}"
     plan = Plan(
         version=version_of(release), salt=salt, shares=canary, wait_s=float(wait), promote=promote,
-        shadow=shadow / 100, slower=slower,
+        shadow=shadow / 100, slower=slower, interleave=interleave,
     )  # fmt: skip
     began: list[Any] = []
     for server in _running(run, artifacts, running_servers(run)):
@@ -117,7 +123,8 @@ def _running(run: Run, artifacts: Any, servers: list[Any]) -> list[Any]:
 def _table(pid: int, served: int, state: dict[str, Any]) -> Table:
     """Of the last ``window_s`` seconds, both versions side by side."""
     over = state["result"]
-    share = "none" if over else f"{100 * state['share']:.4g} % (step {state['step']} of {state['steps']})"
+    drafts = ", drafts of both" if state["interleave"] else ""
+    share = "none" if over else f"{100 * state['share']:.4g} % (step {state['step']} of {state['steps']}){drafts}"
     title = f"process {pid}, the last {state['window_s']:.0f} s"
     table = Table(title=title, title_justify="left")
     for column in ("version", "users", "calls", "failed", "mean ms", "not whole"):
