@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from benchmarks.simulated_users import EXAMINED, HOUR_MS, PLACES, Population, Version, Visits, arm
+from benchmarks.simulated_users import EXAMINED, HOUR_MS, PLACES, SHARED, Population, Version, Visits, arm
 from loadtest.reports.record import record_line
 from preprocessing.readers.shop import Shop, ShopConfig
 from serving.runtime.team_draft import draft, winner
@@ -39,8 +39,13 @@ from vivace.impressions.joined import JOINED, PROPENSITY
 HOURS, DAYS = 24 * 14, 14
 NOISE = 1.5  # of the control's errors
 CONTROL, BETTER, WORSE = 1, 2, 3  # seeds of the versions' errors
-EXPLORED, DEPTH = 0.5, 12  # of the log that estimates are of: requests whose first DEPTH are shown in an order by chance
+EXPLORED, DEPTH = (
+    0.5,
+    12,
+)  # of the log that estimates are of: requests whose first DEPTH are shown in an order by chance
 BETTER_BY = 0.03
+UNDECIDED = "no difference seen"
+ALIKE = {"alike": 0.9, "unlike": 0.5}  # how much of their errors two versions share that are interleaved
 
 
 class Experiments:
@@ -48,9 +53,13 @@ class Experiments:
 
     def __init__(self, config: ShopConfig, plan: Plan) -> None:
         self.population, self.plan = Population(Shop(config)), plan
-        self.control = self.population.version(CONTROL, NOISE)
-        self.better = self.population.version_of(BETTER, self.control.ctr * (1 + BETTER_BY))
-        self.worse = self.population.version_of(WORSE, self.control.ctr * (1 - BETTER_BY))
+        self.control, self.better, self.worse = self.versions()
+
+    def versions(self, shared: float = SHARED) -> tuple[Version, Version, Version]:
+        """The control, one that is better and one that is worse."""
+        control = self.population.version(CONTROL, NOISE, shared)
+        better = self.population.version_of(BETTER, control.ctr * (1 + BETTER_BY), shared)
+        return control, better, self.population.version_of(WORSE, control.ctr * (1 - BETTER_BY), shared)
 
     def users_for(self, plan: Plan, pilot: int = 10_000) -> int:
         """Users of both arms in all that the plan asks for, by what it says after a pilot of the control alone."""
@@ -74,24 +83,26 @@ class Experiments:
         for look in looks(control, treatment, self.plan, HOURS):
             if look.comparison.differs:
                 return look.comparison.verdict, _shown(control, look.until_ms) + _shown(treatment, look.until_ms)
-        return "no difference seen", _shown(control) + _shown(treatment)
+        return UNDECIDED, _shown(control) + _shown(treatment)
 
-    def usual(self, seed: int, people: int) -> bool:
-        """Whether a usual 95 % interval, of a single look, tells two equal arms apart at any of the hourly looks."""
+    def equal(self, seed: int, people: int) -> tuple[bool, bool]:
+        """Whether two equal arms are told apart at any of the hourly looks: by ``looks``, and by a usual 95 % interval,
+        which is made for a single look."""
         control, treatment = self._arms(np.random.default_rng([seed, 1]), people, self.control, self.control)
-        return any(
-            c.low != -1 and abs(np.log1p(c.lift)) > 1.96 * _error(c, self.plan)
-            for c in (look.comparison for look in looks(control, treatment, self.plan, HOURS))
-        )
+        seen = [look.comparison for look in looks(control, treatment, self.plan, HOURS)]
+        judged = [c for c in seen if c.low > -1]
+        usual = any(abs(np.log1p(c.lift)) > 1.96 * _error(c, self.plan) for c in judged)
+        return any(c.differs for c in seen), usual
 
-    def interleaved(self, seed: int, people: int, version: Version, plan: Plan) -> tuple[str, int]:
-        """The same by team draft of the version and the control, for everyone."""
+    def interleaved(self, seed: int, people: int, control: Version, version: Version) -> tuple[str, int]:
+        """The same by team draft of two versions, for everyone."""
         rng, population = np.random.default_rng([seed, 2]), self.population
         visits = population.visits(rng, people, HOURS)
-        rankings = zip(visits.shown(self.control).tolist(), visits.shown(version).tolist(), strict=True)
+        rankings = zip(visits.shown(control).tolist(), visits.shown(version).tolist(), strict=True)
         drafts = [draft(a, b, PLACES, f"{seed}-{number}") for number, (a, b) in enumerate(rankings)]
         clicked = population.clicks(rng, visits, np.array([d.items for d in drafts]))
-        won = np.array([winner(d.teams, row) for d, row in zip(drafts, clicked.tolist(), strict=True)])
+        telling = clicked & np.array([d.tells for d in drafts])
+        won = np.array([winner(d.teams, row) for d, row in zip(drafts, telling.tolist(), strict=True)])
         wins, decided = np.zeros(people), np.zeros(people)
         ends = np.searchsorted(visits.time_ms, np.arange(1, HOURS + 1) * HOUR_MS)
         start = 0
@@ -99,9 +110,9 @@ class Experiments:
             np.add.at(wins, visits.person[start:end], won[start:end] > 0)
             np.add.at(decided, visits.person[start:end], won[start:end] != 0)
             start, rate = end, Rate.of(wins, decided)
-            if rate.is_enough and abs(np.log(rate.value / 0.5)) > plan.radius(rate.variance / rate.value**2):
+            if rate.is_enough and abs(np.log(rate.value / 0.5)) > self.plan.radius(rate.variance / rate.value**2):
                 return ("better" if rate.value > 0.5 else "worse"), int(end) * PLACES
-        return "no difference seen", len(visits) * PLACES
+        return UNDECIDED, len(visits) * PLACES
 
     def places(self, seed: int, people: int, by_moment: bool) -> np.ndarray:
         """How often each place is looked at, beside what was planted: 1 is right; float64 [K]. The ranker is trained
@@ -229,17 +240,10 @@ def main(
     assert np.allclose(astuple(by_looks), astuple(by_file), rtol=1e-9, atol=0), (by_looks, by_file)
     ab = {right: decided([e.ab(s, n, v) for s in range(seeds)], right) for right, v in _versions(e)}
     _say(began, "A/B", ab)
-    called = sum(e.ab(s, n, e.control)[0] != "no difference seen" for s in range(seeds))
-    aa = {"called": called, "by_a_usual_interval": sum(e.usual(s, n) for s in range(seeds)), "of": seeds}
+    equal = np.array([e.equal(s, n) for s in range(seeds)])
+    aa = {"called": int(equal[:, 0].sum()), "by_a_usual_interval": int(equal[:, 1].sum()), "of": seeds}
     _say(began, "A/A", aa)
-    sides = {right: [e.interleaved(s, round(n * share), v, plan) for s in range(seeds)] for right, v in _versions(e)}
-    interleaving = {right: decided(outcomes, right) for right, outcomes in sides.items()}
-    same = [e.interleaved(s, round(n * share), e.control, plan)[0] for s in range(seeds)]
-    interleaving["equal, called"] = sum(v != "no difference seen" for v in same)
-    for right in sides:
-        interleaving[f"{right}, shown beside A/B"] = {
-            what: interleaving[right]["shown"][what] / ab[right]["shown"][what] for what in ("median", "p95")
-        }
+    interleaving = {how: interleaved(e, shared, seeds, round(n * share), ab) for how, shared in ALIKE.items()}
     _say(began, "interleaving", interleaving)
     places = {
         how: np.round([e.places(s, place_people, by_moment) for s in range(place_seeds)], 3)
@@ -247,7 +251,11 @@ def main(
     }
     _say(began, "places", places)
     covered = [e.estimated(s, estimate_people) for s in range(seeds)]
-    estimates = {"covered": sum(c for c, _ in covered), "of": seeds, "half_width": float(np.median([w for _, w in covered]))}
+    estimates = {
+        "covered": sum(c for c, _ in covered),
+        "of": seeds,
+        "half_width": float(np.median([w for _, w in covered])),
+    }
     _say(began, "doubly robust", estimates)
     seconds = round(time.monotonic() - began)
     print(
@@ -257,6 +265,22 @@ def main(
             doubly_robust=estimates,
         )
     )  # fmt: skip
+
+
+def interleaved(e: Experiments, shared: float, seeds: int, people: int, ab: dict[str, Any]) -> dict[str, Any]:
+    """Outcomes with versions that share so much of their errors, beside those of the A/B: items shown until the
+    decision, at the median and where 95 % of the seeds have one."""
+    control, better, worse = e.versions(shared)
+    figures: dict[str, Any] = {"overlap@10": e.population.overlap(control, better)}
+    for right, version in (("better", better), ("worse", worse)):
+        of = decided([e.interleaved(s, people, control, version) for s in range(seeds)], right)
+        beside = {what: of["shown"][what] / ab[right]["shown"][what] for what in ("median", "p95")}
+        figures[right] = of | {"shown_beside_ab": beside}
+    equal = e.population.version_of(BETTER, control.ctr, shared)
+    figures["equal_called"] = sum(
+        e.interleaved(s, people, control, equal)[0] != UNDECIDED for s in range(seeds)
+    )  # fmt: skip
+    return figures
 
 
 def _versions(e: Experiments) -> tuple[tuple[str, Version], tuple[str, Version]]:

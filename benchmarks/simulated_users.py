@@ -22,6 +22,7 @@ from vivace.columns import TIME
 PLACES, CANDIDATES, MOMENTS = 10, 30, 2
 BEST_CTR = 0.12  # clicks a shown item of the best order: what attraction is scaled to
 SHARED = 0.5  # of the variance of a version's errors: what all versions err in
+ACTIVITY = 0.6  # standard deviation of the logarithm of how often users come, as the generator's
 HOUR_MS, CHUNK = 3_600_000, 2_000
 EXAMINED = 1 / np.arange(1, PLACES + 1)
 
@@ -70,29 +71,31 @@ class Population:
             low, high = (middle, high) if (odds / (1 + odds) * EXAMINED).mean() < ctr else (low, middle)
         return float(10**low)
 
-    def version(self, seed: int, noise: float) -> Version:
+    def version(self, seed: int, noise: float, shared: float = SHARED) -> Version:
         """A version whose errors have the standard deviation ``noise``, of a logarithm."""
         own = np.random.default_rng([seed, 2]).normal(size=self.items.shape).astype(np.float32)
-        error = np.sqrt(SHARED) * self._errors + np.sqrt(1 - SHARED) * own
+        error = np.sqrt(shared) * self._errors + np.sqrt(1 - shared) * own
         order = np.argsort(-(self.wanted + noise * error), axis=2).astype(np.int16)
         clicked = np.take_along_axis(self.attraction, order[:, :, :PLACES].astype(np.int64), 2) * EXAMINED
         return Version(order, noise, float(clicked.mean()))
 
-    def version_of(self, seed: int, ctr: float) -> Version:
+    def version_of(self, seed: int, ctr: float, shared: float = SHARED) -> Version:
         """A version of such a true CTR, to a ten-thousandth of it. Raises ValueError where no noise gives it."""
         low, high = 0.0, 8.0
-        if not self.version(seed, high).ctr < ctr < self.version(seed, low).ctr:
+        if not self.version(seed, high, shared).ctr < ctr < self.version(seed, low, shared).ctr:
             raise ValueError(f"population: expected a CTR between the best order's and chance, got {ctr:.4f}")
         while True:
-            version = self.version(seed, (low + high) / 2)
+            version = self.version(seed, (low + high) / 2, shared)
             if abs(version.ctr / ctr - 1) < 1e-4:
                 return version
             low, high = (version.noise, high) if version.ctr > ctr else (low, version.noise)
 
     def visits(self, rng: np.random.Generator, people: int, hours: int) -> Visits:
-        """Visits of ``people`` drawn from the population, 1 + Poisson(1) each, evenly over the hours; by time."""
+        """Visits of ``people`` drawn from the population, one and by a Poisson of their activity (mean 1) more each,
+        evenly over the hours; by time."""
         who = rng.integers(0, len(self.items), people)
-        person = np.repeat(np.arange(people), 1 + rng.poisson(1.0, people))
+        activity = rng.lognormal(-(ACTIVITY**2) / 2, ACTIVITY, people)
+        person = np.repeat(np.arange(people), 1 + rng.poisson(activity))
         time_ms = rng.integers(0, hours * HOUR_MS, len(person))
         person = person[np.argsort(time_ms, kind="stable")]
         return Visits(person, who[person], rng.integers(0, MOMENTS, len(person)), np.sort(time_ms))
@@ -102,6 +105,11 @@ class Population:
         attraction = np.take_along_axis(self.attraction[visits.user, visits.moment], shown_RK.astype(np.int64), 1)
         clicked: np.ndarray = rng.random(shown_RK.shape) < attraction * EXAMINED
         return clicked
+
+    def overlap(self, first: Version, second: Version) -> float:
+        """Share of the first PLACES that two versions have in common."""
+        places = [np.argsort(v.order, axis=2) < PLACES for v in (first, second)]
+        return float((places[0] & places[1]).sum(2).mean() / PLACES)
 
 
 @dataclass(frozen=True)
