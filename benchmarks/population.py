@@ -2,12 +2,12 @@
 
     python -m benchmarks.population --seeds 100
 
-Users of the synthetic shop click by its own taste and by the place (``simulated_users``). The control and versions whose
-true CTR is 3 % better and 3 % worse are put to them for two weeks, and ``training.judge`` decides at a look every hour.
-Each seed draws other users, arms and clicks. Checked are: A/B (``experiment.looks``), the same with two equal arms,
-interleaving (``serving.runtime.team_draft``), the position bias (``places.examined``), and the doubly robust estimate of
-a version that nobody saw (``counterfactual``). The first seed also goes through a file (``experiment.evidence``), which
-has to say the same. The last line of stdout is one JSON object.
+Users of the synthetic shop click by its own taste and by the place (``simulated_users``). The control and versions
+whose true CTR is 3 % better and 3 % worse are put to them for two weeks, and ``training.judge`` decides at a look every
+hour. Each seed draws other users, arms and clicks. Checked are: A/B (``experiment.looks``), the same with two equal
+arms, interleaving (``serving.runtime.team_draft``), the position bias (``places.examined``), and the doubly robust
+estimate of a version that nobody saw (``counterfactual``). The first seed also goes through a file
+(``experiment.evidence``), which has to say the same. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Experiments:
         """Users of both arms in all that the plan asks for, by what it says after a pilot of the control alone."""
         arms = self._arms(np.random.default_rng([9, 9]), pilot, self.control, self.control)
         clicks = [a.groupby(UNIT)[["clicks", "shown"]].sum().to_numpy(float) for a in arms]
-        return pilot + compare(*(Rate.of(c[:, 0], c[:, 1]) for c in clicks), plan).users_needed
+        first, second = (Rate.of(c[:, 0], c[:, 1]) for c in clicks)
+        return pilot + compare(first, second, plan).users_needed
 
     def _arms(
         self, rng: np.random.Generator, people: int, first: Version, second: Version
@@ -190,8 +191,8 @@ class Experiments:
             pq.write_table(pa.concat_tables(parts), file)
             seen = evidence(file, self.plan, control="a", top_k=PLACES)
         began = max(requests[TIME].min() for requests in (control, better))  # before, there was no choice
-        both = (requests[requests[TIME] >= began] for requests in (control, better))
-        return looks(*both, self.plan, 1)[-1].comparison, seen.arms[1].beside[CTR]
+        control, better = (requests[requests[TIME] >= began] for requests in (control, better))
+        return looks(control, better, self.plan, 1)[-1].comparison, seen.arms[1].beside[CTR]
 
 
 def _shown(requests: pd.DataFrame, until_ms: int | None = None) -> int:
