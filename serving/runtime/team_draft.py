@@ -18,12 +18,15 @@ Item = TypeVar("Item", bound=Hashable)
 
 @dataclass(frozen=True)
 class Draft(Generic[Item]):
-    """``items`` in the order shown; of each the team that picked it, 0 or 1, and its place in that team's ranking, from
-    0."""
+    """``items`` in the order shown; of each the team that picked it, 0 or 1, its place in that team's ranking, from 0,
+    and whether a click on it tells the teams apart: not where the same item would stand there whichever way the coin of
+    its round falls, as where both rankings begin alike. There the team is the coin's, and the click noise. What is left
+    out does not depend on the coin, so clicks by chance still speak for each team as often."""
 
     items: list[Item]
     teams: list[int]
     places: list[int]
+    tells: list[bool]
 
 
 def coins(request_id: str, rounds: int, salt: str = "") -> list[int]:
@@ -35,7 +38,7 @@ def coins(request_id: str, rounds: int, salt: str = "") -> list[int]:
 def draft(first: Sequence[Item], second: Sequence[Item], count: int, request_id: str, salt: str = "") -> Draft[Item]:
     """At most ``count`` items of the rankings of team 0 and 1, best first each. A team whose ranking is at its end
     picks no more; the other goes on. Rankings of ``count`` items each are enough to fill the answer."""
-    drafted = Draft[Item]([], [], [])
+    drafted = Draft[Item]([], [], [], [])
     taken: set[Item] = set()
     rankings, at = (first, second), [0, 0]
     for begins in coins(request_id, -(-count // 2) or 1, salt):
@@ -51,19 +54,26 @@ def _round(
     drafted: Draft[Item], rankings: Sequence[Sequence[Item]], at: list[int], taken: set[Item], begins: int, count: int
 ) -> bool:
     """One pick of each team; whether there was any. ``at``: where each has got to in its ranking."""
-    before = len(drafted.items)
+    before, alike = len(drafted.items), True
     for team in (begins, 1 - begins):
-        ranking = rankings[team]
-        while at[team] < len(ranking) and ranking[at[team]] in taken:
-            at[team] += 1
-        if at[team] == len(ranking) or len(drafted.items) >= count:
+        best = [_best(ranking, at, t, taken) for t, ranking in enumerate(rankings)]
+        alike = alike and best[0] == best[1]
+        if best[team] is None or len(drafted.items) >= count:
             continue
-        item = ranking[at[team]]
+        item = rankings[team][at[team]]
         taken.add(item)
         drafted.items.append(item)
         drafted.teams.append(team)
         drafted.places.append(at[team])
+        drafted.tells.append(not alike)
     return len(drafted.items) > before
+
+
+def _best(ranking: Sequence[Item], at: list[int], team: int, taken: set[Item]) -> Item | None:
+    """The best of a team's ranking that is not taken; None at its end. Moves the team there."""
+    while at[team] < len(ranking) and ranking[at[team]] in taken:
+        at[team] += 1
+    return ranking[at[team]] if at[team] < len(ranking) else None
 
 
 def winner(teams: Sequence[Hashable], clicked: Sequence[bool], first: Hashable = 0) -> int:
