@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
+from serving.runtime.drift import counts_of_worker
 from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
@@ -21,6 +22,7 @@ from serving.runtime.stages import with_reason
 from serving.triton import impressions
 from serving.triton.answers import Answers
 from serving.triton.batch import Batch
+from serving.triton.drift import count_answer, count_requests
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
 from serving.triton.stage import Counts, ParsedRequest, Stage, asks_itself, refused, search_options, strings
 from vivace import contract
@@ -46,6 +48,7 @@ class RecommendModel(Stage):
             cache = CacheSettings.read(settings)
             self.answers = Answers(cache, self.pipeline, store, repository, self.parameters)
         self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
+        self.drift = counts_of_worker(self.folder, self.pipeline.shapes, self.pipeline.transform.moment.columns)
         for level, seconds in self.pipeline.warm(self.largest):
             self.overload.done(level, self.largest, seconds)
 
@@ -68,6 +71,8 @@ class RecommendModel(Stage):
 
     def finalize(self) -> None:
         self.impressions.close()
+        if self.drift is not None:
+            self.drift.close()
 
     def _level(self, batch: Batch, rows: int) -> Level:
         """The level at which these are answered: under load, one at which half of those with a deadline keep it. The
@@ -114,6 +119,7 @@ class RecommendModel(Stage):
     def _computed(self, batch: Batch, level: Level, known: Known | None) -> None:
         """Answers what is at hand by the models. ``known``: what the stores know of its rows, None to read it."""
         inputs, statuses = self.pipeline.transform(batch.rows, known)
+        count_requests(self.drift, batch.requests, inputs)
         status_B, arrays = np.array(statuses, object), inputs
         ranked_count = self.pipeline.ranked
         if level == Level.POPULAR:
@@ -185,6 +191,7 @@ class RecommendModel(Stage):
             )
             top_k = np.array([row.top_k for row in request.rows])
             values = self.pipeline.respond(ranked_BN[start:stop], values_BCN[start:stop], top_k, status[:, 0])
+            count_answer(self.drift, request.request, values, status[:, 0], [bool(row.query) for row in request.rows])
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
             values.append(status)
