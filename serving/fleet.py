@@ -105,7 +105,7 @@ class Fleet:
         )
         for result in ("done", "refused"):
             self._swaps.labels(result)
-        self.drift = Drift(self._counting)
+        self.drift = Drift(self.counting)
         self.registry.register(self.drift)  # type: ignore[arg-type]  # it collects, which is all that is needed
         self.registry.register(ShardMetrics(lambda: self.shards.servers))  # type: ignore[arg-type]
         self.registry.register(DoorStatistics(lambda path: self.door.ask("GET", path) if self.door is not None else ""))
@@ -216,7 +216,8 @@ class Fleet:
     def _metrics_sockets(self) -> dict[str, Path]:
         return {name: r.server.sockets.metrics for name, r in self.by_name().items() if r.server.sockets is not None}
 
-    def _counting(self) -> list[tuple[Path, Path]]:
+    def counting(self) -> list[tuple[Path, Path]]:
+        """(version, folder of its workers' counts for drift) of each server."""
         return [(r.server.release, r.server.drift) for r in self._all() if r.server.drift is not None]
 
     def _all(self) -> list[Replica]:

@@ -25,7 +25,7 @@ from vivace.drift import CLICKED, EXPECTED, FILE, Reference
 log = logging.getLogger(__name__)
 ENVIRONMENT = "VIVACE_DRIFT"  # where a server's workers count: a folder
 SUFFIX = ".counts"
-TURN_S = 4.0  # between two looks at what waits: few at once cost as much as many
+TURN_S = 1.0  # between two looks at what waits
 WAITING = 20_000  # batches that wait at most; what is more is not counted
 HISTORY_LENGTH, UNKNOWN_SHARE, NEWEST_TYPE, QUERY = "history length", "unknown share", "newest type", "query"
 UNKNOWN_EDGES = (0.0, 0.1, 0.25, 0.5)
