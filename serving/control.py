@@ -3,6 +3,7 @@
     artifacts/<run>/servers/<pid>.json      where the server of that process listens, and what it serves
 
 GET /           what is served, as JSON
+GET /drift      ``serving.drift.Drift.report``; /drift/3: of the hour three hours ago
 POST /serve     {"version": 4}: serve that version; lines of text as it goes on, the last one JSON: {"error": "" or why}
 POST /scale     {"replicas": 3}: so many servers; answered alike, as are the others
 POST /rollout   a ``serving.rollout.Plan``: try a version
@@ -17,6 +18,7 @@ import json
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
@@ -37,6 +39,7 @@ from vivace.running import Running, running
 LONGEST_S = 600.0  # of a change of versions
 MAX_BODY = 1 << 16
 SERVE, SCALE, ROLLOUT, PROMOTE, WITHDRAW = "serve", "scale", "rollout", "promote", "withdraw"
+DRIFT = "drift"
 ENDED = "the server ended before that was done"
 NO_TRIAL = "no version is on trial; 'vivace rollout start' puts one"
 
@@ -171,6 +174,12 @@ class _Handler(UnixHandler):
     control: Control
 
     def do_GET(self) -> None:  # noqa: N802  # the name that http.server calls
+        kind, _, hours = self.path.strip("/").partition("/")
+        if kind == DRIFT and (not hours or hours.isdecimal()):
+            drift = self.control.fleet.drift
+            drift.look(time.time())
+            self.answer(200, json.dumps(drift.report(int(hours or 0))).encode())
+            return
         self.answer(200, json.dumps(self.control.state()).encode())
 
     def do_POST(self) -> None:  # noqa: N802
@@ -212,6 +221,18 @@ def control_socket(fleet: Fleet) -> Iterator[Control]:
 @dataclass(frozen=True)
 class RunningServer(Running):
     """A server of a run, and what it is told to do."""
+
+    def drift(self, hours: int) -> list[dict[str, Any]]:
+        """``serving.drift.Drift.report``; raises ServerError where it does not answer."""
+        connection = UnixConnection(self.socket, ASK_S)
+        try:
+            connection.request("GET", f"/{DRIFT}/{hours}")
+            report: list[dict[str, Any]] = json.loads(connection.getresponse().read())
+        except (OSError, HTTPException, ValueError) as error:
+            raise ServerError(f"server {self.pid}: does not say how its requests drift: {error}") from None
+        finally:
+            connection.close()
+        return report
 
     def serve(self, version: int, say: Callable[[str], None]) -> None:
         """Has it serve a version; raises ServerError with its reason where it does not."""

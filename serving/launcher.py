@@ -38,6 +38,7 @@ from serving.process import (
 )
 from serving.releases import held, held_from_the_start, verify
 from serving.repository import check_profile, models
+from serving.runtime.drift import ENVIRONMENT as DRIFT
 from serving.segments import Segments
 from serving.server_options import ServerOptions, environment
 from serving.start_checks import (
@@ -179,6 +180,11 @@ class TritonServer:
         """Where Triton listens behind the guard."""
         return Sockets(self._root / "sockets") if self.options.guard and self._root is not None else None
 
+    @property
+    def drift(self) -> Path | None:
+        """Folder in which its workers count what requests look like (``serving.runtime.drift``)."""
+        return self._root and self._root / "drift"
+
     def client(self, timeout_s: float) -> VivaceClient:
         """Asks this server and no other, as whoever started it: behind a door, which it passes by, over HTTP, as
         Triton 2.51 ends by gRPC deadlines that it sees."""
@@ -266,7 +272,7 @@ class TritonServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment(self.options, self.release),
+                env=environment(self.options, self.release) | {DRIFT: str(self.drift)},
                 start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
                 preexec_fn=become_triton,
             )
