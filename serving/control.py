@@ -34,7 +34,7 @@ from serving.wheel import ServerError
 from vivace.http_pool import UnixConnection
 from vivace.manifest import write_json
 from vivace.run import Run
-from vivace.running import Running, running
+from vivace.running import ASK_S, Running, running
 
 LONGEST_S = 600.0  # of a change of versions
 MAX_BODY = 1 << 16
