@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, AnswerSamples
 from serving.runtime.events import event_status, parse_event, parse_id
 from serving.runtime.response import ResponseStage
 from serving.runtime.sharded import ShardedRetrieval
@@ -63,11 +64,12 @@ class FeatureTransformModel(Stage):
             self.folder / "transform.onnx", store, shapes, seen, catalogue=self.catalogue(store)
         )
         self.search, self.counts = bool(shapes.search), Counts()
+        self.samples, self.sampled = AnswerSamples(os.environ.get(ANSWERS, "")), False  # of the last stage
         self.shown_to = contract.SHOWN_TO.name in self.outputs  # a repository of before it does without
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
-        began_ms = time.time() * 1000
+        began_ms, self.sampled = time.time() * 1000, self.samples.on()
         parsed = [ParsedRequest(i, request, self.transform.moment.columns) for i, request in enumerate(requests)]
         inputs, status = self.transform([row for request in parsed for row in request.rows])
         now_ms, responses, start = time.time() * 1000, [], 0
@@ -93,7 +95,7 @@ class FeatureTransformModel(Stage):
         if self.search:
             values.append(self._search_for(request, inputs[0]))
         if self.shown_to:
-            values.append(impressions.shown_to(request, began_ms))
+            values.append(impressions.shown_to(request, began_ms, self.sampled))
         if not asks_itself(request.request):
             self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)
