@@ -31,10 +31,10 @@ from serving.runtime.team_draft import draft, winner
 from training.judge.counterfactual import UNIT, counterfactual
 from training.judge.experiment import CTR, evidence, looks
 from training.judge.places import examined
-from training.judge.sequential import Comparison, Plan, Rate, compare
 from vivace.columns import CLICKED, ITEM, POSITION, TIME
 from vivace.impressions.files import REQUEST_ID
 from vivace.impressions.joined import JOINED, PROPENSITY
+from vivace.sequential import Comparison, Plan, Rate, compare
 
 HOURS, DAYS = 24 * 14, 14
 NOISE = 1.5  # of the control's errors

@@ -30,6 +30,8 @@ from vivace.run import Run
 
 LOSSES = values_of("training.presets:RetrievalTraining.loss")
 METHODS = values_of("training.models.adapters:Adaptation.method")
+SHOWN_HELP = "teach the ranker what was shown and not clicked, too"
+JOINED_HELP = "with --impressions: file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if empty"
 SHARDINGS = values_of("training.sharded.config:TableSharding.kind")
 
 
@@ -64,17 +66,8 @@ def train(
         str, choice("--task", TASKS, "what is trained; search makes a trained run's catalogue searchable")
     ] = "recommend",
     encoder: Annotated[str, typer.Option(help=ENCODER_HELP)] = "ours",
-    impressions: Annotated[
-        bool, typer.Option("--impressions", help="teach the ranker what was shown and not clicked, too")
-    ] = False,
-    joined: Annotated[
-        Path | None,
-        typer.Option(
-            help="with --impressions: file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if "
-            "empty",
-            dir_okay=False,
-        ),
-    ] = None,
+    impressions: Annotated[bool, typer.Option("--impressions", help=SHOWN_HELP)] = False,
+    joined: Annotated[Path | None, typer.Option(help=JOINED_HELP, dir_okay=False)] = None,
 ) -> None:
     """Train the retriever, then the ranker; resumes from the last checkpoint. --task search: then the text encoder, the
     word index and the search ranker. --final: after 'vivace evaluate', on the held-out events too."""
