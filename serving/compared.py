@@ -70,17 +70,17 @@ class Side:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the scores by their quartiles, which single ones do not move."""
+        """Standard deviation of the scores by their quartiles, which single ones do not move; a thousandth of the
+        median at least, where all are alike."""
         if not len(self.scores):
             return math.nan
         low, high = np.quantile(self.scores, [0.25, 0.75])
-        return float(high - low) / SPREAD_OF_QUARTILES
+        return max(float(high - low) / SPREAD_OF_QUARTILES, 1e-3 * abs(self.median), 1e-9)
 
 
 def shift(tried: Side, served: Side) -> float:
     """By how many of the served version's spreads the median score lies higher; NaN where either has no score."""
-    least = max(1e-3 * abs(served.median), 1e-9)  # where all scores are alike
-    return (tried.median - served.median) / max(served.spread, least)
+    return (tried.median - served.median) / served.spread
 
 
 def stability(tried: Side, served: Side, parts: int = 10) -> float:
@@ -170,8 +170,7 @@ class Compared:
             pairs = np.array(self._pairs)
         if not len(pairs):
             return Copies()
-        spread = self.side(False).spread
-        moved = float(np.median(pairs[:, 1])) / spread if spread else math.nan
+        moved = float(np.median(pairs[:, 1])) / self.side(False).spread
         served_ms, tried_ms = np.median(pairs[:, 2:], axis=0)
         return Copies(len(pairs), float(pairs[:, 0].mean()), moved, float(served_ms), float(tried_ms))
 
