@@ -34,7 +34,7 @@ from training.judge.places import examined
 from vivace.columns import CLICKED, ITEM, POSITION, TIME
 from vivace.impressions.files import REQUEST_ID
 from vivace.impressions.joined import JOINED, PROPENSITY
-from vivace.sequential import Comparison, Plan, Rate, compare
+from vivace.sequential import Comparison, Plan, Rate, compare, preferred
 
 HOURS, DAYS = 24 * 14, 14
 NOISE = 1.5  # of the control's errors
@@ -99,20 +99,20 @@ class Experiments:
         """The same by team draft of two versions, for everyone."""
         rng, population = np.random.default_rng([seed, 2]), self.population
         visits = population.visits(rng, people, HOURS)
-        rankings = zip(visits.shown(control).tolist(), visits.shown(version).tolist(), strict=True)
-        drafts = [draft(a, b, PLACES, f"{seed}-{number}") for number, (a, b) in enumerate(rankings)]
-        clicked = population.clicks(rng, visits, np.array([d.items for d in drafts]))
-        telling = clicked & np.array([d.tells for d in drafts])
-        won = np.array([winner(d.teams, row) for d, row in zip(drafts, telling.tolist(), strict=True)])
-        wins, decided = np.zeros(people), np.zeros(people)
+        won, decided = np.zeros(people), np.zeros(people)
         ends = np.searchsorted(visits.time_ms, np.arange(1, HOURS + 1) * HOUR_MS)
-        start = 0
-        for end in ends:
-            np.add.at(wins, visits.person[start:end], won[start:end] > 0)
-            np.add.at(decided, visits.person[start:end], won[start:end] != 0)
-            start, rate = end, Rate.of(wins, decided)
-            if rate.is_enough and abs(np.log(rate.value / 0.5)) > self.plan.radius(rate.variance / rate.value**2):
-                return ("better" if rate.value > 0.5 else "worse"), int(end) * PLACES
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            hour = visits.take(np.arange(start, end))
+            rankings = zip(hour.shown(control).tolist(), hour.shown(version).tolist(), strict=True)
+            drafts = [draft(a, b, PLACES, f"{seed}-{start + i}") for i, (a, b) in enumerate(rankings)]
+            clicked = population.clicks(rng, hour, np.array([d.items for d in drafts]).reshape(-1, PLACES))
+            for person, d, row in zip(hour.person, drafts, clicked.tolist(), strict=True):
+                winning = winner(d.credited("ab"), row, "a")
+                won[person] += winning > 0
+                decided[person] += winning != 0
+            preference = preferred(won, decided, self.plan)
+            if preference.differs:
+                return preference.verdict, int(end) * PLACES
         return UNDECIDED, len(visits) * PLACES
 
     def places(self, seed: int, people: int, by_moment: bool) -> np.ndarray:

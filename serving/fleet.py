@@ -162,6 +162,7 @@ class Fleet:
         """A folder that only the owner enters, swept by the next start if this process is killed outright."""
         folder = tempfile.TemporaryDirectory(prefix=LEFTOVER, ignore_cleanup_errors=True)
         self.private = Path(self._life.enter_context(folder))
+        self.options = replace(self.options, answers=self.private / "answers")
         if self.options.answer_cache is not None:
             answers = Segments()
             (self.private / PREFIX_FILE).write_text(answers.prefix)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
+NOBODY = ""  # in a team's place: a click there tells nothing
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Draft(Generic[Item]):
     teams: list[int]
     places: list[int]
     tells: list[bool]
+
+    def credited(self, names: Sequence[str]) -> list[str]:
+        """Of each item the name of the team that a click on it speaks for, or NOBODY."""
+        return [names[team] if tells else NOBODY for team, tells in zip(self.teams, self.tells, strict=True)]
 
 
 def coins(request_id: str, rounds: int, salt: str = "") -> list[int]:
@@ -78,6 +83,7 @@ def _best(ranking: Sequence[Item], at: list[int], team: int, taken: set[Item]) -
 
 def winner(teams: Sequence[Hashable], clicked: Sequence[bool], first: Hashable = 0) -> int:
     """Of one request: -1 where more of team ``first``'s items were clicked, 1 where more of the other's, 0 for a tie,
-    which says nothing. ``teams``: of each item shown, as ``clicked``."""
-    lead = sum((1 if team != first else -1) * bool(click) for team, click in zip(teams, clicked, strict=True))
+    which says nothing. ``teams``: of each item shown, as ``clicked``, or NOBODY."""
+    telling = (team for team, click in zip(teams, clicked, strict=True) if click and team != NOBODY)
+    lead = sum(1 if team != first else -1 for team in telling)
     return (lead > 0) - (lead < 0)

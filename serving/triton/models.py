@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, AnswerSamples
 from serving.runtime.drift import counts_of_worker
 from serving.runtime.events import event_status, parse_event, parse_id
 from serving.runtime.response import ResponseStage
@@ -65,12 +66,13 @@ class FeatureTransformModel(Stage):
             self.folder / "transform.onnx", store, shapes, seen, catalogue=self.catalogue(store)
         )
         self.search, self.counts = bool(shapes.search), Counts()
+        self.samples, self.sampled = AnswerSamples(os.environ.get(ANSWERS, "")), False  # of the last stage
         self.shown_to = contract.SHOWN_TO.name in self.outputs  # a repository of before it does without
         self.drift = counts_of_worker(self.beside(contract.ENSEMBLE), shapes, self.transform.moment.columns)
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
-        began_ms = time.time() * 1000
+        began_ms, self.sampled = time.time() * 1000, self.samples.on()
         parsed = [ParsedRequest(i, request, self.transform.moment.columns) for i, request in enumerate(requests)]
         inputs, status = self.transform([row for request in parsed for row in request.rows])
         count_requests(self.drift, parsed, inputs)
@@ -101,7 +103,7 @@ class FeatureTransformModel(Stage):
         if self.search:
             values.append(self._search_for(request, inputs[0]))
         if self.shown_to:
-            values.append(impressions.shown_to(request, began_ms))
+            values.append(impressions.shown_to(request, began_ms, self.sampled))
         if not asks_itself(request.request):
             self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)

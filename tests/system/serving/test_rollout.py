@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from prometheus_client import generate_latest
 
 from serving.acceptance import Acceptance
 from serving.door.rollout import Split
@@ -157,7 +158,7 @@ def test_its_users_get_drafts_of_both_versions_and_the_log_names_the_teams(two):
             of = [heads[team][item] for team, item in zip(drafted.teams, drafted.items, strict=True)]
             assert got.heads["click"] == pytest.approx(of, abs=1e-4)
         row = logged(run.root, got.request_id)
-        assert row["team"] == ["12"[team] for team in drafted.teams]
+        assert row["team"] == drafted.credited("12")
         assert (row["items"], row["variant"], row["model_version"]) == (got.items, "trial", "2")
         other = next(user for user in USERS if user not in users)
         assert logged(run.root, grpc.recommend(other, HISTORY, 5).request_id)["team"] == [""] * 5
@@ -208,6 +209,30 @@ def test_a_version_that_is_slower_goes_by_itself_and_says_why(two):
     assert "a call takes" in rollout.result or "answers were not whole" in rollout.result
     assert rollout.result == state["result"] and state["share"] == 0
     assert visitors.errors == [] and any(rollout.result in line for line in lines)
+
+
+def test_copies_are_compared_and_a_version_whose_scores_are_of_another_kind_goes_by_itself(two):
+    run, fleet, _ = two
+    publish_with_other_items(run)
+    with other_values(newest(run)) as (graph, sound, output):
+        graph.initializer.append(helper.make_tensor("lift", TensorProto.FLOAT, [], [1000.0]))
+        graph.node.append(helper.make_node("Add", [sound, "lift"], [output]))
+    plan = Plan(version=4, salt="s", shares=(0.4,), shadow=1.0, least=20, slower=100)
+    with Visitors(ports_of(fleet)["grpc"]) as visitors:
+        rollout = Rollout(fleet, plan, quiet)
+        rollout.start(newest(run), Acceptance([]), quiet)
+        with PatientClient(f"127.0.0.1:{ports_of(fleet)['grpc']}") as grpc:
+            own = [grpc.recommend("shadowed", HISTORY, 10).items for _ in range(2)]
+        while not rollout.result:
+            assert not rollout.look()
+            if rollout.state()["compared"]["copies"]["compared"]:
+                page = generate_latest(fleet.registry).decode()
+            time.sleep(0.1)
+    seen = rollout.state()["compared"]
+    assert "the median score of the first item is" in rollout.result and seen["score_shift"] > 3
+    assert seen["copies"]["compared"] > 0 and 0 <= seen["copies"]["overlap"] < 1 and seen["copies"]["moved"] > 3
+    assert "vivace_rollout_overlap 0." in page and own[0] == own[1] and visitors.errors == []
+    assert not fleet.options.answers.exists() and "vivace_rollout" not in generate_latest(fleet.registry).decode()
 
 
 SERVED = Sample(calls=1000, failed=2, seconds=9.98, rows=1000, partial=100)
