@@ -10,6 +10,7 @@ from pathlib import Path
 from serving.door.options import AccessOptions
 from serving.process import server_environment
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
+from serving.runtime.explore import ENVIRONMENT as EXPLORE
 from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS
 from serving.wheel import python_library, wheel_folder
 from vivace.impressions.queue import ENVIRONMENT, ImpressionOptions, folder_of
@@ -44,6 +45,7 @@ class ServerOptions:
     restricted: bool = False
     impressions: bool = False  # what is shown is logged in the run's folder
     impressions_every_s: float = 60.0  # and written as often: so much of it goes with a process that is killed
+    explore: float = 0.0  # share of places that show new items (``serving.runtime.explore``)
     variant: str = ""  # what the log calls this server's arm of an experiment
     store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
     access: AccessOptions = field(default=AccessOptions())  # of the guard
@@ -65,6 +67,7 @@ def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     if options.store:  # not by the command line, which every user of the machine can read
         env[STORE_URL] = options.store
     env[ANSWER_CACHE] = "" if options.answer_cache is None else options.answer_cache.text()
+    env[EXPLORE] = f"{options.explore:g}" if options.explore else ""
     if options.shards:
         env |= {SHARDS_ENV: options.shards, WAIT_ENV: str(options.shard_wait_ms)}
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])

@@ -15,6 +15,7 @@ import numpy as np
 
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
 from serving.runtime.drift import counts_of_worker
+from serving.runtime.explore import Explorer
 from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
@@ -23,6 +24,7 @@ from serving.triton import impressions
 from serving.triton.answers import Answers
 from serving.triton.batch import Batch
 from serving.triton.drift import count_answer, count_requests
+from serving.triton.explore import explored
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
 from serving.triton.stage import Counts, ParsedRequest, Stage, asks_itself, refused, search_options, strings
 from vivace import contract
@@ -49,6 +51,7 @@ class RecommendModel(Stage):
             self.answers = Answers(cache, self.pipeline, store, repository, self.parameters)
         self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
         self.drift = counts_of_worker(self.folder, self.pipeline.shapes, self.pipeline.transform.moment.columns)
+        self.explorer = Explorer.of_worker(self.beside(contract.RESPONSE))
         for level, seconds in self.pipeline.warm(self.largest):
             self.overload.done(level, self.largest, seconds)
 
@@ -190,19 +193,28 @@ class RecommendModel(Stage):
                 [f"{contract.STATUS_ERROR}{error}" if error else with_reason(status, reason) for error, status in rows]
             )
             top_k = np.array([row.top_k for row in request.rows])
-            values = self.pipeline.respond(ranked_BN[start:stop], values_BCN[start:stop], top_k, status[:, 0])
-            count_answer(self.drift, request.request, values, status[:, 0], [bool(row.query) for row in request.rows])
+            queried = [bool(row.query) for row in request.rows]
+            ranked, of_ranked, propensities = ranked_BN[start:stop], values_BCN[start:stop], None
+            if self.explorer is not None:
+                ranked, of_ranked, propensities = explored(
+                    self.explorer, self.pipeline.respond, request.request, ranked, of_ranked, top_k, status[:, 0],
+                    queried,
+                )  # fmt: skip
+            values = self.pipeline.respond(ranked, of_ranked, top_k, status[:, 0])
+            count_answer(self.drift, request.request, values, status[:, 0], queried)
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
             values.append(status)
-            self._shown(batch, request, values)
+            self._shown(batch, request, values, propensities)
             if self.answers is not None and len(request.rows) == 1:
                 batch.answers[request.place] = values
             batch.answer(request, answer(request.request, self.outputs, values))
             start = stop
 
-    def _shown(self, batch: Batch, request: ParsedRequest, values: list[np.ndarray]) -> None:
+    def _shown(
+        self, batch: Batch, request: ParsedRequest, values: list[np.ndarray], propensities: np.ndarray | None = None
+    ) -> None:
         """Puts what a request is answered among the impressions."""
         if self.impressions:
             viewers = impressions.viewers(request, batch.began_ms)
-            self.impressions.put(request.request, viewers, values[0], values[1], values[-1][:, 0])
+            self.impressions.put(request.request, viewers, values[0], values[1], values[-1][:, 0], propensities)

@@ -70,9 +70,10 @@ class Impressions:
 
     def put(
         self, request: Any, rows: Sequence[Viewer | bytes | None], items_BK: np.ndarray, scores_BK: np.ndarray,
-        status_B: np.ndarray,
+        status_B: np.ndarray, propensities_BK: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """The answer to a request: ``viewers`` or SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows."""
+        """The answer to a request: ``viewers`` or SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows; the chance of what
+        is shown, where something explores."""
         if self._queue is None:
             return
         try:
@@ -82,7 +83,9 @@ class Impressions:
         if request_id == UNLOGGED:
             return
         # scores are a view of Triton's memory, which goes with the answer
-        self._queue.put((request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), time.time() * 1000))
+        self._queue.put(
+            (request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), time.time() * 1000, propensities_BK)
+        )
 
     def hand_over(self) -> None:
         if self._queue is None or time.monotonic() < self._next_s:

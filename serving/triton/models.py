@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from serving.runtime.drift import counts_of_worker
 from serving.runtime.events import event_status, parse_event, parse_id
+from serving.runtime.explore import Explorer
 from serving.runtime.response import ResponseStage
 from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import (
@@ -31,6 +32,7 @@ from serving.runtime.stages import (
 from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses
 from serving.triton import impressions
 from serving.triton.drift import count_answer, count_requests
+from serving.triton.explore import explored
 from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
 from serving.triton.stage import (
     Counts,
@@ -224,6 +226,7 @@ class ResponseModel(Stage):
         self.ids, self.values, *_ = self.inputs  # the contract's order: response_inputs
         self.impressions = impressions.Impressions(self.folder.name, self.inputs)
         self.drift = counts_of_worker(self.beside(contract.ENSEMBLE))
+        self.explorer = Explorer.of_worker(self.folder)
         self.search_ranking = None
         if contract.FOUND.name in self.inputs:
             from search.online import SearchRanking, unpack
@@ -253,11 +256,16 @@ class ResponseModel(Stage):
                 options = [search_options(request)] * len(results)
                 ranked, values = self.search_ranking.rows(results, ranked, values, options)
                 understood = [strings([text for _, _, text in results])]
+        propensities = None
+        if self.explorer is not None:
+            ranked, values, propensities = explored(
+                self.explorer, self.respond, request, ranked, values, top_k[:, 0], status[:, 0], queried
+            )
         shown = self.respond(ranked, values, top_k[:, 0], status[:, 0])
         count_answer(self.drift, request, shown, status[:, 0], queried)
         if self.impressions:
             rows = tensor_of(request, contract.SHOWN_TO)[:, 0].tolist()
-            self.impressions.put(request, rows, shown[0], shown[1], status[:, 0])
+            self.impressions.put(request, rows, shown[0], shown[1], status[:, 0], propensities)
         return answer(request, self.outputs, [*shown, *understood])
 
 

@@ -11,7 +11,7 @@ import typer
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, MAX_PORT, Artifacts, Host, Name, Profile, say
 from vivace.cli.runs import find_run, say_next
-from vivace.cli.values import choice, plain_name
+from vivace.cli.values import choice, percent, plain_name
 from vivace.store.opening import STORE_URL
 
 SELF_SIGNED = ("self-signed",)
@@ -74,6 +74,9 @@ ImpressionsEveryOption = Annotated[
     float,
     typer.Option(help="seconds between two files of --impressions; a killed process loses as much", min=1),
 ]
+ExploreOption = Annotated[
+    Any, typer.Option(parser=percent, metavar="PERCENT", help="of the places show new items; needs --impressions")
+]
 VariantOption = Annotated[
     str, typer.Option(help="what --impressions calls this server's arm of an experiment", parser=plain_name)
 ]
@@ -119,6 +122,7 @@ def serve(
     shard_wait_ms: ShardWaitOption = 300,
     impressions: ImpressionsOption = False,
     impressions_every: ImpressionsEveryOption = 60.0,
+    explore: ExploreOption = "0",
     variant: VariantOption = "",
     guard: GuardOption = True,
     keys: KeysOption = None,
@@ -162,6 +166,7 @@ def serve(
         verbose=verbose,
         impressions=impressions,
         impressions_every_s=impressions_every,
+        explore=explore,
         variant=variant,
         guard=guard and shard is None,
         store=store,

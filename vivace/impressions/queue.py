@@ -85,9 +85,9 @@ def row_ids(request_id: str, rows: int) -> list[str]:
     return [request_id] if rows == 1 else [f"{request_id}/{row}" for row in range(rows)]
 
 
-Shown = tuple[str, Sequence[Viewer | bytes | None], np.ndarray, np.ndarray, list[bytes], float]
+Shown = tuple[str, Sequence[Viewer | bytes | None], np.ndarray, np.ndarray, list[bytes], float, np.ndarray | None]
 """Request id; of each row whom it is for, or that packed; ITEM_ID object [B, K]; SCORE float32 [B, K]; STATUS; Unix ms
-of the answer."""
+of the answer; chance of what is shown float32 [B, K], None where there is none in it."""
 
 
 class ImpressionQueue:
@@ -184,8 +184,9 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     heads: list[tuple[Any, ...]] = []
     items: list[bytes] = []
     scores: list[np.ndarray] = []
+    chances: list[np.ndarray] = []
     ends = [0]
-    for request_id, rows, items_BK, scores_BK, statuses, made_ms in taken:
+    for request_id, rows, items_BK, scores_BK, statuses, made_ms, propensities_BK in taken:
         for row, id_ in enumerate(row_ids(request_id, len(rows))):
             viewer = rows[row]
             if not viewer:
@@ -194,15 +195,18 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
             shown = [item for item in items_BK[row].tolist() if item]
             items += shown
             scores.append(scores_BK[row, : len(shown)])
+            certain_K = np.ones(len(shown), np.float32)
+            chances.append(certain_K if propensities_BK is None else propensities_BK[row, : len(shown)])
             ends.append(len(items))
             status = statuses[row].decode("utf-8", "replace")
             sent = context.decode("utf-8", "replace")
             heads.append((id_, user, session, int(made_ms), sent, query, made_ms - began_ms, status))
     *of_viewers, latencies, status_column = zip(*heads, strict=True) if heads else [()] * 8
-    offsets, flat = pa.array(ends, pa.int32()), np.concatenate(scores) if scores else np.empty(0, np.float32)
+    offsets = pa.array(ends, pa.int32())
+    flat, chance = (np.concatenate(parts) if parts else np.empty(0, np.float32) for parts in (scores, chances))
     lists = [
         pa.ListArray.from_arrays(offsets, values)
-        for values in (pa.array(items, pa.string()), pa.array(flat, pa.float32()), pa.array(np.ones_like(flat)))
+        for values in (pa.array(items, pa.string()), pa.array(flat, pa.float32()), pa.array(chance, pa.float32()))
     ]
     constants = [pa.repeat(pa.scalar(text), len(heads)) for text in (variant, model_version)]
     named = zip((ITEMS, SCORES, PROPENSITIES), lists, strict=True)

@@ -59,9 +59,10 @@ def test_one_process_counts_what_its_requests_look_like(fused, root):
 
     def rows() -> list[dict]:
         drift.look(time.time())
-        return [row for row in drift.report()[0]["features"] if row["requests"]]
+        counted = [row for row in drift.report()[0]["features"] if row["requests"]]
+        return counted if len(counted) == 8 else []
 
-    names = {row["feature"] for row in wait_until(lambda: counted if len(counted := rows()) == 8 else [], "8 features")}
+    names = {row["feature"] for row in wait_until(rows, "8 features counted")}
     assert {"history length", "newest type", "context device", "score", "probability buy"} <= names
 
 

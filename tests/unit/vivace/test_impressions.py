@@ -25,7 +25,7 @@ def shown(request_id: str, *users: str, items=((b"x", b"y"),), made_ms: float = 
     """One request of a row a user, as a stage puts it into the queue."""
     rows = [packed_viewer((user, "", b'{"device": "phone"}', made_ms - 4, "" if user else "s")) for user in users]
     scores = np.linspace(2, 1, len(items[0]) * len(rows), dtype=np.float32).reshape(len(rows), -1)
-    return request_id, rows, np.array(items, object).reshape(len(rows), -1), scores, [b"ok"] * len(rows), made_ms
+    return request_id, rows, np.array(items, object).reshape(len(rows), -1), scores, [b"ok"] * len(rows), made_ms, None
 
 
 def rows_of(folder):
@@ -145,7 +145,7 @@ print("goes", flush=True)
 number = 0
 while True:
     if len(queue._waiting) < 1_000:
-        queue.put((f"r{number}", [("u", "", b"", 1.0, "")], items, scores, [b"ok"], 2.0))
+        queue.put((f"r{number}", [("u", "", b"", 1.0, "")], items, scores, [b"ok"], 2.0, None))
         number += 1
 """
 
