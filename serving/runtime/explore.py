@@ -16,13 +16,17 @@ M new items.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from serving.runtime.drift import is_counted
+from serving.runtime.response import ResponseStage
+
 ENVIRONMENT = "VIVACE_EXPLORE"  # what a server tells its workers: the share of places
 COUNTS_FILE = "item_events.npy"  # of a version's response: training events by item id, up to 255, uint8 [V]
-FEW = 20  # events below which an item is new
+FEW = 5  # events below which an item is new
 POOL = 16  # new items a block at most, the most probable
 MOST_SHARE = 0.2
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(128)
@@ -112,3 +116,14 @@ class Explorer:
                 chosen.append((place, int(mine[one])))
                 propensity_K[place] = self.share * chance_M[one]
         return chosen, propensity_K
+
+
+def explored(
+    explorer: Explorer, respond: ResponseStage, itself: bool, ranked_BN: np.ndarray, values_BCN: np.ndarray,
+    top_k_B: np.ndarray, status_B: np.ndarray, queried: Sequence[bool],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Ids, values and propensities (see ``Explorer``) of a request's rows: answers to a query, to someone without a
+    history, and what is answered with less for load stay as they are, as does what a server asks ``itself``."""
+    ranked_BN, values_BCN = respond.without_gone(ranked_BN, values_BCN)
+    may_B = [not itself and is_counted(status) and not query for status, query in zip(status_B, queried, strict=True)]
+    return explorer(ranked_BN, values_BCN, top_k_B, may_B)

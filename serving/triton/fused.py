@@ -15,7 +15,7 @@ import numpy as np
 
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
 from serving.runtime.drift import counts_of_worker
-from serving.runtime.explore import Explorer
+from serving.runtime.explore import Explorer, explored
 from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
@@ -24,9 +24,8 @@ from serving.triton import impressions
 from serving.triton.answers import Answers
 from serving.triton.batch import Batch
 from serving.triton.drift import count_answer, count_requests
-from serving.triton.explore import explored
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
-from serving.triton.stage import Counts, ParsedRequest, Stage, asks_itself, refused, search_options, strings
+from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
 
 WAY_BACK_MS = 10  # from the answer to the client where processors are short
@@ -149,7 +148,7 @@ class RecommendModel(Stage):
         start = 0
         for request in batch.requests:
             stop = start + len(request.rows)
-            if not asks_itself(request.request):
+            if not request.itself:
                 self.counts.answered(status_B[start:stop], level.name.lower())
             start = stop
 
@@ -197,11 +196,11 @@ class RecommendModel(Stage):
             ranked, of_ranked, propensities = ranked_BN[start:stop], values_BCN[start:stop], None
             if self.explorer is not None:
                 ranked, of_ranked, propensities = explored(
-                    self.explorer, self.pipeline.respond, request.request, ranked, of_ranked, top_k, status[:, 0],
+                    self.explorer, self.pipeline.respond, request.itself, ranked, of_ranked, top_k, status[:, 0],
                     queried,
                 )  # fmt: skip
             values = self.pipeline.respond(ranked, of_ranked, top_k, status[:, 0])
-            count_answer(self.drift, request.request, values, status[:, 0], queried)
+            count_answer(self.drift, request.itself, values, status[:, 0], queried)
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
             values.append(status)

@@ -18,7 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from serving.runtime.drift import counts_of_worker
 from serving.runtime.events import event_status, parse_event, parse_id
-from serving.runtime.explore import Explorer
+from serving.runtime.explore import Explorer, explored
 from serving.runtime.response import ResponseStage
 from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import (
@@ -32,7 +32,6 @@ from serving.runtime.stages import (
 from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses
 from serving.triton import impressions
 from serving.triton.drift import count_answer, count_requests
-from serving.triton.explore import explored
 from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
 from serving.triton.stage import (
     Counts,
@@ -104,7 +103,7 @@ class FeatureTransformModel(Stage):
             values.append(self._search_for(request, inputs[0]))
         if self.shown_to:
             values.append(impressions.shown_to(request, began_ms))
-        if not asks_itself(request.request):
+        if not request.itself:
             self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)
 
@@ -256,13 +255,13 @@ class ResponseModel(Stage):
                 options = [search_options(request)] * len(results)
                 ranked, values = self.search_ranking.rows(results, ranked, values, options)
                 understood = [strings([text for _, _, text in results])]
-        propensities = None
+        propensities, itself = None, asks_itself(request)
         if self.explorer is not None:
             ranked, values, propensities = explored(
-                self.explorer, self.respond, request, ranked, values, top_k[:, 0], status[:, 0], queried
+                self.explorer, self.respond, itself, ranked, values, top_k[:, 0], status[:, 0], queried
             )
         shown = self.respond(ranked, values, top_k[:, 0], status[:, 0])
-        count_answer(self.drift, request, shown, status[:, 0], queried)
+        count_answer(self.drift, itself, shown, status[:, 0], queried)
         if self.impressions:
             rows = tensor_of(request, contract.SHOWN_TO)[:, 0].tolist()
             self.impressions.put(request, rows, shown[0], shown[1], status[:, 0], propensities)
