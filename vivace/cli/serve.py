@@ -164,8 +164,7 @@ def serve(
         trace_rate=trace_rate,
         log=log_file or run.server_log,
         verbose=verbose,
-        impressions=impressions,
-        impressions_every_s=impressions_every,
+        **dict(impressions=impressions, impressions_every_s=impressions_every),  # type: ignore[arg-type]
         explore=explore,
         variant=variant,
         guard=guard and shard is None,

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from serving.runtime.explore import FEW, Explorer, chances
+from serving.repository import CHECKOUT_REPOSITORY
 from serving.server_options import ServerOptions
 from serving.service import check_options
 from serving.wheel import ServerError
@@ -104,10 +105,9 @@ def test_an_estimate_by_the_logged_chances_is_unbiased_and_one_without_them_is_n
         assert truth - without.value > without.high - without.low, name
 
 
-def test_exploring_what_nobody_could_learn_from_is_refused(root):
+def test_exploring_what_nobody_could_learn_from_is_refused():
     ports = dict(http_port=0, grpc_port=0, metrics_port=0)
-    repository = root / "model_repository"
     with pytest.raises(ServerError, match="--explore: expected --impressions with it"):
-        check_options(ServerOptions(repository, explore=0.02, **ports), 0)
+        check_options(ServerOptions(CHECKOUT_REPOSITORY, explore=0.02, **ports), 0)
     with pytest.raises(ValueError, match=r"--explore: expected 0 % to 20% of the places, got 0.5 of 1"):
-        check_options(ServerOptions(repository, explore=0.5, impressions=True, **ports), 0)
+        check_options(ServerOptions(CHECKOUT_REPOSITORY, explore=0.5, impressions=True, **ports), 0)
