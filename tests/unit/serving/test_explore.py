@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from serving.runtime.explore import FEW, Explorer, chances
 from serving.repository import CHECKOUT_REPOSITORY
+from serving.runtime.explore import FEW, Explorer, chances
 from serving.server_options import ServerOptions
 from serving.service import check_options
 from serving.wheel import ServerError
