@@ -19,6 +19,7 @@ from serving.server_options import ServerOptions
 from serving.shards.servers import check_shard, check_stages, shard_count
 from serving.start_checks import (
     check_cache,
+    check_explore,
     check_exposure,
     check_log,
     check_path,
@@ -75,6 +76,7 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     elif shard_count(options.repository):
         check_stages(options.repository, options.profile)
     check_variant(options.variant, options.impressions)
+    check_explore(options.explore, options.impressions, options.answer_cache is not None)
     check_trace_url(options.trace_url)
     check_store(options.store)
     if options.log is not None:

@@ -22,6 +22,7 @@ from serving.door.options import AccessOptions, DoorOptions
 from serving.releases import HELD, is_free
 from serving.repository import models, read_config
 from serving.runtime.cache_settings import CacheSettings
+from serving.runtime.explore import check_share
 from serving.segments import SHM, SHM_PREFIX, Segments
 from serving.wheel import ServerError
 from vivace import contract
@@ -240,6 +241,17 @@ def check_variant(variant: str, impressions: bool) -> None:
         raise ServerError(f"--variant {variant}: expected --impressions with it, the log that names it")
     if variant == contract.TRIAL:
         raise ServerError(f"--variant {contract.TRIAL}: 'vivace rollout' calls its arm so; choose another name")
+
+
+def check_explore(share: float, impressions: bool, answer_cache: bool) -> None:
+    """Raises ServerError or ValueError for an exploration that nobody could learn from."""
+    check_share(share)
+    if share and not impressions:
+        raise ServerError("--explore: expected --impressions with it, the log of what was shown and with which chance")
+    if share and answer_cache:
+        raise ServerError(
+            "--explore: goes without --answer-cache-mb, as an answer given again leaves nothing to chance"
+        )
 
 
 def sweep_leftovers() -> None:

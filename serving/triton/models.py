@@ -19,6 +19,7 @@ import triton_python_backend_utils as pb_utils
 from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, AnswerSamples
 from serving.runtime.drift import counts_of_worker
 from serving.runtime.events import event_status, parse_event, parse_id
+from serving.runtime.explore import Explorer, explored
 from serving.runtime.response import ResponseStage
 from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import (
@@ -104,7 +105,7 @@ class FeatureTransformModel(Stage):
             values.append(self._search_for(request, inputs[0]))
         if self.shown_to:
             values.append(impressions.shown_to(request, began_ms, self.sampled))
-        if not asks_itself(request.request):
+        if not request.itself:
             self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)
 
@@ -228,6 +229,7 @@ class ResponseModel(Stage):
         self.ids, self.values, *_ = self.inputs  # the contract's order: response_inputs
         self.impressions = impressions.Impressions(self.folder.name, self.inputs)
         self.drift = counts_of_worker(self.beside(contract.ENSEMBLE))
+        self.explorer = Explorer.of_worker(self.folder)
         self.search_ranking = None
         if contract.FOUND.name in self.inputs:
             from search.online import SearchRanking, unpack
@@ -257,11 +259,16 @@ class ResponseModel(Stage):
                 options = [search_options(request)] * len(results)
                 ranked, values = self.search_ranking.rows(results, ranked, values, options)
                 understood = [strings([text for _, _, text in results])]
+        propensities, itself = None, asks_itself(request)
+        if self.explorer is not None:
+            ranked, values, propensities = explored(
+                self.explorer, self.respond, itself, ranked, values, top_k[:, 0], status[:, 0], queried
+            )
         shown = self.respond(ranked, values, top_k[:, 0], status[:, 0])
-        count_answer(self.drift, request, shown, status[:, 0], queried)
+        count_answer(self.drift, itself, shown, status[:, 0], queried)
         if self.impressions:
             rows = tensor_of(request, contract.SHOWN_TO)[:, 0].tolist()
-            self.impressions.put(request, rows, shown[0], shown[1], status[:, 0])
+            self.impressions.put(request, rows, shown[0], shown[1], status[:, 0], propensities_BK=propensities)
         return answer(request, self.outputs, [*shown, *understood])
 
 

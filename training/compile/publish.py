@@ -6,16 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from preprocessing.features import REQUEST_GRAPH, Features
+from preprocessing.sequences import WHOLE
 from search import published as search
 from serving import repository
 from serving.runtime.encoded import ENCODER, POPULAR, ROWS
+from serving.runtime.explore import COUNTS_FILE
 from serving.runtime.fresh import GRAPH, STATE_GRAPH
 from serving.runtime.item_index import GROUPS, INDEX
 from serving.runtime.new_items import FILES as NEW_ITEM_FILES
 from training.compile.engine import Engine
 from training.compile.shards import shard_file
 from training.compile.targets import files as plans
+from training.data.counters import popularity
 from training.data.drift import reference
 from training.judge.evaluate import brings_test
 from training.presets import Preset
@@ -76,7 +81,7 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
     fresh_graphs = [GRAPH, *([STATE_GRAPH] if tensors.context or tensors.amounts else [])] if tensors.fresh else []
     names = (*NEW_ITEM_FILES, SCHEMA_FILE) if tensors.fresh else ()
     fresh = {contract.UPDATE_STORE: {name: folder / name for name in names}}
-    response = {ITEMS_FILE: folder / ITEMS_FILE, **of_search.pop(contract.RESPONSE, {})}
+    response = {**{name: folder / name for name in (ITEMS_FILE, COUNTS_FILE)}, **of_search.pop(contract.RESPONSE, {})}
     return {
         contract.FEATURE_TRANSFORM: {
             "transform.onnx": features.folder / REQUEST_GRAPH,
@@ -107,6 +112,8 @@ def publish(
     write_text(folder / ITEMS_FILE, json.dumps(features.items()[contract.ITEM].tolist(), ensure_ascii=False))
     write_text(folder / SCHEMA_FILE, json.dumps(schema.to_json()))
     write_json(folder / run.card_file.name, card)
+    counts_V = popularity(features.files(WHOLE if run.has(FINAL) else "train"), tensors.items)
+    np.save(folder / COUNTS_FILE, np.minimum(counts_V, 255).astype(np.uint8))
     learned = run.has(FINAL) and not brings_test(features)
     if (then := reference(features, preset, tensors, Engine(folder, tensors), learned)) is not None:
         then.save(folder / DRIFT_FILE)
