@@ -27,7 +27,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 from serving.door.rollout import Split
 from serving.runtime.answer_samples import Answer, unpacked
-from serving.runtime.team_draft import winner
+from serving.runtime.team_draft import NOBODY, winner
 from vivace.contract import TRIAL
 from vivace.sequential import Comparison, Plan, Preference, Rate, compare, preferred
 from vivace.store.interface import FeatureStore
@@ -248,7 +248,7 @@ class Compared:
         shown.clicked.add(item)
         self._sums[1, int(shown.on_trial), shown.unit] += 1
         if shown.answer.teams:
-            served = next((team for team in shown.answer.teams if team != self._tried), "")
+            served = next((team for team in shown.answer.teams if team not in (NOBODY, self._tried)), NOBODY)
             won = winner(shown.answer.teams, [i in shown.clicked for i in shown.answer.items], served)
             self._sums[2, 1, shown.unit] += abs(won) - abs(shown.won)
             self._sums[3, 1, shown.unit] += (won > 0) - (shown.won > 0)

@@ -42,7 +42,8 @@ class Listener:
 
 class Answer(NamedTuple):
     """What one row was answered. ``who``: its user, or the session of someone anonymous. ``score``: of the first item,
-    0 where there is none. ``teams``: the version that picked each item; none where no two were interleaved."""
+    0 where there is none. ``teams``: the version that a click on each item speaks for; none where no two were
+    interleaved."""
 
     request_id: str
     who: str

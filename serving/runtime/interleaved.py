@@ -69,7 +69,7 @@ class Interleaved:
         self, served: Sequence[np.ndarray], tried: Sequence[np.ndarray], row_ids: Sequence[str]
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Of the answers of both to one request, each ITEM_ID (object [B, K]), SCORE and the heads (float32 [B, K]):
-        what is shown, in the same order and types, and the version that picked each item, object of str [B, K]."""
+        what is shown, in the same order and types, and the version that each click speaks for, object of str [B, K]."""
         both = (served, tried)
         rankings = [[[item for item in row if item] for row in of[0].tolist()] for of in both]
         shown = max(of[0].shape[1] for of in both)
@@ -83,7 +83,7 @@ class Interleaved:
         for row, drafted in enumerate(drafts):
             count = len(drafted.items)
             items[row, :count] = drafted.items
-            teams[row, :count] = [self.teams[team] for team in drafted.teams]
+            teams[row, :count] = drafted.credited(self.teams)
             for value, *of_both in zip(values, served[1:], tried[1:], strict=True):
                 picks = zip(drafted.teams, drafted.places, strict=True)
                 value[row, :count] = [of_both[team][row, place] for team, place in picks]

@@ -40,7 +40,7 @@ class ResponseStage:
         named[fresh] = names
         return named
 
-    def _without_gone(self, ranked_BN: np.ndarray, values_BCN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def without_gone(self, ranked_BN: np.ndarray, values_BCN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What may still be answered: an index is told only so many ids, and a query finds what it finds."""
         if self._catalogue is None:
             return ranked_BN, values_BCN
@@ -65,7 +65,7 @@ class ResponseStage:
 
         A row whose status is an error answers nothing.
         """
-        ranked_BN, values_BCN = self._without_gone(ranked_BN, values_BCN)
+        ranked_BN, values_BCN = self.without_gone(ranked_BN, values_BCN)
         if len(ranked_BN) == 1:  # a single row answers exactly what there is
             live = np.count_nonzero(ranked_BN[0])  # PADDING_ID is 0 and stands at the end
             k = 0 if status_B[0].startswith(STATUS_ERROR.encode()) else max(0, min(int(top_k_B[0]), live))

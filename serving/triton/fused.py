@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
+from serving.runtime.drift import counts_of_worker
+from serving.runtime.explore import Explorer, explored
 from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleaved, both_statuses, settings_of
 from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
@@ -22,8 +24,9 @@ from serving.runtime.stages import with_reason
 from serving.triton import impressions
 from serving.triton.answers import Answers
 from serving.triton.batch import Batch
+from serving.triton.drift import count_answer, count_requests
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
-from serving.triton.stage import Counts, ParsedRequest, Stage, asks_itself, refused, search_options, strings
+from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
 from vivace.impressions.queue import row_ids, usable_id
 
@@ -50,6 +53,8 @@ class RecommendModel(Stage):
             cache = CacheSettings.read(settings)
             self.answers = Answers(cache, self.pipeline, store, repository, self.parameters)
         self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
+        self.drift = counts_of_worker(self.folder, self.pipeline.shapes, self.pipeline.transform.moment.columns)
+        self.explorer = Explorer.of_worker(self.beside(contract.RESPONSE))
         pipelines = [self.pipeline, *([self.interleaved.pipeline] if self.interleaved is not None else [])]
         for of_pipelines in zip(*(pipeline.warm(self.largest) for pipeline in pipelines), strict=True):
             self.overload.done(of_pipelines[0][0], self.largest, sum(seconds for _, seconds in of_pipelines))
@@ -73,6 +78,8 @@ class RecommendModel(Stage):
 
     def finalize(self) -> None:
         self.impressions.close()
+        if self.drift is not None:
+            self.drift.close()
 
     def _level(self, batch: Batch, rows: int) -> Level:
         """The level at which these are answered: under load, one at which half of those with a deadline keep it. The
@@ -119,6 +126,7 @@ class RecommendModel(Stage):
     def _computed(self, batch: Batch, level: Level, known: Known | None) -> None:
         """Answers what is at hand by the models. ``known``: what the stores know of its rows, None to read it."""
         inputs, statuses = self.pipeline.transform(batch.rows, known)
+        count_requests(self.drift, batch.requests, inputs)
         status_B, arrays = np.array(statuses, object), inputs
         ranked_count = self.pipeline.ranked
         if level == Level.POPULAR:
@@ -149,7 +157,7 @@ class RecommendModel(Stage):
         start = 0
         for request in batch.requests:
             stop = start + len(request.rows)
-            if not asks_itself(request.request):
+            if not request.itself:
                 self.counts.answered(status_B[start:stop], level.name.lower())
             start = stop
 
@@ -200,14 +208,22 @@ class RecommendModel(Stage):
         for request in batch.requests:
             stop = start + len(request.rows)
             # what the server asks itself is of the version on trial alone: by that it is judged
-            drafts = self.interleaved is not None and not asks_itself(request.request)
+            drafts = self.interleaved is not None and not request.itself
             status_of = both_statuses(status_B[start:stop], served[2][start:stop]) if drafts else status_B[start:stop]
             rows = zip(request.errors, status_of, strict=True)
             status = strings(
                 [f"{contract.STATUS_ERROR}{error}" if error else with_reason(status, reason) for error, status in rows]
             )
             top_k = np.array([row.top_k for row in request.rows])
-            values = self.pipeline.respond(ranked_BN[start:stop], values_BCN[start:stop], top_k, status[:, 0])
+            queried = [bool(row.query) for row in request.rows]
+            ranked, of_ranked, propensities = ranked_BN[start:stop], values_BCN[start:stop], None
+            if self.explorer is not None and not drafts:  # who picked a place of a draft is not explored
+                ranked, of_ranked, propensities = explored(
+                    self.explorer, self.pipeline.respond, request.itself, ranked, of_ranked, top_k, status[:, 0],
+                    queried,
+                )  # fmt: skip
+            values = self.pipeline.respond(ranked, of_ranked, top_k, status[:, 0])
+            count_answer(self.drift, request.itself, values, status[:, 0], queried)
             request_id, teams_BK = "", None
             if drafts and self.interleaved is not None:
                 beside = self.interleaved.pipeline.respond(
@@ -218,7 +234,7 @@ class RecommendModel(Stage):
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
             values.append(status)
-            self._shown(batch, request, values, request_id, teams_BK)
+            self._shown(batch, request, values, request_id, teams_BK, propensities)
             if self.answers is not None and len(request.rows) == 1:
                 batch.answers[request.place] = values
             batch.answer(request, answer(request.request, self.outputs, values))
@@ -226,10 +242,10 @@ class RecommendModel(Stage):
 
     def _shown(
         self, batch: Batch, request: ParsedRequest, values: list[np.ndarray], request_id: str = "",
-        teams_BK: np.ndarray | None = None,
+        teams_BK: np.ndarray | None = None, propensities_BK: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """Puts what a request is answered among the impressions: see ``Impressions.put``."""
         if self.impressions:
             viewers = impressions.viewers(request, batch.began_ms)
-            status_B = values[-1][:, 0]
-            self.impressions.put(request.request, viewers, values[0], values[1], status_B, request_id, teams_BK)
+            shown = (values[0], values[1], values[-1][:, 0])
+            self.impressions.put(request.request, viewers, *shown, request_id, teams_BK, propensities_BK)

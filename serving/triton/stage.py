@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +171,11 @@ class ParsedRequest:
             self.errors = [row_error or str(error) for row_error in self.errors]
         self.options: SearchOptions | None = None
         self.understood = [""] * len(self.rows)
+
+    @cached_property
+    def itself(self) -> bool:
+        """See ``asks_itself``."""
+        return asks_itself(self.request)
 
     @property
     def has_query(self) -> bool:

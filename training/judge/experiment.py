@@ -218,7 +218,8 @@ class Teams:
 
 def teams(file: Path, plan: Plan, top_k: int = 10) -> list[Teams]:
     """What the clicks on interleaved answers say, of each two versions in a joined log; none where nothing was
-    interleaved. A click on one of the first ``top_k`` places counts for the version that picked the item."""
+    interleaved. A click on one of the first ``top_k`` places counts for the version that picked the item, where the
+    draft tells them apart."""
     if TEAM not in pq.read_schema(file).names:  # joined before there were teams
         return []
     columns = [REQUEST_ID, USER, SESSION, MODEL_VERSION, CLICKED, TEAM]

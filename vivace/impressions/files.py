@@ -52,7 +52,7 @@ SCHEMA = pa.schema(
         (MODEL_VERSION, pa.string()),
         (LATENCY, pa.float32()),  # from the first stage's begin to the answer
         (STATUS, pa.string()),
-        (TEAM, _list(pa.string())),  # version that picked this item, "" where no two were interleaved
+        (TEAM, _list(pa.string())),  # version that a click on this item speaks for; "" for none
     ]
 )
 SUFFIX, PARTIAL = ".parquet", ".partial"

@@ -50,7 +50,7 @@ JOINED = pa.schema(
         (CLICKED, pa.bool_()),  # whether there is an event of it
         (EVENT, pa.string()),  # type of the first; null where there is none
         (EVENT_TIME, pa.int64()),  # and when it was, Unix ms
-        (TEAM, pa.string()),  # version that picked it; "" where no two were interleaved
+        (TEAM, pa.string()),  # version that a click on it speaks for; "" for none
     ]
 )
 LOG_EVENTS = 5_000_000  # of the store's log that are looked at, the newest

@@ -158,7 +158,7 @@ def test_its_users_get_drafts_of_both_versions_and_the_log_names_the_teams(two):
             of = [heads[team][item] for team, item in zip(drafted.teams, drafted.items, strict=True)]
             assert got.heads["click"] == pytest.approx(of, abs=1e-4)
         row = logged(run.root, got.request_id)
-        assert row["team"] == ["12"[team] for team in drafted.teams]
+        assert row["team"] == drafted.credited("12")
         assert (row["items"], row["variant"], row["model_version"]) == (got.items, "trial", "2")
         other = next(user for user in USERS if user not in users)
         assert logged(run.root, grpc.recommend(other, HISTORY, 5).request_id)["team"] == [""] * 5

@@ -70,6 +70,23 @@ def test_rankings_that_are_alike_win_alike_and_one_that_is_better_wins():
     assert gained[0] / gained.sum() > 0.5 + 4 * 0.5 / np.sqrt(gained.sum())
 
 
+def test_a_place_that_shows_the_same_whichever_way_its_coin_falls_tells_nothing():
+    drafted = draft(list("abcd"), list("abdc"), 4, "r")
+    assert drafted.tells == [False, False, True, True]
+    assert draft(list("abc"), list("axy"), 3, "r").tells == [False, True, True]
+    assert draft(list("ab"), list("ab"), 2, "r").tells == [False, False]
+
+
+@pytest.mark.parametrize("second", ["bcxyz", "axbyc", "xabcy", "abcyx"])
+def test_clicks_by_chance_speak_for_no_team_whatever_the_rankings(second):
+    """By all coins there are: at each place each team picked half of what is counted there."""
+    of_coins = {tuple(coins(f"r{n}", 3)): draft(list("abxcd"), list(second), 5, f"r{n}") for n in range(400)}
+    assert len(of_coins) == 8
+    for place in range(5):
+        lead = [(2 * d.teams[place] - 1) * d.tells[place] for d in of_coins.values()]
+        assert sum(lead) == 0, (place, lead)
+
+
 def test_who_got_more_clicks_wins_and_a_tie_says_nothing():
     teams = ["1", "2", "2", "1"]
     assert winner(teams, [True, False, False, False], "1") == -1
