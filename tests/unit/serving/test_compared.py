@@ -91,6 +91,10 @@ def test_clicks_count_for_what_was_shown_to_those_who_saw_it(listening):
     assert compared._sums[2:, 1].sum(1).tolist() == [1, 1]  # a request that either version won, and this one did
     store.append([Event(mine, "a", "click", 2, "e8", request_id="r1")])
     wait_until(lambda: compared._sums[2:, 1].sum(1).tolist() == [0, 0], "a tie")
+    store.append([Event(other, "c", "click", 3, "e9", request_id="r9")])
+    time.sleep(1.2)  # a worker with little to do hands its answers over later than a click may come
+    put(served, "r9", other, "abcd", 1.0)
+    wait_until(lambda: compared.clicks().served.value == 2 / 8, "a click that came early")
     compared.step(Split("s", 0.9))
     assert math.isnan(compared.clicks().tried.value)  # another step, other users
 
