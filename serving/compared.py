@@ -187,12 +187,13 @@ class Compared:
         with contextlib.ExitStack() as life:
             while not self._over.is_set():
                 with contextlib.suppress(TimeoutError):
-                    self._take(self._socket.recv(BUFFER))
+                    self.take(self._socket.recv(BUFFER))
                 if time.monotonic() - self._looked >= EVENTS_S:
                     self._looked = time.monotonic()
                     self._read_events(life)
 
-    def _take(self, raw: bytes) -> None:
+    def take(self, raw: bytes) -> None:
+        """A datagram of a worker; what is none is left out."""
         try:
             on_trial, answers = unpacked(raw)
         except (ValueError, TypeError, msgpack.UnpackException) as error:

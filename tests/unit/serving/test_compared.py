@@ -46,8 +46,7 @@ def put(sampler: AnswerSamples, request_id: str, who: str, items: str, score: fl
     of = np.array([list(teams)], object) if teams else None
     row = (who, "", b"", 1_000.0, "")
     sampler.put(request_id, [row], shown, np.full(shown.shape, score, np.float32), [b"ok"], 1_004.0, of)
-    sampler._sent = -1.0
-    sampler.hand_over()
+    sampler.hand_over(at_once=True)
     time.sleep(0.005)  # of a datagram a few times a second none waits
 
 
@@ -109,8 +108,7 @@ def test_two_servers_choose_the_same_requests_where_there_are_too_many(tmp_path)
                 sampler.put(f"{turn} {n}", [("u", "", b"", 1.0, "")], items, scores, [b"ok"], 2.0, None)
             assert len(sampler._waiting) <= MOST
             chosen.append({a.request_id for a in sampler._waiting})
-            sampler._sent = -1.0
-            sampler.hand_over()
+            sampler.hand_over(at_once=True)
         sampler.close()
     assert chosen[3] == chosen[7] and 5 < len(chosen[3]) < MOST  # one in eight by now
 
