@@ -20,7 +20,7 @@ import numpy as np
 
 from serving.runtime.explore import COUNTS_FILE, FEW
 from serving.runtime.response import ResponseStage
-from serving.runtime.rules import BLOCK, BOOST, BURY, CAP, NEW, PIN, Rule, RulesError, Where, parse_rules
+from serving.runtime.rules import BLOCK, BOOST, BURY, CAP, NEW, PIN, Rule, RulesError, Where, deal_places, parse_rules
 from vivace.contract import FIRST_ID, STATUS_ERROR, STATUS_RULES, DataSchema
 
 log = logging.getLogger("vivace.rules")
@@ -210,7 +210,7 @@ class Rules:
     @property
     def exact(self) -> bool:
         """Whether places are given out by rules, so that nothing else may be put in them."""
-        return self._book is not None and any(rule.do in (PIN, CAP, NEW) for rule in self._book.rules)
+        return self._book is not None and deal_places(self._book.rules)
 
     def __call__(
         self, ranked_BN: np.ndarray, values_BCN: np.ndarray, top_k_B: np.ndarray, queried_B: Sequence[bool],
@@ -261,7 +261,7 @@ def _apply(book: _Book, chosen: list[int], ranked_N: np.ndarray, values_CN: np.n
         if (holds[order[:here]] & changed).any() or (holds[without[:here]] & changed).any():
             told.add(i)
     rules = [(i, book.rules[i]) for i in chosen]
-    if any(rule.do in (PIN, CAP, NEW) for _, rule in rules):
+    if deal_places(rule for _, rule in rules):
         places = _Dealing(book, rules, ids, order, told).places(top_k)
         _put(ranked_N, values_CN, *_with_values(places, values_CN, order))
     else:

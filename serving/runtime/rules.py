@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,11 @@ class Rule:
 
     def applies(self, queried: bool) -> bool:
         return self.of == ALL or (self.of == SEARCHES) == queried
+
+
+def deal_places(rules: Iterable[Rule]) -> bool:
+    """Whether places are given out by rules, so that nothing else may be put in them."""
+    return any(rule.do in (PIN, CAP, NEW) for rule in rules)
 
 
 def parse_rules(text: str, schema: DataSchema) -> tuple[Rule, ...]:
