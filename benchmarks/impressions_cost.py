@@ -11,6 +11,7 @@ log's own work in this process: processor time of the queue and of the file, a r
 from __future__ import annotations
 
 import shutil
+import socket
 import tempfile
 import time
 from collections import defaultdict
@@ -25,10 +26,14 @@ from benchmarks.tables import record_line
 from benchmarks.turns import in_turns, spread, with_spread
 from loadtest.generate.generator import LoadRun, at_rate, messages, run
 from loadtest.generate.local_server import grpc_address, on_free_ports
+from serving.compared import Compared
+from serving.door.rollout import Split
 from serving.launcher import TritonServer
+from serving.runtime.answer_samples import MOST, AnswerSamples, Listener
 from vivace.impressions.files import Part, parts
 from vivace.impressions.queue import CHUNK, Shown, folder_of, packed_viewer, table_of
 from vivace.run import Run
+from vivace.sequential import Plan
 
 SEED, SLO_MS, WARM_S = 7, 1000.0, 1.0
 OWN_REQUESTS = 20_000
@@ -77,7 +82,32 @@ def own_work_us(top_k: int) -> dict[str, float]:
         tables = [table_of(shown[start : start + CHUNK], "a", "1") for start in range(0, len(shown), CHUNK)]
         Part(Path(folder)).write(pa.concat_tables(tables).combine_chunks())
         behind = time.process_time() - began
-    return {"waited_us": 1e6 * waited / OWN_REQUESTS, "thread_us": 1e6 * behind / OWN_REQUESTS}
+    return {"waited_us": 1e6 * waited / OWN_REQUESTS, "thread_us": 1e6 * behind / OWN_REQUESTS} | _sampled_us(shown)
+
+
+def _sampled_us(shown: list[Shown]) -> dict[str, float]:
+    """The same while a version is on trial: of the worker that samples its answers, and of who compares them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "answers"
+        sampler = AnswerSamples(Listener(str(path), False).to_json())
+        listens = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        listens.bind(str(path))
+        handed = list[bytes]()
+        began = time.process_time()
+        for number, answer in enumerate(shown):
+            sampler.put(*answer[:7])
+            if number % (MOST - 1) == MOST - 2:  # as many as it hands over while all are chosen
+                sampler.hand_over(at_once=True)
+                handed.append(listens.recv(1 << 20))
+        sampled = time.process_time() - began
+        sampler.close()
+        listens.close()
+        compared = Compared(path, Split("s", 0.1), 2, lambda: None, Plan())  # type: ignore[arg-type,return-value]
+        began = time.process_time()
+        for raw in handed:
+            compared.take(raw)
+        behind = time.process_time() - began
+    return {"sampled_us": 1e6 * sampled / OWN_REQUESTS, "compared_us": 1e6 * behind / OWN_REQUESTS}
 
 
 def main(

@@ -33,7 +33,7 @@ from vivace.sequential import Comparison, Plan, Preference, Rate, compare, prefe
 from vivace.store.interface import FeatureStore
 
 log = logging.getLogger(__name__)
-KEPT = 20_000  # answers that wait for a copy or a click
+KEPT = 40_000  # answers that wait for a copy or a click, and requests whose clicks came before their answers did
 UNITS = 1 << 16  # users are summed in so many groups, by a hash
 RECENT, RECENT_S = 20_000, 300.0  # answers of each version that are looked at
 EVENTS_S = 1.0  # between two looks at the live events
@@ -124,6 +124,7 @@ class Compared:
         self._path, self._split, self._tried, self._open, self.plan = path, split, str(tried), store, plan
         self._recent = {on_trial: deque[tuple[float, int, float]](maxlen=RECENT) for on_trial in (False, True)}
         self._shown, self._copies = OrderedDict[str, Shown](), OrderedDict[str, Answer]()
+        self._early = OrderedDict[str, list[str]]()  # clicks of answers that a worker has not handed over yet
         self._pairs: deque[tuple[float, float, float, float]] = deque(maxlen=RECENT)
         self._lock, self._over = threading.Lock(), threading.Event()
         self._sums = np.zeros((4, 2, UNITS))  # shown, clicked, decided, won; of the served version and the one on trial
@@ -153,6 +154,7 @@ class Compared:
             self._split = split
             self._sums[:] = 0
             self._shown.clear()
+            self._early.clear()
 
     # -- for those who ask ---------------------------------------------------------------------------
     def side(self, on_trial: bool) -> Side:
@@ -185,12 +187,13 @@ class Compared:
         with contextlib.ExitStack() as life:
             while not self._over.is_set():
                 with contextlib.suppress(TimeoutError):
-                    self._take(self._socket.recv(BUFFER))
+                    self.take(self._socket.recv(BUFFER))
                 if time.monotonic() - self._looked >= EVENTS_S:
                     self._looked = time.monotonic()
                     self._read_events(life)
 
-    def _take(self, raw: bytes) -> None:
+    def take(self, raw: bytes) -> None:
+        """A datagram of a worker; what is none is left out."""
         try:
             on_trial, answers = unpacked(raw)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
@@ -213,6 +216,8 @@ class Compared:
             _keep(self._shown, answer.request_id, Shown(on_trial, unit, answer))
             if on_trial or not self._split.takes(answer.who):  # those of the trial whom its server could not answer
                 self._sums[0, int(on_trial), unit] += len(answer.items)
+            for item in self._early.pop(answer.request_id, ()):
+                self._click(self._shown[answer.request_id], item)
         copy, shown = self._copies.get(answer.request_id), self._shown.get(answer.request_id)
         if copy is not None and shown is not None:
             del self._copies[answer.request_id]
@@ -236,9 +241,12 @@ class Compared:
             return
         with self._lock:
             for event in events:
-                shown = self._shown.get(event.request_id) if event.request_id else None
-                if shown is not None:
+                if not event.request_id:
+                    continue
+                if (shown := self._shown.get(event.request_id)) is not None:
                     self._click(shown, event.item_id)
+                else:
+                    _keep(self._early, event.request_id, [*self._early.get(event.request_id, ()), event.item_id])
 
     def _click(self, shown: Shown, item: str) -> None:
         if item in shown.clicked or item not in shown.answer.items:

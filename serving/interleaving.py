@@ -9,6 +9,7 @@ from serving.repository import models, read_config
 from serving.runtime.interleaved import Interleave, differing
 from serving.runtime.rules import deal_places
 from serving.server_options import ServerOptions
+from serving.shards.servers import shard_count
 from serving.start_checks import check_rules
 from serving.wheel import ServerError
 from vivace import contract
@@ -21,6 +22,8 @@ def interleaving(options: ServerOptions, release: Path, salt: str) -> ServerOpti
     process, without caches of answers, as a draft is of one request. Raises ServerError where the two answer other
     outputs, ValueError where a version has no profile that runs as one process."""
     served = options.repository.resolve()
+    if any(shard_count(folder) for folder in (served, release)):
+        raise ServerError("--interleave: expected versions that were compiled without --shards: one process runs both")
     profile = options.profile if contract.RETRIEVAL not in models(served, options.profile) else ONE_PROCESS
     configs = [read_config(folder, contract.ENSEMBLE, profile) for folder in (served, release)]
     if why := differing(*(config.output for config in configs)):

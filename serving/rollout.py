@@ -223,10 +223,14 @@ class Rollout:
         """Brings the version up and sends it its first users. Raises ServerError, DamagedError or ValueError where it
         does not come up or is not accepted."""
         self.fleet.begin_trial(release, accept, say, self.plan.salt if self.plan.interleave else "")
-        self._compare()
-        self._note(f"version {self.plan.version}: {self._words()}")
-        say(self._lines[-1])
-        self._apply()
+        try:
+            self._compare()
+            self._note(f"version {self.plan.version}: {self._words()}")
+            say(self._lines[-1])
+            self._apply()
+        except BaseException as error:
+            self.stop(f"{error}")
+            raise
 
     def look(self) -> bool:
         """Judges, and takes the next step when it is due; whether all steps are over and the version shall be served to

@@ -102,9 +102,9 @@ class AnswerSamples:
             teams = [] if teams_BK is None else teams_BK[row, : len(items)].tolist()
             self._waiting.append(Answer(ids[row], user or session, made_ms - began_ms, items, score, teams))
 
-    def hand_over(self) -> None:
+    def hand_over(self, at_once: bool = False) -> None:
         now = time.monotonic()
-        if self._to is None or not self._waiting or now - self._sent < HAND_OVER_S:
+        if self._to is None or not self._waiting or (now - self._sent < HAND_OVER_S and not at_once):
             return
         # of as many as fit, and chosen alike in both servers: half of what there was where it was too much
         if len(self._waiting) >= MOST:

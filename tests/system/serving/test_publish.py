@@ -106,7 +106,7 @@ def test_versions_come_and_go_under_load_and_no_call_is_lost(run):
         assert callers.errors == []
         assert {tuple(items) for _, items in callers.answers} == {
             tuple(before[0][:5]),
-            tuple(items_of(run, second, fleet)),
+            tuple(items_of(second, fleet)),
         }
         assert answer(fleet) == before, "the earlier version answers bit for bit as it did"
         with PatientClient(f"127.0.0.1:{ports_of(fleet)['grpc']}") as client:
@@ -118,10 +118,9 @@ def test_versions_come_and_go_under_load_and_no_call_is_lost(run):
         assert answer(fleet) == before
 
 
-def items_of(run: Run, release: Path, fleet: Fleet, count: int = 5) -> list[str]:
-    """The first of ``release``, whose ids mean the items of the first version in reverse order."""
-    first = releases(run.repository)[0]
-    old, new = (json.loads(next(r.glob("response/*/items.json")).read_text()) for r in (first, release))
+def items_of(release: Path, fleet: Fleet, count: int = 5) -> list[str]:
+    """The first of ``release``, whose ids mean other items than those of the served version."""
+    old, new = (json.loads(next(r.glob("response/*/items.json")).read_text()) for r in (fleet.release, release))
     return [new[old.index(item)] for item in answer(fleet)[0][:count]]
 
 

@@ -46,8 +46,7 @@ def put(sampler: AnswerSamples, request_id: str, who: str, items: str, score: fl
     of = np.array([list(teams)], object) if teams else None
     row = (who, "", b"", 1_000.0, "")
     sampler.put(request_id, [row], shown, np.full(shown.shape, score, np.float32), [b"ok"], 1_004.0, of)
-    sampler._sent = -1.0
-    sampler.hand_over()
+    sampler.hand_over(at_once=True)
     time.sleep(0.005)  # of a datagram a few times a second none waits
 
 
@@ -91,6 +90,10 @@ def test_clicks_count_for_what_was_shown_to_those_who_saw_it(listening):
     assert compared._sums[2:, 1].sum(1).tolist() == [1, 1]  # a request that either version won, and this one did
     store.append([Event(mine, "a", "click", 2, "e8", request_id="r1")])
     wait_until(lambda: compared._sums[2:, 1].sum(1).tolist() == [0, 0], "a tie")
+    store.append([Event(other, "c", "click", 3, "e9", request_id="r9")])
+    time.sleep(1.2)  # a worker with little to do hands its answers over later than a click may come
+    put(served, "r9", other, "abcd", 1.0)
+    wait_until(lambda: compared.clicks().served.value == 2 / 8, "a click that came early")
     compared.step(Split("s", 0.9))
     assert math.isnan(compared.clicks().tried.value)  # another step, other users
 
@@ -105,8 +108,7 @@ def test_two_servers_choose_the_same_requests_where_there_are_too_many(tmp_path)
                 sampler.put(f"{turn} {n}", [("u", "", b"", 1.0, "")], items, scores, [b"ok"], 2.0, None)
             assert len(sampler._waiting) <= MOST
             chosen.append({a.request_id for a in sampler._waiting})
-            sampler._sent = -1.0
-            sampler.hand_over()
+            sampler.hand_over(at_once=True)
         sampler.close()
     assert chosen[3] == chosen[7] and 5 < len(chosen[3]) < MOST  # one in eight by now
 
