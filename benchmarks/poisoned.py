@@ -38,7 +38,7 @@ from serving.acceptance import Acceptance, recorded_calls
 from serving.door.rollout import Split
 from serving.fleet import Fleet
 from serving.merged_metrics import scraped
-from serving.releases import seal, version_of
+from serving.releases import put_in_use, seal, version_of
 from serving.rollout import Plan, Rollout, Sample
 from serving.wheel import ServerError
 from vivace import contract
@@ -288,12 +288,13 @@ def main(
                 }
                 for name, (poison, wrong) in poisons.items():
                     release = published_again(copy)
+                    put_in_use(served, copy.repository)
                     poison(release)
                     seal(release)
                     before = accepted(fleet, release, Acceptance(recorded_calls(copy)))
                     row = {"before": before, **tried(fleet, release, visitors, share, seconds, wrong)}
                     rows[name] = row
-                    console.print(name, row)
+                    console.print(name, {key: value for key, value in row.items() if key != "compared"})
                     shutil.rmtree(release, ignore_errors=True)
         assert fleet.release == served
     print(

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from training.judge.counterfactual import UNIT, counterfactual
-from training.judge.places import examined
-from vivace.columns import CLICKED, ITEM, POSITION
-from vivace.impressions.files import REQUEST_ID
+from training.judge.places import examined, examined_in
+from vivace.columns import CLICKED, ITEM, POSITION, TIME, USER
+from vivace.impressions.files import CONTEXT, QUERY, REQUEST_ID, VARIANT
 from vivace.impressions.joined import PROPENSITY
 from vivace.sequential import Plan, Rate, compare, preferred
 
@@ -107,6 +107,24 @@ def test_how_often_a_place_is_looked_at_is_within_5_per_cent_of_what_was_planted
     clicked = rng.random(len(pair)) < looked[place] * taste[pair]
     assert examined(pair, place, clicked, 5)[:4] == pytest.approx(looked, rel=0.05)
     assert math.isnan(examined(pair, place, clicked, 5)[4])  # nothing was shown there
+
+
+def test_places_are_compared_within_a_moment_alone(tmp_path):
+    """A ranker that reads the device puts an item first where it is wanted, and second where it is not."""
+    rng, looked, rows = np.random.default_rng(2), np.array([1.0, 0.5]), []
+    for number in range(12_000):
+        wanted, is_first = number % 2 == 0, rng.random() < (0.8 if number % 2 == 0 else 0.2)
+        appeal = 0.5 if wanted else 0.1
+        rows.append({
+            REQUEST_ID: f"r{number}", VARIANT: "a", USER: f"u{number // 8}", TIME: 1000, QUERY: "",
+            CONTEXT: '{"device": "phone"}' if wanted else "", ITEM: "x", POSITION: 2 - is_first,
+            CLICKED: rng.random() < appeal * looked[1 - is_first],
+        })  # fmt: skip
+    pd.DataFrame(rows).to_parquet(tmp_path / "joined.parquet")
+    assert examined_in(tmp_path / "joined.parquet", 2) == pytest.approx(looked, rel=0.06)
+    of_one = pd.DataFrame(rows).assign(**{CONTEXT: ""})
+    of_one.to_parquet(tmp_path / "joined.parquet")
+    assert examined_in(tmp_path / "joined.parquet", 2)[1] < 0.4  # without the context it is off by far
 
 
 def log_of(rng: np.random.Generator, requests: int) -> tuple[pd.DataFrame, pd.DataFrame, float]:
