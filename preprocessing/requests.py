@@ -43,7 +43,7 @@ class RecordedRequest:
         return self.items if self.types is None else list(zip(self.items, self.types, strict=True))
 
 
-def _words(features: Features, column: str, null: str | None) -> np.ndarray:
+def words_of(features: Features, column: str, null: str | None) -> np.ndarray:
     """Raw values of a categorical column by id, object; ``null`` for none."""
     file = features.folder / "workflow" / "categories" / f"unique.{column}.parquet"
     known = pd.read_parquet(file, columns=[column])[column].tolist()
@@ -53,7 +53,7 @@ def _words(features: Features, column: str, null: str | None) -> np.ndarray:
 def _contexts(features: Features, frame: pd.DataFrame) -> list[str]:
     """CONTEXT of each request, JSON: its categorical columns, null where the log had none."""
     columns = features.context.categoricals
-    words = {name: _words(features, name, None)[frame[contract.target_column(name)].to_numpy()] for name in columns}
+    words = {name: words_of(features, name, None)[frame[contract.target_column(name)].to_numpy()] for name in columns}
     return [json.dumps({name: words[name][i] for name in columns}, ensure_ascii=False) for i in range(len(frame))]
 
 
@@ -79,7 +79,7 @@ def record(
         }
     )
     if types:
-        words = _words(features, contract.EVENT, "")
+        words = words_of(features, contract.EVENT, "")
         out[contract.EVENT] = [words[t].tolist() for t in frame[contract.EVENT]]
     if targets:
         out[CONTEXT] = _contexts(features, frame)

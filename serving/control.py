@@ -3,6 +3,7 @@
     artifacts/<run>/servers/<pid>.json      where the server of that process listens, and what it serves
 
 GET /           what is served, as JSON
+GET /drift      ``serving.drift.Drift.report``; /drift/3: of the hour three hours ago
 POST /serve     {"version": 4}: serve that version; lines of text as it goes on, the last one JSON: {"error": "" or why}
 POST /scale     {"replicas": 3}: so many servers; answered alike, as are the others
 POST /rollout   a ``serving.rollout.Plan``: try a version
@@ -17,6 +18,7 @@ import json
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
@@ -25,7 +27,6 @@ from typing import Any
 
 from serving.acceptance import Acceptance, recorded_calls
 from serving.fleet import Fleet
-from serving.process import living
 from serving.releases import put_in_use, releases, remember_served, version_of
 from serving.rollout import Plan, Rollout
 from serving.unix_http import UnixHandler, UnixServer
@@ -33,11 +34,12 @@ from serving.wheel import ServerError
 from vivace.http_pool import UnixConnection
 from vivace.manifest import write_json
 from vivace.run import Run
+from vivace.running import ASK_S, Running, running
 
-ASK_S = 5.0
 LONGEST_S = 600.0  # of a change of versions
 MAX_BODY = 1 << 16
 SERVE, SCALE, ROLLOUT, PROMOTE, WITHDRAW = "serve", "scale", "rollout", "promote", "withdraw"
+DRIFT = "drift"
 ENDED = "the server ended before that was done"
 NO_TRIAL = "no version is on trial; 'vivace rollout start' puts one"
 
@@ -149,6 +151,7 @@ class Control:
         return {
             "version": version_of(self.fleet.release), "release": str(self.fleet.release),
             "profile": server.options.profile, "ready": self.fleet.ready, "grpc_port": server.grpc_port,
+            "http_port": server.http_port, "address": server.address,
             "replicas": len(self.fleet.replicas), "rollout": self.rollout.state() if self.rollout else None,
         }  # fmt: skip
 
@@ -171,6 +174,12 @@ class _Handler(UnixHandler):
     control: Control
 
     def do_GET(self) -> None:  # noqa: N802  # the name that http.server calls
+        kind, _, hours = self.path.strip("/").partition("/")
+        if kind == DRIFT and (not hours or hours.isdecimal()):
+            drift = self.control.fleet.drift
+            drift.look(time.time())
+            self.answer(200, json.dumps(drift.report(int(hours or 0))).encode())
+            return
         self.answer(200, json.dumps(self.control.state()).encode())
 
     def do_POST(self) -> None:  # noqa: N802
@@ -210,12 +219,20 @@ def control_socket(fleet: Fleet) -> Iterator[Control]:
 
 # -- the other side ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class RunningServer:
-    """A server of a run, as it says itself."""
+class RunningServer(Running):
+    """A server of a run, and what it is told to do."""
 
-    pid: int
-    socket: Path
-    state: dict[str, Any]
+    def drift(self, hours: int) -> list[dict[str, Any]]:
+        """``serving.drift.Drift.report``; raises ServerError where it does not answer."""
+        connection = UnixConnection(self.socket, ASK_S)
+        try:
+            connection.request("GET", f"/{DRIFT}/{hours}")
+            report: list[dict[str, Any]] = json.loads(connection.getresponse().read())
+        except (OSError, HTTPException, ValueError) as error:
+            raise ServerError(f"server {self.pid}: does not say how its requests drift: {error}") from None
+        finally:
+            connection.close()
+        return report
 
     def serve(self, version: int, say: Callable[[str], None]) -> None:
         """Has it serve a version; raises ServerError with its reason where it does not."""
@@ -261,16 +278,5 @@ class RunningServer:
 
 
 def running_servers(run: Run) -> list[RunningServer]:
-    """Servers of ``run`` that answer; word of those that are gone is removed."""
-    servers = []
-    for word in sorted(run.servers.glob("*.json")):
-        try:
-            said = json.loads(word.read_text())
-            with contextlib.closing(UnixConnection(Path(said["socket"]), ASK_S)) as connection:
-                connection.request("GET", "/")
-                state = json.loads(connection.getresponse().read())
-            servers.append(RunningServer(int(said["pid"]), Path(said["socket"]), state))
-        except (OSError, HTTPException, ValueError, KeyError):
-            if not living(int(word.stem)):
-                word.unlink(missing_ok=True)
-    return servers
+    """Servers of ``run`` that answer."""
+    return [RunningServer(server.pid, server.socket, server.state) for server in running(run)]

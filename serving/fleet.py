@@ -23,6 +23,7 @@ from serving.door.keeper import DoorKeeper
 from serving.door.options import DoorOptions
 from serving.door.process import Door
 from serving.door.statistics import DoorStatistics
+from serving.drift import Drift
 from serving.interleaving import interleaving
 from serving.launcher import TritonServer
 from serving.merged_metrics import TritonMetrics
@@ -105,6 +106,8 @@ class Fleet:
         )
         for result in ("done", "refused"):
             self._swaps.labels(result)
+        self.drift = Drift(self.counting)
+        self.registry.register(self.drift)  # type: ignore[arg-type]  # it collects, which is all that is needed
         self.registry.register(ShardMetrics(lambda: self.shards.servers))  # type: ignore[arg-type]
         self.registry.register(DoorStatistics(lambda path: self.door.ask("GET", path) if self.door is not None else ""))
 
@@ -113,6 +116,7 @@ class Fleet:
         try:
             self._make_private()
             self._start()
+            self._life.enter_context(self.drift)
         except BaseException:
             self.__exit__()
             raise
@@ -171,7 +175,8 @@ class Fleet:
         probe = TritonServer(self.options)
         ports = {"--http-port": probe.http_port, "--grpc-port": probe.grpc_port, "--metrics-port": probe.metrics_port}
         check_ports(probe.host, ports)
-        listens = door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port)
+        ports_of = (probe.http_port, probe.grpc_port, probe.metrics_port)
+        listens = door_options(probe.host, *ports_of, self.options.shard)
         return Door(listens, self.private, self.options.access)
 
     def _started(self, options: ServerOptions, place: int | str, aside: bool = False) -> Replica:
@@ -213,6 +218,10 @@ class Fleet:
 
     def _metrics_sockets(self) -> dict[str, Path]:
         return {name: r.server.sockets.metrics for name, r in self.by_name().items() if r.server.sockets is not None}
+
+    def counting(self) -> list[tuple[Path, Path]]:
+        """(version, folder of its workers' counts for drift) of each server."""
+        return [(r.server.release, r.server.drift) for r in self._all() if r.server.drift is not None]
 
     def _all(self) -> list[Replica]:
         return [*self.replicas, *filter(None, [self.trial, self._candidate])]

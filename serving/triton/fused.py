@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
+from serving.runtime.drift import counts_of_worker
 from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleaved, both_statuses, settings_of
 from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
@@ -22,6 +23,7 @@ from serving.runtime.stages import with_reason
 from serving.triton import impressions
 from serving.triton.answers import Answers
 from serving.triton.batch import Batch
+from serving.triton.drift import count_answer, count_requests
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
 from serving.triton.stage import Counts, ParsedRequest, Stage, asks_itself, refused, search_options, strings
 from vivace import contract
@@ -50,6 +52,7 @@ class RecommendModel(Stage):
             cache = CacheSettings.read(settings)
             self.answers = Answers(cache, self.pipeline, store, repository, self.parameters)
         self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
+        self.drift = counts_of_worker(self.folder, self.pipeline.shapes, self.pipeline.transform.moment.columns)
         pipelines = [self.pipeline, *([self.interleaved.pipeline] if self.interleaved is not None else [])]
         for of_pipelines in zip(*(pipeline.warm(self.largest) for pipeline in pipelines), strict=True):
             self.overload.done(of_pipelines[0][0], self.largest, sum(seconds for _, seconds in of_pipelines))
@@ -73,6 +76,8 @@ class RecommendModel(Stage):
 
     def finalize(self) -> None:
         self.impressions.close()
+        if self.drift is not None:
+            self.drift.close()
 
     def _level(self, batch: Batch, rows: int) -> Level:
         """The level at which these are answered: under load, one at which half of those with a deadline keep it. The
@@ -119,6 +124,7 @@ class RecommendModel(Stage):
     def _computed(self, batch: Batch, level: Level, known: Known | None) -> None:
         """Answers what is at hand by the models. ``known``: what the stores know of its rows, None to read it."""
         inputs, statuses = self.pipeline.transform(batch.rows, known)
+        count_requests(self.drift, batch.requests, inputs)
         status_B, arrays = np.array(statuses, object), inputs
         ranked_count = self.pipeline.ranked
         if level == Level.POPULAR:
@@ -208,6 +214,7 @@ class RecommendModel(Stage):
             )
             top_k = np.array([row.top_k for row in request.rows])
             values = self.pipeline.respond(ranked_BN[start:stop], values_BCN[start:stop], top_k, status[:, 0])
+            count_answer(self.drift, request.request, values, status[:, 0], [bool(row.query) for row in request.rows])
             request_id, teams_BK = "", None
             if drafts and self.interleaved is not None:
                 beside = self.interleaved.pipeline.respond(

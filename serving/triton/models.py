@@ -17,6 +17,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, AnswerSamples
+from serving.runtime.drift import counts_of_worker
 from serving.runtime.events import event_status, parse_event, parse_id
 from serving.runtime.response import ResponseStage
 from serving.runtime.sharded import ShardedRetrieval
@@ -28,8 +29,9 @@ from serving.runtime.stages import (
     search_for,
     with_reason,
 )
-from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses
+from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses, credentials_from
 from serving.triton import impressions
+from serving.triton.drift import count_answer, count_requests
 from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
 from serving.triton.stage import (
     Counts,
@@ -66,12 +68,14 @@ class FeatureTransformModel(Stage):
         self.search, self.counts = bool(shapes.search), Counts()
         self.samples, self.sampled = AnswerSamples(os.environ.get(ANSWERS, "")), False  # of the last stage
         self.shown_to = contract.SHOWN_TO.name in self.outputs  # a repository of before it does without
+        self.drift = counts_of_worker(self.beside(contract.ENSEMBLE), shapes, self.transform.moment.columns)
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         began_ms, self.sampled = time.time() * 1000, self.samples.on()
         parsed = [ParsedRequest(i, request, self.transform.moment.columns) for i, request in enumerate(requests)]
         inputs, status = self.transform([row for request in parsed for row in request.rows])
+        count_requests(self.drift, parsed, inputs)
         now_ms, responses, start = time.time() * 1000, [], 0
         for request in parsed:
             stop = start + len(request.rows)
@@ -80,6 +84,10 @@ class FeatureTransformModel(Stage):
             start = stop
         self.counts.hand_over()
         return responses
+
+    def finalize(self) -> None:
+        if self.drift is not None:
+            self.drift.close()
 
     def _answer(
         self, request: ParsedRequest, inputs: list[np.ndarray], status: list[str], began_ms: float, now_ms: float
@@ -141,7 +149,9 @@ class ShardedRetrievalModel(Stage):
             )
         addresses = ShardAddresses.parse(told, shapes.shards)
         wait_s = int(os.environ.get(WAIT_ENV, WAIT_MS)) / 1000
-        self.asked, self.counts = RemoteShards(addresses, self.folder.name, shapes, wait_s), ShardCounts()
+        credentials = credentials_from(os.environ)
+        self.asked = RemoteShards(addresses, self.folder.name, shapes, wait_s, credentials=credentials)
+        self.counts = ShardCounts()
         self.retrieve = ShardedRetrieval(self.folder, shapes, self.asked)
 
     @each_by_itself
@@ -217,6 +227,7 @@ class ResponseModel(Stage):
         self.respond = ResponseStage.from_file(self.folder / "items.json", self.catalogue())
         self.ids, self.values, *_ = self.inputs  # the contract's order: response_inputs
         self.impressions = impressions.Impressions(self.folder.name, self.inputs)
+        self.drift = counts_of_worker(self.beside(contract.ENSEMBLE))
         self.search_ranking = None
         if contract.FOUND.name in self.inputs:
             from search.online import SearchRanking, unpack
@@ -231,20 +242,23 @@ class ResponseModel(Stage):
 
     def finalize(self) -> None:
         self.impressions.close()
+        if self.drift is not None:
+            self.drift.close()
 
     def _answer(self, request: Any) -> Any:
         ranked, values = tensor_of(request, self.ids), tensor_of(request, self.values)
         status, top_k = tensor_of(request, contract.STATUS), tensor_of(request, contract.TOP_K)
-        understood = []
+        understood, queried = [], [False] * len(ranked)
         if self.search_ranking is not None:
             packed = tensor_of(request, contract.FOUND)[:, 0]
             understood = [packed[:, None]]
-            if any(packed):
+            if any(queried := [bool(p) for p in packed]):
                 results = [self.unpack(p) for p in packed]
                 options = [search_options(request)] * len(results)
                 ranked, values = self.search_ranking.rows(results, ranked, values, options)
                 understood = [strings([text for _, _, text in results])]
         shown = self.respond(ranked, values, top_k[:, 0], status[:, 0])
+        count_answer(self.drift, request, shown, status[:, 0], queried)
         if self.impressions:
             rows = tensor_of(request, contract.SHOWN_TO)[:, 0].tolist()
             self.impressions.put(request, rows, shown[0], shown[1], status[:, 0])
@@ -267,6 +281,7 @@ class AppendEventModel(Stage):
         context = transform / CONTEXT_FILE
         self.columns = ContextColumns.load(context) if context.exists() else ContextColumns()
         self.live = self.catalogue(self.events)
+        self.drift = counts_of_worker(self.beside(contract.ENSEMBLE))
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -285,6 +300,8 @@ class AppendEventModel(Stage):
             lengths = {}
             for i, _ in accepted:
                 responses[i] = failure(error)
+        if self.drift is not None and lengths:
+            self.drift.clicked(sum(bool(event.request_id) for event in stored))
         for i, events in accepted if lengths else ():
             length = np.array([[lengths[e.user_id]] for e in events], np.int32)
             values = {

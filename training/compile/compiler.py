@@ -63,7 +63,7 @@ from vivace.onnx_session import open_session
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RECORDED_PARTS, REFERENCE, RETRIEVAL, SEARCH, Run
 
 FOLD_ITEMS = 100_000  # items up to which the ranker's table of five numbers for one of the embedding is worth it
-LAYOUT = 9  # of the stages' tensors and the recorded requests: what has another layout is compiled again
+LAYOUT = 10  # of the stages' tensors and the recorded requests: what has another layout is compiled again
 RECORDED_REQUESTS = 5000
 Tables = Literal["fp32", "int8"]
 Index = Literal["", "HNSW32", "HNSW32_SQ8"]
@@ -381,7 +381,7 @@ def _compile(work: Compilation, reference: Run, step: Step) -> dict[str, Any]:
     gate = verdict.record() if verdict else "not asked: float32, by parity"
     card = model_card(work.features, run, tensors, step.seed, work.parity)
     card |= {"precision": config.precision, "tables": config.tables, "gate": gate}
-    version = publish(work.features, run, step.folder, tensors, card)
+    version = publish(work.features, work.preset, run, step.folder, tensors, card)
     work.say(f"published version {version} in {run.repository}")
     for profile in repository.tuned_for(run):
         work.say(

@@ -13,10 +13,15 @@ from serving.runtime.encoded import ENCODER, POPULAR, ROWS
 from serving.runtime.fresh import GRAPH, STATE_GRAPH
 from serving.runtime.item_index import GROUPS, INDEX
 from serving.runtime.new_items import FILES as NEW_ITEM_FILES
+from training.compile.engine import Engine
 from training.compile.shards import shard_file
 from training.compile.targets import files as plans
+from training.data.drift import reference
+from training.judge.evaluate import brings_test
+from training.presets import Preset
 from vivace import contract
 from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColumns
+from vivace.drift import FILE as DRIFT_FILE
 from vivace.live import RECENT
 from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
@@ -58,6 +63,7 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
     """What goes into the new version, by model and name."""
     built, of_search = plans(folder), search.files_of(run.root)
     shards = range(tensors.shards)
+    drift = [DRIFT_FILE] if (folder / DRIFT_FILE).exists() else []
     there = [ROWS] if (folder / ROWS).exists() else []
     if tensors.shards:
         retrieval = {name: folder / name for name in (ENCODER, POPULAR)}
@@ -88,17 +94,22 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
         contract.RESPONSE: response,
         **of_search,
         **fresh,
-        contract.ENSEMBLE: {run.card_file.name: folder / run.card_file.name},
+        contract.ENSEMBLE: {name: folder / name for name in (run.card_file.name, *drift)},
     }
 
 
-def publish(features: Features, run: Run, folder: Path, tensors: contract.StageTensors, card: dict[str, Any]) -> int:
-    """Writes items, schema and card beside the graphs in ``folder`` and puts all into the model repository; returns the
-    version."""
+def publish(
+    features: Features, preset: Preset, run: Run, folder: Path, tensors: contract.StageTensors, card: dict[str, Any]
+) -> int:
+    """Writes items, schema, card and what drift is held to beside the graphs in ``folder`` and puts all into the model
+    repository; returns the version."""
     schema, gate = features.schema, finite(plain(card["gate"]))
     write_text(folder / ITEMS_FILE, json.dumps(features.items()[contract.ITEM].tolist(), ensure_ascii=False))
     write_text(folder / SCHEMA_FILE, json.dumps(schema.to_json()))
     write_json(folder / run.card_file.name, card)
+    learned = run.has(FINAL) and not brings_test(features)
+    if (then := reference(features, preset, tensors, Engine(folder, tensors), learned)) is not None:
+        then.save(folder / DRIFT_FILE)
     if tensors.rising:
         features.stream(features.context if tensors.counted else ContextColumns()).save(
             folder / RECENT, features.log_number()

@@ -14,6 +14,7 @@ from vivace.cli.compile import compile_
 from vivace.cli.compress import compress
 from vivace.cli.demo import demo
 from vivace.cli.doctor import doctor
+from vivace.cli.drift import drift
 from vivace.cli.errors import reported
 from vivace.cli.evaluate import evaluate
 from vivace.cli.experiment import experiment
@@ -49,7 +50,7 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Data": (init_mapping, prepare),
     "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
     "Serving": (serve, publish, rollback, versions, scale, refresh, forget, tune, load),
-    "Looking": (query,),
+    "Looking": (query, drift),
 }
 
 

@@ -13,6 +13,7 @@ import tritonclient.grpc as grpcclient
 
 from loadtest.generate.generator import messages, run
 from preprocessing.requests import recorded
+from serving.drift import Drift
 from serving.fleet import warm_up
 from serving.runtime.by_length import chunks
 from serving.runtime.overload import Level, Overload
@@ -48,6 +49,21 @@ def test_what_one_process_shows_is_logged(fused, root):
     row = logged(root, answer.request_id)
     assert (row["user_id"], row["items"], row["status"]) == ("someone fused", answer.items, answer.status)
     assert (row["scores"], row["context"]) == (answer.scores.tolist(), '{"device": "tv"}')
+
+
+def test_one_process_counts_what_its_requests_look_like(fused, root):
+    server, drift = fused[0], Drift(lambda: [(fused[0].release, fused[0].drift)])
+    history = [i for h in recorded(root).head(5)[contract.ITEM] for i in h][:5]
+    with PatientClient(f"{server.host}:{server.grpc_port}") as client:
+        client.recommend("", history, 3)
+
+    def rows() -> list[dict]:
+        drift.look(time.time())
+        counted = [row for row in drift.report()[0]["features"] if row["requests"]]
+        return counted if len(counted) == 8 else []
+
+    names = {row["feature"] for row in wait_until(rows, "8 features counted")}
+    assert {"history length", "newest type", "context device", "score", "probability buy"} <= names
 
 
 def test_one_process_answers_as_the_ensemble_does(fused, served, root):

@@ -1,0 +1,36 @@
+"""What is counted for drift, between Triton's requests and the counts of a worker.
+
+Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils``, by ``stage``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from serving.runtime.drift import DriftCounts
+from serving.triton.stage import ParsedRequest, asks_itself
+
+
+def count_requests(counts: DriftCounts | None, requests: Sequence[ParsedRequest], inputs: Sequence[np.ndarray]) -> None:
+    """``inputs``: the feature transform's tensors of the rows of ``requests``. What a server asks itself is left
+    out."""
+    if counts is None:
+        return
+    queried = [bool(row.query) for request in requests for row in request.rows]
+    theirs = [not asks_itself(request.request) for request in requests]
+    if all(theirs):
+        counts.requests(inputs, queried)
+    elif any(theirs):
+        rows = np.flatnonzero(np.repeat(theirs, [len(request.rows) for request in requests]))
+        counts.requests([tensor[rows] for tensor in inputs], [queried[row] for row in rows])
+
+
+def count_answer(
+    counts: DriftCounts | None, request: Any, shown: Sequence[np.ndarray], status_B: np.ndarray, queried: Sequence[bool]
+) -> None:
+    """ITEM_ID and the values of its items, STATUS (object [B] of bytes) and whether each row has a query."""
+    if counts is not None and not asks_itself(request):
+        counts.answered(shown, status_B.tolist(), queried)
