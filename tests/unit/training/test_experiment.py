@@ -75,13 +75,12 @@ def test_three_per_cent_are_seen_at_the_size_that_is_planned():
 def test_a_preference_by_hand():
     won = np.concatenate([np.full(60, 1.0), np.zeros(40), [0.0]])
     decided = np.concatenate([np.ones(100), [0.0]])  # who decided nothing counts for nothing
-    plan = Plan(effect=0.5)
-    seen = preferred(won, decided, plan)
+    seen, plan = preferred(won, decided, Plan(effect=0.1)), Plan(effect=1.1**4 - 1)  # of the odds
     variance = 0.6 * 0.4 / 99
     assert seen.share == 0.6 and seen.high - 0.6 == pytest.approx(plan.radius(16 * variance) / 4)
     assert seen.p_value == pytest.approx(plan.p_value(0.4, 16 * variance)) and seen.verdict == "no difference seen"
     assert seen.users_needed == math.ceil(100 * (plan.information * 16 * variance - 1))
-    assert math.isnan(preferred(won[:99], decided[:99], plan).share)  # too few
+    assert math.isnan(preferred(won[:99], decided[:99], Plan()).share)  # too few
 
 
 @pytest.mark.parametrize("share", [0.5, 0.55], ids=["A/A", "better"])
