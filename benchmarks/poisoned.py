@@ -231,7 +231,7 @@ def tried(
         rollout.look()
         time.sleep(0.05)
     ended, compared = time.monotonic(), rollout.state()["compared"]
-    why = rollout.result.partition(": ")[2]
+    clicks, why = compared["clicks"], rollout.result.partition(": ")[2]
     if not why:
         rollout.stop("nothing ended it")
     reached = [
@@ -240,7 +240,8 @@ def tried(
     return {
         "ended_s": round(ended - began, 1) if why else None, "why": why, "users": len({user for user, _ in reached}),
         "answers": len(reached), "wrong": sum(wrong(answer) for _, answer in reached),
-        "failed": sum(began < at < ended for at, _ in list(visitors.errors)), "compared": compared,
+        "failed": sum(began < at < ended for at, _ in list(visitors.errors)), "clicks": clicks,
+        "score_shift": compared["score_shift"],
     }  # fmt: skip
 
 
@@ -294,9 +295,9 @@ def main(
                     before = accepted(fleet, release, Acceptance(recorded_calls(copy)))
                     row = {"before": before, **tried(fleet, release, visitors, share, seconds, wrong)}
                     rows[name] = row
-                    console.print(name, {key: value for key, value in row.items() if key != "compared"})
+                    console.print(name, row)
                     shutil.rmtree(release, ignore_errors=True)
-        assert fleet.release == served
+                    assert fleet.release == served
     print(
         record_line(
             "poisoned versions", data=root.name, profile=profile, qps=qps, share=share, limit_s=seconds,
