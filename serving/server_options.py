@@ -11,6 +11,7 @@ from serving.door.options import AccessOptions
 from serving.process import server_environment
 from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, Listener
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
+from serving.runtime.explore import ENVIRONMENT as EXPLORE
 from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleave
 from serving.shard_addresses import CA_ENV, CERT_ENV, SHARDS_ENV, WAIT_ENV, WAIT_MS
 from serving.wheel import python_library, wheel_folder
@@ -47,6 +48,7 @@ class ServerOptions:
     restricted: bool = False
     impressions: bool = False  # what is shown is logged in the run's folder
     impressions_every_s: float = 60.0  # and written as often: so much of it goes with a process that is killed
+    explore: float = 0.0  # share of places that show new items (``serving.runtime.explore``)
     variant: str = ""  # what the log calls this server's arm of an experiment
     store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
     access: AccessOptions = field(default=AccessOptions())  # of the guard
@@ -75,6 +77,7 @@ def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     answers = options.answers
     env[ANSWERS] = "" if answers is None else Listener(str(answers), options.variant == TRIAL).to_json()
     env[INTERLEAVE] = "" if options.interleave is None else options.interleave.to_json()
+    env[EXPLORE] = f"{options.explore:g}" if options.explore else ""
     if options.shards:
         env |= {SHARDS_ENV: options.shards, WAIT_ENV: str(options.shard_wait_ms)}
     env |= shard_environment(options)

@@ -22,6 +22,9 @@ from serving.door.options import AccessOptions, DoorOptions
 from serving.releases import HELD, is_free
 from serving.repository import models, read_config
 from serving.runtime.cache_settings import CacheSettings
+from serving.runtime.explore import check_share
+from serving.runtime.ruled import SCHEMA
+from serving.runtime.rules import RulesError, parse_rules, rules_file
 from serving.segments import SHM, SHM_PREFIX, Segments
 from serving.wheel import ServerError
 from vivace import contract
@@ -240,6 +243,32 @@ def check_variant(variant: str, impressions: bool) -> None:
         raise ServerError(f"--variant {variant}: expected --impressions with it, the log that names it")
     if variant == contract.TRIAL:
         raise ServerError(f"--variant {contract.TRIAL}: 'vivace rollout' calls its arm so; choose another name")
+
+
+def check_rules(release: Path) -> None:
+    """Raises ServerError for business rules that say nothing that can be done, or that a version of before them would
+    not follow."""
+    file = rules_file(release)
+    if not file.exists():
+        return
+    schemas = sorted(release.glob(f"{contract.RESPONSE}/*/{SCHEMA}"))
+    if not schemas:
+        raise ServerError(f"{file}: {release.name} was made before there were rules; run 'vivace compile' again")
+    try:
+        parse_rules(file.read_text(encoding="utf-8"), contract.DataSchema.load(schemas[0]))
+    except (RulesError, OSError, UnicodeDecodeError) as error:
+        raise ServerError(f"{file}: {error}") from None
+
+
+def check_explore(share: float, impressions: bool, answer_cache: bool) -> None:
+    """Raises ServerError or ValueError for an exploration that nobody could learn from."""
+    check_share(share)
+    if share and not impressions:
+        raise ServerError("--explore: expected --impressions with it, the log of what was shown and with which chance")
+    if share and answer_cache:
+        raise ServerError(
+            "--explore: goes without --answer-cache-mb, as an answer given again leaves nothing to chance"
+        )
 
 
 def sweep_leftovers() -> None:

@@ -8,17 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow.parquet as pq
+import tritonclient.grpc as grpcclient
 
 from preprocessing.features import Features
 from serving.server_options import ServerOptions
-from vivace.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError
-from vivace.contract import USER
+from vivace.client import AsyncVivaceClient, Recommendation, VivaceClient, VivaceError, inputs_of
+from vivace.contract import ENSEMBLE, HISTORY, USER
 from vivace.manifest import CHECKOUT
 
+AT_ONCE = 30  # rows of a request
 T = TypeVar("T")
 LOGS: dict[str, Any] = {"impressions": True, "impressions_every_s": 1.0, "variant": "b"}  # options of a server
 PATIENCE_S = 180.0  # far beyond what any machine takes: who waits so long has failed
@@ -134,3 +138,20 @@ async def patiently(call: Callable[[], Awaitable[T]]) -> T:
 
 def patient_async_client(url: str, protocol: str = "grpc") -> AsyncVivaceClient:
     return AsyncVivaceClient(url, protocol, timeout_s=PATIENCE_S)
+
+
+def recommend_rows(server: Any, rows: list[list[tuple[Any, np.ndarray]]], request_id: str = "") -> list[Any]:
+    """Answers to ``request_tensors`` of each row, as few requests of ``AT_ONCE`` rows; their ids are ``request_id``
+    and a number."""
+    results = []
+    with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as raw:
+        for start in range(0, len(rows), AT_ONCE):
+            columns = list(zip(*rows[start : start + AT_ONCE], strict=True))
+            histories = np.full((len(columns[2]), max(v.shape[1] for _, v in columns[2])), b"", object)
+            for row, (_, history) in enumerate(columns[2]):
+                histories[row, : history.shape[1]] = history
+            columns[2] = ((HISTORY, histories),)
+            inputs = inputs_of(grpcclient, [(c[0][0], np.concatenate([v for _, v in c])) for c in columns])
+            id_ = request_id and f"{request_id}-{start // AT_ONCE}"
+            results.append(patient(partial(raw.infer, ENSEMBLE, inputs, request_id=id_)))
+    return results

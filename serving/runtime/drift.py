@@ -98,7 +98,7 @@ class DriftCounts:
         file = folder / f"{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
         self._slots = np.memmap(file, np.float64, "w+", shape=(reference.slots,))
         self._requests: deque[tuple[Inputs, list[bool]]] = deque(maxlen=WAITING)
-        self._answers: deque[tuple[list[float], float]] = deque(maxlen=WAITING)
+        self._answers: deque[tuple[list[np.ndarray], Sequence[bytes], Sequence[bool]]] = deque(maxlen=WAITING)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="drift", daemon=True)
         self._thread.start()
@@ -110,13 +110,8 @@ class DriftCounts:
 
     def answered(self, shown: Sequence[np.ndarray], statuses: Sequence[bytes], queried: Sequence[bool]) -> None:
         """ITEM_ID, then the values [B, K] that each item is answered with, and STATUS of the rows."""
-        if not shown[0].shape[1]:
-            return
-        values = shown[1 : 1 + len(self.reference.answers)]
-        for row, status in enumerate(statuses):
-            if is_counted(status) and not queried[row]:
-                expected = float(values[1][row].sum()) if len(values) > 1 else 0.0
-                self._answers.append(([float(v[row, 0]) for v in values], expected))
+        values = [v.copy() for v in shown[1 : 1 + len(self.reference.answers)]]  # views of Triton's memory
+        self._answers.append((values, statuses, queried))
 
     def clicked(self, events: int) -> None:
         """So many events that name the request whose answer they are of."""
@@ -155,13 +150,17 @@ class DriftCounts:
                 self._add(feature.name, feature.counted(values[feature.name]))
 
     def _count_answers(self) -> None:
-        taken = [self._answers.popleft() for _ in range(len(self._answers))]
-        if not taken:
-            return
-        values_CB = np.array([values for values, _ in taken]).T
-        for feature, values_B in zip(self.reference.answers, values_CB, strict=True):
-            self._add(feature.name, feature.counted(values_B))
-        self._slots[EXPECTED] += sum(expected for _, expected in taken)
+        first: list[list[float]] = []
+        expected = 0.0
+        for _ in range(len(self._answers)):
+            values, statuses, queried = self._answers.popleft()
+            for row in range(len(statuses)) if values[0].shape[1] else ():
+                if is_counted(statuses[row]) and not queried[row]:
+                    first.append([v[row, 0] for v in values])
+                    expected += values[1][row].sum() if len(values) > 1 else 0.0
+        for feature, values_n in zip(self.reference.answers, np.array(first).T, strict=True) if first else ():
+            self._add(feature.name, feature.counted(values_n))
+        self._slots[EXPECTED] += expected
 
 
 def counts_of_worker(

@@ -6,12 +6,11 @@ Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from serving.runtime.drift import DriftCounts
-from serving.triton.stage import ParsedRequest, asks_itself
+from serving.triton.stage import ParsedRequest
 
 
 def count_requests(counts: DriftCounts | None, requests: Sequence[ParsedRequest], inputs: Sequence[np.ndarray]) -> None:
@@ -20,7 +19,7 @@ def count_requests(counts: DriftCounts | None, requests: Sequence[ParsedRequest]
     if counts is None:
         return
     queried = [bool(row.query) for request in requests for row in request.rows]
-    theirs = [not asks_itself(request.request) for request in requests]
+    theirs = [not request.itself for request in requests]
     if all(theirs):
         counts.requests(inputs, queried)
     elif any(theirs):
@@ -29,8 +28,10 @@ def count_requests(counts: DriftCounts | None, requests: Sequence[ParsedRequest]
 
 
 def count_answer(
-    counts: DriftCounts | None, request: Any, shown: Sequence[np.ndarray], status_B: np.ndarray, queried: Sequence[bool]
-) -> None:
-    """ITEM_ID and the values of its items, STATUS (object [B] of bytes) and whether each row has a query."""
-    if counts is not None and not asks_itself(request):
+    counts: DriftCounts | None, itself: bool, shown: Sequence[np.ndarray], status_B: np.ndarray,
+    queried: Sequence[bool],
+) -> None:  # fmt: skip
+    """ITEM_ID and the values of its items, STATUS (object [B] of bytes) and whether each row has a query; ``itself``:
+    whether the server asks."""
+    if counts is not None and not itself:
         counts.answered(shown, status_B.tolist(), queried)

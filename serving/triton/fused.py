@@ -15,17 +15,19 @@ import numpy as np
 
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
 from serving.runtime.drift import counts_of_worker
+from serving.runtime.explore import Explorer, explored
 from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleaved, both_statuses, settings_of
 from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
+from serving.runtime.ruled import Rules
 from serving.runtime.stages import with_reason
 from serving.triton import impressions
 from serving.triton.answers import Answers
 from serving.triton.batch import Batch
 from serving.triton.drift import count_answer, count_requests
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
-from serving.triton.stage import Counts, ParsedRequest, Stage, asks_itself, refused, search_options, strings
+from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
 from vivace.impressions.queue import row_ids, usable_id
 
@@ -46,13 +48,15 @@ class RecommendModel(Stage):
         self.pipeline = Pipeline(repository, self.folder.name, self.shapes(), store, seen, threads, ranked)
         self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), Counts()
         self.answers, self.interleaved = None, None
+        self.business = Rules(self.rules_file, self.beside(contract.RESPONSE), self.pipeline.respond)
         if interleave := settings_of(os.environ.get(INTERLEAVE, "")):
-            self.interleaved = Interleaved(interleave, self.folder.name, store, threads)
+            self.interleaved = Interleaved(interleave, self.folder.name, store, threads, self.rules_file)
         elif settings := os.environ.get(ANSWER_CACHE):  # a draft is of one request
             cache = CacheSettings.read(settings)
-            self.answers = Answers(cache, self.pipeline, store, repository, self.parameters)
+            self.answers = Answers(cache, self.pipeline, store, repository, self.parameters, self.business)
         self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
         self.drift = counts_of_worker(self.folder, self.pipeline.shapes, self.pipeline.transform.moment.columns)
+        self.explorer = Explorer.of_worker(self.beside(contract.RESPONSE))
         pipelines = [self.pipeline, *([self.interleaved.pipeline] if self.interleaved is not None else [])]
         for of_pipelines in zip(*(pipeline.warm(self.largest) for pipeline in pipelines), strict=True):
             self.overload.done(of_pipelines[0][0], self.largest, sum(seconds for _, seconds in of_pipelines))
@@ -155,7 +159,7 @@ class RecommendModel(Stage):
         start = 0
         for request in batch.requests:
             stop = start + len(request.rows)
-            if not asks_itself(request.request):
+            if not request.itself:
                 self.counts.answered(status_B[start:stop], level.name.lower())
             start = stop
 
@@ -206,26 +210,36 @@ class RecommendModel(Stage):
         for request in batch.requests:
             stop = start + len(request.rows)
             # what the server asks itself is of the version on trial alone: by that it is judged
-            drafts = self.interleaved is not None and not asks_itself(request.request)
+            drafts = self.interleaved is not None and not request.itself and not self.business.exact
             status_of = both_statuses(status_B[start:stop], served[2][start:stop]) if drafts else status_B[start:stop]
             rows = zip(request.errors, status_of, strict=True)
             status = strings(
                 [f"{contract.STATUS_ERROR}{error}" if error else with_reason(status, reason) for error, status in rows]
             )
             top_k = np.array([row.top_k for row in request.rows])
-            values = self.pipeline.respond(ranked_BN[start:stop], values_BCN[start:stop], top_k, status[:, 0])
-            count_answer(self.drift, request.request, values, status[:, 0], [bool(row.query) for row in request.rows])
+            queried = [bool(row.query) for row in request.rows]
+            ruled_by = (top_k, queried, status[:, 0])
+            ranked, of_ranked, told_B = self.business(ranked_BN[start:stop], values_BCN[start:stop], *ruled_by)
+            propensities = None
+            # who picked a place of a draft is not explored, nor one that rules give
+            if self.explorer is not None and not drafts and not self.business.exact:
+                ranked, of_ranked, propensities = explored(
+                    self.explorer, self.pipeline.respond, request.itself, ranked, of_ranked, top_k, status[:, 0],
+                    queried,
+                )  # fmt: skip
+            values = self.pipeline.respond(ranked, of_ranked, top_k, status[:, 0])
+            count_answer(self.drift, request.itself, values, status[:, 0], queried)
             request_id, teams_BK = "", None
             if drafts and self.interleaved is not None:
-                beside = self.interleaved.pipeline.respond(
-                    served[0][start:stop], served[1][start:stop], top_k, status[:, 0]
-                )
+                by_served = self.interleaved.business
+                ids, of_ids, _ = by_served(served[0][start:stop], served[1][start:stop], *ruled_by)
+                beside = self.interleaved.pipeline.respond(ids, of_ids, top_k, status[:, 0])
                 request_id = usable_id(impressions.id_of(request.request))
                 values, teams_BK = self.interleaved.drafted(beside, values, row_ids(request_id, len(request.rows)))
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
-            values.append(status)
-            self._shown(batch, request, values, request_id, teams_BK)
+            values.append(told_B[:, None])
+            self._shown(batch, request, values, request_id, teams_BK, propensities)
             if self.answers is not None and len(request.rows) == 1:
                 batch.answers[request.place] = values
             batch.answer(request, answer(request.request, self.outputs, values))
@@ -233,10 +247,10 @@ class RecommendModel(Stage):
 
     def _shown(
         self, batch: Batch, request: ParsedRequest, values: list[np.ndarray], request_id: str = "",
-        teams_BK: np.ndarray | None = None,
+        teams_BK: np.ndarray | None = None, propensities_BK: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """Puts what a request is answered among the impressions: see ``Impressions.put``."""
         if self.impressions:
             viewers = impressions.viewers(request, batch.began_ms)
-            status_B = values[-1][:, 0]
-            self.impressions.put(request.request, viewers, values[0], values[1], status_B, request_id, teams_BK)
+            shown = (values[0], values[1], values[-1][:, 0])
+            self.impressions.put(request.request, viewers, *shown, request_id, teams_BK, propensities_BK)

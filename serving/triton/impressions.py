@@ -82,9 +82,11 @@ class Impressions:
     def put(
         self, request: Any, rows: Sequence[Viewer | bytes | None], items_BK: np.ndarray, scores_BK: np.ndarray,
         status_B: np.ndarray, request_id: str = "", teams_BK: np.ndarray | None = None,
+        propensities_BK: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """The answer to a request: ``viewers`` or SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows; its id, if it is at
-        hand; the version that picked each item, where two were interleaved."""
+        hand; the version that picked each item, where two were interleaved; the chance of what is shown, where
+        something explores."""
         request_id = request_id or id_of(request)
         if request_id == UNLOGGED:
             return
@@ -94,7 +96,9 @@ class Impressions:
         if self._queue is None:
             return
         # scores are a view of Triton's memory, which goes with the answer
-        self._queue.put((request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), made_ms, teams_BK))
+        self._queue.put(
+            (request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), made_ms, teams_BK, propensities_BK)
+        )
 
     def hand_over(self) -> None:
         self._samples.hand_over()

@@ -19,7 +19,9 @@ import triton_python_backend_utils as pb_utils
 from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, AnswerSamples
 from serving.runtime.drift import counts_of_worker
 from serving.runtime.events import event_status, parse_event, parse_id
+from serving.runtime.explore import Explorer, explored
 from serving.runtime.response import ResponseStage
+from serving.runtime.ruled import Rules
 from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import (
     NO_IDS,
@@ -104,7 +106,7 @@ class FeatureTransformModel(Stage):
             values.append(self._search_for(request, inputs[0]))
         if self.shown_to:
             values.append(impressions.shown_to(request, began_ms, self.sampled))
-        if not asks_itself(request.request):
+        if not request.itself:
             self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)
 
@@ -225,9 +227,11 @@ class ResponseModel(Stage):
 
     def setup(self) -> None:
         self.respond = ResponseStage.from_file(self.folder / "items.json", self.catalogue())
-        self.ids, self.values, *_ = self.inputs  # the contract's order: response_inputs
+        self.ids, self.values, self.status, *_ = self.inputs  # the contract's order: response_inputs
         self.impressions = impressions.Impressions(self.folder.name, self.inputs)
         self.drift = counts_of_worker(self.beside(contract.ENSEMBLE))
+        self.explorer = Explorer.of_worker(self.folder)
+        self.business = Rules(self.rules_file, self.folder, self.respond)
         self.search_ranking = None
         if contract.FOUND.name in self.inputs:
             from search.online import SearchRanking, unpack
@@ -247,7 +251,7 @@ class ResponseModel(Stage):
 
     def _answer(self, request: Any) -> Any:
         ranked, values = tensor_of(request, self.ids), tensor_of(request, self.values)
-        status, top_k = tensor_of(request, contract.STATUS), tensor_of(request, contract.TOP_K)
+        status, top_k = tensor_of(request, self.status), tensor_of(request, contract.TOP_K)
         understood, queried = [], [False] * len(ranked)
         if self.search_ranking is not None:
             packed = tensor_of(request, contract.FOUND)[:, 0]
@@ -257,12 +261,19 @@ class ResponseModel(Stage):
                 options = [search_options(request)] * len(results)
                 ranked, values = self.search_ranking.rows(results, ranked, values, options)
                 understood = [strings([text for _, _, text in results])]
+        propensities, itself = None, asks_itself(request)
+        ranked, values, status_B = self.business(ranked, values, top_k[:, 0], queried, status[:, 0])
+        if self.explorer is not None and not self.business.exact:
+            ranked, values, propensities = explored(
+                self.explorer, self.respond, itself, ranked, values, top_k[:, 0], status[:, 0], queried
+            )
         shown = self.respond(ranked, values, top_k[:, 0], status[:, 0])
-        count_answer(self.drift, request, shown, status[:, 0], queried)
+        count_answer(self.drift, itself, shown, status[:, 0], queried)
         if self.impressions:
             rows = tensor_of(request, contract.SHOWN_TO)[:, 0].tolist()
-            self.impressions.put(request, rows, shown[0], shown[1], status[:, 0])
-        return answer(request, self.outputs, [*shown, *understood])
+            self.impressions.put(request, rows, shown[0], shown[1], status_B, propensities_BK=propensities)
+        told = [*shown, *understood, status_B[:, None]]  # a repository of before it has no STATUS here
+        return answer(request, self.outputs, told[: len(self.outputs)])
 
 
 SWEEP_S, SWEEP_PAUSE_S = 3600.0, 0.05

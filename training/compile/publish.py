@@ -6,16 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from preprocessing.features import REQUEST_GRAPH, Features
+import numpy as np
+
+from preprocessing.features import CATALOGUE_FILE, REQUEST_GRAPH, Features
+from preprocessing.sequences import WHOLE
 from search import published as search
 from serving import repository
 from serving.runtime.encoded import ENCODER, POPULAR, ROWS
+from serving.runtime.explore import COUNTS_FILE
 from serving.runtime.fresh import GRAPH, STATE_GRAPH
 from serving.runtime.item_index import GROUPS, INDEX
 from serving.runtime.new_items import FILES as NEW_ITEM_FILES
+from serving.runtime.ruled import ATTRIBUTES, SCHEMA as SCHEMA_FILE, write_attributes
 from training.compile.engine import Engine
 from training.compile.shards import shard_file
 from training.compile.targets import files as plans
+from training.data.counters import popularity
 from training.data.drift import reference
 from training.judge.evaluate import brings_test
 from training.presets import Preset
@@ -27,7 +33,7 @@ from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
 from vivace.shard_contract import shard_model
 
-ITEMS_FILE, SCHEMA_FILE = "items.json", "schema.json"
+ITEMS_FILE = "items.json"
 
 
 def _quality(run: Run) -> dict[str, Any] | str:
@@ -76,7 +82,8 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
     fresh_graphs = [GRAPH, *([STATE_GRAPH] if tensors.context or tensors.amounts else [])] if tensors.fresh else []
     names = (*NEW_ITEM_FILES, SCHEMA_FILE) if tensors.fresh else ()
     fresh = {contract.UPDATE_STORE: {name: folder / name for name in names}}
-    response = {ITEMS_FILE: folder / ITEMS_FILE, **of_search.pop(contract.RESPONSE, {})}
+    response = {name: folder / name for name in (ITEMS_FILE, COUNTS_FILE, ATTRIBUTES, SCHEMA_FILE)}
+    response |= of_search.pop(contract.RESPONSE, {})
     return {
         contract.FEATURE_TRANSFORM: {
             "transform.onnx": features.folder / REQUEST_GRAPH,
@@ -107,6 +114,9 @@ def publish(
     write_text(folder / ITEMS_FILE, json.dumps(features.items()[contract.ITEM].tolist(), ensure_ascii=False))
     write_text(folder / SCHEMA_FILE, json.dumps(schema.to_json()))
     write_json(folder / run.card_file.name, card)
+    counts_V = popularity(features.files(WHOLE if run.has(FINAL) else "train"), tensors.items)
+    write_attributes(features.folder / CATALOGUE_FILE, schema, folder / ATTRIBUTES)
+    np.save(folder / COUNTS_FILE, np.minimum(counts_V, 255).astype(np.uint8))
     learned = run.has(FINAL) and not brings_test(features)
     if (then := reference(features, preset, tensors, Engine(folder, tensors), learned)) is not None:
         then.save(folder / DRIFT_FILE)

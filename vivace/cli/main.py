@@ -32,6 +32,7 @@ from vivace.cli.query import query
 from vivace.cli.refresh import refresh
 from vivace.cli.report import report_compress
 from vivace.cli.rollout import rollout
+from vivace.cli.rules import rules
 from vivace.cli.serve import serve
 from vivace.cli.store import store
 from vivace.cli.train import train
@@ -49,7 +50,7 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Start": (demo, doctor),
     "Data": (init_mapping, prepare),
     "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
-    "Serving": (serve, publish, rollback, versions, scale, refresh, forget, tune, load),
+    "Serving": (serve, publish, rollback, versions, scale, refresh, forget, rules, tune, load),
     "Looking": (query, drift),
 }
 

@@ -11,7 +11,7 @@ import typer
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, MAX_PORT, Artifacts, Host, Name, Profile, say
 from vivace.cli.runs import find_run, say_next
-from vivace.cli.values import choice, plain_name
+from vivace.cli.values import choice, percent, plain_name
 from vivace.run import Run
 from vivace.store.opening import STORE_URL
 
@@ -81,6 +81,9 @@ ImpressionsEveryOption = Annotated[
     float,
     typer.Option(help="seconds between two files of --impressions; a killed process loses as much", min=1),
 ]
+ExploreOption = Annotated[
+    Any, typer.Option(parser=percent, metavar="PERCENT", help="of the places show new items; needs --impressions")
+]
 VariantOption = Annotated[
     str, typer.Option(help="what --impressions calls this server's arm of an experiment", parser=plain_name)
 ]
@@ -128,6 +131,7 @@ def serve(
     shard_ca: ShardCaOption = None,
     impressions: ImpressionsOption = False,
     impressions_every: ImpressionsEveryOption = 60.0,
+    explore: ExploreOption = "0",
     variant: VariantOption = "",
     guard: GuardOption = True,
     keys: KeysOption = None,
@@ -157,8 +161,8 @@ def serve(
         trace_rate=trace_rate,
         log=log_file or run.server_log,
         verbose=verbose,
-        impressions=impressions,
-        impressions_every_s=impressions_every,
+        **dict(impressions=impressions, impressions_every_s=impressions_every),  # type: ignore[arg-type]
+        explore=explore,
         variant=variant,
         guard=guard and (shard is None or tls_cert is not None),
         store=store,

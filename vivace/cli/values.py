@@ -136,6 +136,17 @@ def percentages(text: str) -> tuple[float, ...]:
     return tuple(n / 100 for n in numbers)
 
 
+def percent(text: str) -> float:
+    """The share of a number in per cent, from 0: "2%" or "2"."""
+    try:
+        number = float(str(text).strip().removesuffix("%"))
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 100:
+        raise typer.BadParameter(f"expected per cent such as 2%, got {text!r}")
+    return number / 100
+
+
 def json_object(text: str) -> dict[str, Any] | None:
     """A JSON object written on the command line; None for ""."""
     if isinstance(text, dict) or not text:

@@ -90,9 +90,19 @@ def row_ids(request_id: str, rows: int) -> list[str]:
     return [request_id] if rows == 1 else [f"{request_id}/{row}" for row in range(rows)]
 
 
-Shown = tuple[str, Sequence[Viewer | bytes | None], np.ndarray, np.ndarray, list[bytes], float, np.ndarray | None]
+Shown = tuple[
+    str,
+    Sequence[Viewer | bytes | None],
+    np.ndarray,
+    np.ndarray,
+    list[bytes],
+    float,
+    np.ndarray | None,
+    np.ndarray | None,
+]
 """Request id; of each row whom it is for, or that packed; ITEM_ID object [B, K]; SCORE float32 [B, K]; STATUS; Unix ms
-of the answer; of each item the version that picked it, object of str [B, K], None where no two were interleaved."""
+of the answer; of each item the version that picked it, object of str [B, K], None where no two were interleaved; the
+chance of what is shown float32 [B, K], None where there is none in it."""
 
 
 class ImpressionQueue:
@@ -190,8 +200,9 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     items: list[bytes] = []
     scores: list[np.ndarray] = []
     teams: list[str] = []
+    chances: list[np.ndarray] = []
     ends = [0]
-    for request_id, rows, items_BK, scores_BK, statuses, made_ms, teams_BK in taken:
+    for request_id, rows, items_BK, scores_BK, statuses, made_ms, teams_BK, propensities_BK in taken:
         for row, id_ in enumerate(row_ids(request_id, len(rows))):
             viewer = rows[row]
             if not viewer:
@@ -201,16 +212,19 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
             items += shown
             scores.append(scores_BK[row, : len(shown)])
             teams += [""] * len(shown) if teams_BK is None else teams_BK[row, : len(shown)].tolist()
+            certain_K = np.ones(len(shown), np.float32)
+            chances.append(certain_K if propensities_BK is None else propensities_BK[row, : len(shown)])
             ends.append(len(items))
             status = statuses[row].decode("utf-8", "replace")
             sent = context.decode("utf-8", "replace")
             heads.append((id_, user, session, int(made_ms), sent, query, made_ms - began_ms, status))
     *of_viewers, latencies, status_column = zip(*heads, strict=True) if heads else [()] * 8
-    offsets, flat = pa.array(ends, pa.int32()), np.concatenate(scores) if scores else np.empty(0, np.float32)
+    offsets = pa.array(ends, pa.int32())
+    flat, chance = (np.concatenate(parts) if parts else np.empty(0, np.float32) for parts in (scores, chances))
     lists = [
         pa.ListArray.from_arrays(offsets, values)
         for values in (
-            pa.array(items, pa.string()), pa.array(flat, pa.float32()), pa.array(np.ones_like(flat)),
+            pa.array(items, pa.string()), pa.array(flat, pa.float32()), pa.array(chance, pa.float32()),
             pa.array(teams, pa.string()),
         )
     ]  # fmt: skip

@@ -4,24 +4,19 @@ Triton."""
 from __future__ import annotations
 
 import time
-from functools import partial
 
-import numpy as np
 import pytest
-import tritonclient.grpc as grpcclient
 
 from preprocessing.requests import recorded, requests_of
 from serving.control import control_socket, running_servers
 from serving.drift import Drift
 from serving.runtime.drift import TURN_S
-from tests.support import PatientClient, patient, wait_until
-from vivace import contract
-from vivace.client import inputs_of
+from tests.support import PatientClient, recommend_rows, wait_until
 from vivace.client_request import request_tensors
 from vivace.drift import SHIFTED, Reference
 from vivace.run import Run
 
-COUNTED, AT_ONCE = 360, 30
+COUNTED = 360
 
 
 def from_now_on(fleet) -> Drift:
@@ -42,24 +37,11 @@ def rows_of(drift: Drift, requests: int) -> dict:
     return wait_until(look, f"{requests} requests counted", every_s=0.2)
 
 
-def recommend(server, rows: list) -> None:
-    """As few requests of ``AT_ONCE`` rows each."""
-    with grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as raw:
-        for start in range(0, len(rows), AT_ONCE):
-            columns = list(zip(*rows[start : start + AT_ONCE], strict=True))
-            histories = np.full((len(columns[2]), max(v.shape[1] for _, v in columns[2])), b"", object)
-            for row, (_, history) in enumerate(columns[2]):
-                histories[row, : history.shape[1]] = history
-            columns[2] = ((contract.HISTORY, histories),)
-            inputs = inputs_of(grpcclient, [(c[0][0], np.concatenate([v for _, v in c])) for c in columns])
-            patient(partial(raw.infer, contract.ENSEMBLE, inputs))
-
-
 def test_recorded_requests_are_near_training_and_a_planted_shift_is_seen(fleet, served, root):
     server, (file,) = served[0], (root / "model_repository" / "recommend").glob("*/drift.json")
     reference = Reference.load(file)
     requests, since = requests_of(recorded(root))[:COUNTED], from_now_on(fleet)
-    recommend(server, [request_tensors("", r.history, 10, context=r.context) for r in requests])
+    recommend_rows(server, [request_tensors("", r.history, 10, context=r.context) for r in requests])
     with PatientClient(f"{server.host}:{server.grpc_port}") as client:
         answer = client.recommend("", top_k=10)  # without a history it is not counted
         client.append("who clicks", answer.items[0], "click", request_id=answer.request_id)
@@ -72,7 +54,7 @@ def test_recorded_requests_are_near_training_and_a_planted_shift_is_seen(fleet, 
     assert same["clicked"] == 1
 
     shifted, device = from_now_on(fleet), {"device": "a new one"}
-    recommend(server, [request_tensors("", [*r.items[:3], "unknown"], 10, context=device) for r in requests])
+    recommend_rows(server, [request_tensors("", [*r.items[:3], "unknown"], 10, context=device) for r in requests])
     rows = rows_of(shifted, COUNTED)
     for name in ("history length", "unknown share", "context device"):
         assert rows[name]["verdict"] == SHIFTED, rows[name]

@@ -26,7 +26,7 @@ def shown(request_id: str, *users: str, items=((b"x", b"y"),), made_ms: float = 
     rows = [packed_viewer((user, "", b'{"device": "phone"}', made_ms - 4, "" if user else "s")) for user in users]
     scores = np.linspace(2, 1, len(items[0]) * len(rows), dtype=np.float32).reshape(len(rows), -1)
     shown_items = np.array(items, object).reshape(len(rows), -1)
-    return request_id, rows, shown_items, scores, [b"ok"] * len(rows), made_ms, teams
+    return request_id, rows, shown_items, scores, [b"ok"] * len(rows), made_ms, teams, None
 
 
 def rows_of(folder):
@@ -156,7 +156,7 @@ print("goes", flush=True)
 number = 0
 while True:
     if len(queue._waiting) < 1_000:
-        queue.put((f"r{number}", [("u", "", b"", 1.0, "")], items, scores, [b"ok"], 2.0, None))
+        queue.put((f"r{number}", [("u", "", b"", 1.0, "")], items, scores, [b"ok"], 2.0, None, None))
         number += 1
 """
 
