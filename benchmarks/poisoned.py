@@ -30,7 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from benchmarks.faults import copy_of, published_again
-from benchmarks.simulated_users import EXAMINED, Population
+from benchmarks.simulated_users import EXAMINED
 from loadtest.generate.local_server import on_free_ports
 from loadtest.reports.record import record_line
 from preprocessing.readers.shop import Shop, ShopConfig
@@ -48,6 +48,7 @@ from vivace.run import Run
 TIMEOUT_S, TOP_K, WARM_S = 10.0, 10, 10.0
 SALT, SEED = "poisoned", 7
 SLOWER = 3.0
+CTR = 0.08  # clicks a shown item of the served version
 MATRIX = 512  # rows of the product whose time is measured
 console = Console(width=140)
 Graph = tuple[onnx.GraphProto, str, str]
@@ -58,10 +59,8 @@ class Visitors:
     answer) of each; ``errors``: of calls that failed, by their time."""
 
     def __init__(self, address: str, shop: Shop, qps: float, threads: int = 6) -> None:
-        population = Population(shop)
-        self._odds = population.scale * np.exp(
-            shop.wanted(np.arange(shop.config.users), *np.zeros((2, shop.config.users), np.int64))
-        )
+        self._chance = np.exp(shop.wanted(np.arange(shop.config.users), *np.zeros((2, shop.config.users), np.int64)))
+        self._scale = 1.0
         self._address, self._pause_s, self._stop = address, threads / qps, threading.Event()
         self.answers: list[tuple[float, str, Recommendation]] = []
         self.errors: list[tuple[float, str]] = []
@@ -73,7 +72,7 @@ class Visitors:
             due = time.monotonic()
             while not self._stop.wait(max(due - time.monotonic(), 0)):
                 due += rng.exponential(self._pause_s)
-                user = int(rng.integers(len(self._odds)))
+                user = int(rng.integers(len(self._chance)))
                 try:
                     self._visit(client, rng, user)
                 except VivaceError as error:
@@ -83,10 +82,22 @@ class Visitors:
         name = f"user-{user:05d}"
         answer = client.recommend(name, top_k=TOP_K)
         self.answers.append((time.monotonic(), name, answer))
-        odds = self._odds[user, [int(item[4:]) for item in answer.items]]
-        looked = rng.random(len(answer.items)) < EXAMINED[: len(answer.items)]
-        for item in np.array(answer.items)[looked & (rng.random(len(odds)) < odds / (1 + odds))]:
+        for item in np.array(answer.items)[rng.random(len(answer.items)) < self._clicked(name, answer)]:
             client.append(name, str(item), "view", request_id=answer.request_id)
+
+    def _clicked(self, name: str, answer: Recommendation) -> np.ndarray:
+        """Chance that each item of an answer is clicked, float64 [K]."""
+        odds = self._scale * self._chance[int(name[5:]), [int(item[4:]) for item in answer.items]]
+        clicked: np.ndarray = odds / (1 + odds) * EXAMINED[: len(odds)]
+        return clicked
+
+    def click_so_often(self, ctr: float) -> None:
+        """Scales clicks so that the answers until now would get ``ctr`` a shown item."""
+        answers, low, high = list(self.answers), -3.0, 12.0
+        for _ in range(20):
+            self._scale = 10 ** ((low + high) / 2)
+            got = np.mean([self._clicked(name, answer).mean() for _, name, answer in answers if answer.items])
+            low, high = ((low + high) / 2, high) if got < ctr else (low, (low + high) / 2)
 
     def __enter__(self) -> Visitors:
         for thread in self._threads:
@@ -279,6 +290,7 @@ def main(
             server = fleet.replicas[0].server
             with Visitors(f"{server.address}:{server.grpc_port}", shop, qps) as visitors:
                 mean_ms(fleet, WARM_S)
+                visitors.click_so_often(CTR)
                 usual_ms = mean_ms(fleet, WARM_S)
                 poisons: dict[str, tuple[Callable[[Path], None], Callable[[Recommendation], bool]]] = {
                     "as good": (lambda release: None, lambda answer: False),
