@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,7 +109,8 @@ class Offline:
                 rows.append({**one, contract.ITEM: item, contract.EVENT: kind})
             rows.append({**one, contract.ITEM: "", contract.EVENT: "", **sample.context})
         frame = pd.DataFrame(rows)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NVTabular's, of a machine without a GPU
             return encode_events(self._workflow, frame, schema, Path(folder) / "encoded")
 
     def requests(self, samples: Sequence[Sample]) -> batches.Requests:
@@ -221,6 +223,12 @@ class Tally:
         self.ids += sum(one.verdict == IDS for one in replayed)
         self.answer += sum(one.verdict == ANSWER for one in replayed)
         self.examples = [*self.examples, *(f"{r.id}: {r.what}" for r in replayed if r.what)][-EXAMPLES:]
+
+
+def at_low_priority() -> None:
+    """This process gives way to a server beside it, and takes one processor at most."""
+    os.nice(19)
+    torch.set_num_threads(1)
 
 
 def check_comparable(run: Run) -> None:

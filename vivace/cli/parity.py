@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Annotated
 
@@ -21,15 +20,12 @@ def parity(
     """Compute requests that were served ('vivace serve --impressions --parity 1%') again by NVTabular and PyTorch, as
     training and evaluation do, and say where ids, items or scores differ. At the lowest priority. The exit code of one
     look is 1 where something differs."""
-    os.nice(19)
-    import torch
-
     from preprocessing.features import Features
-    from training.judge.parity import Offline, Tally, check_comparable, look
+    from training.judge.parity import Offline, Tally, at_low_priority, check_comparable, look
     from vivace.impressions.queue import folder_of as impressions_of
     from vivace.impressions.samples import folder_of
 
-    torch.set_num_threads(1)
+    at_low_priority()
     run = find_run(artifacts, name)
     folder = folder_of(impressions_of(run.feature_store))
     if not folder.is_dir():
