@@ -66,7 +66,9 @@ def own_work_us(top_k: int) -> dict[str, float]:
     shown: list[Shown] = []
     for number in range(OWN_REQUESTS):
         row = packed_viewer((f"user-{number}", "", b'{"device":"phone"}', 1e12, ""))
-        shown.append((f"{number:032x}", [row], items[number % len(items)], scores.copy(), [b"ok"], 1e12 + 3, None))
+        shown.append(
+            (f"{number:032x}", [row], items[number % len(items)], scores.copy(), [b"ok"], 1e12 + 3, None, None)
+        )
     waited = time.process_time() - began
     with tempfile.TemporaryDirectory() as folder:
         import pyarrow as pa

@@ -2,11 +2,12 @@
 
     python -m benchmarks.version_changes artifacts/shop --changes 100 --qps 40
 
-Recorded requests come at random (Poisson) over gRPC, whatever became of those before, first for ``--rest`` seconds
-with nothing else, then while the fleet goes to another version and back again, ``--changes`` times in all. The other
-version is the served one once more, so every answer is compared with that before the first change; at the end scores
-are compared too, bit for bit. Memory is that of all processes of the fleet (PSS), at rest before and after. It works on
-a copy of the run. The last line of stdout is one JSON object.
+Recorded requests come at random (Poisson) over gRPC, whatever became of those before, while the fleet goes to another
+version and back again, ``--changes`` times in all. Each change begins a part of ``--part`` seconds; what comes when it
+is over is the comparison, so both are measured in turns. The other version is the served one once more, so every answer
+is compared with that before the first change; at the end scores are compared too, bit for bit. Memory is that of all
+processes of the fleet (PSS), at rest before and after. It works on a copy of the run. The last line of stdout is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import psutil
 import typer
 from rich.console import Console
+from tritonclient.grpc import service_pb2
 
 from benchmarks.faults import TIMEOUT_S, Load, copy_of, items_of, published_again, wait_well
 from loadtest.generate.arrivals import due_times
@@ -33,7 +35,7 @@ from serving.acceptance import Acceptance, recorded_calls
 from serving.fleet import Fleet
 from vivace.run import Run
 
-PART_S = 20.0  # of load beside one change; the next begins when all of it was answered
+SETTLED_S = 0.5  # after a change its callers still count as beside it
 console = Console(width=120)
 
 
@@ -50,15 +52,6 @@ def memory_mib(fleet: Fleet) -> float:
     return total / (1 << 20)
 
 
-def offered(
-    url: str, sent: list[bytes], expected: list[tuple[bytes, ...]], qps: float, seconds: float, seed: int
-) -> list[Any]:
-    """Records of one part of the load, as ``generator.offer`` gives them."""
-    with Load(url, sent, expected, due_times("poisson", qps, seconds, seed)) as load:
-        pass
-    return load.records
-
-
 def latencies(records: list[Any]) -> dict[str, Any]:
     ms = np.array([(r[2] - r[0]) * 1000 for r in records])
     refused = Counter(r[3] for r in records if r[3])
@@ -72,7 +65,7 @@ def main(
     root: Annotated[Path, typer.Argument(help="a compiled run, such as artifacts/shop")],
     changes: Annotated[int, typer.Option(help="half of them back", min=2)] = 100,
     qps: Annotated[float, typer.Option(help="offered requests a second")] = 40.0,
-    rest: Annotated[float, typer.Option(help="seconds of load without changes, before and after")] = 40.0,
+    part: Annotated[float, typer.Option(help="seconds of load from one change to the next")] = 14.0,
     profile: str = "fused",
     seed: int = 7,
 ) -> None:
@@ -89,34 +82,39 @@ def main(
                 method = channel.unary_unary(METHOD)
                 raw = [method(body, timeout=TIMEOUT_S) for body in sent]
             expected = [items_of(answer) for answer in raw]
-            before = latencies(offered(url, sent, expected, qps, rest, seed))
+            with Load(url, sent, expected, due_times("poisson", qps, part, seed)):
+                pass
             mib_before, first = memory_mib(fleet), fleet.release
             versions = (published_again(copy), first)
-            accept, took_s, records = Acceptance(recorded_calls(copy)), list[float](), list[Any]()
+            accept, took_s = Acceptance(recorded_calls(copy)), list[float]()
+            beside, between = list[Any](), list[Any]()
             for change in range(changes):
-                with Load(url, sent, expected, due_times("poisson", qps, PART_S, seed + change)) as load:
+                with Load(url, sent, expected, due_times("poisson", qps, part, seed + change)) as load:
                     began = time.monotonic()
                     fleet.serve(versions[change % 2], accept, lambda text: None)
                     took_s.append(time.monotonic() - began)
-                records += load.records
+                over_s = took_s[-1] + SETTLED_S
+                beside += [record for record in load.records if record[0] < over_s]
+                between += [record for record in load.records if record[0] >= over_s]
+                for answer, right in load.wrong:
+                    console.print("wrong:", service_pb2.ModelInferResponse.FromString(answer), "expected:", right)
                 console.print(f"change {change + 1} of {changes}: {took_s[-1]:.1f} s", latencies(load.records))
             wait_well(fleet)
             with grpc.insecure_channel(url) as channel:
                 method = channel.unary_unary(METHOD)
                 alike = sum(method(body, timeout=TIMEOUT_S) == a for body, a in zip(sent, raw, strict=True))
-            after = latencies(offered(url, sent, expected, qps, rest, seed + 1))
             mib_after = memory_mib(fleet)
-    during = latencies(records)
+    during, rest = latencies(beside), latencies(between)
     result = {
         "changes": changes, "change_s": {"median": round(float(np.median(took_s)), 1), "max": round(max(took_s), 1)},
-        "at_rest": before, "while_changing": during, "afterwards": after,
-        "p99_ratio": round(during["p99_ms"] / before["p99_ms"], 2),
+        "beside_changes": during, "between_changes": rest,
+        "p99_ratio": round(during["p99_ms"] / rest["p99_ms"], 2),
         "mib": {"before": round(mib_before), "after": round(mib_after)}, "bit_for_bit": f"{alike} of {len(sent)}",
     }  # fmt: skip
     console.print(result)
     load_average = [round(n, 1) for n in os.getloadavg()]
     print(record_line("version changes", data=root.name, profile=profile, qps=qps, load=load_average, **result))
-    if during["wrong"] or during["refused"]:
+    if any(figures["wrong"] or figures["refused"] for figures in (during, rest)):
         raise typer.Exit(1)
 
 

@@ -32,7 +32,7 @@ from preprocessing.items import ITEM_WORKFLOW, SHOWN, described, encoded, write_
 from preprocessing.prepare import WORKFLOW, WORKFLOWS, compile_transforms
 from preprocessing.readers.base import Chunk
 from preprocessing.rejects import Rejects
-from preprocessing.sequences import WHOLE, write_requests
+from preprocessing.sequences import WHOLE, typed, write_requests
 from preprocessing.workflow import checksums, dataset, extend_vocabulary, load_workflow, nvt
 from vivace import contract
 from vivace.context import category_text, clock, number
@@ -154,30 +154,6 @@ def _encoded(users: np.ndarray, events: pd.DataFrame, file: Path) -> Path:
     }
     pq.write_table(pa.table({USER: pa.array(users, pa.string()), **columns}), file, row_group_size=max(len(users), 1))
     return file
-
-
-def _of_types(old: list[Path], column: str, values: list[str]) -> pd.DataFrame:
-    """What the data set's events of a type have: mean of ``values`` by the type's id."""
-    if column not in pq.read_schema(old[0]).names:
-        return pd.DataFrame(columns=values)
-    parts = [_flat(pq.read_table(file, columns=[USER, column, *values]))[1] for file in old]
-    return pd.concat(parts).groupby(column)[values].mean()
-
-
-def _typed(rows: pd.DataFrame, old: list[Path], schema: DataSchema) -> pd.DataFrame:
-    """Labels and weight of encoded new events: those that the data set's events of the same type have. A type that it
-    does not have says nothing: its label is 1 where a head takes every event."""
-    labels = {contract.label_column(head.name): head for head in schema.heads}
-    values = [*labels, *(name for name in schema.event_continuous if name == contract.WEIGHT)]
-    means = _of_types(old, EVENT, values)
-    for name in values:
-        of_type = rows[EVENT].map(means[name]) if EVENT in rows and name in means else pd.Series(np.nan, rows.index)
-        if name in labels:
-            every = float(labels[name].min_weight == float("-inf"))
-            rows[name] = of_type.fillna(every).round().astype("int64")
-        else:
-            rows[name] = of_type.fillna(rows[name]).to_numpy(rows[name].dtype)
-    return rows
 
 
 # -- items ---------------------------------------------------------------------------------------------
@@ -365,7 +341,7 @@ def _build(
     workflow = load_workflow(folder / WORKFLOW, checksums(folder / WORKFLOW))
     say(f"{len(rows):,} appended events, {len(items):,} new items; encoding")
     files = old.files(WHOLE)
-    encoded = _typed(encode_events(workflow, rows, schema, scratch / "new"), files, schema)
+    encoded = typed(encode_events(workflow, rows, schema, scratch / "new"), files, schema)
     merge = _Merge(files, encoded, scratch / "encoded")
     times = merge.times
     if not len(times):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -99,3 +100,29 @@ def write_requests(encoded: Path, folder: Path, schema: contract.DataSchema, eve
     asked = np.bincount(owner, np.isin(flags, sum(PARTS.values(), ())), minlength=len(split)) > 0
     written["skipped_without_training_history"] = int((asked & (read == 0)).sum())
     return written
+
+
+def _of_types(old: list[Path], column: str, values: list[str]) -> pd.DataFrame:
+    """What the data set's events of a type have: mean of ``values`` by the type's id."""
+    if column not in pq.read_schema(old[0]).names:
+        return pd.DataFrame(columns=values)
+    tables = [pq.read_table(file, columns=[column, *values]) for file in old]
+    names = (column, *values)
+    flat = [{n: t[n].combine_chunks().flatten().to_numpy(zero_copy_only=False) for n in names} for t in tables]
+    return pd.concat(pd.DataFrame(part) for part in flat).groupby(column)[values].mean()
+
+
+def typed(rows: pd.DataFrame, old: list[Path], schema: contract.DataSchema) -> pd.DataFrame:
+    """Labels and weight of encoded new events: those that the data set's events of the same type have (``old``: files
+    of WHOLE). A type that it does not have says nothing: its label is 1 where a head takes every event."""
+    labels = {contract.label_column(head.name): head for head in schema.heads}
+    values = [*labels, *(name for name in schema.event_continuous if name == contract.WEIGHT)]
+    means, kind = _of_types(old, contract.EVENT, values), contract.EVENT
+    for name in values:
+        of_type = rows[kind].map(means[name]) if kind in rows and name in means else pd.Series(np.nan, rows.index)
+        if name in labels:
+            every = float(labels[name].min_weight == float("-inf"))
+            rows[name] = of_type.fillna(every).round().astype("int64")
+        elif name in rows:
+            rows[name] = of_type.fillna(rows[name]).to_numpy(rows[name].dtype)
+    return rows

@@ -27,7 +27,6 @@ from typing import Any
 
 from serving.acceptance import Acceptance, recorded_calls
 from serving.fleet import Fleet
-from serving.process import living
 from serving.releases import put_in_use, releases, remember_served, version_of
 from serving.rollout import Plan, Rollout
 from serving.unix_http import UnixHandler, UnixServer
@@ -35,8 +34,8 @@ from serving.wheel import ServerError
 from vivace.http_pool import UnixConnection
 from vivace.manifest import write_json
 from vivace.run import Run
+from vivace.running import ASK_S, Running, running
 
-ASK_S = 5.0
 LONGEST_S = 600.0  # of a change of versions
 MAX_BODY = 1 << 16
 SERVE, SCALE, ROLLOUT, PROMOTE, WITHDRAW = "serve", "scale", "rollout", "promote", "withdraw"
@@ -152,6 +151,7 @@ class Control:
         return {
             "version": version_of(self.fleet.release), "release": str(self.fleet.release),
             "profile": server.options.profile, "ready": self.fleet.ready, "grpc_port": server.grpc_port,
+            "http_port": server.http_port, "address": server.address,
             "replicas": len(self.fleet.replicas), "rollout": self.rollout.state() if self.rollout else None,
         }  # fmt: skip
 
@@ -219,12 +219,8 @@ def control_socket(fleet: Fleet) -> Iterator[Control]:
 
 # -- the other side ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class RunningServer:
-    """A server of a run, as it says itself."""
-
-    pid: int
-    socket: Path
-    state: dict[str, Any]
+class RunningServer(Running):
+    """A server of a run, and what it is told to do."""
 
     def drift(self, hours: int) -> list[dict[str, Any]]:
         """``serving.drift.Drift.report``; raises ServerError where it does not answer."""
@@ -282,16 +278,5 @@ class RunningServer:
 
 
 def running_servers(run: Run) -> list[RunningServer]:
-    """Servers of ``run`` that answer; word of those that are gone is removed."""
-    servers = []
-    for word in sorted(run.servers.glob("*.json")):
-        try:
-            said = json.loads(word.read_text())
-            with contextlib.closing(UnixConnection(Path(said["socket"]), ASK_S)) as connection:
-                connection.request("GET", "/")
-                state = json.loads(connection.getresponse().read())
-            servers.append(RunningServer(int(said["pid"]), Path(said["socket"]), state))
-        except (OSError, HTTPException, ValueError, KeyError):
-            if not living(int(word.stem)):
-                word.unlink(missing_ok=True)
-    return servers
+    """Servers of ``run`` that answer."""
+    return [RunningServer(server.pid, server.socket, server.state) for server in running(run)]

@@ -24,6 +24,7 @@ from serving.door.options import DoorOptions
 from serving.door.process import Door
 from serving.door.statistics import DoorStatistics
 from serving.drift import Drift
+from serving.interleaving import interleaving
 from serving.launcher import TritonServer
 from serving.merged_metrics import TritonMetrics
 from serving.releases import held_from_the_start
@@ -161,6 +162,7 @@ class Fleet:
         """A folder that only the owner enters, swept by the next start if this process is killed outright."""
         folder = tempfile.TemporaryDirectory(prefix=LEFTOVER, ignore_cleanup_errors=True)
         self.private = Path(self._life.enter_context(folder))
+        self.options = replace(self.options, answers=self.private / "answers")
         if self.options.answer_cache is not None:
             answers = Segments()
             (self.private / PREFIX_FILE).write_text(answers.prefix)
@@ -173,7 +175,8 @@ class Fleet:
         probe = TritonServer(self.options)
         ports = {"--http-port": probe.http_port, "--grpc-port": probe.grpc_port, "--metrics-port": probe.metrics_port}
         check_ports(probe.host, ports)
-        listens = door_options(probe.host, probe.http_port, probe.grpc_port, probe.metrics_port)
+        ports_of = (probe.http_port, probe.grpc_port, probe.metrics_port)
+        listens = door_options(probe.host, *ports_of, self.options.shard)
         return Door(listens, self.private, self.options.access)
 
     def _started(self, options: ServerOptions, place: int | str, aside: bool = False) -> Replica:
@@ -290,16 +293,19 @@ class Fleet:
         self._swaps.labels("done").inc()
         self.say(f"serving {release.name}, before {before.repository.name}")
 
-    def begin_trial(self, release: Path, accept: Accept, say: Callable[[str], None]) -> None:
-        """A server of the version in ``release`` beside the others, which the door sends nobody to yet. Called and
-        raises as ``serve``."""
+    def begin_trial(self, release: Path, accept: Accept, say: Callable[[str], None], draft: str = "") -> None:
+        """A server of the version in ``release`` beside the others, which the door sends nobody to yet. ``draft``: the
+        salt of the coins where its answers are drafts of both versions. Called and raises as ``serve``."""
         if self.door is None:
             raise ServerError("rollout: expected the guard, which deals the users; leave --no-guard out")
         if self.trial is not None:
             raise ServerError(f"{self.trial.server.release.name} is on trial; 'vivace rollout stop' first")
         name = release.name
+        options = replace(self.options, repository=release, variant=TRIAL)
+        if draft:
+            options = replace(interleaving(self.options, release, draft), variant=TRIAL)
         say(f"starting {name}")
-        with self._candidate_of(replace(self.options, repository=release, variant=TRIAL), "trial") as new:
+        with self._candidate_of(options, "trial") as new:
             say(f"{name}: {accept(self.replicas[0].server, new.server)}")
             new.server.take_over()
             self.trial = new

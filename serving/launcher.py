@@ -67,6 +67,7 @@ log = logging.getLogger(__name__)
 RESTRICTED = "model-repository,shared-memory,model-config,logging,trace,statistics"
 KEY_HEADER = "vivace-key"
 LOCK_LOST = "boost::interprocess::lock_exception"
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
 UNNOTICED_S = 2.0  # a starting server that has not noticed for so long that a worker ended waits for it for ever
 
 
@@ -251,14 +252,16 @@ class TritonServer:
             step_forward(self.pid)
 
     def _launch_first(self) -> None:
-        """Again where Triton 2.51 gave itself up for a lock of its shared memory, as on a machine that is very busy."""
+        """Again where Triton 2.51 crashed, as one start of some hundred does on a busy machine: by a lock of its shared
+        memory that it lost, or in its own memory."""
         for tries in range(3):
             try:
                 return self._launch()
             except ServerError as error:
-                if tries == 2 or LOCK_LOST not in str(error):
+                crashed = self._process is not None and -(self._process.returncode or 0) in CRASHES
+                if tries == 2 or not (crashed or LOCK_LOST in str(error)):
                     raise
-                log.warning("tritonserver ended while starting (%s); starting it again", LOCK_LOST)
+                log.warning("tritonserver %s while starting; starting it again", self.end())
                 self._end_process()
 
     def _launch(self, again: bool = False) -> None:

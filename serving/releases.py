@@ -24,7 +24,7 @@ from vivace.manifest import write_json
 
 CHECKSUMS, HELD = "checksums.json", ".held"
 MEND = ". 'vivace compile' makes it anew; 'vivace rollback' serves the version before"
-KEPT = 2  # versions on disk: the one in use and the one before; more only while servers hold them
+KEPT = 1  # versions on disk before the newest, unless ``keep`` says otherwise; more only while they are needed
 HISTORY = 20  # served versions that are remembered
 
 
@@ -148,7 +148,7 @@ def is_free(release: Path) -> bool:
 @contextlib.contextmanager
 def publishing(repository: Path) -> Iterator[tuple[Path, int]]:
     """(folder to fill, its version): what is in it when the block ends is published whole; where the block fails,
-    nothing is. Old versions beyond KEPT go, those that a server holds stay."""
+    nothing is. Old versions go (``tidy``)."""
     _adopt(repository)
     version = next_version(repository)
     partial = repository.with_name(f".{repository.name}.{version}.partial")
@@ -219,9 +219,50 @@ def in_use(repository: Path) -> list[Path]:
     return [release for release in releases(repository) if (release / HELD).exists() and not is_free(release)]
 
 
-def _publish_link(release: Path, repository: Path) -> None:
-    """Exchanges the link, and removes old versions beyond KEPT."""
-    put_in_use(release, repository)
-    for old in releases(repository)[:-KEPT]:
-        if is_free(old):
+def gone_back_to(repository: Path, current: int) -> int:
+    """The version to go back to from ``current``: what was served before it, or else the newest older one there is; 0
+    for none."""
+    there, history = [version_of(release) for release in releases(repository)], served_before(repository)
+    history = history[: history.index(current)] if current in history else history
+    earlier = [v for v in history if v in there and v != current][-1:] or [v for v in there if v < current][-1:]
+    return earlier[0] if earlier else 0
+
+
+def _keep_file(repository: Path) -> Path:
+    return repository.with_name(f"{repository.name}.keep.json")
+
+
+def kept(repository: Path) -> int:
+    """How many versions before the newest stay on disk; what cannot be read says KEPT."""
+    try:
+        return max(int(json.loads(_keep_file(repository).read_text())), 1)
+    except (OSError, ValueError, TypeError):
+        return KEPT
+
+
+def keep(repository: Path, count: int) -> list[int]:
+    """From now on ``count`` versions before the newest stay on disk; removes the others (``tidy``). Raises ValueError
+    for none, as there would be nothing to go back to."""
+    if count < 1:
+        raise ValueError(f"--keep: expected 1 or more, got {count}: without an older version there is no way back")
+    write_json(_keep_file(repository), count)
+    return tidy(repository)
+
+
+def tidy(repository: Path) -> list[int]:
+    """Removes old versions, all but the ``kept`` newest before the newest; the removed ones. What the link names, what
+    a server holds, as the one it serves or has on trial, and what a rollback goes back to stay."""
+    current = version_of(repository.resolve())
+    needed = {current, gone_back_to(repository, current)}
+    removed = []
+    for old in releases(repository)[: -kept(repository) - 1]:
+        if version_of(old) not in needed and is_free(old):
             shutil.rmtree(old)
+            removed.append(version_of(old))
+    return removed
+
+
+def _publish_link(release: Path, repository: Path) -> None:
+    """Exchanges the link, and removes old versions."""
+    put_in_use(release, repository)
+    tidy(repository)

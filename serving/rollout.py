@@ -10,25 +10,29 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import Metric
 
+from serving.compared import Clicks, Compared, Side, as_metrics, as_state, shift
 from serving.door.rollout import Split
 from serving.fleet import Accept, Fleet
 from serving.merged_metrics import scraped
 from serving.releases import version_of
 from serving.wheel import ServerError
 from vivace import contract
+from vivace.sequential import Plan as ClickPlan
+from vivace.store.opening import open_store
 
 LOOK_S = 1.0
 WINDOW_S = 30.0
 ILL_S = 3.0  # a version on trial may be unwell for so long
 SLOW_S, SLOW_LOOKS = 10.0, 5  # slow it has to be over so many seconds, and at so many looks, one after the other
 SURE = 3.0  # standard errors that a share must be beyond chance
+WORSE, MISTAKEN = 0.1, 0.01  # clicks: what difference is looked for, the chance to end a version that is as good
 KEPT = 50  # lines of what happened
 
 
@@ -47,12 +51,18 @@ class Plan:
     """After the last step the version is served to everyone; else that waits for a word."""
     shadow: float = 0.0
     """Of all other calls the version gets a copy of this share; nobody sees its answers."""
+    interleave: bool = False
+    """The version's users are answered from its ranking and the served one's, drafted by teams."""
     least: int = 50
     """Calls in the last 30 s that a judgement needs."""
     more_errors: float = 0.01
     """Share of calls that may fail beyond those of the served version."""
     slower: float = 1.5
     """Times the served version's mean time that a call may take, where that is more than 2 ms longer."""
+    more_empty: float = 0.01
+    """Share of users whose last answer may be without an item, beyond the served version's."""
+    drift: float = 3.0
+    """How far the median score of the first item may lie from the served version's, in its spreads; 0: not judged."""
     more_partial: float = 0.05
     """Share of answers that may be less than whole, or for want of a known history, beyond the served version's."""
 
@@ -64,9 +74,13 @@ class Plan:
             )
         if list(self.shares) != sorted(self.shares):
             raise ValueError(f"shares: expected each step to be as large as the one before, got {self.shares}")
-        for name in ("wait_s", "shadow", "more_errors", "more_partial", "slower"):
+        for name in ("wait_s", "shadow", "more_errors", "more_empty", "drift", "more_partial", "slower"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.interleave and self.shadow:
+            raise ValueError(
+                "interleave, shadow: expected one of them; copies are compared with a version's own answers"
+            )
         if self.shadow > 1 or self.slower < 1 or self.least < 1:
             raise ValueError(
                 f"expected a shadow of at most 1, slower of at least 1 and least of at least 1, got {self.shadow:g}, "
@@ -148,8 +162,45 @@ def slowness(plan: Plan, trial: Sample, served: Sample) -> str:
     """The same of its time: of a single second it says little, as a machine is busy now and then."""
     if trial.rows < plan.least or served.rows < plan.least:
         return ""
-    if trial.mean_ms > max(plan.slower * served.mean_ms, served.mean_ms + 2.0):
+    times = plan.slower + plan.interleave  # a draft is made of both versions' answers
+    if trial.mean_ms > max(times * served.mean_ms, served.mean_ms + 2.0):
         return f"a call takes {trial.mean_ms:.1f} ms, and {served.mean_ms:.1f} ms in the served version"
+    return ""
+
+
+def unlike(plan: Plan, trial: Side, served: Side) -> str:
+    """The same of what it answers, by users' last answers: nothing at all, or with scores of another kind."""
+    if trial.users < plan.least or served.users < plan.least:
+        return ""
+    more, errors = beyond(trial.empty, trial.users, served.empty, served.users)
+    if more > plan.more_empty and errors > SURE:
+        return (
+            f"{trial.empty} of {trial.users} users' answers were empty, of the served version {served.empty} of "
+            f"{served.users}"
+        )
+    more, errors = beyond(trial.no_numbers, trial.users, served.no_numbers, served.users)
+    if more > plan.more_empty and errors > SURE:
+        return f"{trial.no_numbers} of {trial.users} users' answers had scores that are no numbers"
+    moved = shift(trial, served)
+    if plan.drift and min(len(trial.scores), len(served.scores)) >= plan.least and abs(moved) > plan.drift:
+        return (
+            f"the median score of the first item is {trial.median:.4g}, and {served.median:.4g} in the served version: "
+            f"{moved:+.1f} of its spreads"
+        )
+    return ""
+
+
+def disliked(plan: Plan, clicks: Clicks) -> str:
+    """The same of what users click, where it is clearly worse, however often one looks."""
+    if plan.interleave:
+        won = clicks.preference
+        lost = won.high < 0.5
+        return f"it won {won.share:.1%} of the requests that either version won, at most {won.high:.1%}" if lost else ""
+    if clicks.comparison.high < 0:
+        return (
+            f"{clicks.tried.value:.4f} clicks a shown item, and {clicks.served.value:.4f} in the served version: "
+            f"{clicks.comparison.lift:+.1%}, at most {clicks.comparison.high:+.1%}"
+        )
     return ""
 
 
@@ -164,12 +215,15 @@ class Rollout:
         self._due, self._well = 0.0, time.monotonic()
         self._seen: deque[tuple[float, Sample, Sample]] = deque()  # time, trial, served
         self._door_pid = 0
+        self._compared: Compared | None = None
+        self._last: dict[str, Any] = {}  # what was compared, of a trial that is over
         self._lines: deque[str] = deque(maxlen=KEPT)
 
     def start(self, release: Path, accept: Accept, say: Callable[[str], None]) -> None:
         """Brings the version up and sends it its first users. Raises ServerError, DamagedError or ValueError where it
         does not come up or is not accepted."""
-        self.fleet.begin_trial(release, accept, say)
+        self.fleet.begin_trial(release, accept, say, self.plan.salt if self.plan.interleave else "")
+        self._compare()
         self._note(f"version {self.plan.version}: {self._words()}")
         say(self._lines[-1])
         self._apply()
@@ -195,7 +249,11 @@ class Rollout:
         trial_seen, served_seen = self._window(now)
         slow = slowness(self.plan, trial_seen, served_seen) if now - self._seen[0][0] >= SLOW_S else ""
         self._slow = self._slow + 1 if slow else 0
-        if why := fault(self.plan, trial_seen, served_seen) or (slow if self._slow >= SLOW_LOOKS else ""):
+        why = fault(self.plan, trial_seen, served_seen) or (slow if self._slow >= SLOW_LOOKS else "")
+        if compared := self._compared:
+            why = why or unlike(self.plan, compared.side(True), compared.side(False))
+            why = why or disliked(self.plan, compared.clicks())
+        if why:
             self.stop(why)
             return False
         enough = self._seen[-1][1].rows - self._in_step >= self.plan.least
@@ -205,12 +263,15 @@ class Rollout:
             return self.plan.promote
         self._step, self._since, self._in_step = self._step + 1, now, self._seen[-1][1].rows
         self._apply()
+        if self._compared is not None:
+            self._compared.step(self._split)
         self._note(f"version {self.plan.version}: {self._words()}")
         return False
 
     def stop(self, why: str) -> None:
         """Sends its users back to the served version and ends the version's server. Nobody's call is lost."""
         self.fleet.end_trial(self._say)
+        self._end_comparison()
         self.result = f"version {self.plan.version} is on trial no more: {why}"
         self._note(self.result)
 
@@ -222,6 +283,7 @@ class Rollout:
     def promoted(self) -> None:
         """Ends the trial of a version that is served to everyone now."""
         self.fleet.end_trial(self._say)
+        self._end_comparison()
         self.result = f"version {self.plan.version} is served to everyone"
         self._note(self.result)
 
@@ -235,6 +297,7 @@ class Rollout:
             "version": self.plan.version,
             "share": 0.0 if self.result else self.plan.shares[self._step],
             "shadow": 0.0 if self.result else self.plan.shadow,
+            "interleave": self.plan.interleave,
             "step": self._step + 1,
             "steps": len(self.plan.shares),
             "step_s": round(time.monotonic() - self._since, 1),
@@ -243,24 +306,51 @@ class Rollout:
             "window_s": round(window_s, 1),
             "trial": asdict(trial) | {"mean_ms": trial.mean_ms},
             "served": asdict(served) | {"mean_ms": served.mean_ms},
+            "compared": as_state(self._compared) if self._compared is not None else self._last,
             "lines": list(self._lines),
         }
+
+    def collect(self) -> Iterator[Metric]:
+        """For a registry of prometheus_client."""
+        return as_metrics(self._compared) if self._compared is not None else iter(())
 
     # -- parts ---------------------------------------------------------------------------------------
     def _words(self) -> str:
         share, plan = self.plan.shares[self._step], self.plan
         shadow = f", and gets a copy of {100 * plan.shadow:.4g} % of the other calls" if plan.shadow else ""
-        return f"step {self._step + 1} of {len(plan.shares)}: answers {100 * share:.4g} % of the users{shadow}"
+        drafts = ", by drafts of both versions" if plan.interleave else ""
+        return f"step {self._step + 1} of {len(plan.shares)}: answers {100 * share:.4g} % of the users{drafts}{shadow}"
 
     def _note(self, line: str) -> None:
         self._lines.append(f"{time.strftime('%H:%M:%S')} {line}")
         self._say(line)
 
+    @property
+    def _split(self) -> Split:
+        return Split(self.plan.salt, self.plan.shares[self._step])
+
+    def _compare(self) -> None:
+        """Listens to samples of both versions' answers."""
+        assert self.fleet.options.answers is not None
+        folder, url = self.fleet.release.parent / "feature_store", self.fleet.options.store
+        clicks = ClickPlan(effect=WORSE, alpha=MISTAKEN / len(self.plan.shares))
+        self._compared = Compared(
+            self.fleet.options.answers, self._split, self.plan.version, lambda: open_store(folder, True, url), clicks
+        ).__enter__()
+        self.fleet.registry.register(self)  # type: ignore[arg-type]  # it collects, which is all that is asked
+
+    def _end_comparison(self) -> None:
+        if self._compared is not None:
+            self._last = as_state(self._compared)
+            self._compared.__exit__()
+            self._compared = None
+            self.fleet.registry.unregister(self)  # type: ignore[arg-type]
+
     def _apply(self) -> None:
         door = self.fleet.door
         if door is None:
             raise ServerError("rollout: expected the guard, which deals the users; leave --no-guard out")
-        door.split(Split(self.plan.salt, self.plan.shares[self._step]), self.plan.shadow)
+        door.split(self._split, self.plan.shadow)
         self._door_pid = door.pid
 
     def _window(self, now: float) -> tuple[Sample, Sample]:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from serving.door.options import AccessOptions
 from serving.process import server_environment
+from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, Listener
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
 from serving.runtime.explore import ENVIRONMENT as EXPLORE
-from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS
+from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleave
+from serving.shard_addresses import CA_ENV, CERT_ENV, SHARDS_ENV, WAIT_ENV, WAIT_MS
 from serving.wheel import python_library, wheel_folder
+from vivace.contract import TRIAL
 from vivace.impressions.queue import ENVIRONMENT, ImpressionOptions, folder_of
 from vivace.impressions.samples import ENVIRONMENT as PARITY, SampleOptions, folder_of as samples_of
 from vivace.store.opening import STORE_URL
@@ -54,7 +57,11 @@ class ServerOptions:
     shard: int | None = None  # this server is that shard of retrieval and nothing else
     shards: str = ""  # where the shards are (``serving.shard_addresses``); "": started beside it, where there are any
     shard_twins: int = 1  # servers of each shard that is started
+    answers: Path | None = None  # socket that samples of its answers go to, while anyone listens
     shard_wait_ms: int = WAIT_MS  # what has not come from a shard by then is done without
+    shard_cert: Path | None = None  # shown to shards elsewhere: PEM, with its key; None: they are asked in the clear
+    shard_ca: Path | None = None  # PEM: the authority that they are known by
+    interleave: Interleave | None = None  # the version that its answers are drafted with
 
 
 def environment(options: ServerOptions, release: Path) -> dict[str, str]:
@@ -69,11 +76,20 @@ def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     if options.store:  # not by the command line, which every user of the machine can read
         env[STORE_URL] = options.store
     env[ANSWER_CACHE] = "" if options.answer_cache is None else options.answer_cache.text()
+    answers = options.answers
+    env[ANSWERS] = "" if answers is None else Listener(str(answers), options.variant == TRIAL).to_json()
+    env[INTERLEAVE] = "" if options.interleave is None else options.interleave.to_json()
     env[EXPLORE] = f"{options.explore:g}" if options.explore else ""
     if options.shards:
         env |= {SHARDS_ENV: options.shards, WAIT_ENV: str(options.shard_wait_ms)}
+    env |= shard_environment(options)
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
     return server_environment(env)
+
+
+def shard_environment(options: ServerOptions) -> dict[str, str]:
+    """What ``serving.shard_addresses.credentials_from`` reads."""
+    return {CERT_ENV: str(options.shard_cert or ""), CA_ENV: str(options.shard_ca or "")}
 
 
 def log_environment(options: ServerOptions, release: Path) -> dict[str, str]:

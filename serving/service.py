@@ -16,7 +16,7 @@ from serving.logs import rotate
 from serving.process import Reaper, adopt_orphans
 from serving.repository import check_profile
 from serving.server_options import ServerOptions
-from serving.shards.servers import check_shard
+from serving.shards.servers import check_shard, check_stages, shard_count
 from serving.start_checks import (
     check_cache,
     check_explore,
@@ -74,6 +74,8 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     check_cache(options.repository, options.profile, options.cache_bytes, options.answer_cache)
     if options.shard is not None:
         check_shard(options.repository, options.shard)
+    elif shard_count(options.repository):
+        check_stages(options.repository, options.profile)
     check_variant(options.variant, options.impressions)
     check_explore(options.explore, options.impressions, options.answer_cache is not None)
     check_parity(options.parity, options.impressions, options.repository)

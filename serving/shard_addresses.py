@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vivace.credentials import Credentials
 from vivace.http_pool import UNIX
 
 SHARDS_ENV = "VIVACE_SHARDS"  # of a worker: addresses
 WAIT_ENV = "VIVACE_SHARD_WAIT_MS"
+CERT_ENV, CA_ENV = "VIVACE_SHARD_CERT", "VIVACE_SHARD_CA"
 WAIT_MS = 300
 
 
@@ -34,3 +37,12 @@ class ShardAddresses:
 
     def __str__(self) -> str:
         return ",".join("|".join(shard) for shard in self.twins)
+
+
+def credentials_from(told: Mapping[str, str]) -> Credentials | None:
+    """What a server shows the shards and knows them by, of an environment; None where they are asked in the clear.
+    Raises ValueError for files that are none."""
+    certificate, ca = told.get(CERT_ENV, ""), told.get(CA_ENV, "")
+    if not certificate and not ca:
+        return None
+    return Credentials(key="", ca=ca, cert=(certificate, certificate) if certificate else None)

@@ -28,6 +28,7 @@ from serving.wheel import ServerError
 from vivace import contract
 from vivace.impressions.samples import SampleOptions
 from vivace.live import RECENT
+from vivace.shard_contract import shard_model
 from vivace.store.interface import StoreError
 
 LEFTOVER = "vivace-triton-"  # how a launcher's folder for temporary files is called
@@ -55,13 +56,10 @@ def check_exposure(
 ) -> None:
     """Raises ServerError for an address that others reach without the guard, or without keys and TLS where nobody said
     that its network is trusted; and for keys or TLS without the guard, which has them. ``shard``: one, that only other
-    servers ask, needs no guard on such a network."""
+    servers ask: it wants their certificates, or needs no guard on such a network."""
     access = access or AccessOptions()
-    if shard and not guard and not access.insecure_network and not ipaddress.ip_address(address).is_loopback:
-        raise ServerError(
-            f"--host {host}: others reach this address, and a shard takes whatever it is sent; give --insecure-network "
-            "where only the servers that ask it are on that network"
-        )
+    if shard:
+        _check_exposure_of_shard(host, address, access)
     if not guard and (access.keys or access.certificate or access.client_ca):
         raise ServerError("--no-guard: expected the guard with --keys or TLS, as those are its; leave --no-guard out")
     if ipaddress.ip_address(address).is_loopback or shard:
@@ -76,6 +74,19 @@ def check_exposure(
         raise ServerError(
             f"--host {host}: others reach this address, and without {' and '.join(missing)} anyone of them may call or "
             "read along; give them, or --insecure-network where the network is trusted"
+        )
+
+
+def _check_exposure_of_shard(host: str, address: str, access: AccessOptions) -> None:
+    if access.keys is not None:
+        raise ServerError("--keys: a shard knows the servers that ask it by their certificates; give --client-ca")
+    if access.certificate is not None and access.client_ca is None:
+        raise ServerError("--tls-cert: expected --client-ca with it, the authority of the servers that ask this shard")
+    exposed = not ipaddress.ip_address(address).is_loopback
+    if exposed and access.certificate is None and not access.insecure_network:
+        raise ServerError(
+            f"--host {host}: others reach this address, and a shard takes whatever it is sent; give --tls-cert, "
+            "--tls-key and --client-ca, or --insecure-network where only the servers that ask it are on that network"
         )
 
 
@@ -204,12 +215,15 @@ def connections_for(most: int) -> int:
     return max(16, min(most, (soft - FILES_OF_OUR_OWN) // 4))  # two ports, and each call has one to Triton
 
 
-def door_options(host: str, http_port: int, grpc_port: int, metrics_port: int) -> DoorOptions:
-    """A door on these ports, for as many callers as there are descriptors for."""
+def door_options(host: str, http_port: int, grpc_port: int, metrics_port: int, shard: int | None = None) -> DoorOptions:
+    """A door on these ports, for as many callers as there are descriptors for. ``shard``: in front of that alone."""
     most = connections_for(DoorOptions.max_connections)
-    return DoorOptions(
+    options = DoorOptions(
         host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, max_connections=most
     )
+    if shard is None:
+        return options
+    return replace(options, models=(shard_model(shard),), max_others=options.max_recommends)
 
 
 def check_path(repository: Path) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from training.data.batches import Requests
 from training.metrics import ranks
-from training.models.retrieval import RetrievalModel, propose
-from vivace.contract import PADDING_ID
+from training.models.retrieval import EXCLUDED, RetrievalModel, propose
+from vivace.contract import FIRST_ID, PADDING_ID
 
 SCORED = 256  # requests scored at once in evaluation
 
@@ -35,6 +35,24 @@ def candidates(
         rising = None if request.rising_BM is None else request.rising_BM.to(scores.device)
         ids, top = propose(scores, count, rising)
     return rank, ids, top, encoded[:, -memory:]
+
+
+def candidates_with(
+    retriever: RetrievalModel, request: Requests, shown_BK: Tensor, count: int, exclude_seen: bool, memory: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same as ``candidates`` where the ids ``shown_BK`` [B, K], padded, are among the ids [B, max(N, K)]: those
+    that the retriever does not propose stand in the place of its last ones. Then bool [B, N]: which are of them."""
+    with torch.no_grad():
+        rank, scores, encoded = scored(retriever, request, exclude_seen)
+        shown_BK = shown_BK.to(scores.device)
+        is_shown = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, shown_BK, True)
+        is_shown[:, :FIRST_ID] = False
+        first = scores.masked_fill(is_shown, float("inf"))
+        ids = first.topk(max(count, shown_BK.shape[1]), dim=1).indices
+        top = scores.gather(1, ids)
+        top, order = top.sort(dim=1, descending=True, stable=True)
+        ids = torch.where(top > EXCLUDED / 2, ids.gather(1, order), torch.full_like(ids, PADDING_ID))
+    return rank, ids, top, encoded[:, -memory:], is_shown.gather(1, ids)
 
 
 def behind_rising(rank_B: Tensor, request: Requests) -> Tensor:

@@ -10,12 +10,17 @@ from typing import Any
 
 from loadtest.reports.html import drawn, image, page, table
 from training.judge.counterfactual import Counterfactual
-from training.judge.experiment import CTR, Evidence
-from training.judge.sequential import Comparison, Plan
+from training.judge.experiment import CTR, Evidence, Teams
+from vivace.contract import TRIAL
+from vivace.sequential import Comparison, Plan, Preference
 
 HOW = (
     "Intervals hold at all looks together: one may look every hour and stop when one likes. Users are the unit. "
     "A verdict is of one figure; CTR is the one that the plan is for."
+)
+TEAM_WORDS = (
+    "Interleaved: a request with more clicks on one version's items is won by it, a tie counts for none; the arm "
+    f'"{TRIAL}" above was shown drafts of both, so its CTR is of the two together.'
 )
 
 
@@ -71,10 +76,27 @@ def verdict(c: Comparison) -> str:
     return c.verdict if math.isfinite(c.lift) else "too few users or clicks yet"
 
 
-def needed(c: Comparison) -> str:
+def needed(c: Comparison | Preference) -> str:
     if c.differs or c.users_needed == 0:
         return "enough"
     return f"{c.users_needed:,} more" if c.users_needed > 0 else "not known yet"
+
+
+def team_rows(of: Sequence[Teams]) -> tuple[list[str], list[list[str]]]:
+    """(header, a row for each two versions that were interleaved)."""
+    header = [
+        "version", "beside", "users", "requests", "with clicks", "with a winner", "won", "interval", "p", "verdict",
+        "users needed",
+    ]  # fmt: skip
+    rows = []
+    for t in of:
+        p, known = t.preference, math.isfinite(t.preference.share)
+        rows.append(
+            [t.tried, t.served, f"{t.users:,}", f"{t.requests:,}", f"{t.clicked:,}", f"{t.decided:,}",
+             f"{p.share:.1%}" if known else "–", f"{p.low:.1%} to {p.high:.1%}" if known else "–", chance(p.p_value),
+             p.verdict if known else "too few users with a winner yet", needed(p)]
+        )  # fmt: skip
+    return header, rows
 
 
 def place_words(seen: Evidence) -> str:

@@ -132,6 +132,27 @@ class Shop:
         appeal: np.ndarray = of_category[:, self._category] - cost[:, None] * self._dearness
         return appeal
 
+    def _tastes(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(four favoured categories int64 [users, 4], log price that suits, float64 [users]) when the log begins."""
+        taste = rng.integers(0, len(CATEGORIES), (self.config.users, 4))
+        return taste, rng.normal(3.5, 0.7, self.config.users)
+
+    def wanted(self, user: np.ndarray, device: np.ndarray, day_part: np.ndarray) -> np.ndarray:
+        """Logarithm of the chance that a session at the log's beginning begins with each item, float64 [B, items]; -inf
+        outside of the user's favoured categories. Of numbers of users, of DEVICES and of parts of the day, int64 [B].
+        The choice among OPTIONS drawn items is taken as one among all of the category."""
+        taste = self._tastes(np.random.default_rng([self.config.seed, 1]))[0][user]
+        leaning = (self._of_device[device] + self._of_day_part[day_part])[np.arange(len(user))[:, None], taste]
+        of_category = np.zeros((len(user), len(CATEGORIES)))
+        chance = np.exp(leaning - leaning.max(1, keepdims=True))
+        np.add.at(of_category, (np.arange(len(user))[:, None], taste), chance / chance.sum(1, keepdims=True))
+        cost = np.array(list(SENSITIVITIES.values()))[self._sensitivity[user]]
+        strength = self._appeal * np.exp(-cost[:, None] * self._dearness)
+        whole = np.add.reduceat(strength, self._start[:-1], axis=1)
+        with np.errstate(divide="ignore"):
+            log_chance: np.ndarray = np.log(strength * (of_category / whole)[:, self._category])
+        return log_chance
+
     def users(self) -> list[Chunk]:
         words = np.array(list(SENSITIVITIES), object)[self._sensitivity]
         names = [f"user-{u:05d}" for u in range(self.config.users)]
@@ -163,8 +184,7 @@ class Shop:
         config = self.config
         rng = np.random.default_rng([config.seed, 1])
         n, users = len(CATEGORIES), np.arange(config.users)
-        taste = rng.integers(0, n, (config.users, 4))  # four favoured categories a user
-        budget = rng.normal(3.5, 0.7, config.users)
+        taste, budget = self._tastes(rng)
         activity = rng.lognormal(0, 0.6, config.users)
         share = activity / activity.sum() * config.events / 3.9  # new items a session, on average
         sessions = np.maximum(rng.poisson(share), 1)

@@ -9,6 +9,7 @@ from typing import Any
 from serving.door.extension import changing
 from serving.door.options import DoorFiles, DoorOptions
 from serving.door.routes import BRIDGE, TYPE, grpc_routes, http_routes, metrics_routes
+from vivace import contract
 
 FOLDER = Path(__file__).parent
 INSPECTORS = {  # what a connection says first; until then it takes nobody's place
@@ -199,8 +200,10 @@ def _listener(
 
 def listeners(options: DoorOptions, files: DoorFiles) -> list[dict[str, Any]]:
     http, grpc, metrics = options.http_port, options.grpc_port, options.metrics_port
-    return [
+    listening = [
         _listener("http", options, files, http, http_routes(options), _http_checks()),
-        _listener("grpc", options, files, grpc, grpc_routes(options), _grpc_checks(), http2=True),
         _listener("metrics", options, files, metrics, metrics_routes(options), []),
     ]
+    if contract.ENSEMBLE in options.models:
+        listening.append(_listener("grpc", options, files, grpc, grpc_routes(options), _grpc_checks(), http2=True))
+    return listening

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vivace import contract
+
+PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT, contract.UPDATE_STORE)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoorOptions:
@@ -46,6 +50,8 @@ class DoorOptions:
     """With the certificate in ``DoorFiles.certificate``."""
     client_ca: bool = False
     """A caller needs a certificate of those in ``DoorFiles.client_ca``."""
+    models: tuple[str, ...] = PUBLIC
+    """Whose calls it lets through: those of callers, or a shard of retrieval, which is asked over HTTP alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,9 @@ import socket
 from typing import Any
 
 from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND, TRIAL
-from serving.door.options import DoorOptions
+from serving.door.options import PUBLIC, DoorOptions
 from vivace import contract
 
-PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT, contract.UPDATE_STORE)
 SERVICE = "/inference.GRPCInferenceService"
 GRPC_READS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig")
 TYPE = "type.googleapis.com/envoy.extensions.filters"
@@ -98,7 +97,7 @@ def _may_not_write(match: dict[str, Any]) -> dict[str, Any]:
 
 
 def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
-    probes = f"/v2/health/ready|/v2/models/({'|'.join(PUBLIC)})(/versions/[0-9]{{1,9}})?/ready"
+    probes = f"/v2/health/ready|/v2/models/({'|'.join(options.models)})(/versions/[0-9]{{1,9}})?/ready"
     routes: list[dict[str, Any]] = [
         _away(STOPPING, {"prefix": "/v2/models/", "headers": method("POST")}),
         _away(UNREADY, {"safe_regex": {"regex": probes}, "headers": method("GET")}),
@@ -107,7 +106,7 @@ def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
         {"match": {"path": path, "headers": method("GET")}, "route": to(OTHERS, options, again=True)}
         for path in ("/v2", "/v2/health/live", "/v2/health/ready")
     ]
-    for model in PUBLIC:
+    for model in options.models:
         base = f"/v2/models/{model}(/versions/[0-9]{{1,9}})?"
         infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": method("POST")}
         if options.keys and model != contract.ENSEMBLE:
@@ -116,15 +115,15 @@ def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
         config = "|/config" if model == contract.ENSEMBLE else ""  # those of the others name the store
         look = {"safe_regex": {"regex": f"{base}(/ready{config})?"}, "headers": method("GET")}
         routes.append({"match": look, "route": to(OTHERS, options, again=True)})
-    return [*refused_pages(options), *routes, nothing()]
+    return [*refused_pages(options), *routes, nothing(options.models)]
 
 
 def _model(name: str) -> list[dict[str, Any]]:
     return [{"name": "x-vivace-model", "string_match": {"exact": name}}]
 
 
-def nothing() -> dict[str, Any]:
-    text = f"no such path; the public calls are POST /v2/models/MODEL/infer of {', '.join(PUBLIC)}"
+def nothing(models: tuple[str, ...] = PUBLIC) -> dict[str, Any]:
+    text = f"no such path; the public calls are POST /v2/models/MODEL/infer of {', '.join(models)}"
     return {"match": {"prefix": "/"}, "direct_response": {"status": 404, "body": {"inline_string": text}}}
 
 

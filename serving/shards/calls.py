@@ -8,6 +8,7 @@ have is asked again at its twin, and the first answer counts ("hedged requests":
 from __future__ import annotations
 
 import contextlib
+import ssl
 import threading
 import time
 from collections import Counter, deque
@@ -23,6 +24,7 @@ from serving.runtime.sharded import LEAST_SEEN, Answer
 from serving.shard_addresses import WAIT_MS, ShardAddresses
 from vivace import contract
 from vivace.client_errors import VivaceError
+from vivace.credentials import Credentials
 from vivace.http_pool import HttpClient
 from vivace.shard_contract import shard_inputs, shard_model, shard_outputs
 
@@ -37,7 +39,7 @@ RESCUE_SHARE = 0.5  # of the wait: a shard that has not answered by then is aske
 TIMES, LEARN_EVERY = 512, 32  # times that are remembered, and how often the percentile is taken of them
 LATE_IN_A_ROW = 3  # answers that come too late until a server is not waited for
 PROBE_S, PROBE_WAIT_S = 0.25, 1.0
-LATE, SILENT, OTHER_VERSION = "late", "does not answer", "has another version"
+LATE, SILENT, OTHER_VERSION, UNTRUSTED = "late", "does not answer", "has another version", "no trust by TLS"
 FAILURES = (OSError, HTTPException, VivaceError)  # TimeoutError is one of them
 
 
@@ -67,6 +69,7 @@ class RemoteShards:
     """``serving.runtime.sharded.Shards`` over servers that have version ``version``. For one thread at a time.
 
     ``wait_s``: what has not come by then is done without; ``first``: number of the first shard in ``addresses``;
+    ``credentials``: of a server that asks behind mutual TLS;
     ``counts`` by (shard, how) is for whoever reports it: "answered", "hedged", "late", "failed", and "without", which
     is a call that was answered without it."""
 
@@ -77,10 +80,11 @@ class RemoteShards:
         shapes: contract.StageTensors,
         wait_s: float = WAIT_MS / 1000,
         first: int = 0,
+        credentials: Credentials | None = None,
     ) -> None:
         self._model = [f"{shard_model(first + i)}/versions/{version}" for i in range(len(addresses.twins))]
         self.endpoints = [
-            [Endpoint(shard, address, HttpClient(address)) for address in twins]
+            [Endpoint(shard, address, HttpClient(address, credentials)) for address in twins]
             for shard, twins in enumerate(addresses.twins)
         ]
         self.wait_s, self.hedge_s, self.counts = wait_s, FIRST_HEDGE_S, Counter[tuple[int, str]]()
@@ -257,4 +261,6 @@ def _why(error: BaseException) -> str:
     """In a word or two: STATUS is read by callers, who need no paths of sockets."""
     if isinstance(error, TimeoutError):
         return LATE
+    if isinstance(error, ssl.SSLError) or (isinstance(error, VivaceError) and "TLS" in str(error)):
+        return UNTRUSTED
     return OTHER_VERSION if "version" in str(error) and isinstance(error, VivaceError) else SILENT

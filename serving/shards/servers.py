@@ -13,9 +13,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from serving.door.options import AccessOptions
 from serving.launcher import TritonServer
 from serving.repository import read_config
-from serving.server_options import ServerOptions
-from serving.shard_addresses import ShardAddresses
-from serving.shards.calls import RemoteShards
+from serving.server_options import ServerOptions, shard_environment
+from serving.shard_addresses import ShardAddresses, credentials_from
+from serving.shards.calls import OTHER_VERSION, UNTRUSTED, RemoteShards
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
 from vivace import contract
@@ -143,6 +143,8 @@ class ShardGroups:
         ServerError."""
         release = options.repository.resolve()
         count = shard_count(release) if options.shard is None else 0
+        if not options.shards and (options.shard_cert or options.shard_ca):
+            raise ServerError("--shard-cert, --shard-ca: expected --shard-hosts, as shards that start here need none")
         if options.shards:
             check_hosts(options, self._say)
         if options.shards or not count:
@@ -205,21 +207,23 @@ def check_hosts(options: ServerOptions, say: Callable[[str], None]) -> None:
     count = shard_count(release)
     if not count:
         raise ServerError("--shard-hosts: this version has no shards; run 'vivace compile --shards S', or leave it out")
-    try:
-        addresses = ShardAddresses.parse(options.shards, count)
-    except ValueError as error:
-        raise ServerError(str(error)) from None
     shapes = Run(release.parent).shapes()
     version = next(p.name for p in (release / contract.RETRIEVAL).iterdir() if p.name.isdigit())
-    shards = RemoteShards(addresses, version, shapes, wait_s=5.0)
+    try:
+        addresses = ShardAddresses.parse(options.shards, count)
+        credentials = credentials_from(shard_environment(options))
+        shards = RemoteShards(addresses, version, shapes, wait_s=5.0, credentials=credentials)
+    except ValueError as error:
+        raise ServerError(str(error)) from None
     try:
         missing = shards.ask_once()
     finally:
         shards.close()
-    if len(missing) == count or any("version" in why for why in missing.values()):
+    if len(missing) == count or {OTHER_VERSION, UNTRUSTED} & set(missing.values()):
         named = ", ".join(f"{shard} at {'|'.join(addresses.twins[shard])}: {why}" for shard, why in missing.items())
         raise ServerError(
             f"--shard-hosts: expected servers of version {version} ('vivace serve --shard I' there), got: {named}"
+            + "; look at --shard-cert and --shard-ca here, --client-ca there" * (UNTRUSTED in missing.values())
         )
     for shard, why in missing.items():
         say(f"shard {shard} at {'|'.join(addresses.twins[shard])}: {why}; answers do without it until it comes")

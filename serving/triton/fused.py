@@ -16,6 +16,7 @@ import numpy as np
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
 from serving.runtime.drift import counts_of_worker
 from serving.runtime.explore import Explorer, explored
+from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleaved, both_statuses, settings_of
 from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
@@ -28,6 +29,7 @@ from serving.triton.drift import count_answer, count_requests, sample
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
 from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
+from vivace.impressions.queue import row_ids, usable_id
 from vivace.impressions.samples import writer_of_worker
 
 WAY_BACK_MS = 10  # from the answer to the client where processors are short
@@ -46,16 +48,20 @@ class RecommendModel(Stage):
         store = self.store(readonly=True)
         self.pipeline = Pipeline(repository, self.folder.name, self.shapes(), store, seen, threads, ranked)
         self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), Counts()
-        self.answers = None
-        if settings := os.environ.get(ANSWER_CACHE):
+        self.answers, self.interleaved = None, None
+        if interleave := settings_of(os.environ.get(INTERLEAVE, "")):
+            self.interleaved = Interleaved(interleave, self.folder.name, store, threads)
+        elif settings := os.environ.get(ANSWER_CACHE):  # a draft is of one request
             cache = CacheSettings.read(settings)
             self.answers = Answers(cache, self.pipeline, store, repository, self.parameters)
         self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
         self.drift = counts_of_worker(self.folder, self.pipeline.shapes, self.pipeline.transform.moment.columns)
-        self.sampling = sampling_of_worker(writer_of_worker(), self.pipeline.shapes, self.folder.name)
+        writer = writer_of_worker() if self.interleaved is None else None  # a draft is no one version's answer
+        self.sampling = sampling_of_worker(writer, self.pipeline.shapes, self.folder.name)
         self.explorer = Explorer.of_worker(self.beside(contract.RESPONSE))
-        for level, seconds in self.pipeline.warm(self.largest):
-            self.overload.done(level, self.largest, seconds)
+        pipelines = [self.pipeline, *([self.interleaved.pipeline] if self.interleaved is not None else [])]
+        for of_pipelines in zip(*(pipeline.warm(self.largest) for pipeline in pipelines), strict=True):
+            self.overload.done(of_pipelines[0][0], self.largest, sum(seconds for _, seconds in of_pipelines))
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -150,8 +156,12 @@ class RecommendModel(Stage):
                 ranked_count = self.pipeline.count_to_rank(max(row.top_k for row in batch.rows), level)
                 ranked_BN, values_BCN = self.pipeline.rank(history_BT, retrieved, ranked_count)
         ranked_BN, values_BCN = self._search(batch, history_BT, ranked_BN, values_BCN)
-        status_B, ranked_BN, values_BCN = batch.refuse_late(contract.RESPONSE, [status_B, ranked_BN, values_BCN])
-        self._respond(batch, ranked_BN, values_BCN, status_B, level.status(ranked_count, self.pipeline.ranked))
+        served = self._served_beside(batch, level)
+        status_B, ranked_BN, values_BCN, *served = batch.refuse_late(
+            contract.RESPONSE, [status_B, ranked_BN, values_BCN, *served]
+        )
+        reason = level.status(ranked_count, self.pipeline.ranked)
+        self._respond(batch, ranked_BN, values_BCN, status_B, reason, served)
         start = 0
         for request in batch.requests:
             stop = start + len(request.rows)
@@ -168,6 +178,8 @@ class RecommendModel(Stage):
                 if request.has_query:
                     request.options = search_options(request.request)
                     self.pipeline.search.index.allowed(request.options.filters)
+                    if self.interleaved is not None and self.interleaved.pipeline.search is not None:
+                        self.interleaved.pipeline.search.index.allowed(request.options.filters)
             except ValueError as error:
                 batch.answer(request, refused(str(error)))
         batch.keep_unanswered()
@@ -188,39 +200,60 @@ class RecommendModel(Stage):
             request.understood = [next(texts) for _ in request.rows]
         return ranked_BN, values_BCN
 
+    def _served_beside(self, batch: Batch, level: Level) -> list[np.ndarray]:
+        """Ranked ids, values and status of the served version, where this one is on trial and interleaved with it."""
+        if self.interleaved is None or not batch.requests:
+            return []
+        options = [request.options for request in batch.requests for _ in request.rows]
+        return list(self.interleaved.ranked(batch.rows, options, level))
+
     def _respond(
-        self, batch: Batch, ranked_BN: np.ndarray, values_BCN: np.ndarray, status_B: np.ndarray, reason: str
-    ) -> None:
+        self, batch: Batch, ranked_BN: np.ndarray, values_BCN: np.ndarray, status_B: np.ndarray, reason: str,
+        served: list[np.ndarray],
+    ) -> None:  # fmt: skip
+        """``served``: what ``_served_beside`` answers, none where nothing is interleaved."""
         start = 0
         for request in batch.requests:
             stop = start + len(request.rows)
-            rows = zip(request.errors, status_B[start:stop], strict=True)
+            # what the server asks itself is of the version on trial alone: by that it is judged
+            drafts = self.interleaved is not None and not request.itself
+            status_of = both_statuses(status_B[start:stop], served[2][start:stop]) if drafts else status_B[start:stop]
+            rows = zip(request.errors, status_of, strict=True)
             status = strings(
                 [f"{contract.STATUS_ERROR}{error}" if error else with_reason(status, reason) for error, status in rows]
             )
             top_k = np.array([row.top_k for row in request.rows])
             queried = [bool(row.query) for row in request.rows]
             ranked, of_ranked, propensities = ranked_BN[start:stop], values_BCN[start:stop], None
-            if self.explorer is not None:
+            if self.explorer is not None and not drafts:  # who picked a place of a draft is not explored
                 ranked, of_ranked, propensities = explored(
                     self.explorer, self.pipeline.respond, request.itself, ranked, of_ranked, top_k, status[:, 0],
                     queried,
                 )  # fmt: skip
             values = self.pipeline.respond(ranked, of_ranked, top_k, status[:, 0])
             count_answer(self.drift, request.itself, values, status[:, 0], queried)
+            request_id, teams_BK = "", None
+            if drafts and self.interleaved is not None:
+                beside = self.interleaved.pipeline.respond(
+                    served[0][start:stop], served[1][start:stop], top_k, status[:, 0]
+                )
+                request_id = usable_id(impressions.id_of(request.request))
+                values, teams_BK = self.interleaved.drafted(beside, values, row_ids(request_id, len(request.rows)))
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
             values.append(status)
-            self._shown(batch, request, values, propensities)
+            self._shown(batch, request, values, request_id, teams_BK, propensities)
             if self.answers is not None and len(request.rows) == 1:
                 batch.answers[request.place] = values
             batch.answer(request, answer(request.request, self.outputs, values))
             start = stop
 
     def _shown(
-        self, batch: Batch, request: ParsedRequest, values: list[np.ndarray], propensities: np.ndarray | None = None
-    ) -> None:
-        """Puts what a request is answered among the impressions."""
+        self, batch: Batch, request: ParsedRequest, values: list[np.ndarray], request_id: str = "",
+        teams_BK: np.ndarray | None = None, propensities_BK: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Puts what a request is answered among the impressions: see ``Impressions.put``."""
         if self.impressions:
             viewers = impressions.viewers(request, batch.began_ms)
-            self.impressions.put(request.request, viewers, values[0], values[1], values[-1][:, 0], propensities)
+            shown = (values[0], values[1], values[-1][:, 0])
+            self.impressions.put(request.request, viewers, *shown, request_id, teams_BK, propensities_BK)

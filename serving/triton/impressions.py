@@ -1,4 +1,5 @@
-"""The log of what was shown, as the models see it: off unless the server was told to keep one.
+"""What was shown, as the models see it: the log of it, off unless the server was told to keep one, and samples of it
+while a version is on trial.
 
 Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils``).
 """
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, AnswerSamples
 from serving.triton.stage import Counts, ParsedRequest, strings
 from vivace.contract import MAX_PARAMETER_ID_BYTES, SESSION, SHOWN_TO, UNLOGGED
 from vivace.impressions.queue import ENVIRONMENT, Viewer, packed_viewer, queue_of_worker
@@ -22,6 +24,14 @@ from vivace.impressions.queue import ENVIRONMENT, Viewer, packed_viewer, queue_o
 def is_on() -> bool:
     """Whether the server was started with a log."""
     return bool(os.environ.get(ENVIRONMENT))
+
+
+def id_of(request: Any) -> str:
+    """A request's id; "" for none, or one that no event can name."""
+    try:
+        return str(request.request_id())
+    except UnicodeDecodeError:
+        return ""
 
 
 def session_of(request: Any) -> str:
@@ -41,9 +51,9 @@ def viewers(request: ParsedRequest, began_ms: float) -> list[Viewer | None]:
     ]
 
 
-def shown_to(request: ParsedRequest, began_ms: float) -> np.ndarray:
-    """SHOWN_TO of a request's rows."""
-    if not is_on():
+def shown_to(request: ParsedRequest, began_ms: float, sampled: bool = False) -> np.ndarray:
+    """SHOWN_TO of a request's rows, "" where answers are neither logged nor ``sampled``."""
+    if not (is_on() or sampled):
         return strings([""] * len(request.rows))
     packed = [packed_viewer(viewer) if viewer else b"" for viewer in viewers(request, began_ms)]
     return np.array(packed, object)[:, None]
@@ -59,6 +69,7 @@ class Impressions:
             pb_utils.Logger.log_warn(
                 "impressions: not logged, as this version was compiled before there was a log: 'vivace compile'"
             )
+        self._samples = AnswerSamples(os.environ.get(ANSWERS, "") if knows else "")
         self._queue = queue_of_worker(os.environ.get(ENVIRONMENT, "") if knows else "", model_version)
         self._next_s = 0.0
         if self._queue is not None:
@@ -66,28 +77,31 @@ class Impressions:
             self._counted = (0, 0)
 
     def __bool__(self) -> bool:
-        return self._queue is not None
+        return self._queue is not None or self._samples.on()
 
     def put(
         self, request: Any, rows: Sequence[Viewer | bytes | None], items_BK: np.ndarray, scores_BK: np.ndarray,
-        status_B: np.ndarray, propensities_BK: np.ndarray | None = None,
+        status_B: np.ndarray, request_id: str = "", teams_BK: np.ndarray | None = None,
+        propensities_BK: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """The answer to a request: ``viewers`` or SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows; the chance of what
-        is shown, where something explores."""
-        if self._queue is None:
-            return
-        try:
-            request_id = request.request_id()
-        except UnicodeDecodeError:  # no id that an event can name
-            request_id = ""
+        """The answer to a request: ``viewers`` or SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows; its id, if it is at
+        hand; the version that picked each item, where two were interleaved; the chance of what is shown, where
+        something explores."""
+        request_id = request_id or id_of(request)
         if request_id == UNLOGGED:
+            return
+        made_ms = time.time() * 1000
+        if self._samples.on():
+            self._samples.put(request_id, rows, items_BK, scores_BK, status_B.tolist(), made_ms, teams_BK)
+        if self._queue is None:
             return
         # scores are a view of Triton's memory, which goes with the answer
         self._queue.put(
-            (request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), time.time() * 1000, propensities_BK)
+            (request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), made_ms, teams_BK, propensities_BK)
         )
 
     def hand_over(self) -> None:
+        self._samples.hand_over()
         if self._queue is None or time.monotonic() < self._next_s:
             return
         self._next_s = time.monotonic() + Counts.EVERY_S
@@ -99,5 +113,6 @@ class Impressions:
         self._counts.hand_over()
 
     def close(self) -> None:
+        self._samples.close()
         if self._queue is not None:
             self._queue.close()

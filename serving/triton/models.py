@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, AnswerSamples
 from serving.runtime.drift import counts_of_worker
 from serving.runtime.events import event_status, parse_event, parse_id
 from serving.runtime.explore import Explorer, explored
@@ -30,7 +31,7 @@ from serving.runtime.stages import (
     search_for,
     with_reason,
 )
-from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses
+from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses, credentials_from
 from serving.triton import impressions
 from serving.triton.drift import count_answer, count_requests, sample
 from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
@@ -68,13 +69,14 @@ class FeatureTransformModel(Stage):
             self.folder / "transform.onnx", store, shapes, seen, catalogue=self.catalogue(store)
         )
         self.search, self.counts = bool(shapes.search), Counts()
+        self.samples, self.sampled = AnswerSamples(os.environ.get(ANSWERS, "")), False  # of the last stage
         self.shown_to = contract.SHOWN_TO.name in self.outputs  # a repository of before it does without
         self.drift = counts_of_worker(self.beside(contract.ENSEMBLE), shapes, self.transform.moment.columns)
         self.sampling = sampling_of_worker(writer_of_worker(), shapes, self.folder.name)
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
-        began_ms = time.time() * 1000
+        began_ms, self.sampled = time.time() * 1000, self.samples.on()
         parsed = [ParsedRequest(i, request, self.transform.moment.columns) for i, request in enumerate(requests)]
         rows = [row for request in parsed for row in request.rows]
         known = self.transform.known(rows)
@@ -109,7 +111,7 @@ class FeatureTransformModel(Stage):
         if self.search:
             values.append(self._search_for(request, inputs[0]))
         if self.shown_to:
-            values.append(impressions.shown_to(request, began_ms))
+            values.append(impressions.shown_to(request, began_ms, self.sampled))
         if not request.itself:
             self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)
@@ -155,7 +157,9 @@ class ShardedRetrievalModel(Stage):
             )
         addresses = ShardAddresses.parse(told, shapes.shards)
         wait_s = int(os.environ.get(WAIT_ENV, WAIT_MS)) / 1000
-        self.asked, self.counts = RemoteShards(addresses, self.folder.name, shapes, wait_s), ShardCounts()
+        credentials = credentials_from(os.environ)
+        self.asked = RemoteShards(addresses, self.folder.name, shapes, wait_s, credentials=credentials)
+        self.counts = ShardCounts()
         self.retrieve = ShardedRetrieval(self.folder, shapes, self.asked)
 
     @each_by_itself
@@ -271,7 +275,7 @@ class ResponseModel(Stage):
         count_answer(self.drift, itself, shown, status[:, 0], queried)
         if self.impressions:
             rows = tensor_of(request, contract.SHOWN_TO)[:, 0].tolist()
-            self.impressions.put(request, rows, shown[0], shown[1], status[:, 0], propensities)
+            self.impressions.put(request, rows, shown[0], shown[1], status[:, 0], propensities_BK=propensities)
         return answer(request, self.outputs, [*shown, *understood])
 
 

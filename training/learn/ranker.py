@@ -5,6 +5,7 @@ Axis legend: B requests, T history events, N candidates, H task heads, D width.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -21,15 +22,17 @@ from preprocessing.features import Features
 from training.checkpoints import build_ranker, device, finish_training, keep_only_own_checkpoint, load_retrieval
 from training.data import batches
 from training.data.live import check_live, with_live
+from training.data.shown import ShownClicks, ShownLog, shown_clicks
 from training.learn.loop import Loop, LoopConfig
 from training.metrics import list_auc, mean_ndcg, ranks_after
 from training.models.ranking import RankingModel
 from training.models.retrieval import EXCLUDED, RetrievalModel
-from training.presets import Preset
-from training.scoring import SCORED, behind_rising, candidates
+from training.presets import Preset, shapes
+from training.scoring import SCORED, behind_rising, candidates, candidates_with
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.manifest import Progress, Step
 from vivace.run import CONTROL, RANKING, RETRIEVAL, Run
+from vivace.store.opening import store_of_worker
 
 
 def held_out_users(request: batches.Requests, share: float, seed: int) -> np.ndarray:
@@ -53,6 +56,8 @@ class RankerBatch(NamedTuple):
     target_B: Tensor
     number_B: Tensor  # of the request
     more: tuple[Tensor, ...]  # what the ranker reads of the moment and of live counters
+    among_BN: Tensor | None = None  # bool: of a click in a log, what was shown with it and not clicked, and itself
+    weight_B: Tensor | None = None  # of such clicks
 
     @property
     def there(self) -> Tensor:
@@ -64,11 +69,16 @@ class RankerBatch(NamedTuple):
         """What the model reads."""
         return self.history_BT, self.candidates_BN, self.scores_BN, self.encoded_BTD, *self.more
 
+    def keep(self, rows_B: Tensor) -> RankerBatch:
+        """The requests where ``rows_B`` is true."""
+        kept = {n: x[rows_B] for n, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**kept, more=tuple(x[rows_B] for x in self.more))
+
 
 class RankerData:
     """Ranker batches: requests of the last training events and then of the validation events, whose labels the
     retriever has not seen; as a control, or where there is no validation event, of training events alone. ``known``:
-    other requests in their place."""
+    other requests in their place. ``shown``: clicks of a log to learn from beside them."""
 
     def __init__(
         self,
@@ -78,8 +88,10 @@ class RankerData:
         seed: int,
         control: bool,
         known: batches.Requests | None = None,
+        shown: ShownClicks | None = None,
     ) -> None:
         self.features, self.retriever, self.preset, self.seed = features, retriever, preset, seed
+        self.shown = shown
         self.without_validation = not features.files("valid")
         self.control = control or self.without_validation
         self.schema = features.schema
@@ -107,7 +119,8 @@ class RankerData:
     def steps(self, batch_size: int) -> int:
         """Batches of an epoch, about: what the schedule is made for."""
         rows = sum(pq.read_metadata(f).num_rows for files, _ in self.sources(False) for f in files)
-        return -(-(rows if self.known is None else len(self.known.target_B)) // batch_size)
+        shown = -(-len(self.shown) // batch_size) if self.shown is not None else 0
+        return -(-(rows if self.known is None else len(self.known.target_B)) // batch_size) + shown
 
     def _requests(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[batches.Requests]:
         if self.known is not None:
@@ -121,29 +134,75 @@ class RankerData:
         for files, back in self.sources(held_out):
             yield from batches.requests(files, self.heads, history, batch_size, shuffle_seed, back)
 
+    def _of_side(self, request: batches.Requests, held_out: bool) -> batches.Requests:
+        of_side = held_out_users(request, self.preset.ranking.held_out, self.seed) == held_out
+        # the retriever scores every item for each request: only for those that are read
+        return request if of_side.all() else request.take(np.flatnonzero(of_side))
+
+    def _batch(
+        self, request: batches.Requests, rank_B: Tensor, ids_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor
+    ) -> RankerBatch:
+        where = ids_BN.device
+        target = request.target_B.to(where)
+        labels = torch.stack([request.labels[h] for h in self.heads], 1).to(where)
+        more = tuple(x.to(where) for x in request.read_by(self.retriever))
+        return RankerBatch(
+            request.history_BT.to(where), ids_BN, scores_BN, encoded_BTD, ids_BN == target[:, None], labels,
+            behind_rising(rank_B, request), target, request.number_B.to(where), more,
+        )  # fmt: skip
+
     def batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[RankerBatch]:
-        """Requests whose target is among the candidates (training), or all of them (held out)."""
+        """Requests whose target is among the candidates (training), or all of them (held out); in training, clicks of
+        the log of impressions among them."""
+        of_events = self._event_batches(held_out, shuffle_seed, batch_size)
+        if held_out or self.shown is None:
+            yield from of_events
+            return
+        seed = 0 if shuffle_seed is None else shuffle_seed
+        of_clicks, rng = self._click_batches(batch_size, seed), np.random.default_rng([seed, 1])
+        left = [self.steps(batch_size), -(-len(self.shown) // batch_size)]
+        left[0] -= left[1]
+        sources = [of_events, of_clicks]
+        while sources:
+            which = int(len(sources) > 1 and rng.random() * sum(left) >= left[0])
+            batch = next(sources[which], None)
+            if batch is None:
+                sources.pop(which)
+                left.pop(which)
+                continue
+            left[which] = max(left[which] - 1, 1)
+            yield batch
+
+    def _event_batches(self, held_out: bool, shuffle_seed: int | None, batch_size: int) -> Iterator[RankerBatch]:
         for request in self._requests(held_out, shuffle_seed, batch_size):
-            of_side = held_out_users(request, self.preset.ranking.held_out, self.seed) == held_out
-            if not of_side.all():  # the retriever scores every item for each request: only for those that are read
-                request = request.take(np.flatnonzero(of_side))
+            request = self._of_side(request, held_out)
             if not len(request.target_B):
                 continue
             rank, ids, scores, encoded = candidates(
                 self.retriever, request, self.count, self.schema.exclude_seen, self.preset.ranker.memory
             )
-            target = request.target_B.to(ids.device)
-            hit = ids == target[:, None]
-            keep = hit.any(1) if not held_out else torch.ones_like(hit[:, 0])
-            labels = torch.stack([request.labels[h] for h in self.heads], 1).to(ids.device)
-            history, number = request.history_BT.to(ids.device), request.number_B.to(ids.device)
+            batch = self._batch(request, rank, ids, scores, encoded)
+            keep = batch.hit_BN.any(1) if not held_out else torch.ones_like(batch.hit_BN[:, 0])
             if keep.any():
-                more = tuple(x.to(ids.device)[keep] for x in request.read_by(self.retriever))
-                before = behind_rising(rank, request)
-                yield RankerBatch(
-                    history[keep], ids[keep], scores[keep], encoded[keep], hit[keep], labels[keep], before[keep],
-                    target[keep], number[keep], more,
-                )  # fmt: skip
+                yield batch.keep(keep)
+
+    def _click_batches(self, batch_size: int, seed: int) -> Iterator[RankerBatch]:
+        """The retriever's candidates as in a request, with what was shown in the place of its last ones."""
+        assert self.shown is not None
+        for clicks in self.shown.batches(batch_size, seed):
+            trained = np.flatnonzero(~held_out_users(clicks.requests, self.preset.ranking.held_out, self.seed))
+            if not len(trained):
+                continue
+            clicks = clicks.take(trained)
+            rank, ids, scores, encoded, shown = candidates_with(
+                self.retriever, clicks.requests, clicks.among_RK, self.count, self.schema.exclude_seen,
+                self.preset.ranker.memory,
+            )  # fmt: skip
+            batch = self._batch(clicks.requests, rank, ids, scores, encoded)
+            batch = batch._replace(among_BN=shown, weight_B=clicks.weight_R.to(ids.device))
+            there = batch.hit_BN.any(1)  # not so where the item was of the history already
+            if there.any():
+                yield batch.keep(there)
 
 
 def without_padding(logits_BN: Tensor, there_BN: Tensor) -> Tensor:
@@ -152,13 +211,17 @@ def without_padding(logits_BN: Tensor, there_BN: Tensor) -> Tensor:
 
 
 def ranker_loss(model: RankingModel, batch: RankerBatch) -> Tensor:
-    """Listwise softmax over the candidates for the head that orders; binary cross-entropy for the others."""
-    logits, there_BN = model(*batch.inputs), batch.there
-    losses = [F.cross_entropy(without_padding(logits[..., 0], there_BN), batch.hit_BN.to(torch.int64).argmax(1))]
+    """Listwise softmax over the candidates for the head that orders; binary cross-entropy for the others. Of a click in
+    a log over what was shown alone, and by its weight."""
+    logits = model(*batch.inputs)
+    there_BN = batch.there if batch.among_BN is None else batch.among_BN
+    target_B = batch.hit_BN.to(torch.int64).argmax(1)
+    of_heads = [F.cross_entropy(without_padding(logits[..., 0], there_BN), target_B, reduction="none")]
     for head in range(1, logits.shape[2]):
         label_BN = batch.hit_BN.float() * batch.labels_BH[:, head, None]
         loss_BN = F.binary_cross_entropy_with_logits(logits[..., head], label_BN, reduction="none")
-        losses.append((loss_BN * there_BN).sum(1).mean())
+        of_heads.append((loss_BN * there_BN).sum(1))
+    losses = [(loss_B if batch.weight_B is None else loss_B * batch.weight_B).mean() for loss_B in of_heads]
     return model.task_weights(losses, model.own.weight)
 
 
@@ -229,13 +292,25 @@ def _held_out_metric(model: RankingModel, source: RankerData) -> Callable[[], di
     return metric
 
 
+def clicks_of(log: ShownLog, features: Features, preset: Preset, run: Run, say: Progress) -> ShownClicks:
+    """What a log teaches; says how much that is."""
+    with contextlib.closing(store_of_worker(run.feature_store, readonly=True)) as store:
+        shown = shown_clicks(log, features, shapes(preset, features), store)
+    out = "; ".join(f"{count:,} {reason}" for reason, count in shown.left_out.items() if count)
+    say(f"impressions: the ranker learns from {len(shown):,} clicks" + (f"; left out: requests {out}" if out else ""))
+    return shown
+
+
 def train_ranker(
-    features: Features, preset: Preset, root: Path, seed: int, say: Progress, control: bool = False, quiet: bool = False
-) -> dict[str, Any]:
+    features: Features, preset: Preset, root: Path, seed: int, say: Progress, control: bool = False,
+    quiet: bool = False, log: ShownLog | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Trains ``artifacts/<name>/ranking``. ``control``: on the last training event instead of the validation event,
-    so without a label that the retriever has not seen (``ranking_control``)."""
+    so without a label that the retriever has not seen (``ranking_control``). ``log``: impressions to learn from too."""
     run, name, training = Run(root, features.folder), CONTROL if control else RANKING, preset.ranking
     config = {"ranker": asdict(preset.ranker), "training": asdict(training), "control": control, "held_out_by": "user"}
+    if log is not None:
+        config["impressions"] = log.key()
     step = Step(run.step(name), "train ranking", config, seed, {RETRIEVAL: run.key(RETRIEVAL)})
     if (manifest := step.finished(say, "ranker is there")) is not None:
         return manifest
@@ -244,7 +319,8 @@ def train_ranker(
     retriever = load_retrieval(features, preset, root)
     model = build_ranker(features, preset, retriever).to(device())
     retriever.to(device())
-    source = RankerData(features, retriever, preset, seed, control)
+    shown = None if log is None else clicks_of(log, features, preset, run, say)
+    source = RankerData(features, retriever, preset, seed, control, shown=shown)
     if source.without_validation:
         say(
             "no validation request (no user has three events, or too little is held out): the ranker learns from "

@@ -21,6 +21,7 @@ from vivace.cli.options import (
 )
 from vivace.cli.runs import say_next, step
 from vivace.cli.values import choice, one_of, values_of
+from vivace.running import running
 
 TARGETS = values_of("training.compile.targets:TARGETS")
 INDEXES = values_of("training.compile.compiler:INDEXES")
@@ -48,6 +49,7 @@ def compile_(
     """Export to ONNX, check against PyTorch (int8: by the quality gate), publish a new version of the repository."""
     with step(name, artifacts) as run:
         from preprocessing.features import Features
+        from serving.releases import releases, version_of
         from training.compile.compiler import CompileConfig, compile_models
 
         chosen: dict[str, Any] = {"precision": precision, "tables": tables, "index": index}  # each is one of its values
@@ -59,6 +61,9 @@ def compile_(
         say(f"{stage}: PyTorch against ONNX " + ", ".join(f"{k} {v:.2g}" for k, v in values.items()))
     for kind, values in results.get("targets", {}).items():
         say(f"target {kind}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-    from serving.control import running_servers
-
-    say_next("publish" if running_servers(run) else "serve", run, artifacts)
+    newest = version_of(releases(run.repository)[-1])
+    serving = [server.state["version"] for server in running(run)]
+    if serving and set(serving) == {newest}:
+        say(f"version {newest} is served already")
+    else:
+        say_next("publish" if serving else "serve", run, artifacts)

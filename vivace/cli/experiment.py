@@ -86,10 +86,10 @@ def report(
 ) -> None:
     from loadtest.reports import experiment as pages
     from loadtest.reports.html import table
-    from training.judge.experiment import evidence, shown_rows
-    from training.judge.sequential import Plan
+    from training.judge.experiment import evidence, shown_rows, teams
     from vivace.impressions.files import joined_of
     from vivace.impressions.queue import folder_of
+    from vivace.sequential import Plan
 
     run = find_run(artifacts, name)
     file = joined or joined_of(folder_of(run.feature_store))
@@ -97,7 +97,7 @@ def report(
         raise FileNotFoundError(f"{file}: not there yet; run 'vivace experiment impressions --name {run.root.name}'")
     plan = Plan(effect, alpha, power)
     with console.status("counting"):
-        seen = evidence(file, plan, by, control, top_k)
+        seen, interleaved = evidence(file, plan, by, control, top_k), teams(file, plan, top_k)
     say(f"{pages.when(seen.began_ms)} to {pages.when(seen.ended_ms)}; {pages.plan_words(seen.plan)}")
     _print(*pages.arm_rows(seen))
     if seen.crossed:
@@ -107,6 +107,10 @@ def report(
     if places := pages.place_words(seen):
         say(places)
     more = []
+    if interleaved:
+        _print(*pages.team_rows(interleaved))
+        say(pages.TEAM_WORDS)
+        more = ["<h2>Interleaved</h2>", table(*pages.team_rows(interleaved)), f"<p>{pages.TEAM_WORDS}</p>"]
     if target is not None:
         import pyarrow.parquet as pq
 
@@ -117,7 +121,7 @@ def report(
         _print(*pages.counterfactual_rows(estimate))
         say(pages.counterfactual_words(estimate))
         words = f"<p>{pages.counterfactual_words(estimate)}</p>"
-        more = ["<h2>Another version</h2>", table(*pages.counterfactual_rows(estimate)), words]
+        more += ["<h2>Another version</h2>", table(*pages.counterfactual_rows(estimate)), words]
     page = out or run.root / "report" / "experiment.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     pages.write(seen, page, more)

@@ -15,7 +15,7 @@ import typer
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Key, Name, Protocol, TlsCa, TlsCert, credentials, say
 from vivace.cli.query import require_server
 from vivace.cli.runs import find_run, run_name
-from vivace.cli.served import served_run
+from vivace.cli.served import address_of, served_run
 from vivace.client import VivaceClient, VivaceError
 from vivace.contract import ITEM, STATUS_ERROR, STATUS_OK
 from vivace.run import Run
@@ -30,11 +30,7 @@ MappingPath = Annotated[
     Path | None,
     typer.Option("--path", help="TOML mapping whose \\[items] names the columns; else they have the schema's names"),
 ]
-Url = Annotated[str, typer.Option(help="host:port")]
-
-
-def _address(url: str, protocol: str) -> str:
-    return url or ("127.0.0.1:8001" if protocol == "grpc" else "127.0.0.1:8000")
+Url = Annotated[str, typer.Option(help="host:port; without it where the run's server listens here")]
 
 
 def require_server_of(run: Run) -> None:
@@ -46,22 +42,22 @@ def require_server_of(run: Run) -> None:
         raise VivaceError(f"no server of {name} runs here; start one: vivace serve --name {name}, or give its --url")
 
 
-def _run_to_change(name: str, artifacts: Path, url: str, protocol: str, access: dict[str, Any]) -> Run:
-    """The run by whose columns a file is read: the one called ``name``, else of what is served at ``url``, else the one
-    prepared last. Raises VivaceError where nobody serves it."""
-    address = _address(url, protocol)
+def _run_to_change(name: str, artifacts: Path, url: str, protocol: str, access: dict[str, Any]) -> tuple[Run, str]:
+    """The run by whose columns a file is read, and where it is served: the one called ``name``, else of what is served
+    at ``url``, else the one prepared last. Raises VivaceError where nobody serves it."""
     if url and not name:
-        require_server(address)
-        with VivaceClient(address, protocol, **access) as client:
-            served, why = served_run(client, address, artifacts)
+        require_server(url)
+        with VivaceClient(url, protocol, **access) as client:
+            served, why = served_run(client, url, artifacts)
         if served is None:
             raise VivaceError(f"{why}; say with --name by which run's columns the file is to be read")
-        return find_run(artifacts, run_name(served, artifacts))
+        return find_run(artifacts, run_name(served, artifacts)), url
     run = find_run(artifacts, name)
     if not url:
         require_server_of(run)
+    address = address_of(url, protocol, run)
     require_server(address, run)
-    return run
+    return run, address
 
 
 def _report(what: str, statuses: list[str], rejected: Counter[str], began: float) -> None:
@@ -82,7 +78,7 @@ def _change(
     action: str, file: Path, path: Path | None, name: str, artifacts: Path, url: str, protocol: str,
     access: dict[str, Any],
 ) -> None:  # fmt: skip
-    run, address = _run_to_change(name, artifacts, url, protocol, access), _address(url, protocol)
+    run, address = _run_to_change(name, artifacts, url, protocol, access)
     from preprocessing.item_file import ItemFile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -131,8 +127,8 @@ def forget(
     the user stays."""
     if not user:
         raise typer.BadParameter("expected a user id, got an empty text", param_hint="USER")
-    address = _address(url, protocol)
     run = None if url and not name else find_run(artifacts, name)
+    address = address_of(url, protocol, run)
     if run is not None and not url:
         try:
             require_server_of(run)

@@ -12,13 +12,18 @@ from rich.table import Table
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, console, say
 from vivace.cli.runs import find_run, run_name, say_next
+from vivace.manifest import exclusive
 from vivace.run import Run
+
+KEEP = "from now on so many versions before the newest stay on disk; others that nobody needs are removed"
+Keep = Annotated[int | None, typer.Option(help=KEEP, metavar="N", min=1, show_default="as before, at first 1")]
 
 
 def publish(
     name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     to: Annotated[int, typer.Option(help="version (0: the newest)", min=0)] = 0,
+    keep: Keep = None,
 ) -> None:
     """Serve a version: the running servers of the run take it without a refused request, and servers that start later
     too. Where one of them does not come up with it, answers otherwise than whole, or is far slower, all stay as they
@@ -26,6 +31,18 @@ def publish(
     run = find_run(artifacts, name)
     release = release_of(run, to)
     serve_version(run, release, artifacts)
+    if keep is not None:
+        keep_versions(run, keep)
+
+
+def keep_versions(run: Run, count: int) -> None:
+    """Removes old versions, and says so. Raises ValueError for none to keep."""
+    from serving.releases import keep, releases, version_of
+
+    with exclusive(run.root):
+        removed = keep(run.repository, count)
+    there = ", ".join(str(version_of(release)) for release in releases(run.repository))
+    say(f"removed versions: {', '.join(map(str, removed)) or 'none'}; on disk: {there}")
 
 
 def rollback(
@@ -35,28 +52,27 @@ def rollback(
 ) -> None:
     """Serve an earlier version again: see 'vivace publish'."""
     from serving.control import running_servers
-    from serving.releases import releases, served_before, version_of
+    from serving.releases import gone_back_to, version_of
 
     run = find_run(artifacts, name)
     if not to:
-        servers, there = running_servers(run), [version_of(r) for r in releases(run.repository)]
+        servers = running_servers(run)
         current = int(servers[0].state["version"]) if servers else version_of(run.repository.resolve())
-        history = served_before(run.repository)
-        history = history[: history.index(current)] if current in history else history
-        earlier = [v for v in history if v in there][-1:] or [v for v in there if v < current][-1:]
-        if not earlier:
+        to = gone_back_to(run.repository, current)
+        if not to:
             raise ValueError(f"rollback: no version before {current} is kept; nothing to go back to")
-        to = earlier[0]
     serve_version(run, release_of(run, to), artifacts)
 
 
-def versions(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS) -> None:
+def versions(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS, keep: Keep = None) -> None:
     """The versions that are kept: when and from what they were made, how well they rank, who serves them."""
     from serving.control import running_servers
     from serving.releases import CHECKSUMS, releases, version_of
 
     run = find_run(artifacts, name)
     _check_published(run)
+    if keep is not None:
+        keep_versions(run, keep)
     servers, chosen = running_servers(run), version_of(run.repository.resolve())
     table = Table(title=f"versions of {run_name(run, artifacts)}", title_justify="left")
     for column in ("version", "made", "trained at", "precision", "NDCG@10", "served by", "at a start"):

@@ -25,7 +25,7 @@ from vivace.cli.options import (
     say,
 )
 from vivace.cli.runs import find_run, run_name, runs
-from vivace.cli.served import served_run
+from vivace.cli.served import address_of, served_run
 from vivace.cli.values import json_object
 from vivace.client import Recommendation, VivaceClient, VivaceError
 from vivace.run import Run
@@ -90,7 +90,7 @@ def query(
             raise typer.BadParameter(f"goes with {needed}", param_hint=flag)
     there = runs(artifacts)  # of several nobody knows which is meant at another address
     run = find_run(artifacts, name) if name else there[0] if len(there) == 1 or (there and not url) else None
-    address = url or ("127.0.0.1:8001" if protocol == "grpc" else "127.0.0.1:8000")
+    address = address_of(url, protocol, run if name else None)
     require_server(address, run)
     with VivaceClient(address, protocol, **credentials(key, tls_ca, tls_cert)) as client:
         if not name:

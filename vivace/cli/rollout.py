@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -30,7 +31,16 @@ def start(
     shadow: Annotated[
         float, typer.Option(help="per cent of other calls of which it gets a copy", min=0, max=100)
     ] = 0.0,
+    interleave: Annotated[
+        bool,
+        typer.Option(
+            "--interleave", help="its users get drafts of both versions' rankings, for 'vivace experiment report'"
+        ),
+    ] = False,
     salt: Annotated[str, typer.Option(help="deals the users: 1 to 40 letters, digits, _ or - (none: by chance)")] = "",
+    drift: Annotated[
+        float, typer.Option(help="spreads by which its median score may lie off the served one's (0: any)", min=0)
+    ] = 3.0,
     slower: Annotated[float, typer.Option(help="times the served one's mean time that a call may take", min=1)] = 1.5,
 ) -> None:
     from serving.control import running_servers
@@ -45,7 +55,7 @@ def start(
     salt = salt or f"v{version_of(release)}-{secrets.token_hex(4)}"
     plan = Plan(
         version=version_of(release), salt=salt, shares=canary, wait_s=float(wait), promote=promote,
-        shadow=shadow / 100, slower=slower,
+        shadow=shadow / 100, slower=slower, interleave=interleave, drift=drift,
     )  # fmt: skip
     began: list[Any] = []
     for server in _running(run, artifacts, running_servers(run)):
@@ -71,6 +81,8 @@ def status(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS) -> None:
             say(f"process {server.pid}: serves version {server.state['version']}; no version is on trial")
             continue
         console.print(_table(server.pid, server.state["version"], state))
+        for line in _compared(state["compared"], state["interleave"]):
+            say(line)
         for line in state["lines"]:
             say(line)
 
@@ -117,7 +129,8 @@ def _running(run: Run, artifacts: Any, servers: list[Any]) -> list[Any]:
 def _table(pid: int, served: int, state: dict[str, Any]) -> Table:
     """Of the last ``window_s`` seconds, both versions side by side."""
     over = state["result"]
-    share = "none" if over else f"{100 * state['share']:.4g} % (step {state['step']} of {state['steps']})"
+    drafts = ", drafts of both" if state["interleave"] else ""
+    share = "none" if over else f"{100 * state['share']:.4g} % (step {state['step']} of {state['steps']}){drafts}"
     title = f"process {pid}, the last {state['window_s']:.0f} s"
     table = Table(title=title, title_justify="left")
     for column in ("version", "users", "calls", "failed", "mean ms", "not whole"):
@@ -131,3 +144,29 @@ def _table(pid: int, served: int, state: dict[str, Any]) -> Table:
             f"{partial:.1%}",
         )  # fmt: skip
     return table
+
+
+def _compared(seen: dict[str, Any], interleaved: bool) -> list[str]:
+    """What the answers and clicks of both say, the served version first; what nothing is known of is left out."""
+    if not seen:
+        return []
+    served, trial, copies, clicks = seen["served"], seen["trial"], seen["copies"], seen["clicks"]
+    lines = [
+        f"last answers of {served['users']:,} and {trial['users']:,} users: empty {served['empty']:,} and "
+        f"{trial['empty']:,}; median score of the first item {served['score']:.4g} and {trial['score']:.4g} "
+        f"({seen['score_shift']:+.2f} spreads, PSI {seen['score_psi']:.3f})"
+    ]
+    if copies["compared"]:
+        lines.append(
+            f"{copies['compared']:,} requests answered by both: {copies['overlap']:.1%} of the first ten items alike, "
+            f"score {copies['moved']:+.2f} spreads, {copies['served_ms']:.1f} and {copies['tried_ms']:.1f} ms"
+        )
+    won = seen["preference"]
+    if interleaved and math.isfinite(won["share"]):
+        lines.append(f"won {won['share']:.1%} ({won['low']:.1%} to {won['high']:.1%}): {won['verdict']}")
+    if not interleaved and math.isfinite(clicks["lift"]):
+        lines.append(
+            f"clicks a shown item {clicks['served']:.4f} and {clicks['trial']:.4f}: {clicks['lift']:+.1%} "
+            f"({clicks['low']:+.1%} to {clicks['high']:+.1%}), {clicks['verdict']}"
+        )
+    return lines

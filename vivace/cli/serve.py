@@ -12,6 +12,7 @@ import typer
 from vivace.cli.options import DEFAULT_ARTIFACTS, MAX_PORT, Artifacts, Host, Name, Profile, say
 from vivace.cli.runs import find_run, say_next
 from vivace.cli.values import choice, percent, plain_name
+from vivace.run import Run
 from vivace.store.opening import STORE_URL
 
 SELF_SIGNED = ("self-signed",)
@@ -66,6 +67,12 @@ ShardTwinsOption = Annotated[
 ]
 ShardWaitOption = Annotated[
     int, typer.Option(help="a shard that has not answered by then is done without", min=1, max=10_000)
+]
+ShardCertOption = Annotated[
+    Path | None, typer.Option(help="PEM, with its key: shown to --shard-hosts, which ask for one", dir_okay=False)
+]
+ShardCaOption = Annotated[
+    Path | None, typer.Option(help="PEM: the authority by which --shard-hosts are known", dir_okay=False)
 ]
 ImpressionsOption = Annotated[
     bool, typer.Option("--impressions", help="log what is shown to whom in artifacts/RUN/impressions")
@@ -123,6 +130,8 @@ def serve(
     shard_hosts: ShardHostsOption = "",
     shard_twins: ShardTwinsOption = 1,
     shard_wait_ms: ShardWaitOption = 300,
+    shard_cert: ShardCertOption = None,
+    shard_ca: ShardCaOption = None,
     impressions: ImpressionsOption = False,
     impressions_every: ImpressionsEveryOption = 60.0,
     explore: ExploreOption = "0",
@@ -139,26 +148,14 @@ def serve(
     """Start the real Triton with the ensemble, guard it, bring back what ends, stop cleanly on Ctrl-C."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers may end a server that is about to start
     from serving.door.options import AccessOptions
-    from serving.repository import served_from
     from serving.server_options import ServerOptions
     from serving.service import run_until_signal
-    from vivace.run import Run
 
     run = find_run(artifacts, name)
     profile = profile or ("cached" if cache_mb else "fused" if answer_cache_mb else "")
-    served = Run(served_from(run.root, profile))
-    if served != run:
-        say(f"profile {profile} serves {served.root}")
-    if doubt := served.doubt():
-        say(f"serving what was published before: {doubt}")
-    if tls and (tls_cert or tls_key):
-        raise typer.BadParameter("goes without --tls-cert and --tls-key", param_hint="--tls")
+    served = _served(run, profile)
     if tls:
-        tls_cert, tls_key = _certificate_for_trials(run.root / "tls", host)
-    access = AccessOptions(
-        keys=keys, certificate=tls_cert, private_key=tls_key, client_ca=client_ca, insecure_network=insecure_network
-    )
-    shards: dict[str, Any] = dict(shard=shard, shards=shard_hosts, shard_twins=shard_twins, shard_wait_ms=shard_wait_ms)
+        tls_cert, tls_key = _certificate_for_trials(run.root / "tls", host, (tls_cert, tls_key))
     options = ServerOptions(
         repository=served.repository,
         **dict(host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port),  # type: ignore[arg-type]
@@ -170,17 +167,42 @@ def serve(
         verbose=verbose,
         **dict(impressions=impressions, impressions_every_s=impressions_every),  # type: ignore[arg-type]
         **dict(explore=explore, parity=parity, variant=variant),  # type: ignore[arg-type]
-        guard=guard and shard is None,
+        guard=guard and (shard is None or tls_cert is not None),
         store=store,
         restricted=True,
-        access=access,
-        **shards,
+        access=AccessOptions(
+            keys=keys, certificate=tls_cert, private_key=tls_key, client_ca=client_ca, insecure_network=insecure_network
+        ),
+        shard=shard,
+        shards=shard_hosts,
+        shard_twins=shard_twins,
+        shard_wait_ms=shard_wait_ms,
+        shard_cert=shard_cert,
+        shard_ca=shard_ca,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    address = "" if grpc_port in (0, 8001) else f" --url 127.0.0.1:{grpc_port}"
-    address += (f" --tls-ca {tls_cert}" if tls_cert else "") + (" --key KEY" if keys else "")
-    query = (lambda: say_next(f"query{address}", run, artifacts)) if shard is None else None
+    query = (lambda: say_next(_query_of(options), run, artifacts)) if shard is None else None
     run_until_signal(options, status_port, say, query, replicas)
+
+
+def _served(run: Run, profile: str) -> Run:
+    """The run whose repository the profile serves."""
+    from serving.repository import served_from
+
+    served = Run(served_from(run.root, profile))
+    if served != run:
+        say(f"profile {profile} serves {served.root}")
+    if doubt := served.doubt():
+        say(f"serving what was published before: {doubt}")
+    return served
+
+
+def _query_of(options: Any) -> str:
+    """The command that asks a server with these options, a ``ServerOptions``."""
+    address = "" if options.grpc_port in (0, 8001) else f" --url 127.0.0.1:{options.grpc_port}"
+    access = options.access
+    trust = f" --tls-ca {access.certificate}" if access.certificate else ""
+    return f"query{address}{trust}" + (" --key KEY" if access.keys else "")
 
 
 def _caches(states_mb: int, answers_mb: int, answers_s: float) -> dict[str, Any]:
@@ -191,8 +213,10 @@ def _caches(states_mb: int, answers_mb: int, answers_s: float) -> dict[str, Any]
     return {"cache_bytes": states_mb << 20, "answer_cache": answers}
 
 
-def _certificate_for_trials(folder: Path, host: str) -> tuple[Path, Path]:
-    """(certificate, key), made where there is none."""
+def _certificate_for_trials(folder: Path, host: str, given: tuple[Path | None, Path | None]) -> tuple[Path, Path]:
+    """(certificate, key), made where there is none. ``given``: by options, which do not go with it."""
+    if any(given):
+        raise typer.BadParameter("goes without --tls-cert and --tls-key", param_hint="--tls")
     from serving.door.tls import self_signed
     from serving.start_checks import local_address
 

@@ -1,4 +1,4 @@
-"""Which run a call without ``--name`` is about: what the server says that it serves."""
+"""Where a run is served, and which run a call without ``--name`` is about: what the server says that it serves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from vivace.cli.runs import run_name, runs
 from vivace.client import VivaceClient, VivaceError
 from vivace.contract import DATA
 from vivace.run import Run
+from vivace.running import running
 
 
 def _of_data(run: Run, data: str) -> bool:
@@ -16,6 +17,12 @@ def _of_data(run: Run, data: str) -> bool:
         return run.schema().name == data
     except FileNotFoundError:  # a repository that came alone
         return False
+
+
+def address_of(url: str, protocol: str, run: Run | None = None) -> str:
+    """host:port to ask: ``url``, else where the server of ``run`` says it listens, else the usual port here."""
+    here = [] if url or run is None else [server.address(protocol) for server in running(run)]
+    return url or next(filter(None, here), "127.0.0.1:8001" if protocol == "grpc" else "127.0.0.1:8000")
 
 
 def served_run(client: VivaceClient, address: str, artifacts: Path) -> tuple[Run | None, str]:

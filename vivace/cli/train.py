@@ -26,9 +26,12 @@ from vivace.cli.options import (
 from vivace.cli.runs import find_run, say_next, step
 from vivace.cli.values import choice, values_of
 from vivace.manifest import exclusive
+from vivace.run import Run
 
 LOSSES = values_of("training.presets:RetrievalTraining.loss")
 METHODS = values_of("training.models.adapters:Adaptation.method")
+SHOWN_HELP = "teach the ranker what was shown and not clicked, too"
+JOINED_HELP = "with --impressions: file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if empty"
 SHARDINGS = values_of("training.sharded.config:TableSharding.kind")
 
 
@@ -63,6 +66,8 @@ def train(
         str, choice("--task", TASKS, "what is trained; search makes a trained run's catalogue searchable")
     ] = "recommend",
     encoder: Annotated[str, typer.Option(help=ENCODER_HELP)] = "ours",
+    impressions: Annotated[bool, typer.Option("--impressions", help=SHOWN_HELP)] = False,
+    joined: Annotated[Path | None, typer.Option(help=JOINED_HELP, dir_okay=False)] = None,
 ) -> None:
     """Train the retriever, then the ranker; resumes from the last checkpoint. --task search: then the text encoder, the
     word index and the search ranker. --final: after 'vivace evaluate', on the held-out events too."""
@@ -81,6 +86,7 @@ def train(
     from training.learn.retriever import train_retrieval
     from training.models.adapters import Adaptation
 
+    log = shown_log(run, joined, impressions)
     adaptation = Adaptation(method=adapt, rank=rank)  # type: ignore[arg-type]  # refused where it is none
     table = check_table(table_processes, table_sharding, start_from is not None)
     with distributed.group() as world:
@@ -102,11 +108,37 @@ def train(
                 f"retriever: {counts['parameters']:,} parameters, {counts['trained_parameters']:,} trained, "
                 f"{retriever['seconds']:.0f} s"
             )
-            ranker = train_ranker(features, sizes, run.root, seed, say)
+            ranker = train_ranker(features, sizes, run.root, seed, say, log=log)
             say(f"ranker: {ranker['results']['parameters']:,} parameters, {ranker['seconds']:.0f} s")
             if control:
                 train_ranker(features, sizes, run.root, seed, say, control=True)
     say_next("evaluate", run, artifacts)
+
+
+def shown_log(run: Run, joined: Path | None, wanted: bool) -> Any:
+    """``training.data.shown.ShownLog`` of a joined log with what it says of places; None where none is wanted."""
+    if not wanted:
+        if joined is not None:
+            raise typer.BadParameter("goes with --impressions", param_hint="--joined")
+        return None
+    import numpy as np
+
+    from training.data.shown import ShownLog
+    from training.judge.experiment import shadows
+    from training.judge.places import examined_in
+    from vivace.contract import MAX_TOP_K
+    from vivace.impressions.files import joined_of
+    from vivace.impressions.queue import folder_of
+
+    file = joined or joined_of(folder_of(run.feature_store))
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: not there yet; run 'vivace experiment impressions --name {run.root.name}'")
+    unseen = shadows(file)
+    examined = examined_in(file, MAX_TOP_K, unseen)
+    known = np.flatnonzero(np.isfinite(examined))
+    looked = ", ".join(f"{place + 1}: {examined[place]:.0%}" for place in known[:10])
+    say(f"a place is looked at, beside the first, {looked}; others as the one before")
+    return ShownLog(file, examined, frozenset(unseen))
 
 
 def check_table(processes: int, kind: str, from_another: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -30,6 +31,7 @@ from vivace.store.retention import DAY_MS
 REQUEST_ID, CONTEXT = "request_id", "context"
 ITEMS, SCORES, PROPENSITIES = "items", "scores", "propensities"
 VARIANT, MODEL_VERSION, LATENCY, STATUS = "variant", "model_version", "latency_ms", "status"
+TEAM = "team"
 
 
 def _list(values: pa.DataType) -> pa.DataType:
@@ -51,11 +53,22 @@ SCHEMA = pa.schema(
         (MODEL_VERSION, pa.string()),
         (LATENCY, pa.float32()),  # from the first stage's begin to the answer
         (STATUS, pa.string()),
+        (TEAM, _list(pa.string())),  # version that a click on this item speaks for; "" for none
     ]
 )
 SUFFIX, PARTIAL = ".parquet", ".partial"
 LOCK, FORGOTTEN = "impressions.lock", "forgotten.json"
 KEPT_FORGOTTEN_MS = DAY_MS  # far longer than a row waits to be written
+
+
+def completed(table: pa.Table) -> pa.Table:
+    """What a file holds as ``SCHEMA``: one that was written before versions were interleaved names no team."""
+    if TEAM not in table.column_names:
+        items = table[ITEMS].combine_chunks()
+        none = pa.repeat("", len(items.flatten()))
+        starts = np.concatenate([[0], np.cumsum(pc.list_value_length(items).to_numpy(zero_copy_only=False))])
+        table = table.append_column(TEAM, pa.ListArray.from_arrays(pa.array(starts, pa.int32()), none))
+    return table.select(SCHEMA.names).cast(SCHEMA)
 
 
 @contextlib.contextmanager
@@ -179,7 +192,7 @@ def _without(path: Path, user_id: str) -> int:
     if of_user == file.metadata.num_rows:
         path.unlink()
     elif of_user:
-        groups = (file.read_row_group(group) for group in range(file.num_row_groups))
+        groups = (completed(file.read_row_group(group)) for group in range(file.num_row_groups))
         write_whole((g.filter(pc.not_equal(g[USER], user_id)) for g in groups), path)
     return int(of_user)
 
@@ -208,6 +221,6 @@ def tidy(folder: Path, days: int, now_ms: int | None = None) -> None:
             whole = folder / f"{day}{SUFFIX}"
             others = [path for path in paths if path != whole]
             if whole not in paths:
-                write_whole((pq.read_table(path, schema=SCHEMA) for path in others), whole)
+                write_whole((completed(pq.ParquetFile(path).read()) for path in others), whole)
             for path in others:
                 path.unlink()

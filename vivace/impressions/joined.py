@@ -28,9 +28,11 @@ from vivace.impressions.files import (
     SCORES,
     SESSION,
     STATUS,
+    TEAM,
     TIME,
     USER,
     VARIANT,
+    completed,
     locked,
     parts,
 )
@@ -48,6 +50,7 @@ JOINED = pa.schema(
         (CLICKED, pa.bool_()),  # whether there is an event of it
         (EVENT, pa.string()),  # type of the first; null where there is none
         (EVENT_TIME, pa.int64()),  # and when it was, Unix ms
+        (TEAM, pa.string()),  # version that a click on it speaks for; "" for none
     ]
 )
 LOG_EVENTS = 5_000_000  # of the store's log that are looked at, the newest
@@ -95,10 +98,12 @@ class Events:
             if (event := self.by_key.get(key)) is not None:
                 clicked[place], kinds[place], times[place] = True, event.event_type, event.timestamp_ms
                 self.matched.add(key)
-        scores, propensities = (pc.list_flatten(table[name].combine_chunks()) for name in (SCORES, PROPENSITIES))
-        own = [items, position, scores, propensities, clicked, kinds, times]
+        scores, propensities, teams = (
+            pc.list_flatten(table[name].combine_chunks()) for name in (SCORES, PROPENSITIES, TEAM)
+        )
+        own = [items, position, scores, propensities, clicked, kinds, times, teams]
         typed = [
-            column if isinstance(column, pa.Array) else pa.array(column, field.type)
+            column if isinstance(column, pa.Array | pa.ChunkedArray) else pa.array(column, field.type)
             for column, field in zip(own, list(JOINED)[len(OF_REQUEST) :], strict=True)
         ]
         return pa.Table.from_arrays([*of_request.columns, *typed], schema=JOINED)
@@ -107,7 +112,7 @@ class Events:
 def _tables(folder: Path) -> Iterator[pa.Table]:
     for path in parts(folder):
         for batch in pq.ParquetFile(path).iter_batches(ROWS):
-            yield pa.Table.from_batches([batch], SCHEMA)
+            yield completed(pa.Table.from_batches([batch]))
 
 
 def join(folder: Path, store: FeatureStore, out: Path, types: Collection[str] = ()) -> Counts:

@@ -77,17 +77,32 @@ def packed_viewer(viewer: Viewer) -> bytes:
     return packed
 
 
-def row_ids(request_id: str, rows: int) -> list[str]:
-    """The ids of a request's rows: its own of a single row, else with the row's number. One is made where the caller
-    gave none, or one that an event cannot name."""
+def usable_id(request_id: str) -> str:
+    """A request's id; one is made where the caller gave none, or one that an event cannot name."""
     if not request_id or len(request_id.encode()) > MAX_PARAMETER_ID_BYTES:
-        request_id = uuid.uuid4().hex
+        return uuid.uuid4().hex
+    return request_id
+
+
+def row_ids(request_id: str, rows: int) -> list[str]:
+    """The ids of a request's rows: its own of a single row, else with the row's number."""
+    request_id = usable_id(request_id)
     return [request_id] if rows == 1 else [f"{request_id}/{row}" for row in range(rows)]
 
 
-Shown = tuple[str, Sequence[Viewer | bytes | None], np.ndarray, np.ndarray, list[bytes], float, np.ndarray | None]
+Shown = tuple[
+    str,
+    Sequence[Viewer | bytes | None],
+    np.ndarray,
+    np.ndarray,
+    list[bytes],
+    float,
+    np.ndarray | None,
+    np.ndarray | None,
+]
 """Request id; of each row whom it is for, or that packed; ITEM_ID object [B, K]; SCORE float32 [B, K]; STATUS; Unix ms
-of the answer; chance of what is shown float32 [B, K], None where there is none in it."""
+of the answer; of each item the version that picked it, object of str [B, K], None where no two were interleaved; the
+chance of what is shown float32 [B, K], None where there is none in it."""
 
 
 class ImpressionQueue:
@@ -179,14 +194,15 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     """Requests as rows of ``files.SCHEMA``; rows that are for nobody are left out."""
     import pyarrow as pa  # a server without impressions does without
 
-    from vivace.impressions.files import ITEMS, PROPENSITIES, SCHEMA, SCORES
+    from vivace.impressions.files import ITEMS, PROPENSITIES, SCHEMA, SCORES, TEAM
 
     heads: list[tuple[Any, ...]] = []
     items: list[bytes] = []
     scores: list[np.ndarray] = []
+    teams: list[str] = []
     chances: list[np.ndarray] = []
     ends = [0]
-    for request_id, rows, items_BK, scores_BK, statuses, made_ms, propensities_BK in taken:
+    for request_id, rows, items_BK, scores_BK, statuses, made_ms, teams_BK, propensities_BK in taken:
         for row, id_ in enumerate(row_ids(request_id, len(rows))):
             viewer = rows[row]
             if not viewer:
@@ -195,6 +211,7 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
             shown = [item for item in items_BK[row].tolist() if item]
             items += shown
             scores.append(scores_BK[row, : len(shown)])
+            teams += [""] * len(shown) if teams_BK is None else teams_BK[row, : len(shown)].tolist()
             certain_K = np.ones(len(shown), np.float32)
             chances.append(certain_K if propensities_BK is None else propensities_BK[row, : len(shown)])
             ends.append(len(items))
@@ -206,12 +223,15 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     flat, chance = (np.concatenate(parts) if parts else np.empty(0, np.float32) for parts in (scores, chances))
     lists = [
         pa.ListArray.from_arrays(offsets, values)
-        for values in (pa.array(items, pa.string()), pa.array(flat, pa.float32()), pa.array(chance, pa.float32()))
-    ]
+        for values in (
+            pa.array(items, pa.string()), pa.array(flat, pa.float32()), pa.array(chance, pa.float32()),
+            pa.array(teams, pa.string()),
+        )
+    ]  # fmt: skip
     constants = [pa.repeat(pa.scalar(text), len(heads)) for text in (variant, model_version)]
-    named = zip((ITEMS, SCORES, PROPENSITIES), lists, strict=True)
-    lists = [array.cast(SCHEMA.field(name).type) for name, array in named]
-    columns = [*of_viewers, *lists, *constants, latencies, status_column]
+    named = zip((ITEMS, SCORES, PROPENSITIES, TEAM), lists, strict=True)
+    *lists, team = [array.cast(SCHEMA.field(name).type) for name, array in named]
+    columns = [*of_viewers, *lists, *constants, latencies, status_column, team]
     typed = [c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
     return pa.Table.from_arrays(typed, schema=SCHEMA)
 

@@ -20,6 +20,7 @@ from serving.process import children, living
 from serving.segments import SHM_PREFIX
 from serving.service import service
 from serving.start_checks import LEFTOVER, MAKES_S, free_port
+from serving.wheel import ServerError
 from tests.support import PATIENCE_S, on_free_ports, quiet, wait_until, waited_too_long
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError
@@ -161,6 +162,26 @@ def test_workers_that_were_killed_are_no_zombies_and_new_ones_hold_no_connection
         for pid in watchdog.workers():
             sockets = [f for f in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(f).startswith("socket:")]
             assert not sockets, pid
+
+
+def test_a_server_that_crashes_while_it_starts_is_started_again(root):
+    """Triton 2.51 ends by SIGSEGV or SIGABRT at one start of some hundred on a busy machine."""
+    server = TritonServer(on_free_ports(root / "model_repository"))
+    crashed: list[int] = []
+
+    def crash() -> None:
+        while not crashed:
+            with contextlib.suppress(ServerError):
+                crashed.append(server.pid)
+        os.kill(crashed[0], signal.SIGSEGV)
+
+    crasher = threading.Thread(target=crash)
+    crasher.start()
+    with server:
+        assert crashed and server.pid != crashed[0]
+        with VivaceClient(f"{server.host}:{server.grpc_port}", timeout_s=PATIENCE_S) as client:
+            assert client.recommend(history=HISTORY, top_k=5).items
+    crasher.join()
 
 
 def test_what_a_killed_server_made_elsewhere_goes_too(root):

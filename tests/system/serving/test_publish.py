@@ -118,11 +118,11 @@ def test_versions_come_and_go_under_load_and_no_call_is_lost(run):
         assert answer(fleet) == before
 
 
-def items_of(run: Run, release: Path, fleet: Fleet) -> list[str]:
-    """The first five of ``release``, whose ids mean the items of the first version in reverse order."""
+def items_of(run: Run, release: Path, fleet: Fleet, count: int = 5) -> list[str]:
+    """The first of ``release``, whose ids mean the items of the first version in reverse order."""
     first = releases(run.repository)[0]
     old, new = (json.loads(next(r.glob("response/*/items.json")).read_text()) for r in (first, release))
-    return [new[old.index(item)] for item in answer(fleet)[0][:5]]
+    return [new[old.index(item)] for item in answer(fleet)[0][:count]]
 
 
 @contextlib.contextmanager

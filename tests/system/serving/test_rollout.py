@@ -8,24 +8,45 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from prometheus_client import generate_latest
 
 from serving.acceptance import Acceptance
 from serving.door.rollout import Split
 from serving.fleet import Fleet
+from serving.releases import releases
 from serving.rollout import Plan, Rollout, Sample, fault, slowness
+from serving.runtime.team_draft import draft
 from serving.wheel import ServerError
 from tests.support import LOGS, PATIENCE_S, PatientClient, logged, on_free_ports, quiet, wait_until
-from tests.system.serving.test_publish import answer, newest, other_values, ports_of
-from tests.system.serving.test_versions import HISTORY, publish_with_other_items, run
+from tests.system.serving.test_publish import NOON, answer, items_of, newest, other_values, ports_of
+from tests.system.serving.test_versions import HISTORY, as_served, publish_with_other_items
 from vivace.run import Run
 
-__all__ = ["run"]  # the fixture
 USERS = [f"visitor {n}" for n in range(30)] + ["ünïcode-ß", "日本", "😀 smile", 'quote"d\\']
+
+
+@pytest.fixture(scope="module")
+def shop(root, tmp_path_factory) -> Iterator[tuple[Run, Fleet]]:
+    """The small shop with a second version, and a server of the first behind the guard, which logs what it shows."""
+    run = as_served(root, tmp_path_factory.mktemp("rollout"))
+    first = run.repository.resolve()
+    publish_with_other_items(run)
+    with Fleet(on_free_ports(first, guard=True, **LOGS), quiet) as fleet:
+        yield run, fleet
+
+
+@pytest.fixture
+def two(shop) -> Iterator[tuple[Run, Fleet, Path]]:
+    """(run, server, second version), and no trial left afterwards."""
+    run, fleet = shop
+    yield run, fleet, next(r for r in releases(run.repository) if r.name.endswith(".2"))
+    fleet.end_trial(quiet)
 
 
 class Visitors:
@@ -75,50 +96,73 @@ def over_json(port: int, user: str, escaped: bool, **parameters: str) -> tuple[l
         return outputs["ITEM_ID"], got.headers.get("x-vivace-variant", "")
 
 
-def test_a_share_of_the_users_gets_it_and_nobody_notices_its_death(run):
-    first = run.repository.resolve()
-    publish_with_other_items(run)
-    second = newest(run)
-    options = on_free_ports(first, guard=True, **LOGS)
-    with Fleet(options, quiet) as fleet:
-        served = answer(fleet)[0][:5]
-        split = Split("salt-3", 0.4)
-        rollout = Rollout(fleet, Plan(version=2, salt=split.salt, shares=(split.share,)), quiet)
-        rollout.start(second, Acceptance([]), quiet)
-        assert {split.takes(user) for user in USERS[-4:]} == {True, False}, "another salt: both kinds are wanted"
-        ports = ports_of(fleet)
-        with (
-            PatientClient(f"127.0.0.1:{ports['grpc']}") as grpc,
-            PatientClient(f"127.0.0.1:{ports['http']}", "http") as http,
-        ):
-            for n, user in enumerate(USERS):
-                answers = [grpc.recommend(user, HISTORY, 5).items, http.recommend(user, HISTORY, 5).items]
-                items, variant = over_json(ports["http"], user, escaped=bool(n % 2))
-                on_trial = [items != served for items in (*answers, items)]
-                assert on_trial == [split.takes(user)] * 3 and (variant == "trial") == split.takes(user), user
-            for user in USERS[-4:]:
-                row = logged(run.root, grpc.recommend(user, HISTORY, 5).request_id)
-                arm = ("trial", "2") if split.takes(user) else (LOGS["variant"], "1")
-                assert (row["variant"], row["model_version"]) == arm
-            for session in USERS[:8]:  # anonymous: by their sessions, if they name one
-                assert over_json(ports["http"], "", True, session=session)[1] == ("trial" * split.takes(session))
-                assert (grpc.recommend("", HISTORY, 5, session=session).items != served) == split.takes(session)
-            assert grpc.recommend("", HISTORY, 5).items == served
-            with pytest.raises(ServerError, match=r"on trial; 'vivace rollout promote' or 'vivace rollout stop' first"):
-                fleet.serve(newest_of_another(run), Acceptance([]), quiet)
-            with Visitors(ports["grpc"]) as visitors:
-                wait_until(lambda: len(visitors.answers) > 100, "answers")
-                os.kill(fleet.trial.server.pid, signal.SIGKILL)
-                seen = len(visitors.answers)
-                wait_until(lambda: len(visitors.answers) > seen + 300 or visitors.errors, "answers after its death")
-                rollout.stop("the test has seen enough")
-                seen = len(visitors.answers)
-                wait_until(lambda: len(visitors.answers) > seen + 50, "answers after its end")
-            assert visitors.errors == []
-            given = {(split.takes(user), items != served) for user, items in visitors.answers}
-            assert {(True, True), (False, False)} <= given and (False, True) not in given
-            assert all(items == served for _, items in visitors.answers[seen + 3 :])
-        assert fleet.trial is None and list(fleet.by_name()) == ["0"]
+def test_a_share_of_the_users_gets_it_and_nobody_notices_its_death(two):
+    run, fleet, second = two
+    served = answer(fleet)[0][:5]
+    split = Split("salt-3", 0.4)
+    rollout = Rollout(fleet, Plan(version=2, salt=split.salt, shares=(split.share,)), quiet)
+    rollout.start(second, Acceptance([]), quiet)
+    assert {split.takes(user) for user in USERS[-4:]} == {True, False}, "another salt: both kinds are wanted"
+    ports = ports_of(fleet)
+    with (
+        PatientClient(f"127.0.0.1:{ports['grpc']}") as grpc,
+        PatientClient(f"127.0.0.1:{ports['http']}", "http") as http,
+    ):
+        for n, user in enumerate(USERS):
+            answers = [grpc.recommend(user, HISTORY, 5).items, http.recommend(user, HISTORY, 5).items]
+            items, variant = over_json(ports["http"], user, escaped=bool(n % 2))
+            on_trial = [items != served for items in (*answers, items)]
+            assert on_trial == [split.takes(user)] * 3 and (variant == "trial") == split.takes(user), user
+        for user in USERS[-4:]:
+            row = logged(run.root, grpc.recommend(user, HISTORY, 5).request_id)
+            arm = ("trial", "2") if split.takes(user) else (LOGS["variant"], "1")
+            assert (row["variant"], row["model_version"]) == arm
+        for session in USERS[:8]:  # anonymous: by their sessions, if they name one
+            assert over_json(ports["http"], "", True, session=session)[1] == ("trial" * split.takes(session))
+            assert (grpc.recommend("", HISTORY, 5, session=session).items != served) == split.takes(session)
+        assert grpc.recommend("", HISTORY, 5).items == served
+        with pytest.raises(ServerError, match=r"on trial; 'vivace rollout promote' or 'vivace rollout stop' first"):
+            fleet.serve(newest_of_another(run), Acceptance([]), quiet)
+        with Visitors(ports["grpc"]) as visitors:
+            wait_until(lambda: len(visitors.answers) > 100, "answers")
+            os.kill(fleet.trial.server.pid, signal.SIGKILL)
+            seen = len(visitors.answers)
+            wait_until(lambda: len(visitors.answers) > seen + 300 or visitors.errors, "answers after its death")
+            rollout.stop("the test has seen enough")
+            seen = len(visitors.answers)
+            wait_until(lambda: len(visitors.answers) > seen + 50, "answers after its end")
+        assert visitors.errors == []
+        given = {(split.takes(user), items != served) for user, items in visitors.answers}
+        assert {(True, True), (False, False)} <= given and (False, True) not in given
+        assert all(items == served for _, items in visitors.answers[seen + 3 :])
+    assert fleet.trial is None and list(fleet.by_name()) == ["0"]
+
+
+def test_its_users_get_drafts_of_both_versions_and_the_log_names_the_teams(two):
+    run, fleet, second = two
+    rollout = Rollout(fleet, Plan(version=2, salt="s", shares=(0.5,), interleave=True), quiet)
+    rollout.start(second, Acceptance([]), quiet)
+    with PatientClient(f"127.0.0.1:{ports_of(fleet)['grpc']}") as grpc:
+        served = grpc.recommend("", HISTORY, 20, context=NOON)
+        tried = dict(zip(served.items, items_of(run, second, fleet, 20), strict=True))
+        both = (served.items, list(tried.values()))
+        scores = [dict(zip(items, served.scores.tolist(), strict=True)) for items in both]
+        heads = [dict(zip(items, served.heads["click"].tolist(), strict=True)) for items in both]
+        users = [user for user in USERS if Split("s", 0.5).takes(user)]
+        for user in users:
+            got = grpc.recommend(user, HISTORY, 20, context=NOON)
+            drafted = draft(*both, 20, got.request_id, "s")
+            assert got.items == drafted.items and got.status == served.status
+            of = [scores[team][item] for team, item in zip(drafted.teams, drafted.items, strict=True)]
+            assert got.scores == pytest.approx(of, abs=1e-4), "each score is that of the version that picked"
+            of = [heads[team][item] for team, item in zip(drafted.teams, drafted.items, strict=True)]
+            assert got.heads["click"] == pytest.approx(of, abs=1e-4)
+        row = logged(run.root, got.request_id)
+        assert row["team"] == drafted.credited("12")
+        assert (row["items"], row["variant"], row["model_version"]) == (got.items, "trial", "2")
+        other = next(user for user in USERS if user not in users)
+        assert logged(run.root, grpc.recommend(other, HISTORY, 5).request_id)["team"] == [""] * 5
+    rollout.stop("the test has seen enough")
 
 
 def newest_of_another(run: Run):
@@ -143,13 +187,13 @@ def slowed(run: Run) -> None:
         )
 
 
-def test_a_version_that_is_slower_goes_by_itself_and_says_why(run):
-    first = run.repository.resolve()
+def test_a_version_that_is_slower_goes_by_itself_and_says_why(two):
+    run, fleet, _ = two
     publish_with_other_items(run)
     slowed(run)
     lines: list[str] = []
-    with Fleet(on_free_ports(first, guard=True), quiet) as fleet, Visitors(ports_of(fleet)["grpc"]) as visitors:
-        rollout = Rollout(fleet, Plan(version=2, salt="s", shares=(0.5, 0.9), wait_s=300, least=20), lines.append)
+    with Visitors(ports_of(fleet)["grpc"]) as visitors:
+        rollout = Rollout(fleet, Plan(version=3, salt="s", shares=(0.5, 0.9), wait_s=300, least=20), lines.append)
         rollout.start(newest(run), Acceptance([]), quiet)
 
         def over() -> str:
@@ -165,6 +209,30 @@ def test_a_version_that_is_slower_goes_by_itself_and_says_why(run):
     assert "a call takes" in rollout.result or "answers were not whole" in rollout.result
     assert rollout.result == state["result"] and state["share"] == 0
     assert visitors.errors == [] and any(rollout.result in line for line in lines)
+
+
+def test_copies_are_compared_and_a_version_whose_scores_are_of_another_kind_goes_by_itself(two):
+    run, fleet, _ = two
+    publish_with_other_items(run)
+    with other_values(newest(run)) as (graph, sound, output):
+        graph.initializer.append(helper.make_tensor("lift", TensorProto.FLOAT, [], [1000.0]))
+        graph.node.append(helper.make_node("Add", [sound, "lift"], [output]))
+    plan = Plan(version=4, salt="s", shares=(0.4,), shadow=1.0, least=20, slower=100)
+    with Visitors(ports_of(fleet)["grpc"]) as visitors:
+        rollout = Rollout(fleet, plan, quiet)
+        rollout.start(newest(run), Acceptance([]), quiet)
+        with PatientClient(f"127.0.0.1:{ports_of(fleet)['grpc']}") as grpc:
+            own = [grpc.recommend("shadowed", HISTORY, 10).items for _ in range(2)]
+        while not rollout.result:
+            assert not rollout.look()
+            if rollout.state()["compared"]["copies"]["compared"]:
+                page = generate_latest(fleet.registry).decode()
+            time.sleep(0.1)
+    seen = rollout.state()["compared"]
+    assert "the median score of the first item is" in rollout.result and seen["score_shift"] > 3
+    assert seen["copies"]["compared"] > 0 and 0 <= seen["copies"]["overlap"] < 1 and seen["copies"]["moved"] > 3
+    assert "vivace_rollout_overlap 0." in page and own[0] == own[1] and visitors.errors == []
+    assert not fleet.options.answers.exists() and "vivace_rollout" not in generate_latest(fleet.registry).decode()
 
 
 SERVED = Sample(calls=1000, failed=2, seconds=9.98, rows=1000, partial=100)

@@ -9,24 +9,30 @@ import os
 import shutil
 import signal
 import time
+from http.client import HTTPSConnection
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from serving.acceptance import Acceptance
+from serving.door.options import AccessOptions
+from serving.door.tls import make_pair
 from serving.fleet import Fleet
 from serving.releases import releases
 from serving.runtime.sharded import merged, rows_of_shards
 from serving.shard_addresses import ShardAddresses
 from serving.shards.calls import RemoteShards
 from serving.shards.servers import check_hosts
+from serving.start_checks import check_exposure
 from serving.wheel import ServerError
 from tests.support import PatientClient, on_free_ports, quiet, untouched_store, users_of_data, wait_until
 from training.checkpoints import WEIGHTS
 from training.compile.compiler import CompileConfig, compile_models
 from training.presets import tiny
 from vivace import contract
+from vivace.credentials import Credentials
 from vivace.masks import excluded, seen_ids
 from vivace.onnx_session import open_session
 from vivace.run import Run
@@ -170,3 +176,42 @@ def fleet_items(run: Run) -> list[str]:
     (file,) = releases(run.repository)[-1].glob(f"{contract.RESPONSE}/*/items.json")
     items: list[str] = json.loads(file.read_text())
     return items
+
+
+def test_a_shard_elsewhere_answers_only_servers_with_a_certificate(run, served, tmp_path):
+    """Shard 0 behind mutual TLS, shard 1 as before: the same answers, and nobody else is heard."""
+    fleet, users, by_one = served
+    of_shard, of_server, stranger = (make_pair(tmp_path / name, ["127.0.0.1"]) for name in ("shard", "server", "else"))
+    access = AccessOptions(certificate=of_shard[0], private_key=of_shard[1], client_ca=of_server[0])
+    alone = on_free_ports(fleet.release, guard=True, shard=0, access=access)
+    pair = tmp_path / "pair.pem"
+    pair.write_text(of_server[0].read_text() + of_server[1].read_text())
+    with Fleet(alone, quiet) as shard:
+        address = f"127.0.0.1:{shard.replicas[0].server.http_port}"
+        shards = f"{address},{str(addresses_of(fleet)).split(',')[1]}"
+        secure = dict(shards=shards, shard_cert=pair, shard_ca=of_shard[0], shard_wait_ms=2000)
+        with Fleet(on_free_ports(fleet.release, guard=True, **secure), quiet) as over_tls:
+            assert answers(over_tls, users[:20]) == by_one[:20]
+        for one in (dict(), dict(shard_ca=of_shard[0]), dict(shard_ca=stranger[0], shard_cert=pair)):
+            with pytest.raises(ServerError, match=f"got: 0 at {address}: no trust by TLS; look at --shard-cert"):
+                check_hosts(on_free_ports(fleet.release, shards=shards, **one), quiet)
+        trusted = Credentials(key="", ca=of_shard[0], cert=of_server).ssl_context()
+        host, port = address.split(":")
+        connection = HTTPSConnection(host, int(port), context=trusted, timeout=5)
+        for method, path in (("POST", "/v2/repository/index"), ("GET", "/v2/models/shard_1"), ("GET", "/v2/logging")):
+            connection.request(method, path, b"{}" if method == "POST" else None)
+            answer = connection.getresponse()
+            assert answer.status == 404 and b"shard_0" in answer.read(), path
+
+
+@pytest.mark.parametrize(
+    ("access", "words"),
+    [
+        (AccessOptions(), "--client-ca"),
+        (AccessOptions(certificate=Path("c.pem"), private_key=Path("k.pem")), "expected --client-ca"),
+        (AccessOptions(keys=Path("keys.toml"), insecure_network=True), "--keys"),
+    ],
+)
+def test_a_shard_that_others_reach_wants_certificates(access, words):
+    with pytest.raises(ServerError, match=words):
+        check_exposure("10.0.0.5", "10.0.0.5", access.certificate is not None, access, shard=True)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -19,15 +20,19 @@ from vivace.run import Run
 HISTORY = ["sku-00001", "sku-00002"]
 
 
-@pytest.fixture
-def run(root, tmp_path) -> Run:
+def as_served(root: Path, folder: Path) -> Run:
     """A copy of the small shop as it is served."""
-    copy = Run(tmp_path / "shop")
+    copy = Run(folder / "shop")
     release = Run(root).repository.resolve()
     shutil.copytree(release, copy.root / release.name)
     copy.repository.symlink_to(release.name)
     shutil.copytree(Run(root).feature_store, copy.feature_store)
     return copy
+
+
+@pytest.fixture
+def run(root, tmp_path) -> Run:
+    return as_served(root, tmp_path)
 
 
 def publish_with_other_items(run: Run) -> None:

@@ -15,10 +15,13 @@ from serving import releases
 from serving.releases import (
     CHECKSUMS,
     DamagedError,
+    gone_back_to,
     held,
     held_from_the_start,
+    keep,
     next_version,
     publishing,
+    put_in_use,
     remember_served,
     served_before,
     verify,
@@ -66,6 +69,31 @@ def test_what_a_server_holds_is_not_removed(tmp_path):
         verify(first)
     publish(repository, "last")
     assert not first.exists()
+
+
+def versions_of(repository: Path) -> list[int]:
+    return [version_of(release) for release in releases.releases(repository)]
+
+
+def test_as_many_old_versions_stay_as_one_says_and_those_that_are_needed(tmp_path):
+    repository = tmp_path / "model_repository"
+    publish(repository, "1")
+    with pytest.raises(ValueError, match="expected 1 or more, got 0"):
+        keep(repository, 0)
+    assert keep(repository, 5) == []
+    for n in range(2, 9):
+        publish(repository, str(n))
+    assert versions_of(repository) == [3, 4, 5, 6, 7, 8]  # 5 before the newest, from one publish to the next
+    third, fourth = releases.releases(repository)[:2]
+    put_in_use(fourth, repository)  # gone back to: the newest is not the one that is served
+    remember_served(4, repository, 3)
+    with held(releases.releases(repository)[2]):  # on trial
+        assert keep(repository, 1) == [6]
+    assert versions_of(repository) == [3, 4, 5, 7, 8]  # back from 4 it goes to 3
+    assert gone_back_to(repository, 4) == 3 and third.exists()
+    assert keep(repository, 1) == [5]
+    put_in_use(releases.releases(repository)[-1], repository)
+    assert keep(repository, 1) == [3]  # back from 8 it goes to 4, which was served before
 
 
 STEPS = ["seal", "os.replace release", "symlink_to", "os.replace link"]

@@ -8,10 +8,10 @@ import pytest
 
 from training.judge.counterfactual import UNIT, counterfactual
 from training.judge.places import examined
-from training.judge.sequential import Plan, Rate, compare
 from vivace.columns import CLICKED, ITEM, POSITION
 from vivace.impressions.files import REQUEST_ID
 from vivace.impressions.joined import PROPENSITY
+from vivace.sequential import Plan, Rate, compare, preferred
 
 SEEDS = 100
 
@@ -70,6 +70,33 @@ def test_three_per_cent_are_seen_at_the_size_that_is_planned():
     assert 0.9 < needed / (2 * len(shown)) < 1.15  # the size that the plan asks for, with users like these
     print(needed, seen)
     assert seen >= 35, seen
+
+
+def test_a_preference_by_hand():
+    won = np.concatenate([np.full(60, 1.0), np.zeros(40), [0.0]])
+    decided = np.concatenate([np.ones(100), [0.0]])  # who decided nothing counts for nothing
+    plan = Plan(effect=0.5)
+    seen = preferred(won, decided, plan)
+    variance = 0.6 * 0.4 / 99
+    assert seen.share == 0.6 and seen.high - 0.6 == pytest.approx(plan.radius(16 * variance) / 4)
+    assert seen.p_value == pytest.approx(plan.p_value(0.4, 16 * variance)) and seen.verdict == "no difference seen"
+    assert seen.users_needed == math.ceil(100 * (plan.information * 16 * variance - 1))
+    assert math.isnan(preferred(won[:99], decided[:99], plan).share)  # too few
+
+
+@pytest.mark.parametrize("share", [0.5, 0.55], ids=["A/A", "better"])
+def test_interleaving_looked_at_every_hour_errs_in_at_most_5_of_100_and_sees_what_is_better(share):
+    users, plan, better, worse = 800, Plan(effect=0.1), 0, 0
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        taste = rng.beta(20 * share, 20 * (1 - share), users)  # each comes again and again, and prefers one of the two
+        came = rng.poisson(0.2, (48, users))
+        won = rng.binomial(came, taste).cumsum(0).astype(float)
+        seen = [preferred(w, d, plan) for w, d in zip(won, came.cumsum(0).astype(float), strict=True)]
+        better += any(look.low > 0.5 for look in seen)
+        worse += any(look.high < 0.5 for look in seen)
+    print(better, worse)
+    assert better + worse <= 5 if share == 0.5 else (better >= 95 and worse == 0)
 
 
 def test_how_often_a_place_is_looked_at_is_within_5_per_cent_of_what_was_planted():

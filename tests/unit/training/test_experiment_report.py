@@ -7,23 +7,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loadtest.reports.experiment import write
+from loadtest.reports.experiment import team_rows, write
 from training.judge import experiment
 from training.judge.experiment import CTR, NDCG, evidence
-from training.judge.sequential import Plan
 from vivace.impressions.joined import JOINED
+from vivace.sequential import Plan
 
 HOUR_MS = 3_600_000
 
 
 def log(path, rows):
-    """``rows``: (request, user, ms, variant, item, place, clicked)."""
+    """``rows``: (request, user, ms, variant, item, place, clicked), and the team where two were interleaved."""
     columns = {name: [] for name in JOINED.names}
-    for request, user, ms, variant, item, place, clicked in rows:
+    for request, user, ms, variant, item, place, clicked, *team in rows:
         user, _, session = user.partition(" of ")
         values = {"request_id": request, "user_id": user, "session": session,
                   "timestamp_ms": ms, "variant": variant, "item_id": item,
-                  "position": place, "clicked": clicked, "latency_ms": 10.0 * place, "model_version": "1",
+                  "position": place, "clicked": clicked, "latency_ms": 10.0 * place,
+                  "model_version": "2" if team else "1", "team": "".join(team),
                   "context": "", "query": "", "status": "ok", "score": 0.0, "propensity": 1.0}  # fmt: skip
         for name in columns:
             columns[name].append(values.get(name))
@@ -57,6 +58,27 @@ def test_copies_that_nobody_saw_are_left_out(tmp_path):
     ])  # fmt: skip
     served, trial = evidence(file, Plan()).arms
     assert (served.users, trial.users, trial.rates[CTR].value, trial.coverage) == (1, 1, 1.0, 1)
+
+
+def test_teams_by_hand(tmp_path):
+    file = log(tmp_path / "log.parquet", [
+        ("r0", "u0", 0, "trial", "x", 1, True, "2"),  # of one place: the next names the served version
+        ("r1", "u1", 1, "trial", "x", 1, True, "1"), ("r1", "u1", 1, "trial", "y", 2, False, "2"),
+        ("r2", "u1", 2, "trial", "x", 1, True, "2"), ("r2", "u1", 2, "trial", "y", 2, False, "1"),
+        ("r3", "u2", 3, "trial", "x", 1, True, "2"), ("r3", "u2", 3, "trial", "y", 2, True, "1"),  # a tie
+        ("r4", "u2", 4, "trial", "x", 1, False, "2"), ("r4", "u2", 4, "trial", "y", 2, False, "1"),
+        ("r5", "u3", 5, "trial", "x", 1, False, "2"), ("r5", "u3", 5, "trial", "y", 3, True, "1"),  # too far down
+        ("r6", "u4", 6, "", "x", 1, True),  # of the served version alone
+    ])  # fmt: skip
+    (seen,) = experiment.teams(file, Plan(), top_k=2)
+    assert (seen.served, seen.tried, seen.users, seen.requests, seen.clicked, seen.decided) == ("1", "2", 4, 6, 4, 3)
+    assert math.isnan(seen.preference.share) and not seen.preference.differs  # three users say nothing
+    assert experiment.teams(log(tmp_path / "other.parquet", [("r", "u", 0, "", "x", 1, True)]), Plan()) == []
+    old = pq.read_table(file).drop_columns(["team"])
+    pq.write_table(old, tmp_path / "old.parquet")
+    assert experiment.teams(tmp_path / "old.parquet", Plan()) == []
+    header, (row,) = team_rows([seen])
+    assert len(header) == len(row) and row[-2] == "too few users with a winner yet"
 
 
 def test_a_better_arm_is_called_and_drawn(tmp_path):

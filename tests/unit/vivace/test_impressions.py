@@ -21,11 +21,12 @@ DAY_MS = 86_400_000
 NOW_MS = 1_800_000_000_000
 
 
-def shown(request_id: str, *users: str, items=((b"x", b"y"),), made_ms: float = NOW_MS):
+def shown(request_id: str, *users: str, items=((b"x", b"y"),), made_ms: float = NOW_MS, teams=None):
     """One request of a row a user, as a stage puts it into the queue."""
     rows = [packed_viewer((user, "", b'{"device": "phone"}', made_ms - 4, "" if user else "s")) for user in users]
     scores = np.linspace(2, 1, len(items[0]) * len(rows), dtype=np.float32).reshape(len(rows), -1)
-    return request_id, rows, np.array(items, object).reshape(len(rows), -1), scores, [b"ok"] * len(rows), made_ms, None
+    shown_items = np.array(items, object).reshape(len(rows), -1)
+    return request_id, rows, shown_items, scores, [b"ok"] * len(rows), made_ms, teams, None
 
 
 def rows_of(folder):
@@ -39,7 +40,7 @@ def test_a_request_becomes_a_row():
         "request_id": "r1", "user_id": "u", "session": "", "timestamp_ms": NOW_MS,
         "context": '{"device": "phone"}', "query": "",
         "items": ["x", "y"], "scores": [2.0, 1.0], "propensities": [1.0, 1.0], "variant": "b", "model_version": "7",
-        "latency_ms": 4.0, "status": "ok",
+        "latency_ms": 4.0, "status": "ok", "team": ["", ""],
     }  # fmt: skip
     assert (second["request_id"], third["request_id"]) == ("r2/0", "r2/1")
     assert (third["user_id"], third["session"]) == ("", "s")
@@ -87,14 +88,21 @@ def test_days_that_are_over_become_one_file_and_old_ones_go(tmp_path):
     part, today = Part(tmp_path), files._day(NOW_MS)
     for number in range(4):
         part.write(table_of([shown(f"r{number}", "u")], "", "1"))
+    _as_written_before_there_were_teams(parts(tmp_path)[1])
     days = [files._day(NOW_MS - age * DAY_MS) for age in (9, 1, 1, 0)]
     for path, day in zip(parts(tmp_path), days, strict=True):
         path.rename(tmp_path / f"{day}{path.name[8:]}")
     (tmp_path / "left.parquet.partial").write_bytes(b"of a writer that was killed")
     tidy(tmp_path, days=5, now_ms=NOW_MS)
     assert [path.name[:9] for path in parts(tmp_path)] == [f"{days[1]}.", f"{today}T"]
-    assert [row[REQUEST_ID] for row in rows_of(tmp_path)] == ["r1", "r2", "r3"]
+    assert [(row[REQUEST_ID], row["team"]) for row in rows_of(tmp_path)] == [
+        ("r1", ["", ""]), ("r2", ["", ""]), ("r3", ["", ""])
+    ]  # fmt: skip
     assert not list(tmp_path.glob("*.partial"))
+
+
+def _as_written_before_there_were_teams(path):
+    pq.write_table(pq.read_table(path).drop_columns(["team"]), path)
 
 
 def test_a_merge_that_was_killed_leaves_each_row_once(tmp_path):
@@ -112,7 +120,10 @@ def test_a_merge_that_was_killed_leaves_each_row_once(tmp_path):
 
 def test_a_click_joins_what_it_was_of(tmp_path):
     part = Part(tmp_path / "log")
-    part.write(table_of([shown("r1", "u"), shown("r2", "v"), shown("empty", "w", items=((b"",),))], "b", "7"))
+    teams = np.array([["6", "7"]], object)
+    part.write(table_of([shown("r1", "u", teams=teams), shown("empty", "w", items=((b"",),))], "b", "7"))
+    part.write(table_of([shown("r2", "v")], "b", "7"))
+    _as_written_before_there_were_teams(parts(tmp_path / "log")[1])
     store = LmdbStore(tmp_path / "store")
     store.append([
         Event("u", "y", "view", 5, "e1", request_id="r1"),
@@ -123,11 +134,11 @@ def test_a_click_joins_what_it_was_of(tmp_path):
     out = tmp_path / "joined.parquet"
     counts = joined.join(tmp_path / "log", store, out)
     assert (counts.requests, counts.empty, counts.shown, counts.clicked, counts.strays) == (3, 1, 4, 1, 1)
-    columns = [REQUEST_ID, ITEM, POSITION, CLICKED, "event_type", "event_ms"]
+    columns = [REQUEST_ID, ITEM, POSITION, CLICKED, "event_type", "event_ms", "team"]
     rows = [tuple(row.values()) for row in pq.read_table(out).select(columns).to_pylist()]
     assert rows == [
-        ("r1", "x", 1, False, None, None), ("r1", "y", 2, True, "view", 5),
-        ("r2", "x", 1, False, None, None), ("r2", "y", 2, False, None, None),
+        ("r1", "x", 1, False, None, None, "6"), ("r1", "y", 2, True, "view", 5, "7"),
+        ("r2", "x", 1, False, None, None, ""), ("r2", "y", 2, False, None, None, ""),
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"--event buyy: no event .* there are: "):
         joined.join(tmp_path / "log", store, out, types=["buyy"])
@@ -145,7 +156,7 @@ print("goes", flush=True)
 number = 0
 while True:
     if len(queue._waiting) < 1_000:
-        queue.put((f"r{number}", [("u", "", b"", 1.0, "")], items, scores, [b"ok"], 2.0, None))
+        queue.put((f"r{number}", [("u", "", b"", 1.0, "")], items, scores, [b"ok"], 2.0, None, None))
         number += 1
 """
 

@@ -124,3 +124,37 @@ def compare(control: Rate, treatment: Rate, plan: Plan) -> Comparison:
     needed = max(0, math.ceil(users * (plan.information * variance - 1)))
     low, high = math.expm1(difference - radius), math.expm1(min(difference + radius, 700.0))
     return Comparison(math.expm1(difference), low, high, plan.p_value(difference, variance), needed)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Of the requests that either of two interleaved versions won, the share that the one on trial did. ``low`` and
+    ``high`` bound it at all looks together; NaN and 0 to 1 where there is too little to say. ``users_needed``: more
+    users with such a request than there are, until odds of 1 + the plan's effect are found with its power."""
+
+    share: float
+    low: float
+    high: float
+    p_value: float
+    users_needed: int
+
+    @property
+    def differs(self) -> bool:
+        return self.low > 0.5 or self.high < 0.5
+
+    @property
+    def verdict(self) -> str:
+        return "better" if self.low > 0.5 else "worse" if self.high < 0.5 else "no difference seen"
+
+
+def preferred(won: np.ndarray, decided: np.ndarray, plan: Plan) -> Preference:
+    """``won`` of ``decided`` requests of each user, float [users]. Beside 1/2 the logarithm of the odds is four times
+    the distance to it, which is what is bounded: as an A/B's logarithm of a ratio, by the same plan."""
+    rate = Rate.of(won, decided)
+    if rate.users < LEAST_USERS or rate.variance <= 0:
+        return Preference(math.nan, 0.0, 1.0, 1.0, -1)
+    distance, variance = 4 * (rate.value - 0.5), 16 * rate.variance
+    radius = plan.radius(variance) / 4
+    needed = max(0, math.ceil(rate.users * (plan.information * variance - 1)))
+    low, high = max(rate.value - radius, 0.0), min(rate.value + radius, 1.0)
+    return Preference(rate.value, low, high, plan.p_value(distance, variance), needed)

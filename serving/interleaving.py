@@ -1,0 +1,31 @@
+"""How a server is started whose answers are drafts of the version on trial and of the served one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from serving.repository import models, read_config
+from serving.runtime.interleaved import Interleave, differing
+from serving.server_options import ServerOptions
+from serving.wheel import ServerError
+from vivace import contract
+
+ONE_PROCESS = "fused"  # the profile for it where the served one is an ensemble: the answers are the same
+
+
+def interleaving(options: ServerOptions, release: Path, salt: str) -> ServerOptions:
+    """``options`` of the served version, for a server of ``release`` beside it. ``salt``: of the coins. Both run in one
+    process, without caches of answers, as a draft is of one request. Raises ServerError where the two answer other
+    outputs, ValueError where a version has no profile that runs as one process."""
+    served = options.repository.resolve()
+    profile = options.profile if contract.RETRIEVAL not in models(served, options.profile) else ONE_PROCESS
+    configs = [read_config(folder, contract.ENSEMBLE, profile) for folder in (served, release)]
+    if why := differing(*(config.output for config in configs)):
+        raise ServerError(f"--interleave: {release.name}: {why}; leave --interleave out")
+    parameters = {name: value.string_value for name, value in configs[0].parameters.items()}
+    version = next(p.name for p in (served / contract.ENSEMBLE).iterdir() if p.name.isdigit())
+    interleave = Interleave(str(served), version, parameters, salt)
+    return replace(
+        options, repository=release, profile=profile, cache_bytes=0, answer_cache=None, interleave=interleave
+    )
