@@ -53,7 +53,7 @@ def answer(root: Path, own: Path, repository: Path) -> tuple[Run, Tally]:
     items, scores, *_ = pipeline.respond(*ranked, np.full(len(rows), TOP_K), status)
     sampling.put("of many", rows, 0, known, inputs)
     viewers = [(row.user_id, "", b"", 1.0, "") for row in rows]
-    queue.put(("of many", viewers, items, scores, status, 2.0, None))
+    queue.put(("of many", viewers, items, scores, status, 2.0, None, None))
     for each in (sampling, queue):
         each.close()
     store.close()
