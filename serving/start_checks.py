@@ -28,6 +28,8 @@ from serving.runtime.rules import Rule, RulesError, parse_rules, rules_file
 from serving.segments import SHM, SHM_PREFIX, Segments
 from serving.wheel import ServerError
 from vivace import contract
+from vivace.impressions.samples import SampleOptions
+from vivace.live import RECENT
 from vivace.shard_contract import shard_model
 from vivace.store.interface import StoreError
 
@@ -269,6 +271,15 @@ def check_explore(share: float, impressions: bool, answer_cache: bool) -> None:
         raise ServerError(
             "--explore: goes without --answer-cache-mb, as an answer given again leaves nothing to chance"
         )
+
+
+def check_parity(share: float, impressions: bool, repository: Path) -> None:
+    """Raises ServerError or ValueError for samples that could not be computed again."""
+    SampleOptions("", share)
+    if share and not impressions:
+        raise ServerError("--parity: expected --impressions with it, the log of what was answered")
+    if share and any(repository.glob(f"*/*/{RECENT}")):
+        raise ServerError("--parity: goes without live counters, whose state at a request is not kept")
 
 
 def sweep_leftovers() -> None:

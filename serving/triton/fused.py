@@ -21,15 +21,17 @@ from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.ruled import Rules
+from serving.runtime.sampling import sampling_of_worker
 from serving.runtime.stages import with_reason
 from serving.triton import impressions
 from serving.triton.answers import Answers
 from serving.triton.batch import Batch
-from serving.triton.drift import count_answer, count_requests
+from serving.triton.drift import count_answer, count_requests, sample
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
 from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
 from vivace.impressions.queue import row_ids, usable_id
+from vivace.impressions.samples import writer_of_worker
 
 WAY_BACK_MS = 10  # from the answer to the client where processors are short
 
@@ -56,6 +58,8 @@ class RecommendModel(Stage):
             self.answers = Answers(cache, self.pipeline, store, repository, self.parameters, self.business)
         self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
         self.drift = counts_of_worker(self.folder, self.pipeline.shapes, self.pipeline.transform.moment.columns)
+        writer = writer_of_worker() if self.interleaved is None else None  # a draft is no one version's answer
+        self.sampling = sampling_of_worker(writer, self.pipeline.shapes, self.folder.name)
         self.explorer = Explorer.of_worker(self.beside(contract.RESPONSE))
         pipelines = [self.pipeline, *([self.interleaved.pipeline] if self.interleaved is not None else [])]
         for of_pipelines in zip(*(pipeline.warm(self.largest) for pipeline in pipelines), strict=True):
@@ -80,8 +84,9 @@ class RecommendModel(Stage):
 
     def finalize(self) -> None:
         self.impressions.close()
-        if self.drift is not None:
-            self.drift.close()
+        for each in (self.drift, self.sampling):
+            if each is not None:
+                each.close()
 
     def _level(self, batch: Batch, rows: int) -> Level:
         """The level at which these are answered: under load, one at which half of those with a deadline keep it. The
@@ -127,7 +132,10 @@ class RecommendModel(Stage):
 
     def _computed(self, batch: Batch, level: Level, known: Known | None) -> None:
         """Answers what is at hand by the models. ``known``: what the stores know of its rows, None to read it."""
-        inputs, statuses = self.pipeline.transform(batch.rows, known)
+        rows = batch.rows
+        known = self.pipeline.transform.known(rows) if known is None else known
+        inputs, statuses = self.pipeline.transform(rows, known)
+        sample(self.sampling, batch.requests, known, inputs)
         count_requests(self.drift, batch.requests, inputs)
         status_B, arrays = np.array(statuses, object), inputs
         ranked_count = self.pipeline.ranked

@@ -22,6 +22,7 @@ from serving.runtime.events import event_status, parse_event, parse_id
 from serving.runtime.explore import Explorer, explored
 from serving.runtime.response import ResponseStage
 from serving.runtime.ruled import Rules
+from serving.runtime.sampling import sampling_of_worker
 from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import (
     NO_IDS,
@@ -33,7 +34,7 @@ from serving.runtime.stages import (
 )
 from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses, credentials_from
 from serving.triton import impressions
-from serving.triton.drift import count_answer, count_requests
+from serving.triton.drift import count_answer, count_requests, sample
 from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
 from serving.triton.stage import (
     Counts,
@@ -50,6 +51,7 @@ from serving.triton.stage import (
 )
 from vivace import contract
 from vivace.context import CONTEXT_FILE, ContextColumns, parse_context, unknown_names
+from vivace.impressions.samples import writer_of_worker
 from vivace.store.interface import Event, StoreUnreachableError
 
 
@@ -71,12 +73,16 @@ class FeatureTransformModel(Stage):
         self.samples, self.sampled = AnswerSamples(os.environ.get(ANSWERS, "")), False  # of the last stage
         self.shown_to = contract.SHOWN_TO.name in self.outputs  # a repository of before it does without
         self.drift = counts_of_worker(self.beside(contract.ENSEMBLE), shapes, self.transform.moment.columns)
+        self.sampling = sampling_of_worker(writer_of_worker(), shapes, self.folder.name)
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         began_ms, self.sampled = time.time() * 1000, self.samples.on()
         parsed = [ParsedRequest(i, request, self.transform.moment.columns) for i, request in enumerate(requests)]
-        inputs, status = self.transform([row for request in parsed for row in request.rows])
+        rows = [row for request in parsed for row in request.rows]
+        known = self.transform.known(rows)
+        inputs, status = self.transform(rows, known)
+        sample(self.sampling, parsed, known, inputs)
         count_requests(self.drift, parsed, inputs)
         now_ms, responses, start = time.time() * 1000, [], 0
         for request in parsed:
@@ -88,8 +94,9 @@ class FeatureTransformModel(Stage):
         return responses
 
     def finalize(self) -> None:
-        if self.drift is not None:
-            self.drift.close()
+        for each in (self.drift, self.sampling):
+            if each is not None:
+                each.close()
 
     def _answer(
         self, request: ParsedRequest, inputs: list[np.ndarray], status: list[str], began_ms: float, now_ms: float

@@ -24,6 +24,7 @@ from vivace.cli.keys import keys
 from vivace.cli.load import load
 from vivace.cli.optimize import optimize
 from vivace.cli.options import console
+from vivace.cli.parity import parity
 from vivace.cli.prepare import prepare
 from vivace.cli.presets import presets
 from vivace.cli.pretrain import pretrain
@@ -51,7 +52,7 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Data": (init_mapping, prepare),
     "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
     "Serving": (serve, publish, rollback, versions, scale, refresh, forget, rules, tune, load),
-    "Looking": (query, drift),
+    "Looking": (query, drift, parity),
 }
 
 
