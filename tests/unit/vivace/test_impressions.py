@@ -1,6 +1,7 @@
 """Files of what was shown: whole or not there, merged by day, without a user who was forgotten; joined with events."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
