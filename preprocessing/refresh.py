@@ -188,7 +188,7 @@ def _add_items(old: Features, folder: Path, items: list[str], catalogue: pd.Data
 
 
 # -- events --------------------------------------------------------------------------------------------
-def _encode(workflow: nvt.Workflow, rows: pd.DataFrame, schema: DataSchema, scratch: Path) -> pd.DataFrame:
+def encode_events(workflow: nvt.Workflow, rows: pd.DataFrame, schema: DataSchema, scratch: Path) -> pd.DataFrame:
     """``rows`` in their order, encoded, with labels still to be set; USER raw."""
     scratch.mkdir(parents=True)
     frame = rows[[USER, ITEM, TIME]].copy()
@@ -341,7 +341,7 @@ def _build(
     workflow = load_workflow(folder / WORKFLOW, checksums(folder / WORKFLOW))
     say(f"{len(rows):,} appended events, {len(items):,} new items; encoding")
     files = old.files(WHOLE)
-    encoded = typed(_encode(workflow, rows, schema, scratch / "new"), files, schema)
+    encoded = typed(encode_events(workflow, rows, schema, scratch / "new"), files, schema)
     merge = _Merge(files, encoded, scratch / "encoded")
     times = merge.times
     if not len(times):

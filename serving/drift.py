@@ -7,6 +7,7 @@ version, minute and hour. Counts of workers that ended stay counted.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -23,6 +24,8 @@ from serving.releases import version_of
 from serving.runtime.drift import SUFFIX
 from vivace.contract import ENSEMBLE
 from vivace.drift import CLICKED, EXPECTED, FILE, Reference, compare
+from vivace.impressions.queue import folder_of as impressions_of
+from vivace.impressions.samples import RESULT, folder_of as samples_of
 
 log = logging.getLogger("vivace.serve")
 EVERY_S = 10.0
@@ -153,4 +156,21 @@ class Drift:
                             families[name].add_sample(name, labels, value)
                 expected.add_sample("vivace_expected_clicks_total", label, float(version.total[EXPECTED]))
                 clicked.add_sample("vivace_answer_events_total", label, float(version.total[CLICKED]))
+            runs = {release.parent for release in self._versions}
         yield from (*families.values(), expected, clicked)
+        yield from _parity(runs)
+
+
+def _parity(runs: set[Path]) -> Iterator[Metric]:
+    """What ``vivace parity`` has left word of; nothing where it was not called."""
+    replayed = Metric("vivace_parity_requests", "Served requests that were computed again offline", "counter")
+    skewed = Metric("vivace_parity_skewed", "Those that differ, by what: ids or answer", "counter")
+    for root in runs:
+        try:
+            tally = json.loads((samples_of(impressions_of(root / "feature_store")) / RESULT).read_text())
+            replayed.add_sample("vivace_parity_requests_total", {}, tally["replayed"])
+            for what in ("ids", "answer"):
+                skewed.add_sample("vivace_parity_skewed_total", {"what": what}, tally[what])
+        except (OSError, ValueError, KeyError):
+            continue
+        yield from (replayed, skewed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from tritonclient.utils import InferenceServerException
 from serving.launcher import TritonServer
 from serving.releases import DamagedError, signatures, verify
 from serving.runtime.new_items import TABLES
+from serving.runtime.rules import rules_file
 from serving.segments import SHM
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError
@@ -43,6 +45,7 @@ CANARY_S = 1.0  # how often the ensemble is asked
 CANARY_WAIT_S = 10.0
 BUSY_S = 30.0  # a queue that refuses is no fault of the ensemble, for so long
 MIN_FREE_BYTES = 64 << 20
+RULES_S = 3.0  # within which all workers have taken a change of the business rules
 BUSY = ("exceeds maximum queue size", "timeout expired")  # Triton's words where a queue refuses
 PARTS = ("server", "guard", "watchdog", "models", "ensemble", "store", "disk", "version")
 SHARD_PARTS = ("server", "watchdog", "models", "disk", "version")  # of a server that is a shard
@@ -59,6 +62,7 @@ class Canary:
         self._follows = any(server.options.repository.glob(f"*/*/{TABLES}"))
         self._number = 0  # of the newest change of the catalogue that the answer may know
         self._shared = server.options.store  # a store that may be away while the ensemble works
+        self._rules, self._ruled_since = 0, -math.inf
         self.fault = "not asked yet"
         self._last_good = time.monotonic()
         self._client: VivaceClient | None = None
@@ -95,8 +99,8 @@ class Canary:
                 nobody, self._history, 10, context=self.context or None, request_id=contract.UNLOGGED
             )
             self.seconds.set(time.monotonic() - started)
-            if answer.status == "ok":
-                why, problem = "answer", self._compare(answer.items)
+            if not answer.degraded:
+                why, problem = "answer", self._compare(answer.items, contract.STATUS_RULES in answer.status)
             elif not (
                 answer.status.startswith("degraded: load")
                 or (self._shared and "store: " in answer.status)
@@ -114,17 +118,30 @@ class Canary:
             self._last_good = time.monotonic()
         return problem
 
-    def _compare(self, items: list[str]) -> str:
+    def _compare(self, items: list[str], by_rules: bool) -> str:
         strange = sorted(set(items) - self._catalogue)
+        if self._rules_changed():
+            self.expected = None
         if self._follows and (strange or items != self.expected) and (number := self._changed()) != self._number:
             self._number, self.expected = number, None  # what changed of the catalogue may change the answer
         if self._number:
             strange = []
-        if strange or not (items or len(self._catalogue) == len(self._history)):  # of one item nothing is left
+        nothing = not items and len(self._catalogue) > len(self._history)  # of one item nothing is left
+        if strange or (nothing and not by_rules):
             return f"expected items of the catalogue, got {strange[:3] or 'none'}"
         if self.expected is None or self._live:  # live counters change an answer from one second to the next
             self.expected = items
         return "" if items == self.expected else f"expected {self.expected[:3]}…, got {items[:3]}…: another answer"
+
+    def _rules_changed(self) -> bool:
+        """Whether the business rules are others than a moment ago: workers take them one after the other."""
+        try:
+            stamp = rules_file(self.server.release).stat().st_mtime_ns
+        except OSError:
+            stamp = 0
+        if stamp != self._rules:
+            self._rules, self._ruled_since = stamp, time.monotonic()
+        return time.monotonic() - self._ruled_since < RULES_S
 
     def _changed(self) -> int:
         """Number of the newest change of the catalogue; -1 where the store does not say."""

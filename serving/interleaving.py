@@ -7,8 +7,10 @@ from pathlib import Path
 
 from serving.repository import models, read_config
 from serving.runtime.interleaved import Interleave, differing
+from serving.runtime.rules import deal_places
 from serving.server_options import ServerOptions
 from serving.shards.servers import shard_count
+from serving.start_checks import check_rules
 from serving.wheel import ServerError
 from vivace import contract
 
@@ -26,6 +28,11 @@ def interleaving(options: ServerOptions, release: Path, salt: str) -> ServerOpti
     configs = [read_config(folder, contract.ENSEMBLE, profile) for folder in (served, release)]
     if why := differing(*(config.output for config in configs)):
         raise ServerError(f"--interleave: {release.name}: {why}; leave --interleave out")
+    if deal_places(check_rules(release)):
+        raise ServerError(
+            "--interleave: rules that pin, cap or make room for new items hold in one ranking, not in a "
+            "draft of two; leave --interleave out, or those rules"
+        )
     parameters = {name: value.string_value for name, value in configs[0].parameters.items()}
     version = next(p.name for p in (served / contract.ENSEMBLE).iterdir() if p.name.isdigit())
     interleave = Interleave(str(served), version, parameters, salt)

@@ -126,7 +126,7 @@ def _ensemble(
 ) -> pb.ModelConfig:
     config = pb.ModelConfig(name=contract.ENSEMBLE, platform="ensemble", max_batch_size=profile.max_batch_size)
     _io(config.input, contract.REQUEST)
-    _io(config.output, contract.answer_outputs(s, heads))
+    _io(config.output, contract.response_outputs(s, heads))
     steps = (
         (contract.FEATURE_TRANSFORM, contract.REQUEST, contract.feature_transform_outputs(s)),
         (contract.RETRIEVAL, contract.retrieval_stage_inputs(s), contract.retrieval_stage_outputs(s)),
@@ -162,7 +162,7 @@ def _fused(
     s: contract.StageTensors, heads: tuple[contract.TaskHead, ...], profile: ServingProfile, exclude_seen: bool
 ) -> pb.ModelConfig:
     """All stages as one Python model; it reads the graphs of the other stages' folders."""
-    outputs = contract.answer_outputs(s, heads)
+    outputs = contract.response_outputs(s, heads)
     config = _base(contract.ENSEMBLE, "python", profile, contract.REQUEST, outputs, profile.recommend_instances)
     _transforms(config, s, exclude_seen)
     config.parameters["intra_op_thread_count"].string_value = str(profile.threads)
@@ -223,6 +223,7 @@ def model_configs(
     update.parameters["followed"].string_value = str(bool(s.fresh)).lower()
     for config in (append, response) if s.fresh else ():
         _transforms(config, s, exclude_seen)
+    response.parameters["feature_store"].string_value = FEATURE_STORE
     search = {}
     if s.search:
         config = _base(contract.QUERY_SEARCH, "python", p, contract.query_search_inputs(s), (contract.FOUND,))

@@ -17,6 +17,7 @@ from serving.shard_addresses import CA_ENV, CERT_ENV, SHARDS_ENV, WAIT_ENV, WAIT
 from serving.wheel import python_library, wheel_folder
 from vivace.contract import TRIAL
 from vivace.impressions.queue import ENVIRONMENT, ImpressionOptions, folder_of
+from vivace.impressions.samples import ENVIRONMENT as PARITY, SampleOptions, folder_of as samples_of
 from vivace.store.opening import STORE_URL
 from vivace.store.retention import Retention
 
@@ -48,6 +49,7 @@ class ServerOptions:
     restricted: bool = False
     impressions: bool = False  # what is shown is logged in the run's folder
     impressions_every_s: float = 60.0  # and written as often: so much of it goes with a process that is killed
+    parity: float = 0.0  # share of requests that are put aside to be computed again (``serving.runtime.sampling``)
     explore: float = 0.0  # share of places that show new items (``serving.runtime.explore``)
     variant: str = ""  # what the log calls this server's arm of an experiment
     store: str = field(default="", repr=False)  # URL of a shared store; "": the run's own folder
@@ -94,8 +96,9 @@ def log_environment(options: ServerOptions, release: Path) -> dict[str, str]:
     """What tells the workers of ``release`` how to log what they show ("": they do not): beside the run's store, and
     kept as long as its events. Raises ValueError for values that are none."""
     if not options.impressions:
-        return {ENVIRONMENT: ""}
+        return {ENVIRONMENT: "", PARITY: ""}
     store = release.parent / "feature_store"
     days, every_s = Retention.of(store).days, options.impressions_every_s
     log = ImpressionOptions(folder=str(folder_of(store)), variant=options.variant, days=days, seconds=every_s)
-    return {ENVIRONMENT: log.to_json()}
+    samples = SampleOptions(str(samples_of(folder_of(store))), options.parity, every_s)
+    return {ENVIRONMENT: log.to_json(), PARITY: samples.to_json() if options.parity else ""}

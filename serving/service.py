@@ -22,8 +22,10 @@ from serving.start_checks import (
     check_explore,
     check_exposure,
     check_log,
+    check_parity,
     check_path,
     check_ports,
+    check_rules,
     check_store,
     check_trace_url,
     check_variant,
@@ -75,8 +77,10 @@ def check_options(options: ServerOptions, status_port: int) -> None:
         check_shard(options.repository, options.shard)
     elif shard_count(options.repository):
         check_stages(options.repository, options.profile)
+    check_rules(options.repository.resolve())
     check_variant(options.variant, options.impressions)
     check_explore(options.explore, options.impressions, options.answer_cache is not None)
+    check_parity(options.parity, options.impressions, options.repository)
     check_trace_url(options.trace_url)
     check_store(options.store)
     if options.log is not None:

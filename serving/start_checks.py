@@ -23,9 +23,13 @@ from serving.releases import HELD, is_free
 from serving.repository import models, read_config
 from serving.runtime.cache_settings import CacheSettings
 from serving.runtime.explore import check_share
+from serving.runtime.ruled import SCHEMA
+from serving.runtime.rules import Rule, RulesError, parse_rules, rules_file
 from serving.segments import SHM, SHM_PREFIX, Segments
 from serving.wheel import ServerError
 from vivace import contract
+from vivace.impressions.samples import SampleOptions
+from vivace.live import RECENT
 from vivace.shard_contract import shard_model
 from vivace.store.interface import StoreError
 
@@ -243,6 +247,21 @@ def check_variant(variant: str, impressions: bool) -> None:
         raise ServerError(f"--variant {contract.TRIAL}: 'vivace rollout' calls its arm so; choose another name")
 
 
+def check_rules(release: Path) -> tuple[Rule, ...]:
+    """The business rules of a version's run. Raises ServerError for rules that say nothing that can be done, or that a
+    version of before them would not follow."""
+    file = rules_file(release)
+    if not file.exists():
+        return ()
+    schemas = sorted(release.glob(f"{contract.RESPONSE}/*/{SCHEMA}"))
+    if not schemas:
+        raise ServerError(f"{file}: {release.name} was made before there were rules; run 'vivace compile' again")
+    try:
+        return parse_rules(file.read_text(encoding="utf-8"), contract.DataSchema.load(schemas[0]))
+    except (RulesError, OSError, UnicodeDecodeError) as error:
+        raise ServerError(f"{file}: {error}") from None
+
+
 def check_explore(share: float, impressions: bool, answer_cache: bool) -> None:
     """Raises ServerError or ValueError for an exploration that nobody could learn from."""
     check_share(share)
@@ -252,6 +271,15 @@ def check_explore(share: float, impressions: bool, answer_cache: bool) -> None:
         raise ServerError(
             "--explore: goes without --answer-cache-mb, as an answer given again leaves nothing to chance"
         )
+
+
+def check_parity(share: float, impressions: bool, repository: Path) -> None:
+    """Raises ServerError or ValueError for samples that could not be computed again."""
+    SampleOptions("", share)
+    if share and not impressions:
+        raise ServerError("--parity: expected --impressions with it, the log of what was answered")
+    if share and any(repository.glob(f"*/*/{RECENT}")):
+        raise ServerError("--parity: goes without live counters, whose state at a request is not kept")
 
 
 def sweep_leftovers() -> None:

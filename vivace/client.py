@@ -55,7 +55,8 @@ class Recommendation:
 
     @property
     def degraded(self) -> bool:
-        return self.status != contract.STATUS_OK
+        """Whether it was answered with less; by business rules alone it was not."""
+        return self.status != contract.STATUS_OK and not self.status.startswith(f"{contract.STATUS_OK}; ")
 
 
 class Appended(int):

@@ -108,9 +108,11 @@ EVENT_PART = "\x1f"
 ITEM_ID = WireTensor("ITEM_ID", "BYTES", (-1,))
 SCORE = WireTensor("SCORE", "FP32", (-1,))
 STATUS = WireTensor("STATUS", "BYTES", (1,))
+STATUS_SO_FAR = WireTensor("STATUS_SO_FAR", "BYTES", (1,))  # between the stages; the last one adds to it
 STATUS_BEFORE = WireTensor("STATUS_BEFORE", "BYTES", (1,))  # of the feature transform, where retrieval adds to it
 STATUS_OK = "ok"
 STATUS_DEGRADED = "degraded: "
+STATUS_RULES = "rules: "  # behind "ok; " or what was degraded: the business rules that changed the answer
 STATUS_ERROR = "error: "  # only inside a request of several rows: that row has no answer
 
 UNDERSTOOD = WireTensor("UNDERSTOOD", "BYTES", (1,))  # JSON of what QUERY was taken for; only of a run with search
@@ -342,7 +344,7 @@ class StageTensors:
 def feature_transform_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
     live = [s.rising_features] if s.rising else []
     fresh = [*s.rising_of_fresh, s.seen_fresh] if s.fresh else []
-    status = STATUS_BEFORE if s.shards else STATUS
+    status = STATUS_BEFORE if s.shards else STATUS_SO_FAR
     return (*retrieval_inputs(s), *live, *fresh, status, *([SEARCH_FOR] if s.search else []), SHOWN_TO)
 
 
@@ -362,7 +364,7 @@ def retrieval_stage_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
 
 
 def retrieval_stage_outputs(s: StageTensors) -> tuple[WireTensor, ...]:
-    return (*retrieval_outputs(s), *([STATUS] if s.shards else []))
+    return (*retrieval_outputs(s), *([STATUS_SO_FAR] if s.shards else []))
 
 
 def ranking_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
@@ -387,13 +389,9 @@ def query_search_inputs(s: StageTensors) -> tuple[WireTensor, ...]:
 
 
 def response_inputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (*ranking_outputs(s, heads), STATUS, TOP_K, *([FOUND] if s.search else []), SHOWN_TO)
+    return (*ranking_outputs(s, heads), STATUS_SO_FAR, TOP_K, *([FOUND] if s.search else []), SHOWN_TO)
 
 
 def response_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    return (ITEM_ID, SCORE, *(head_tensor(h.name) for h in heads), *([UNDERSTOOD] if s.search else []))
-
-
-def answer_outputs(s: StageTensors, heads: tuple[TaskHead, ...]) -> tuple[WireTensor, ...]:
-    """What the ensemble answers: the response's tensors, and STATUS as the feature transform wrote it, or retrieval."""
-    return (*response_outputs(s, heads), STATUS)
+    """What the last stage answers, and so the ensemble."""
+    return (ITEM_ID, SCORE, *(head_tensor(h.name) for h in heads), *([UNDERSTOOD] if s.search else []), STATUS)

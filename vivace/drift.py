@@ -78,14 +78,14 @@ def number(name: str, values: np.ndarray, edges: Sequence[float] | None = None, 
     )
 
 
-def category(name: str, values: np.ndarray, words: dict[int, str]) -> Feature:
-    """Bins of the most frequent ids. ``words``: what they mean."""
+def category(name: str, values: np.ndarray, words: dict[int, str], always: Sequence[int] = ()) -> Feature:
+    """Bins of the most frequent ids, and of those that are ``always`` to be told apart. ``words``: what they mean."""
     ids, counts = np.unique(np.asarray(values, np.int64), return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:MOST_IDS]
-    chosen = tuple(int(i) for i in ids[order])
+    frequent = [int(i) for i in ids[np.argsort(-counts, kind="stable")] if i not in always][: MOST_IDS - len(always)]
+    chosen, count = (*frequent, *always), dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    of_chosen = [count.get(i, 0) for i in chosen]
     bins = (*(words.get(i, str(i)) for i in chosen), "others")
-    others = int(counts.sum() - counts[order].sum())
-    return Feature(name, "category", bins, (*map(int, counts[order]), others), ids=chosen)
+    return Feature(name, "category", bins, (*of_chosen, len(values) - sum(of_chosen)), ids=chosen)
 
 
 @dataclass(frozen=True)

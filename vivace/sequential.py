@@ -9,11 +9,13 @@ and appendix B.2), the p-value its inverse: the mixture sequential probability r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 
+ODDS = 4.0  # times a ratio of CTRs' logarithm, that of the odds that clicks prefer a version by (benchmarks.population)
+MOST_EFFECT = 0.99
 LEAST_USERS, LEAST_CLICKING = 100, 20  # of each arm: below them a normal approximation is none
 
 
@@ -130,7 +132,7 @@ def compare(control: Rate, treatment: Rate, plan: Plan) -> Comparison:
 class Preference:
     """Of the requests that either of two interleaved versions won, the share that the one on trial did. ``low`` and
     ``high`` bound it at all looks together; NaN and 0 to 1 where there is too little to say. ``users_needed``: more
-    users with such a request than there are, until odds of 1 + the plan's effect are found with its power."""
+    users with such a request than there are, until the odds that the plan's effect comes to are found."""
 
     share: float
     low: float
@@ -149,7 +151,9 @@ class Preference:
 
 def preferred(won: np.ndarray, decided: np.ndarray, plan: Plan) -> Preference:
     """``won`` of ``decided`` requests of each user, float [users]. Beside 1/2 the logarithm of the odds is four times
-    the distance to it, which is what is bounded: as an A/B's logarithm of a ratio, by the same plan."""
+    the distance to it, which is what is bounded: as an A/B's logarithm of a ratio, by the plan of the odds that the
+    plan's effect comes to (``ODDS``)."""
+    plan = replace(plan, effect=min(math.expm1(ODDS * math.log1p(plan.effect)), MOST_EFFECT))
     rate = Rate.of(won, decided)
     if rate.users < LEAST_USERS or rate.variance <= 0:
         return Preference(math.nan, 0.0, 1.0, 1.0, -1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from serving.runtime.overload import Level
 from serving.runtime.pipeline import Pipeline
+from serving.runtime.ruled import Rules
 from serving.runtime.stages import Row
 from serving.runtime.team_draft import draft
 from vivace import contract
@@ -45,14 +46,16 @@ class Interleave:
 
 
 class Interleaved:
-    """The served version in a process that serves the one on trial, ``version``. Team 0 is the served one."""
+    """The served version in a process that serves the one on trial, ``version``. Team 0 is the served one. ``rules``:
+    the run's file of business rules."""
 
-    def __init__(self, settings: Interleave, version: str, store: ServingStore, threads: int) -> None:
+    def __init__(self, settings: Interleave, version: str, store: ServingStore, threads: int, rules: Path) -> None:
         given = settings.parameters
         shapes = contract.StageTensors(**json.loads(given["shapes"]))
         seen, ranked = given["exclude_seen"] == "true", int(given["ranked"])
         release = Path(settings.release)
         self.pipeline = Pipeline(release, settings.version, shapes, store, seen, threads, ranked)
+        self.business = Rules(rules, release / contract.RESPONSE / settings.version, self.pipeline.respond)
         self.teams, self.salt = (settings.version, version), settings.salt
 
     def ranked(

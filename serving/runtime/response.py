@@ -20,7 +20,7 @@ class ResponseStage:
     items."""
 
     def __init__(self, names: np.ndarray, catalogue: LiveCatalogue | None = None) -> None:
-        self.names, self._catalogue = names, catalogue
+        self.names, self.catalogue = names, catalogue
 
     @classmethod
     def from_file(cls, path: Path, catalogue: LiveCatalogue | None = None) -> ResponseStage:
@@ -31,10 +31,10 @@ class ResponseStage:
     def _named(self, ids: np.ndarray) -> np.ndarray:
         """Raw ids of ids of any shape, object. Raises IndexError for an id that names no item."""
         fresh = ids >= len(self.names)
-        if self._catalogue is None or not fresh.any():
+        if self.catalogue is None or not fresh.any():
             return self.names[ids]
         named = self.names[np.where(fresh, PADDING_ID, ids)]
-        names = [self._catalogue.name(int(id_)) for id_ in ids[fresh]]
+        names = [self.catalogue.name(int(id_)) for id_ in ids[fresh]]
         if b"" in names:
             raise IndexError(f"item ids {ids[fresh].tolist()[:5]}: expected ids of the catalogue")
         named[fresh] = names
@@ -42,15 +42,15 @@ class ResponseStage:
 
     def without_gone(self, ranked_BN: np.ndarray, values_BCN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What may still be answered: an index is told only so many ids, and a query finds what it finds."""
-        if self._catalogue is None:
+        if self.catalogue is None:
             return ranked_BN, values_BCN
-        self._catalogue.refresh()
-        if not self._catalogue.rows:
+        self.catalogue.refresh()
+        if not self.catalogue.rows:
             return ranked_BN, values_BCN
-        gone_BN = np.isin(ranked_BN, self._catalogue.gone)
+        gone_BN = np.isin(ranked_BN, self.catalogue.gone)
         for row, place in np.argwhere(ranked_BN >= len(self.names)):
-            item_id = self._catalogue.name(int(ranked_BN[row, place])).decode()
-            gone_BN[row, place] = self._catalogue.rows.get(item_id) is None
+            item_id = self.catalogue.name(int(ranked_BN[row, place])).decode()
+            gone_BN[row, place] = self.catalogue.rows.get(item_id) is None
         if not gone_BN.any():
             return ranked_BN, values_BCN
         order_BN = np.argsort(gone_BN, axis=1, kind="stable")

@@ -19,6 +19,7 @@ from serving.runtime.cache_settings import CacheSettings
 from serving.runtime.known import Histories, Known, TypedHistory
 from serving.runtime.overload import Level
 from serving.runtime.pipeline import Pipeline
+from serving.runtime.ruled import Rules
 from serving.triton.batch import Batch
 from serving.triton.graph_model import answer
 from serving.triton.stage import Counts, ParsedRequest, asks_itself
@@ -60,12 +61,13 @@ class Answers:
 
     def __init__(
         self, settings: CacheSettings, pipeline: Pipeline, store: ServingStore, release: Path,
-        parameters: Mapping[str, str],
+        parameters: Mapping[str, str], business: Rules,
     ) -> None:  # fmt: skip
         self.pipeline, self._transform = pipeline, pipeline.transform
         self._shared = store if isinstance(store, SharedAnswers) else None
         memory = AnswerMemory(Path(settings.path), settings.room_bytes)
         self.cache = AnswerCache(memory, self._shared, identity(release, parameters), settings.seconds)
+        self._business = business
         self.recalled: set[int] = set()
         self._counts = Counts("vivace_answer_cache_total", "Rows by what the cache had", "result", EVERY_S)
         kinds = (
@@ -118,7 +120,7 @@ class Answers:
         if not self.cache.repeats.worth(row):
             self._counts(PASSED)
             return None
-        return self.cache.question(row, parameters)
+        return self.cache.question(row, parameters | {"rules": self._business.stamp})
 
     def _reading(self, keys: Sequence[bytes], beside: list[bytes | None]) -> Histories | None:
         """Reads histories, and in the same trip into ``beside`` what the shared store has under ``keys``."""

@@ -1,4 +1,4 @@
-"""What is counted for drift, between Triton's requests and the counts of a worker.
+"""What is counted for drift and sampled for parity, between Triton's requests and the counts of a worker.
 
 Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils``, by ``stage``).
 """
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from serving.runtime.drift import DriftCounts
+from serving.runtime.known import Known
+from serving.runtime.sampling import Sampling
 from serving.triton.stage import ParsedRequest
 
 
@@ -35,3 +37,16 @@ def count_answer(
     whether the server asks."""
     if counts is not None and not itself:
         counts.answered(shown, status_B.tolist(), queried)
+
+
+def sample(
+    sampling: Sampling | None, requests: Sequence[ParsedRequest], known: Known, inputs: Sequence[np.ndarray]
+) -> None:
+    """Puts a share of ``requests`` aside, to be computed again; ``known`` and ``inputs`` are of all their rows."""
+    if sampling is None:
+        return
+    start = 0
+    for request in requests:
+        if sampling.take() and not request.itself and not any(request.errors):
+            sampling.put(request.request.request_id(), request.rows, start, known, inputs)
+        start += len(request.rows)

@@ -20,15 +20,18 @@ from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleaved, 
 from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
+from serving.runtime.ruled import Rules
+from serving.runtime.sampling import sampling_of_worker
 from serving.runtime.stages import with_reason
 from serving.triton import impressions
 from serving.triton.answers import Answers
 from serving.triton.batch import Batch
-from serving.triton.drift import count_answer, count_requests
+from serving.triton.drift import count_answer, count_requests, sample
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
 from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
 from vivace.impressions.queue import row_ids, usable_id
+from vivace.impressions.samples import writer_of_worker
 
 WAY_BACK_MS = 10  # from the answer to the client where processors are short
 
@@ -47,13 +50,16 @@ class RecommendModel(Stage):
         self.pipeline = Pipeline(repository, self.folder.name, self.shapes(), store, seen, threads, ranked)
         self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), Counts()
         self.answers, self.interleaved = None, None
+        self.business = Rules(self.rules_file, self.beside(contract.RESPONSE), self.pipeline.respond)
         if interleave := settings_of(os.environ.get(INTERLEAVE, "")):
-            self.interleaved = Interleaved(interleave, self.folder.name, store, threads)
+            self.interleaved = Interleaved(interleave, self.folder.name, store, threads, self.rules_file)
         elif settings := os.environ.get(ANSWER_CACHE):  # a draft is of one request
             cache = CacheSettings.read(settings)
-            self.answers = Answers(cache, self.pipeline, store, repository, self.parameters)
+            self.answers = Answers(cache, self.pipeline, store, repository, self.parameters, self.business)
         self.impressions = impressions.Impressions(self.folder.name, [contract.SHOWN_TO.name])  # in its own hands
         self.drift = counts_of_worker(self.folder, self.pipeline.shapes, self.pipeline.transform.moment.columns)
+        writer = writer_of_worker() if self.interleaved is None else None  # a draft is no one version's answer
+        self.sampling = sampling_of_worker(writer, self.pipeline.shapes, self.folder.name)
         self.explorer = Explorer.of_worker(self.beside(contract.RESPONSE))
         pipelines = [self.pipeline, *([self.interleaved.pipeline] if self.interleaved is not None else [])]
         for of_pipelines in zip(*(pipeline.warm(self.largest) for pipeline in pipelines), strict=True):
@@ -78,8 +84,9 @@ class RecommendModel(Stage):
 
     def finalize(self) -> None:
         self.impressions.close()
-        if self.drift is not None:
-            self.drift.close()
+        for each in (self.drift, self.sampling):
+            if each is not None:
+                each.close()
 
     def _level(self, batch: Batch, rows: int) -> Level:
         """The level at which these are answered: under load, one at which half of those with a deadline keep it. The
@@ -125,7 +132,10 @@ class RecommendModel(Stage):
 
     def _computed(self, batch: Batch, level: Level, known: Known | None) -> None:
         """Answers what is at hand by the models. ``known``: what the stores know of its rows, None to read it."""
-        inputs, statuses = self.pipeline.transform(batch.rows, known)
+        rows = batch.rows
+        known = self.pipeline.transform.known(rows) if known is None else known
+        inputs, statuses = self.pipeline.transform(rows, known)
+        sample(self.sampling, batch.requests, known, inputs)
         count_requests(self.drift, batch.requests, inputs)
         status_B, arrays = np.array(statuses, object), inputs
         ranked_count = self.pipeline.ranked
@@ -208,7 +218,7 @@ class RecommendModel(Stage):
         for request in batch.requests:
             stop = start + len(request.rows)
             # what the server asks itself is of the version on trial alone: by that it is judged
-            drafts = self.interleaved is not None and not request.itself
+            drafts = self.interleaved is not None and not request.itself and not self.business.exact
             status_of = both_statuses(status_B[start:stop], served[2][start:stop]) if drafts else status_B[start:stop]
             rows = zip(request.errors, status_of, strict=True)
             status = strings(
@@ -216,8 +226,11 @@ class RecommendModel(Stage):
             )
             top_k = np.array([row.top_k for row in request.rows])
             queried = [bool(row.query) for row in request.rows]
-            ranked, of_ranked, propensities = ranked_BN[start:stop], values_BCN[start:stop], None
-            if self.explorer is not None and not drafts:  # who picked a place of a draft is not explored
+            ruled_by = (top_k, queried, status[:, 0])
+            ranked, of_ranked, told_B = self.business(ranked_BN[start:stop], values_BCN[start:stop], *ruled_by)
+            propensities = None
+            # who picked a place of a draft is not explored, nor one that rules give
+            if self.explorer is not None and not drafts and not self.business.exact:
                 ranked, of_ranked, propensities = explored(
                     self.explorer, self.pipeline.respond, request.itself, ranked, of_ranked, top_k, status[:, 0],
                     queried,
@@ -226,14 +239,14 @@ class RecommendModel(Stage):
             count_answer(self.drift, request.itself, values, status[:, 0], queried)
             request_id, teams_BK = "", None
             if drafts and self.interleaved is not None:
-                beside = self.interleaved.pipeline.respond(
-                    served[0][start:stop], served[1][start:stop], top_k, status[:, 0]
-                )
+                by_served = self.interleaved.business
+                ids, of_ids, _ = by_served(served[0][start:stop], served[1][start:stop], *ruled_by)
+                beside = self.interleaved.pipeline.respond(ids, of_ids, top_k, status[:, 0])
                 request_id = usable_id(impressions.id_of(request.request))
                 values, teams_BK = self.interleaved.drafted(beside, values, row_ids(request_id, len(request.rows)))
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
-            values.append(status)
+            values.append(told_B[:, None])
             self._shown(batch, request, values, request_id, teams_BK, propensities)
             if self.answers is not None and len(request.rows) == 1:
                 batch.answers[request.place] = values

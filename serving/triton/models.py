@@ -21,6 +21,8 @@ from serving.runtime.drift import counts_of_worker
 from serving.runtime.events import event_status, parse_event, parse_id
 from serving.runtime.explore import Explorer, explored
 from serving.runtime.response import ResponseStage
+from serving.runtime.ruled import Rules
+from serving.runtime.sampling import sampling_of_worker
 from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import (
     NO_IDS,
@@ -32,7 +34,7 @@ from serving.runtime.stages import (
 )
 from serving.shard_addresses import SHARDS_ENV, WAIT_ENV, WAIT_MS, ShardAddresses, credentials_from
 from serving.triton import impressions
-from serving.triton.drift import count_answer, count_requests
+from serving.triton.drift import count_answer, count_requests, sample
 from serving.triton.graph_model import answer, each_by_itself, failure, overdue, refusal
 from serving.triton.stage import (
     Counts,
@@ -49,6 +51,7 @@ from serving.triton.stage import (
 )
 from vivace import contract
 from vivace.context import CONTEXT_FILE, ContextColumns, parse_context, unknown_names
+from vivace.impressions.samples import writer_of_worker
 from vivace.store.interface import Event, StoreUnreachableError
 
 
@@ -70,12 +73,16 @@ class FeatureTransformModel(Stage):
         self.samples, self.sampled = AnswerSamples(os.environ.get(ANSWERS, "")), False  # of the last stage
         self.shown_to = contract.SHOWN_TO.name in self.outputs  # a repository of before it does without
         self.drift = counts_of_worker(self.beside(contract.ENSEMBLE), shapes, self.transform.moment.columns)
+        self.sampling = sampling_of_worker(writer_of_worker(), shapes, self.folder.name)
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         began_ms, self.sampled = time.time() * 1000, self.samples.on()
         parsed = [ParsedRequest(i, request, self.transform.moment.columns) for i, request in enumerate(requests)]
-        inputs, status = self.transform([row for request in parsed for row in request.rows])
+        rows = [row for request in parsed for row in request.rows]
+        known = self.transform.known(rows)
+        inputs, status = self.transform(rows, known)
+        sample(self.sampling, parsed, known, inputs)
         count_requests(self.drift, parsed, inputs)
         now_ms, responses, start = time.time() * 1000, [], 0
         for request in parsed:
@@ -87,8 +94,9 @@ class FeatureTransformModel(Stage):
         return responses
 
     def finalize(self) -> None:
-        if self.drift is not None:
-            self.drift.close()
+        for each in (self.drift, self.sampling):
+            if each is not None:
+                each.close()
 
     def _answer(
         self, request: ParsedRequest, inputs: list[np.ndarray], status: list[str], began_ms: float, now_ms: float
@@ -226,10 +234,11 @@ class ResponseModel(Stage):
 
     def setup(self) -> None:
         self.respond = ResponseStage.from_file(self.folder / "items.json", self.catalogue())
-        self.ids, self.values, *_ = self.inputs  # the contract's order: response_inputs
+        self.ids, self.values, self.status, *_ = self.inputs  # the contract's order: response_inputs
         self.impressions = impressions.Impressions(self.folder.name, self.inputs)
         self.drift = counts_of_worker(self.beside(contract.ENSEMBLE))
         self.explorer = Explorer.of_worker(self.folder)
+        self.business = Rules(self.rules_file, self.folder, self.respond)
         self.search_ranking = None
         if contract.FOUND.name in self.inputs:
             from search.online import SearchRanking, unpack
@@ -249,7 +258,7 @@ class ResponseModel(Stage):
 
     def _answer(self, request: Any) -> Any:
         ranked, values = tensor_of(request, self.ids), tensor_of(request, self.values)
-        status, top_k = tensor_of(request, contract.STATUS), tensor_of(request, contract.TOP_K)
+        status, top_k = tensor_of(request, self.status), tensor_of(request, contract.TOP_K)
         understood, queried = [], [False] * len(ranked)
         if self.search_ranking is not None:
             packed = tensor_of(request, contract.FOUND)[:, 0]
@@ -260,7 +269,8 @@ class ResponseModel(Stage):
                 ranked, values = self.search_ranking.rows(results, ranked, values, options)
                 understood = [strings([text for _, _, text in results])]
         propensities, itself = None, asks_itself(request)
-        if self.explorer is not None:
+        ranked, values, status_B = self.business(ranked, values, top_k[:, 0], queried, status[:, 0])
+        if self.explorer is not None and not self.business.exact:
             ranked, values, propensities = explored(
                 self.explorer, self.respond, itself, ranked, values, top_k[:, 0], status[:, 0], queried
             )
@@ -268,8 +278,9 @@ class ResponseModel(Stage):
         count_answer(self.drift, itself, shown, status[:, 0], queried)
         if self.impressions:
             rows = tensor_of(request, contract.SHOWN_TO)[:, 0].tolist()
-            self.impressions.put(request, rows, shown[0], shown[1], status[:, 0], propensities_BK=propensities)
-        return answer(request, self.outputs, [*shown, *understood])
+            self.impressions.put(request, rows, shown[0], shown[1], status_B, propensities_BK=propensities)
+        told = [*shown, *understood, status_B[:, None]]  # a repository of before it has no STATUS here
+        return answer(request, self.outputs, told[: len(self.outputs)])
 
 
 SWEEP_S, SWEEP_PAUSE_S = 3600.0, 0.05

@@ -19,6 +19,7 @@ import triton_python_backend_utils as pb_utils
 
 from serving.process import close_callers, give_way
 from serving.runtime.live_catalogue import LiveCatalogue
+from serving.runtime.rules import rules_file
 from serving.runtime.stages import ItemVocabulary, Row, parse_row
 from serving.triton import byte_strings
 from serving.triton.graph_model import deadline
@@ -77,6 +78,11 @@ class Stage:
     def beside(self, model: str) -> Path:
         """Folder of the same version of another model."""
         return self.folder.parent.parent / model / self.folder.name
+
+    @property
+    def rules_file(self) -> Path:
+        """Where the run's business rules are, if it has any."""
+        return rules_file(self.folder.parent.parent)
 
     def catalogue(self, store: ServingStore | None = None) -> LiveCatalogue | None:
         """The live catalogue; None for a run without one. ``store``: what is open already."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.features import REQUEST_GRAPH, Features
+from preprocessing.features import CATALOGUE_FILE, REQUEST_GRAPH, Features
 from preprocessing.sequences import WHOLE
 from search import published as search
 from serving import repository
@@ -17,6 +17,7 @@ from serving.runtime.explore import COUNTS_FILE
 from serving.runtime.fresh import GRAPH, STATE_GRAPH
 from serving.runtime.item_index import GROUPS, INDEX
 from serving.runtime.new_items import FILES as NEW_ITEM_FILES
+from serving.runtime.ruled import ATTRIBUTES, SCHEMA as SCHEMA_FILE, write_attributes
 from training.compile.engine import Engine
 from training.compile.shards import shard_file
 from training.compile.targets import files as plans
@@ -32,7 +33,7 @@ from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
 from vivace.shard_contract import shard_model
 
-ITEMS_FILE, SCHEMA_FILE = "items.json", "schema.json"
+ITEMS_FILE = "items.json"
 
 
 def _quality(run: Run) -> dict[str, Any] | str:
@@ -81,7 +82,8 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
     fresh_graphs = [GRAPH, *([STATE_GRAPH] if tensors.context or tensors.amounts else [])] if tensors.fresh else []
     names = (*NEW_ITEM_FILES, SCHEMA_FILE) if tensors.fresh else ()
     fresh = {contract.UPDATE_STORE: {name: folder / name for name in names}}
-    response = {**{name: folder / name for name in (ITEMS_FILE, COUNTS_FILE)}, **of_search.pop(contract.RESPONSE, {})}
+    response = {name: folder / name for name in (ITEMS_FILE, COUNTS_FILE, ATTRIBUTES, SCHEMA_FILE)}
+    response |= of_search.pop(contract.RESPONSE, {})
     return {
         contract.FEATURE_TRANSFORM: {
             "transform.onnx": features.folder / REQUEST_GRAPH,
@@ -113,6 +115,7 @@ def publish(
     write_text(folder / SCHEMA_FILE, json.dumps(schema.to_json()))
     write_json(folder / run.card_file.name, card)
     counts_V = popularity(features.files(WHOLE if run.has(FINAL) else "train"), tensors.items)
+    write_attributes(features.folder / CATALOGUE_FILE, schema, folder / ATTRIBUTES)
     np.save(folder / COUNTS_FILE, np.minimum(counts_V, 255).astype(np.uint8))
     learned = run.has(FINAL) and not brings_test(features)
     if (then := reference(features, preset, tensors, Engine(folder, tensors), learned)) is not None:

@@ -28,7 +28,7 @@ from serving.runtime.drift import (
 from training.data import batches
 from training.data.live import with_live
 from training.presets import Preset
-from vivace.contract import EVENT, FIRST_ID, StageTensors
+from vivace.contract import EVENT, FIRST_ID, NULL_ID, OOV_ID, StageTensors
 from vivace.drift import Feature, Reference, category, number
 
 REQUESTS = 2000  # at most: chance then moves a PSI of ten bins by .01
@@ -43,7 +43,7 @@ def _feature(features: Features, name: str, values: np.ndarray, categories: dict
         return category(name, values, {0: "without", 1: "with"})
     if name in categories:
         words = words_of(features, categories[name], "(none)")
-        return category(name, values, dict(enumerate(words.tolist())))
+        return category(name, values, dict(enumerate(words.tolist())), (NULL_ID, OOV_ID))
     return number(name, values, UNKNOWN_EDGES if name == UNKNOWN_SHARE else None)
 
 

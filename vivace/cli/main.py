@@ -24,6 +24,7 @@ from vivace.cli.keys import keys
 from vivace.cli.load import load
 from vivace.cli.optimize import optimize
 from vivace.cli.options import console
+from vivace.cli.parity import parity
 from vivace.cli.prepare import prepare
 from vivace.cli.presets import presets
 from vivace.cli.pretrain import pretrain
@@ -32,6 +33,7 @@ from vivace.cli.query import query
 from vivace.cli.refresh import refresh
 from vivace.cli.report import report_compress
 from vivace.cli.rollout import rollout
+from vivace.cli.rules import rules
 from vivace.cli.serve import serve
 from vivace.cli.store import store
 from vivace.cli.train import train
@@ -49,8 +51,8 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Start": (demo, doctor),
     "Data": (init_mapping, prepare),
     "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
-    "Serving": (serve, publish, rollback, versions, scale, refresh, forget, tune, load),
-    "Looking": (query, drift),
+    "Serving": (serve, publish, rollback, versions, scale, refresh, forget, rules, tune, load),
+    "Looking": (query, drift, parity),
 }
 
 

@@ -84,6 +84,9 @@ ImpressionsEveryOption = Annotated[
 ExploreOption = Annotated[
     Any, typer.Option(parser=percent, metavar="PERCENT", help="of the places show new items; needs --impressions")
 ]
+ParityOption = Annotated[
+    Any, typer.Option(parser=percent, metavar="PERCENT", help="of the requests kept for 'vivace parity'")
+]
 VariantOption = Annotated[
     str, typer.Option(help="what --impressions calls this server's arm of an experiment", parser=plain_name)
 ]
@@ -132,6 +135,7 @@ def serve(
     impressions: ImpressionsOption = False,
     impressions_every: ImpressionsEveryOption = 60.0,
     explore: ExploreOption = "0",
+    parity: ParityOption = "0",
     variant: VariantOption = "",
     guard: GuardOption = True,
     keys: KeysOption = None,
@@ -162,8 +166,7 @@ def serve(
         log=log_file or run.server_log,
         verbose=verbose,
         **dict(impressions=impressions, impressions_every_s=impressions_every),  # type: ignore[arg-type]
-        explore=explore,
-        variant=variant,
+        **dict(explore=explore, parity=parity, variant=variant),  # type: ignore[arg-type]
         guard=guard and (shard is None or tls_cert is not None),
         store=store,
         restricted=True,

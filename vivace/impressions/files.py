@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from vivace.columns import QUERY_TEXT as QUERY, TIME, USER
 from vivace.contract import SESSION
+from vivace.impressions import samples
 from vivace.store.retention import DAY_MS
 
 REQUEST_ID, CONTEXT = "request_id", "context"
@@ -122,11 +123,11 @@ class Part:
     """Names of one process's files, and the writing of one."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder, self._process, self._number = folder, secrets.token_hex(4), 0
 
     def write(self, table: pa.Table) -> int:
         """Writes ``table`` (``SCHEMA``) without the rows of users who were forgotten since; the rows written."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # someone may have removed it
         with locked(self._folder):
             table = without_forgotten(table, _forgotten(self._folder))
             if not len(table):
@@ -162,10 +163,11 @@ def without_forgotten(table: pa.Table, forgotten: Mapping[str, int]) -> pa.Table
 
 def forget(folder: Path, user_id: str) -> int:
     """Takes a user out of every file, and out of what is about to be written; the rows that were there. The joined file
-    beside the folder goes whole, as it can be joined again."""
+    beside the folder goes whole, as it can be joined again, and so do samples of requests."""
     if not folder.is_dir():
         return 0
     joined_of(folder).unlink(missing_ok=True)
+    samples.forget(samples.folder_of(folder))
     removed = 0
     with locked(folder, alone=True):
         now_ms = int(time.time() * 1000)

@@ -17,13 +17,12 @@ from vivace.impressions.files import SCHEMA, parts
 SHARE, ROWS, TOP_K = 0.2, 120, 10
 
 
-@pytest.mark.parametrize("profile", ["", "fused"])
-def test_what_is_explored_is_logged_with_its_chance(root, served, features, profile):
+def test_what_is_explored_is_logged_with_its_chance(root, served, features):
     requests = requests_of(recorded(root))[:ROWS]
     tensors = [request_tensors("", r.history, TOP_K, context=r.context) for r in requests]
     plain = np.concatenate([r.as_numpy("ITEM_ID") for r in recommend_rows(served[0], tensors)])
-    name = f"explored {profile}"
-    with service(on_free_ports(root / "model_repository", profile=profile, explore=SHARE, **LOGS), quiet) as (
+    name = "explored"
+    with service(on_free_ports(root / "model_repository", explore=SHARE, **LOGS), quiet) as (
         server,
         _,
     ):

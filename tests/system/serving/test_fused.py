@@ -23,7 +23,7 @@ from serving.service import service
 from tests.support import LOGS, PATIENCE_S, PatientClient, logged, on_free_ports, patient, quiet, wait_until
 from training.presets import shapes, tiny
 from vivace import contract
-from vivace.client import VivaceError
+from vivace.client import Recommendation, VivaceError
 from vivace.client_request import request_tensors
 from vivace.store.lmdb_store import LmdbStore
 
@@ -218,3 +218,35 @@ def test_under_a_flood_every_request_is_answered_or_refused(fused, root):
             return int(counts.get("full", 0)) > 0 and cheaper > 0
 
         wait_until(counted, "answers counted by what was left out")
+
+
+@pytest.mark.parametrize("which", ["fused", "served"])
+def test_business_rules_are_followed_while_it_serves(request, root, which):
+    server, watchdog = request.getfixturevalue(which)
+    file = root / "rules.toml"
+    with PatientClient(f"{server.host}:{server.grpc_port}") as client:
+
+        def answer() -> Recommendation:
+            return client.recommend("", ["sku-00003", "sku-00001"], 5)
+
+        before = answer()
+        blocked, pinned = before.items[0], before.items[4]
+        try:
+            file.write_text(
+                f'[[rule]]\nname = "gone"\ndo = "block"\nitems = ["{blocked}"]\n'
+                f'[[rule]]\nname = "shown"\ndo = "pin"\nitems = ["{pinned}"]\n'
+            )
+            wait_until(lambda: all(answer().items[0] == pinned for _ in range(8)), "rules that every worker follows")
+            ruled = answer()
+            assert ruled.items[1:4] == before.items[1:4] and blocked not in ruled.items
+            assert (ruled.status, ruled.degraded) == ("ok; rules: gone, shown", False)
+            assert np.isfinite(ruled.scores).all()
+            wait_until(lambda: watchdog.health.ready, "a server that is well by rules")
+            file.write_text("[[rule]]\nname = 3\n")
+            time.sleep(1.5)
+            assert answer().items == ruled.items, "a file that says nothing changes nothing"
+        finally:
+            file.unlink(missing_ok=True)
+        wait_until(lambda: all(answer().items == before.items for _ in range(8)), "answers as before")
+        assert answer().status == "ok"
+        wait_until(lambda: watchdog.health.ready, "a well server")

@@ -67,6 +67,6 @@ def test_the_configurations_of_a_sharded_run():
     assert not configs[contract.RETRIEVAL].response_cache.enable, "an answer without a shard would stay"
     steps = {step.model_name: step for step in configs[contract.ENSEMBLE].ensemble_scheduling.step}
     assert steps[contract.FEATURE_TRANSFORM].output_map["STATUS_BEFORE"] == "STATUS_BEFORE"
-    assert steps[contract.RETRIEVAL].output_map["STATUS"] == "STATUS"
+    assert steps[contract.RETRIEVAL].output_map["STATUS_SO_FAR"] == "STATUS_SO_FAR"
     with pytest.raises(ValueError, match="shards"):
         replace(SHARDED, shards=8)

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from training.judge.counterfactual import UNIT, counterfactual
-from training.judge.places import examined
-from vivace.columns import CLICKED, ITEM, POSITION
-from vivace.impressions.files import REQUEST_ID
+from training.judge.places import examined, examined_in
+from vivace.columns import CLICKED, ITEM, POSITION, TIME, USER
+from vivace.impressions.files import CONTEXT, QUERY, REQUEST_ID, VARIANT
 from vivace.impressions.joined import PROPENSITY
 from vivace.sequential import Plan, Rate, compare, preferred
 
@@ -75,13 +75,12 @@ def test_three_per_cent_are_seen_at_the_size_that_is_planned():
 def test_a_preference_by_hand():
     won = np.concatenate([np.full(60, 1.0), np.zeros(40), [0.0]])
     decided = np.concatenate([np.ones(100), [0.0]])  # who decided nothing counts for nothing
-    plan = Plan(effect=0.5)
-    seen = preferred(won, decided, plan)
+    seen, plan = preferred(won, decided, Plan(effect=0.1)), Plan(effect=1.1**4 - 1)  # of the odds
     variance = 0.6 * 0.4 / 99
     assert seen.share == 0.6 and seen.high - 0.6 == pytest.approx(plan.radius(16 * variance) / 4)
     assert seen.p_value == pytest.approx(plan.p_value(0.4, 16 * variance)) and seen.verdict == "no difference seen"
     assert seen.users_needed == math.ceil(100 * (plan.information * 16 * variance - 1))
-    assert math.isnan(preferred(won[:99], decided[:99], plan).share)  # too few
+    assert math.isnan(preferred(won[:99], decided[:99], Plan()).share)  # too few
 
 
 @pytest.mark.parametrize("share", [0.5, 0.55], ids=["A/A", "better"])
@@ -107,6 +106,24 @@ def test_how_often_a_place_is_looked_at_is_within_5_per_cent_of_what_was_planted
     clicked = rng.random(len(pair)) < looked[place] * taste[pair]
     assert examined(pair, place, clicked, 5)[:4] == pytest.approx(looked, rel=0.05)
     assert math.isnan(examined(pair, place, clicked, 5)[4])  # nothing was shown there
+
+
+def test_places_are_compared_within_a_moment_alone(tmp_path):
+    """A ranker that reads the device puts an item first where it is wanted, and second where it is not."""
+    rng, looked, rows = np.random.default_rng(2), np.array([1.0, 0.5]), []
+    for number in range(12_000):
+        wanted, is_first = number % 2 == 0, rng.random() < (0.8 if number % 2 == 0 else 0.2)
+        appeal = 0.5 if wanted else 0.1
+        rows.append({
+            REQUEST_ID: f"r{number}", VARIANT: "a", USER: f"u{number // 8}", TIME: 1000, QUERY: "",
+            CONTEXT: '{"device": "phone"}' if wanted else "", ITEM: "x", POSITION: 2 - is_first,
+            CLICKED: rng.random() < appeal * looked[1 - is_first],
+        })  # fmt: skip
+    pd.DataFrame(rows).to_parquet(tmp_path / "joined.parquet")
+    assert examined_in(tmp_path / "joined.parquet", 2) == pytest.approx(looked, rel=0.06)
+    of_one = pd.DataFrame(rows).assign(**{CONTEXT: ""})
+    of_one.to_parquet(tmp_path / "joined.parquet")
+    assert examined_in(tmp_path / "joined.parquet", 2)[1] < 0.4  # without the context it is off by far
 
 
 def log_of(rng: np.random.Generator, requests: int) -> tuple[pd.DataFrame, pd.DataFrame, float]:

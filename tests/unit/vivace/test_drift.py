@@ -41,7 +41,10 @@ def test_chance_alone_passes_the_first_threshold_in_one_hour_of_twenty():
 def test_what_a_server_counts_is_compared_feature_by_feature(tmp_path):
     rng = np.random.default_rng(1)
     lengths, devices = rng.integers(1, 40, 2000), rng.choice([3, 4, 5], 2000, p=[0.6, 0.3, 0.1])
-    features = number("length", lengths), category("device", devices, {3: "phone", 4: "tv", 5: "desk"})
+    features = (
+        number("length", lengths),
+        category("device", devices, {2: "unknown", 3: "phone", 4: "tv", 5: "desk"}, [2]),
+    )
     Reference("test", 2000, 50, features, ()).save(tmp_path / "drift.json")
     reference = Reference.load(tmp_path / "drift.json")
     assert reference == Reference("test", 2000, 50, features, ())
@@ -54,7 +57,13 @@ def test_what_a_server_counts_is_compared_feature_by_feature(tmp_path):
     assert verdicts(lengths[same], devices[same]) == [STABLE, STABLE]
     assert verdicts(lengths[same] + 20, np.full(1000, 9)) == [SHIFTED, SHIFTED]  # 9: a device nobody had
     assert verdicts(lengths[:20], devices[:20])[0].startswith("too few requests: 20 of ")
-    assert [sum(f.counts) for f in features] == [2000, 2000] and features[1].bins == ("phone", "tv", "desk", "others")
+    assert [sum(f.counts) for f in features] == [2000, 2000] and features[1].bins == (
+        "phone",
+        "tv",
+        "desk",
+        "unknown",
+        "others",
+    )
 
 
 def test_a_feature_that_is_none_is_refused():
