@@ -29,6 +29,7 @@ from serving.door.rollout import Split
 from serving.runtime.answer_samples import Answer, unpacked
 from serving.runtime.team_draft import NOBODY, winner
 from vivace.contract import TRIAL
+from vivace.drift import psi
 from vivace.sequential import Comparison, Plan, Preference, Rate, compare, preferred
 from vivace.store.interface import FeatureStore
 
@@ -90,8 +91,7 @@ def stability(tried: Side, served: Side, parts: int = 10) -> float:
         return math.nan
     edges = np.quantile(served.scores, np.linspace(0, 1, parts + 1)[1:-1])
     counts = [np.bincount(np.searchsorted(edges, of.scores, side="right"), minlength=parts) for of in (tried, served)]
-    p, q = ((c + 0.5) / (c.sum() + 0.5 * parts) for c in counts)
-    return float(((p - q) * np.log(p / q)).sum())
+    return psi(counts[1], counts[0])
 
 
 @dataclass(frozen=True)
