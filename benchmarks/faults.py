@@ -229,7 +229,7 @@ def figures(records: list[Any], slo_ms: float, at_s: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _filled(stack: contextlib.ExitStack, run: Run) -> ValkeyServer:
+def filled(stack: contextlib.ExitStack, run: Run) -> ValkeyServer:
     """A Valkey with the run's store, until the stack ends."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "valkey"
     server = stack.enter_context(ValkeyServer(folder, "--appendonly", "yes", "--appendfsync", "always"))
@@ -264,7 +264,7 @@ def main(
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         copy = copy_of(run, Path(folder) / "run")
         sent = list(dict.fromkeys(messages(root, stored=shared)))[:200]
-        valkey = _filled(stack, copy) if shared else None
+        valkey = filled(stack, copy) if shared else None
         url_of_store = f"{valkey.url}?limit_ms=50" if valkey is not None else ""
         options = on_free_ports(copy.repository, profile, copy.server_log, guard=True, store=url_of_store)
         rows = {}

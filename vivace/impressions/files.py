@@ -123,11 +123,11 @@ class Part:
     """Names of one process's files, and the writing of one."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder, self._process, self._number = folder, secrets.token_hex(4), 0
 
     def write(self, table: pa.Table) -> int:
         """Writes ``table`` (``SCHEMA``) without the rows of users who were forgotten since; the rows written."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # someone may have removed it
         with locked(self._folder):
             table = without_forgotten(table, _forgotten(self._folder))
             if not len(table):

@@ -134,12 +134,12 @@ class ImpressionQueue:
         tables: list[pa.Table] = []
         requests, since, tidied = 0, time.monotonic(), time.monotonic() - TIDY_S
         while True:
-            over = self._over
+            over, looked = self._over, time.monotonic()
             if not over:
                 self._closing.wait(min(TURN_S, self.options.seconds))
             while self._waiting and requests < self.options.rows:
                 if not requests:
-                    since = time.monotonic()
+                    since = looked  # the oldest came since then
                 requests += self._columns(tables)
                 if not over:
                     time.sleep(PAUSE_S)

@@ -1,6 +1,7 @@
 """Files of what was shown: whole or not there, merged by day, without a user who was forgotten; joined with events."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -69,6 +70,14 @@ def test_a_disk_that_refuses_costs_the_log_and_nothing_else(tmp_path):
     queue.put(shown("r", "u"))
     queue.close()
     assert (queue.logged, queue.dropped) == (0, 1)
+
+
+def test_a_log_that_was_removed_goes_on(tmp_path):
+    part = Part(tmp_path / "log")
+    part.write(table_of([shown("r1", "u")], "", "1"))
+    shutil.rmtree(tmp_path / "log")
+    part.write(table_of([shown("r2", "u")], "", "1"))
+    assert [row[REQUEST_ID] for row in rows_of(tmp_path / "log")] == ["r2"]
 
 
 def test_a_forgotten_user_is_in_no_file_and_in_none_that_is_about_to_be_written(tmp_path):

@@ -1,0 +1,119 @@
+"""What a shared store costs a request: the same run with its LMDB and with a Valkey on loopback, taking turns.
+
+    python -m benchmarks.shared_store artifacts/shop --turns 5
+
+Requests name users alone, so each reads a history from the store. ``--callers`` are under way at once over one gRPC
+channel, or ``--qps`` come at random. Of each turn: p50 in ms and processor milliseconds a request of the server's
+processes and the Valkey's. Differences and ratios are by turn. The Valkey writes each event to its disk. The last line
+of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import numpy as np
+import typer
+from rich.console import Console
+
+from benchmarks.faults import TIMEOUT_S, copy_of, filled
+from benchmarks.turns import in_turns, spread, with_spread
+from loadtest.generate.arrivals import due_times
+from loadtest.generate.generator import METHOD, complete, messages, offer
+from loadtest.generate.local_server import grpc_address, on_free_ports
+from loadtest.reports.record import record_line
+from serving.launcher import TritonServer
+from vivace.machine import processor_seconds
+from vivace.run import Run
+
+console = Console(width=120)
+
+
+async def _callers(address: str, sent: list[bytes], callers: int, seconds: float) -> list[float]:
+    """Milliseconds of each answer."""
+    took_ms, end = list[float](), time.monotonic() + seconds
+    async with grpc.aio.insecure_channel(address) as channel:
+        method = channel.unary_unary(METHOD)
+
+        async def one(first: int) -> None:
+            number = first
+            while (began := time.perf_counter()) and time.monotonic() < end:
+                await method(sent[number % len(sent)], timeout=TIMEOUT_S)
+                took_ms.append((time.perf_counter() - began) * 1000)
+                number += callers
+
+        await asyncio.gather(*(one(first) for first in range(callers)))
+    return took_ms
+
+
+async def _at_rate(address: str, sent: list[bytes], qps: float, seconds: float, seed: int) -> list[float]:
+    due_s = due_times("poisson", qps, seconds, seed)
+    async with grpc.aio.insecure_channel(address) as channel:
+        method = channel.unary_unary(METHOD)
+        chosen = [sent[i % len(sent)] for i in range(len(due_s))]
+        records = await offer(lambda body: method(body, timeout=TIMEOUT_S), due_s, chosen)
+    return [(done - due) * 1000 for due, _, done, code in records if not code]
+
+
+def main(
+    root: Annotated[Path, typer.Argument(help="a compiled run, such as artifacts/shop")],
+    callers: Annotated[int, typer.Option(help="calls under way on the one channel", min=1)] = 16,
+    qps: Annotated[float, typer.Option(help="offered at random instead; 0: callers", min=0)] = 0.0,
+    turns: Annotated[int, typer.Option(min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="of one turn", min=1)] = 5.0,
+    profile: str = "fused",
+) -> None:
+    with contextlib.ExitStack() as stack:
+        copy = copy_of(Run(root), Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run")
+        sent = list(dict.fromkeys(messages(root, stored=True)))[:500]
+        valkey = filled(stack, copy)
+        assert valkey.process is not None
+        servers = {}
+        for name, url in (("lmdb", ""), ("valkey", f"{valkey.url}?limit_ms=50")):
+            log = root / f"store-{name}.log"
+            servers[name] = stack.enter_context(
+                TritonServer(on_free_ports(copy.repository, profile, log, guard=True, store=url))
+            )
+        beside = {"lmdb": [], "valkey": [valkey.process.pid]}
+
+        def turn(name: str, number: int, seconds: float) -> tuple[float, float]:
+            server = servers[name]
+            pids = [*server.processes(), *([server.door.pid] if server.door is not None else []), *beside[name]]
+            began, address = processor_seconds(pids), grpc_address(server)
+            took_ms = complete(
+                _at_rate(address, sent, qps, seconds, number) if qps else _callers(address, sent, callers, seconds)
+            )
+            return float(np.median(took_ms)), (processor_seconds(pids) - began) * 1000 / len(took_ms)
+
+        figures: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
+        for name in servers:
+            turn(name, 0, 2.0)  # warm
+        for number, name in in_turns(turns, list(servers)):
+            figures[name].append(turn(name, number + 1, seconds))
+            console.print(number, name, [round(value, 2) for value in figures[name][-1]])
+    pairs = list(zip(figures["lmdb"], figures["valkey"], strict=True))
+    result = {
+        "p50_ms": {name: spread([ms for ms, _ in of]) for name, of in figures.items()},
+        "more_ms": spread([shared[0] - own[0] for own, shared in pairs]),
+        "cpu_ratio": spread([shared[1] / own[1] for own, shared in pairs]),
+    }
+    console.print(
+        f"p50 {with_spread(result['p50_ms']['lmdb'], 2)} ms by LMDB, "
+        f"{with_spread(result['more_ms'], 2)} more by Valkey; processor time {with_spread(result['cpu_ratio'], 2)} times"
+    )
+    print(
+        record_line(
+            "shared store", data=root.name, profile=profile, callers=callers, qps=qps, turns=turns, seconds=seconds,
+            **result,
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
