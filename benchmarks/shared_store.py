@@ -100,13 +100,11 @@ def main(
     pairs = list(zip(figures["lmdb"], figures["valkey"], strict=True))
     result = {
         "p50_ms": {name: spread([ms for ms, _ in of]) for name, of in figures.items()},
-        "more_ms": spread([shared[0] - own[0] for own, shared in pairs]),
-        "cpu_ratio": spread([shared[1] / own[1] for own, shared in pairs]),
+        "more_ms": spread([shared[0] - lmdb[0] for lmdb, shared in pairs]),
+        "cpu_ratio": spread([shared[1] / lmdb[1] for lmdb, shared in pairs]),
     }
-    console.print(
-        f"p50 {with_spread(result['p50_ms']['lmdb'], 2)} ms by LMDB, "
-        f"{with_spread(result['more_ms'], 2)} more by Valkey; processor time {with_spread(result['cpu_ratio'], 2)} times"
-    )
+    own, more, ratio = (with_spread(x, 2) for x in (result["p50_ms"]["lmdb"], result["more_ms"], result["cpu_ratio"]))
+    console.print(f"p50 {own} ms by LMDB, {more} more by Valkey; processor time {ratio} times")
     print(
         record_line(
             "shared store", data=root.name, profile=profile, callers=callers, qps=qps, turns=turns, seconds=seconds,

@@ -244,6 +244,9 @@ class Rollout:
         trial = self.fleet.trial
         if trial is None:
             return False
+        if trial.watchdog.ends:
+            self.stop("its tritonserver ended by itself; the log says how")
+            return False
         if trial.watchdog.health.ready:
             self._well = now
         elif now - self._well > ILL_S:

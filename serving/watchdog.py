@@ -117,6 +117,7 @@ class Watchdog:
         self._cached: dict[str, tuple[pb.ModelConfig, float]] = {}  # models with a cache: asked anew now and then
         self._rng = np.random.default_rng()
         self._failures, self._up_since = -1, time.monotonic()  # ends in a row; since when the server is ready
+        self.ends = 0  # of tritonserver by itself
         self._workers: dict[int, str] = {}
         self._retired: dict[int, float] = {}  # workers of unloaded instances, and since when
         self.silence = SilenceWatch("tritonserver", HUNG_S, self._say)
@@ -276,6 +277,7 @@ class Watchdog:
         ended = time.monotonic()
         self.metrics.server_up.set(0)
         self.metrics.server_restarts.labels("tritonserver").inc()
+        self.ends += 1
         self._failures = 0 if ended - self._up_since > STEADY_S else self._failures + 1
         wait_s = BACK_OFF_S[min(self._failures, len(BACK_OFF_S) - 1)]
         self._say(f"tritonserver {self.server.end()}; starting it again" + (f" in {wait_s:.1f} s" if wait_s else ""))

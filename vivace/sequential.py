@@ -114,10 +114,27 @@ class Comparison:
 UNKNOWN = Comparison(math.nan, -1.0, math.inf, 1.0, -1)
 
 
-def compare(control: Rate, treatment: Rate, plan: Plan) -> Comparison:
-    """``treatment`` beside ``control``; UNKNOWN where either has too few users or clicks."""
-    if not (control.is_enough and treatment.is_enough):
+def _hardly_clicked(control: Rate, treatment: Rate, plan: Plan) -> Comparison:
+    """A logarithm says nothing of a few clicks, and they say nothing of their variance: the difference itself, with the
+    variance that as many of the control's users have."""
+    if control.above_zero / control.users * treatment.users < LEAST_CLICKING:
         return UNKNOWN
+    lift = treatment.value / control.value - 1
+    variance = control.variance / control.value**2 * (1 + control.users / treatment.users)
+    if variance <= 0:
+        return UNKNOWN
+    radius, users = plan.radius(variance), control.users + treatment.users
+    needed = max(0, math.ceil(users * (plan.information * variance - 1)))
+    return Comparison(lift, max(lift - radius, -1.0), lift + radius, plan.p_value(lift, variance), needed)
+
+
+def compare(control: Rate, treatment: Rate, plan: Plan) -> Comparison:
+    """``treatment`` beside ``control``; UNKNOWN where either has too few users or clicks. Where the treatment alone has
+    too few clicks, and as many of the control's users would have enough, that says how much less it gets."""
+    if not control.is_enough or treatment.users < LEAST_USERS:
+        return UNKNOWN
+    if not treatment.is_enough:
+        return _hardly_clicked(control, treatment, plan)
     difference = math.log(treatment.value / control.value)
     variance = control.variance / control.value**2 + treatment.variance / treatment.value**2
     if variance <= 0:

@@ -128,7 +128,8 @@ def test_a_share_of_the_users_gets_it_and_nobody_notices_its_death(two):
             os.kill(fleet.trial.server.pid, signal.SIGKILL)
             seen = len(visitors.answers)
             wait_until(lambda: len(visitors.answers) > seen + 300 or visitors.errors, "answers after its death")
-            rollout.stop("the test has seen enough")
+            wait_until(lambda: rollout.look() or rollout.result, "an end of the trial")
+            assert "its tritonserver ended by itself" in rollout.result
             seen = len(visitors.answers)
             wait_until(lambda: len(visitors.answers) > seen + 50, "answers after its end")
         assert visitors.errors == []

@@ -72,6 +72,20 @@ def test_three_per_cent_are_seen_at_the_size_that_is_planned():
     assert seen >= 35, seen
 
 
+def test_an_arm_that_nobody_clicks_is_called_worse_and_a_small_one_is_not():
+    plan, shown = Plan(effect=0.1), np.full(400, 10.0)
+    control = Rate.of(np.tile([0.0, 1.0, 0.0, 1.0], 100), shown)
+    nothing = compare(control, Rate.of(np.zeros(400), shown), plan)
+    # residuals of +-1/2 at a rate of 1/20: sqrt(400 / 399) / 200 of it, twice, as both are taken to vary so
+    radius = plan.radius(2 * (20 * 0.5) ** 2 * 400 / 4000**2 * 400 / 399)
+    assert nothing.lift == -1 and nothing.high == pytest.approx(-1 + radius) and nothing.verdict == "worse"
+    assert compare(control, Rate.of(np.zeros(30), shown[:30]), plan).verdict == "no difference seen"  # few users
+    rare = Rate.of(np.tile([0.0] * 19 + [1.0], 20), shown)
+    assert rare.above_zero == 20
+    few = compare(rare, Rate.of(np.zeros(300), shown[:300]), plan)  # 15 of the control's would have clicked
+    assert math.isnan(few.lift)
+
+
 def test_a_preference_by_hand():
     won = np.concatenate([np.full(60, 1.0), np.zeros(40), [0.0]])
     decided = np.concatenate([np.ones(100), [0.0]])  # who decided nothing counts for nothing
