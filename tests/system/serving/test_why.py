@@ -30,7 +30,7 @@ def rows(root):
 
 
 def test_reasons_are_answers_to_a_shorter_history(pipeline, rows):
-    """Against a history that is sent, by the pipeline itself: the same score wherever what was left out is not shown."""
+    """Against one shorter history that is sent by itself. Ranks among candidates are features, so it has the same."""
     checked = 0
     for row in rows:
         stored = pipeline.transform.known([row]).stored[0]
@@ -38,13 +38,14 @@ def test_reasons_are_answers_to_a_shorter_history(pipeline, rows):
         for of in because(pipeline, row, [0]):
             for reason in of.reasons[:2]:
                 kept = [event for event in events if event[0] != reason.item]
-                sent = Row(
-                    "", [e[0] for e in kept], 100, types=tuple(e[1] for e in kept), times=tuple(e[2] for e in kept)
-                )
-                (ids, values), *_ = pipeline([sent])
-                items = [name.decode() for name in pipeline.respond.names_of(ids[0])]
-                if of.item in items:
-                    score = float(values[0, 0, items.index(of.item)])
+                items, types, times = (tuple(part) for part in zip(*kept, strict=True))
+                sent = Row(row.user_id, list(items), 100, types=types, times=times)
+                inputs, _ = pipeline.transform([sent])
+                inputs[1] = pipeline.transform([row])[0][1]  # what was seen stays left out, and so no candidate
+                ids, values = pipeline.rank(inputs[0], pipeline.retrieve(inputs), pipeline.count_to_rank(TOP_K))
+                names = [name.decode() for name in pipeline.respond.names_of(ids[0])]
+                if of.item in names:
+                    score = float(values[0, 0, names.index(of.item)])
                     assert of.score - score == pytest.approx(reason.drop, abs=2e-3)
                     checked += 1
     assert checked > 5
@@ -55,10 +56,9 @@ def test_the_smallest_set_is_the_smallest(pipeline, rows):
     for row in rows[:4]:
         asked = Counterfactuals(pipeline, row, units=6)
         for id_ in asked.shown()[:2].tolist():
-            by_size = {
-                size: [frozenset(c) for c in itertools.combinations(range(len(asked.units)), size)] for size in (1, 2)
-            }
-            least = next((size for size in (1, 2) if any(asked.is_gone(id_, left) for left in by_size[size])), 0)
+            units = range(len(asked.units))
+            by_size = {n: [frozenset(left) for left in itertools.combinations(units, n)] for n in (1, 2)}
+            least = next((n for n in (1, 2) if any(asked.is_gone(id_, left) for left in by_size[n])), 0)
             left = asked.smallest(id_, largest=2)
             assert (len(left) if left else 0) == least
             sets += left is not None and asked.is_gone(id_, left)
