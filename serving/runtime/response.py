@@ -28,7 +28,7 @@ class ResponseStage:
         items = json.loads(path.read_text(encoding="utf-8"))
         return cls(np.array([b""] * FIRST_ID + [i.encode() for i in items], object), catalogue)
 
-    def _named(self, ids: np.ndarray) -> np.ndarray:
+    def names_of(self, ids: np.ndarray) -> np.ndarray:
         """Raw ids of ids of any shape, object. Raises IndexError for an id that names no item."""
         fresh = ids >= len(self.names)
         if self.catalogue is None or not fresh.any():
@@ -69,10 +69,10 @@ class ResponseStage:
         if len(ranked_BN) == 1:  # a single row answers exactly what there is
             live = np.count_nonzero(ranked_BN[0])  # PADDING_ID is 0 and stands at the end
             k = 0 if status_B[0].startswith(STATUS_ERROR.encode()) else max(0, min(int(top_k_B[0]), live))
-            return [self._named(ranked_BN[:, :k]), *values_BCN[:, :, :k].swapaxes(0, 1)]
+            return [self.names_of(ranked_BN[:, :k]), *values_BCN[:, :, :k].swapaxes(0, 1)]
         failed_B = np.array([s.startswith(STATUS_ERROR.encode()) for s in status_B])
         limit_B = np.where(failed_B, 0, np.clip(top_k_B, 0, ranked_BN.shape[1]))
         k = int(limit_B.max(initial=0))
         valid_BK = (np.arange(k)[None] < limit_B[:, None]) & (ranked_BN[:, :k] != PADDING_ID)
-        items = self._named(np.where(valid_BK, ranked_BN[:, :k], PADDING_ID))
+        items = self.names_of(np.where(valid_BK, ranked_BN[:, :k], PADDING_ID))
         return [items, *np.where(valid_BK, values_BCN[:, :, :k].swapaxes(0, 1), np.float32(0))]
