@@ -71,7 +71,8 @@ def joined(file, requests):
         number = again[0] if again else count
         of_request = {"request_id": f"r{number}", "user_id": user, "session": "", "timestamp_ms": ms, "query": "",
                       "variant": "trial" if again else "", "model_version": "1", "context": "", "latency_ms": 1.0,
-                      "status": "ok", "score": 0.0, "propensity": 1.0, "event_ms": None, "event_type": None, "team": ""}  # fmt: skip
+                      "status": "ok", "score": 0.0,
+                      "propensity": 1.0, "event_ms": None, "event_type": None, "team": ""}  # fmt: skip
         for place, item in enumerate(items):
             rows.append({**of_request, ITEM: item, "position": place + 1, "clicked": place in clicked})
     table = pa.Table.from_pylist([{name: row.get(name) for name in JOINED.names} for row in rows], JOINED)
