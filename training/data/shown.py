@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -26,18 +26,16 @@ from preprocessing.events import user_hash
 from preprocessing.features import Features
 from preprocessing.sequences import WHOLE, typed
 from search.propensity import inverse_propensity
+from serving.runtime.moment import Moment, Values
 from training.data import batches
 from training.data.columns import EventColumns
 from vivace.columns import CLICKED, EVENT, ITEM, POSITION, TARGET_TIME, TIME, USER, label_column
 from vivace.context import TYPES_GRAPH
-from vivace.contract import FIRST_ID, PADDING_ID, StageTensors
-from vivace.impressions.files import CONTEXT, QUERY, REQUEST_ID
+from vivace.contract import FIRST_ID, PADDING_ID, TRIAL, StageTensors
+from vivace.impressions.files import CONTEXT, QUERY, REQUEST_ID, VARIANT
 from vivace.impressions.joined import PROPENSITY
 from vivace.onnx_session import open_session
 from vivace.store.interface import FeatureStore
-
-if TYPE_CHECKING:
-    from serving.runtime.moment import Values
 
 MOST_WEIGHT = 20.0  # of a click, before the weights' mean is made 1
 # why requests are left out
@@ -50,11 +48,17 @@ LEARNED = "before an event that the retriever has learned"  # its score of what 
 class ShownLog:
     """A file of ``vivace experiment impressions``. ``examined``: how often each place is looked at beside the first,
     float64 [K] (``training.judge.places``), NaN where the log does not say: then as the place before. ``unseen``:
-    requests whose answers nobody saw."""
+    requests whose answers by the version on trial nobody saw."""
 
     file: Path
     examined: np.ndarray
     unseen: frozenset[str] = frozenset()
+
+    def rows(self, columns: list[str], chosen: pc.Expression) -> pd.DataFrame:
+        """What was shown and seen, with the columns REQUEST_ID, ITEM, CLICKED and ``columns``."""
+        columns = [REQUEST_ID, VARIANT, ITEM, CLICKED, *columns]
+        rows = pq.read_table(self.file, columns=columns, filters=chosen).to_pandas()
+        return rows[(rows[VARIANT] != TRIAL) | ~rows[REQUEST_ID].isin(list(self.unseen))]
 
     def looked_at(self, position: np.ndarray) -> np.ndarray:
         """Of positions from 1, float64 [R]. Places behind the last known one are as that one."""
@@ -103,11 +107,9 @@ def shown_clicks(log: ShownLog, features: Features, shapes: StageTensors, store:
             f"--impressions: expected a ranker without live counters, got ranker.rising {shapes.rising}: what was "
             "rising when an answer was shown is not replayed; train with ranker.rising 0"
         )
-    columns = [REQUEST_ID, USER, TIME, CONTEXT, QUERY, ITEM, POSITION, PROPENSITY, CLICKED, EVENT]
-    rows = pq.read_table(log.file, columns=columns).to_pandas()
-    rows = rows[~rows[REQUEST_ID].isin(list(log.unseen))]
-    clicked = rows[rows[CLICKED]].drop_duplicates([REQUEST_ID, ITEM])
-    rows = rows[rows[REQUEST_ID].isin(clicked[REQUEST_ID])]
+    clicked = log.rows([USER, TIME, CONTEXT, QUERY, POSITION, PROPENSITY, EVENT], pc.field(CLICKED))
+    clicked = clicked.drop_duplicates([REQUEST_ID, ITEM])
+    rows = log.rows([], pc.is_in(pc.field(REQUEST_ID), pa.array(clicked[REQUEST_ID].unique(), pa.string())))
     ids = {item: number for number, item in enumerate(features.items()[ITEM], FIRST_ID)}
     rows = rows.assign(id=rows[ITEM].map(ids).fillna(PADDING_ID).astype("int64"))
     histories, left_out = Histories(features, set(clicked[USER])), Counter[str]()
@@ -189,8 +191,6 @@ def _requests(
     clicked: pd.DataFrame, ids: dict[str, int], histories: Histories, features: Features, shapes: StageTensors,
     store: FeatureStore,
 ) -> batches.Requests:  # fmt: skip
-    from serving.runtime.moment import Moment  # what a server encodes a request's context by
-
     users, times = clicked[USER].tolist(), clicked[TIME].tolist()
     moment = Moment(features.folder, shapes, store)
     sent = [moment.sent(context) for context in clicked[CONTEXT]]

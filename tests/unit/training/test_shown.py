@@ -65,12 +65,14 @@ def store(tmp_path_factory):
 
 
 def joined(file, requests):
-    """``requests``: (user, ms, items, clicked places)."""
+    """``requests``: (user, ms, items, clicked places), and the number where it is not the next."""
     rows = []
-    for number, (user, ms, items, clicked) in enumerate(requests):
+    for count, (user, ms, items, clicked, *again) in enumerate(requests):
+        number = again[0] if again else count
         of_request = {"request_id": f"r{number}", "user_id": user, "session": "", "timestamp_ms": ms, "query": "",
-                      "variant": "", "model_version": "1", "context": "", "latency_ms": 1.0, "status": "ok",
-                      "score": 0.0, "propensity": 1.0, "event_ms": None, "event_type": None, "team": ""}  # fmt: skip
+                      "variant": "trial" if again else "", "model_version": "1", "context": "", "latency_ms": 1.0,
+                      "status": "ok", "score": 0.0,
+                      "propensity": 1.0, "event_ms": None, "event_type": None, "team": ""}  # fmt: skip
         for place, item in enumerate(items):
             rows.append({**of_request, ITEM: item, "position": place + 1, "clicked": place in clicked})
     table = pa.Table.from_pylist([{name: row.get(name) for name in JOINED.names} for row in rows], JOINED)
@@ -87,8 +89,9 @@ def test_clicks_that_may_be_learned_from_with_the_history_and_the_weight_of_thei
         ("user 3", NOW + 4 * HOUR, ["i0", "i1"], {1}),  # later than all features
         ("nobody", at, ["i0", "i1"], {1}),
         ("user 4", at, ["new", "i1"], {0}),
+        ("user 0", at, ["i2", "i7"], {0}, 0),  # a copy of the first, whose answer nobody saw
     ])  # fmt: skip
-    log = ShownLog(file, np.array([1.0, np.nan, 0.25]))
+    log = ShownLog(file, np.array([1.0, np.nan, 0.25]), frozenset({"r0"}))
     clicks = shown_clicks(log, features, shapes(tiny(), features), store)
     expected = {LEARNED: 1, LATER: 1, NO_HISTORY: 1, UNKNOWN: 1}
     assert {reason: count for reason, count in clicks.left_out.items() if count} == expected
