@@ -1,4 +1,4 @@
-"""Business rules: what a shop wants of its answers whatever the models say, as ``artifacts/<run>/rules.toml`` has it.
+"""Business rules: what a shop wants of its answers whatever the models say, as ``rules.toml`` of a run's store has it.
 
     [[rule]]
     name = "no alcohol"
@@ -19,7 +19,7 @@ from typing import Any
 
 from vivace.contract import DataSchema
 
-FILE = "rules.toml"  # beside a run's feature store
+FILE = "rules.toml"  # in the folder of a run's feature store, as ``retention.json``
 MOST_RULES, MOST_PLACES, MAX_NAME = 200, 100, 60
 BLOCK, BOOST, BURY, PIN, CAP, NEW = KINDS = ("block", "boost", "bury", "pin", "cap", "new")
 RECOMMENDATIONS, SEARCHES, ALL = FOR = ("recommendations", "searches", "all")
@@ -36,7 +36,7 @@ EXAMPLE = '{brand = ["Alto"], price = {max = 20}}'
 
 def rules_file(release: Path) -> Path:
     """Where the rules of a published version's run are, if it has any: a compressed variant has those of the whole."""
-    return (release.parent / "feature_store").resolve().parent / FILE
+    return release.parent / "feature_store" / FILE
 
 
 class RulesError(ValueError):

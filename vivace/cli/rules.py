@@ -17,10 +17,10 @@ from vivace.run import Run
 
 def rules(
     file: Annotated[
-        Path | None, typer.Argument(help="TOML; without it artifacts/RUN/rules.toml", exists=True, dir_okay=False)
+        Path | None, typer.Argument(help="TOML; without it that of the run", exists=True, dir_okay=False)
     ] = None,
     put: Annotated[
-        bool, typer.Option("--put", help="put FILE in the place of artifacts/RUN/rules.toml: it counts within a second")
+        bool, typer.Option("--put", help="put FILE in the place of the run's: it counts within a second")
     ] = False,
     name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
@@ -31,7 +31,7 @@ def rules(
 
     if put and file is None:
         raise typer.BadParameter("expected FILE with it, the rules to put in place", param_hint="--put")
-    there = run.whole.root / FILE
+    there = run.feature_store / FILE
     if file is None and not there.exists():
         say(f"{there}: no rules; docs/rules.md says what they may be")
         return

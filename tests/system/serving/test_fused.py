@@ -223,7 +223,7 @@ def test_under_a_flood_every_request_is_answered_or_refused(fused, root):
 @pytest.mark.parametrize("which", ["fused", "served"])
 def test_business_rules_are_followed_while_it_serves(request, root, which):
     server, watchdog = request.getfixturevalue(which)
-    file = root / "rules.toml"
+    file = root / "feature_store" / "rules.toml"
     with PatientClient(f"{server.host}:{server.grpc_port}") as client:
 
         def answer() -> Recommendation:
