@@ -64,14 +64,18 @@ class Feature:
 
 
 def number(name: str, values: np.ndarray, edges: Sequence[float] | None = None, judged: bool = True) -> Feature:
-    """Bins of equal share of the values, or between ``edges``; fewer where values repeat."""
+    """Bins of equal share of the values, or between ``edges``; fewer where values repeat, three where they are one."""
     values = np.asarray(values, np.float64)
     if edges is None:
         quantiles = np.unique(np.quantile(values, DECILES))
         edges = [float(e) for e in quantiles if e < values.max()]
-    ends = [f"{e:.4g}" for e in edges]
-    bins = [f"<= {ends[0]}", *(f"{a} .. {b}" for a, b in zip(ends, ends[1:], strict=False)), f"> {ends[-1]}"]
-    empty = Feature(name, "number", tuple(bins) if ends else ("all",), (0,) * (len(ends) + 1), tuple(edges))
+    if edges:
+        ends = [f"{e:.4g}" for e in edges]
+        bins = [f"<= {ends[0]}", *(f"{a} .. {b}" for a, b in zip(ends, ends[1:], strict=False)), f"> {ends[-1]}"]
+    else:  # all values are the same: what is less and what is more is told apart from it
+        only = float(values.max())
+        edges, bins = [float(np.nextafter(only, -np.inf)), only], [f"< {only:.4g}", f"{only:.4g}", f"> {only:.4g}"]
+    empty = Feature(name, "number", tuple(bins), (0,) * len(bins), tuple(edges))
     counts = np.bincount(empty.places(values), minlength=len(empty.bins))
     return Feature(
         name, "number", empty.bins, tuple(counts.tolist()), empty.edges, mean=float(values.mean()), judged=judged

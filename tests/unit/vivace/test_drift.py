@@ -69,3 +69,9 @@ def test_what_a_server_counts_is_compared_feature_by_feature(tmp_path):
 def test_a_feature_that_is_none_is_refused():
     with pytest.raises(ValueError, match="device: expected a bin and a count more than edges or ids, got 1 bins"):
         Feature("device", "category", ("a",), (1,), ids=(3,))
+
+
+def test_values_that_are_all_the_same_are_told_from_others():
+    feature = number("score", np.full(50, 0.25))
+    assert feature.bins == ("< 0.25", "0.25", "> 0.25") and feature.counts == (0, 50, 0)
+    assert feature.counted(np.array([0.2, 0.25, 0.25, 0.3])).tolist() == [1, 2, 1, 1.0]
