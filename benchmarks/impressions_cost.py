@@ -100,7 +100,6 @@ def _sampled_us(shown: list[Shown]) -> dict[str, float]:
                 sampler.hand_over(at_once=True)
                 handed.append(listens.recv(1 << 20))
         sampled = time.process_time() - began
-        sampler.close()
         listens.close()
         compared = Compared(path, Split("s", 0.1), 2, lambda: None, Plan())  # type: ignore[arg-type,return-value]
         began = time.process_time()

@@ -7,6 +7,7 @@ that answer the same request choose alike.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -69,8 +70,6 @@ class AnswerSamples:
 
     def __init__(self, environment: str) -> None:
         self._to = Listener(**json.loads(environment)) if environment else None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
         self._looked = self._sent = -LOOK_S
         self._listens, self._share = False, 1.0
         self._waiting: list[Answer] = []
@@ -111,12 +110,9 @@ class AnswerSamples:
             self._share /= 2
         elif len(self._waiting) < MOST // 4:
             self._share = min(1.0, 2 * self._share)
-        try:
-            self._socket.sendto(packed(self._to.on_trial, self._waiting), self._to.path)
-        except OSError:  # nobody listens any more, or too slowly
-            pass
+        # a worker that sends nothing has no socket open; nobody listens any more, or too slowly: left out
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
+            to.setblocking(False)
+            to.sendto(packed(self._to.on_trial, self._waiting), self._to.path)
         self._sent = now
         self._waiting.clear()
-
-    def close(self) -> None:
-        self._socket.close()

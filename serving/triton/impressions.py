@@ -113,6 +113,5 @@ class Impressions:
         self._counts.hand_over()
 
     def close(self) -> None:
-        self._samples.close()
         if self._queue is not None:
             self._queue.close()

@@ -36,8 +36,6 @@ def listening(tmp_path):
         wait_until(samplers[0].on, "a listener")
         yield compared, *samplers, store
     put(samplers[0], "late", "u", "ab", 1.0)
-    for sampler in samplers:
-        sampler.close()
 
 
 def put(sampler: AnswerSamples, request_id: str, who: str, items: str, score: float, teams: str = "") -> None:
@@ -109,7 +107,6 @@ def test_two_servers_choose_the_same_requests_where_there_are_too_many(tmp_path)
             assert len(sampler._waiting) <= MOST
             chosen.append({a.request_id for a in sampler._waiting})
             sampler.hand_over(at_once=True)
-        sampler.close()
     assert chosen[3] == chosen[7] and 5 < len(chosen[3]) < MOST  # one in eight by now
 
 
