@@ -20,7 +20,20 @@ import numpy as np
 
 from serving.runtime.explore import COUNTS_FILE, FEW
 from serving.runtime.response import ResponseStage
-from serving.runtime.rules import BLOCK, BOOST, BURY, CAP, NEW, PIN, Rule, RulesError, Where, deal_places, parse_rules
+from serving.runtime.rules import (
+    BLOCK,
+    BOOST,
+    BURY,
+    CAP,
+    NEW,
+    PIN,
+    Rule,
+    RulesError,
+    Where,
+    deal_places,
+    parse_rules,
+    read_rules,
+)
 from vivace.contract import FIRST_ID, STATUS_ERROR, STATUS_RULES, DataSchema
 
 log = logging.getLogger("vivace.rules")
@@ -49,6 +62,7 @@ class ItemAttributes:
         self.schema = DataSchema.from_json(json.loads((folder / SCHEMA).read_text(encoding="utf-8")))
         table = pq.read_table(folder / ATTRIBUTES)
         self._columns = {name: table[name].combine_chunks() for name in table.column_names}
+        self._values: dict[str, list[Any]] = {}  # of attributes that something is capped by
         self._size = FIRST_ID + table.num_rows
         self.new_V = np.load(folder / COUNTS_FILE, allow_pickle=False) < FEW
         """Items of few training events."""
@@ -79,7 +93,9 @@ class ItemAttributes:
 
     def values(self, name: str, id_: int) -> tuple[Hashable, ...]:
         """Of an attribute of an item; () for none."""
-        value = self._columns[name][id_ - FIRST_ID].as_py()
+        if name not in self._values:
+            self._values[name] = self._columns[name].to_pylist()
+        value = self._values[name][id_ - FIRST_ID]
         return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
@@ -151,14 +167,14 @@ class _Book:
         return () if self._is_fresh(id_) else self._items.values(name, id_)
 
     def pins(self, rule: Rule) -> Iterator[tuple[int, int]]:
-        """(place from 0, id) of the items that may be answered."""
+        """(least place from 0, id) of the items that may be answered."""
         catalogue = self._respond.catalogue
-        for place, item in enumerate(rule.pinned, rule.place - 1):
+        for item in rule.pinned:
             id_ = self._pinned.get(item, 0)
             if catalogue is not None and item in catalogue.rows:
                 id_ = 0 if catalogue.rows[item] is None else catalogue.ids[item]
             if id_:
-                yield place, id_
+                yield rule.place - 1, id_
 
 
 class Rules:
@@ -191,12 +207,12 @@ class Rules:
         try:
             self._book = None if stamp is None else self._read()
             self.error = ""
-        except (RulesError, OSError, UnicodeDecodeError) as error:
+        except (RulesError, OSError) as error:
             self.error = f"{self._path.name}: {error}"
             log.warning("%s; the rules before it stay", self.error)
 
     def _read(self) -> _Book | None:
-        text = self._path.read_text(encoding="utf-8")
+        text = read_rules(self._path)
         self._items = self._items or ItemAttributes(self._folder)
         rules = parse_rules(text, self._items.schema)
         return _Book(rules, self._items, self._respond) if rules else None
@@ -302,6 +318,9 @@ class _Dealing:
         self._pins, self._caps, self._news, self._blocks = (
             [(i, rule) for i, rule in rules if rule.do == kind] for kind in (PIN, CAP, NEW, BLOCK)
         )
+        every = np.array([*self._ids, *(id_ for _, rule in self._pins for _, id_ in book.pins(rule))], np.int64)
+        self._capped = {i: dict(zip(every.tolist(), book.holds(i, every).tolist(), strict=True)) for i, _ in self._caps}
+        self._known: dict[int, list[tuple[int, tuple[int, Hashable]]]] = {}
         self._taken = Counter[tuple[int, Hashable]]()  # items shown, by cap and value
         self._share = max((rule.share for _, rule in self._news), default=0.0)
 
@@ -358,12 +377,14 @@ class _Dealing:
 
     def _groups(self, id_: int) -> list[tuple[int, tuple[int, Hashable]]]:
         """(how many of it may be shown, (cap, value)) of an item."""
-        return [
-            (rule.most, (i, value))
-            for i, rule in self._caps
-            if self._book.holds(i, np.array([id_]))[0]
-            for value in self._book.groups(rule.by, id_)
-        ]
+        if id_ not in self._known:
+            self._known[id_] = [
+                (rule.most, (i, value))
+                for i, rule in self._caps
+                if self._capped[i][id_]
+                for value in self._book.groups(rule.by, id_)
+            ]
+        return self._known[id_]
 
     def _fits(self, id_: int) -> bool:
         return all(self._taken[group] < most for most, group in self._groups(id_))

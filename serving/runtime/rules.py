@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vivace.contract import DataSchema
 
 FILE = "rules.toml"  # in the folder of a run's feature store, as ``retention.json``
-MOST_RULES, MOST_PLACES, MAX_NAME = 200, 100, 60
+ENVIRONMENT = "VIVACE_RULES"  # what a server tells its workers: where the rules are that it has accepted
+MOST_RULES, MOST_CAPS, MOST_PLACES, MAX_NAME, MAX_BYTES = 200, 20, 100, 60, 4 << 20
 BLOCK, BOOST, BURY, PIN, CAP, NEW = KINDS = ("block", "boost", "bury", "pin", "cap", "new")
 RECOMMENDATIONS, SEARCHES, ALL = FOR = ("recommendations", "searches", "all")
 _FIELDS = {  # of each kind, beside name, do and for: those it needs, those it may have
@@ -37,6 +40,22 @@ EXAMPLE = '{brand = ["Alto"], price = {max = 20}}'
 def rules_file(release: Path) -> Path:
     """Where the rules of a published version's run are, if it has any: a compressed variant has those of the whole."""
     return release.parent / "feature_store" / FILE
+
+
+def read_rules(path: Path) -> str:
+    """The text of a file, "" where there is none. Raises RulesError for one that cannot be read."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise RulesError(f"cannot be read: {error.strerror}") from None
+    if len(raw) > MAX_BYTES:
+        raise RulesError(f"expected at most {MAX_BYTES >> 20} MiB, got {len(raw):,} bytes")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RulesError(f"expected UTF-8, got byte 0x{raw[error.start]:02x} at offset {error.start}") from None
 
 
 class RulesError(ValueError):
@@ -102,7 +121,7 @@ def parse_rules(text: str, schema: DataSchema) -> tuple[Rule, ...]:
     """The rules of a file. Raises RulesError."""
     try:
         record = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of TOML, of a number of thousands of digits, nested without end
         raise RulesError(f"expected TOML: {error}") from None
     if strange := sorted(set(record) - {"rule"}):
         raise RulesError(f"expected [[rule]] tables alone, got {strange[0]!r}")
@@ -112,6 +131,8 @@ def parse_rules(text: str, schema: DataSchema) -> tuple[Rule, ...]:
     if len(tables) > MOST_RULES:
         raise RulesError(f"expected at most {MOST_RULES} rules, got {len(tables)}")
     rules = tuple(_rule(number, table, schema) for number, table in enumerate(tables, 1))
+    if (caps := sum(rule.do == CAP for rule in rules)) > MOST_CAPS:
+        raise RulesError(f"expected at most {MOST_CAPS} rules with do = 'cap', got {caps}")
     names = [rule.name for rule in rules]
     if doubled := next((name for name in names if names.count(name) > 1), ""):
         raise RulesError(f"rule {doubled!r}: expected a name of its own, got it twice")
@@ -139,6 +160,8 @@ def _checked(name: str, table: dict[str, Any], schema: DataSchema) -> Rule:
         raise RulesError(f"{strange[0]}: expected {', '.join((*needed, *allowed)) or 'nothing more'} with do = {do!r}")
     of = _one_of(table, "for", FOR) if "for" in table else RECOMMENDATIONS if do in (PIN, NEW) else ALL
     items = _texts(table["items"], "items") if "items" in table else None
+    if do == PIN and items is not None and len(items) > MOST_PLACES:
+        raise RulesError(f"items: expected at most {MOST_PLACES} to pin, got {len(items)}")
     where = _where(table.get("where", {}), schema, None if do == PIN or items is None else frozenset(items))
     if do in (BLOCK, BOOST, BURY) and where == Where():
         raise RulesError(f"where or items: expected one with do = {do!r}, as it would hold for every item")
@@ -178,7 +201,7 @@ def _range(wanted: Any, name: str) -> tuple[float, float]:
     for bound, value in wanted.items():
         if not _is_number(value):
             raise RulesError(f"{name}.{bound}: expected a number, got {value!r:.60}")
-    low, high = float(wanted.get("min", -math.inf)), float(wanted.get("max", math.inf))
+    low, high = (float(np.float32(wanted.get(bound, end))) for bound, end in (("min", -math.inf), ("max", math.inf)))
     if low > high:
         raise RulesError(f"{name}: expected min up to max, got {low:g} and {high:g}")
     return low, high
@@ -207,7 +230,8 @@ def _count(table: Mapping[str, Any], field: str, wanted: bool) -> int:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Of those that float32 holds, as the catalogue's numbers are."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 3e38
 
 
 def _listed(*names: Collection[str]) -> str:
