@@ -151,7 +151,7 @@ class Control:
         return {
             "version": version_of(self.fleet.release), "release": str(self.fleet.release),
             "profile": server.options.profile, "ready": self.fleet.ready, "grpc_port": server.grpc_port,
-            "http_port": server.http_port, "address": server.address,
+            "http_port": server.http_port, "address": server.address, "shard": server.options.shard,
             "replicas": len(self.fleet.replicas), "rollout": self.rollout.state() if self.rollout else None,
         }  # fmt: skip
 

@@ -28,6 +28,8 @@ from serving.interleaving import interleaving
 from serving.launcher import TritonServer
 from serving.merged_metrics import TritonMetrics
 from serving.releases import held_from_the_start
+from serving.rules_keeper import RulesKeeper
+from serving.runtime.rules import FILE, rules_file
 from serving.segments import Segments
 from serving.server_options import ServerOptions
 from serving.shards.servers import ShardGroups, ShardMetrics, ShardServer
@@ -97,6 +99,7 @@ class Fleet:
         self.private = Path()
         self.trial: Replica | None = None  # of a version that a share of the users gets
         self._candidate: Replica | None = None
+        self.rules: RulesKeeper | None = None
         self.shards = ShardGroups(say)
         self._keeper: DoorKeeper | None = None
         self._life = contextlib.ExitStack()
@@ -115,6 +118,8 @@ class Fleet:
     def __enter__(self) -> Fleet:
         try:
             self._make_private()
+            if self.options.shard is None:
+                self._keep_rules()
             self._start()
             self._life.enter_context(self.drift)
         except BaseException:
@@ -154,9 +159,8 @@ class Fleet:
             self.door.start()
             for replica in self.replicas:  # they saw no door until now
                 replica.watchdog.health.look()
-            self._keeper = DoorKeeper(
-                self.door, lambda: self.ready, self.endpoints, self._count_door_restart, self.say
-            ).__enter__()
+            restarted = self.replicas[0].watchdog.metrics.server_restarts.labels("envoy").inc
+            self._keeper = DoorKeeper(self.door, lambda: self.ready, self.endpoints, restarted, self.say).__enter__()
 
     def _make_private(self) -> None:
         """A folder that only the owner enters, swept by the next start if this process is killed outright."""
@@ -170,6 +174,12 @@ class Fleet:
             self._life.callback(answers.remove)
         self._life.enter_context(held_from_the_start(self.private))
 
+    def _keep_rules(self) -> None:
+        served, here = self.options.repository.resolve(), lambda: [r.server.release for r in self._all()]
+        self.rules = RulesKeeper(rules_file(served), self.private / FILE, lambda: here() or [served], self.say)
+        self.registry.register(self._life.enter_context(self.rules))  # type: ignore[arg-type]
+        self.options = replace(self.options, rules=self.rules.accepted)
+
     def _make_door(self) -> Door:
         """Not started yet, on the ports of the options, or free ones."""
         probe = TritonServer(self.options)
@@ -181,6 +191,8 @@ class Fleet:
 
     def _started(self, options: ServerOptions, place: int | str, aside: bool = False) -> Replica:
         """A ready server with its watchdog; nothing is left where it does not come up. ``aside``: others serve."""
+        if self.rules is not None:
+            self.rules.check(options.repository.resolve())
         options, log = self.shards.told(options, aside), options.log
         if place and log is not None:
             options = replace(options, log=log.with_name(f"{log.stem}-{place}{log.suffix}"))
@@ -198,9 +210,6 @@ class Fleet:
     def _drop_shards(self) -> None:
         """Ends those of versions that no server serves any more."""
         self.shards.drop(but={r.server.release for r in self._all()})
-
-    def _count_door_restart(self) -> None:
-        self.replicas[0].watchdog.metrics.server_restarts.labels("envoy").inc()
 
     # -- for those who ask ---------------------------------------------------------------------------
     def endpoints(self) -> Endpoints:
@@ -243,9 +252,9 @@ class Fleet:
     def report(self) -> dict[str, object]:
         """What ``/health`` answers: of one server its parts, of several those of each."""
         reports = [r.watchdog.health.report() for r in self.replicas]
-        why: dict[str, object] = {"why": self.starting} if self.starting else {}
-        if shards := self.shards.report():
-            why["shards"] = shards
+        rules = self.rules.fault if self.rules is not None else ""
+        told = {"why": self.starting, "shards": self.shards.report(), "rules": rules}
+        why: dict[str, object] = {name: value for name, value in told.items() if value}
         if len(reports) == 1:
             return reports[0] | {"ready": self.ready} | why
         versions = sorted({str(r["version"]) for r in reports})

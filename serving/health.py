@@ -136,7 +136,7 @@ class Canary:
     def _rules_changed(self) -> bool:
         """Whether the business rules are others than a moment ago: workers take them one after the other."""
         try:
-            stamp = rules_file(self.server.release).stat().st_mtime_ns
+            stamp = (self.server.options.rules or rules_file(self.server.release)).stat().st_mtime_ns
         except OSError:
             stamp = 0
         if stamp != self._rules:

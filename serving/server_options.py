@@ -13,6 +13,7 @@ from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, Listener
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
 from serving.runtime.explore import ENVIRONMENT as EXPLORE
 from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleave
+from serving.runtime.rules import ENVIRONMENT as RULES
 from serving.shard_addresses import CA_ENV, CERT_ENV, SHARDS_ENV, WAIT_ENV, WAIT_MS
 from serving.wheel import python_library, wheel_folder
 from vivace.contract import TRIAL
@@ -61,6 +62,7 @@ class ServerOptions:
     shard_wait_ms: int = WAIT_MS  # what has not come from a shard by then is done without
     shard_cert: Path | None = None  # shown to shards elsewhere: PEM, with its key; None: they are asked in the clear
     shard_ca: Path | None = None  # PEM: the authority that they are known by
+    rules: Path | None = None  # the business rules that were accepted; None: the run's file as it is
     interleave: Interleave | None = None  # the version that its answers are drafted with
 
 
@@ -79,6 +81,7 @@ def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     answers = options.answers
     env[ANSWERS] = "" if answers is None else Listener(str(answers), options.variant == TRIAL).to_json()
     env[INTERLEAVE] = "" if options.interleave is None else options.interleave.to_json()
+    env[RULES] = str(options.rules or "")
     env[EXPLORE] = f"{options.explore:g}" if options.explore else ""
     if options.shards:
         env |= {SHARDS_ENV: options.shards, WAIT_ENV: str(options.shard_wait_ms)}

@@ -112,8 +112,9 @@ def run_until_signal(
                 say(f"warm-up: {sum(warm_up(replica.server) for replica in fleet.replicas):.1f} s")
             fleet.starting = ""
             say(
-                f"ready: http {server.host}:{server.http_port}, grpc {server.host}:{server.grpc_port}, "
-                f"metrics {server.host}:{server.metrics_port}"
+                f"ready: http {server.host}:{server.http_port}, "
+                + (f"grpc {server.host}:{server.grpc_port}, " if options.shard is None or not options.guard else "")
+                + f"metrics {server.host}:{server.metrics_port}"
                 + (f", status {server.host}:{status_port}" if status_port else "")
                 + f"; log {server.log}; Ctrl-C stops"
             )

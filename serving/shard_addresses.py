@@ -45,4 +45,12 @@ def credentials_from(told: Mapping[str, str]) -> Credentials | None:
     certificate, ca = told.get(CERT_ENV, ""), told.get(CA_ENV, "")
     if not certificate and not ca:
         return None
-    return Credentials(key="", ca=ca, cert=(certificate, certificate) if certificate else None)
+    try:
+        credentials = Credentials(key="", ca=ca, cert=(certificate, certificate) if certificate else None)
+        credentials.ssl_context()
+    except ValueError as error:
+        raise ValueError(
+            f"--shard-cert {certificate or '(none)'}, --shard-ca {ca or '(none)'}: expected PEM files, the first with "
+            f"a certificate and its key: {error}"
+        ) from None
+    return credentials

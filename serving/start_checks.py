@@ -24,7 +24,7 @@ from serving.repository import models, read_config
 from serving.runtime.cache_settings import CacheSettings
 from serving.runtime.explore import check_share
 from serving.runtime.ruled import SCHEMA
-from serving.runtime.rules import Rule, RulesError, parse_rules, rules_file
+from serving.runtime.rules import Rule, RulesError, parse_rules, read_rules, rules_file
 from serving.segments import SHM, SHM_PREFIX, Segments
 from serving.wheel import ServerError
 from vivace import contract
@@ -247,18 +247,18 @@ def check_variant(variant: str, impressions: bool) -> None:
         raise ServerError(f"--variant {contract.TRIAL}: 'vivace rollout' calls its arm so; choose another name")
 
 
-def check_rules(release: Path) -> tuple[Rule, ...]:
-    """The business rules of a version's run. Raises ServerError for rules that say nothing that can be done, or that a
-    version of before them would not follow."""
-    file = rules_file(release)
+def check_rules(release: Path, file: Path | None = None) -> tuple[Rule, ...]:
+    """The business rules that a version follows, of ``file`` or its run's. Raises ServerError for rules that say
+    nothing that can be done, or that a version of before them would not follow."""
+    file = file or rules_file(release)
     if not file.exists():
         return ()
     schemas = sorted(release.glob(f"{contract.RESPONSE}/*/{SCHEMA}"))
     if not schemas:
         raise ServerError(f"{file}: {release.name} was made before there were rules; run 'vivace compile' again")
     try:
-        return parse_rules(file.read_text(encoding="utf-8"), contract.DataSchema.load(schemas[0]))
-    except (RulesError, OSError, UnicodeDecodeError) as error:
+        return parse_rules(read_rules(file), contract.DataSchema.load(schemas[0]))
+    except RulesError as error:
         raise ServerError(f"{file}: {error}") from None
 
 

@@ -33,14 +33,15 @@ class Running:
 
 
 def running(run: Run) -> Iterator[Running]:
-    """Those that answer; word of those that are gone is removed."""
-    for word in sorted(run.servers.glob("*.json")):
+    """Those that answer, but for shards, which only servers ask; word of those that are gone is removed."""
+    for word in sorted(run.servers.glob("*.json"), key=lambda word: int(word.stem)):
         try:
             told = json.loads(word.read_text())
             with contextlib.closing(UnixConnection(Path(told["socket"]), ASK_S)) as connection:
                 connection.request("GET", "/")
                 state = json.loads(connection.getresponse().read())
-            yield Running(int(told["pid"]), Path(told["socket"]), state)
+            if state.get("shard") is None:
+                yield Running(int(told["pid"]), Path(told["socket"]), state)
         except (OSError, HTTPException, ValueError, KeyError):
             if not psutil.pid_exists(int(word.stem)):
                 word.unlink(missing_ok=True)

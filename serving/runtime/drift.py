@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from vivace.context import ContextColumns
-from vivace.contract import FIRST_ID, HOUR, PADDING_ID, STATUS_ERROR, WEEKDAY, StageTensors, TaskHead
+from vivace.contract import FIRST_ID, HOUR, PADDING_ID, STATUS_ERROR, STATUS_RULES, WEEKDAY, StageTensors, TaskHead
 from vivace.drift import CLICKED, EXPECTED, FILE, Reference
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,10 @@ def answer_names(heads: Sequence[TaskHead]) -> list[str]:
 
 
 def is_counted(status: bytes) -> bool:
-    """Whether an answer with this STATUS is one of the models, for someone with a history, ranked whole."""
-    return bool(status) and not (
-        status.startswith(STATUS_ERROR.encode()) or b"popular items" in status or b"load: " in status
-    )
+    """Whether an answer with this STATUS is one of the models, for someone with a history, ranked whole; by business
+    rules it is not theirs alone."""
+    less = (b"popular items", b"load: ", STATUS_RULES.encode())
+    return bool(status) and not status.startswith(STATUS_ERROR.encode()) and not any(word in status for word in less)
 
 
 class DriftCounts:

@@ -40,6 +40,7 @@ TIMES, LEARN_EVERY = 512, 32  # times that are remembered, and how often the per
 LATE_IN_A_ROW = 3  # answers that come too late until a server is not waited for
 PROBE_S, PROBE_WAIT_S = 0.25, 1.0
 LATE, SILENT, OTHER_VERSION, UNTRUSTED = "late", "does not answer", "has another version", "no trust by TLS"
+OTHER_SHARD = "is not this shard"
 FAILURES = (OSError, HTTPException, VivaceError)  # TimeoutError is one of them
 
 
@@ -263,4 +264,6 @@ def _why(error: BaseException) -> str:
         return LATE
     if isinstance(error, ssl.SSLError) or (isinstance(error, VivaceError) and "TLS" in str(error)):
         return UNTRUSTED
+    if isinstance(error, VivaceError) and any(words in str(error) for words in ("no such path", "unknown model")):
+        return OTHER_SHARD
     return OTHER_VERSION if "version" in str(error) and isinstance(error, VivaceError) else SILENT

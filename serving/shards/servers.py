@@ -15,7 +15,7 @@ from serving.launcher import TritonServer
 from serving.repository import read_config
 from serving.server_options import ServerOptions, shard_environment
 from serving.shard_addresses import ShardAddresses, credentials_from
-from serving.shards.calls import OTHER_VERSION, UNTRUSTED, RemoteShards
+from serving.shards.calls import OTHER_SHARD, OTHER_VERSION, UNTRUSTED, RemoteShards
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
 from vivace import contract
@@ -219,7 +219,7 @@ def check_hosts(options: ServerOptions, say: Callable[[str], None]) -> None:
         missing = shards.ask_once()
     finally:
         shards.close()
-    if len(missing) == count or {OTHER_VERSION, UNTRUSTED} & set(missing.values()):
+    if len(missing) == count or {OTHER_VERSION, OTHER_SHARD, UNTRUSTED} & set(missing.values()):
         named = ", ".join(f"{shard} at {'|'.join(addresses.twins[shard])}: {why}" for shard, why in missing.items())
         raise ServerError(
             f"--shard-hosts: expected servers of version {version} ('vivace serve --shard I' there), got: {named}"

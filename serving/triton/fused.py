@@ -236,7 +236,7 @@ class RecommendModel(Stage):
                     queried,
                 )  # fmt: skip
             values = self.pipeline.respond(ranked, of_ranked, top_k, status[:, 0])
-            count_answer(self.drift, request.itself, values, status[:, 0], queried)
+            count_answer(self.drift, request.itself, values, told_B, queried)
             request_id, teams_BK = "", None
             if drafts and self.interleaved is not None:
                 by_served = self.interleaved.business

@@ -275,7 +275,7 @@ class ResponseModel(Stage):
                 self.explorer, self.respond, itself, ranked, values, top_k[:, 0], status[:, 0], queried
             )
         shown = self.respond(ranked, values, top_k[:, 0], status[:, 0])
-        count_answer(self.drift, itself, shown, status[:, 0], queried)
+        count_answer(self.drift, itself, shown, status_B, queried)
         if self.impressions:
             rows = tensor_of(request, contract.SHOWN_TO)[:, 0].tolist()
             self.impressions.put(request, rows, shown[0], shown[1], status_B, propensities_BK=propensities)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -19,7 +20,7 @@ import triton_python_backend_utils as pb_utils
 
 from serving.process import close_callers, give_way
 from serving.runtime.live_catalogue import LiveCatalogue
-from serving.runtime.rules import rules_file
+from serving.runtime.rules import ENVIRONMENT as RULES, rules_file
 from serving.runtime.stages import ItemVocabulary, Row, parse_row
 from serving.triton import byte_strings
 from serving.triton.graph_model import deadline
@@ -81,8 +82,8 @@ class Stage:
 
     @property
     def rules_file(self) -> Path:
-        """Where the run's business rules are, if it has any."""
-        return rules_file(self.folder.parent.parent)
+        """Where the business rules are, if there are any: those that the server accepted, or the run's."""
+        return Path(os.environ.get(RULES, "") or rules_file(self.folder.parent.parent))
 
     def catalogue(self, store: ServingStore | None = None) -> LiveCatalogue | None:
         """The live catalogue; None for a run without one. ``store``: what is open already."""

@@ -90,7 +90,7 @@ def query(
             raise typer.BadParameter(f"goes with {needed}", param_hint=flag)
     there = runs(artifacts)  # of several nobody knows which is meant at another address
     run = find_run(artifacts, name) if name else there[0] if len(there) == 1 or (there and not url) else None
-    address = address_of(url, protocol, run if name else None)
+    address = address_of(url, protocol, run)
     require_server(address, run)
     with VivaceClient(address, protocol, **credentials(key, tls_ca, tls_cert)) as client:
         if not name:

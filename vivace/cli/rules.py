@@ -37,7 +37,7 @@ def rules(
         return
     try:
         table = _table(run, file or there)
-    except (RulesError, UnicodeDecodeError) as error:
+    except RulesError as error:
         raise ValueError(f"{file or there}: {error}") from None
     console.print(table)
     if put and file is not None:
@@ -51,7 +51,7 @@ def _table(run: Run, file: Path) -> Table:
     from serving.releases import releases
     from serving.runtime.response import ResponseStage
     from serving.runtime.ruled import ItemAttributes
-    from serving.runtime.rules import parse_rules
+    from serving.runtime.rules import NEW, parse_rules, read_rules
     from vivace import contract
 
     made = releases(run.repository)
@@ -62,8 +62,13 @@ def _table(run: Run, file: Path) -> Table:
     table = Table(title=f"{file}, {len(names) - contract.FIRST_ID:,} items of {made[-1].name}", title_justify="left")
     for column in ("rule", "does", "for", "items"):
         table.add_column(column, justify="right" if column == "items" else "left")
-    for rule in parse_rules(file.read_text(encoding="utf-8"), items.schema):
-        known = {item.encode() for item in rule.pinned}
-        count = sum(n in known for n in names) if known else int(items.matching(rule.where, names).sum())
+    for rule in parse_rules(read_rules(file), items.schema):
+        pinned = {item.encode() for item in rule.pinned}
+        if missing := sorted(item.decode() for item in pinned - set(names.tolist())):
+            say(f"rule {rule.name!r}: not in {made[-1].name}: {', '.join(missing[:5])}")
+        holds = items.matching(rule.where, names) & (items.new_V if rule.do == NEW else True)
+        count = len(pinned) - len(missing) if pinned else int(holds.sum())
+        if not count:
+            say(f"rule {rule.name!r}: holds for no item of {made[-1].name}; look at its spelling")
         table.add_row(rule.name, rule.words, rule.of, f"{count:,}")
     return table

@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from serving.rules_keeper import RulesKeeper
 from serving.runtime import ruled
 from serving.runtime.explore import COUNTS_FILE
 from serving.runtime.response import ResponseStage
 from serving.runtime.rules import RulesError, parse_rules
+from serving.wheel import ServerError
 from vivace.columns import TaskHead
 from vivace.contract import FIRST_ID, DataSchema
 
@@ -134,6 +136,43 @@ def test_what_was_put_in_live_counts(shop):
     assert ranked(rules, "yaxbcdefgh")[0] == "xbeg"
 
 
+def test_bounds_are_included_as_float32_holds_them(shop):
+    rules, live = shop
+    live.put("a", {"brand": "Alto", "price": float(np.float32(16.05)), "tags": []})
+    write(rules, "do = 'block'\nwhere = {price = {min = 16.05, max = 16.05}}")
+    assert ranked(rules, "ab")[0] == "b"
+
+
+def test_a_server_keeps_the_rules_that_it_accepted(shop, tmp_path):
+    """Also for workers that start after the file broke, and against a version that could not follow them."""
+    rules, _ = shop
+    (release := tmp_path / "model_repository.1").mkdir()
+    (release / "response").mkdir()
+    (release / "response" / "1").symlink_to(tmp_path)
+    told: list[str] = []
+    write(rules, "do = 'block'\nitems = ['a']")
+    with RulesKeeper(rules._path, tmp_path / "accepted.toml", lambda: [release], told.append) as keeper:
+        good = keeper.accepted.read_text()
+        for broken in (b"[[rule]\n", b"[[rule]]\nname = 'x'\ndo = 'block'\nwhere = {colour = ['red']}\n", b"\xe9"):
+            rules._path.write_bytes(broken)
+            keeper.look()
+            assert keeper.accepted.read_text() == good and "rules.toml: " in keeper.fault
+        assert len(told) == 3 and all(text.endswith("the rules before it stay") for text in told)
+        with pytest.raises(ServerError, match="expected UTF-8"):
+            RulesKeeper(rules._path, tmp_path / "other.toml", lambda: [release], told.append).__enter__()
+        (old := tmp_path / "model_repository.0").mkdir()
+        with pytest.raises(ServerError, match="before there were rules"):
+            keeper.check(old)
+        rules._path.write_bytes(
+            b"\xef\xbb\xbf[[rule]]\nname = 'x'\ndo = 'bury'\nitems = ['b']\n"
+        )  # as Notepad saves it
+        keeper.look()
+        assert not keeper.fault and "bury" in keeper.accepted.read_text()
+        rules._path.unlink()
+        keeper.look()
+        assert not keeper.accepted.exists()
+
+
 def test_rules_are_for_recommendations_or_searches(shop):
     write(shop[0], "do = 'block'\nitems = ['a']\nfor = 'searches'", "do = 'pin'\nitems = ['h']")
     assert ranked(shop[0], "abcd", 3) == ("hab", "ok; rules: r1")
@@ -206,6 +245,14 @@ def shop_of_module(tmp_path_factory):
         ("[[rule]]\nname = 'x'\ndo = 'bury'\nitems = ['a']\nmost = 3", "most: expected where, items"),
         ("[[rule]]\nname = 'x'\ndo = 'bury'\nitems = ['a']\n" * 2, "got it twice"),
         ("[[rule]\n", "expected TOML"),
+        ("a = " + "[" * 5000, "expected TOML"),
+        ("a = " + "9" * 5000, "expected TOML"),
+        (
+            "[[rule]]\nname = 'x'\ndo = 'block'\nwhere = {price = {max = " + "9" * 400 + "}}",
+            "where.price.max: expected",
+        ),
+        ("[[rule]]\nname = 'x'\ndo = 'pin'\nitems = " + str([str(i) for i in range(101)]), "at most 100 to pin"),
+        ("".join(f"[[rule]]\nname = '{i}'\ndo = 'cap'\nby = 'brand'\nmost = 1\n" for i in range(21)), "at most 20"),
     ],
 )
 def test_faults_name_the_rule_and_its_field(text, words):
