@@ -198,9 +198,7 @@ def test_a_shard_elsewhere_answers_only_servers_with_a_certificate(run, served, 
         swapped = ",".join(reversed(shards.split(",")))
         with pytest.raises(ServerError, match=f"1 at {address}: is not this shard"):
             check_hosts(on_free_ports(fleet.release, shards=swapped, shard_cert=pair, shard_ca=of_shard[0]), quiet)
-        with pytest.raises(
-            ServerError, match="with a certificate and its key"
-        ):
+        with pytest.raises(ServerError, match="with a certificate and its key"):
             check_hosts(on_free_ports(fleet.release, shards=shards, shard_cert=of_server[0]), quiet)
         trusted = Credentials(key="", ca=of_shard[0], cert=of_server).ssl_context()
         host, port = address.split(":")
