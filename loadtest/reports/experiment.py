@@ -34,12 +34,24 @@ def when(moment_ms: int) -> str:
 
 def arm_rows(seen: Evidence) -> tuple[list[str], list[list[Any]]]:
     """(header, a row an arm)."""
-    header = ["arm", "users", "requests", f"CTR@{seen.top_k}", "NDCG of clicks", "items shown", "p50 ms", "p99 ms"]
+    header = [
+        "arm",
+        "users",
+        "requests",
+        f"CTR@{seen.top_k}",
+        "NDCG of clicks",
+        "of the items shown",
+        "p50 ms",
+        "p99 ms",
+    ]
     rows = []
     for arm in seen.arms:
-        rates = [f"{rate.value:.4f} ± {1.96 * math.sqrt(rate.variance):.4f}" for rate in arm.rates.values()]
+        rates = [
+            "no clicks" if math.isnan(rate.value) else f"{rate.value:.4f} ± {1.96 * math.sqrt(rate.variance):.4f}"
+            for rate in arm.rates.values()
+        ]
         rows.append(
-            [arm.name or '""', f"{arm.users:,}", f"{arm.requests:,}", *rates,
+            [arm.name or "(unnamed)", f"{arm.users:,}", f"{arm.requests:,}", *rates,
              f"{arm.coverage:,} ({arm.coverage / seen.items:.0%})", f"{arm.p50_ms:.1f}", f"{arm.p99_ms:.1f}"]
         )  # fmt: skip
     return header, rows

@@ -152,7 +152,8 @@ def evidence(file: Path, plan: Plan, by: str = VARIANT, control: str = "", top_k
     names = sorted(items)
     control = control or names[0]
     if control not in names:
-        raise ValueError(f"--control: expected one of {', '.join(map(repr, names))}, got {control!r}")
+        there = ", ".join(name or "(unnamed: leave --control out)" for name in names)
+        raise ValueError(f"--control: expected one of {there}, got {control!r}")
     shared = Plan(plan.effect, plan.alpha / max(len(names) - 1, 1), plan.power)
     of = {name: requests[requests[ARM] == name] for name in names}
     arms = [_arm(name, of[name], len(items[name]), places[name]) for name in names]

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loadtest.reports.experiment import team_rows, write
+from loadtest.reports.experiment import arm_rows, team_rows, write
 from training.judge import experiment
 from training.judge.experiment import CTR, NDCG, evidence
 from vivace.impressions.joined import JOINED
@@ -97,3 +97,11 @@ def test_a_better_arm_is_called_and_drawn(tmp_path):
     write(seen, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "better" in page and page.count("<img") == 2
+
+
+def test_an_arm_that_nobody_clicked_is_told_in_words(tmp_path):
+    file = log(tmp_path / "log.parquet", [("r1", "u1", 0, "", "x", 1, False), ("r2", "u2", 0, "", "y", 1, False)])
+    header, (row,) = arm_rows(evidence(file, Plan()))
+    assert row[0] == "(unnamed)" and dict(zip(header, row, strict=True))["NDCG of clicks"] == "no clicks"
+    with pytest.raises(ValueError, match="leave --control out"):
+        evidence(file, Plan(), control="nosuch")
