@@ -163,7 +163,7 @@ def serve(
         **_caches(cache_mb, answer_cache_mb, answer_cache_s),
         trace_url=trace_url,
         trace_rate=trace_rate,
-        log=log_file or run.server_log,
+        log=log_file or _log_of(run, shard),
         verbose=verbose,
         **dict(impressions=impressions, impressions_every_s=impressions_every),  # type: ignore[arg-type]
         **dict(explore=explore, parity=parity, variant=variant),  # type: ignore[arg-type]
@@ -195,6 +195,11 @@ def _served(run: Run, profile: str) -> Run:
     if doubt := served.doubt():
         say(f"serving what was published before: {doubt}")
     return served
+
+
+def _log_of(run: Run, shard: int | None) -> Path:
+    """Each process has its own, which it cuts off when it grows."""
+    return run.server_log if shard is None else run.server_log.with_name(f"triton-only-shard-{shard}.log")
 
 
 def _query_of(options: Any) -> str:
