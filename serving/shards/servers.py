@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -15,13 +16,15 @@ from serving.launcher import TritonServer
 from serving.repository import read_config
 from serving.server_options import ServerOptions, shard_environment
 from serving.shard_addresses import ShardAddresses, credentials_from
-from serving.shards.calls import OTHER_SHARD, OTHER_VERSION, UNTRUSTED, RemoteShards
+from serving.shards.calls import OTHER_SHARD, OTHER_VERSION, SILENT, UNTRUSTED, RemoteShards
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
 from vivace import contract
 from vivace.http_pool import UNIX
 from vivace.run import Run
 from vivace.shard_contract import SHARD_PREFIX
+
+TRIES = 6  # a port that wants TLS, or another certificate, may close the connection before its reason is read
 
 
 @dataclass
@@ -212,13 +215,13 @@ def check_hosts(options: ServerOptions, say: Callable[[str], None]) -> None:
     try:
         addresses = ShardAddresses.parse(options.shards, count)
         credentials = credentials_from(shard_environment(options))
-        shards = RemoteShards(addresses, version, shapes, wait_s=5.0, credentials=credentials)
     except ValueError as error:
         raise ServerError(str(error)) from None
-    try:
-        missing = shards.ask_once()
-    finally:
-        shards.close()
+    for _ in range(TRIES):
+        with contextlib.closing(RemoteShards(addresses, version, shapes, 5.0, credentials=credentials)) as shards:
+            missing = shards.ask_once()
+        if SILENT not in missing.values():
+            break
     if len(missing) == count or {OTHER_VERSION, OTHER_SHARD, UNTRUSTED} & set(missing.values()):
         named = ", ".join(f"{shard} at {'|'.join(addresses.twins[shard])}: {why}" for shard, why in missing.items())
         raise ServerError(

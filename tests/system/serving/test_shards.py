@@ -193,8 +193,9 @@ def test_a_shard_elsewhere_answers_only_servers_with_a_certificate(run, served, 
         with Fleet(on_free_ports(fleet.release, guard=True, **secure), quiet) as over_tls:
             assert answers(over_tls, users[:20]) == by_one[:20]
         for one in (dict(), dict(shard_ca=of_shard[0]), dict(shard_ca=stranger[0], shard_cert=pair)):
-            with pytest.raises(ServerError, match=f"got: 0 at {address}: no trust by TLS; look at --shard-cert"):
-                check_hosts(on_free_ports(fleet.release, shards=shards, **one), quiet)
+            for _ in range(20):  # a port may close the connection before its reason is read
+                with pytest.raises(ServerError, match=f"got: 0 at {address}: no trust by TLS; look at --shard-cert"):
+                    check_hosts(on_free_ports(fleet.release, shards=shards, **one), quiet)
         swapped = ",".join(reversed(shards.split(",")))
         with pytest.raises(ServerError, match=f"1 at {address}: is not this shard"):
             check_hosts(on_free_ports(fleet.release, shards=swapped, shard_cert=pair, shard_ca=of_shard[0]), quiet)
