@@ -28,7 +28,7 @@ def interleaving(options: ServerOptions, release: Path, salt: str) -> ServerOpti
     configs = [read_config(folder, contract.ENSEMBLE, profile) for folder in (served, release)]
     if why := differing(*(config.output for config in configs)):
         raise ServerError(f"--interleave: {release.name}: {why}; leave --interleave out")
-    if deal_places(check_rules(release)):
+    if deal_places(check_rules(release, options.rules)):
         raise ServerError(
             "--interleave: rules that pin, cap or make room for new items hold in one ranking, not in a "
             "draft of two; leave --interleave out, or those rules"

@@ -57,13 +57,12 @@ class RulesKeeper:
         """Takes the file as it is now, or says why not."""
         with self._lock:
             try:
-                text = read_rules(self.source)
-                if text == self._seen:
-                    return
-                for release in self._releases():
-                    check_rules(release, self.source)
-                self._seen, fault = text, ""
-                self._put(text)
+                text, fault = read_rules(self.source), ""
+                if text != self._seen:
+                    for release in self._releases():
+                        check_rules(release, self.source, text)
+                    self._put(text)
+                    self._seen = text
             except (RulesError, ServerError, OSError) as error:
                 fault = f"{error}" if isinstance(error, ServerError) else f"{self.source}: {error}"
             if fault and fault != self.fault:

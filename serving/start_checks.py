@@ -247,17 +247,17 @@ def check_variant(variant: str, impressions: bool) -> None:
         raise ServerError(f"--variant {contract.TRIAL}: 'vivace rollout' calls its arm so; choose another name")
 
 
-def check_rules(release: Path, file: Path | None = None) -> tuple[Rule, ...]:
-    """The business rules that a version follows, of ``file`` or its run's. Raises ServerError for rules that say
+def check_rules(release: Path, file: Path | None = None, text: str | None = None) -> tuple[Rule, ...]:
+    """The business rules that a version follows, of ``file`` or its run's; ``text``: what was read of it. Raises ServerError for rules that say
     nothing that can be done, or that a version of before them would not follow."""
     file = file or rules_file(release)
-    if not file.exists():
+    if not (file.exists() if text is None else text):
         return ()
     schemas = sorted(release.glob(f"{contract.RESPONSE}/*/{SCHEMA}"))
     if not schemas:
         raise ServerError(f"{file}: {release.name} was made before there were rules; run 'vivace compile' again")
     try:
-        return parse_rules(read_rules(file), contract.DataSchema.load(schemas[0]))
+        return parse_rules(read_rules(file) if text is None else text, contract.DataSchema.load(schemas[0]))
     except RulesError as error:
         raise ServerError(f"{file}: {error}") from None
 

@@ -157,7 +157,12 @@ def test_a_server_keeps_the_rules_that_it_accepted(shop, tmp_path):
             rules._path.write_bytes(broken)
             keeper.look()
             assert keeper.accepted.read_text() == good and "rules.toml: " in keeper.fault
-        assert len(told) == 3 and all(text.endswith("the rules before it stay") for text in told)
+        rules._path.write_text(good)
+        keeper.look()
+        assert not keeper.fault, "what it has accepted is there again"
+        rules._path.write_bytes(b"\xe9")
+        keeper.look()
+        assert len(told) == 4 and all(text.endswith("the rules before it stay") for text in told)
         with pytest.raises(ServerError, match="expected UTF-8"):
             RulesKeeper(rules._path, tmp_path / "other.toml", lambda: [release], told.append).__enter__()
         (old := tmp_path / "model_repository.0").mkdir()
