@@ -248,8 +248,8 @@ def check_variant(variant: str, impressions: bool) -> None:
 
 
 def check_rules(release: Path, file: Path | None = None, text: str | None = None) -> tuple[Rule, ...]:
-    """The business rules that a version follows, of ``file`` or its run's; ``text``: what was read of it. Raises ServerError for rules that say
-    nothing that can be done, or that a version of before them would not follow."""
+    """The business rules that a version follows, of ``file`` or its run's; ``text``: what was read of it. Raises
+    ServerError for rules that say nothing that can be done, or that a version of before them would not follow."""
     file = file or rules_file(release)
     if not (file.exists() if text is None else text):
         return ()
