@@ -10,21 +10,18 @@ of the same turn. The last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import grpc
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.faults import TIMEOUT_S, wait_well
+from benchmarks.faults import wait_well
+from benchmarks.streams import answered_ms
 from benchmarks.turns import in_turns, spread, with_spread
-from loadtest.generate.arrivals import due_times
-from loadtest.generate.generator import METHOD, complete, messages, offer
+from loadtest.generate.generator import messages
 from loadtest.generate.local_server import on_free_ports
 from loadtest.reports.record import record_line
 from serving.fleet import Fleet
@@ -54,41 +51,10 @@ def _address(fleet: Fleet) -> str:
     return f"{server.address}:{server.grpc_port}"
 
 
-async def _streams(address: str, sent: list[bytes], streams: int, seconds: float) -> int:
-    """Requests answered within ``seconds`` over one channel, ``streams`` of them at once."""
-    answered, end = 0, time.monotonic() + seconds
-    async with grpc.aio.insecure_channel(address) as channel:
-        method = channel.unary_unary(METHOD)
-
-        async def one(first: int) -> None:
-            nonlocal answered
-            number = first
-            while time.monotonic() < end:
-                await method(sent[number % len(sent)], timeout=TIMEOUT_S)
-                answered, number = answered + 1, number + streams
-
-        await asyncio.gather(*(one(first) for first in range(streams)))
-    return answered
-
-
-async def _at_rate(address: str, sent: list[bytes], qps: float, seconds: float, seed: int) -> int:
-    due_s = due_times("poisson", qps, seconds, seed)
-    async with grpc.aio.insecure_channel(address) as channel:
-        method = channel.unary_unary(METHOD)
-        records = await offer(
-            lambda body: method(body, timeout=TIMEOUT_S), due_s, [sent[i % len(sent)] for i in range(len(due_s))]
-        )
-    return sum(record[3] in ("", "degraded") for record in records)
-
-
 def measured(fleet: Fleet, sent: list[bytes], streams: int, qps: float, seconds: float, seed: int) -> dict[str, float]:
     """One turn: ``cpu_ms`` a request and ``busiest``, the most requests of a server over the mean."""
     before, began = requests_of(fleet), processor_seconds(fleet.processes())
-    answered = complete(
-        _at_rate(_address(fleet), sent, qps, seconds, seed)
-        if qps
-        else _streams(_address(fleet), sent, streams, seconds)
-    )
+    answered = len(answered_ms(_address(fleet), sent, streams, qps, seconds, seed))
     busy_ms = (processor_seconds(fleet.processes()) - began) * 1000
     each = [now - then for now, then in zip(requests_of(fleet), before, strict=True)]
     return {

@@ -10,22 +10,19 @@ of stdout is one JSON object.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import numpy as np
 import typer
 from rich.console import Console
 
-from benchmarks.faults import TIMEOUT_S, copy_of, filled
+from benchmarks.faults import copy_of, filled
+from benchmarks.streams import answered_ms
 from benchmarks.turns import in_turns, spread, with_spread
-from loadtest.generate.arrivals import due_times
-from loadtest.generate.generator import METHOD, complete, messages, offer
+from loadtest.generate.generator import messages
 from loadtest.generate.local_server import grpc_address, on_free_ports
 from loadtest.reports.record import record_line
 from serving.launcher import TritonServer
@@ -33,32 +30,6 @@ from vivace.machine import processor_seconds
 from vivace.run import Run
 
 console = Console(width=120)
-
-
-async def _callers(address: str, sent: list[bytes], callers: int, seconds: float) -> list[float]:
-    """Milliseconds of each answer."""
-    took_ms, end = list[float](), time.monotonic() + seconds
-    async with grpc.aio.insecure_channel(address) as channel:
-        method = channel.unary_unary(METHOD)
-
-        async def one(first: int) -> None:
-            number = first
-            while (began := time.perf_counter()) and time.monotonic() < end:
-                await method(sent[number % len(sent)], timeout=TIMEOUT_S)
-                took_ms.append((time.perf_counter() - began) * 1000)
-                number += callers
-
-        await asyncio.gather(*(one(first) for first in range(callers)))
-    return took_ms
-
-
-async def _at_rate(address: str, sent: list[bytes], qps: float, seconds: float, seed: int) -> list[float]:
-    due_s = due_times("poisson", qps, seconds, seed)
-    async with grpc.aio.insecure_channel(address) as channel:
-        method = channel.unary_unary(METHOD)
-        chosen = [sent[i % len(sent)] for i in range(len(due_s))]
-        records = await offer(lambda body: method(body, timeout=TIMEOUT_S), due_s, chosen)
-    return [(done - due) * 1000 for due, _, done, code in records if not code]
 
 
 def main(
@@ -86,9 +57,7 @@ def main(
             server = servers[name]
             pids = [*server.processes(), *([server.door.pid] if server.door is not None else []), *beside[name]]
             began, address = processor_seconds(pids), grpc_address(server)
-            took_ms = complete(
-                _at_rate(address, sent, qps, seconds, number) if qps else _callers(address, sent, callers, seconds)
-            )
+            took_ms = answered_ms(address, sent, callers, qps, seconds, number)
             return float(np.median(took_ms)), (processor_seconds(pids) - began) * 1000 / len(took_ms)
 
         figures: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
