@@ -233,7 +233,7 @@ class RecommendModel(Stage):
             if self.explorer is not None and not drafts and not self.business.exact:
                 ranked, of_ranked, propensities = explored(
                     self.explorer, self.pipeline.respond, request.itself, ranked, of_ranked, top_k, status[:, 0],
-                    queried,
+                    queried, self.business.buries,
                 )  # fmt: skip
             values = self.pipeline.respond(ranked, of_ranked, top_k, status[:, 0])
             count_answer(self.drift, request.itself, values, told_B, queried)
