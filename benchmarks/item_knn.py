@@ -145,7 +145,9 @@ def main(
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         interval, gain = ("{:.4f} to {:.4f}".format(*row[key]) for key in ("interval", "gain interval"))
-        table.add_row(row["method"], f"{row['HR@10']:.4f}", f"{row['NDCG@10']:.4f}", interval, f"{row['gain']:+.4f}", gain)
+        table.add_row(
+            row["method"], f"{row['HR@10']:.4f}", f"{row['NDCG@10']:.4f}", interval, f"{row['gain']:+.4f}", gain
+        )
     console.print(table)
     print(record_line(
         "item-kNN", data=name, rows=rows, choice=asdict(choice), validation_ndcg10=round(value, 4),
