@@ -45,6 +45,14 @@ class EncoderConfig:
     position_bias: Literal["none", "relative"] = "none"
     """"relative": a learned bias by log-bucketed distance in the attention of sasrec and bert4rec; hstu always has
     it."""
+    positions: Literal["slots", "none"] = "slots"
+    """"slots": a learned embedding by place from the newest event; each new event moves all others. "none": only
+    relative distance and time speak of order, so what is worked out of earlier events stays as it is when a history
+    grows, and can be kept (``serving.runtime.state_cache``). For hstu, and sasrec with ``position_bias`` "relative"."""
+    slide: int = 1
+    """Events of a window's oldest part among which one is chosen to start at, where a history is longer than
+    ``history`` (``vivace.windows``): above 1 its start stays while the history grows by about half as many; for
+    ``positions`` "none"."""
     time_bias: bool = False
     """A learned bias by log-bucketed seconds between two events (Zhai et al. 2024), for attention families."""
     types: bool = True
@@ -89,8 +97,28 @@ class EncoderConfig:
         check_shares(self, "dropout", "id_dropout")
         if self.time_bias and self.family in ("gru", "lstm"):
             raise ValueError(f"EncoderConfig.time_bias is for attention, got the {self.family!r} family")
+        self._check_positions()
         if not self.head_width and self.width % self.heads:
             raise ValueError(f"EncoderConfig: width {self.width} is not a multiple of heads {self.heads}")
+
+    @property
+    def grows(self) -> bool:
+        """Whether the states of earlier events stay when a history grows."""
+        return self.positions == "none"
+
+    def _check_positions(self) -> None:
+        check_minimum(self, 1, "slide")
+        relative = self.family == "hstu" or (self.family == "sasrec" and self.position_bias == "relative")
+        if self.grows and not relative:
+            raise ValueError(
+                "EncoderConfig.positions: 'none' goes with family 'hstu', or 'sasrec' with position_bias 'relative', "
+                f"got family {self.family!r} with position_bias {self.position_bias!r}"
+            )
+        if self.slide > 1 and (not self.grows or self.slide > self.history):
+            raise ValueError(
+                f"EncoderConfig.slide: expected 1, or with positions 'none' at most history {self.history}, "
+                f"got {self.slide} with positions {self.positions!r}"
+            )
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -133,14 +161,16 @@ class RelativeBias(nn.Module):
         return self.bias_RA[self.buckets_TT[:t, :t]].permute(2, 0, 1)
 
 
-def time_buckets(times_BT: Tensor) -> Tensor:
+def time_buckets(times_BT: Tensor, newest_BS: Tensor | None = None) -> Tensor:
     """Bucket of the whole seconds between two events, int64 [B, T, T], from times in ms: powers of two from 1 on, the
-    last bucket from 34 years; 0 where either time is unknown (0)."""
-    seconds = torch.div((times_BT[:, :, None] - times_BT[:, None, :]).abs(), 1000, rounding_mode="floor")
+    last bucket from 34 years; 0 where either time is unknown (0). ``newest_BS``: the events that look at those, in
+    place of all, [B, S, T]."""
+    newest_BS = times_BT if newest_BS is None else newest_BS
+    seconds = torch.div((newest_BS[:, :, None] - times_BT[:, None, :]).abs(), 1000, rounding_mode="floor")
     # the half keeps whole seconds off the borders, where rounding could decide
     power = (torch.log(seconds.to(torch.float32) + 1.5) / math.log(2)).floor().long()
-    known = times_BT > 0
-    return torch.where(known[:, :, None] & known[:, None, :], (power + 1).clamp(1, BUCKETS - 1), 0)
+    known = (newest_BS > 0)[:, :, None] & (times_BT > 0)[:, None, :]
+    return torch.where(known, (power + 1).clamp(1, BUCKETS - 1), 0)
 
 
 class TimeBias(nn.Module):

@@ -54,8 +54,8 @@ class RetrievalModel(nn.Module):
         self.masked = config.family == "bert4rec"
         length = config.history + self.masked  # the place that asks for the next item comes last
         self.items = ItemTable(items, config.width, attributes, config.id_dropout)
-        recurrent = config.family in ("gru", "lstm")
-        self.position = None if recurrent else nn.Embedding(length, config.width)  # the last row is the newest event's
+        placeless = config.family in ("gru", "lstm") or config.positions == "none"
+        self.position = None if placeless else nn.Embedding(length, config.width)  # the last row is the newest event's
         self.encoder = build_encoder(config, length)
         self.norm = nn.LayerNorm(config.width)
         self.columns = ContextColumns() if columns is None or self.masked else columns
@@ -111,9 +111,8 @@ class RetrievalModel(nn.Module):
         h = self.norm(self.encoder(x_BTD, known_BT, times, newest))
         return h * known_BT[:, -newest:, None].to(x_BTD.dtype)
 
-    def _embedded(
-        self, history_BT: Tensor, table: Tensor | Int8Table | Int8Rows, types: Tensor | None = None
-    ) -> Tensor:
+    def embedded(self, history_BT: Tensor, table: Tensor | Int8Table | Int8Rows, types: Tensor | None = None) -> Tensor:
+        """What the encoder reads of events before it knows their order, [B, T, D]."""
         rows = table(history_BT) if isinstance(table, Int8Table | Int8Rows) else F.embedding(history_BT, table)
         x_BTD = rows * self.config.width**0.5
         return x_BTD if self.type_embedding is None or types is None else x_BTD + self.type_embedding(types)
@@ -134,7 +133,7 @@ class RetrievalModel(nn.Module):
         The newest row is the user's state, which is scored against the items; rows of padding are zero."""
         table_VD = self.table() if table_VD is None else table_VD
         known_BT = history_BT != PADDING_ID
-        x_BTD = self._embedded(history_BT, table_VD, types)
+        x_BTD = self.embedded(history_BT, table_VD, types)
         if self.mask_token is None:
             return self._run(x_BTD, known_BT, times, newest)
         mask_B1D = self.mask_token + torch.zeros_like(x_BTD[:, :1])
@@ -151,7 +150,7 @@ class RetrievalModel(nn.Module):
         """Encodings [B, T, D] of a window whose ``hidden_BT`` items are replaced by the mask (Sun et al. 2019)."""
         if self.mask_token is None:
             raise ValueError("encode_masked: only the bert4rec family has a mask token")
-        x_BTD = torch.where(hidden_BT[:, :, None], self.mask_token, self._embedded(window_BT, table_VD))
+        x_BTD = torch.where(hidden_BT[:, :, None], self.mask_token, self.embedded(window_BT, table_VD))
         return self._run(x_BTD, window_BT != PADDING_ID, times)
 
     def logits(self, encoded: Tensor, table_VD: Tensor | Int8Table | None = None) -> Tensor:

@@ -1,0 +1,161 @@
+"""Histories that grow, encoded from where they were left, answer as encoded whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from serving.runtime.grown import GROWN, HIT, MISSED, GrownRetrieval
+from serving.runtime.state_cache import MOST_NEW, StateCache, prefixes
+from training.compile.onnx_export import export, names_of
+from training.compile.steps import check_steps, export_steps
+from training.models.encoders import EncoderConfig
+from training.models.retrieval import RetrievalGraph, RetrievalModel
+from vivace import contract, windows
+from vivace.context import ContextColumns
+from vivace.onnx_session import open_session
+
+ITEMS, LENGTH, CANDIDATES, TYPES = 203, 40, 100, 5
+ENCODINGS, SCORES = 1e-5, 1e-5  # absolute, float32: sums in another order
+USERS, ROUNDS, MOST = 12, 25, 5
+
+
+def _model(config: EncoderConfig, columns: ContextColumns) -> RetrievalModel:
+    torch.manual_seed(7)
+    model = RetrievalModel(config, ITEMS, torch.rand(ITEMS) * 50, columns=columns).eval()
+    with torch.no_grad():  # what is zero before training would hide a mistake
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.05
+    return model
+
+
+CASES = {
+    "sasrec": (EncoderConfig(position_bias="relative"), {}),
+    "sasrec, times, types and context": (EncoderConfig(position_bias="relative", time_bias=True), {"context": 1}),
+    "hstu": (EncoderConfig(family="hstu"), {}),
+    "hstu, times and types, part handed on": (EncoderConfig(family="hstu", time_bias=True), {"memory": 16}),
+}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def compiled(request, tmp_path_factory) -> tuple[contract.StageTensors, Path]:
+    """(shapes, folder) of both forms of a retriever with random weights."""
+    given, more = CASES[request.param]
+    config = EncoderConfig(
+        width=16, heads=2, history=LENGTH, positions="none", slide=6, family=given.family,
+        position_bias=given.position_bias, time_bias=given.time_bias, types=given.time_bias,
+    )  # fmt: skip
+    reads = ("device",) if more.get("context") else ()
+    columns = ContextColumns(
+        types=TYPES if config.types else 0, categoricals=reads, sizes=(9,) * len(reads)
+    )  # fmt: skip
+    s = contract.StageTensors(
+        LENGTH, CANDIDATES, ITEMS, 16, config.time_bias, more.get("memory", 0), types=bool(columns.types),
+        context=len(reads),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("grown")
+    model = _model(config, columns)
+    example = tuple(torch.from_numpy(x) for x in _inputs(s, _users(2), np.random.default_rng(0)))
+    inputs, outputs = contract.retrieval_inputs(s), contract.retrieval_outputs(s)
+    graph = RetrievalGraph(model, CANDIDATES, s.memory)
+    export(graph, example, names_of(inputs), names_of(outputs), folder / "retrieval.onnx")
+    export_steps(model, s, example, folder)
+    return s, folder
+
+
+def _users(count: int) -> list[np.ndarray]:
+    """Events (id, time, type) int64 [n, 3] of users with longer and shorter histories than are read."""
+    rng = np.random.default_rng(3)
+    return [_events(rng, int(n)) for n in rng.integers(0, 2 * LENGTH, count)]
+
+
+def _events(rng: np.random.Generator, count: int) -> np.ndarray:
+    unknown = rng.random(count) < 0.05
+    ids = np.where(unknown, contract.OOV_ID, rng.integers(contract.FIRST_ID, ITEMS, count))
+    times = np.where(rng.random(count) < 0.1, 0, rng.integers(10**12, 2 * 10**12, count))
+    return np.stack([ids, times, rng.integers(1, TYPES, count)], 1)
+
+
+def _inputs(s: contract.StageTensors, users: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """Inputs of retrieval, cut as a server cuts them."""
+    events_BTE = np.zeros((len(users), LENGTH, 3), np.int64)
+    for row, events in zip(events_BTE, users, strict=True):
+        n = windows.newest(events[:, 0], LENGTH, 6)
+        row[LENGTH - n :] = events[len(events) - n :]
+    ids, times, types = (np.ascontiguousarray(events_BTE[:, :, i]) for i in range(3))
+    exclude = rng.random((len(users), ITEMS)) < 0.1
+    context = [rng.integers(1, 9, (len(users), 1))] if s.context else []
+    return [ids, exclude, *([times] if s.timed else []), *([types] if s.types else []), *context]
+
+
+@pytest.mark.parametrize("room", [1 << 24, 120_000])
+def test_grown_histories_answer_as_whole_ones(compiled, room):
+    s, folder = compiled
+    whole, grown = open_session(folder / "retrieval.onnx"), GrownRetrieval(folder, s, room)
+    names = names_of(contract.retrieval_inputs(s))
+    rng, users = np.random.default_rng(room), _users(USERS)
+    for _ in range(ROUNDS):
+        asking = rng.choice(USERS, rng.integers(1, USERS + 4))  # some twice in a batch
+        inputs = _inputs(s, [users[u] for u in asking], rng)
+        expected = whole.run(None, dict(zip(names, inputs, strict=True)))
+        ids, scores, encoded = grown(inputs)
+        np.testing.assert_allclose(encoded, expected[2], atol=ENCODINGS, rtol=0)
+        np.testing.assert_allclose(scores, expected[1], atol=SCORES, rtol=SCORES)
+        for i, j in np.argwhere(ids != expected[0]):  # only items of equal scores change places
+            assert np.abs(np.diff(expected[1][i, max(0, j - 1) : j + 2])).min() < SCORES
+        for u in rng.choice(USERS, 5, replace=False):
+            users[u] = np.concatenate([users[u], _events(rng, int(rng.integers(1, MOST + 1)))])
+    rows, cache = grown.histories.rows, grown.histories.cache
+    assert cache.bytes <= room and min(rows[HIT], rows[GROWN], rows[MISSED]) > 0
+    if room == 120_000:
+        assert cache.evicted > 20 and len(cache) < USERS
+    else:  # each user once, and where a window has moved
+        assert not cache.evicted and rows[GROWN] > rows[MISSED] - USERS
+
+
+def test_the_compilers_check_tells_another_models_graphs(compiled):
+    s, folder = compiled
+    inputs = _inputs(s, _users(USERS), np.random.default_rng(1))
+    names = names_of(contract.retrieval_inputs(s))
+    expected = open_session(folder / "retrieval.onnx").run(None, dict(zip(names, inputs, strict=True)))
+    assert check_steps(folder, s, inputs, expected)["encodings"] <= ENCODINGS
+    with pytest.raises(ValueError, match="not published"):
+        check_steps(folder, s, inputs, [expected[0], expected[1], expected[2] + 1e-3])
+
+
+def test_the_cache_tells_histories_apart_and_keeps_its_bound():
+    cache = StateCache(8_000)
+    row = lambda *ids: np.array(ids, np.int64)[:, None]  # noqa: E731
+    floats = lambda n: np.arange(n, dtype=np.float32)[:, None]  # noqa: E731
+    first, longer = row(3, 4, 5), row(3, 4, 5, 6, 7)
+    entry = cache.put(prefixes(first)[0], first, floats(3), floats(3))
+    assert cache.find(prefixes(longer), longer) is entry
+    forged = [entry.key]  # a hash that another history happens to have
+    assert cache.find(forged, row(3, 4, 9)) is None
+    grown = cache.put(prefixes(longer)[0], longer, floats(2) + 3, floats(2) + 3, entry, 3)
+    assert grown.count == 5 and grown.states[:5, 0].tolist() == [0, 1, 2, 3, 4] and len(cache) == 1
+    other = row(3, 4, 5, 8)  # grows from the same, which has grown otherwise since
+    branch = cache.put(prefixes(other)[0], other, floats(1) + 9, floats(1) + 9, entry, 3)
+    assert branch.states[:4, 0].tolist() == [0, 1, 2, 9] and grown.states[3, 0] == 3
+    far = row(*range(3, 9 + MOST_NEW))
+    assert cache.find(prefixes(far), far) is None
+    for start in range(40):
+        events = row(*range(start + 10, start + 20))
+        cache.put(prefixes(events)[0], events, floats(10), floats(10))
+    assert cache.bytes <= 8_000 and cache.evicted > 20
+    assert cache.bytes == sum(e.size for e in cache._entries.values())
+
+
+def test_a_sliding_window_stays_while_a_history_grows():
+    rng = np.random.default_rng(5)
+    ids = rng.integers(3, 500, 4_000)
+    starts = [n - windows.newest(ids[:n], 200, 25) for n in range(1, len(ids))]
+    assert all(n - 200 <= start <= max(0, n - 200 + 24) for n, start in enumerate(starts, 1))
+    moves = np.count_nonzero(np.diff(starts)) / len(starts)
+    assert 1 / 20 < moves < 1 / 9  # 2 / (25 + 1)
+    stored = ids[-1_000:]  # a store that has forgotten the older ones cuts at the same event
+    assert windows.newest(stored, 200, 25) == windows.newest(ids, 200, 25)
+    assert windows.newest(ids[:150], 200, 25) == 150 and windows.newest(ids, 200) == 200
