@@ -36,7 +36,7 @@ def under_attack(
     """NDCG@10 of the test requests with every item embedding moved by ``epsilon`` mean row lengths: along the gradient
     of the requests' own loss, and in random directions of the same length (mean of three)."""
     heads, where = [h.name for h in features.schema.heads], model.bias.device
-    requests = list(batches.requests(features.files("test"), heads, preset.encoder.history, 256))
+    requests = list(batches.requests(features.files("test"), heads, preset.encoder.window, 256))
     plain = model.table().detach()
     gradient = torch.zeros_like(plain)
     for request in requests:

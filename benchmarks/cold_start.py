@@ -82,7 +82,7 @@ def ranks_without(
     model, heads = load_retrieval(features, chosen, root), [h.name for h in features.schema.heads]
     out = []
     with torch.no_grad():
-        for request in batches.requests(features.files("test"), heads, chosen.encoder.history, SCORED):
+        for request in batches.requests(features.files("test"), heads, chosen.encoder.window, SCORED):
             rank = scored(model, request, features.schema.exclude_seen)[0].cpu().numpy()
             out.append(rank[np.isin(request.target_B.numpy(), items)])
     return np.concatenate(out)

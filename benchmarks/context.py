@@ -70,7 +70,7 @@ def ndcg_by_request(
     parts: dict[str, list[np.ndarray]] = {RETRIEVAL: [], RANKED: []}
     with torch.no_grad():
         heads = [h.name for h in schema.heads]
-        requests = batches.requests(features.files(part), heads, preset.encoder.history, SCORED)
+        requests = batches.requests(features.files(part), heads, preset.encoder.window, SCORED)
         for request in itertools.islice(requests, most):
             _, scores_BV, encoded = scored(retriever, request, schema.exclude_seen)
             more_BV = adjust(request, scores_BV)

@@ -53,7 +53,7 @@ def offline_answers(features: Features, preset: Preset, root: Path, users: int) 
     retriever, ranker = load_retrieval(features, preset, root).cpu(), load_ranker(features, preset, root).cpu()
     names = np.array(["", OUT_OF_VOCABULARY, OUT_OF_VOCABULARY, *features.items()[contract.ITEM]], object)
     heads = [h.name for h in features.schema.heads]
-    request = next(iter(batches.requests(features.files("test"), heads, preset.encoder.history, users)))
+    request = next(iter(batches.requests(features.files("test"), heads, preset.encoder.window, users)))
     timeless = torch.zeros_like(request.time_BT)  # the same requests are served without times, types and context
     request = replace(request, time_BT=timeless, type_BT=None, context_BC=None, amount_BF=None)
     s = shapes(preset, features)

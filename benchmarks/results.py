@@ -156,7 +156,7 @@ def ranks_of_test(features: Features, chosen: Preset, root: Path) -> np.ndarray:
     heads = [h.name for h in features.schema.heads]
     ranks_by_batch = []
     with torch.no_grad():
-        for request in batches.requests(features.files("test"), heads, chosen.encoder.history, SCORED):
+        for request in batches.requests(features.files("test"), heads, chosen.encoder.window, SCORED):
             ranks_by_batch.append(scored(model, request, features.schema.exclude_seen)[0].cpu().numpy())
     return np.concatenate(ranks_by_batch)
 

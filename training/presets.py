@@ -313,7 +313,7 @@ def shapes(preset: Preset, features: Features) -> contract.StageTensors:
     causal = e.family != "bert4rec"
     return contract.StageTensors(
         e.history, count, items, e.width, e.time_bias, preset.ranker.memory, rising=preset.ranker.rising,
-        types=bool(columns.types and e.types and causal),
+        types=bool(columns.types and e.types and causal), slide=e.slide,
         context=len(columns.categoricals) if e.context and causal else 0,
         amounts=len(columns.continuous) if e.context and causal else 0,
         counted=len(columns.counted) if causal and preset.ranker.rising and preset.ranker.by_context else 0,

@@ -193,7 +193,7 @@ class StageTensors:
     ``counted``: those of the categorical ones that live counters go by; ``fresh``: items that are not in the trained
     tables that join the ranked ones (0: none, and no live change of the catalogue is read); ``rising_fresh``: those of
     them that may be there because they are clicked most just now (0: their events are not counted); ``shards``: servers
-    that the items of retrieval are dealt to (0: one graph scores them all).
+    that the items of retrieval are dealt to (0: one graph scores them all); ``slide``: of the window (``windows``).
     """
 
     history: int
@@ -213,6 +213,7 @@ class StageTensors:
     fresh: int = 0
     rising_fresh: int = 0
     shards: int = 0
+    slide: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -233,7 +234,9 @@ class StageTensors:
         """The shapes if only the newest ``history`` events are read (0: all of them)."""
         if not history or history >= self.history:
             return self
-        return dataclasses.replace(self, history=history, memory=min(self.memory, history))
+        return dataclasses.replace(
+            self, history=history, memory=min(self.memory, history), slide=min(self.slide, history)
+        )
 
     @property
     def history_ids(self) -> WireTensor:

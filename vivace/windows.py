@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 
@@ -11,6 +13,14 @@ def _mixed(ids_n: np.ndarray) -> np.ndarray:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is read of a history: at most ``length`` of its newest events; ``slide`` as ``newest`` has it."""
+
+    length: int
+    slide: int = 1
 
 
 def newest(ids_n: np.ndarray, length: int, slide: int = 1) -> int:

@@ -44,13 +44,13 @@ class Moment:
         except ValueError:  # of another run's columns
             return {}
 
-    def types(self, types: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """[ids int64 [B, T]] of each row's event types, oldest first, as many as it has events ("": not known), padded
-        on the left; [] where they are not read."""
+    def types(self, types: Sequence[Sequence[str]], read: Sequence[int]) -> list[np.ndarray]:
+        """[ids int64 [B, T]] of each row's event types, oldest first, as many as it has events ("": not known), the
+        newest ``read`` of each padded on the left; [] where they are not read."""
         if self._types is None:
             return []
         t = self._shapes.history
-        newest = [list(row[-t:]) for row in types]
+        newest = [list(row[len(row) - count :]) for row, count in zip(types, read, strict=True)]
         flat = [kind for row in newest for kind in row]
         ids = self._types.run(None, {EVENT: np.array(flat, object)})[0] if flat else np.empty(0, np.int64)
         out, start = np.full((len(types), t), PADDING_ID, np.int64), 0

@@ -18,6 +18,7 @@ from serving.runtime.known import Histories, Known, TypedHistory
 from serving.runtime.live_catalogue import LiveCatalogue
 from serving.runtime.live_feed import LiveFeed
 from serving.runtime.moment import Moment
+from vivace import windows
 from vivace.context import ContextColumns, parse_context, unknown_names
 from vivace.contract import (
     EVENT_PART,
@@ -258,7 +259,7 @@ class FeatureTransform:
         ]
         ids = self.item_ids([item for history in histories for item in history])
         history_BT = np.full((len(rows), t), PADDING_ID, np.int64)
-        ids_to_exclude, status, start = [], [], 0
+        ids_to_exclude, status, read, start = [], [], list[int](), 0
         seen_fresh = np.zeros((len(rows), self._shapes.fresh), np.int64)
         for i, history in enumerate(histories):
             history_ids = ids[start : start + len(history)]
@@ -266,7 +267,8 @@ class FeatureTransform:
             raw_ids = history_ids
             if catalogue is not None and catalogue.fresh is not None:
                 history_ids = self._with_fresh(history, history_ids, seen_fresh[i])
-            newest = history_ids[-t:]
+            newest = history_ids[len(history_ids) - windows.newest(history_ids, t, self._shapes.slide) :]
+            read.append(len(newest))
             history_BT[i, t - len(newest) :] = newest
             ids_to_exclude.append(raw_ids if self._exclude_seen else raw_ids[:0])
             status.append(self._status(rows[i], history_ids, known_user=stored.get(i) is not None))
@@ -279,7 +281,7 @@ class FeatureTransform:
         else:
             seen = excluded(ids_to_exclude, self._shapes.items)
             seen[:, gone] = True
-        moment = self.moment.types(self._types(rows, histories, stored))
+        moment = self.moment.types(self._types(rows, histories, stored), read)
         if moment and any(row.types for row in rows):
             where = f"{EVENT_TYPE.name} in {HISTORY.name}"
             unknown = [unknown_types(row.types or (), known.event_types, where) for row in rows]
@@ -305,11 +307,11 @@ class FeatureTransform:
         time_BT = np.zeros((len(rows), t), np.int64)
         for i, timed in stored.items():
             if timed is not None and timed[2]:
-                times = timed[2][-t:]
+                times = timed[2][max(0, len(timed[2]) - read[i]) :]
                 time_BT[i, t - len(times) :] = times
         for i, row in enumerate(rows):
             if row.times:
-                time_BT[i, t - len(row.times[-t:]) :] = row.times[-t:]
+                time_BT[i, t - read[i] :] = row.times[len(row.times) - read[i] :]
         return [history_BT, seen, time_BT, *moment, *live], status
 
     @staticmethod

@@ -179,7 +179,7 @@ def validation_states(features: Features, preset: Preset, model: RetrievalModel,
     """Encoded states float32 [<= count, D] of validation requests."""
     heads, parts = [h.name for h in features.schema.heads], list[Tensor]()
     with torch.no_grad():
-        for request in batches.requests(features.files("valid"), heads, preset.encoder.history, PARITY_REQUESTS):
+        for request in batches.requests(features.files("valid"), heads, preset.encoder.window, PARITY_REQUESTS):
             encoded = model.encode(request.history_BT, times=request.time_BT, types=request.type_BT)[:, -1]
             parts.append(model.state(encoded, request.context))
             if sum(map(len, parts)) >= count:

@@ -1,6 +1,6 @@
 """PyTorch graphs to ONNX files, checked against PyTorch on real requests.
 
-Axis legend: B requests, T history events, V item ids.
+Axis legend: B requests, T history events, V item ids, P earlier events, S new events, C states of an event.
 """
 
 from __future__ import annotations
@@ -9,23 +9,37 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
 from preprocessing.features import Features
+from serving.runtime.grown import GrownRetrieval
 from training.data import batches
 from training.data.live import with_live
 from training.judge.parity import difference
+from training.models.retrieval import RetrievalModel
+from training.models.steps import EncoderStepGraph, ScoringGraph, states_of_event
 from training.presets import Preset, shapes
 from vivace import contract
 from vivace.onnx_session import open_session
+from vivace.step_contract import (
+    ENCODER_STEP,
+    SCORING,
+    scoring_inputs,
+    scoring_outputs,
+    step_inputs,
+    step_outputs,
+)
 
 OPSET = 18
 TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
 EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
 OUTSIDE_BYTES = 1024  # constants that a mapped file holds; small ones stay in the graph
+CHECK_BYTES = 1 << 28  # of the cache that the check fills
+HELD_BACK = 3  # newest events that the check appends
 
 # axes that are free beside the batch, by tensor: a server may read less of the history and rank fewer candidates
 RETRIEVAL_AXES = {t: (1, "history") for t in ("HISTORY_IDS", "HISTORY_TIMES", "HISTORY_TYPES")} | {
@@ -46,7 +60,7 @@ def example_requests(features: Features, preset: Preset, count: int = PARITY_REQ
     ``Requests.inputs``."""
     heads = [h.name for h in features.schema.heads]
     files = features.files("valid") or features.files("test")  # short logs have no validation; targets are not read
-    requests = batches.requests(files, heads, preset.encoder.history, count)
+    requests = batches.requests(files, heads, preset.encoder.window, count)
     part = "valid" if features.files("valid") else "test"
     request = next(iter(with_live(requests, features, part, preset)))
     s = shapes(preset, features)
@@ -129,3 +143,66 @@ def export_checked(
     apart = difference([e.numpy() for e in expected], answer, names_out)
     _check(stage, apart)
     return apart
+
+
+def export_alike(
+    graph: nn.Module, given: Sequence[Tensor], names: Sequence[str], output: str, path: Path,
+    free: Mapping[str, tuple[int, str]],
+) -> float:  # fmt: skip
+    """One graph of fresh items; how far ONNX is from PyTorch. Raises ValueError where they differ."""
+    export(graph, tuple(given), names, [output], path, free)
+    answer = open_session(path).run(
+        None, {name: value.detach().numpy() for name, value in zip(names, given, strict=True)}
+    )
+    with torch.no_grad():
+        apart = float(np.abs(graph(*given).numpy() - answer[0]).max())
+    if not apart <= TOLERANCE:
+        raise ValueError(
+            f"fresh: {output}: PyTorch and ONNX differ by {apart:.3g}, expected at most {TOLERANCE}; not published"
+        )
+    return apart
+
+
+def export_steps(model: RetrievalModel, s: contract.StageTensors, example: Sequence[Tensor], folder: Path) -> None:
+    """ENCODER_STEP and SCORING; ``example``: inputs of the retrieval graph."""
+    history_BT, exclude, *more = example
+    b, states = len(history_BT), states_of_event(model.config)
+    given = [history_BT[:, -2:], torch.ones(b, 3, dtype=torch.bool), torch.zeros(b, 3, states)]
+    left = list(more)
+    if s.timed:
+        times_BT = left.pop(0)
+        given += [times_BT[:, -2:], times_BT[:, -5:-2]]
+    if s.types:
+        given.append(left.pop(0)[:, -2:])
+    inputs, outputs = step_inputs(s, states), step_outputs(s, states)
+    free = {t.name: (1, "new") for t in (*inputs, *outputs)}
+    free |= {t.name: (1, "earlier") for t in inputs if t.name.startswith("EARLIER")}
+    export(EncoderStepGraph(model), tuple(given), names_of(inputs), names_of(outputs), folder / ENCODER_STEP, free)
+    newest_BD = torch.zeros(b, s.width)
+    export(
+        ScoringGraph(model, s.candidates, s.rising), (history_BT, exclude, newest_BD, *left),
+        names_of(scoring_inputs(s)), names_of(scoring_outputs(s)), folder / SCORING,
+    )  # fmt: skip
+
+
+def check_steps(
+    folder: Path, s: contract.StageTensors, example: Sequence[Tensor], answer: Sequence[Tensor]
+) -> dict[str, float]:
+    """How far the graphs are, the newest events appended to the others' states, from the one graph's answer
+    ``answer`` to ``example``, its inputs. Raises ValueError beyond rounding."""
+    given, expected = [x.numpy() for x in example], [x.numpy() for x in answer]
+    grown = GrownRetrieval(folder, s, CHECK_BYTES)
+    of_events = {0, *range(2, 2 + s.timed + s.types)}
+    before = [np.roll(x, HELD_BACK, 1) if i in of_events else x for i, x in enumerate(given)]
+    for i in of_events:
+        before[i][:, :HELD_BACK] = contract.PADDING_ID
+    grown(before)
+    ids, scores, encoded = grown(given)
+    same, apart = float((ids == expected[0]).mean()), float(np.abs(scores - expected[1]).max())
+    encodings = float(np.abs(encoded - expected[2]).max())
+    if not (same >= EQUAL_IDS and apart <= TOLERANCE and encodings <= TOLERANCE):
+        raise ValueError(
+            f"grown histories: {same:.4f} of the ids as one graph answers them, expected {EQUAL_IDS}; scores differ by "
+            f"{apart:.3g}, encodings by {encodings:.3g}, expected at most {TOLERANCE}; not published"
+        )
+    return {"equal ids": same, "scores": apart, "encodings": encodings}

@@ -32,6 +32,7 @@ from vivace.live import RECENT
 from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
 from vivace.shard_contract import shard_model
+from vivace.step_contract import ENCODER_STEP, SCORING
 
 ITEMS_FILE = "items.json"
 
@@ -77,6 +78,7 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
         retrieval = {name: folder / name for name in (ENCODER, INDEX, GROUPS, POPULAR, *there)}
     else:
         retrieval = {"model.onnx": folder / "retrieval.onnx", **built.get(contract.RETRIEVAL, {})}
+        retrieval |= {name: folder / name for name in (ENCODER_STEP, SCORING) if (folder / name).exists()}
     graphs = [TYPES_GRAPH] if tensors.types else []
     graphs += [CONTEXT_GRAPH] if tensors.context or tensors.amounts or tensors.counted else []
     fresh_graphs = [GRAPH, *([STATE_GRAPH] if tensors.context or tensors.amounts else [])] if tensors.fresh else []

@@ -20,6 +20,7 @@ from training.distributed import ALONE, World
 from training.models.retrieval import RetrievalModel
 from vivace.contract import ITEM, NULL_ID, PADDING_ID, TARGET, USER, StageTensors, label_column
 from vivace.masks import excluded, seen_ids
+from vivace.windows import Window, newest
 
 TENSORS = (
     "history_BT", "time_BT", "target_B", "number_B", "user_B", "type_BT", "context_BC", "amount_BF", "rising_BM",
@@ -186,9 +187,16 @@ def together(parts: list[Requests]) -> Requests:
     return Requests([history for p in parts for history in p.histories], labels=labels, **joined)
 
 
+def cut(sequences: list[np.ndarray], window: Window) -> list[np.ndarray]:
+    """The events of each sequence [n, W] that are read, as a server reads them."""
+    if window.slide == 1:
+        return sequences
+    return [s[len(s) - newest(s[:, 0], window.length, window.slide) :] for s in sequences]
+
+
 def of_sequences(
     sequences: list[np.ndarray],
-    history: int,
+    history: int | Window,
     target_B: Tensor,
     labels: dict[str, Tensor],
     first: int = 0,
@@ -197,7 +205,8 @@ def of_sequences(
     context: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Requests:
     """Requests after ``sequences`` int64 [n, W] of ``columns``, numbered from ``first`` on."""
-    events = columns.read(pad_left(sequences, history))
+    window = history if isinstance(history, Window) else Window(history)
+    events = columns.read(pad_left(cut(sequences, window), window.length))
     number_B = torch.arange(first, first + len(sequences))
     assert events.times is not None
     return Requests(
@@ -209,7 +218,7 @@ def of_sequences(
 def requests(
     files: list[Path],
     heads: list[str],
-    history: int,
+    history: int | Window,
     batch_size: int,
     shuffle_seed: int | None = None,
     back: int = 0,

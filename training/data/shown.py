@@ -36,6 +36,7 @@ from vivace.impressions.files import CONTEXT, QUERY, REQUEST_ID, VARIANT
 from vivace.impressions.joined import PROPENSITY
 from vivace.onnx_session import open_session
 from vivace.store.interface import FeatureStore
+from vivace.windows import Window
 
 MOST_WEIGHT = 20.0  # of a click, before the weights' mean is made 1
 # why requests are left out
@@ -208,7 +209,8 @@ def _requests(
     target, user = torch.tensor([ids[item] for item in clicked[ITEM]]), user_hash(np.array(users, object))
     labels = {h.name: torch.tensor(labelled[label_column(h.name)].to_numpy(np.float32)) for h in schema.heads}
     return batches.of_sequences(
-        [histories.before(user, ms) for user, ms in zip(users, times, strict=True)], shapes.history,
+        [histories.before(user, ms) for user, ms in zip(users, times, strict=True)],
+        Window(shapes.history, shapes.slide),
         target, labels, 0, torch.from_numpy(user), histories.columns, (context, amounts),
     )  # fmt: skip
 

@@ -135,7 +135,7 @@ class Models:
                 "evaluate: the final fit has learned from these test requests; judge the models of 'vivace train', or "
                 "prepare a log that brings a test set of its own"
             )
-        requests = batches.requests(self.features.files(part), self.heads, self.preset.encoder.history, SCORED)
+        requests = batches.requests(self.features.files(part), self.heads, self.preset.encoder.window, SCORED)
         return with_live(requests, self.features, part, self.preset)
 
     def retrieve(self, request: batches.Requests) -> Candidates:

@@ -33,6 +33,7 @@ from vivace.impressions.queue import folder_of as impressions_of
 from vivace.impressions.samples import RESULT, Sample, folder_of, read, write
 from vivace.manifest import write_json
 from vivace.run import FINAL, Run
+from vivace.windows import Window
 
 TIED = 1e-5  # of scores of magnitude 10: float32 knows no smaller difference
 
@@ -128,8 +129,9 @@ class Offline:
         ids = torch.from_numpy(last[list(columns.categoricals)].to_numpy(np.int64)) if columns.categoricals else None
         amounts = torch.from_numpy(last[list(columns.continuous)].to_numpy(np.float32)) if columns.continuous else None
         nobody = torch.zeros(len(samples), dtype=torch.int64)
+        window = Window(self._shapes.history, self._shapes.slide)
         return batches.of_sequences(
-            histories, self._shapes.history, nobody, {}, columns=kept, context=(ids, amounts)
+            histories, window, nobody, {}, columns=kept, context=(ids, amounts)
         )  # fmt: skip
 
     def replay(self, samples: Sequence[Sample], shown: Mapping[str, Mapping[str, Any]]) -> list[Replayed]:

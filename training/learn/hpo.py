@@ -97,7 +97,7 @@ def validation_ndcg(features: Features, preset: Preset, root: Path) -> float:
     heads = [h.name for h in features.schema.heads]
     ranks = []
     with torch.no_grad():
-        for request in batches.requests(features.files("valid"), heads, preset.encoder.history, SCORED):
+        for request in batches.requests(features.files("valid"), heads, preset.encoder.window, SCORED):
             ranks.append(scored(model, request, features.schema.exclude_seen)[0].cpu().numpy())
     return metrics(np.concatenate(ranks))["NDCG@10"]
 

@@ -102,7 +102,7 @@ class RankerData:
     def _replayed(self) -> batches.Requests:
         """The validation requests with what was rising at the moment of each."""
         check_live(self.features, self.preset.ranker.rising, self.control and not self.without_validation)
-        parts = batches.requests(self.features.files("valid"), self.heads, self.preset.encoder.history, SCORED)
+        parts = batches.requests(self.features.files("valid"), self.heads, self.preset.encoder.window, SCORED)
         return batches.together(list(with_live(parts, self.features, "valid", self.preset)))
 
     def sources(self, held_out: bool) -> list[tuple[list[Path], int]]:
@@ -130,7 +130,7 @@ class RankerData:
             for start in range(0, len(order), batch_size):
                 yield self.known.take(order[start : start + batch_size])
             return
-        history = self.preset.encoder.history
+        history = self.preset.encoder.window
         for files, back in self.sources(held_out):
             yield from batches.requests(files, self.heads, history, batch_size, shuffle_seed, back)
 

@@ -55,7 +55,7 @@ def _probe_metric(
                 context = columns.read(torch.from_numpy(np.stack([p[-1] for p in part]))).context
                 histories = [p[:-1, : of_history.width] for p in part]
                 request = batches.of_sequences(
-                    histories, model.config.history, targets, {}, start, columns=of_history, context=context
+                    histories, model.config.window, targets, {}, start, columns=of_history, context=context
                 )
                 rank, scores, _ = scored(model, request, exclude_seen)
                 ranks.append(rank)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vivace.checks import check_fields, check_minimum, check_shares
+from vivace.windows import Window
 
 MASKED = -1e9  # finite, so that a row whose keys are all padding stays a number
 BUCKETS = 32
@@ -100,6 +101,11 @@ class EncoderConfig:
         self._check_positions()
         if not self.head_width and self.width % self.heads:
             raise ValueError(f"EncoderConfig: width {self.width} is not a multiple of heads {self.heads}")
+
+    @property
+    def window(self) -> Window:
+        """What is read of a history."""
+        return Window(self.history, self.slide)
 
     @property
     def grows(self) -> bool:

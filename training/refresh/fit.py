@@ -115,7 +115,7 @@ def windows_of(sequences: list[np.ndarray], preset: Preset, seed: int) -> Callab
 def watched_loss(model: RetrievalModel, features: Features, preset: Preset) -> Callable[[], dict[str, float]]:
     """Log loss and NDCG@10 of validation requests, which the retriever never learns; {} where there are none."""
     heads = [head.name for head in features.schema.heads]
-    read = batches.requests(features.files("valid"), heads, preset.encoder.history, SCORED)
+    read = batches.requests(features.files("valid"), heads, preset.encoder.window, SCORED)
     requests = list(itertools.islice(read, WATCHED // SCORED))
 
     def metric() -> dict[str, float]:

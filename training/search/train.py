@@ -195,7 +195,7 @@ class SearchStudy:
         parts, results = list[tuple[np.ndarray, ...]](), list[SearchResult]()
         total = 0
         files = self.features.files(part)
-        for request in batches.requests(files, heads, self.preset.encoder.history, BATCH):
+        for request in batches.requests(files, heads, self.preset.encoder.window, BATCH):
             real = (request.target_B >= contract.FIRST_ID).numpy()
             ranked, scores = self.recommend(request)
             targets = request.target_B.numpy()[real]
@@ -222,7 +222,7 @@ class SearchStudy:
         for start in range(0, len(log), BATCH):
             part = histories[start : start + BATCH]
             no_target_B = torch.zeros(len(part), dtype=torch.int64)
-            request = batches.of_sequences(part, self.preset.encoder.history, no_target_B, {})
+            request = batches.of_sequences(part, self.preset.encoder.window, no_target_B, {})
             part_queries = queries[start : start + BATCH]
             results += self.search(part_queries, [SearchOptions()] * len(part_queries))
             recommended.append(self.recommend(request))

@@ -157,7 +157,7 @@ def sharded_metric(
                 context = columns.read(torch.from_numpy(np.stack([p[-1] for p in part]))).context
                 histories = [p[:-1, : of_history.width] for p in part]
                 request = batches.of_sequences(
-                    histories, model.config.history, target_B, {}, start, columns=of_history, context=context
+                    histories, model.config.window, target_B, {}, start, columns=of_history, context=context
                 )
                 seen = [s[:, 0] if exclude_seen else s[:0, 0] for s in histories]
                 target_B = target_B.to(items.device)

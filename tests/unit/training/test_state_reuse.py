@@ -10,8 +10,7 @@ import torch
 
 from serving.runtime.grown import GROWN, HIT, MISSED, GrownRetrieval
 from serving.runtime.state_cache import MOST_NEW, StateCache, prefixes
-from training.compile.onnx_export import export, names_of
-from training.compile.steps import check_steps, export_steps
+from training.compile.onnx_export import check_steps, export, export_steps, names_of
 from training.models.encoders import EncoderConfig
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from vivace import contract, windows
@@ -121,9 +120,10 @@ def test_the_compilers_check_tells_another_models_graphs(compiled):
     inputs = _inputs(s, _users(USERS), np.random.default_rng(1))
     names = names_of(contract.retrieval_inputs(s))
     expected = open_session(folder / "retrieval.onnx").run(None, dict(zip(names, inputs, strict=True)))
-    assert check_steps(folder, s, inputs, expected)["encodings"] <= ENCODINGS
+    example, answer = ([torch.from_numpy(x) for x in part] for part in (inputs, expected))
+    assert check_steps(folder, s, example, answer)["encodings"] <= ENCODINGS
     with pytest.raises(ValueError, match="not published"):
-        check_steps(folder, s, inputs, [expected[0], expected[1], expected[2] + 1e-3])
+        check_steps(folder, s, example, [*answer[:2], answer[2] + 1e-3])
 
 
 def test_the_cache_tells_histories_apart_and_keeps_its_bound():
