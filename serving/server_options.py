@@ -10,7 +10,7 @@ from pathlib import Path
 from serving.door.options import AccessOptions
 from serving.process import server_environment
 from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, Listener
-from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
+from serving.runtime.cache_settings import ANSWER_CACHE, STATE_CACHE, CacheSettings
 from serving.runtime.explore import ENVIRONMENT as EXPLORE
 from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleave
 from serving.runtime.rules import ENVIRONMENT as RULES
@@ -39,6 +39,7 @@ class ServerOptions:
     profile: str = ""
     cache_bytes: int = 0
     answer_cache: CacheSettings | None = None  # of whole answers; None: none
+    state_bytes: int = 0  # of each worker's memory for what was worked out of histories; 0: none
     trace_url: str = ""
     trace_rate: int = 100
     log: Path | None = None
@@ -78,6 +79,7 @@ def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     if options.store:  # not by the command line, which every user of the machine can read
         env[STORE_URL] = options.store
     env[ANSWER_CACHE] = "" if options.answer_cache is None else options.answer_cache.text()
+    env[STATE_CACHE] = str(options.state_bytes or "")
     answers = options.answers
     env[ANSWERS] = "" if answers is None else Listener(str(answers), options.variant == TRIAL).to_json()
     env[INTERLEAVE] = "" if options.interleave is None else options.interleave.to_json()

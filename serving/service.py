@@ -26,6 +26,7 @@ from serving.start_checks import (
     check_path,
     check_ports,
     check_rules,
+    check_state_cache,
     check_store,
     check_trace_url,
     check_variant,
@@ -73,6 +74,7 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     check_path(options.repository)
     check_profile(options.repository, options.profile)
     check_cache(options.repository, options.profile, options.cache_bytes, options.answer_cache)
+    check_state_cache(options.repository, options.profile, options.state_bytes)
     if options.shard is not None:
         check_shard(options.repository, options.shard)
     elif shard_count(options.repository):

@@ -31,6 +31,7 @@ from vivace import contract
 from vivace.impressions.samples import SampleOptions
 from vivace.live import RECENT
 from vivace.shard_contract import shard_model
+from vivace.step_contract import ENCODER_STEP
 from vivace.store.interface import StoreError
 
 LEFTOVER = "vivace-triton-"  # how a launcher's folder for temporary files is called
@@ -138,6 +139,31 @@ def check_cache(repository: Path, profile: str, cache_bytes: int, answers: Cache
     if not any(read_config(repository, m, profile).response_cache.enable for m in models(repository, profile)):
         raise ServerError(
             f"--cache-mb: the profile {profile or 'default'} has no cache; leave --profile out, or --cache-mb"
+        )
+
+
+def check_state_cache(repository: Path, profile: str, state_bytes: int) -> None:
+    """Raises ServerError for a cache of states that does not fit the memory, or that the profile or the run cannot
+    use."""
+    if not state_bytes:
+        return
+    config = read_config(repository, contract.ENSEMBLE, profile)
+    if config.platform == "ensemble":
+        raise ServerError(
+            f"--state-cache-mb: the profile {profile or 'default'} keeps no states; serve the profile fused, or leave "
+            "--state-cache-mb out"
+        )
+    workers, total = sum(group.count for group in config.instance_group), psutil.virtual_memory().total
+    if state_bytes * workers > total // 2:
+        raise ServerError(
+            f"--state-cache-mb {state_bytes >> 20}: expected at most {(total // workers) >> 21}, as {workers} workers "
+            "each may take so much and half of this machine's memory is theirs"
+        )
+    if not list((repository / contract.RETRIEVAL).glob(f"*/{ENCODER_STEP}")):
+        raise ServerError(
+            "--state-cache-mb: this run's retriever moves the states of all events with each new one, or is compiled "
+            "with another precision, an index or shards; train with encoder.positions none and compile plainly, or "
+            "leave --state-cache-mb out"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from serving.segments import SHM, Segments
 
 ANSWER_CACHE = "VIVACE_ANSWER_CACHE"  # environment variable by which it does
+STATE_CACHE = "VIVACE_STATE_CACHE"  # bytes of each worker's cache of states; "" for none
 LEAST_BYTES, MAX_S = 1 << 20, 86_400.0
 
 

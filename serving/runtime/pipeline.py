@@ -16,6 +16,7 @@ import numpy as np
 
 from serving.runtime.by_length import chunks, together
 from serving.runtime.fresh import FreshRanking
+from serving.runtime.grown import GrownRetrieval
 from serving.runtime.live_catalogue import LiveCatalogue
 from serving.runtime.overload import Level
 from serving.runtime.response import ResponseStage
@@ -43,6 +44,8 @@ class Pipeline:
         ranked: candidates that are ranked and answered, the retriever's first, or as many as are asked for (0: all).
         whole: histories are read padded to their full length, as the graphs of the ensemble read them. The answers are
             the same but for rounding.
+        state_bytes: of memory for what was worked out of histories, which are then encoded from where they were left
+            (0: each is encoded whole). The answers are the same but for rounding.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Pipeline:
         threads: int = 1,
         ranked: int = 0,
         whole: bool = False,
+        state_bytes: int = 0,
     ) -> None:
         at = lambda stage: repository / stage / version  # noqa: E731
         self.shapes, self.whole = shapes, whole
@@ -66,7 +70,7 @@ class Pipeline:
         self.transform = FeatureTransform(graph, store, shapes, exclude_seen, catalogue=catalogue)
         # threads that wait by spinning take the cores of the other instances: 18 ms CPU a request
         options = session_options(threads, spinning=threads == 1)
-        self._index = self._sharded = None
+        self._index = self._sharded = self.grown = None
         if shapes.indexed:
             from serving.runtime.item_index import IndexedRetrieval  # FAISS, which an exact search does without
 
@@ -74,6 +78,8 @@ class Pipeline:
         elif shapes.shards:  # all of them here: the answers are those of their servers
             shards = local_shards(repository, version, shapes, threads)
             self._sharded = ShardedRetrieval(at(contract.RETRIEVAL), shapes, shards, threads)
+        elif state_bytes:
+            self.grown = GrownRetrieval(at(contract.RETRIEVAL), shapes, state_bytes, options)
         else:
             self._retrieval = open_session(at(contract.RETRIEVAL) / "model.onnx", options=options)
         self.search, self.search_ranking = None, None
@@ -112,6 +118,8 @@ class Pipeline:
             return [*self._index(given), *passed_on]
         if self._sharded is not None:
             return [*self._sharded(given)[0], *passed_on]
+        if self.grown is not None:
+            return [*self.grown(given), *passed_on]
         s = self.shapes
         of_events = (s.history_ids.name, s.history_times.name, s.history_types.name)
         parts = []

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
+from serving.runtime.cache_settings import ANSWER_CACHE, STATE_CACHE, CacheSettings
 from serving.runtime.drift import counts_of_worker
 from serving.runtime.explore import Explorer, explored
 from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleaved, both_rules, both_statuses, settings_of
@@ -28,6 +28,7 @@ from serving.triton.answers import Answers
 from serving.triton.batch import Batch
 from serving.triton.drift import count_answer, count_requests, sample
 from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
+from serving.triton.grown import GrownCounts
 from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
 from vivace.impressions.queue import row_ids, usable_id
@@ -47,7 +48,11 @@ class RecommendModel(Stage):
         seen, threads = self.parameters["exclude_seen"] == "true", int(self.parameters["intra_op_thread_count"])
         repository, ranked = self.folder.parent.parent, int(self.parameters["ranked"])
         store = self.store(readonly=True)
-        self.pipeline = Pipeline(repository, self.folder.name, self.shapes(), store, seen, threads, ranked)
+        states = int(os.environ.get(STATE_CACHE) or 0)
+        self.pipeline = Pipeline(
+            repository, self.folder.name, self.shapes(), store, seen, threads, ranked, state_bytes=states
+        )
+        self.grown = None if self.pipeline.grown is None else GrownCounts(self.pipeline.grown.histories)
         self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), Counts()
         self.answers, self.interleaved = None, None
         self.business = Rules(self.rules_file, self.beside(contract.RESPONSE), self.pipeline.respond)
@@ -77,8 +82,9 @@ class RecommendModel(Stage):
         answered = sum(len(r.rows) for r in computed if not batch.responses[r.place].has_error())
         self.overload.done(level, answered, time.monotonic() - began)
         self.counts.hand_over()
-        if self.answers is not None:
-            self.answers.hand_over()
+        for cache in (self.answers, self.grown):
+            if cache is not None:
+                cache.hand_over()
         self.impressions.hand_over()
         return batch.responses
 

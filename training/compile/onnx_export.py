@@ -19,8 +19,7 @@ from serving.runtime.grown import GrownRetrieval
 from training.data import batches
 from training.data.live import with_live
 from training.judge.parity import difference
-from training.models.retrieval import RetrievalModel
-from training.models.steps import EncoderStepGraph, ScoringGraph, states_of_event
+from training.models.retrieval import EncoderStepGraph, RetrievalModel, ScoringGraph, states_of_event
 from training.presets import Preset, shapes
 from vivace import contract
 from vivace.onnx_session import open_session

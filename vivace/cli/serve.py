@@ -22,6 +22,10 @@ StatusPortOption = Annotated[
     int, typer.Option(help="Prometheus metrics of the watchdog (0: none)", min=0, max=MAX_PORT)
 ]
 CacheMbOption = Annotated[int, typer.Option(help="cache of encoded users (0: none); takes the profile cached", min=0)]
+StateCacheMbOption = Annotated[
+    int,
+    typer.Option(help="each worker's cache of histories' states (0: none); takes the profile fused", min=0),
+]
 AnswerCacheMbOption = Annotated[
     int, typer.Option(help="cache of whole answers (0: none); takes the profile fused", min=0)
 ]
@@ -120,6 +124,7 @@ def serve(
     cache_mb: CacheMbOption = 0,
     answer_cache_mb: AnswerCacheMbOption = 0,
     answer_cache_s: AnswerCacheSOption = 60.0,
+    state_cache_mb: StateCacheMbOption = 0,
     trace_url: TraceUrlOption = "",
     trace_rate: TraceRateOption = 100,
     log_file: LogFileOption = None,
@@ -152,7 +157,7 @@ def serve(
     from serving.service import run_until_signal
 
     run = find_run(artifacts, name)
-    profile = profile or ("cached" if cache_mb else "fused" if answer_cache_mb else "")
+    profile = profile or ("cached" if cache_mb else "fused" if answer_cache_mb or state_cache_mb else "")
     served = _served(run, profile)
     if tls:
         tls_cert, tls_key = _certificate_for_trials(run.root / "tls", host, (tls_cert, tls_key))
@@ -161,6 +166,7 @@ def serve(
         **dict(host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port),  # type: ignore[arg-type]
         profile=profile,
         **_caches(cache_mb, answer_cache_mb, answer_cache_s),
+        state_bytes=state_cache_mb << 20,
         trace_url=trace_url,
         trace_rate=trace_rate,
         log=log_file or _log_of(run, shard),
