@@ -7,6 +7,7 @@ V item ids, N candidates, M encoded events, D width, C values of a candidate (it
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,11 +26,13 @@ from serving.runtime.stages import FeatureTransform, ItemVocabulary, Row
 from vivace import contract
 from vivace.onnx_session import open_session, session_options
 from vivace.run import Run
+from vivace.step_contract import ENCODER_STEP
 from vivace.store.interface import ServingStore
 
 if TYPE_CHECKING:
     from search.online import SearchOptions
 
+log = logging.getLogger(__name__)
 FEWER = 4  # under load, one in so many of the candidates is ranked
 
 
@@ -78,7 +81,7 @@ class Pipeline:
         elif shapes.shards:  # all of them here: the answers are those of their servers
             shards = local_shards(repository, version, shapes, threads)
             self._sharded = ShardedRetrieval(at(contract.RETRIEVAL), shapes, shards, threads)
-        elif state_bytes:
+        elif state_bytes and self._grows(at(contract.RETRIEVAL)):
             self.grown = GrownRetrieval(at(contract.RETRIEVAL), shapes, state_bytes, options)
         else:
             self._retrieval = open_session(at(contract.RETRIEVAL) / "model.onnx", options=options)
@@ -99,6 +102,14 @@ class Pipeline:
         inputs, _ = self.transform([Row("", None, 1)])
         inputs[1] = np.zeros_like(inputs[1])  # what is gone now may come back
         self._popular_N, self._popularity_N = (values[0] for values in self.retrieve(inputs)[:2])
+
+    @staticmethod
+    def _grows(folder: Path) -> bool:
+        """Whether a version has the graph that encodes new events alone; a later one may be compiled without."""
+        there = (folder / ENCODER_STEP).exists()
+        if not there:
+            log.warning("%s: has no %s: histories are encoded whole", folder, ENCODER_STEP)
+        return there
 
     @classmethod
     def published(

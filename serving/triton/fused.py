@@ -52,7 +52,6 @@ class RecommendModel(Stage):
         self.pipeline = Pipeline(
             repository, self.folder.name, self.shapes(), store, seen, threads, ranked, state_bytes=states
         )
-        self.grown = None if self.pipeline.grown is None else GrownCounts(self.pipeline.grown.histories)
         self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), Counts()
         self.answers, self.interleaved = None, None
         self.business = Rules(self.rules_file, self.beside(contract.RESPONSE), self.pipeline.respond)
@@ -69,6 +68,7 @@ class RecommendModel(Stage):
         pipelines = [self.pipeline, *([self.interleaved.pipeline] if self.interleaved is not None else [])]
         for of_pipelines in zip(*(pipeline.warm(self.largest) for pipeline in pipelines), strict=True):
             self.overload.done(of_pipelines[0][0], self.largest, sum(seconds for _, seconds in of_pipelines))
+        self.grown = None if self.pipeline.grown is None else GrownCounts(self.pipeline.grown.histories)
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -27,6 +27,7 @@ class GrownCounts:
         metrics: list[Any] = [family.Metric(labels={}) for family in self._families]
         self._bytes, self._evicted = metrics
         self._known_bytes = 0
+        histories.rows.clear()  # of the warm-up
         for result in (HIT, GROWN, MISSED):
             self._rows(result, 0)
 
