@@ -62,7 +62,7 @@ def fit_memory(model: RetrievalModel, features: Features, seed: int, held_out: f
     read = batches.requests(files, heads, model.config.history, BATCH, shuffle_seed=seed)
     requests = list(itertools.islice(read, REQUESTS // BATCH))
     numbers = [p.requires_grad_() for p in model.memory.parameters()]
-    passes = max(PASSES, math.ceil(STEPS / len(requests)))
+    passes = max(PASSES, math.ceil(STEPS / max(len(requests), 1)))
     optimizer = torch.optim.Adam(numbers, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, passes * len(requests))
     losses: list[float] = []
