@@ -100,10 +100,11 @@ def _may_not_write(match: dict[str, Any]) -> dict[str, Any]:
 
 
 def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
-    probes = f"/v2/health/ready|/v2/models/({'|'.join(options.models)})(/versions/[0-9]{{1,9}})?/ready"
+    probes = f"/v2/models/({'|'.join(options.models)})(/versions/[0-9]{{1,9}})?/ready"
     routes: list[dict[str, Any]] = [
         _away(STOPPING, {"prefix": "/v2/models/", "headers": method("POST")}),
-        _away(UNREADY, {"safe_regex": {"regex": probes}, "headers": method("GET")}),
+        _away(UNREADY, {"path": "/v2/health/ready", "headers": method("GET")}),
+        _away(UNREADY, {"safe_regex": {"regex": probes}, "headers": method("GET")}),  # Envoy takes so long a regex at most
     ]
     routes += [
         {"match": {"path": path, "headers": method("GET")}, "route": to(OTHERS, options, again=True)}
