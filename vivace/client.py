@@ -17,7 +17,7 @@ import numpy as np
 
 from vivace import contract
 from vivace.client_errors import Limit, VivaceError, VivaceTimeoutError
-from vivace.client_explain import AsyncExplainCalls, Explained as Explained, ExplainCalls
+from vivace.client_explain import AsyncExplainCalls, ExplainCalls, Explained as Explained
 from vivace.client_request import (
     PastEvent,
     address,
@@ -34,7 +34,8 @@ from vivace.http_pool import HttpClient
 from vivace.store.interface import Event
 
 __all__ = [
-    "Appended", "AsyncVivaceClient", "Event", "Explained", "Recommendation", "VivaceClient", "VivaceError", "VivaceTimeoutError",
+    "Appended", "AsyncVivaceClient", "Event", "Explained", "Recommendation", "VivaceClient", "VivaceError",
+    "VivaceTimeoutError",
 ]  # fmt: skip
 
 PROTOCOLS = ("grpc", "http")

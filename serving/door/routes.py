@@ -104,7 +104,9 @@ def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
     routes: list[dict[str, Any]] = [
         _away(STOPPING, {"prefix": "/v2/models/", "headers": method("POST")}),
         _away(UNREADY, {"path": "/v2/health/ready", "headers": method("GET")}),
-        _away(UNREADY, {"safe_regex": {"regex": probes}, "headers": method("GET")}),  # Envoy takes so long a regex at most
+        _away(
+            UNREADY, {"safe_regex": {"regex": probes}, "headers": method("GET")}
+        ),  # Envoy takes so long a regex at most
     ]
     routes += [
         {"match": {"path": path, "headers": method("GET")}, "route": to(OTHERS, options, again=True)}

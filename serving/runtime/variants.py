@@ -1,8 +1,8 @@
 """Answers to one request with parts of it left out, by the models that answer the request itself.
 
 Nothing is approximated: a variant is what the served graphs answer to the request without those parts, with the same
-live counters, business rules and filters. What the user has seen stays left out, so that a removed item does not come up
-itself, and events older than those that are read do not move up.
+live counters, business rules and filters. What the user has seen stays left out, so that a removed item does not come
+up itself, and events older than those that are read do not move up.
 Axis legend: B variants, N candidates, C values of a candidate (its score, then a probability a head), X match features.
 """
 

@@ -1,7 +1,7 @@
-"""The model ``explain``: why each item of an answer is there, from Triton's requests to ``serving.runtime.why`` and back.
+"""The model ``explain``: from Triton's requests to ``serving.runtime.why`` and back.
 
 An instance of its own with a short queue, behind all other workers in priority, so that no flood of these calls keeps
-``recommend`` from answering. It opens the graphs when it is first asked, so that a server that nobody asks pays nothing.
+``recommend`` from answering. It opens the graphs when it is first asked: a server that nobody asks pays nothing.
 Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils``).
 """
 
