@@ -24,6 +24,7 @@ from vivace.cli.runs import find_run, run_name, runs
 from vivace.cli.served import address_of, served_run
 from vivace.client import VivaceClient
 from vivace.run import Run
+from vivace.running import running
 
 LOOPBACK = "127.0.0.1"
 PORT = 8010
@@ -51,7 +52,11 @@ def ui(
     address = address_of(url, protocol, run)
     require_server(address, run)
     access = credentials(key, tls_ca, tls_cert)
-    run = _run_behind(run, address, protocol, access, artifacts, name)
+    if not name and (url or not list(running(run or Run(artifacts)))):  # nobody says which run that server serves
+        with VivaceClient(address, protocol, **access) as client:
+            run, why = served_run(client, address, artifacts)
+        if run is None:
+            say(f"{why}: ids alone are shown; --name names the run")
     called = run_name(run, artifacts) if run else ""
     served = Served(lambda: address_of(url, protocol, run), protocol, access, f"vivace serve --name {called or 'RUN'}")
     with socket.create_server((LOOPBACK, port)) as listening:
@@ -61,18 +66,3 @@ def ui(
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
         uvicorn.Server(config).run(sockets=[listening])
     served.close()
-
-
-def _run_behind(
-    run: Run | None, address: str, protocol: str, access: dict[str, object], artifacts: object, name: str
-) -> Run | None:
-    """The run that the server serves: the one that is named, else the one of the data set that it says."""
-    if name:
-        return run
-    from pathlib import Path
-
-    with VivaceClient(address, protocol, **access) as client:
-        of_data, why = served_run(client, address, Path(str(artifacts)))
-    if of_data is None:
-        say(f"{why}: ids alone are shown; --name names the run")
-    return of_data

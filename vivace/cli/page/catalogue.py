@@ -116,8 +116,8 @@ class Catalogue:
         return {item for item, count in counts.most_common(RISING_ITEMS) if count >= RISING_CLICKS}
 
     def cards(self, ids: Sequence[str]) -> list[dict[str, Any]]:
-        """Of each item its ``id``, ``title``, ``price`` (or None), ``attributes`` and whether it is ``new``: sent to the
-        running server and in no trained table. An item of which nothing is known has its id as its title."""
+        """Of each item its ``id``, ``title``, ``price`` (or None), ``attributes`` and whether it is ``new``: sent to
+        the running server and in no trained table. An item of which nothing is known has its id as its title."""
         changed, items = self._changed(), self._items
         known = items.index if items is not None else ()
         cards = []
@@ -176,7 +176,7 @@ class Catalogue:
         return [{"id": user, "events": count} for (user, count), _ in zip(found, range(most), strict=False)]
 
     def history(self, user: str) -> list[dict[str, Any]] | None:
-        """Stored events of a user, oldest first: ``item``, ``type`` and ``time`` (Unix ms); None of one nobody knows."""
+        """Stored events of a user, oldest first: ``item``, ``type`` and ``time`` (Unix ms); None of a stranger."""
         store = self.store()
         stored = store.typed_histories([user])[0] if store is not None and user else None
         if stored is None:

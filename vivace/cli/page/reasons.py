@@ -49,12 +49,12 @@ class LocalReasons:
             pipeline = self._pipeline()
             events = request_tensors(user, history, top_k)[2][1][0] if history else np.array([], object)
             row = parse_row(user.encode(), b"", events, top_k)
-            shown = [
-                pipeline.respond.names_of(np.array([i]))[0].decode() for i in Counterfactuals(pipeline, row).shown()
-            ]
+            ids = Counterfactuals(pipeline, row).shown()
+            shown = [name.decode() for name in pipeline.respond.names_of(ids)]
             if item not in shown:
                 raise ValueError(
-                    f"{item}: not among the first {top_k} by the models alone; live counts, new items or rules put it there"
+                    f"{item}: the models alone do not put it among the first {top_k}; live counts, new items or "
+                    "business rules did"
                 )
             (of,) = because(pipeline, row, [shown.index(item)])
         named = list({i for i in (*(r.item for r in of.reasons), *of.smallest, of.item)})

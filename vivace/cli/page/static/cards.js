@@ -28,15 +28,14 @@ export function card(item, does) {
       h("p", { className: "facts" },
         item.price !== null && h("b", { className: "price", title: "price" }, number(item.price, 2)),
         h("span", {}, attributes)),
-      heads.length > 0 && h("p", { className: "odds" },
-        heads.map(([name, value]) => `${name} ${number(100 * value, 1)} %`).join("  ·  ")),
+      h("p", { className: "odds" },
+        heads.map(([name, value]) => `${name} ${number(100 * value, 1)} %`).join("  ·  "), asks),
       item.found_by.length > 0 && h("p", { className: "odds" }, `found by ${item.found_by.join(", ")}`),
       h("div", { className: "acts" }, does.types.map(act),
         h("button", {
           type: "button", className: "quiet", "aria-label": `Skip ${item.title}`,
           title: "Hides it here; nothing is stored", onclick: does.skip,
-        }, "Skip"),
-        asks),
+        }, "Skip")),
       reasons));
 }
 

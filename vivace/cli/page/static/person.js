@@ -244,7 +244,7 @@ export class View {
     const items = this.answer.items.filter((item) => !this.skipped.has(item.id)).slice(0, SHOWN_ITEMS);
     const searched = Boolean(this.queryInput.value.trim());
     const words = this.answer.words || this.answer.status;
-    this.say(`${words} Answered in ${number(this.answer.ms)} ms.`, this.answer.degraded ? "warn" : "");
+    this.say(`${words} It took ${number(this.answer.ms)} ms.`, this.answer.degraded ? "warn" : "");
     if (this.answer.degraded) this.parts.status.append(h("small", {}, ` STATUS ${this.answer.status}`));
     this.drawUnderstood(this.answer.understood);
     this.parts.items.replaceChildren(...items.map((item) => card(item, {

@@ -33,12 +33,12 @@ export function picture(card) {
   const shapes = s("g", { fill: INK });
   for (let place = 0; place < 3; place += 1) {
     const part = (one >>> (place * 9)) & 511;
-    const shape = motif(38 + place * 42 + (part % 17) - 8, 40 + (part % 23) - 11, 13 + (part % 11));
+    const shape = motif(38 + place * 42 + (part % 17) - 8, 35 + (part % 19) - 9, 13 + (part % 11));
     shape.setAttribute("opacity", SHADES[(place + one) % 3]);
     shapes.append(shape);
   }
-  const text = s("text", { x: 10, y: 90, fill: INK, "font-size": 13, "font-weight": 600 });
+  const text = s("text", { x: 10, y: 79, fill: INK, "font-size": 13, "font-weight": 600 });
   text.textContent = category.length > 20 ? `${category.slice(0, 19)}…` : category;
-  const ground = s("rect", { width: 160, height: 100, fill: COLOURS[kind % COLOURS.length] });
-  return s("svg", { viewBox: "0 0 160 100", "aria-hidden": "true", class: "picture" }, ground, shapes, text);
+  const ground = s("rect", { width: 160, height: 88, fill: COLOURS[kind % COLOURS.length] });
+  return s("svg", { viewBox: "0 0 160 88", "aria-hidden": "true", class: "picture" }, ground, shapes, text);
 }
