@@ -236,6 +236,17 @@ class VivaceClient(UpdateCalls, ExplainCalls):
         configuration: dict[str, Any] = config.get("config", config)
         return configuration
 
+    def offers(self, model: str) -> bool:
+        """Whether the server has ``model`` and it is ready. Raises VivaceError where the server does not answer."""
+        limit = Limit(self._timeout_s)
+        try:
+            return bool(self._client.is_model_ready(model, client_timeout=limit.left(), headers=self._headers))
+        except Exception as error:
+            failed = limit.error(error)
+            if failed.passing:
+                raise failed from error
+            return False
+
     def about(self) -> dict[str, str]:
         """What the server says of what it serves: ``data``, the name of the data set, ``precision`` and
         others; a run that was compiled before it could says less. Raises VivaceError."""

@@ -16,7 +16,6 @@ from starlette.staticfiles import StaticFiles
 
 from vivace.cli.page.catalogue import Catalogue
 from vivace.cli.page.person import Person
-from vivace.cli.page.reasons import LocalReasons
 from vivace.cli.page.security import OnlyThisPage
 from vivace.cli.page.served import AwayError, RefusedError, Served
 from vivace.run import Run
@@ -62,7 +61,7 @@ def tells(work: Callable[[dict[str, Any]], Any]) -> Callable[[Request], Any]:
     return endpoint
 
 
-def about(served: Served, catalogue: Catalogue, reasons: LocalReasons, name: str) -> dict[str, Any]:
+def about(served: Served, catalogue: Catalogue, name: str) -> dict[str, Any]:
     """What the page is over."""
     return {
         **served.about(),
@@ -70,7 +69,6 @@ def about(served: Served, catalogue: Catalogue, reasons: LocalReasons, name: str
         "address": served.address,
         "local": catalogue.known,
         "event_types": catalogue.event_types,
-        "why": reasons.possible,
     }
 
 
@@ -78,11 +76,10 @@ def make_app(served: Served, run: Run | None, name: str, port: int, more: tuple[
     """The application. ``run``: that of the server, None where it is not on this machine; ``port``: of the page;
     ``more``: routes of other views."""
     catalogue = Catalogue(run)
-    reasons = LocalReasons(run, catalogue)
-    person = Person(served, catalogue, reasons)
+    person = Person(served, catalogue)
     routes = [
         Route("/", lambda request: FileResponse(STATIC / "index.html")),
-        Route("/api/about", lambda request: answered(lambda: about(served, catalogue, reasons, name))),
+        Route("/api/about", lambda request: answered(lambda: about(served, catalogue, name))),
         Route("/api/people", asks(person.people, "q")),
         Route("/api/items", asks(person.items, "q")),
         Route("/api/history", asks(person.history, "user")),

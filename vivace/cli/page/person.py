@@ -8,11 +8,12 @@ from typing import Any
 
 from vivace import contract
 from vivace.cli.page.catalogue import Catalogue
-from vivace.cli.page.reasons import LocalReasons
 from vivace.cli.page.served import Served
 from vivace.cli.query import ADVICE
 from vivace.client import Recommendation
+from vivace.client_explain import Explanation
 from vivace.client_request import PastEvent
+from vivace.explain_contract import HISTORY
 
 TOP_K, MOST, SUGGESTED = 12, 48, 8
 WHAT_IT_MEANS = {
@@ -66,12 +67,28 @@ def _words(raw: Mapping[str, Any], name: str) -> str:
     return value
 
 
+def _request(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``client.recommend`` and ``explain``. Raises ValueError."""
+    history, query = _past(raw.get("history")), _words(raw, "query").strip()
+    filters, diversity = raw.get("filters") or None, _number(raw, "diversity", 0, 1, 0.0)
+    return {
+        "user_id": ""
+        if history == []
+        else _words(raw, "user"),  # an empty HISTORY means the stored one; nobody has none
+        "history": history or (),
+        "top_k": int(_number(raw, "top_k", 1, MOST, TOP_K)),
+        "query": query,
+        "filters": filters if query else None,
+        "diversity": diversity if query else 0.0,
+    }
+
+
 class Person:
     """What the view asks for, as plain values of JSON. Methods raise ValueError for what is wrong in a request, and
     what ``Served.call`` raises."""
 
-    def __init__(self, served: Served, catalogue: Catalogue, reasons: LocalReasons) -> None:
-        self._served, self._catalogue, self._reasons = served, catalogue, reasons
+    def __init__(self, served: Served, catalogue: Catalogue) -> None:
+        self._served, self._catalogue = served, catalogue
 
     def people(self, words: str) -> list[dict[str, Any]]:
         return self._catalogue.people(words, SUGGESTED)
@@ -90,26 +107,35 @@ class Person:
 
     def recommend(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to ``user``, ``history`` (None: the stored one), ``query``, ``filters``, ``diversity``."""
-        user, history, query = _words(raw, "user"), _past(raw.get("history")), _words(raw, "query").strip()
-        top_k = int(_number(raw, "top_k", 1, MOST, TOP_K))
-        diversity = _number(raw, "diversity", 0, 1, 0.0)
-        filters = raw.get("filters") or None
-        if history == []:  # an empty HISTORY means the stored one; nobody has none
-            user = ""
+        request, history = _request(raw), _past(raw.get("history"))
         began = time.perf_counter()
-        answer = self._served.call(
-            lambda client: client.recommend(
-                user, history or (), top_k, query, filters=filters if query else None,
-                diversity=diversity if query else 0.0,
-            )
-        )  # fmt: skip
+        answer = self._served.call(lambda client: client.recommend(**request))
         took = (time.perf_counter() - began) * 1000
-        seen = self._seen(user, history)
+        seen = self._seen(request["user_id"], history)
         return {
             "items": self._items(answer, seen), "status": answer.status, "words": in_words(answer.status),
             "degraded": answer.degraded, "understood": _understood(answer.understood),
             "request_id": answer.request_id, "ms": round(took, 1),
         }  # fmt: skip
+
+    def why(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Reasons of each item of the answer to the same request, by item id: ``sentence``, ``parts`` and
+        ``smallest``."""
+        request = _request(raw)
+        explained = self._served.call(lambda client: client.explain(**request))
+        return {of.item: self._reasons(of) for of in explained.items}
+
+    def _reasons(self, of: Explanation) -> dict[str, Any]:
+        """``parts``, the largest effect first: ``name``, ``effect`` (None: without it the item is no candidate) and
+        ``place``, where the item then stands (None: nowhere)."""
+        ids = [*(i for reason in of.reasons for i in reason.get("events", [])), *of.smallest]
+        titles = {card["id"]: card["title"] for card in self._catalogue.cards(ids)}
+        parts = []
+        for reason in of.reasons:
+            name = titles[reason["events"][0]] if reason["kind"] == HISTORY else reason.get("name") or reason["kind"]
+            value = f" {reason['value']}" if "value" in reason else ""
+            parts.append({"name": f"{name}{value}", "effect": reason["effect"], "place": reason["rank"]})
+        return {"sentence": of.sentence, "parts": parts, "smallest": [titles[i] for i in of.smallest]}
 
     def _seen(self, user: str, history: Sequence[PastEvent] | None) -> set[str]:
         if history is None:
@@ -140,14 +166,6 @@ class Person:
             lambda client: client.append(user, item, _words(raw, "type"), request_id=_words(raw, "request_id"))
         )
         return {"length": int(appended), "status": appended.status}
-
-    def why(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The reasons of ``item`` in the answer to ``user`` and ``history``."""
-        if not self._reasons.possible:
-            raise ValueError("Reasons need the run's folder on this machine.")
-        user, history = _words(raw, "user"), _past(raw.get("history"))
-        top_k = int(_number(raw, "top_k", 1, MOST, TOP_K))
-        return self._reasons.of(user, history or (), top_k, _words(raw, "item"), "en")
 
 
 def _understood(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from vivace import contract
 from vivace.client import VivaceClient, VivaceError
+from vivace.explain_contract import EXPLAIN
 
 T = TypeVar("T")
-EXPLAIN = "explain"  # the served model of reasons, where a server has one
 
 
 class AwayError(RuntimeError):
@@ -73,16 +73,8 @@ class Served:
             "precision": parameters.get("precision", ""),
             "heads": [name.lower() for name in outputs if name not in usual],
             "search": contract.UNDERSTOOD.name in outputs,
-            "explain": self.has(EXPLAIN),
+            "explain": self.call(lambda client: client.offers(EXPLAIN)),
         }
-
-    def has(self, model: str) -> bool:
-        """Whether the server offers ``model``. Raises AwayError."""
-        try:
-            self.call(lambda client: client.configuration(model))
-        except RefusedError:
-            return False
-        return True
 
     def close(self) -> None:
         with self._lock:

@@ -44,7 +44,7 @@ async function unfold(button, panel, why) {
   panel.hidden = !open;
   button.setAttribute("aria-expanded", String(open));
   if (!open || panel.childElementCount) return;
-  panel.replaceChildren(h("p", { role: "status" }, "Asking without each part of the history …"));
+  panel.replaceChildren(h("p", { role: "status" }, "Asking again without each part …"));
   try {
     panel.replaceChildren(...drawn(await why()));
   } catch (error) {
@@ -54,16 +54,16 @@ async function unfold(button, panel, why) {
 
 function drawn(reasons) {
   const sentence = reasons.sentence.charAt(0).toUpperCase() + reasons.sentence.slice(1);
-  const most = Math.max(...reasons.reasons.map((reason) => reason.drop ?? 0), 1e-6);
+  const most = Math.max(...reasons.parts.map((part) => part.effect ?? 0), 1e-6);
   return [
     h("p", { className: "sentence" }, `${sentence}.`),
-    h("ul", { className: "reasons" }, reasons.reasons.slice(0, 4).map((reason) =>
-      h("li", {}, h("span", {}, reason.title),
+    h("ul", { className: "reasons" }, reasons.parts.slice(0, 4).map((part) =>
+      h("li", {}, h("span", {}, part.name),
         h("meter", {
-          min: 0, max: 1, value: reason.drop === null ? 1 : Math.max(0, reason.drop / most),
-          "aria-label": `weight of ${reason.title}`,
+          min: 0, max: 1, value: part.effect === null ? 1 : Math.max(0, part.effect / most),
+          "aria-label": `weight of ${part.name}`,
         }),
-        h("small", {}, reason.place ? `without it: place ${reason.place}` : "without it: not among the candidates")))),
-    h("p", { className: "source" }, `Nothing is estimated: ${reasons.source}.`),
+        h("small", {}, part.place ? `without it: place ${part.place}` : "without it: not among the candidates")))),
+    h("p", { className: "source" }, "By asking the same server again without each part; nothing is estimated."),
   ];
 }

@@ -242,21 +242,24 @@ export class View {
 
   drawAnswer() {
     const items = this.answer.items.filter((item) => !this.skipped.has(item.id)).slice(0, SHOWN_ITEMS);
-    const searched = Boolean(this.queryInput.value.trim());
+    this.reasons = null;
     const words = this.answer.words || this.answer.status;
     this.say(`${words} It took ${number(this.answer.ms)} ms.`, this.answer.degraded ? "warn" : "");
     if (this.answer.degraded) this.parts.status.append(h("small", {}, ` STATUS ${this.answer.status}`));
     this.drawUnderstood(this.answer.understood);
     this.parts.items.replaceChildren(...items.map((item) => card(item, {
       types: this.types, label, act: (type) => this.act(item, type), skip: () => this.skip(item),
-      why: this.about.why && !searched ? () => this.why(item) : null,
+      why: this.about.explain ? () => this.why(item) : null,
     })));
     document.body.dataset.drawn = String(Number(document.body.dataset.drawn ?? 0) + 1);
   }
 
-  why(item) {
-    const { user, history, top_k: most } = this.asked();
-    return post("/api/why", { user, history, top_k: most, item: item.id });
+  /** Of one item; the server explains the whole answer at once. */
+  async why(item) {
+    this.reasons ??= post("/api/why", this.asked());
+    const of = (await this.reasons)[item.id];
+    if (!of) throw new Error("The answer has changed since: this item is not in it any more.");
+    return of;
   }
 
   drawUnderstood(of) {
