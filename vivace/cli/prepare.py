@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,10 @@ def prepare(
     new_items: Annotated[
         bool, typer.Option(help="items of the catalogue without a training event are known too")
     ] = True,
+    cross: Annotated[
+        list[str] | None,
+        typer.Option(help="columns of the context whose values together are one too: device,hour; may be repeated"),
+    ] = None,
     partitions: Annotated[int, typer.Option(help="files by user; one must fit in memory", min=1)] = 4,
     workers: Annotated[
         int, typer.Option(help="Dask worker processes (0: this process; CUDA workers with cuDF)", min=0)
@@ -62,6 +67,12 @@ def prepare(
     from preprocessing.readers import open_source
 
     source = open_source(data, path, size | {"seed": seed})
+    if cross:
+        crosses = (*source.schema.crosses, *(tuple(name.strip() for name in names.split(",")) for names in cross))
+        try:
+            source.schema = replace(source.schema, crosses=crosses)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--cross") from None
     from preprocessing.prepare import PrepareConfig, prepare as prepare_run
     from preprocessing.splits import LEAVE_ONE_OUT, SESSIONS, SplitConfig
     from preprocessing.workflow import VocabularyConfig
