@@ -2,7 +2,8 @@
 
 Each raw column is one graph input: string [rows] for categoricals ("" is null), float32 [rows] for continuous ones
 (NaN is null). Each encoded column is one output, named by ``encoded_name``; a cross has no input, but those of its
-columns, which have to be there. Operators: EmptyToNull, Crossed, Categorify (one vocabulary a column), FillMissing, FillMedian, Normalize, NormalizeMinMax, LogOp, and selections; anything else raises.
+columns, which have to be there. Operators: EmptyToNull, Crossed, Categorify (one vocabulary a column), FillMissing,
+FillMedian, Normalize, NormalizeMinMax, LogOp, and selections; anything else raises.
 """
 
 from __future__ import annotations

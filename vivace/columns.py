@@ -123,6 +123,12 @@ class DataSchema:
             raise ValueError(f"DataSchema.unknown_items: expected 'reject' or 'keep', got {self.unknown_items!r}")
         if not self.heads:
             raise ValueError("DataSchema.heads: expected at least one task head, got none")
+        for cross in self.crosses:
+            if len(cross) < 2 or len(set(cross)) < len(cross) or not set(cross) <= set(self.plain_context):
+                raise ValueError(
+                    f"DataSchema.crosses: expected two or more different ones of {list(self.plain_context)} in each, "
+                    f"got {list(cross)}"
+                )
         for names in (self.event_columns, (ITEM, TEXT, *self.item_columns)):  # two tables
             if len(set(names)) != len(names):
                 raise ValueError(f"DataSchema {self.name}: column names repeat: {sorted(names)}")
@@ -133,12 +139,6 @@ class DataSchema:
             )
         if strange := sorted(set(self.user_columns) - {*self.context_categoricals, *self.context_continuous}):
             raise ValueError(f"DataSchema.user_columns: expected event columns, got {strange}")
-        for cross in self.crosses:
-            if len(cross) < 2 or len(set(cross)) < len(cross) or not set(cross) <= set(self.plain_context):
-                raise ValueError(
-                    f"DataSchema.crosses: expected two or more different ones of {list(self.plain_context)} in each, "
-                    f"got {list(cross)}"
-                )
 
     @property
     def clock_columns(self) -> tuple[str, ...]:

@@ -29,7 +29,8 @@ _FORM = {"delimiter": TEXT, "encoding": TEXT, "quote": TEXT, "decimal": TEXT, "t
 _KEYS: dict[str, dict[str, str]] = {
     "": {
         "name": TEXT, "unknown_items": TEXT, "exclude_seen": BOOLEAN, "sessions": BOOLEAN, "licence": TEXT,
-        INTERACTIONS: "", ITEMS: "", USERS: "", SEARCHES: "", "heads": NUMBERS, "clock": BOOLEAN, "crosses": GROUPS, **_FORM,
+        INTERACTIONS: "", ITEMS: "", USERS: "", SEARCHES: "", "heads": NUMBERS, "clock": BOOLEAN, "crosses": GROUPS,
+        **_FORM,
     },
     INTERACTIONS: {
         "files": TEXTS, "user": TEXT, "item": TEXT, "time": TEXT, "time_unit": TEXT, "event_type": TEXT,

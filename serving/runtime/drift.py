@@ -36,8 +36,8 @@ Inputs = list[np.ndarray]
 
 
 def context_names(columns: ContextColumns, shapes: StageTensors) -> tuple[list[str], list[str]]:
-    """Categorical and continuous columns that models read, in the order of the tensors, without the clock's, of which an
-    hour's share says nothing, and without crosses, whose parts say it."""
+    """Categorical and continuous columns that models read, in the order of the tensors, without the clock's, of which
+    an hour's share says nothing, and without crosses, whose parts say it."""
     watched = [columns.categoricals[i] for i in columns.counted] if shapes.context else []
     return watched, list(columns.continuous) if shapes.amounts else []
 

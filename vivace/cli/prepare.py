@@ -11,6 +11,7 @@ from rich.table import Table
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Data, DataPath, NewName, Seed, console, say
 from vivace.cli.runs import mark_prepared, new_run, say_next
 from vivace.cli.values import choice, values_of
+from vivace.contract import DataSchema
 from vivace.run import Run
 
 SHOP_ONLY = "Size of the made-up shop"
@@ -67,12 +68,7 @@ def prepare(
     from preprocessing.readers import open_source
 
     source = open_source(data, path, size | {"seed": seed})
-    if cross:
-        crosses = (*source.schema.crosses, *(tuple(name.strip() for name in names.split(",")) for names in cross))
-        try:
-            source.schema = replace(source.schema, crosses=crosses)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--cross") from None
+    source.schema = with_crosses(source.schema, cross or [])
     from preprocessing.prepare import PrepareConfig, prepare as prepare_run
     from preprocessing.splits import LEAVE_ONE_OUT, SESSIONS, SplitConfig
     from preprocessing.workflow import VocabularyConfig
@@ -95,6 +91,12 @@ def prepare(
             from preprocessing.hugectr import write_hugectr
 
             write_hugectr(Features(run.features), run.hugectr, say)
+    say_results(results, run)
+    say_next("train", run, artifacts)
+    return run
+
+
+def say_results(results: dict[str, Any], run: Run) -> None:
     say(
         f"{results['events']:,} events, {results['users']:,} users, {results['items_in_vocabulary']:,} items; "
         f"requests {results['requests']}"
@@ -106,8 +108,15 @@ def prepare(
     console.print(rows_table(results))
     if results["rejected"] or results["changed"]:
         say(f"these rows: {run.features / 'rejects.csv'} and changed.csv beside it")
-    say_next("train", run, artifacts)
-    return run
+
+
+def with_crosses(schema: DataSchema, given: list[str]) -> DataSchema:
+    """``schema`` and the crosses of --cross, columns by commas each."""
+    crosses = (*schema.crosses, *(tuple(name.strip() for name in names.split(",")) for names in given))
+    try:
+        return replace(schema, crosses=crosses)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--cross") from None
 
 
 def rows_table(results: dict[str, Any]) -> Table:
