@@ -17,6 +17,7 @@ from typing import Any
 
 from prometheus_client import Metric
 
+from serving.acceptance import LEAST
 from serving.compared import Clicks, Compared, Side, as_metrics, as_state, shift
 from serving.door.rollout import Split
 from serving.fleet import Accept, Fleet
@@ -63,6 +64,8 @@ class Plan:
     """Share of users whose last answer may be without an item, beyond the served version's."""
     drift: float = 3.0
     """How far the median score of the first item may lie from the served version's, in its spreads; 0: not judged."""
+    least_quality: float = LEAST
+    """Share of the served version's NDCG@10 on recorded requests that it must have before any user gets it; 0: any."""
     more_partial: float = 0.05
     """Share of answers that may be less than whole, or for want of a known history, beyond the served version's."""
 
@@ -74,7 +77,10 @@ class Plan:
             )
         if list(self.shares) != sorted(self.shares):
             raise ValueError(f"shares: expected each step to be as large as the one before, got {self.shares}")
-        for name in ("wait_s", "shadow", "more_errors", "more_empty", "drift", "more_partial", "slower"):
+        least_quality, limits = self.least_quality, ("more_errors", "more_empty", "more_partial", "drift", "slower")
+        if not 0 <= least_quality <= 1:
+            raise ValueError(f"least_quality: expected a share from 0 to 1, got {least_quality}")
+        for name in ("wait_s", "shadow", *limits):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.interleave and self.shadow:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vivace import contract
+from vivace.explain_contract import EXPLAIN
 
-PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT, contract.UPDATE_STORE)
+PUBLIC = (contract.ENSEMBLE, EXPLAIN, contract.APPEND_EVENT, contract.UPDATE_STORE)
+READING = (contract.ENSEMBLE, EXPLAIN)  # of a key that may not write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,10 @@ class DoorOptions:
     """Calls of ``recommend`` at Triton; more are answered 503 at once. Triton's HTTP side hands an answer to the thread
     that sends it through a socket and forgets it where that is full, which it is with 278: of all calls together there
     must be fewer, as one thread may have them all."""
-    max_others: int = 48
+    max_others: int = 40
     """The same of all other calls, which a storm of those does not keep out."""
+    max_explains: int = 8
+    """The same of ``explain``, each of which is as much work as several of ``recommend``."""
     slow_client_s: float = 15.0
     """A request that has not arrived whole by then is dropped."""
     timeout_s: float = 60.0

@@ -6,9 +6,10 @@ import ipaddress
 import socket
 from typing import Any
 
-from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND, TRIAL
-from serving.door.options import PUBLIC, DoorOptions
+from serving.door.endpoints import EXPLAINS, GRPC, METRICS, OTHERS, RECOMMEND, TRIAL
+from serving.door.options import PUBLIC, READING, DoorOptions
 from vivace import contract
+from vivace.explain_contract import EXPLAIN
 
 SERVICE = "/inference.GRPCInferenceService"
 GRPC_READS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig")
@@ -45,6 +46,8 @@ def to(cluster: str, options: DoorOptions, again: bool = False) -> dict[str, Any
 
 def _infer(model: str, match: dict[str, Any], options: DoorOptions) -> list[dict[str, Any]]:
     """Routes of a model's calls."""
+    if model == EXPLAIN:
+        return [{"match": match, "route": to(EXPLAINS, options, again=True), "stat_prefix": model}]
     if model != contract.ENSEMBLE:
         return [{"match": match, "route": to(OTHERS, options), "stat_prefix": model}]
     sign = {"name": VARIANT, "string_match": {"exact": ON_TRIAL}}
@@ -97,10 +100,13 @@ def _may_not_write(match: dict[str, Any]) -> dict[str, Any]:
 
 
 def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
-    probes = f"/v2/health/ready|/v2/models/({'|'.join(options.models)})(/versions/[0-9]{{1,9}})?/ready"
+    probes = f"/v2/models/({'|'.join(options.models)})(/versions/[0-9]{{1,9}})?/ready"
     routes: list[dict[str, Any]] = [
         _away(STOPPING, {"prefix": "/v2/models/", "headers": method("POST")}),
-        _away(UNREADY, {"safe_regex": {"regex": probes}, "headers": method("GET")}),
+        _away(UNREADY, {"path": "/v2/health/ready", "headers": method("GET")}),
+        _away(
+            UNREADY, {"safe_regex": {"regex": probes}, "headers": method("GET")}
+        ),  # Envoy takes so long a regex at most
     ]
     routes += [
         {"match": {"path": path, "headers": method("GET")}, "route": to(OTHERS, options, again=True)}
@@ -109,7 +115,7 @@ def http_routes(options: DoorOptions) -> list[dict[str, Any]]:
     for model in options.models:
         base = f"/v2/models/{model}(/versions/[0-9]{{1,9}})?"
         infer = {"safe_regex": {"regex": f"{base}/infer"}, "headers": method("POST")}
-        if options.keys and model != contract.ENSEMBLE:
+        if options.keys and model not in READING:
             routes.append(_may_not_write(infer))
         routes += _infer(model, infer, options)
         config = "|/config" if model == contract.ENSEMBLE else ""  # those of the others name the store
@@ -136,7 +142,7 @@ def grpc_routes(options: DoorOptions) -> list[dict[str, Any]]:
         _away(UNREADY, {"safe_regex": {"regex": readiness}}, typed_per_filter_config={BRIDGE: no_bridge}),
     ]
     if options.keys:
-        writing = (model for model in PUBLIC if model != contract.ENSEMBLE)
+        writing = (model for model in PUBLIC if model not in READING)
         away += [_may_not_write({"prefix": "/", "headers": _model(model)}) for model in writing]
     # by the model that the checks read in the message; a caller's own header is gone
     of_models = [_infer(model, {"prefix": "/", "headers": _model(model)}, options) for model in PUBLIC]
