@@ -17,6 +17,7 @@ import numpy as np
 from vivace.explain_contract import CHINESE, ENGLISH
 
 LARGEST_SHARE = 0.05  # of the items with a value: what is more common than that says nothing
+FEW = 5  # items: what fewer share may be one person's whim, such as a tag given once
 Triple = tuple[str, str, str]
 
 
@@ -72,9 +73,9 @@ class ItemGraph:
 
     def path(self, history: Sequence[str], recommended: str) -> Path | None:
         """The most telling path from ``history``, oldest first, to an item: a direct one before a shared value, of
-        shared ones that of the fewest items, of equals to the newest item. None where there is none, or all it shares
+        shared ones that of the fewest items, but less than FEW after all others, of equals to the newest item. None where there is none, or all it shares
         is common to more than LARGEST_SHARE of the items (and to more than two)."""
-        best: tuple[int, int, Path] | None = None
+        best: tuple[tuple[bool, int, int], Path] | None = None
         most = max(2, int(LARGEST_SHARE * len(self)))
         of_recommended = self._values.get(recommended, set())
         for age, item in enumerate(dict.fromkeys(reversed(history))):
@@ -86,9 +87,10 @@ class ItemGraph:
             shared = ((len(self._items[pair]), *pair) for pair in of_item & of_recommended)
             candidates += [found for found in shared if found[0] <= most]
             for count, relation, value in sorted(candidates):
-                if best is None or (count, age) < best[:2]:
-                    best = count, age, Path(item, relation, recommended, value, max(count - 2, 0))
-        return best[2] if best else None
+                order = 0 < count < FEW, count, age
+                if best is None or order < best[0]:
+                    best = order, Path(item, relation, recommended, value, max(count - 2, 0))
+        return best[1] if best else None
 
 
 def of_catalogue(items: Sequence[str], columns: Mapping[str, Sequence[object]]) -> Iterable[Triple]:

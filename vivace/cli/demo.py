@@ -32,6 +32,7 @@ LOAD_USERS = 8
 NEW_ITEM_S = 10.0
 EXPLAINED = 3  # items of the first answer whose reasons are printed
 TUNED = "tuned"
+SHOP = "shop"
 
 
 def _answers(run: Run, server: TritonServer, search: bool) -> None:
@@ -80,6 +81,9 @@ def _new_item(run: Run, client: VivaceClient, visitor: str, like: str) -> None:
     say(f"new item: {new[contract.ITEM]} {new[contract.TITLE]}; STATUS {status}")
     while new[contract.ITEM] not in (items := client.recommend(visitor, top_k=contract.MAX_TOP_K).items):
         if time.monotonic() - began > NEW_ITEM_S:
+            if run.schema().name != SHOP:  # of the shop it is known that it comes
+                say(f"it is not among the first {len(items)} for {visitor}: others are nearer to one event")
+                return
             raise ValueError(f"demo: {new[contract.ITEM]} is in no answer {NEW_ITEM_S} s after it was put in")
         time.sleep(0.05)
     place, seconds = items.index(new[contract.ITEM]) + 1, time.monotonic() - began

@@ -36,6 +36,13 @@ def test_the_rarest_shared_value_is_named_of_equals_the_newest_item():
     assert [twice.path(h, "c").item for h in (["a", "b"], ["b", "a"])] == ["b", "a"]
 
 
+def test_what_five_share_is_named_before_a_whim_of_two():
+    rows = [*((f"i{n}", "tag", "doom") for n in range(5)), *((f"i{n}", "tag", "gym") for n in range(2))]
+    rows += [(f"other{n}", "tag", "rock") for n in range(100)]
+    path = ItemGraph(rows).path(["i0"], "i1")
+    assert path is not None and (path.value, path.others) == ("doom", 3)
+
+
 def test_nothing_is_claimed_of_items_that_share_nothing():
     assert films().path(["heat", "seven"], "alien") is None
     assert films().path(["alien"], "alien") is None and films().path(["?"], "blade") is None
