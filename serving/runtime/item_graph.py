@@ -73,8 +73,9 @@ class ItemGraph:
 
     def path(self, history: Sequence[str], recommended: str) -> Path | None:
         """The most telling path from ``history``, oldest first, to an item: a direct one before a shared value, of
-        shared ones that of the fewest items, but less than FEW after all others, of equals to the newest item. None where there is none, or all it shares
-        is common to more than LARGEST_SHARE of the items (and to more than two)."""
+        shared ones that of the fewest items, but less than FEW after all others, of equals to the newest item. None
+        where there is none, or all it shares is common to more than LARGEST_SHARE of the items (and to more than
+        two)."""
         best: tuple[tuple[bool, int, int], Path] | None = None
         most = max(2, int(LARGEST_SHARE * len(self)))
         of_recommended = self._values.get(recommended, set())
