@@ -204,7 +204,8 @@ class Variants:
             return ids_BN, values_BCN
         if self._found is None:
             self._found = search([self._row.query], [self._options], [self._base[0][0]])[0]
-        found, results = self._found, list[SearchResult]()
+        found = self._found
+        results: list[SearchResult] = []
         for left in lefts:
             features_NX = found[1]
             for part in (self.parts[i] for i in left if self.parts[i].kind == QUERY):
