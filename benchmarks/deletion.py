@@ -135,8 +135,8 @@ def main(
     if not deleted:
         raise RuntimeError(f"{root}: no user of the test split has {LEAST} items and more in the store")
     result = {name: interval([[case[name] for case in of_user] for of_user in deleted]) for name in deleted[0][0]}
-    for name, values in result.items():
-        print(f"{name:28} {figures(values)}")
+    for name, of in result.items():
+        print(f"{name:28} {figures(of)}")
     least = {name: float(np.mean(values)) for name, values in sets.items()}
     print(f"sets: {least}, of {len(sets['is least'])}")
     print(record_line("deletion", run=root.name, cases=2 * len(deleted), named=named, top_k=top_k, results=result,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.explain_cost artifacts/shop --turns 5
 
-One run, in turns. Cost of a call: ``recommend`` and ``explain`` of the same users one after the other at concurrency 1,
+One run, in turns. Cost of a call: ``recommend`` and ``explain`` of the same users at concurrency 1,
 on one server: p50 of each and the processor time a call of all the server's processes. Nothing paid: p50 and processor
 time of ``recommend`` at one rate, of a server with the model and of one whose repository lacks it; as a control a second
 server without it. Flood: the same rate while ``--callers`` call ``explain`` without a pause. The last line of stdout is
@@ -28,8 +28,8 @@ import typer
 from benchmarks.turns import in_turns, spread, with_spread
 from loadtest.generate.generator import LoadRun, at_rate, messages, run
 from loadtest.generate.local_server import grpc_address, on_free_ports
-from preprocessing.requests import recorded, requests_of
 from loadtest.reports.record import record_line
+from preprocessing.requests import recorded, requests_of
 from serving.fleet import Fleet
 from vivace.client import VivaceClient, VivaceError
 from vivace.explain_contract import EXPLAIN
