@@ -2,11 +2,11 @@
 
     python -m benchmarks.explain_cost artifacts/shop --turns 5
 
-One run, in turns. Cost of a call: ``recommend`` and ``explain`` of the same users at concurrency 1,
-on one server: p50 of each and the processor time a call of all the server's processes. Nothing paid: p50 and processor
-time of ``recommend`` at one rate, of a server with the model and of one whose repository lacks it; as a control a second
-server without it. Flood: the same rate while ``--callers`` call ``explain`` without a pause. The last line of stdout is
-one JSON object.
+One run, in turns. Cost of a call: ``recommend`` and ``explain`` of the same users at concurrency 1, on one server: p50
+of each and the processor time a call of all the server's processes. Nothing paid: p50 and processor time of
+``recommend`` at one rate, of a server with the model and of one whose repository lacks it; as a control a second server
+without it. Flood: the same rate while ``--callers`` call ``explain`` without a pause. The last line of stdout is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from loadtest.generate.local_server import grpc_address, on_free_ports
 from loadtest.reports.record import record_line
 from preprocessing.requests import recorded, requests_of
 from serving.fleet import Fleet
+from serving.releases import seal
 from vivace.client import VivaceClient, VivaceError
 from vivace.explain_contract import EXPLAIN
 from vivace.machine import processor_seconds
@@ -46,8 +47,8 @@ def copies(root: Path, folder: Path) -> dict[str, Path]:
     shutil.copytree(run_.feature_store, folder / "feature_store")
     for how in (WITH, WITHOUT):
         out[how] = folder / f"model_repository_{how}"
-        dropped = shutil.ignore_patterns(*([EXPLAIN] if how == WITHOUT else []), "checksums.json", ".held")
-        shutil.copytree(run_.repository, out[how], ignore=dropped)
+        shutil.copytree(run_.repository, out[how], ignore=shutil.ignore_patterns(*[EXPLAIN] * (how == WITHOUT)))
+        seal(out[how])
     return out | {CONTROL: out[WITHOUT]}
 
 
