@@ -61,7 +61,7 @@ def simulated(requests: int, items: int, units: int, seed: int) -> tuple[pd.Data
             ITEM: names[shown.ravel()], CLICKED: counted.ravel(), PROPENSITY: chance.ravel(),
         }
     )  # fmt: skip
-    others = np.array([effect[part == place].mean() for place in range(PLACES)])
+    others = effect[shown].mean(0)  # of what the log shows in each place
     return frame, effect - others[part]
 
 

@@ -1,9 +1,9 @@
 """What showing an item is worth: how many more clicks a request has than if the log's usual choice stood in its place.
 
-An item that many click is not one that many click because it is shown: some are shown to whoever clicks anyway, and some
-take a click that another item would have had. So the outcome is all clicks of a request, not those of the item. Each
-shown row (a request, a place) is a draw with a known chance, its propensity. With Y the clicks of the request, g what
-the outcome model expects of it, and weights w = 1 / propensity, an item's uplift is
+An item that many click is not one that brings clicks: some are shown to whoever clicks anyway, and some take a click
+that another item would have had. So the outcome is all clicks of a request, not those of the item. Each shown row (a
+request, a place) is a draw with a known chance, its propensity. With Y the clicks of the request, g what the outcome
+model expects of it, and weights w = 1 / propensity, an item's uplift is
 
     Σ w (Y - g) / Σ w  -  Σ (Y - g) / rows,    the first over its rows, the second over all
 
@@ -100,9 +100,10 @@ def uplift(shown: pd.DataFrame, least: int = LEAST, seed: int = 0) -> Uplift:
     caused_I, _ = effects(codes_R, weight_R, cause_Q)
     shown_I, squares_I = np.bincount(codes_R), np.bincount(codes_R, weight_R**2)
     ctr_I = np.bincount(codes_R, shown[CLICKED].to_numpy(float)) / shown_I
+    bound_I = Z * error_I
     items = pd.DataFrame(
         {
-            ITEM: np.asarray(names)[often_I], UPLIFT: effect_I, LOW: effect_I - Z * error_I, HIGH: effect_I + Z * error_I,
+            ITEM: np.asarray(names)[often_I], UPLIFT: effect_I, LOW: effect_I - bound_I, HIGH: effect_I + bound_I,
             CTR: ctr_I[often_I], SHOWN: shown_I[often_I],
             EFFECTIVE: (np.bincount(codes_R, weight_R) ** 2 / squares_I)[often_I],
         }
