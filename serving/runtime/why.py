@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 LARGEST = 3  # events of a set that is looked for
 TRIED = 48  # sets of each size and item, the likeliest first
-SERVED_TRIED, SERVED_MOST = 3, 6  # the same of the served call, and sets of a request: it is to cost a few plain ones
+SERVED_TRIED, SERVED_MOST = 2, 4  # the same of the served call, and sets of a request: it is to cost a few plain ones
 TOLD = 0.25  # of the largest effect: what weighs less is not told
 FAR = 1e6  # what an item's score is taken to lose that is no candidate any more
 POPULAR = f"{STATUS_DEGRADED}popular items"
