@@ -18,7 +18,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter
 
-from serving.door.endpoints import Endpoints, Turn
+from serving.door.endpoints import Endpoint, Endpoints, Turn
 from serving.door.keeper import DoorKeeper
 from serving.door.options import DoorOptions
 from serving.door.process import Door
@@ -213,7 +213,8 @@ class Fleet:
 
     # -- for those who ask ---------------------------------------------------------------------------
     def endpoints(self) -> Endpoints:
-        endpoints = {r.server.sockets: r.turn for r in list(self.replicas) if r.server.sockets is not None}
+        all_ = [(r.server.sockets, r.turn) for r in list(self.replicas)]
+        endpoints: dict[Endpoint, Turn] = {sockets: turn for sockets, turn in all_ if sockets is not None}
         trial = self.trial
         if trial is not None and trial.server.sockets is not None and trial.turn is Turn.TAKES:
             endpoints[trial.server.sockets] = Turn.TRIES
