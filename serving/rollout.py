@@ -7,6 +7,7 @@ same kind of callers. Of rows the server's own questions are not counted; in the
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from serving.door.rollout import Split
 from serving.fleet import Accept, Fleet
 from serving.merged_metrics import scraped
 from serving.releases import version_of
+from serving.rollout_steps import RolloutSteps
 from serving.wheel import ServerError
 from vivace import contract
 from vivace.sequential import Plan as ClickPlan
@@ -216,6 +218,7 @@ class Rollout:
         self._seen: deque[tuple[float, Sample, Sample]] = deque()  # time, trial, served
         self._door_pid = 0
         self._compared: Compared | None = None
+        self._steps = RolloutSteps(plan.salt, plan.shares[-1])
         self._last: dict[str, Any] = {}  # what was compared, of a trial that is over
         self._lines: deque[str] = deque(maxlen=KEPT)
 
@@ -228,6 +231,7 @@ class Rollout:
             self._note(f"version {self.plan.version}: {self._words()}")
             say(self._lines[-1])
             self._apply()
+            self._remember()
         except BaseException as error:
             self.stop(f"{error}")
             raise
@@ -272,6 +276,7 @@ class Rollout:
         self._apply()
         if self._compared is not None:
             self._compared.step(self._split)
+        self._remember()
         self._note(f"version {self.plan.version}: {self._words()}")
         return False
 
@@ -334,13 +339,20 @@ class Rollout:
 
     @property
     def _split(self) -> Split:
-        return Split(self.plan.salt, self.plan.shares[self._step])
+        return Split(self.plan.salt, self.plan.shares[self._step], self.plan.shares[-1])
+
+    def _remember(self) -> None:
+        """Beside the run, for 'vivace experiment report'."""
+        step = (int(time.time() * 1000), self.plan.shares[self._step])
+        self._steps = replace(self._steps, steps=(*self._steps.steps, step))
+        with contextlib.suppress(OSError):  # a run that is mounted read-only
+            self._steps.write(self.fleet.release.parent)
 
     def _compare(self) -> None:
         """Listens to samples of both versions' answers."""
         assert self.fleet.options.answers is not None
         folder, url = self.fleet.release.parent / "feature_store", self.fleet.options.store
-        clicks = ClickPlan(effect=WORSE, alpha=MISTAKEN / len(self.plan.shares))
+        clicks = ClickPlan(effect=WORSE, alpha=MISTAKEN)
         self._compared = Compared(
             self.fleet.options.answers, self._split, self.plan.version, lambda: open_store(folder, True, url), clicks
         ).__enter__()

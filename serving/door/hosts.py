@@ -13,13 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.door.endpoints import GRPC, METRICS
+from serving.door.endpoints import GRPC, METRICS, OTHERS
 from serving.wheel import ServerError
 
 HTTP_PORT, GRPC_PORT = 8000, 8001
 SILENT_MS = 1500  # nothing acknowledged for so long: the machine, or the way to it, is gone
 _SOL_SOCKET, _SO_KEEPALIVE, _IPPROTO_TCP = socket.SOL_SOCKET, socket.SO_KEEPALIVE, socket.IPPROTO_TCP
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
+# a server that says that it works and cannot store, as its own way to the store is cut
+_EJECTED = {
+    "consecutive_gateway_failure": 2, "enforcing_consecutive_gateway_failure": 100, "enforcing_consecutive_5xx": 0,
+    "enforcing_success_rate": 0, "interval": "0.25s", "base_ejection_time": "1s", "max_ejection_time": "5s",
+    "max_ejection_percent": 50,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,8 @@ class Upstream:
                 (_IPPROTO_TCP, socket.TCP_KEEPINTVL, seconds), (_IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
                 (_IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_MS)]  # fmt: skip
         options = [{"level": level, "name": number, "int_value": value} for level, number, value in ints]
-        return {"upstream_bind_config": {"socket_options": options}} | self._tls()
+        kept = {"upstream_bind_config": {"socket_options": options}} | self._tls()
+        return kept | ({"outlier_detection": _EJECTED} if name == OTHERS else {})
 
     def _tls(self) -> dict[str, Any]:
         if self.ca is None:
