@@ -4,7 +4,8 @@
 
 GET /           what is served, as JSON
 GET /drift      ``serving.drift.Drift.report``; /drift/3: of the hour three hours ago
-POST /serve     {"version": 4}: serve that version; lines of text as it goes on, the last one JSON: {"error": "" or why}
+POST /serve     {"version": 4, "least_quality": 0.67}: serve that version if its NDCG is so many times the old one's (0:
+                any); lines of text as it goes on, the last one JSON: {"error": "" or why}
 POST /scale     {"replicas": 3}: so many servers; answered alike, as are the others
 POST /rollout   a ``serving.rollout.Plan``: try a version
 POST /promote   {}: serve the version on trial to everyone
@@ -50,7 +51,9 @@ def _given(kind: str, raw: Any) -> Any:
         return Plan(**{**raw, "shares": tuple(raw["shares"])})
     if kind in (PROMOTE, WITHDRAW):
         return None
-    return int(raw[{SERVE: "version", SCALE: "replicas"}[kind]])
+    if kind == SERVE:
+        return int(raw["version"]), float(raw["least_quality"])
+    return int(raw[{SCALE: "replicas"}[kind]])
 
 
 @dataclass
@@ -95,13 +98,14 @@ class Control:
         if task.kind == SCALE:
             self.fleet.scale(task.given, say)
         elif task.kind == SERVE:
-            self._serve(task.given, say)
+            version, least_quality = task.given
+            self._serve(version, least_quality, say)
         elif task.kind == ROLLOUT:
             rollout = Rollout(self.fleet, task.given, self.fleet.say)
             release = self._release(task.given.version)
             if release == self.fleet.release:
                 raise ServerError(f"{release.name}: is served to everyone already")
-            rollout.start(release, self._acceptance(release), say)
+            rollout.start(release, self._acceptance(release, task.given.least_quality), say)
             self.rollout = rollout
         elif self.rollout is None or self.rollout.result:
             raise ServerError(NO_TRIAL)
@@ -114,7 +118,7 @@ class Control:
         """Serves the version on trial to everyone, then ends its trial."""
         release = self._release(rollout.plan.version)
         before = self.fleet.release
-        self.fleet.serve(release, self._acceptance(release), say)
+        self.fleet.serve(release, self._acceptance(release, rollout.plan.least_quality), say)
         rollout.promoted()
         repository = Run(release.parent).repository
         try:
@@ -123,7 +127,7 @@ class Control:
         except OSError as error:  # a run that is mounted read-only
             self.fleet.say(f"{release.name}: is served, but not by servers that start from now on: {error}")
 
-    def _serve(self, version: int, say: Callable[[str], None]) -> None:
+    def _serve(self, version: int, least_quality: float, say: Callable[[str], None]) -> None:
         release = self._release(version)
         if release == self.fleet.release:
             say(f"{release.name}: is served already")
@@ -131,10 +135,10 @@ class Control:
         if self.rollout is not None and not self.rollout.result:
             name = f"version {self.rollout.plan.version}"
             raise ServerError(f"{name} is on trial; 'vivace rollout promote' or 'vivace rollout stop' first")
-        self.fleet.serve(release, self._acceptance(release), say)
+        self.fleet.serve(release, self._acceptance(release, least_quality), say)
 
-    def _acceptance(self, release: Path) -> Acceptance:
-        return Acceptance(recorded_calls(Run(release.parent)))
+    def _acceptance(self, release: Path, least_quality: float) -> Acceptance:
+        return Acceptance(recorded_calls(Run(release.parent)), least_quality)
 
     def _release(self, version: int) -> Path:
         release = next((r for r in self._releases() if version_of(r) == version), None)
@@ -234,9 +238,9 @@ class RunningServer(Running):
             connection.close()
         return report
 
-    def serve(self, version: int, say: Callable[[str], None]) -> None:
+    def serve(self, version: int, say: Callable[[str], None], least_quality: float = 0.0) -> None:
         """Has it serve a version; raises ServerError with its reason where it does not."""
-        if error := self._change(SERVE, {"version": version}, say):
+        if error := self._change(SERVE, {"version": version, "least_quality": least_quality}, say):
             stays = "" if error == ENDED else f"stays with version {self.state['version']}: "
             raise ServerError(f"server {self.pid}: {stays}{error}")
 

@@ -187,7 +187,7 @@ class Fleet:
         check_ports(probe.host, ports)
         ports_of = (probe.http_port, probe.grpc_port, probe.metrics_port)
         listens = door_options(probe.host, *ports_of, self.options.shard)
-        return Door(listens, self.private, self.options.access)
+        return Door(replace(listens, several=self.count > 1), self.private, self.options.access)
 
     def _started(self, options: ServerOptions, place: int | str, aside: bool = False) -> Replica:
         """A ready server with its watchdog; nothing is left where it does not come up. ``aside``: others serve."""

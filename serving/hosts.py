@@ -86,6 +86,7 @@ class HostsDoor:
             listens = DoorOptions(
                 host=o.host, http_port=o.http_port, grpc_port=o.grpc_port, metrics_port=o.metrics_port,
                 max_connections=connections_for(DoorOptions.max_connections), upstream=o.upstream,
+                several=len(o.upstream.hosts) > 1,
             )  # fmt: skip
             self.door = Door(listens, private, o.access)
             self.door.metrics = private / "metrics"

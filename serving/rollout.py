@@ -7,7 +7,6 @@ same kind of callers. Of rows the server's own questions are not counted; in the
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from typing import Any
 
 from prometheus_client import Metric
 
+from serving.acceptance import LEAST
 from serving.compared import Clicks, Compared, Side, as_metrics, as_state, shift
 from serving.door.rollout import Split
 from serving.fleet import Accept, Fleet
@@ -65,6 +65,8 @@ class Plan:
     """Share of users whose last answer may be without an item, beyond the served version's."""
     drift: float = 3.0
     """How far the median score of the first item may lie from the served version's, in its spreads; 0: not judged."""
+    least_quality: float = LEAST
+    """Share of the served version's NDCG@10 on recorded requests that it must have before any user gets it; 0: any."""
     more_partial: float = 0.05
     """Share of answers that may be less than whole, or for want of a known history, beyond the served version's."""
 
@@ -76,7 +78,10 @@ class Plan:
             )
         if list(self.shares) != sorted(self.shares):
             raise ValueError(f"shares: expected each step to be as large as the one before, got {self.shares}")
-        for name in ("wait_s", "shadow", "more_errors", "more_empty", "drift", "more_partial", "slower"):
+        least_quality, limits = self.least_quality, ("more_errors", "more_empty", "more_partial", "drift", "slower")
+        if not 0 <= least_quality <= 1:
+            raise ValueError(f"least_quality: expected a share from 0 to 1, got {least_quality}")
+        for name in ("wait_s", "shadow", *limits):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.interleave and self.shadow:
@@ -231,7 +236,7 @@ class Rollout:
             self._note(f"version {self.plan.version}: {self._words()}")
             say(self._lines[-1])
             self._apply()
-            self._remember()
+            self._steps = self._steps.after(self._split.share, self.fleet.release.parent)
         except BaseException as error:
             self.stop(f"{error}")
             raise
@@ -276,7 +281,7 @@ class Rollout:
         self._apply()
         if self._compared is not None:
             self._compared.step(self._split)
-        self._remember()
+        self._steps = self._steps.after(self._split.share, self.fleet.release.parent)
         self._note(f"version {self.plan.version}: {self._words()}")
         return False
 
@@ -340,13 +345,6 @@ class Rollout:
     @property
     def _split(self) -> Split:
         return Split(self.plan.salt, self.plan.shares[self._step], self.plan.shares[-1])
-
-    def _remember(self) -> None:
-        """Beside the run, for 'vivace experiment report'."""
-        step = (int(time.time() * 1000), self.plan.shares[self._step])
-        self._steps = replace(self._steps, steps=(*self._steps.steps, step))
-        with contextlib.suppress(OSError):  # a run that is mounted read-only
-            self._steps.write(self.fleet.release.parent)
 
     def _compare(self) -> None:
         """Listens to samples of both versions' answers."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from bisect import bisect_right
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from serving.door.rollout import Split
@@ -40,6 +42,13 @@ class RolloutSteps:
             return False
         split = Split(self.salt, self.steps[place][1], self.most)
         return split.takes(who) if on_trial else split.compares(who)
+
+    def after(self, share: float, run: Path) -> RolloutSteps:
+        """With a step that begins now, and written down where the run is not mounted read-only."""
+        more = replace(self, steps=(*self.steps, (int(time.time() * 1000), share)))
+        with contextlib.suppress(OSError):
+            more.write(run)
+        return more
 
     def write(self, run: Path) -> None:
         write_json(run / FILE, asdict(self))

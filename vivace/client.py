@@ -17,6 +17,7 @@ import numpy as np
 
 from vivace import contract
 from vivace.client_errors import Limit, VivaceError, VivaceTimeoutError
+from vivace.client_explain import AsyncExplainCalls, ExplainCalls, Explained as Explained
 from vivace.client_request import (
     PastEvent,
     address,
@@ -33,7 +34,8 @@ from vivace.http_pool import HttpClient
 from vivace.store.interface import Event
 
 __all__ = [
-    "Appended", "AsyncVivaceClient", "Event", "Recommendation", "VivaceClient", "VivaceError", "VivaceTimeoutError",
+    "Appended", "AsyncVivaceClient", "Event", "Explained", "Recommendation", "VivaceClient", "VivaceError",
+    "VivaceTimeoutError",
 ]  # fmt: skip
 
 PROTOCOLS = ("grpc", "http")
@@ -141,7 +143,7 @@ def _read(read: Any, result: Any) -> Any:
 CLOSED = "this client is closed; make another"
 
 
-class VivaceClient(UpdateCalls):
+class VivaceClient(UpdateCalls, ExplainCalls):
     """Blocking calls, from any number of threads. ``url`` is host:port of the protocol's endpoint (8001 gRPC, 8000 HTTP
     by default). No call takes longer than ``timeout_s``. ``access``: ``key``, ``tls``, ``ca``, ``cert`` and
     ``server_name`` of ``vivace.credentials.Credentials``, for a server that asks for a key or speaks TLS."""
@@ -247,7 +249,7 @@ class VivaceClient(UpdateCalls):
         self.close()
 
 
-class AsyncVivaceClient(AsyncUpdateCalls):
+class AsyncVivaceClient(AsyncUpdateCalls, AsyncExplainCalls):
     """The same calls for asyncio. Make it inside the running loop that it is used in."""
 
     def __init__(

@@ -18,6 +18,8 @@ FOLDERS = {  # where a data set lies under VIVACE_DATA, by default
     "hm": "hm",
     "retailrocket": "retailrocket",
     "tmall": "tmall",
+    "lastfm": "lastfm",
+    "lastfm-plays": "lastfm",
 }
 SESSIONS = "sessions"
 DATA_SETS = (SHOP, *FOLDERS, SESSIONS, TABLES)
@@ -29,6 +31,8 @@ READERS = {
     "hm": "hm.HM",
     "retailrocket": "retailrocket.Retailrocket",
     "tmall": "sessions.Tmall",
+    "lastfm": "lastfm.LastFm",
+    "lastfm-plays": "lastfm.LastFmPlays",
     SESSIONS: "sessions.Sessions",
     TABLES: "tables.Tables",
 }

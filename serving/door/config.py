@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND, TRIAL, endpoints_file, pipe
+from serving.door.endpoints import EXPLAINS, GRPC, METRICS, OTHERS, RECOMMEND, TRIAL, endpoints_file, pipe
 from serving.door.listeners import listeners
 from serving.door.options import DoorFiles, DoorOptions
 from serving.door.routes import TRIAL_OR_ELSE
@@ -44,10 +44,8 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
         },
     }
     # not of TRIAL: an aggregate keeps the health that an endpoint had when it came, so its watchdog takes it out and in
-    if name in (RECOMMEND, OTHERS):  # who does not say that it lives is left out, where another does
-        live = {
-            "path": "/v2/health/ready" if options.upstream else "/v2/health/live"
-        }  # a guard says ready of all parts
+    if name in (RECOMMEND, EXPLAINS, OTHERS):  # who does not say that it lives is left out, where another does
+        live = {"path": "/v2/health/ready" if options.upstream else "/v2/health/live"}  # a guard speaks of all parts
         seldom = {"timeout": "0.5s", "interval": "0.25s", "unhealthy_threshold": 2, "healthy_threshold": 1}
         cluster["ignore_health_on_host_removal"] = True
         cluster["health_checks"] = [seldom | {"http_health_check": live, "no_traffic_interval": "0.25s"}]
@@ -88,6 +86,7 @@ def render(options: DoorOptions, files: DoorFiles) -> str:
                 _cluster(RECOMMEND, folder, options, machines * options.max_recommends),
                 _cluster(TRIAL, folder, options, options.max_recommends),
                 _trial_or_else(),
+                _cluster(EXPLAINS, folder, options, machines * options.max_explains),
                 _cluster(OTHERS, folder, options, machines * options.max_others),
                 _cluster(GRPC, folder, options, options.max_others, http2=True),
                 _cluster(METRICS, folder, options, options.max_others),

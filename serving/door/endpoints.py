@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from vivace.manifest import write_json
 
 RECOMMEND, OTHERS, GRPC, METRICS = "triton_recommend", "triton_http", "triton_grpc", "triton_metrics"  # clusters
+EXPLAINS = "triton_explain"
 TRIAL = "triton_trial"  # of ``recommend`` by the version on trial
 
 
@@ -86,7 +87,7 @@ def pipe(path: Path) -> dict[str, Any]:
 def write_endpoints(folder: Path, endpoints: Endpoints, metrics: Path | None = None) -> None:
     """Exchanges the files of all clusters. ``metrics``: the socket where those of all servers are, in the place of
     theirs."""
-    for cluster in (TRIAL, RECOMMEND, OTHERS, GRPC, METRICS):
+    for cluster in (TRIAL, RECOMMEND, EXPLAINS, OTHERS, GRPC, METRICS):
         of_cluster = [(s, t) for s, t in endpoints.items() if (t is Turn.TRIES) == (cluster == TRIAL)]
         places = [(s.address(cluster), Turn.TAKES if t is Turn.TRIES else t) for s, t in of_cluster]
         if cluster == METRICS and metrics is not None:

@@ -16,7 +16,7 @@ M new items.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ FEW = 5  # events below which an item is new
 POOL = 16  # new items a block at most, the most probable
 MOST_SHARE = 0.2
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(128)
+Avoid = Callable[[np.ndarray], np.ndarray]  # bool of the ids' shape
 NODES, WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
@@ -50,6 +51,11 @@ def chances(probability_M: np.ndarray) -> np.ndarray:
     all_G = below_MG.prod(0)
     chance_M = (ratio_M1 * NODES[None] ** (ratio_M1 - 1) * (all_G / below_MG) * WEIGHTS).sum(1)
     return chance_M / chance_M.sum()
+
+
+def nothing(ids: np.ndarray) -> np.ndarray:
+    """Avoids no id."""
+    return np.zeros(ids.shape, bool)
 
 
 class Explorer:
@@ -78,14 +84,20 @@ class Explorer:
         return ~known & (ids > 0)
 
     def __call__(
-        self, ranked_BN: np.ndarray, values_BCN: np.ndarray, top_k_B: np.ndarray, may_B: list[bool]
+        self,
+        ranked_BN: np.ndarray,
+        values_BCN: np.ndarray,
+        top_k_B: np.ndarray,
+        may_B: list[bool],
+        avoid: Avoid = nothing,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids and values with what is explored in its place; propensities float32 [B, N]: the chance that the place
-        shows what it does, 1 behind what is shown). ``may_B``: rows that may explore. The given arrays stay."""
+        shows what it does, 1 behind what is shown). ``may_B``: rows that may explore; ``avoid``: which ids are never
+        explored. The given arrays stay."""
         propensity_BN = np.ones(ranked_BN.shape, np.float32)
         if values_BCN.shape[1] < 2:  # without a head nothing is known of a new item
             return ranked_BN, values_BCN, propensity_BN
-        new_BN = self.is_new(ranked_BN) & (values_BCN[:, 1] > 0)
+        new_BN = self.is_new(ranked_BN) & (values_BCN[:, 1] > 0) & ~avoid(ranked_BN)
         copied = False
         for row in np.flatnonzero(np.array(may_B) & new_BN.any(1)):
             k = min(int(top_k_B[row]), int(np.count_nonzero(ranked_BN[row])))
@@ -120,10 +132,11 @@ class Explorer:
 
 def explored(
     explorer: Explorer, respond: ResponseStage, itself: bool, ranked_BN: np.ndarray, values_BCN: np.ndarray,
-    top_k_B: np.ndarray, status_B: np.ndarray, queried: Sequence[bool],
+    top_k_B: np.ndarray, status_B: np.ndarray, queried: Sequence[bool], avoid: Avoid = nothing,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Ids, values and propensities (see ``Explorer``) of a request's rows: answers to a query, to someone without a
-    history, and what is answered with less for load stay as they are, as does what a server asks ``itself``."""
+    history, and what is answered with less for load stay as they are, as does what a server asks ``itself``. ``avoid``:
+    bool of which ids are never explored."""
     ranked_BN, values_BCN = respond.without_gone(ranked_BN, values_BCN)
     may_B = [not itself and is_counted(status) and not query for status, query in zip(status_B, queried, strict=True)]
-    return explorer(ranked_BN, values_BCN, top_k_B, may_B)
+    return explorer(ranked_BN, values_BCN, top_k_B, may_B, avoid)

@@ -98,6 +98,16 @@ def both_statuses(tried_B: np.ndarray, served_B: np.ndarray) -> np.ndarray:
     return np.where(tried_B == contract.STATUS_OK, served_B, tried_B)
 
 
+def both_rules(tried_B: np.ndarray, served_B: np.ndarray) -> np.ndarray:
+    """STATUS of drafted rows, object [B]: the business rules that changed either version's answer."""
+    mark, out_B = f"; {contract.STATUS_RULES}".encode(), tried_B.copy()
+    for row, (tried, served) in enumerate(zip(tried_B, served_B, strict=True)):
+        status, _, names = tried.partition(mark)
+        if all_names := [n for n in dict.fromkeys([*names.split(b", "), *served.partition(mark)[2].split(b", ")]) if n]:
+            out_B[row] = status + mark + b", ".join(all_names)
+    return out_B
+
+
 def settings_of(environment: str) -> Interleave | None:
     """Of the worker of a server that was told to (``environment``: of ENVIRONMENT); None where it was not."""
     return Interleave.from_json(environment) if environment else None

@@ -228,6 +228,12 @@ class Rules:
         """Whether places are given out by rules, so that nothing else may be put in them."""
         return self._book is not None and deal_places(self._book.rules)
 
+    def buries(self, ids: np.ndarray) -> np.ndarray:
+        """bool of ids' shape: which items a rule puts behind all others where nobody searches."""
+        book = self._book
+        rules = [] if book is None else [i for i, r in enumerate(book.rules) if r.do == BURY and r.applies(False)]
+        return np.any([np.zeros(ids.shape, bool), *(book.holds(i, ids) for i in rules if book)], axis=0)
+
     def __call__(
         self, ranked_BN: np.ndarray, values_BCN: np.ndarray, top_k_B: np.ndarray, queried_B: Sequence[bool],
         status_B: np.ndarray,

@@ -16,7 +16,7 @@ import numpy as np
 from serving.runtime.cache_settings import ANSWER_CACHE, CacheSettings
 from serving.runtime.drift import counts_of_worker
 from serving.runtime.explore import Explorer, explored
-from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleaved, both_statuses, settings_of
+from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleaved, both_rules, both_statuses, settings_of
 from serving.runtime.known import Known
 from serving.runtime.overload import Level, Overload
 from serving.runtime.pipeline import Pipeline
@@ -233,15 +233,16 @@ class RecommendModel(Stage):
             if self.explorer is not None and not drafts and not self.business.exact:
                 ranked, of_ranked, propensities = explored(
                     self.explorer, self.pipeline.respond, request.itself, ranked, of_ranked, top_k, status[:, 0],
-                    queried,
+                    queried, self.business.buries,
                 )  # fmt: skip
             values = self.pipeline.respond(ranked, of_ranked, top_k, status[:, 0])
             count_answer(self.drift, request.itself, values, told_B, queried)
             request_id, teams_BK = "", None
             if drafts and self.interleaved is not None:
                 by_served = self.interleaved.business
-                ids, of_ids, _ = by_served(served[0][start:stop], served[1][start:stop], *ruled_by)
+                ids, of_ids, of_served_B = by_served(served[0][start:stop], served[1][start:stop], *ruled_by)
                 beside = self.interleaved.pipeline.respond(ids, of_ids, top_k, status[:, 0])
+                told_B = both_rules(told_B, of_served_B)
                 request_id = usable_id(impressions.id_of(request.request))
                 values, teams_BK = self.interleaved.drafted(beside, values, row_ids(request_id, len(request.rows)))
             if self.pipeline.search is not None:

@@ -272,8 +272,9 @@ class ResponseModel(Stage):
         ranked, values, status_B = self.business(ranked, values, top_k[:, 0], queried, status[:, 0])
         if self.explorer is not None and not self.business.exact:
             ranked, values, propensities = explored(
-                self.explorer, self.respond, itself, ranked, values, top_k[:, 0], status[:, 0], queried
-            )
+                self.explorer, self.respond, itself, ranked, values, top_k[:, 0], status[:, 0], queried,
+                self.business.buries,
+            )  # fmt: skip
         shown = self.respond(ranked, values, top_k[:, 0], status[:, 0])
         count_answer(self.drift, itself, shown, status_B, queried)
         if self.impressions:

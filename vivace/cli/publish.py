@@ -16,6 +16,10 @@ from vivace.manifest import exclusive
 from vivace.run import Run
 
 KEEP = "from now on so many versions before the newest stay on disk; others that nobody needs are removed"
+LEAST_HELP = (
+    "times the served version's NDCG@10 on the recorded validation requests that a newer one must have; 0: any quality"
+)
+LeastQuality = Annotated[float, typer.Option(help=LEAST_HELP, metavar="SHARE", min=0, max=1)]
 Keep = Annotated[int | None, typer.Option(help=KEEP, metavar="N", min=1, show_default="as before, at first 1")]
 
 
@@ -24,13 +28,14 @@ def publish(
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     to: Annotated[int, typer.Option(help="version (0: the newest)", min=0)] = 0,
     keep: Keep = None,
+    least_quality: LeastQuality = 2 / 3,
 ) -> None:
     """Serve a version: the running servers of the run take it without a refused request, and servers that start later
-    too. Where one of them does not come up with it, answers otherwise than whole, or is far slower, all stay as they
-    are."""
+    too. Where one of them does not come up with it, answers otherwise than whole, is far slower, or finds what users
+    took next clearly worse, all stay as they are."""
     run = find_run(artifacts, name)
     release = release_of(run, to)
-    serve_version(run, release, artifacts)
+    serve_version(run, release, artifacts, least_quality=least_quality)
     if keep is not None:
         keep_versions(run, keep)
 
@@ -107,10 +112,13 @@ def scale(
         say(f"process {server.pid}: {replicas} replica{'s' * (replicas > 1)}")
 
 
-def serve_version(run: Run, release: Path, artifacts: Path, before: Path | None = None) -> None:
-    """Has all servers of the run serve ``release``, and those that start later. Raises ServerError with the reason
-    where one does not; then the others go back to what they had, and servers that start later get ``before``, where the
-    release is in use already."""
+def serve_version(
+    run: Run, release: Path, artifacts: Path, before: Path | None = None, least_quality: float = 0.0
+) -> None:
+    """Has all servers of the run serve ``release``, and those that start later, if its NDCG@10 on recorded requests is
+    ``least_quality`` times that of what they serve. Raises ServerError with the reason where one does not; then the
+    others go back to what they had, and servers that start later get ``before``, where the release is in use
+    already."""
     from serving.control import running_servers
     from serving.releases import put_in_use, remember_served, verify, version_of
     from serving.wheel import ServerError
@@ -121,7 +129,7 @@ def serve_version(run: Run, release: Path, artifacts: Path, before: Path | None 
     served = int(servers[0].state["version"]) if servers else version_of((before or run.repository).resolve())
     for server in servers:
         try:
-            server.serve(version_of(release), say)
+            server.serve(version_of(release), say, least_quality)
             moved.append(server)
         except KeyboardInterrupt:
             say(f"server {server.pid} goes on with the change; give the command again to see its end and to keep it")

@@ -87,6 +87,7 @@ def give_way(run: Run, threads: int) -> None:
 
 def once(run: Run, config: RefreshConfig, items: Path | None, artifacts: Path) -> Outcome:
     """One refresh of a run that is held, said in a table."""
+    from serving.acceptance import LEAST
     from training.refresh.judge import render
     from training.refresh.refresh import PUBLISHED, refresh as take
 
@@ -98,5 +99,5 @@ def once(run: Run, config: RefreshConfig, items: Path | None, artifacts: Path) -
         say_next("compile", run, artifacts)
     elif outcome.status == PUBLISHED:
         say(f"published version {outcome.version} in {run.repository}")
-        serve_version(run, run.repository.resolve(), artifacts, before)
+        serve_version(run, run.repository.resolve(), artifacts, before, LEAST)
     return outcome

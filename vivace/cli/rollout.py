@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, console, say
+from vivace.cli.publish import LeastQuality, release_of
 from vivace.cli.runs import find_run, run_name
 from vivace.cli.values import duration, percentages
 from vivace.run import Run
@@ -42,12 +43,12 @@ def start(
         float, typer.Option(help="spreads by which its median score may lie off the served one's (0: any)", min=0)
     ] = 3.0,
     slower: Annotated[float, typer.Option(help="times the served one's mean time that a call may take", min=1)] = 1.5,
+    least_quality: LeastQuality = 2 / 3,
 ) -> None:
     from serving.control import running_servers
     from serving.releases import verify, version_of
     from serving.rollout import Plan
     from serving.wheel import ServerError
-    from vivace.cli.publish import release_of
 
     run = find_run(artifacts, name)
     release = release_of(run, to)
@@ -55,7 +56,7 @@ def start(
     salt = salt or f"v{version_of(release)}-{secrets.token_hex(4)}"
     plan = Plan(
         version=version_of(release), salt=salt, shares=canary, wait_s=float(wait), promote=promote,
-        shadow=shadow / 100, slower=slower, interleave=interleave, drift=drift,
+        shadow=shadow / 100, slower=slower, interleave=interleave, drift=drift, least_quality=least_quality,
     )  # fmt: skip
     began: list[Any] = []
     for server in _running(run, artifacts, running_servers(run)):

@@ -155,6 +155,10 @@ def test_a_version_that_is_no_good_is_refused_and_the_old_one_goes_on(root, tmp_
         with Callers(ports_of(fleet)) as callers:
             with pytest.raises(ServerError, match=r"not ready|no numbers|no items"):
                 fleet.serve(release, Acceptance(recorded_calls(run)), quiet)
+            put_in_use(fleet.release, run.repository)
+            publish_with_other_items(run)
+            with pytest.raises(ServerError, match=r"clearly worse: NDCG@10 .* --least-quality 0"):
+                fleet.serve(newest(run), Acceptance(recorded_calls(run)), quiet)
             broken = releases(run.repository)[-1]
             next(broken.glob("retrieval/*/model.onnx")).write_bytes(b"no graph")
             with pytest.raises(ValueError, match="not as it was published"):
@@ -162,7 +166,7 @@ def test_a_version_that_is_no_good_is_refused_and_the_old_one_goes_on(root, tmp_
         assert callers.errors == [] and {tuple(items) for _, items in callers.answers} == {tuple(before[0][:5])}
         assert answer(fleet) == before and fleet.replicas[0].server.pid == pid
         value = fleet.registry.get_sample_value
-        assert value("vivace_version_changes_total", {"result": "refused"}) == 2
+        assert value("vivace_version_changes_total", {"result": "refused"}) == 3
         assert value("vivace_version_changes_total", {"result": "done"}) == 0
 
 

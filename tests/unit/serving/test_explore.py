@@ -77,6 +77,13 @@ def test_what_may_not_explore_or_has_nothing_new_stays_as_it_is():
     assert (shown[:, :SHOWN] == ITEMS + 7).sum() > 100
 
 
+def test_what_is_avoided_is_never_explored():
+    ids, values, k, may = answers(2_000)
+    shown, _, propensity = explorer(0.2)(ids, values, k, may, lambda of: np.isin(of, [21, 28]))
+    assert set(shown[:, :SHOWN][shown[:, :SHOWN] != ids[:, :SHOWN]]) == {24}
+    assert np.unique(propensity[:, :SHOWN]) == pytest.approx([0.2, 0.8])  # the chance of the only one that is left
+
+
 def test_an_estimate_by_the_logged_chances_is_unbiased_and_one_without_them_is_not():
     rows, rng = 6_000, np.random.default_rng(1)
     ids, values, k, may = answers(rows)

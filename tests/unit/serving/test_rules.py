@@ -112,6 +112,15 @@ def test_golden_answers(shop, tables, shown, status):
     assert ranked(shop[0], "abcdefgh", 4) == (shown, status)
 
 
+def test_what_is_buried_is_known_so_that_it_is_not_explored(shop):
+    rules, _ = shop
+    assert not rules.buries(np.array([[IDS["a"], 0]])).any()  # no rules yet
+    write(rules, "do = 'bury'\nwhere = {brand = ['Alto']}", "do = 'block'\nitems = ['d']")
+    ranked(rules, "a", 1)
+    alto = [name for name, brand in zip(NAMES, BRANDS, strict=True) if brand == "Alto"]
+    assert [n for n in NAMES if rules.buries(np.array([IDS[n]]))[0]] == alto
+
+
 def test_a_pinned_item_that_no_model_proposed_takes_the_score_of_its_place(shop):
     rules, live = shop
     write(rules, "do = 'pin'\nitems = ['h']\nplace = 2")

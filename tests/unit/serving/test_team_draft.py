@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from serving.runtime.interleaved import both_rules
 from serving.runtime.team_draft import coins, draft, winner
 
 
@@ -92,3 +93,15 @@ def test_who_got_more_clicks_wins_and_a_tie_says_nothing():
     assert winner(teams, [True, False, False, False], "1") == -1
     assert winner(teams, [True, True, True, False], "1") == 1
     assert winner(teams, [True, False, True, False], "1") == winner(teams, [False] * 4, "1") == 0
+
+
+def test_a_draft_names_the_rules_that_changed_either_version():
+    def of(*status: str) -> np.ndarray:
+        return np.array([s.encode() for s in status], object)
+
+    tried = of("ok", "ok; rules: pin", "load: 50 candidates; rules: a, b", "ok")
+    served = of("ok; rules: pin", "ok; rules: pin, cap", "load: 50 candidates", "ok")
+    assert both_rules(tried, served).tolist() == [
+        b"ok; rules: pin", b"ok; rules: pin, cap", b"load: 50 candidates; rules: a, b", b"ok",
+    ]  # fmt: skip
+    assert tried[0] == b"ok"

@@ -1,0 +1,159 @@
+"""An evaluated run beside item-kNN: HR@10 and NDCG@10 of each row, and what ours gain over it.
+
+    python -m benchmarks.item_knn --name lastfm
+
+Item-kNN (Deshpande & Karypis 2004): an item scores the sum, over the history, of its cosine with each item in it, by
+the listeners or shoppers that they share. How many neighbours an item keeps, how fast an older event weighs less, and
+what an item of the history itself is worth are chosen by NDCG@10 of the validation requests; the test is ranked once,
+with that choice. Ranks of ours are those that ``vivace evaluate`` wrote. The last line of stdout is one JSON object.
+Axis legend: B requests, V item ids, S training sequences.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+import torch
+import typer
+from rich.table import Table
+
+from loadtest.reports.record import record_line
+from preprocessing.features import Features
+from training.data import batches
+from training.data.counters import incidence
+from training.judge.evaluate import RANKED, RANKS, RETRIEVAL
+from training.metrics import bootstrap, metrics, ndcg_of, ranks
+from training.models.retrieval import EXCLUDED
+from training.scoring import SCORED
+from vivace.cli.options import console
+from vivace.contract import FIRST_ID, ITEM
+from vivace.run import EVALUATION, Run
+
+ITEM_KNN = "item-kNN"
+NEIGHBOURS, DECAYS, AGAIN = (20, 100, 500), (1.0, 0.95, 0.85, 0.7), (0.0, 0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``neighbours`` kept an item; ``decay`` of an event's weight with each later one; ``again``: cosine of an item
+    with itself, where items of the history may be answered."""
+
+    neighbours: int
+    decay: float
+    again: float
+
+
+class ItemKNN:
+    """The ``neighbours`` largest cosines of each item, from training sequences as sets of items."""
+
+    def __init__(self, files: list[Path], items: int, neighbours: int) -> None:
+        flat, rows, first = [], [], 0
+        for file in files:
+            column = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks()
+            lengths = np.diff(column.offsets.to_numpy())
+            flat.append(column.flatten().to_numpy())
+            rows.append(first + np.repeat(np.arange(len(lengths)), lengths))
+            first += len(lengths)
+        sets_SV = incidence(np.concatenate(rows), np.concatenate(flat), (first, items))
+        self.counts_V = np.asarray(sets_SV.sum(0)).ravel()
+        scale = sp.diags(1.0 / np.sqrt(np.maximum(self.counts_V, 1.0)))
+        cosine = (scale @ (sets_SV.T @ sets_SV) @ scale).tocsr()
+        cosine.setdiag(0.0)
+        cosine.eliminate_zeros()
+        rank = np.empty(cosine.nnz, np.int64)
+        for item in range(items):
+            part = slice(cosine.indptr[item], cosine.indptr[item + 1])
+            rank[part][np.argsort(-cosine.data[part], kind="stable")] = np.arange(part.stop - part.start)
+        cosine.data[rank >= neighbours] = 0.0
+        cosine.eliminate_zeros()
+        self.cosine_VV = cosine
+
+    def scores(self, histories: list[np.ndarray], decay: float, again: float) -> torch.Tensor:
+        """float32 [B, V] after ``histories``, oldest first; popularity tells apart what no neighbour has."""
+        parts = [h[h >= FIRST_ID] for h in histories]
+        rows = np.repeat(np.arange(len(parts)), [len(h) for h in parts])
+        weights = np.concatenate([decay ** np.arange(len(h) - 1, -1, -1.0) for h in parts])
+        shape = (len(parts), self.cosine_VV.shape[0])
+        weight_BV = sp.csr_matrix((weights, (rows, np.concatenate(parts))), shape=shape)
+        summed = np.asarray((weight_BV @ self.cosine_VV + again * weight_BV).todense(), np.float32)
+        return torch.from_numpy(summed + 1e-6 * (self.counts_V / self.counts_V.max()).astype(np.float32))
+
+
+def ranked(model: ItemKNN, features: Features, part: str, choice: Choice) -> np.ndarray:
+    """Rank from 0 of each request's target, int64, under the same exclusions as the models'."""
+    out = []
+    for request in batches.requests(features.files(part), [], 1, SCORED):
+        scores_BV = model.scores(request.histories, choice.decay, choice.again)
+        excluded_BV = request.exclude(scores_BV.shape[1], features.schema.exclude_seen)
+        excluded_BV[:, :FIRST_ID] = True
+        scores_BV = scores_BV.masked_fill(excluded_BV, EXCLUDED)
+        out.append(ranks(scores_BV, request.target_B, request.number_B).numpy())
+    return np.concatenate(out)
+
+
+def chosen(features: Features) -> tuple[ItemKNN, Choice, float]:
+    """The model and choice with the highest NDCG@10 of the validation requests, and that figure."""
+    best: tuple[ItemKNN, Choice, float] | None = None
+    for neighbours in NEIGHBOURS:
+        model = ItemKNN(features.files("train"), features.item_count(), neighbours)
+        for decay, again in itertools.product(DECAYS, (0.0,) if features.schema.exclude_seen else AGAIN):
+            choice = Choice(neighbours, decay, again)
+            value = float(ndcg_of(ranked(model, features, "valid", choice)).mean())
+            if best is None or value > best[2]:
+                best = (model, choice, value)
+    assert best is not None
+    return best
+
+
+def rows_of(ranks_of: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """A row a method: figures, and NDCG@10 gained over item-kNN request by request, with 95 % bootstrap intervals."""
+    base, rows = ndcg_of(ranks_of[ITEM_KNN]), []
+    for method, rank in ranks_of.items():
+        values, figures = ndcg_of(rank), metrics(rank)
+        row = {"method": method, **{name: figures[name] for name in ("HR@10", "NDCG@10", "HR@50")}}
+        row |= {"interval": bootstrap(values), "gain": float((values - base).mean())}
+        rows.append(row | {"gain interval": bootstrap(values - base)})
+    return rows
+
+
+def main(
+    name: Annotated[str, typer.Option(help="an evaluated run")],
+    artifacts: Annotated[Path, typer.Option(help="where runs lie")] = Path("artifacts"),
+    validate: Annotated[bool, typer.Option(help="choose and print the validation figure alone; no test")] = False,
+) -> None:
+    run = Run(artifacts / name)
+    features = Features(run.features)
+    model, choice, value = chosen(features)
+    console.print(f"{ITEM_KNN}: {choice}, NDCG@10 of validation {value:.4f}")
+    if validate:
+        print(record_line("item-kNN, validation", data=name, choice=asdict(choice), ndcg10=round(value, 4)))
+        return
+    manifest = run.manifest(EVALUATION)
+    with np.load(run.evaluation / RANKS) as saved:
+        ranks_of = {method: saved[method] for method in saved.files}
+    ours = {method: ranks_of.pop(method) for method in (RETRIEVAL, RANKED)}
+    ranks_of = {**ranks_of, ITEM_KNN: ranked(model, features, "test", choice), **ours}
+    rows = rows_of(ranks_of)
+    table = Table(title=f"{name}: {len(ranks_of[ITEM_KNN]):,} requests", title_justify="left")
+    for column in ("method", "HR@10", "NDCG@10", "95 %", "over item-kNN", "95 % of that"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        interval, gain = ("{:.4f} to {:.4f}".format(*row[key]) for key in ("interval", "gain interval"))
+        table.add_row(
+            row["method"], f"{row['HR@10']:.4f}", f"{row['NDCG@10']:.4f}", interval, f"{row['gain']:+.4f}", gain
+        )
+    console.print(table)
+    print(record_line(
+        "item-kNN", data=name, rows=rows, choice=asdict(choice), validation_ndcg10=round(value, 4),
+        protocol=manifest["results"]["protocol"], seed=manifest["seed"],
+    ))  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
