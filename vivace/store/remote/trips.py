@@ -52,8 +52,8 @@ class Trips:
         try:
             self._nodes: dict[str, OneNode | SeveralNodes] = {
                 kind: nodes(
-                    address.url, news, socket_timeout=limit_s, socket_connect_timeout=limit_s, retry=Retry(NoBackoff(), 0),
-                    lib_name=None, lib_version=None, protocol=2,
+                    address.url, news, socket_timeout=limit_s, socket_connect_timeout=limit_s,
+                    retry=Retry(NoBackoff(), 0), lib_name=None, lib_version=None, protocol=2,
                 )
                 for kind, limit_s in limits_s.items()
             }  # fmt: skip
