@@ -31,7 +31,7 @@ from vivace.store.opening import open_store
 
 LOOK_S = 1.0
 WINDOW_S = 30.0
-ILL_S = 3.0  # a version on trial may be unwell for so long
+ILL_S, SHARDS_S = 3.0, 60.0  # a version on trial may be unwell for so long, and a shard of either
 SLOW_S, SLOW_LOOKS = 10.0, 5  # slow it has to be over so many seconds, and at so many looks, one after the other
 SURE = 3.0  # standard errors that a share must be beyond chance
 WORSE, MISTAKEN = 0.1, 0.01  # clicks: what difference is looked for, the chance to end a version that is as good
@@ -219,7 +219,7 @@ class Rollout:
         self.fleet, self.plan, self._say = fleet, plan, say
         self.result = ""  # how it ended
         self._step, self._since, self._in_step, self._slow = 0, time.monotonic(), 0.0, 0
-        self._due, self._well = 0.0, time.monotonic()
+        self._due, self._well, self._whole = 0.0, time.monotonic(), time.monotonic()
         self._seen: deque[tuple[float, Sample, Sample]] = deque()  # time, trial, served
         self._door_pid = 0
         self._compared: Compared | None = None
@@ -262,6 +262,12 @@ class Rollout:
             faults = "; ".join(why for why in trial.watchdog.health.faults.values() if why)
             self.stop(f"not well for {ILL_S:.0f} s: {faults}")
             return False
+        if ill := [shard.fault() for shard in self.fleet.shards.servers if shard.fault()]:
+            self._seen.clear()  # what either counts meanwhile says nothing of a version; its watchdog brings it back
+            if now - self._whole > SHARDS_S:
+                self.stop(f"a shard was not well for {SHARDS_S:.0f} s: {ill[0]}")
+            return False
+        self._whole = now
         trial_seen, served_seen = self._window(now)
         slow = slowness(self.plan, trial_seen, served_seen) if now - self._seen[0][0] >= SLOW_S else ""
         self._slow = self._slow + 1 if slow else 0
