@@ -2,10 +2,10 @@
 
     python -m benchmarks.item_knn --name lastfm
 
-Item-kNN (Deshpande & Karypis 2004): an item scores the sum, over the history, of its cosine with each item in it, by
-the listeners or shoppers that they share. How many neighbours an item keeps, how fast an older event weighs less, and
-what an item of the history itself is worth are chosen by NDCG@10 of the validation requests; the test is ranked once,
-with that choice. Ranks of ours are those that ``vivace evaluate`` wrote. The last line of stdout is one JSON object.
+Item-kNN (Deshpande & Karypis 2004): an item scores the sum, over the history, of its cosine with each item of it, by
+the users that they share. How many neighbours an item keeps, how fast an older event weighs less, and what
+an item of the history itself is worth are chosen by NDCG@10 of the validation requests; the test is ranked once, with
+that choice. Ranks of ours are those that ``vivace evaluate`` wrote. The last line of stdout is one JSON object.
 Axis legend: B requests, V item ids, S training sequences.
 """
 

@@ -224,18 +224,33 @@ class VivaceClient(UpdateCalls, ExplainCalls):
         result = self._again(contract.APPEND_EVENT, tensors, parameters=event_names(event_id, request_id))
         return _read(read_appended, result)  # type: ignore[no-any-return]
 
-    def about(self) -> dict[str, str]:
-        """What the server says of what it serves: ``data``, the name of the data set, ``precision`` and
-        others; a run that was compiled before it could says less. Raises VivaceError."""
+    def configuration(self, model: str = contract.ENSEMBLE) -> dict[str, Any]:
+        """Triton's configuration of a model: ``input``, ``output``, ``parameters`` and others. Raises VivaceError, also
+        where the server has no such model or does not offer it."""
         limit = Limit(self._timeout_s)
         more: dict[str, Any] = {} if isinstance(self._client, HttpClient) else {"as_json": True}
         try:
-            config = self._client.get_model_config(
-                contract.ENSEMBLE, client_timeout=limit.left(), headers=self._headers, **more
-            )
+            config = self._client.get_model_config(model, client_timeout=limit.left(), headers=self._headers, **more)
         except Exception as error:
             raise limit.error(error) from error
-        parameters = config.get("config", config).get("parameters", {})
+        configuration: dict[str, Any] = config.get("config", config)
+        return configuration
+
+    def offers(self, model: str) -> bool:
+        """Whether the server has ``model`` and it is ready. Raises VivaceError where the server does not answer."""
+        limit = Limit(self._timeout_s)
+        try:
+            return bool(self._client.is_model_ready(model, client_timeout=limit.left(), headers=self._headers))
+        except Exception as error:
+            failed = limit.error(error)
+            if failed.passing:
+                raise failed from error
+            return False
+
+    def about(self) -> dict[str, str]:
+        """What the server says of what it serves: ``data``, the name of the data set, ``precision`` and
+        others; a run that was compiled before it could says less. Raises VivaceError."""
+        parameters = self.configuration().get("parameters", {})
         return {key: str(value["string_value"]) for key, value in parameters.items()}
 
     def close(self) -> None:

@@ -180,6 +180,9 @@ class HttpClient:
         config: dict[str, Any] = json.loads(answer.body)
         return config
 
+    def is_model_ready(self, model: str, client_timeout: float, headers: Mapping[str, str] | None = None) -> bool:
+        return self._pool.post(f"/v2/models/{model}/ready", b"", headers or {}, client_timeout, "GET").status == 200
+
     def close(self) -> None:
         self._pool.close()
 

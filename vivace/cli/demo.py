@@ -161,6 +161,7 @@ def run_demo(
         clock.done("load")
     say(clock.summary())
     say_next("serve", run, artifacts)
+    say_next("ui", run, artifacts)
     say_next(f"query --user {recorded(run.root)[contract.USER][0]}", run, artifacts)
 
 

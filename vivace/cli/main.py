@@ -38,6 +38,7 @@ from vivace.cli.serve import serve
 from vivace.cli.store import store
 from vivace.cli.train import train
 from vivace.cli.tune import tune
+from vivace.cli.ui import ui
 from vivace.cli.why import why
 
 HELP = (
@@ -53,7 +54,7 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Data": (init_mapping, prepare),
     "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
     "Serving": (serve, publish, rollback, versions, scale, refresh, forget, rules, tune, load),
-    "Looking": (query, why, drift, parity),
+    "Looking": (ui, query, why, drift, parity),
 }
 
 

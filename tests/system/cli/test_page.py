@@ -1,0 +1,241 @@
+"""The page of ``vivace ui`` in a real browser over the real server: what people do on it, what strangers may not."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import uvicorn
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from vivace import contract
+from vivace.cli.page.app import make_app
+from vivace.cli.page.served import Served
+from vivace.client import VivaceClient
+from vivace.run import Run
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
+HOSTILE = "<img src=x onerror=\"document.body.dataset.hacked='1'\"><script>document.body.dataset.hacked='1'</script>"
+PATIENCE_MS = 20_000
+
+
+class Relay:
+    """Hands bytes on to a port, until it is cut: for callers a server that is away."""
+
+    def __init__(self, port: int) -> None:
+        self._to, self._open = port, []
+        self.restore()
+
+    def restore(self) -> None:
+        """Listens, at another port than before."""
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._accept, args=(self._listening,), daemon=True).start()
+
+    def _accept(self, listening: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                caller, _ = listening.accept()
+                server = socket.create_connection(("127.0.0.1", self._to))
+                self._open += [caller, server]
+                for a, b in ((caller, server), (server, caller)):
+                    threading.Thread(target=self._copy, args=(a, b), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while part := source.recv(1 << 16):
+                sink.sendall(part)
+        sink.close()
+
+    def cut(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        while self._open:
+            with contextlib.suppress(OSError):
+                self._open.pop().shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture(scope="module")
+def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The small shop, whose titles are hostile."""
+    copy = tmp_path_factory.mktemp("page") / "shop"
+    (copy / "features").mkdir(parents=True)
+    for folder in (root, root / "features"):
+        for path in folder.iterdir():
+            if path.name not in ("features", "catalogue.parquet", "servers"):
+                (copy / path.relative_to(root)).symlink_to(path)
+    items = pd.read_parquet(root / "features" / "catalogue.parquet")
+    items[contract.TITLE] = items[contract.TITLE] + HOSTILE
+    items.to_parquet(copy / "features" / "catalogue.parquet")
+    return Run(copy)
+
+
+@pytest.fixture(scope="module")
+def relay(served) -> Iterator[Relay]:
+    relay = Relay(served[0].grpc_port)
+    yield relay
+    relay.cut()
+
+
+@pytest.fixture(scope="module")
+def url(run: Run, relay: Relay) -> Iterator[str]:
+    """The page's own address, over the small shop's server."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    served = Served(lambda: relay.address, "grpc", {}, "vivace serve --name shop")
+    server = uvicorn.Server(uvicorn.Config(make_app(served, run, "shop", port), log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with (
+        sync_playwright() as driver,
+        driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
+    ):
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    """The person's view with an answer; nobody but the page's own host is called, and nothing goes wrong unseen."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    called: list[str] = []
+    faults: list[str] = []
+    page.on("request", lambda request: called.append(request.url))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(url)
+    page.wait_for_selector(".card")
+    yield page
+    assert {u for u in called if not u.startswith(f"{url}/")} == set()
+    assert faults == []
+    assert page.evaluate("document.body.dataset.hacked ?? ''") == ""
+    context.close()
+
+
+def items_of(page: Page) -> list[str]:
+    return page.eval_on_selector_all(".card", "cards => cards.map(card => card.dataset.item)")
+
+
+@contextlib.contextmanager
+def redrawn(page: Page) -> Iterator[None]:
+    """Until what is done in the block has been answered and drawn."""
+    before = page.get_attribute("body", "data-drawn")
+    yield
+    expect(page.locator("body")).not_to_have_attribute("data-drawn", before)
+
+
+def test_a_what_if_changes_the_answer_and_nothing_that_is_stored(page, served, root):
+    answered, user = items_of(page), page.input_value("#person-input")
+    assert len(answered) == 12 and HOSTILE in page.inner_text(".card h3")
+    with redrawn(page):
+        page.click(".card >> nth=3 >> button[data-type=buy]")
+    assert "edited on this page alone" in page.inner_text(".edited")
+    assert page.locator(".history li").first.locator(".tag").inner_text() == "buy"
+    edited = items_of(page)
+    assert answered[3] not in edited and edited != answered
+    with VivaceClient(f"127.0.0.1:{served[0].grpc_port}") as client:
+        assert client.recommend(user, top_k=12).items == answered
+    with redrawn(page):
+        page.click("text=Back to what is stored")
+    assert items_of(page) == answered
+    with redrawn(page):
+        page.click(".card >> nth=0 >> text=Skip")
+    assert items_of(page)[:11] == answered[1:]
+
+
+def test_reasons_name_what_is_in_the_history(page):
+    history = page.locator(".history .what > span:first-child").all_inner_texts()
+    page.click(".card >> nth=0 >> text=Why?")
+    page.wait_for_selector(".sentence")
+    named = page.locator(".reasons li > span").all_inner_texts()
+    assert set(named) & set(history)
+    assert "because of" in page.inner_text(".sentence").lower()
+
+
+def test_a_visitor_who_is_stored_by_keyboard_alone(page, served):
+    page.get_by_role("button", name="New visitor").focus()
+    with redrawn(page):
+        page.keyboard.press("Enter")
+    expect(page.locator(".status")).to_contain_text("Nothing is known of this person yet")
+    expect(page.locator(".who")).to_contain_text("no stored history")
+    user, first = page.input_value("#person-input"), items_of(page)[0]
+    page.focus("#what-if")
+    page.keyboard.press("ArrowDown")
+    assert page.is_checked("#store")
+    page.focus(".card >> nth=0 >> button[data-type=view]")
+    page.keyboard.press("Enter")
+    expect(page.locator(".who")).to_contain_text(f"1 stored events of {user}")
+    expect(page.locator(".status")).to_contain_text("Answered in full")
+    with VivaceClient(f"127.0.0.1:{served[0].grpc_port}") as client:
+        assert first not in client.recommend(user, top_k=12).items
+
+
+def test_the_page_goes_on_when_its_server_is_back(page, relay):
+    answered = items_of(page)
+    relay.cut()
+    page.click(".card >> nth=0 >> button[data-type=view]")
+    expect(page.locator("#away")).to_contain_text("does not answer. Start it with: vivace serve --name shop")
+    relay.restore()
+    expect(page.locator("#away")).to_be_hidden()
+    expect(page.locator("#server")).to_contain_text(relay.address)
+    expect(page.locator(".card").first).not_to_have_attribute("data-item", answered[0])
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_axe_sees_no_violation(browser, url, scheme, width):
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce", bypass_csp=True
+    )  # axe is a script of ours in the page
+    page = context.new_page()
+    page.goto(url)
+    page.click(".card >> nth=0 >> text=Why?")
+    page.wait_for_selector(".sentence")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    result = Axe().run(page)
+    assert result.violations_count == 0, result.generate_report()
+    context.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/api/people?q=", {}, 200),
+        ("GET", "/api/people?q=", {"Host": "evil.example"}, 403),
+        ("GET", "/", {"Host": "evil.example:80"}, 403),
+        ("GET", "/api/people?q=", {"Sec-Fetch-Site": "cross-site"}, 403),
+        ("POST", "/api/append", {"Content-Type": "application/json"}, 403),
+        ("POST", "/api/append", {"Origin": "http://evil.example", "Content-Type": "application/json"}, 403),
+        ("POST", "/api/append", {"Origin": "self", "Content-Type": "text/plain"}, 415),
+        ("POST", "/api/recommend", {"Origin": "self", "Content-Type": "application/json"}, 200),
+        ("DELETE", "/api/append", {"Origin": "self"}, 405),
+        ("GET", "/static/../app.py", {}, 404),
+    ],
+)
+def test_strangers_are_refused(url, method, path, headers, status):
+    host = url.removeprefix("http://")
+    connection = http.client.HTTPConnection(host)
+    headers = {**headers, **({"Origin": url} if headers.get("Origin") == "self" else {})}
+    connection.request(method, path, "{}" if method != "GET" else None, headers)
+    response = connection.getresponse()
+    assert response.status == status, response.read()
+    policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
+    connection.close()
