@@ -18,6 +18,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from vivace import contract
 from vivace.cli.page.app import make_app
+from vivace.cli.page.catalogue import Catalogue
 from vivace.cli.page.served import Served
 from vivace.client import VivaceClient
 from vivace.run import Run
@@ -93,7 +94,7 @@ def url(run: Run, relay: Relay) -> Iterator[str]:
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     served = Served(lambda: relay.address, "grpc", {}, "vivace serve --name shop")
-    server = uvicorn.Server(uvicorn.Config(make_app(served, run, "shop", port), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(make_app(served, Catalogue(run), "shop", port), log_level="warning"))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     yield f"http://127.0.0.1:{port}"
