@@ -156,7 +156,8 @@ class Control:
         return {
             "version": version_of(self.fleet.release), "release": str(self.fleet.release),
             "profile": server.options.profile, "ready": self.fleet.ready, "grpc_port": server.grpc_port,
-            "http_port": server.http_port, "metrics_port": server.metrics_port, "status_port": self.status_port, "address": server.address, "shard": server.options.shard,
+            "http_port": server.http_port, "address": server.address, "shard": server.options.shard,
+            "metrics_port": server.metrics_port, "status_port": self.status_port,
             "replicas": len(self.fleet.replicas), "rollout": self.rollout.state() if self.rollout else None,
         }  # fmt: skip
 

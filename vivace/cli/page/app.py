@@ -72,8 +72,8 @@ def about(served: Served, catalogue: Catalogue, name: str) -> dict[str, Any]:
 
 
 def make_app(served: Served, catalogue: Catalogue, name: str, port: int, more: tuple[BaseRoute, ...] = ()) -> Any:
-    """The application. ``name``: of the run, "" where it is not on this machine; ``port``: of the page; ``more``: routes
-    of other views."""
+    """The application. ``name``: of the run, "" where it is not here; ``port``: of the page; ``more``: routes of
+    other views."""
     person = Person(served, catalogue)
     routes = [
         Route("/", lambda request: FileResponse(STATIC / "index.html")),

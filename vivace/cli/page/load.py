@@ -19,12 +19,13 @@ class BusyLoadError(ValueError):
 
 
 class Load:
-    """At most one at a time. Requests are due at even distances, whatever became of those before them; what is due while
-    MOST_AT_ONCE are under way is not sent, and counted."""
+    """At most one at a time. Requests are due at even distances, whatever became of those before them; what is due
+    while MOST_AT_ONCE are under way is not sent, and counted."""
 
     def __init__(self, protocol: str, access: Mapping[str, Any]) -> None:
         self._protocol, self._access = protocol, access
         self._busy = False
+        self._closing: asyncio.Task[None] | None = None  # of the load before; a task that nobody holds may be collected
 
     async def run(
         self, address: str, users: Sequence[str], rate: float, seconds: float
@@ -72,12 +73,17 @@ class Load:
                     "left": max(0.0, round(began + seconds - time.monotonic(), 1)),
                 }
                 latencies.clear()
-        finally:
-            for task in (sender, *under_way):
+        finally:  # nothing is awaited here: whoever watched may have gone, which cancels each wait anew
+            tasks = [sender, *under_way]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(sender, *under_way, return_exceptions=True)
-            await client.close()
+            self._closing = asyncio.create_task(_close(client, tasks))
             self._busy = False
+
+
+async def _close(client: AsyncVivaceClient, tasks: Sequence[asyncio.Task[None]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await client.close()
 
 
 def _quantiles(latencies: Sequence[float]) -> dict[str, float | None]:

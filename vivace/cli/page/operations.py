@@ -23,10 +23,12 @@ from vivace.running import running
 ASK_S = 3.0
 SCALES_US = {"queue": "nv_inference_queue_duration_us", "compute": "nv_inference_compute_infer_duration_us"}
 QUANTILES = {"0.5": "p50", "0.95": "p95", "0.99": "p99"}
-CACHE = "vivace_answer_cache_total"
+ANSWERS, CACHE = "vivace_answers", "vivace_answer_cache"
+Ports = tuple[str, str]  # host:port of metrics and of health
 Samples = dict[tuple[str, str], float]  # (metric, model or how) and its sum over the other labels
 
-ORDER = (contract.FEATURE_TRANSFORM, contract.RETRIEVAL, contract.RANKING, contract.QUERY_SEARCH, contract.RESPONSE)
+ORDER = (contract.FEATURE_TRANSFORM, contract.RETRIEVAL, contract.RANKING, contract.QUERY_SEARCH, contract.RESPONSE,
+         contract.ENSEMBLE)  # fmt: skip
 
 
 class ForbiddenError(ValueError):
@@ -34,8 +36,8 @@ class ForbiddenError(ValueError):
 
 
 def read_metrics(text: str) -> Samples:
-    """Samples by metric and by its label ``model``, ``how`` or ``result``, a quantile behind it; those of replicas and
-    versions are added up."""
+    """Samples by metric, without "_total" and with a quantile behind it, and by its label ``model``, ``how`` or
+    ``result``; those of replicas and versions are added up."""
     from prometheus_client.parser import text_string_to_metric_families
 
     samples: Samples = defaultdict(float)
@@ -46,7 +48,7 @@ def read_metrics(text: str) -> Samples:
                 continue
             of = next((labels[name] for name in ("model", "how", "result") if name in labels), "")
             quantile = labels.get("quantile", "")
-            samples[(f"{sample.name} {quantile}".strip(), of)] += sample.value
+            samples[(f"{sample.name.removesuffix('_total')} {quantile}".strip(), of)] += sample.value
     return samples
 
 
@@ -76,17 +78,17 @@ def between(before: Samples, after: Samples, seconds: float) -> dict[str, Any]:
         for q, short in QUANTILES.items()
         if (f"nv_inference_request_summary_us {q}", contract.ENSEMBLE) in after
     }
-    hows = {of for metric, of in after if metric == "vivace_answers_total"}
+    hows = {of for metric, of in after if metric == ANSWERS}
     caches = {of: grown(CACHE, of) / seconds for metric, of in after if metric == CACHE}
     return {
-        "stages": [stage for stage in stages if stage["model"] != contract.ENSEMBLE],
+        "stages": stages,
         "rate": calls / seconds, "mean_ms": spent / calls if calls else 0.0, **quantiles,
-        "answers": {how: grown("vivace_answers_total", how) / seconds for how in sorted(hows)},
+        "answers": {how: grown(ANSWERS, how) / seconds for how in sorted(hows)},
         "caches": caches,
     }  # fmt: skip
 
 
-def ports_of(run: Run | None, served: Served, metrics: str = "", status: str = "") -> tuple[str, str]:
+def ports_of(run: Run | None, served: Served, metrics: str = "", status: str = "") -> Ports:
     """host:port of metrics and of health: as given, as the run's server says, or the usual ones beside its calls."""
     state = next((s.state for s in running(run) if s.address("grpc")), {}) if run is not None else {}
     host = state.get("address") or served.address.rpartition(":")[0]
@@ -112,7 +114,7 @@ class Operations:
     def _get(self, address: str, path: str, secret: bool = False) -> str:
         pool = HttpPool(address, self._credentials if secret else None)
         try:
-            headers = self._credentials.headers if secret else {}
+            headers = (self._credentials.headers if secret else None) or {}
             answer = pool.post(path, b"", headers, ASK_S, "GET")
         except (OSError, HTTPException) as error:
             raise AwayError(f"{address}{path} does not answer: {error}") from error

@@ -32,13 +32,13 @@ async def _seconds(operations: Operations) -> AsyncIterator[str]:
     while True:
         try:
             now = await run_in_threadpool(operations.sample)
-            record = {"health": await run_in_threadpool(operations.health)}
+            record: dict[str, Any] = {"health": await run_in_threadpool(operations.health)}
             record |= await run_in_threadpool(operations.versions)
             if before is not None:
                 record |= between(before[1], now[1], max(1e-3, now[0] - before[0]))
             before = now
         except (AwayError, ValueError) as error:
-            before, record = None, {"error": str(error)}
+            before, record = None, dict(error=str(error))
         yield _message(record)
         await asyncio.sleep(EVERY_S)
 
