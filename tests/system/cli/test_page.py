@@ -22,12 +22,12 @@ from serving.start_checks import free_port
 from serving.status import start_status_page
 from tests.support import wait_until
 from vivace import contract
-from vivace.cli.page.app import make_app
+from vivace.cli.page import judged, watch
+from vivace.cli.page.app import answered, make_app
 from vivace.cli.page.catalogue import Catalogue
 from vivace.cli.page.load import Load
 from vivace.cli.page.operations import Operations
 from vivace.cli.page.served import Served
-from vivace.cli.page.watch import routes
 from vivace.client import VivaceClient
 from vivace.run import Run
 
@@ -107,8 +107,8 @@ def url(run: Run, relay: Relay, fleet) -> Iterator[str]:
     served, catalogue = Served(lambda: relay.address, "grpc", {}, "vivace serve --name shop"), Catalogue(run)
     ports = lambda: (f"127.0.0.1:{metrics_port}", f"127.0.0.1:{status_port}")  # noqa: E731
     operations = Operations(run, run.root.parent, ports, {}, OPERATOR_KEY)
-    watched = routes(operations, Load("grpc", {}), lambda: relay.address, catalogue.some_users)
-    app = make_app(served, catalogue, "shop", port, watched)
+    watched = watch.routes(operations, Load("grpc", {}), lambda: relay.address, catalogue.some_users)
+    app = make_app(served, catalogue, "shop", port, (*watched, *judged.routes(judged.Judged(run), answered)))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -236,6 +236,18 @@ def test_an_operator_sees_load_come_and_go_and_changes_nothing_without_the_key(p
     assert status == 400 and "no running server" in body  # this server takes no orders: 'vivace serve' does
 
 
+def test_the_models_are_shown_as_they_were_judged(page, run):
+    table = json.loads((run.evaluation / "metrics.json").read_text())["table"]
+    page.click("nav >> text=Models")
+    for method, figures in table.items():
+        row = page.locator("#models table").first.get_by_role("row", name=re.compile(f"^{re.escape(method)} "))
+        expect(row).to_contain_text(f"{figures['NDCG@10']:.4f}")
+        low, high = map(float, re.findall(r"(0\.\d{4}) to (0\.\d{4})", row.inner_text())[0])
+        assert low <= figures["NDCG@10"] <= high and low < high
+    assert page.locator("img.figure").evaluate("image => image.naturalWidth") > 100
+    assert page.locator("#models svg.chart").count() == 2
+
+
 def test_load_ends_with_the_page_that_sent_it(browser, url):
     page = browser.new_page()
     page.goto(f"{url}/#operations")
@@ -246,7 +258,8 @@ def test_load_ends_with_the_page_that_sent_it(browser, url):
 
 
 @pytest.mark.parametrize(
-    ("view", "scheme", "width"), [("person", "light", 1280), ("person", "dark", 390), ("operations", "dark", 1280)]
+    ("view", "scheme", "width"),
+    [("person", "light", 1280), ("person", "dark", 390), ("operations", "dark", 1280), ("models", "light", 390)],
 )
 def test_axe_sees_no_violation(browser, url, view, scheme, width):
     context = browser.new_context(
