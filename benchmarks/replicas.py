@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.faults import wait_well
+from benchmarks.fault_kinds import wait_well
 from benchmarks.streams import answered_ms
 from benchmarks.turns import in_turns, spread, with_spread
 from loadtest.generate.generator import messages
