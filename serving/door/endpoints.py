@@ -1,4 +1,4 @@
-"""Who stands behind the door: the Unix sockets of one or more tritonservers, in files that Envoy watches.
+"""Who stands behind the door: tritonservers of this machine, or guards of others, in files that Envoy watches.
 
 A file a cluster, exchanged by a rename: Envoy takes the new endpoints within milliseconds, and no call that is under
 way is touched (Envoy's "filesystem subscriptions").
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vivace.manifest import write_json
 
@@ -46,6 +46,21 @@ class Sockets:
         """The socket that a cluster of the door speaks to."""
         return {GRPC: self.grpc, METRICS: self.metrics}.get(cluster, self.http)
 
+    def address(self, cluster: str) -> dict[str, Any]:
+        """The same as Envoy's address."""
+        return pipe(self.of(cluster))
+
+    def sign(self, cluster: str) -> str:
+        """How Envoy's page of clusters calls it."""
+        return str(self.of(cluster))
+
+
+class Endpoint(Protocol):
+    """Where a server is: ``Sockets`` of this machine, or a ``serving.door.hosts.Host``."""
+
+    def address(self, cluster: str) -> dict[str, Any]: ...
+    def sign(self, cluster: str) -> str: ...
+
 
 class Turn(Enum):
     """What an endpoint is sent: everything, nothing new, nothing unless no other is there, or what the callers of a
@@ -57,7 +72,7 @@ class Turn(Enum):
     TRIES = "on trial"
 
 
-Endpoints = Mapping[Sockets, Turn]
+Endpoints = Mapping[Endpoint, Turn]
 
 
 def endpoints_file(folder: Path, cluster: str) -> Path:
@@ -74,10 +89,10 @@ def write_endpoints(folder: Path, endpoints: Endpoints, metrics: Path | None = N
     theirs."""
     for cluster in (TRIAL, RECOMMEND, EXPLAINS, OTHERS, GRPC, METRICS):
         of_cluster = [(s, t) for s, t in endpoints.items() if (t is Turn.TRIES) == (cluster == TRIAL)]
-        places = [(s.of(cluster), Turn.TAKES if t is Turn.TRIES else t) for s, t in of_cluster]
+        places = [(s.address(cluster), Turn.TAKES if t is Turn.TRIES else t) for s, t in of_cluster]
         if cluster == METRICS and metrics is not None:
-            places = [(metrics, Turn.TAKES)]
-        listed = [{"endpoint": {"address": pipe(path)}, "health_status": turn.value} for path, turn in places]
+            places = [(pipe(metrics), Turn.TAKES)]
+        listed = [{"endpoint": {"address": address}, "health_status": turn.value} for address, turn in places]
         assignment = {
             "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
             "cluster_name": cluster,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.door.hosts import Upstream
 from vivace import contract
 from vivace.explain_contract import EXPLAIN
 
@@ -46,6 +47,13 @@ class DoorOptions:
     """A request that has not arrived whole by then is dropped."""
     timeout_s: float = 60.0
     """An answer that has not come by then is given up."""
+    try_s: float = 2.0
+    """A call of ``recommend`` that one of ``several`` has not answered by then is asked of another as well: twice what
+    its queue lets it wait."""
+    several: bool = False
+    """There are other servers to ask."""
+    append_s: float = 5.0
+    """An event whose end has not come by then is answered 504: sent again under its id, it is stored once."""
     recovery_s: float = 8.0
     """How long a call of ``recommend`` is sent again while the server comes back."""
     keys: bool = False
@@ -54,6 +62,8 @@ class DoorOptions:
     """With the certificate in ``DoorFiles.certificate``."""
     client_ca: bool = False
     """A caller needs a certificate of those in ``DoorFiles.client_ca``."""
+    upstream: Upstream | None = None
+    """Servers of other machines; None: tritonservers of this one."""
     models: tuple[str, ...] = PUBLIC
     """Whose calls it lets through: those of callers, or a shard of retrieval, which is asked over HTTP alone."""
 

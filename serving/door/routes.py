@@ -19,29 +19,41 @@ UNREADY, STOPPING = "vivace.unready", "vivace.stopping"  # runtime keys, in per 
 SHADOW = "vivace.shadow"  # the same: calls of which the version on trial gets a copy
 VARIANT = "x-vivace-variant"  # header that the checks set, of a call and of its answer
 ON_TRIAL = "trial"
+NOT_TAKEN = "x-vivace-not-taken"  # header of a refusal by a server that stops: another may be asked, whatever it was
 TRIAL_OR_ELSE = "trial_or_else"  # a cluster: that on trial, and while nobody of it is well the others
 
 
-def _retry(options: DoorOptions, twice: bool) -> dict[str, Any]:
+def _retry(options: DoorOptions, twice: bool, hung: bool) -> dict[str, Any]:
     """While a server is away another is asked, or the same until it is back. ``twice``: of calls that may be sent
-    twice; of others only those that nobody got."""
+    twice; of others only those that nobody got. ``hung``: also where a server has not answered for ``try_s``."""
     predicate = "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
     another = {
         "name": "envoy.retry_host_predicates.previous_hosts",
         "typed_config": {"@type": f"type.googleapis.com/{predicate}"},
     }
-    return {
+    policy: dict[str, Any] = {
         "retry_on": "connect-failure,refused-stream,reset" if twice else "connect-failure",
         "num_retries": int(options.recovery_s / 0.12),  # waits are drawn from 0 to the interval
         "retry_back_off": {"base_interval": "0.1s", "max_interval": "0.25s"},
         "retry_host_predicate": [another],
         "host_selection_retry_max_attempts": 3,
     }
+    if options.upstream:  # a guard that stops says what it has not taken
+        policy["retry_on"] += ",retriable-headers"
+        policy["retriable_headers"] = [{"name": NOT_TAKEN, "present_match": True}]
+    return policy | ({"per_try_timeout": f"{options.try_s:g}s"} if hung else {})
 
 
-def to(cluster: str, options: DoorOptions, again: bool = False) -> dict[str, Any]:
-    """``again``: the call may be sent twice."""
-    return {"cluster": cluster, "timeout": f"{options.timeout_s:g}s", "retry_policy": _retry(options, again)}
+def to(cluster: str, options: DoorOptions, again: bool = False, quick: bool = False) -> dict[str, Any]:
+    """``again``: the call may be sent twice. ``quick``: it is, where its answer does not come soon and there are
+    several servers; the first of two answers counts."""
+    hung = quick and options.several
+    hedge = {"hedge_policy": {"hedge_on_per_try_timeout": True}} if hung else {}
+    return {
+        "cluster": cluster,
+        "timeout": f"{options.timeout_s:g}s",
+        "retry_policy": _retry(options, again, hung),
+    } | hedge
 
 
 def _infer(model: str, match: dict[str, Any], options: DoorOptions) -> list[dict[str, Any]]:
@@ -49,24 +61,27 @@ def _infer(model: str, match: dict[str, Any], options: DoorOptions) -> list[dict
     if model == EXPLAIN:
         return [{"match": match, "route": to(EXPLAINS, options, again=True), "stat_prefix": model}]
     if model != contract.ENSEMBLE:
-        return [{"match": match, "route": to(OTHERS, options), "stat_prefix": model}]
+        longest = {"timeout": f"{options.append_s:g}s"} if model == contract.APPEND_EVENT else {}
+        return [{"match": match, "route": to(OTHERS, options) | longest, "stat_prefix": model}]
     sign = {"name": VARIANT, "string_match": {"exact": ON_TRIAL}}
     told = {"header": {"key": VARIANT, "value": ON_TRIAL}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
     on_trial = {
         "match": match | {"headers": [*match["headers"], sign]},
-        "route": to(TRIAL_OR_ELSE, options, again=True),
+        "route": to(TRIAL_OR_ELSE, options, again=True, quick=True),
         "stat_prefix": ON_TRIAL,
         "response_headers_to_add": [told],
     }
     share = {"default_value": {"numerator": 0}, "runtime_key": SHADOW}
     copies = {"request_mirror_policies": [{"cluster": TRIAL, "runtime_fraction": share}]}
-    served = {"match": match, "route": to(RECOMMEND, options, again=True) | copies, "stat_prefix": model}
+    served = {"match": match, "route": to(RECOMMEND, options, again=True, quick=True) | copies, "stat_prefix": model}
     return [on_trial, served]
 
 
 def _away(key: str, match: dict[str, Any], **more: Any) -> dict[str, Any]:
     """503 while ``key`` is set: what the supervisor knows and Triton does not."""
     chosen = {"default_value": {"numerator": 100 if key == UNREADY else 0}, "runtime_key": key}
+    if key == STOPPING:
+        more["response_headers_to_add"] = [{"header": {"key": NOT_TAKEN, "value": "stopping"}}]
     return {"match": match | {"runtime_fraction": chosen}, "direct_response": {"status": 503}} | more
 
 

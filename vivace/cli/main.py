@@ -14,6 +14,7 @@ from vivace.cli.compile import compile_
 from vivace.cli.compress import compress
 from vivace.cli.demo import demo
 from vivace.cli.doctor import doctor
+from vivace.cli.door import door
 from vivace.cli.drift import drift
 from vivace.cli.errors import reported
 from vivace.cli.evaluate import evaluate
@@ -53,7 +54,7 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Start": (demo, doctor),
     "Data": (init_mapping, prepare),
     "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
-    "Serving": (serve, publish, rollback, versions, scale, refresh, forget, rules, tune, load),
+    "Serving": (serve, door, publish, rollback, versions, scale, refresh, forget, rules, tune, load),
     "Looking": (ui, query, why, drift, parity),
 }
 

@@ -61,7 +61,7 @@ def why(
     if url and offline:
         raise typer.BadParameter("goes with a server; leave --offline out", param_hint="--url")
     run: Run | None = None if url and not name else find_run(artifacts, name)
-    if offline or (not url and run is not None and not running(run)):
+    if offline or (not url and run is not None and not any(running(run))):
         assert run is not None
         explained = _offline(run, user, history or [], top_k, text, context, language)
     else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
+import re
 import shutil
 import socket
 import threading
@@ -16,8 +18,15 @@ import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from serving.start_checks import free_port
+from serving.status import start_status_page
+from tests.support import wait_until
 from vivace import contract
-from vivace.cli.page.app import make_app
+from vivace.cli.page import judged, watch
+from vivace.cli.page.app import answered, make_app
+from vivace.cli.page.catalogue import Catalogue
+from vivace.cli.page.load import Load
+from vivace.cli.page.operations import Operations
 from vivace.cli.page.served import Served
 from vivace.client import VivaceClient
 from vivace.run import Run
@@ -26,6 +35,8 @@ CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
 HOSTILE = "<img src=x onerror=\"document.body.dataset.hacked='1'\"><script>document.body.dataset.hacked='1'</script>"
 PATIENCE_MS = 20_000
+OPERATOR_KEY = "of the test"
+expect.set_options(timeout=PATIENCE_MS)
 
 
 class Relay:
@@ -88,12 +99,18 @@ def relay(served) -> Iterator[Relay]:
 
 
 @pytest.fixture(scope="module")
-def url(run: Run, relay: Relay) -> Iterator[str]:
+def url(run: Run, relay: Relay, fleet) -> Iterator[str]:
     """The page's own address, over the small shop's server."""
     listening = socket.create_server(("127.0.0.1", 0))
-    port = listening.getsockname()[1]
-    served = Served(lambda: relay.address, "grpc", {}, "vivace serve --name shop")
-    server = uvicorn.Server(uvicorn.Config(make_app(served, run, "shop", port), log_level="warning"))
+    port, status_port = listening.getsockname()[1], free_port("127.0.0.1")
+    start_status_page("127.0.0.1", status_port, fleet)
+    metrics_port = fleet.replicas[0].server.metrics_port
+    served, catalogue = Served(lambda: relay.address, "grpc", {}, "vivace serve --name shop"), Catalogue(run)
+    ports = lambda: (f"127.0.0.1:{metrics_port}", f"127.0.0.1:{status_port}")  # noqa: E731
+    operations = Operations(run, run.root.parent, ports, {}, OPERATOR_KEY)
+    watched = watch.routes(operations, Load("grpc", {}), lambda: relay.address, catalogue.some_users)
+    app = make_app(served, catalogue, "shop", port, (*watched, *judged.routes(judged.Judged(run), answered)))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     yield f"http://127.0.0.1:{port}"
@@ -199,19 +216,85 @@ def test_the_page_goes_on_when_its_server_is_back(page, relay):
     expect(page.locator(".card").first).not_to_have_attribute("data-item", answered[0])
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
-def test_axe_sees_no_violation(browser, url, scheme, width):
+def test_an_operator_sees_load_come_and_go_and_changes_nothing_without_the_key(page, url):
+    page.click("nav >> text=Operations")
+    expect(page.locator("#operations .status").first).to_contain_text("Everything works. Version 1.")
+    page.click("text=Send load")
+    expect(page.locator("#operations")).to_contain_text(re.compile(r"[1-9]\d* sent, [1-9]\d* answered"))
+    stages = page.locator("#operations table").first
+    expect(stages.locator("tr", has_text="retrieval").locator("td").first).to_have_text(re.compile(r"[1-9]"))
+    other = post(url, "/api/load", {"rate": 5, "seconds": 1})
+    assert other[0] == 409 and "goes on already" in other[1]
+    page.click("text=Stop")
+    expect(page.locator("#operations")).to_contain_text("Stopped.")
+    body = wait_until(lambda: load_alone(url), "a load of its own")
+    assert json.loads(body.strip().split("data: ")[-1])["answered"] == 5
+    assert post(url, "/api/load", {"rate": 101})[0] == 400
+    page.fill("#operator-key", "guessed")
+    page.click("text=End the trial")
+    expect(page.locator("#operations")).to_contain_text("needs the operator's key")
+    status, body = post(url, "/api/rollout", {"action": "stop"}, {"x-operator-key": OPERATOR_KEY})
+    assert status == 400 and "no running server" in body  # this server takes no orders: 'vivace serve' does
+
+
+def test_the_models_are_shown_as_they_were_judged(page, run):
+    table = json.loads((run.evaluation / "metrics.json").read_text())["table"]
+    page.click("nav >> text=Models")
+    for method, figures in table.items():
+        row = page.locator("#models table").first.get_by_role("row", name=re.compile(rf"^{re.escape(method)} \d"))
+        expect(row).to_contain_text(f"{figures['NDCG@10']:.4f}")
+        low, high = map(float, re.findall(r"(0\.\d{4}) to (0\.\d{4})", row.inner_text())[0])
+        assert low <= figures["NDCG@10"] <= high and low < high
+    assert page.locator("img.figure").evaluate("image => image.naturalWidth") > 100
+    assert page.locator("#models svg.chart").count() == 2
+
+
+def test_load_ends_with_the_page_that_sent_it(browser, url):
+    page = browser.new_page()
+    page.goto(f"{url}/#operations")
+    page.click("text=Send load")
+    expect(page.locator("#operations")).to_contain_text(re.compile(r"[1-9]\d* sent"))
+    page.close()
+    assert wait_until(lambda: load_alone(url), "a load of its own")
+
+
+@pytest.mark.parametrize(
+    ("view", "scheme", "width"),
+    [("person", "light", 1280), ("person", "dark", 390), ("operations", "dark", 1280), ("models", "light", 390)],
+)
+def test_axe_sees_no_violation(browser, url, view, scheme, width):
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce", bypass_csp=True
     )  # axe is a script of ours in the page
     page = context.new_page()
-    page.goto(url)
-    page.click(".card >> nth=0 >> text=Why?")
-    page.wait_for_selector(".sentence")
+    page.goto(f"{url}/#{view}")
+    if view == "person":
+        page.click(".card >> nth=0 >> text=Why?")
+        page.wait_for_selector(".sentence")
+    else:
+        page.wait_for_selector(f"#{view} table")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     result = Axe().run(page)
     assert result.violations_count == 0, result.generate_report()
     context.close()
+
+
+def post(url: str, path: str, body: dict, headers: dict | None = None) -> tuple[int, str]:
+    """(status, text) of a call as the page makes it."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    given = {"Origin": url, "Content-Type": "application/json", **(headers or {})}
+    connection.request("POST", path, json.dumps(body), given)
+    response = connection.getresponse()
+    text = response.read().decode()
+    connection.close()
+    return response.status, text
+
+
+def load_alone(url: str) -> str:
+    """What a load of five requests tells; "" while another goes on."""
+    status, body = post(url, "/api/load", {"rate": 5, "seconds": 1})
+    assert status in (200, 409), body
+    return body if status == 200 else ""
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from vivace.cli.page.catalogue import Catalogue
 from vivace.cli.page.person import Person
 from vivace.cli.page.security import OnlyThisPage
 from vivace.cli.page.served import AwayError, RefusedError, Served
-from vivace.run import Run
 
 STATIC = Path(__file__).with_name("static")
 
@@ -72,10 +71,9 @@ def about(served: Served, catalogue: Catalogue, name: str) -> dict[str, Any]:
     }
 
 
-def make_app(served: Served, run: Run | None, name: str, port: int, more: tuple[BaseRoute, ...] = ()) -> Any:
-    """The application. ``run``: that of the server, None where it is not on this machine; ``port``: of the page;
-    ``more``: routes of other views."""
-    catalogue = Catalogue(run)
+def make_app(served: Served, catalogue: Catalogue, name: str, port: int, more: tuple[BaseRoute, ...] = ()) -> Any:
+    """The application. ``name``: of the run, "" where it is not here; ``port``: of the page; ``more``: routes of
+    other views."""
     person = Person(served, catalogue)
     routes = [
         Route("/", lambda request: FileResponse(STATIC / "index.html")),

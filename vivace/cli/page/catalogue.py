@@ -175,6 +175,9 @@ class Catalogue:
         found = ((user, count) for user, count in self._people if words in user.lower())
         return [{"id": user, "events": count} for (user, count), _ in zip(found, range(most), strict=False)]
 
+    def some_users(self) -> list[str]:
+        return [user for user, _ in self._people[:1000]]
+
     def history(self, user: str) -> list[dict[str, Any]] | None:
         """Stored events of a user, oldest first: ``item``, ``type`` and ``time`` (Unix ms); None of a stranger."""
         store = self.store()
