@@ -28,9 +28,8 @@ def _schema(name: str) -> DataSchema:
     return DataSchema(
         name=name,
         event_categoricals=(EVENT, *USER_COLUMNS),
-        item_categoricals=("main_genre",),
+        item_categoricals=("genres", "main_genre"),
         item_continuous=("year",),
-        item_lists=("genres",),  # "Animation|Children's"
         heads=(TaskHead("watched", float("-inf")), TaskHead("liked", 4.0)),
         licence=LICENCE,
         user_columns=USER_COLUMNS,
