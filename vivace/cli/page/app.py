@@ -14,6 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from loadtest.reports.record import finite
 from vivace.cli.page.catalogue import Catalogue
 from vivace.cli.page.person import Person
 from vivace.cli.page.security import OnlyThisPage
@@ -25,7 +26,7 @@ STATIC = Path(__file__).with_name("static")
 def answered(work: Callable[[], Any]) -> Response:
     """JSON of ``work()``; what is expected to go wrong as {"error": text for people}."""
     try:
-        return JSONResponse(work())
+        return JSONResponse(finite(work()))
     except AwayError as error:
         return JSONResponse({"error": str(error), "away": True}, 503)
     except RefusedError as error:

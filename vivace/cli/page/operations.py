@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from loadtest.reports.record import finite
 from vivace import contract
 from vivace.cli.page.served import AwayError, Served
 from vivace.credentials import Credentials
@@ -150,7 +151,7 @@ class Operations:
             number = version_of(release)
             traffic = 1 - share if number in served else share if rollout and rollout["version"] == number else 0.0
             versions.append({"version": number, "ndcg": ndcg_of(card_of(release)), "traffic": traffic})
-        return {"versions": versions, "rollout": rollout, "servers": len(servers)}
+        return {"versions": versions, "rollout": finite(rollout), "servers": len(servers)}  # some are not known yet
 
     def change(self, raw: Mapping[str, Any], key: str) -> dict[str, Any]:
         """Does what a button says: ``action`` "start" (``version``, ``percent``, ``wait``), "promote" or "stop". Raises
