@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from search.online import SearchOptions, SearchResult
 
 UNITS = 12  # newest distinct items of a history that are asked about
-AT_ONCE = 16  # variants that go through the graphs together
+AT_ONCE = 32  # variants that go through the graphs together
 Left = frozenset[int]  # parts that are left out, by their place among ``Variants.parts``
 WHOLE: Left = frozenset()
 
@@ -98,11 +98,11 @@ class Variants:
         counted = Counter(item for item, _, _ in reversed(self._events))
         self.parts = [Part(HISTORY, item, events=n) for item, n in itertools.islice(counted.items(), units)]
         self.of_history = len(self.parts)
-        self.status = ""
         self._answers: dict[Left, Answer] = {}
-        self._base: list[np.ndarray] = []  # inputs of retrieval and ranking
+        self._base, (self.status,) = pipeline.transform([row], self._known)  # inputs of retrieval and ranking
         self._found: SearchResult | None = None
-        self.ask([WHOLE])
+        if row.query and pipeline.search is not None:
+            self._found = pipeline.search([row.query], [options], [self._base[0][0]])[0]
         self.parts += self._others()
 
     def __getitem__(self, left: Left) -> Answer:
@@ -178,9 +178,7 @@ class Variants:
             names = {self.parts[i].name for i in left if self.parts[i].kind == CONTEXT}
             values.append({name: value for name, value in known.values[0].items() if name not in names})
         stored = {i: known.stored[0] for i, left in enumerate(lefts) if left == WHOLE and 0 in known.stored}
-        inputs, statuses = pipeline.transform(rows, replace(known, stored=stored, values=values))
-        if not self._base:
-            self._base, self.status = [part[:1] for part in inputs], statuses[0]
+        inputs, _ = pipeline.transform(rows, replace(known, stored=stored, values=values))
         for seen in (1, len(inputs) - 1) if pipeline.shapes.fresh else (1,):
             inputs[seen] = np.repeat(self._base[seen], len(lefts), 0)
         for i in self._live:
@@ -199,12 +197,10 @@ class Variants:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and values by the query, where there is one: what it found once, ranked anew for each variant. A part
         that is left out matches each item no better than the least of those that were found."""
-        search, ranking = self._pipeline.search, self._pipeline.search_ranking
-        if search is None or ranking is None or not self._row.query:
+        found, ranking = self._found, self._pipeline.search_ranking
+        if found is None or ranking is None:
             return ids_BN, values_BCN
-        if self._found is None:
-            self._found = search([self._row.query], [self._options], [self._base[0][0]])[0]
-        found, results = self._found, list[SearchResult]()
+        results: list[SearchResult] = []
         for left in lefts:
             features_NX = found[1]
             for part in (self.parts[i] for i in left if self.parts[i].kind == QUERY):
@@ -220,6 +216,6 @@ class Variants:
         queried = [self._found is not None and bool(self._found[2])] * b
         top_k_B, status_B = np.full(b, self._row.top_k), np.array([status] * b, object)
         shown_BN, _, told_B = self._rules(ids_BN, values_BCN, top_k_B, queried, status_B)
-        if lefts[0] == WHOLE:
-            self.status = told_B[0].decode()
+        if WHOLE in lefts:
+            self.status = told_B[lefts.index(WHOLE)].decode()
         return shown_BN

@@ -18,7 +18,7 @@ import numpy as np
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.ruled import Rules
 from serving.runtime.stages import Row
-from serving.runtime.variants import UNITS, WHOLE, Left, Part, Variants
+from serving.runtime.variants import AT_ONCE, UNITS, WHOLE, Left, Part, Variants
 from vivace.contract import PADDING_ID, STATUS_DEGRADED
 from vivace.explain_contract import (
     ATTRIBUTES,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 LARGEST = 3  # events of a set that is looked for
 TRIED = 48  # sets of each size and item, the likeliest first
+SERVED_TRIED, SERVED_MOST = 2, 4  # the same of the served call, and sets of a request: it is to cost a few plain ones
 TOLD = 0.25  # of the largest effect: what weighs less is not told
 FAR = 1e6  # what an item's score is taken to lose that is no candidate any more
 POPULAR = f"{STATUS_DEGRADED}popular items"
@@ -130,21 +131,24 @@ class Counterfactuals(Variants):
         lower the item's score most one by one; of all items and sizes together ``most``."""
         units = range(self.of_history)
         singles = [frozenset([i]) for i in units]
-        self.ask(singles)
+        self.ask([WHOLE, *singles])
         out: dict[int, Left | None] = {}
         for id_ in ids:
             gone = [left for left in singles if self.is_gone(id_, left)]
             out[id_] = min(gone, key=lambda left: self.score(id_, left), default=None)
-        before = len(self._answers)
+        room = most
         for size in range(2, min(largest, self.of_history) + 1):
-            waiting = {id_: iter(sets) for id_, sets in self._likeliest(out, size, tried).items()}
-            while waiting and (room := most - (len(self._answers) - before)) > 0:
-                nominated = {id_: left for id_, sets in waiting.items() if (left := next(sets, None)) is not None}
-                self.ask(list(dict.fromkeys(nominated.values()))[:room])
-                for id_, left in nominated.items():
-                    if left in self._answers and self.is_gone(id_, left):
+            likeliest = self._likeliest(out, size, tried)
+            turns = [(id_, left) for turn in itertools.zip_longest(*likeliest.values())
+                     for id_, left in zip(likeliest, turn, strict=True) if left is not None]  # fmt: skip
+            while turns and room > 0:
+                batch = list(dict.fromkeys(left for _, left in turns))[: min(AT_ONCE, room)]
+                room -= sum(left not in self._answers for left in batch)
+                self.ask(batch)
+                for id_, left in turns:
+                    if out[id_] is None and left in self._answers and self.is_gone(id_, left):
                         out[id_] = left
-                waiting = {id_: waiting[id_] for id_ in nominated if out[id_] is None}
+                turns = [(id_, left) for id_, left in turns if out[id_] is None and left not in self._answers]
         return out
 
     def _likeliest(self, found: dict[int, Left | None], size: int, tried: int) -> dict[int, list[Left]]:
@@ -182,7 +186,7 @@ def because(
     ``tried`` and ``most``: see ``Counterfactuals.smallest_of``."""
     with pipeline.transform.still():
         asked = Counterfactuals(pipeline, row, options, rules, units)
-        asked.ask([frozenset([i]) for i in range(len(asked.parts))])
+        asked.ask([WHOLE, *(frozenset([i]) for i in range(len(asked.parts)))])
         shown = asked.shown()
         places = range(len(shown)) if items is None else [place for place in items if place < len(shown)]
         smallest = asked.smallest_of([int(shown[place]) for place in places], tried=tried, most=most)

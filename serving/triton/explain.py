@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from serving.runtime.pipeline import Pipeline
     from serving.runtime.ruled import Rules
 
-TRIED, MOST = 3, 8  # sets of more than one item: of each size and item, and of a request
-
 
 class ExplainModel(Stage):
     """One request of one row at a time: ITEM_ID, SCORE and EXPLANATION of each item, STATUS."""
@@ -80,7 +78,7 @@ class ExplainModel(Stage):
 
     def _explained(self, parsed: ParsedRequest) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         """ITEM_ID object [1, K], SCORE float32 [1, K], EXPLANATION object [1, K], STATUS. Raises ValueError."""
-        from serving.runtime.why import because, record, titled
+        from serving.runtime.why import SERVED_MOST, SERVED_TRIED, because, record, titled
 
         language = str(json.loads(parsed.request.parameters() or "{}").get(LANGUAGE) or ENGLISH)
         if language not in LANGUAGES:
@@ -89,7 +87,7 @@ class ExplainModel(Stage):
         if row.query and pipeline.search is not None:
             options = search_options(parsed.request)
             pipeline.search.index.allowed(options.filters)
-        found, status = because(pipeline, row, options=options, rules=rules, tried=TRIED, most=MOST)
+        found, status = because(pipeline, row, options=options, rules=rules, tried=SERVED_TRIED, most=SERVED_MOST)
         items = titled(found)
         titles = {item: title or "" for item, title in zip(items, self.titles.titles(items), strict=True)}
         texts = [json.dumps(record(of, self.heads, titles, language), ensure_ascii=False).encode() for of in found]

@@ -1,4 +1,4 @@
-"""``vivace experiment impressions`` and ``vivace experiment report``."""
+"""``vivace experiment``: impressions, report, uplift."""
 
 from __future__ import annotations
 
@@ -130,6 +130,52 @@ def report(
     page.parent.mkdir(parents=True, exist_ok=True)
     pages.write(seen, page, more)
     say(f"wrote {page}")
+
+
+@experiment.command(
+    help="Say what showing an item is worth, by a joined log of a server with --explore: how many more clicks a "
+    "request has than with the log's usual choice in its place, beside the item's CTR. Refutations say whether to "
+    "believe it."
+)
+def uplift(
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    joined: Annotated[
+        Path | None,
+        typer.Option(help="file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if empty"),
+    ] = None,
+    by: Annotated[str, choice("--by", values_of("training.judge.experiment:ARMS"), "what makes the arms")] = "variant",
+    arm: Annotated[str, typer.Option(help="whose rows count, by its name")] = "",
+    least: Annotated[int, typer.Option(help="times that an item must have been shown", min=2)] = 30,
+    most: Annotated[int, typer.Option(help="items of each end that are printed", min=1)] = 10,
+    out: Annotated[Path | None, typer.Option(help="Parquet of all items, if any", dir_okay=False)] = None,
+) -> None:
+    from training.judge.experiment import shown_rows
+    from training.judge.uplift import uplift as estimated
+    from vivace.impressions.files import joined_of
+    from vivace.impressions.queue import folder_of
+
+    run = find_run(artifacts, name)
+    file = joined or joined_of(folder_of(run.feature_store))
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: not there yet; run 'vivace experiment impressions --name {run.root.name}'")
+    with console.status("estimating"):
+        estimate = estimated(shown_rows(file, by, arm), least)
+    items = estimate.items
+    ends = items if len(items) <= 2 * most else items.iloc[[*range(most), *range(len(items) - most, len(items))]]
+    rows = [
+        (of.item_id, f"{of.uplift:+.4f}", f"{of.low:+.4f} to {of.high:+.4f}", f"{of.ctr:.4f}", f"{of.shown:,}")
+        for of in ends.itertuples()
+    ]
+    _print(("item", "uplift, clicks a request", "95 % interval", "CTR", "shown"), rows)
+    say(f"{estimate.requests:,} requests, {len(items):,} items that were shown {least} times and more")
+    say(
+        f"refutations: {estimate.placebo:.0%} of placebos have an effect (5 % is chance); a random cause moves an "
+        f"uplift by {estimate.moved:.2f} standard errors"
+    )
+    if out is not None:
+        items.to_parquet(out)
+        say(f"wrote {out}")
 
 
 def _steps(run: Run, file: Path, by: str) -> Any:

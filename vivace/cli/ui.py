@@ -51,12 +51,12 @@ def ui(
     machine alone."""
     import uvicorn
 
-    from vivace.cli.page.app import make_app
+    from vivace.cli.page import judged, watch
+    from vivace.cli.page.app import answered, make_app
     from vivace.cli.page.catalogue import Catalogue
     from vivace.cli.page.load import Load
     from vivace.cli.page.operations import Operations, ports_of
     from vivace.cli.page.served import Served
-    from vivace.cli.page.watch import routes
 
     there = runs(artifacts)
     run = find_run(artifacts, name) if name or (there and not url) else None
@@ -76,8 +76,8 @@ def ui(
         ports = partial(ports_of, run, served, metrics_url, status_url)
         operations = Operations(run, artifacts, ports, access, operator_key)
         catalogue = Catalogue(run)
-        watched = routes(operations, Load(protocol, access), lambda: served.address, catalogue.some_users)
-        app = make_app(served, catalogue, called, port, watched)
+        watched = watch.routes(operations, Load(protocol, access), lambda: served.address, catalogue.some_users)
+        app = make_app(served, catalogue, called, port, (*watched, *judged.routes(judged.Judged(run), answered)))
         say(f"page: http://{LOOPBACK}:{port}/ over the server at {address}; Ctrl-C stops")
         say(f"operator's key, for rollouts: {operator_key}")
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)

@@ -21,13 +21,14 @@ from vivace.cli.options import (
     credentials,
     say,
 )
+from vivace.cli.paths import in_common
 from vivace.cli.query import require_server, titles
 from vivace.cli.runs import find_run
 from vivace.cli.served import address_of, served_run
 from vivace.cli.values import choice, json_object
 from vivace.client import Explained, VivaceClient
 from vivace.client_explain import Explanation
-from vivace.explain_contract import LANGUAGES
+from vivace.explain_contract import ENGLISH, LANGUAGES
 from vivace.run import Run
 from vivace.running import running
 
@@ -60,7 +61,7 @@ def why(
     if url and offline:
         raise typer.BadParameter("goes with a server; leave --offline out", param_hint="--url")
     run: Run | None = None if url and not name else find_run(artifacts, name)
-    if offline or (not url and run is not None and not running(run)):
+    if offline or (not url and run is not None and not any(running(run))):
         assert run is not None
         explained = _offline(run, user, history or [], top_k, text, context, language)
     else:
@@ -70,7 +71,7 @@ def why(
             if run is None:
                 run, _ = served_run(client, address, artifacts)
             explained = client.explain(user, history or [], top_k, text, context=context or None, language=language)
-    print_explained(run, explained)
+    print_explained(run, explained, language)
 
 
 def _offline(run: Run, user: str, history: list[str], top_k: int, text: str, context: Any, language: str) -> Explained:
@@ -104,17 +105,19 @@ def _offline(run: Run, user: str, history: list[str], top_k: int, text: str, con
     return Explained(explanations, status)
 
 
-def print_explained(run: Run | None, explained: Explained) -> None:
-    """STATUS and a row an item."""
+def print_explained(run: Run | None, explained: Explained, language: str = ENGLISH) -> None:
+    """STATUS and a row an item; with a run also what joins it to its reasons in the catalogue."""
     say(f"STATUS {explained.status}")
     if not explained.items:
         say("no item")
         return
     named = titles(run, [of.item for of in explained.items])
     table = Table(title="each item, its score, and what it hangs on", title_justify="left")
-    for column in ("", "item", "score", "why"):
+    shared = in_common(run, explained, language) if run is not None else [""] * len(explained.items)
+    for column in ("", "item", "score", "why", *(["in the catalogue"] if any(shared) else [])):
         table.add_column(column, justify="right" if column in ("", "score") else "left")
-    for place, (of, title) in enumerate(zip(explained.items, named, strict=True), 1):
-        table.add_row(str(place), f"{of.item} {title}".strip(), f"{of.score:.2f}", of.sentence)
+    for place, (of, title, joined) in enumerate(zip(explained.items, named, shared, strict=True), 1):
+        path = [joined] if any(shared) else []
+        table.add_row(str(place), f"{of.item} {title}".strip(), f"{of.score:.2f}", of.sentence, *path)
     console.print(table)
     say("each is what the same graphs answer to the request without it; nothing is estimated")

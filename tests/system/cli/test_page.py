@@ -22,12 +22,12 @@ from serving.start_checks import free_port
 from serving.status import start_status_page
 from tests.support import wait_until
 from vivace import contract
-from vivace.cli.page.app import make_app
+from vivace.cli.page import judged, watch
+from vivace.cli.page.app import answered, make_app
 from vivace.cli.page.catalogue import Catalogue
 from vivace.cli.page.load import Load
 from vivace.cli.page.operations import Operations
 from vivace.cli.page.served import Served
-from vivace.cli.page.watch import routes
 from vivace.client import VivaceClient
 from vivace.run import Run
 
@@ -36,6 +36,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-g
 HOSTILE = "<img src=x onerror=\"document.body.dataset.hacked='1'\"><script>document.body.dataset.hacked='1'</script>"
 PATIENCE_MS = 20_000
 OPERATOR_KEY = "of the test"
+expect.set_options(timeout=PATIENCE_MS)
 
 
 class Relay:
@@ -107,8 +108,8 @@ def url(run: Run, relay: Relay, fleet) -> Iterator[str]:
     served, catalogue = Served(lambda: relay.address, "grpc", {}, "vivace serve --name shop"), Catalogue(run)
     ports = lambda: (f"127.0.0.1:{metrics_port}", f"127.0.0.1:{status_port}")  # noqa: E731
     operations = Operations(run, run.root.parent, ports, {}, OPERATOR_KEY)
-    watched = routes(operations, Load("grpc", {}), lambda: relay.address, catalogue.some_users)
-    app = make_app(served, catalogue, "shop", port, watched)
+    watched = watch.routes(operations, Load("grpc", {}), lambda: relay.address, catalogue.some_users)
+    app = make_app(served, catalogue, "shop", port, (*watched, *judged.routes(judged.Judged(run), answered)))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -226,8 +227,8 @@ def test_an_operator_sees_load_come_and_go_and_changes_nothing_without_the_key(p
     assert other[0] == 409 and "goes on already" in other[1]
     page.click("text=Stop")
     expect(page.locator("#operations")).to_contain_text("Stopped.")
-    status, body = post(url, "/api/load", {"rate": 5, "seconds": 1})
-    assert status == 200 and json.loads(body.strip().split("data: ")[-1])["answered"] == 5
+    body = wait_until(lambda: load_alone(url), "a load of its own")
+    assert json.loads(body.strip().split("data: ")[-1])["answered"] == 5
     assert post(url, "/api/load", {"rate": 101})[0] == 400
     page.fill("#operator-key", "guessed")
     page.click("text=End the trial")
@@ -236,17 +237,30 @@ def test_an_operator_sees_load_come_and_go_and_changes_nothing_without_the_key(p
     assert status == 400 and "no running server" in body  # this server takes no orders: 'vivace serve' does
 
 
+def test_the_models_are_shown_as_they_were_judged(page, run):
+    table = json.loads((run.evaluation / "metrics.json").read_text())["table"]
+    page.click("nav >> text=Models")
+    for method, figures in table.items():
+        row = page.locator("#models table").first.get_by_role("row", name=re.compile(rf"^{re.escape(method)} \d"))
+        expect(row).to_contain_text(f"{figures['NDCG@10']:.4f}")
+        low, high = map(float, re.findall(r"(0\.\d{4}) to (0\.\d{4})", row.inner_text())[0])
+        assert low <= figures["NDCG@10"] <= high and low < high
+    assert page.locator("img.figure").evaluate("image => image.naturalWidth") > 100
+    assert page.locator("#models svg.chart").count() == 2
+
+
 def test_load_ends_with_the_page_that_sent_it(browser, url):
     page = browser.new_page()
     page.goto(f"{url}/#operations")
     page.click("text=Send load")
     expect(page.locator("#operations")).to_contain_text(re.compile(r"[1-9]\d* sent"))
     page.close()
-    assert wait_until(lambda: post(url, "/api/load", {"rate": 5, "seconds": 1})[0] == 200, "a load of its own")
+    assert wait_until(lambda: load_alone(url), "a load of its own")
 
 
 @pytest.mark.parametrize(
-    ("view", "scheme", "width"), [("person", "light", 1280), ("person", "dark", 390), ("operations", "dark", 1280)]
+    ("view", "scheme", "width"),
+    [("person", "light", 1280), ("person", "dark", 390), ("operations", "dark", 1280), ("models", "light", 390)],
 )
 def test_axe_sees_no_violation(browser, url, view, scheme, width):
     context = browser.new_context(
@@ -274,6 +288,13 @@ def post(url: str, path: str, body: dict, headers: dict | None = None) -> tuple[
     text = response.read().decode()
     connection.close()
     return response.status, text
+
+
+def load_alone(url: str) -> str:
+    """What a load of five requests tells; "" while another goes on."""
+    status, body = post(url, "/api/load", {"rate": 5, "seconds": 1})
+    assert status in (200, 409), body
+    return body if status == 200 else ""
 
 
 @pytest.mark.parametrize(
