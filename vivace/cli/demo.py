@@ -169,12 +169,17 @@ def run_demo(
         for label, verb in (*steps, ("compile", compile_)):
             verb(name=name, artifacts=artifacts, preset=preset, seed=seed)
             clock.done(label)
+        profile = ""
         if tune_minutes:
-            tune(name=name, artifacts=artifacts, budget=tune_minutes, save_as=TUNED)
+            try:
+                tune(name=name, artifacts=artifacts, budget=tune_minutes, save_as=TUNED)
+                profile = TUNED
+            except ValueError as error:  # such as an objective that nothing meets here: it is served as it is
+                say(f"{error}; served untuned")
             clock.done("tune")
     options = ServerOptions(
         repository=run.repository, http_port=0, grpc_port=0, metrics_port=0, log=run.server_log, guard=True,
-        profile=TUNED if tune_minutes else "",
+        profile=profile,
     )  # fmt: skip
     with service(options, say) as (server, _):
         clock.done("serve")
