@@ -8,6 +8,8 @@ depends on the moment by a rule (``Shop.log_appeal``), the row "oracle" adds wha
 validation, to the scores of the models without context: the share of its gain that the models with context recover is
 printed. Rows that are trained are kept: the command goes on where it was stopped. The last line of stdout is one JSON
 object.
+
+``--crossed RUN`` adds the row "context and crosses": the same log, prepared with ``vivace prepare --cross``.
 """
 
 from __future__ import annotations
@@ -43,11 +45,13 @@ from vivace.manifest import read_manifest
 from vivace.run import Run
 
 WITHOUT, TYPES, CONTEXT, BOTH, ORACLE = "neither", "event types", "context", "types and context", "oracle"
+CROSSED = "context and crosses"
 ROWS: dict[str, dict[str, Any]] = {
     WITHOUT: {"encoder.types": False, "encoder.context": False},
     TYPES: {"encoder.types": True, "encoder.context": False},
     CONTEXT: {"encoder.types": False, "encoder.context": True},
     BOTH: {"encoder.types": True, "encoder.context": True},
+    CROSSED: {"encoder.types": False, "encoder.context": True},
 }
 RETRIEVAL, RANKED = "retrieval", "retrieval + ranking"
 WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.5)
@@ -145,14 +149,16 @@ def trained(features: Features, preset: Preset, root: Path, seed: int) -> tuple[
 
 
 def results_of(
-    features: Features, base: Preset, folder: Path, seeds: list[int], rows: list[str], rule: ShopRule | None
-) -> Iterator[tuple[str, dict[str, np.ndarray], float | None]]:
+    features: Features, base: Preset, folder: Path, seeds: list[int], rows: list[str], rule: ShopRule | None,
+    crossed: Features | None = None,
+) -> Iterator[tuple[str, dict[str, np.ndarray], float | None]]:  # fmt: skip
     """(row, NDCG@10 of every test request by stage, the oracle's weight) a seed."""
     for seed in seeds:
         for row in rows:
-            preset = with_values(base, ROWS[row])
-            models = trained(features, preset, folder / f"{row.replace(' ', '-')}-{seed}", seed)
-            yield row, ndcg_by_request(features, preset, models, "test", nothing), None
+            preset, data = with_values(base, ROWS[row]), features if row != CROSSED else crossed
+            assert data is not None
+            models = trained(data, preset, folder / f"{row.replace(' ', '-')}-{seed}", seed)
+            yield row, ndcg_by_request(data, preset, models, "test", nothing), None
             if row == WITHOUT and rule is not None:
                 yield ORACLE, *oracle_ndcg(features, preset, models, rule)
 
@@ -182,6 +188,7 @@ def main(
     users: Annotated[int, typer.Option(help="of the demo shop, as prepared")] = ShopConfig.users,
     items: Annotated[int, typer.Option(help="of the demo shop, as prepared")] = ShopConfig.items,
     events: Annotated[int, typer.Option(help="of the demo shop, as prepared")] = ShopConfig.events,
+    crossed: Annotated[str, typer.Option(help="a run of the same log that was prepared with --cross")] = "",
 ) -> None:
     root = artifacts / name
     features = Features(Run(root).features)
@@ -192,7 +199,9 @@ def main(
     weights = []
     chosen = [WITHOUT, *(r.strip() for r in rows.split(",") if r.strip())]
     numbers = [int(s) for s in seeds.split(",")]
-    for row, ndcg, weight in results_of(features, base, root / "context", numbers, chosen, rule):
+    other = Features(Run(artifacts / crossed).features) if crossed else None
+    chosen += [CROSSED] if other is not None else []
+    for row, ndcg, weight in results_of(features, base, root / "context", numbers, chosen, rule, other):
         values.setdefault(row, []).append(ndcg)
         weights += [] if weight is None else [weight]
         console.print(f"{row}: {', '.join(f'{s} {v.mean():.4f}' for s, v in ndcg.items())}")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.item_knn --name lastfm
 
-Item-kNN (Deshpande & Karypis 2004): an item scores the sum, over the history, of its cosine with each item in it, by
-the listeners or shoppers that they share. How many neighbours an item keeps, how fast an older event weighs less, and
-what an item of the history itself is worth are chosen by NDCG@10 of the validation requests; the test is ranked once,
-with that choice. Ranks of ours are those that ``vivace evaluate`` wrote. The last line of stdout is one JSON object.
+Item-kNN (Deshpande & Karypis 2004): an item scores the sum, over the history, of its cosine with each item of it, by
+the users that they share. How many neighbours an item keeps, how fast an older event weighs less, and what
+an item of the history itself is worth are chosen by NDCG@10 of the validation requests; the test is ranked once, with
+that choice. Ranks of ours are those that ``vivace evaluate`` wrote. The last line of stdout is one JSON object.
 Axis legend: B requests, V item ids, S training sequences.
 """
 
@@ -111,15 +111,27 @@ def chosen(features: Features) -> tuple[ItemKNN, Choice, float]:
     return best
 
 
-def rows_of(ranks_of: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """A row a method: figures, and NDCG@10 gained over item-kNN request by request, with 95 % bootstrap intervals."""
-    base, rows = ndcg_of(ranks_of[ITEM_KNN]), []
+def rows_of(ranks_of: dict[str, np.ndarray], against: str = ITEM_KNN) -> list[dict[str, Any]]:
+    """A row a method: figures, and NDCG@10 gained over ``against`` request by request, with 95 % bootstrap
+    intervals."""
+    base, rows = ndcg_of(ranks_of[against]), []
     for method, rank in ranks_of.items():
         values, figures = ndcg_of(rank), metrics(rank)
         row = {"method": method, **{name: figures[name] for name in ("HR@10", "NDCG@10", "HR@50")}}
         row |= {"interval": bootstrap(values), "gain": float((values - base).mean())}
         rows.append(row | {"gain interval": bootstrap(values - base)})
     return rows
+
+
+def show(name: str, rows: list[dict[str, Any]], against: str) -> None:
+    table = Table(title=name, title_justify="left")
+    for column in ("method", "HR@10", "NDCG@10", "95 %", f"over {against}", "95 % of that"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        interval, gain = ("{:.4f} to {:.4f}".format(*row[key]) for key in ("interval", "gain interval"))
+        figures = f"{row['HR@10']:.4f}", f"{row['NDCG@10']:.4f}", interval, f"{row['gain']:+.4f}", gain
+        table.add_row(row["method"], *figures)
+    console.print(table)
 
 
 def main(
@@ -140,15 +152,7 @@ def main(
     ours = {method: ranks_of.pop(method) for method in (RETRIEVAL, RANKED)}
     ranks_of = {**ranks_of, ITEM_KNN: ranked(model, features, "test", choice), **ours}
     rows = rows_of(ranks_of)
-    table = Table(title=f"{name}: {len(ranks_of[ITEM_KNN]):,} requests", title_justify="left")
-    for column in ("method", "HR@10", "NDCG@10", "95 %", "over item-kNN", "95 % of that"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows:
-        interval, gain = ("{:.4f} to {:.4f}".format(*row[key]) for key in ("interval", "gain interval"))
-        table.add_row(
-            row["method"], f"{row['HR@10']:.4f}", f"{row['NDCG@10']:.4f}", interval, f"{row['gain']:+.4f}", gain
-        )
-    console.print(table)
+    show(name, rows, ITEM_KNN)
     print(record_line(
         "item-kNN", data=name, rows=rows, choice=asdict(choice), validation_ndcg10=round(value, 4),
         protocol=manifest["results"]["protocol"], seed=manifest["seed"],

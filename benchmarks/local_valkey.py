@@ -40,7 +40,8 @@ class ValkeyServer:
 
     def start(self) -> None:
         self.folder.mkdir(exist_ok=True)
-        command = [binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
+        command = [binary(), "--port", str(self.port), "--dir", str(self.folder), "--save", ""]
+        command += [] if "--bind" in self._settings else ["--bind", "127.0.0.1"]
         self.process = subprocess.Popen([*command, *self._settings], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         with self.client() as client:

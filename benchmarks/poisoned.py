@@ -29,7 +29,7 @@ import typer
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from benchmarks.faults import copy_of, published_again
+from benchmarks.fault_kinds import copy_of, published_again
 from benchmarks.simulated_users import EXAMINED
 from loadtest.generate.local_server import on_free_ports
 from loadtest.reports.record import record_line

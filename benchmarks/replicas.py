@@ -5,7 +5,9 @@
 Fleets of ``--replicas`` servers take turns, each with the others idle. One gRPC channel keeps ``--streams`` calls
 under way, or requests come at ``--qps`` at random. Of each turn: processor milliseconds a request of all the fleet's
 processes, Envoy included, and how many requests the busiest server had beside the mean. Ratios are to the first fleet
-of the same turn. The last line of stdout is one JSON object.
+of the same turn. Beside each larger fleet the first one is asked with as few calls under way as each of its servers has
+(``--streams`` by their number): what that costs more is the smaller batches' part. The last line of stdout is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.faults import wait_well
+from benchmarks.fault_kinds import wait_well
 from benchmarks.streams import answered_ms
 from benchmarks.turns import in_turns, spread, with_spread
 from loadtest.generate.generator import messages
@@ -76,6 +78,7 @@ def main(
     sizes = [int(n) for n in replicas.split(",")]
     run, sent = Run(root), list(dict.fromkeys(messages(root)))[:500]
     figures: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    alone: dict[int, list[float]] = {size: [] for size in sizes}  # processor ms a request of the first fleet
     with contextlib.ExitStack() as stack:
         fleets = []
         for size in sizes:
@@ -85,22 +88,28 @@ def main(
             measured(fleets[-1], sent, streams, qps, 1.0, 0)  # warm
         for turn, fleet in in_turns(turns, fleets):
             row = measured(fleet, sent, streams, qps, seconds, turn)
-            figures[len(fleet.replicas)].append(row)
+            figures[size := len(fleet.replicas)].append(row)
+            few = streams * sizes[0] // size
+            part = measured(fleets[0], sent, few, qps, seconds, turn) if size != sizes[0] and few and not qps else row
+            alone[size].append(part["cpu_ms"])
             console.print(turn, len(fleet.replicas), {name: round(value, 3) for name, value in row.items()})
     first = [row["cpu_ms"] for row in figures[sizes[0]]]
     result: dict[str, Any] = {}
-    table = Table("servers", "processor ms a request", f"times that of {sizes[0]}", "busiest over the mean", "a second")
+    table = Table("servers", "processor ms a request", f"times that of {sizes[0]}", f"of {sizes[0]} with as few calls",
+                  "busiest over the mean", "a second")  # fmt: skip
     for size in sizes:
         rows = figures[size]
         result[str(size)] = row_of = {
             "cpu_ms": spread([row["cpu_ms"] for row in rows]),
             "ratio": spread([row["cpu_ms"] / base for row, base in zip(rows, first, strict=True)]),
+            "of_batches": spread([ms / base for ms, base in zip(alone[size], first, strict=True)]),
             "busiest": spread([row["busiest"] for row in rows]),
             "answered_a_second": spread([row["answered_a_second"] for row in rows]),
         }
         table.add_row(
             str(size), with_spread(row_of["cpu_ms"], 2), with_spread(row_of["ratio"], 2),
-            with_spread(row_of["busiest"], 3), with_spread(row_of["answered_a_second"]),
+            with_spread(row_of["of_batches"], 2), with_spread(row_of["busiest"], 3),
+            with_spread(row_of["answered_a_second"]),
         )  # fmt: skip
     console.print(table)
     print(

@@ -19,7 +19,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from benchmarks.faults import copy_of, filled
+from benchmarks.fault_kinds import copy_of, filled
 from benchmarks.streams import answered_ms
 from benchmarks.turns import in_turns, spread, with_spread
 from loadtest.generate.generator import messages

@@ -7,7 +7,7 @@ import time
 
 import grpc
 
-from benchmarks.faults import TIMEOUT_S
+from benchmarks.fault_load import TIMEOUT_S
 from loadtest.generate.arrivals import due_times
 from loadtest.generate.generator import CODE_DEGRADED, METHOD, complete, offer
 

@@ -26,7 +26,8 @@ import typer
 from rich.console import Console
 from tritonclient.grpc import service_pb2
 
-from benchmarks.faults import TIMEOUT_S, Load, copy_of, items_of, published_again, wait_well
+from benchmarks.fault_kinds import copy_of, published_again, wait_well
+from benchmarks.fault_load import TIMEOUT_S, WRONG, Load, items_of
 from loadtest.generate.arrivals import due_times
 from loadtest.generate.generator import METHOD, messages
 from loadtest.generate.local_server import on_free_ports
@@ -56,7 +57,7 @@ def latencies(records: list[Any]) -> dict[str, Any]:
     ms = np.array([(r[2] - r[0]) * 1000 for r in records])
     refused = Counter(r[3] for r in records if r[3])
     return {
-        "requests": len(records), "wrong": refused.pop(Load.WRONG, 0), "refused": dict(refused),
+        "requests": len(records), "wrong": refused.pop(WRONG, 0), "refused": dict(refused),
         "p50_ms": round(float(np.percentile(ms, 50)), 1), "p99_ms": round(float(np.percentile(ms, 99)), 1),
     }  # fmt: skip
 

@@ -194,7 +194,7 @@ def encode_events(workflow: nvt.Workflow, rows: pd.DataFrame, schema: DataSchema
     frame = rows[[USER, ITEM, TIME]].copy()
     frame[SOURCE_ROW] = np.arange(len(frame))
     rows = rows.assign(**clock(rows[TIME].to_numpy(), schema.time_zone)) if schema.time_zone else rows
-    for name in schema.encoded_categoricals:
+    for name in schema.raw_categoricals:
         frame[name] = [category_text(v) or None for v in rows[name]] if name in rows else None
         frame[name] = frame[name].astype(object)
     for name in schema.event_continuous:

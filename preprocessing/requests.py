@@ -52,7 +52,7 @@ def words_of(features: Features, column: str, null: str | None) -> np.ndarray:
 
 def _contexts(features: Features, frame: pd.DataFrame) -> list[str]:
     """CONTEXT of each request, JSON: its categorical columns, null where the log had none."""
-    columns = features.context.categoricals
+    columns = features.context.plain
     words = {name: words_of(features, name, None)[frame[contract.target_column(name)].to_numpy()] for name in columns}
     return [json.dumps({name: words[name][i] for name in columns}, ensure_ascii=False) for i in range(len(frame))]
 
@@ -66,7 +66,7 @@ def record(
     chosen by quality is chosen on those of "valid"."""
     names = np.array([""] * contract.OOV_ID + [OUT_OF_VOCABULARY, *features.items()[contract.ITEM]], object)
     names[contract.NULL_ID] = OUT_OF_VOCABULARY
-    targets = [contract.target_column(name) for name in features.context.categoricals] if context else []
+    targets = [contract.target_column(name) for name in features.context.plain] if context else []
     columns = [contract.USER, contract.ITEM, contract.TARGET, *([contract.EVENT] if types else []), *targets]
     table = pa.concat_tables(pq.read_table(f, columns=columns).combine_chunks() for f in features.files(part))
     chosen = np.random.default_rng(seed).permutation(len(table))[:limit]

@@ -29,6 +29,8 @@ from vivace.contract import (
     TRAIN,
     USER,
     DataSchema,
+    cross_name,
+    cross_value,
     label_column,
 )
 from vivace.manifest import read_manifest
@@ -54,6 +56,30 @@ class EmptyToNull(ops.Operator):
             column = df[name].astype(object).where(df[name].notna(), None)
             df[name] = column.where(column != "", None)
         return df
+
+
+class Crossed(ops.Operator):
+    """One column of the values of several together (``cross_value``), null where one of them is. Categorify then gives
+    it a vocabulary of the pairs that training has: exact, where NVTabular's HashedCross hashes, on CPU with the row's
+    index."""
+
+    def transform(self, col_selector, df):  # noqa: ANN001, ANN201 - NVTabular's signature
+        names = col_selector.names
+        there = df[names].notna().all(axis=1)
+        known: dict[tuple[str, ...], str] = {}  # one text of all equal rows
+        values = np.full(len(df), None, object)
+        values[there.to_numpy()] = [
+            known.get(v) or known.setdefault(v, cross_value(v))
+            for v in df.loc[there, names].itertuples(index=False, name=None)
+        ]
+        return type(df)({cross_name(names): values}, index=df.index)
+
+    def column_mapping(self, col_selector):  # noqa: ANN001, ANN201 - NVTabular's signature
+        return {cross_name(col_selector.names): col_selector.names}
+
+    @property
+    def output_dtype(self):  # noqa: ANN201 - NVTabular's signature
+        return np.dtype("O")
 
 
 class Categorify(ops.Categorify):
@@ -122,7 +148,9 @@ def event_workflow(schema: DataSchema, vocabulary: VocabularyConfig, scratch: Pa
     Output columns: USER (raw), and ``<column>-list`` for ITEM, TIME, SPLIT, each categorical (int64 ids) and each
     continuous column (float32, normalised).
     """
-    encoded = _categorical([ITEM, *schema.encoded_categoricals], vocabulary, scratch)
+    encoded = _categorical([ITEM, *schema.raw_categoricals], vocabulary, scratch)
+    for cross in schema.crosses:
+        encoded = encoded + (list(cross) >> EmptyToNull() >> Crossed() >> Categorify(out_path=str(scratch)))
     if schema.event_continuous:
         encoded = encoded + _continuous(list(schema.event_continuous))
     labels = [label_column(head.name) for head in schema.heads]

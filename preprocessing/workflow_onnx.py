@@ -1,12 +1,14 @@
 """Compiles a fitted NVTabular workflow to ONNX, so that pandas never runs in a request.
 
 Each raw column is one graph input: string [rows] for categoricals ("" is null), float32 [rows] for continuous ones
-(NaN is null). Each encoded column is one output, named by ``encoded_name``. Operators: EmptyToNull, Categorify (one
-vocabulary a column), FillMissing, FillMedian, Normalize, NormalizeMinMax, LogOp, and selections; anything else raises.
+(NaN is null). Each encoded column is one output, named by ``encoded_name``; a cross has no input, but those of its
+columns, which have to be there. Operators: EmptyToNull, Crossed, Categorify (one vocabulary a column), FillMissing,
+FillMedian, Normalize, NormalizeMinMax, LogOp, and selections; anything else raises.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +19,8 @@ import onnx
 import pandas as pd
 from onnx import TensorProto, helper
 
-from preprocessing.workflow import EmptyToNull
-from vivace.contract import NULL_ID, OOV_ID
+from preprocessing.workflow import Crossed, EmptyToNull
+from vivace.contract import NULL_ID, OOV_ID, cross_name
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -90,6 +92,42 @@ def _categorify(graph: _Graph, op: ops.Categorify, column: str, value: str) -> s
     )
 
 
+def _numbers(graph: _Graph, value: str, words: Sequence[str]) -> str:
+    """Place of each text among ``words`` from 2 on; 0 for "", 1 for others."""
+    return graph.add(
+        "LabelEncoder",
+        [value],
+        domain="ai.onnx.ml",
+        keys_strings=["", *words],
+        values_int64s=[0, *range(2, len(words) + 2)],
+        default_int64=1,
+    )
+
+
+def _categorify_cross(graph: _Graph, op: ops.Categorify, column: str, values: Sequence[str]) -> str:
+    """Ids of values together: a number of each text, one number of all, and that number's id."""
+    pairs = vocabulary(op, column)
+    rows = [json.loads(pair) for pair in pairs]
+    key, null, keys = "", "", np.zeros(len(rows), np.int64)
+    for place, value in enumerate(values):
+        words = sorted({row[place] for row in rows})
+        part, of_word = _numbers(graph, value, words), {word: i for i, word in enumerate(words, 2)}
+        missing = graph.add("Equal", [part, graph.constant(0, np.int64)])
+        scale = len(words) + 2
+        keys = keys * scale + np.array([of_word[row[place]] for row in rows], np.int64)
+        key = part if not key else graph.add("Add", [graph.add("Mul", [key, graph.constant(scale, np.int64)]), part])
+        null = missing if not null else graph.add("Or", [null, missing])
+    ids = graph.add(
+        "LabelEncoder",
+        [key],
+        domain="ai.onnx.ml",
+        keys_int64s=[-1, *(int(k) for k in keys)],  # -1: the list may not be empty
+        values_int64s=[OOV_ID, *(int(i) for i in pairs.index)],
+        default_int64=OOV_ID,
+    )
+    return graph.add("Where", [null, graph.constant(NULL_ID, np.int64), ids])
+
+
 def _fill(graph: _Graph, value: str, fill: float) -> str:
     return graph.add("Where", [graph.add("IsNaN", [value]), graph.constant(fill, np.float32), value])
 
@@ -103,7 +141,11 @@ def _affine(graph: _Graph, value: str, shift: float, scale: float) -> str:
     return graph.add("Cast", [shifted], to=TensorProto.FLOAT)
 
 
-def _apply(graph: _Graph, op: Any, column: str, value: str) -> str:
+def _apply(graph: _Graph, op: Any, column: str, value: str | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        if isinstance(op, ops.Categorify):
+            return _categorify_cross(graph, op, column, value)
+        raise NotImplementedError(f"column {column}: expected Categorify after Crossed, got {type(op).__name__}")
     if isinstance(op, EmptyToNull):
         return value
     if isinstance(op, ops.Categorify):
@@ -137,10 +179,11 @@ def _nodes(workflow: nvt.Workflow) -> list[Node]:
     return list(iter_nodes([workflow.output_node]))
 
 
-def _values(workflow: nvt.Workflow, graph: _Graph, node: Node, columns: set[str]) -> dict[str, str]:
-    """Graph value of each column that ``node`` puts out, for the raw columns ``columns``."""
+def _values(workflow: nvt.Workflow, graph: _Graph, node: Node, columns: set[str]) -> dict[str, Any]:
+    """Graph value of each column that ``node`` puts out, for the raw columns ``columns``: its name, or of what Crossed
+    puts together the names of its parts."""
     parents = node.parents_with_dependencies
-    incoming: dict[str, str] = {}
+    incoming: dict[str, Any] = {}
     for parent in parents:
         incoming.update(_values(workflow, graph, parent, columns))
     if not parents:
@@ -152,6 +195,10 @@ def _values(workflow: nvt.Workflow, graph: _Graph, node: Node, columns: set[str]
     selected = {n: v for n, v in incoming.items() if n in node.input_schema.column_names}
     if node.op is None or isinstance(node.op, SelectionOp | ConcatColumns | SubsetColumns):
         return selected
+    if isinstance(node.op, Crossed):
+        names = node.input_schema.column_names
+        whole = all(name in selected for name in names)
+        return {cross_name(names): tuple(selected[name] for name in names)} if whole else {}
     return {name: _apply(graph, node.op, name, value) for name, value in selected.items()}
 
 
@@ -168,7 +215,7 @@ def compile_workflow(workflow: nvt.Workflow, columns: Sequence[str]) -> onnx.Mod
         raise ValueError(f"workflow: expected to encode {list(columns)}, but {missing} are not among its columns")
     outputs = []
     for column in columns:
-        is_id = graph.inputs[column] == TensorProto.STRING
+        is_id = graph.inputs.get(column, TensorProto.STRING) == TensorProto.STRING  # a cross has no input
         name = encoded_name(column)
         graph.nodes.append(helper.make_node("Identity", [values[column]], [name]))
         outputs.append(helper.make_tensor_value_info(name, TensorProto.INT64 if is_id else TensorProto.FLOAT, ["rows"]))

@@ -51,6 +51,8 @@ class Shown:
     on_trial: bool
     unit: int
     answer: Answer
+    counts: bool
+    """Whether its user is of either side; who only waits for a later step is of none."""
     clicked: set[str] = field(default_factory=set)
     won: int = 0
     """Of interleaved versions: the winner, as ``team_draft.winner``."""
@@ -108,7 +110,7 @@ class Copies:
 
 @dataclass(frozen=True)
 class Clicks:
-    """Of users who were shown either version since the step began. ``preference``: of interleaved ones."""
+    """Of users who count on either side since the trial began. ``preference``: of interleaved ones."""
 
     served: Rate
     tried: Rate
@@ -149,12 +151,9 @@ class Compared:
         self._socket.close()
 
     def step(self, split: Split) -> None:
-        """Another share of the users from now on: whom it takes was another's, so clicks are counted anew."""
+        """Another share of the users from now on. Who counts on a side stays there, so what was counted does."""
         with self._lock:
             self._split = split
-            self._sums[:] = 0
-            self._shown.clear()
-            self._early.clear()
 
     # -- for those who ask ---------------------------------------------------------------------------
     def side(self, on_trial: bool) -> Side:
@@ -213,8 +212,9 @@ class Compared:
         if on_trial and not self._split.takes(answer.who):
             _keep(self._copies, answer.request_id, answer)
         else:
-            _keep(self._shown, answer.request_id, Shown(on_trial, unit, answer))
-            if on_trial or not self._split.takes(answer.who):  # those of the trial whom its server could not answer
+            counts = on_trial or self._split.compares(answer.who)
+            _keep(self._shown, answer.request_id, Shown(on_trial, unit, answer, counts))
+            if counts:
                 self._sums[0, int(on_trial), unit] += len(answer.items)
             for item in self._early.pop(answer.request_id, ()):
                 self._click(self._shown[answer.request_id], item)
@@ -251,7 +251,7 @@ class Compared:
     def _click(self, shown: Shown, item: str) -> None:
         if item in shown.clicked or item not in shown.answer.items:
             return
-        if not shown.on_trial and self._split.takes(shown.answer.who):
+        if not shown.counts:
             return
         shown.clicked.add(item)
         self._sums[1, int(shown.on_trial), shown.unit] += 1
@@ -277,7 +277,7 @@ def as_metrics(compared: Compared) -> Iterator[Metric]:
         ("users", "Users whose last answer of late is compared", served.users, tried.users),
         ("empty", "Of these, whose answer has no item", served.empty, tried.empty),
         ("score_median", "Median score of the first item", served.median, tried.median),
-        ("clicks_per_item", "Clicks a shown item since the step began", clicks.served.value, clicks.tried.value),
+        ("clicks_per_item", "Clicks a shown item since the trial began", clicks.served.value, clicks.tried.value),
         ("latency_ms", "Median of requests that both versions answered", copies.served_ms, copies.tried_ms),
     )
     for name, description, *values in of_each:

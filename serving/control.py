@@ -71,6 +71,7 @@ class Control:
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.rollout: Rollout | None = None
+        self.status_port = 0
         self._tasks: queue.Queue[_Task] = queue.Queue()
         self._busy = threading.Lock()
 
@@ -156,6 +157,7 @@ class Control:
             "version": version_of(self.fleet.release), "release": str(self.fleet.release),
             "profile": server.options.profile, "ready": self.fleet.ready, "grpc_port": server.grpc_port,
             "http_port": server.http_port, "address": server.address, "shard": server.options.shard,
+            "metrics_port": server.metrics_port, "status_port": self.status_port,
             "replicas": len(self.fleet.replicas), "rollout": self.rollout.state() if self.rollout else None,
         }  # fmt: skip
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter
 
-from serving.door.endpoints import Endpoints, Turn
+from serving.door.endpoints import Endpoint, Endpoints, Turn
 from serving.door.keeper import DoorKeeper
 from serving.door.options import DoorOptions
 from serving.door.process import Door
@@ -187,7 +187,7 @@ class Fleet:
         check_ports(probe.host, ports)
         ports_of = (probe.http_port, probe.grpc_port, probe.metrics_port)
         listens = door_options(probe.host, *ports_of, self.options.shard)
-        return Door(listens, self.private, self.options.access)
+        return Door(replace(listens, several=self.count > 1), self.private, self.options.access)
 
     def _started(self, options: ServerOptions, place: int | str, aside: bool = False) -> Replica:
         """A ready server with its watchdog; nothing is left where it does not come up. ``aside``: others serve."""
@@ -213,7 +213,8 @@ class Fleet:
 
     # -- for those who ask ---------------------------------------------------------------------------
     def endpoints(self) -> Endpoints:
-        endpoints = {r.server.sockets: r.turn for r in list(self.replicas) if r.server.sockets is not None}
+        all_ = [(r.server.sockets, r.turn) for r in list(self.replicas)]
+        endpoints: dict[Endpoint, Turn] = {sockets: turn for sockets, turn in all_ if sockets is not None}
         trial = self.trial
         if trial is not None and trial.server.sockets is not None and trial.turn is Turn.TAKES:
             endpoints[trial.server.sockets] = Turn.TRIES

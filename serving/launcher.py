@@ -27,7 +27,7 @@ import tritonclient.grpc as grpcclient
 from tritonclient.grpc import InferenceServerClientPlugin, Request
 from tritonclient.utils import InferenceServerException
 
-from serving.door.endpoints import Sockets, Turn
+from serving.door.endpoints import Endpoints, Sockets, Turn
 from serving.door.process import DRAIN_S, Door, health_over
 from serving.logs import open_log, tail
 from serving.process import (
@@ -241,7 +241,7 @@ class TritonServer:
             folder.mkdir(mode=0o700)
             listens = door_options(self.host, self.http_port, self.grpc_port, self.metrics_port)
             self.door = Door(listens, folder, o.access)
-            endpoints = {self.sockets: Turn.TAKES}
+            endpoints: Endpoints = {self.sockets: Turn.TAKES}
             self.door.point(lambda: endpoints)
             self.door.start()
 

@@ -11,6 +11,9 @@ from typing import BinaryIO
 
 MAX_BYTES = 8 << 20
 ERROR, ERRORS = re.compile(r"E\d{4} "), 5  # Triton's error lines, and how many a message quotes
+NOTE = re.compile(r"[IWEF]\d{4} ")  # how each of Triton's own lines begins
+TABLE = re.compile(r"[+|]|\s*$")  # of its models and options, and blank lines
+MORE, LAST, WIDE = 9, 6, 400  # lines of an error, last lines beside errors, characters of a line
 KEPT = 4  # older files beside the one that is written: triton.log.1 is the newest of them
 
 
@@ -45,13 +48,22 @@ def rotate(path: Path, max_bytes: int = MAX_BYTES, kept: int = KEPT) -> bool:
 
 
 def tail(path: Path | None, lines: int, start: int = 0) -> str:
-    """The last lines behind byte ``start``, and before them the last errors further up, which say why; of a log that
-    was emptied since, all there is."""
+    """Why a process ended, by what it wrote behind byte ``start`` of its log, and where the whole of it is: its last
+    errors with what follows each, else its last lines; of a log that was emptied since, all there is counts. Triton's
+    tables and notes are left out where there is an error, and long lines cut."""
     if path is None or not path.exists():
         return ""
     with path.open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(start if start <= size else 0, size - (1 << 16)))
-        every = stream.read().decode(errors="replace").splitlines()
-    errors = [line for line in every[:-lines] if ERROR.match(line)]
-    return "\n".join([*errors[-ERRORS:], *every[-lines:]])
+        every = [line for line in stream.read().decode(errors="replace").splitlines() if not TABLE.match(line)]
+    places = [i for i, line in enumerate(every) if ERROR.match(line)][-ERRORS:]
+    quoted = [line for i in places for line in [every[i], *itertools.takewhile(_goes_on, every[i + 1 : i + MORE])]]
+    last = every[-lines:] if not quoted else [line for line in every[-LAST:] if _goes_on(line) and line not in quoted]
+    text = "\n".join(line if len(line) <= WIDE else f"{line[:WIDE]}…" for line in [*quoted, *last])
+    return f"{text}\nthe whole log: {path}"
+
+
+def _goes_on(line: str) -> bool:
+    """Whether a line belongs to the one before it."""
+    return not NOTE.match(line)

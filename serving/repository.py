@@ -18,6 +18,7 @@ from serving.profiles import PROFILES as PROFILES, ServingProfile as ServingProf
 from serving.releases import publishing
 from serving.runtime.batch_sizes import padded_sizes
 from vivace import contract
+from vivace.explain_contract import EXPLAIN, EXPLAIN_INPUTS, EXPLAIN_OUTPUTS
 from vivace.run import Run
 from vivace.shard_contract import SHARD_PREFIX, shard_inputs, shard_model, shard_outputs
 
@@ -28,10 +29,11 @@ INDEX_ADAPTER, SHARDS_ADAPTER, FRESH_ADAPTER, SEARCH_ADAPTER = (
 )
 FEATURE_STORE = "../feature_store"  # seen from the repository's folder
 TUNED = Run(Path()).tuning.name  # folder of a run with the records of tuned profiles
-PYTHON_STAGES = (contract.FEATURE_TRANSFORM, contract.RESPONSE, contract.APPEND_EVENT, contract.UPDATE_STORE)
 STORE_MODELS = (contract.APPEND_EVENT, contract.UPDATE_STORE)  # beside the ensemble
+BESIDE = (*STORE_MODELS, EXPLAIN)  # the same, with what only reads
+MAX_EXPLAINS = 8  # calls of ``explain`` that wait; each takes as long as several of ``recommend``
 ONNX_STAGES = (contract.RETRIEVAL, contract.RANKING)
-ALL_MODELS = (*contract.STAGES, contract.QUERY_SEARCH, *STORE_MODELS, contract.ENSEMBLE)
+ALL_MODELS = (*contract.STAGES, contract.QUERY_SEARCH, *BESIDE, contract.ENSEMBLE)
 
 
 Tensors = tuple[contract.WireTensor, ...]
@@ -171,6 +173,19 @@ def _fused(
     return config
 
 
+def _explain(
+    s: contract.StageTensors, heads: tuple[contract.TaskHead, ...], profile: ServingProfile, exclude_seen: bool
+) -> pb.ModelConfig:
+    """The model that says why: one request of one row at a time, and few that wait, whatever the profile."""
+    p = replace(profile, max_batch_size=1, preferred_batch=0, queue_delay_us=0, max_queue=MAX_EXPLAINS)
+    config = _base(EXPLAIN, "python", p, EXPLAIN_INPUTS, EXPLAIN_OUTPUTS)
+    _transforms(config, s, exclude_seen)
+    told = {"heads": json.dumps([head.name for head in heads]), "ranked": str(p.ranked)}
+    for key, value in {**told, "intra_op_thread_count": str(p.threads)}.items():
+        config.parameters[key].string_value = value
+    return config
+
+
 def _shards(s: contract.StageTensors, profile: ServingProfile) -> dict[str, pb.ModelConfig]:
     """Configurations of the shards by model: graphs for ONNX Runtime, whatever runs the other stages."""
     p = profile if profile.backend == "onnxruntime" else replace(profile, backend="onnxruntime", kind="CPU")
@@ -237,6 +252,7 @@ def model_configs(
         contract.RESPONSE: response,
         contract.APPEND_EVENT: append,
         contract.UPDATE_STORE: update,
+        EXPLAIN: _explain(s, heads, p, exclude_seen),
         contract.ENSEMBLE: _fused(s, heads, p, exclude_seen) if p.fused else _ensemble(s, heads, p),
     }
 
@@ -273,7 +289,7 @@ def models(repository: Path, profile: str) -> list[str]:
     profile that is not there."""
     names: tuple[str, ...] = ALL_MODELS
     if read_config(repository, contract.ENSEMBLE, profile).platform != "ensemble":
-        names = (*STORE_MODELS, contract.ENSEMBLE)
+        names = (*BESIDE, contract.ENSEMBLE)
     return [name for name in names if (repository / name).is_dir()]
 
 

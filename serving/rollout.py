@@ -23,6 +23,7 @@ from serving.door.rollout import Split
 from serving.fleet import Accept, Fleet
 from serving.merged_metrics import scraped
 from serving.releases import version_of
+from serving.rollout_steps import RolloutSteps
 from serving.wheel import ServerError
 from vivace import contract
 from vivace.sequential import Plan as ClickPlan
@@ -30,7 +31,7 @@ from vivace.store.opening import open_store
 
 LOOK_S = 1.0
 WINDOW_S = 30.0
-ILL_S = 3.0  # a version on trial may be unwell for so long
+ILL_S, SHARDS_S = 3.0, 60.0  # a version on trial may be unwell for so long, and a shard of either
 SLOW_S, SLOW_LOOKS = 10.0, 5  # slow it has to be over so many seconds, and at so many looks, one after the other
 SURE = 3.0  # standard errors that a share must be beyond chance
 WORSE, MISTAKEN = 0.1, 0.01  # clicks: what difference is looked for, the chance to end a version that is as good
@@ -218,10 +219,11 @@ class Rollout:
         self.fleet, self.plan, self._say = fleet, plan, say
         self.result = ""  # how it ended
         self._step, self._since, self._in_step, self._slow = 0, time.monotonic(), 0.0, 0
-        self._due, self._well = 0.0, time.monotonic()
+        self._due, self._well, self._whole = 0.0, time.monotonic(), time.monotonic()
         self._seen: deque[tuple[float, Sample, Sample]] = deque()  # time, trial, served
         self._door_pid = 0
         self._compared: Compared | None = None
+        self._steps = RolloutSteps(plan.salt, plan.shares[-1])
         self._last: dict[str, Any] = {}  # what was compared, of a trial that is over
         self._lines: deque[str] = deque(maxlen=KEPT)
 
@@ -234,6 +236,7 @@ class Rollout:
             self._note(f"version {self.plan.version}: {self._words()}")
             say(self._lines[-1])
             self._apply()
+            self._steps = self._steps.after(self._split.share, self.fleet.release.parent)
         except BaseException as error:
             self.stop(f"{error}")
             raise
@@ -259,6 +262,12 @@ class Rollout:
             faults = "; ".join(why for why in trial.watchdog.health.faults.values() if why)
             self.stop(f"not well for {ILL_S:.0f} s: {faults}")
             return False
+        if ill := [shard.fault() for shard in self.fleet.shards.servers if shard.fault()]:
+            self._seen.clear()  # what either counts meanwhile says nothing of a version; its watchdog brings it back
+            if now - self._whole > SHARDS_S:
+                self.stop(f"a shard was not well for {SHARDS_S:.0f} s: {ill[0]}")
+            return False
+        self._whole = now
         trial_seen, served_seen = self._window(now)
         slow = slowness(self.plan, trial_seen, served_seen) if now - self._seen[0][0] >= SLOW_S else ""
         self._slow = self._slow + 1 if slow else 0
@@ -278,6 +287,7 @@ class Rollout:
         self._apply()
         if self._compared is not None:
             self._compared.step(self._split)
+        self._steps = self._steps.after(self._split.share, self.fleet.release.parent)
         self._note(f"version {self.plan.version}: {self._words()}")
         return False
 
@@ -340,13 +350,13 @@ class Rollout:
 
     @property
     def _split(self) -> Split:
-        return Split(self.plan.salt, self.plan.shares[self._step])
+        return Split(self.plan.salt, self.plan.shares[self._step], self.plan.shares[-1])
 
     def _compare(self) -> None:
         """Listens to samples of both versions' answers."""
         assert self.fleet.options.answers is not None
         folder, url = self.fleet.release.parent / "feature_store", self.fleet.options.store
-        clicks = ClickPlan(effect=WORSE, alpha=MISTAKEN / len(self.plan.shares))
+        clicks = ClickPlan(effect=WORSE, alpha=MISTAKEN)
         self._compared = Compared(
             self.fleet.options.answers, self._split, self.plan.version, lambda: open_store(folder, True, url), clicks
         ).__enter__()

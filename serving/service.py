@@ -110,6 +110,7 @@ def run_until_signal(
             server = fleet.replicas[0].server
             if status_port:
                 start_status_page(server.host, status_port, fleet)
+                control.status_port = status_port
             if options.shard is None:
                 say(f"warm-up: {sum(warm_up(replica.server) for replica in fleet.replicas):.1f} s")
             fleet.starting = ""

@@ -34,7 +34,8 @@ class LogSizes:
     """What the choice goes by. ``events``: training events of the median user; ``times``: whether the log's times are
     real ones; ``sessions``: whether its users are sessions, as it says or as its items come again; ``hour_hits`` and
     ``ever_hits``: the share of validation requests answered by the ten items clicked most in the hour before, and in
-    all the time before."""
+    all the time before; ``listed_again``: short histories whose items come again and have attributes of several
+    values."""
 
     users: int
     items: int
@@ -44,6 +45,7 @@ class LogSizes:
     sessions: bool = False
     hour_hits: float = 0.0
     ever_hits: float = 0.0
+    listed_again: bool = False
 
     @property
     def fresh(self) -> bool:
@@ -69,13 +71,14 @@ def sizes_of(features: Features) -> LogSizes:
         newest = max(newest, int(times.max(initial=0)))
     every, schema = np.concatenate([*lengths, np.empty(0, np.int64)]), features.schema
     total, events = int(every.sum()), float(np.median(every)) if len(every) else 0.0
-    repeats = not schema.exclude_seen and events <= SHORT and total - once > AGAIN * total
-    repeats = repeats and not pc.any(pc.not_equal(pq.read_table(features.items_file, columns=[TEXT])[TEXT], "")).as_py()
+    again = not schema.exclude_seen and events <= SHORT and total - once > AGAIN * total
+    repeats = again and not pc.any(pc.not_equal(pq.read_table(features.items_file, columns=[TEXT])[TEXT], "")).as_py()
     real = newest > YEAR_MS and distinct > GAPS * gaps
     hour, ever = hits_of_the_popular(features) if real else (0.0, 0.0)
     return LogSizes(
         users=len(every), items=features.item_count() - FIRST_ID, total=total, events=events, times=real,
         sessions=schema.sessions or repeats, hour_hits=hour, ever_hits=ever,
+        listed_again=again and bool(schema.item_lists),
     )  # fmt: skip
 
 
@@ -112,6 +115,8 @@ def suited(log: LogSizes) -> tuple[str, str]:
     )
     if log.sessions:
         return "session", f"{size}: sessions, whose items come again"
+    if log.listed_again:
+        return "music", f"{size}: items with tags come again"
     if log.fresh and log.events < LONG:
         now = (
             f"what was clicked most in the last hour is hit by {log.hour_hits:.0%}, of all time by {log.ever_hits:.0%}"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.intervals import bootstrap as bootstrap, ndcg_of as ndcg_of
 from training.models.retrieval import EXCLUDED
 from vivace.contract import FIRST_ID
 
@@ -69,20 +70,6 @@ def ranks_after(
     after_B = place(higher, ties.clamp_min(0), request_B, CANDIDATES)
     after_B = torch.where(target_logit_B1[:, 0].isnan(), MISS, after_B)
     return torch.where(among_B, after_B, before_B)
-
-
-def ndcg_of(rank: np.ndarray, k: int = 10) -> np.ndarray:
-    """NDCG@k of each request, float64, of ranks from 0 with one relevant item a request."""
-    rank = np.asarray(rank, np.float64)
-    return np.where(rank < k, 1.0 / np.log2(rank + 2.0), 0.0)
-
-
-def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean of ``values`` over users (Efron 1979), drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def metrics(rank: np.ndarray) -> dict[str, float]:

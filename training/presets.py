@@ -210,6 +210,18 @@ def session() -> Preset:
     )  # fmt: skip
 
 
+def music() -> Preset:
+    """``session`` for listeners: items with text and tags, that may come again, in a log of too few events for a
+    softmax over a sample. The ranker counts how often the candidate is in the history."""
+    preset = session()
+    return replace(
+        preset,
+        encoder=replace(preset.encoder, neighbours=256, text_tokens=24, attributes=True),
+        retrieval=replace(preset.retrieval, epochs=6, loss="full", label_smoothing=0.1, random_offset=True),
+        ranker=replace(preset.ranker, category_counts=True),
+    )
+
+
 def base() -> Preset:
     """One GPU: about 1 million parameters and the items."""
     preset = cpu()
@@ -266,6 +278,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "news-time": news_time,
     "news-live": news_live,
     "session": session,
+    "music": music,
     "shop": shop,
     "tiny": tiny,
 }

@@ -17,6 +17,7 @@ import numpy as np
 
 from vivace import contract
 from vivace.client_errors import Limit, VivaceError, VivaceTimeoutError
+from vivace.client_explain import AsyncExplainCalls, ExplainCalls, Explained as Explained
 from vivace.client_request import (
     PastEvent,
     address,
@@ -33,7 +34,8 @@ from vivace.http_pool import HttpClient
 from vivace.store.interface import Event
 
 __all__ = [
-    "Appended", "AsyncVivaceClient", "Event", "Recommendation", "VivaceClient", "VivaceError", "VivaceTimeoutError",
+    "Appended", "AsyncVivaceClient", "Event", "Explained", "Recommendation", "VivaceClient", "VivaceError",
+    "VivaceTimeoutError",
 ]  # fmt: skip
 
 PROTOCOLS = ("grpc", "http")
@@ -141,7 +143,7 @@ def _read(read: Any, result: Any) -> Any:
 CLOSED = "this client is closed; make another"
 
 
-class VivaceClient(UpdateCalls):
+class VivaceClient(UpdateCalls, ExplainCalls):
     """Blocking calls, from any number of threads. ``url`` is host:port of the protocol's endpoint (8001 gRPC, 8000 HTTP
     by default). No call takes longer than ``timeout_s``. ``access``: ``key``, ``tls``, ``ca``, ``cert`` and
     ``server_name`` of ``vivace.credentials.Credentials``, for a server that asks for a key or speaks TLS."""
@@ -222,18 +224,33 @@ class VivaceClient(UpdateCalls):
         result = self._again(contract.APPEND_EVENT, tensors, parameters=event_names(event_id, request_id))
         return _read(read_appended, result)  # type: ignore[no-any-return]
 
-    def about(self) -> dict[str, str]:
-        """What the server says of what it serves: ``data``, the name of the data set, ``precision`` and
-        others; a run that was compiled before it could says less. Raises VivaceError."""
+    def configuration(self, model: str = contract.ENSEMBLE) -> dict[str, Any]:
+        """Triton's configuration of a model: ``input``, ``output``, ``parameters`` and others. Raises VivaceError, also
+        where the server has no such model or does not offer it."""
         limit = Limit(self._timeout_s)
         more: dict[str, Any] = {} if isinstance(self._client, HttpClient) else {"as_json": True}
         try:
-            config = self._client.get_model_config(
-                contract.ENSEMBLE, client_timeout=limit.left(), headers=self._headers, **more
-            )
+            config = self._client.get_model_config(model, client_timeout=limit.left(), headers=self._headers, **more)
         except Exception as error:
             raise limit.error(error) from error
-        parameters = config.get("config", config).get("parameters", {})
+        configuration: dict[str, Any] = config.get("config", config)
+        return configuration
+
+    def offers(self, model: str) -> bool:
+        """Whether the server has ``model`` and it is ready. Raises VivaceError where the server does not answer."""
+        limit = Limit(self._timeout_s)
+        try:
+            return bool(self._client.is_model_ready(model, client_timeout=limit.left(), headers=self._headers))
+        except Exception as error:
+            failed = limit.error(error)
+            if failed.passing:
+                raise failed from error
+            return False
+
+    def about(self) -> dict[str, str]:
+        """What the server says of what it serves: ``data``, the name of the data set, ``precision`` and
+        others; a run that was compiled before it could says less. Raises VivaceError."""
+        parameters = self.configuration().get("parameters", {})
         return {key: str(value["string_value"]) for key, value in parameters.items()}
 
     def close(self) -> None:
@@ -247,7 +264,7 @@ class VivaceClient(UpdateCalls):
         self.close()
 
 
-class AsyncVivaceClient(AsyncUpdateCalls):
+class AsyncVivaceClient(AsyncUpdateCalls, AsyncExplainCalls):
     """The same calls for asyncio. Make it inside the running loop that it is used in."""
 
     def __init__(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ def target_column(name: str) -> str:
     return f"{name}-target"
 
 
+def cross_name(cross: Sequence[str]) -> str:
+    """Column of the values of several columns together: "device_x_hour"."""
+    return "_x_".join(cross)
+
+
+def cross_value(values: Sequence[str]) -> str:
+    """What stands for values of several columns together, none of them null."""
+    return json.dumps(list(values), ensure_ascii=False)
+
+
 @dataclass(frozen=True)
 class TaskHead:
     """A thing to predict of the next event: its label is 1 where the event's weight is at least ``min_weight``."""
@@ -87,7 +98,8 @@ class DataSchema:
 
     All event columns but type and weight are *context*: known when a request is made. ``user_columns`` names those of
     them that are a user's own and come from the table of users; ``time_zone``, such as "UTC", adds HOUR and WEEKDAY
-    ("": neither).
+    ("": neither). ``crosses``: groups of categorical columns of the context whose values together are a column too,
+    called by ``cross_name``; null where one of them is.
     """
 
     name: str
@@ -104,12 +116,19 @@ class DataSchema:
     time_zone: str = ""
     item_lists: tuple[str, ...] = ()
     list_separators: tuple[str, ...] = ()
+    crosses: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.unknown_items not in ("reject", "keep"):
             raise ValueError(f"DataSchema.unknown_items: expected 'reject' or 'keep', got {self.unknown_items!r}")
         if not self.heads:
             raise ValueError("DataSchema.heads: expected at least one task head, got none")
+        for cross in self.crosses:
+            if len(cross) < 2 or len(set(cross)) < len(cross) or not set(cross) <= set(self.plain_context):
+                raise ValueError(
+                    f"DataSchema.crosses: expected two or more different ones of {list(self.plain_context)} in each, "
+                    f"got {list(cross)}"
+                )
         for names in (self.event_columns, (ITEM, TEXT, *self.item_columns)):  # two tables
             if len(set(names)) != len(names):
                 raise ValueError(f"DataSchema {self.name}: column names repeat: {sorted(names)}")
@@ -127,9 +146,18 @@ class DataSchema:
         return (HOUR, WEEKDAY) if self.time_zone else ()
 
     @property
-    def context_categoricals(self) -> tuple[str, ...]:
+    def plain_context(self) -> tuple[str, ...]:
         """Categorical columns that are known when a request is made."""
         return (*(n for n in self.event_categoricals if n != EVENT), *self.clock_columns)
+
+    @property
+    def cross_columns(self) -> tuple[str, ...]:
+        return tuple(cross_name(cross) for cross in self.crosses)
+
+    @property
+    def context_categoricals(self) -> tuple[str, ...]:
+        """The same and what is crossed of them."""
+        return (*self.plain_context, *self.cross_columns)
 
     @property
     def context_continuous(self) -> tuple[str, ...]:
@@ -138,6 +166,11 @@ class DataSchema:
     @property
     def encoded_categoricals(self) -> tuple[str, ...]:
         """All categorical columns of an event that are encoded."""
+        return (*self.raw_categoricals, *self.cross_columns)
+
+    @property
+    def raw_categoricals(self) -> tuple[str, ...]:
+        """Those that an event brings, and those of its time: what the crosses are made of is among them."""
         return (*self.event_categoricals, *self.clock_columns)
 
     @property
@@ -163,6 +196,8 @@ class DataSchema:
         record = dataclasses.asdict(self)
         for head in record["heads"]:
             head["min_weight"] = None if head["min_weight"] == float("-inf") else head["min_weight"]
+        if not self.crosses:  # so that what was prepared without them stays as it is
+            del record["crosses"]
         return record
 
     @classmethod
@@ -172,6 +207,7 @@ class DataSchema:
             TaskHead(h["name"], float("-inf") if h["min_weight"] is None else float(h["min_weight"]))
             for h in record["heads"]
         )
+        fields["crosses"] = tuple(tuple(cross) for cross in record.get("crosses", ()))
         return cls(**fields)
 
     @classmethod

@@ -33,7 +33,8 @@ class ContextColumns:
 
     ``categoricals`` with ``sizes``, how many ids each has, the special ones too; ``continuous``; ``types``: how many
     ids event types have (0: events have no types that differ); ``user_columns``: those that the store knows of a user;
-    ``time_zone``: of HOUR and WEEKDAY, "" where there are none.
+    ``time_zone``: of HOUR and WEEKDAY, "" where there are none; ``crosses``: those of ``categoricals`` that are worked
+    out of others.
     """
 
     categoricals: tuple[str, ...] = ()
@@ -42,12 +43,14 @@ class ContextColumns:
     types: int = 0
     user_columns: tuple[str, ...] = ()
     time_zone: str = ""
+    crosses: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, schema: DataSchema, sizes: tuple[int, ...], types: int) -> ContextColumns:
         return cls(
-            schema.context_categoricals, sizes, schema.context_continuous, types, schema.user_columns, schema.time_zone
-        )
+            schema.context_categoricals, sizes, schema.context_continuous, types, schema.user_columns, schema.time_zone,
+            schema.cross_columns,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: Path) -> ContextColumns:
@@ -60,12 +63,22 @@ class ContextColumns:
 
     @property
     def counted(self) -> list[int]:
-        """Places among ``categoricals`` of the columns that live counters go by: all but the clock's."""
-        return [i for i, name in enumerate(self.categoricals) if name not in (HOUR, WEEKDAY)]
+        """Places among ``categoricals`` of the columns that live counters go by: all but the clock's and crosses."""
+        return [i for i, name in enumerate(self.categoricals) if name not in (HOUR, WEEKDAY, *self.crosses)]
 
     @property
     def names(self) -> tuple[str, ...]:
         return (*self.categoricals, *self.continuous)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The categorical columns that are no crosses."""
+        return tuple(name for name in self.categoricals if name not in self.crosses)
+
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """Columns that a request may name."""
+        return (*self.plain, *self.continuous)
 
 
 def zone(name: str) -> tzinfo:
@@ -141,7 +154,7 @@ def parse_context(raw: bytes, columns: ContextColumns) -> tuple[dict[str, str | 
 def checked(record: Mapping[str, Any], columns: ContextColumns, where: str) -> tuple[dict[str, str | float], list[str]]:
     """The same of an object that was read. ``where``: what errors call it."""
     values: dict[str, str | float] = {}
-    unknown = [key for key in record if key not in columns.names]
+    unknown = [key for key in record if key not in columns.sent]
     for key in record.keys() - set(unknown):
         kind = "a number" if key in columns.continuous else "a text, a number, true or false"
         try:
@@ -162,6 +175,6 @@ def unknown_names(unknown: Sequence[str], columns: ContextColumns) -> str:
     if not unknown:
         return ""
     shown = ", ".join(repr(n[:40]) for n in sorted(unknown)[:SHOWN_NAMES])
-    known = ", ".join(columns.names[:SHOWN_NAMES]) + (", …" if len(columns.names) > SHOWN_NAMES else "")
+    known = ", ".join(columns.sent[:SHOWN_NAMES]) + (", …" if len(columns.sent) > SHOWN_NAMES else "")
     there = f"it has {known}" if known else "it has none"
     return f"{CONTEXT_OF_REQUEST.name}: this run has no column {shown}; {there}"

@@ -45,6 +45,8 @@ from vivace.columns import (
     WEIGHT as WEIGHT,
     DataSchema as DataSchema,
     TaskHead as TaskHead,
+    cross_name as cross_name,
+    cross_value as cross_value,
     label_column as label_column,
     target_column as target_column,
 )

@@ -98,6 +98,7 @@ class LiveCounts(_Counts):
             raise ValueError(f"half_lives_ms: expected positive numbers of ms, got {half_lives_ms}")
         self.half_lives_ms = tuple(int(h) for h in half_lives_ms)
         self._sums = np.zeros((len(half_lives_ms), BLOCKS, items), np.int64)  # block b at b modulo BLOCKS
+        self._all = [[0] * BLOCKS for _ in half_lives_ms]  # the same of all items, of any size
         self._newest: list[int | None] = [None] * len(half_lives_ms)  # block
 
     def _count(self, now_ms: int) -> None:
@@ -111,7 +112,10 @@ class LiveCounts(_Counts):
             assert newest is not None
             kept = block > newest - BLOCKS
             weight = np.rint(np.exp2(rest_ms[kept] / half_life + FRACTION_BITS)).astype(np.int64)
-            np.add.at(self._sums[number], (block[kept] % BLOCKS, ids[kept]), weight)
+            places = block[kept] % BLOCKS
+            np.add.at(self._sums[number], (places, ids[kept]), weight)
+            for place in range(BLOCKS):
+                self._all[number][place] += int(weight[places == place].sum())
 
     def _turn(self, number: int, block: int) -> None:
         """Makes ``block`` the newest, if it is newer, and forgets those it leaves behind."""
@@ -121,21 +125,36 @@ class LiveCounts(_Counts):
         first = block - BLOCKS + 1 if newest is None else max(newest + 1, block - BLOCKS + 1)
         for gone in range(first, block + 1):
             self._sums[number, gone % BLOCKS] = 0
+            self._all[number][gone % BLOCKS] = 0
         self._newest[number] = block
 
     def _decayed(self, number: int, ids: np.ndarray | slice, now_ms: int) -> np.ndarray:
-        half_life, newest = self.half_lives_ms[number], self._newest[number]
         sums = self._sums[number][:, ids]
-        if newest is None:
-            return np.zeros(sums.shape[1:])
         total = np.zeros(sums.shape[1:])
-        for block in range(newest - BLOCKS + 1, newest + 1):
-            halvings = (now_ms - block * BLOCK * half_life) / half_life
-            total += sums[block % BLOCKS] * np.exp2(-halvings - FRACTION_BITS)
+        for place, scale in self._scales(number, now_ms):
+            total += sums[place] * scale
         return total
+
+    def _scales(self, number: int, now_ms: int) -> list[tuple[int, float]]:
+        """(place of a block's sums, what they are worth at a moment) of each block that counts."""
+        half_life, newest = self.half_lives_ms[number], self._newest[number]
+        blocks = () if newest is None else range(newest - BLOCKS + 1, newest + 1)
+        halvings = [(block, (now_ms - block * BLOCK * half_life) / half_life) for block in blocks]
+        return [(block % BLOCKS, float(np.exp2(-passed - FRACTION_BITS))) for block, passed in halvings]
+
+    def totals(self, now_ms: int) -> np.ndarray:
+        """Decayed counts float64 [L] of all items together."""
+        self._count(now_ms)
+        scales = [self._scales(number, now_ms) for number in range(len(self.half_lives_ms))]
+        return np.array([
+            sum(self._all[number][place] * scale for place, scale in of) for number, of in enumerate(scales)
+        ])  # fmt: skip
 
     def forget(self, ids: np.ndarray) -> None:
         """Sets what was counted of items int64 [n] to nothing."""
+        ids = np.unique(ids)
+        for number, place in np.ndindex(len(self._all), BLOCKS):
+            self._all[number][place] -= int(self._sums[number, place, ids].sum())
         self._sums[:, :, ids] = 0
 
     def at(self, ids: np.ndarray, now_ms: int) -> np.ndarray:

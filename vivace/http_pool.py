@@ -20,6 +20,7 @@ from typing import Any
 from vivace.client_errors import VivaceError
 from vivace.credentials import Credentials
 
+ALERT_S = 0.5  # it is there already, or never
 READ_BYTES = 1 << 16
 UNIX = "unix:"  # before the path of a socket, in the place of host:port
 
@@ -92,7 +93,10 @@ class HttpPool:
             try:
                 answer, again = _exchange(connection, method, path, body, headers, deadline)
             except (RemoteDisconnected, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
+                alert = None if used else _alert(connection)
                 connection.close()
+                if alert is not None:
+                    raise alert from None
                 if not used:
                     raise
                 connection, used = self._new(), False  # the server had closed an idle one
@@ -113,6 +117,20 @@ class HttpPool:
         self._closed = True
         while self._idle:
             self._idle.pop().close()
+
+
+def _alert(connection: HTTPConnection) -> ssl.SSLError | None:
+    """What the other side has against us by TLS, where it said so and closed the connection while we still wrote."""
+    if not isinstance(connection.sock, ssl.SSLSocket):
+        return None
+    try:
+        connection.sock.settimeout(ALERT_S)
+        connection.sock.recv(1)
+    except ssl.SSLError as error:
+        return None if isinstance(error, ssl.SSLEOFError) else error
+    except OSError:
+        return None
+    return None
 
 
 def _exchange(
@@ -179,6 +197,9 @@ class HttpClient:
             raise _refused(answer.status, answer.body)
         config: dict[str, Any] = json.loads(answer.body)
         return config
+
+    def is_model_ready(self, model: str, client_timeout: float, headers: Mapping[str, str] | None = None) -> bool:
+        return self._pool.post(f"/v2/models/{model}/ready", b"", headers or {}, client_timeout, "GET").status == 200
 
     def close(self) -> None:
         self._pool.close()

@@ -136,18 +136,23 @@ class LiveTable:
     def moment(self, now_ms: int) -> tuple[MomentRows, MomentRows]:
         """The same of the items that the tables know, and of fresh ones."""
         self.pairs.count(now_ms)
-        counts_CV = np.stack([c.every(now_ms, h) for c in (self.every, self.entry) for h in LIVE_HALF_LIVES_MS])
-        score_V = np.log1p(counts_CV[FIRST_LEVEL]) + np.log1p(counts_CV[len(LIVE_HALF_LIVES_MS) + FIRST_LEVEL])
+        level_ms, counters = LIVE_HALF_LIVES_MS[FIRST_LEVEL], (self.every, self.entry)
+        every_V, entry_V = (c.every(now_ms, level_ms) for c in counters)
+        counted, score_V = np.flatnonzero(every_V), np.zeros(len(every_V))  # an entry is an event too
+        score_V[counted] = np.log1p(every_V[counted]) + np.log1p(entry_V[counted])
+        total_C = np.concatenate([c.totals(now_ms) for c in counters])
         (known, fresh), v = self._widths, self.items
-        of_known = self._rows(_best(score_V[:v], known), known, counts_CV, score_V, now_ms)
-        of_fresh = self._rows(v + _best(score_V[v:], fresh), fresh, counts_CV, score_V, now_ms)
+        of_known = self._rows(_best(score_V[:v], known), known, total_C, score_V, now_ms)
+        of_fresh = self._rows(v + _best(score_V[v:], fresh), fresh, total_C, score_V, now_ms)
         return of_known, of_fresh
 
     def _rows(
-        self, places: np.ndarray, width: int, counts_CV: np.ndarray, score_V: np.ndarray, now_ms: int
+        self, places: np.ndarray, width: int, total_C: np.ndarray, score_V: np.ndarray, now_ms: int
     ) -> MomentRows:
-        """Of the items in ``places`` int64 [<= width]."""
-        counts_CM, total_C1 = counts_CV[:, places], counts_CV.sum(1, keepdims=True)
+        """Of the items in ``places`` int64 [<= width]; ``total_C``: counts of all items, [all | entries] by
+        half-life."""
+        counts_CM = np.concatenate([c.at(places, now_ms) for c in (self.every, self.entry)], 1).T
+        total_C1 = total_C[:, None]
         share_CM = np.log((counts_CM + SHARE_FLOOR) / (total_C1 + 1))
         age_M = np.log1p(np.maximum(now_ms - self.first_ms[places], 0) / 60_000)
         ids, features = np.full(width, PADDING_ID, np.int64), np.zeros((width, LIVE_FEATURES), np.float32)

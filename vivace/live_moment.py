@@ -34,11 +34,12 @@ class PairCounts:
         self.columns = columns
         self._counts = LiveCounts(FIRST_ID + DEPTH * SLOTS, (HALF_LIFE_MS,))
 
-    def _places(self, kind: int, values: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Places int64 [..., DEPTH] of pairs of values and items int64 [...]."""
+    def _places(self, kind: int | np.ndarray, values: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Places int64 [..., DEPTH] of pairs of values, of a kind each, and items int64 [...]."""
         values, items = np.broadcast_arrays(values, items)
         with np.errstate(over="ignore"):
-            key = _mixed(values.astype(np.uint64) + np.uint64(kind + 1) * np.uint64(0x9E3779B97F4A7C15))
+            of_kind = (np.asarray(kind) + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            key = _mixed(values.astype(np.uint64) + of_kind)
             key = _mixed(key ^ items.astype(np.uint64))
         halves = np.stack([key & np.uint64(SLOTS - 1), (key >> np.uint64(32)) & np.uint64(SLOTS - 1)], -1)
         return halves.astype(np.int64) + np.arange(DEPTH) * SLOTS + FIRST_ID
@@ -46,15 +47,13 @@ class PairCounts:
     def add(self, ids: np.ndarray, times_ms: np.ndarray, context_NC: np.ndarray, previous_N: np.ndarray) -> None:
         """Events of items int64 [N] at Unix times in ms int64 [N], in a context of ids [N, C], after the items
         ``previous_N`` (a special id: after none)."""
-        for kind in range(self.columns):
-            self._add(kind, context_NC[:, kind], ids, times_ms)
-        follows = previous_N >= FIRST_ID
-        self._add(self.columns, previous_N[follows], ids[follows], times_ms[follows])
-
-    def _add(self, kind: int, values: np.ndarray, ids: np.ndarray, times_ms: np.ndarray) -> None:
-        for items in (ids, TOTAL):
-            places = self._places(kind, values, items)
-            self._counts.add(places.ravel(), np.repeat(times_ms, DEPTH))
+        values_NK = np.concatenate([context_NC, previous_N[:, None]], 1)
+        counted_NK = np.ones(values_NK.shape, bool)
+        counted_NK[:, self.columns] = previous_N >= FIRST_ID
+        event, kind = np.nonzero(counted_NK)
+        for items in (ids[event], TOTAL):  # of all kinds at once: a server counts a few events at a time
+            places = self._places(kind, values_NK[event, kind], items)
+            self._counts.add(places.ravel(), np.repeat(times_ms[event], DEPTH))
 
     def count(self, now_ms: int) -> None:
         """Counts all events before ``now_ms``."""

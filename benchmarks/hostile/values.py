@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vivace import contract
+from vivace.explain_contract import EXPLAIN, EXPLANATION, LANGUAGE
 
 STAGES = (*contract.STAGES, contract.QUERY_SEARCH)
-PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT, contract.UPDATE_STORE)
+PUBLIC = (contract.ENSEMBLE, EXPLAIN, contract.APPEND_EVENT, contract.UPDATE_STORE)
 TEXTS = (
     "", "a", "\x00", "sku-03226", "no-such-item", "é漢\u202e", "'; DROP TABLE", "{}", "[[[", "%s%n", "..", "../../etc",
     "x" * 1025, "q" * 5000, "\ud800", "nan", "-0", "😀" * 300,
@@ -40,9 +41,9 @@ DATATYPES = ("BYTES", "INT64", "INT32", "FP32", "FP16", "BF16", "BOOL", "UINT8",
 PARAMETERS = (
     "deadline_ms", "filters", "diversity", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end",
     "binary_data_output", "binary_data_size", "classification", "shared_memory_region", "shared_memory_offset",
-    "shared_memory_byte_size", "triton_enable_empty_final_response", "headers", "deadline_ms_", "x", "",
+    "shared_memory_byte_size", "triton_enable_empty_final_response", "headers", "deadline_ms_", "x", "", LANGUAGE,
 )  # fmt: skip
-OUTPUTS = ("STATUS", "ITEM_ID", "SCORE", "UNDERSTOOD", "HISTORY_LENGTH", "RANKED_IDS", "")
+OUTPUTS = ("STATUS", EXPLANATION.name, "ITEM_ID", "SCORE", "UNDERSTOOD", "HISTORY_LENGTH", "RANKED_IDS", "")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def good(rng: random.Random, rows: int = 1) -> tuple[str, list[Column]]:
             Column("EVENT_TYPE", "BYTES", [rows, 1], ["view"] * rows),
             Column("TIMESTAMP_MS", "INT64", [rows, 1], [0] * rows),
         ]
-    return contract.ENSEMBLE, [
+    return rng.choice((contract.ENSEMBLE, contract.ENSEMBLE, EXPLAIN)) if rows == 1 else contract.ENSEMBLE, [
         Column("USER_ID", "BYTES", [rows, 1], user),
         Column("QUERY", "BYTES", [rows, 1], [""] * rows),
         Column("HISTORY", "BYTES", [rows, 4], items),

@@ -11,12 +11,15 @@ if [ -e /models/model_repository/.held ]; then # as long as it runs, no publish 
   flock --shared 9
 fi
 restricted=model-repository,shared-memory,model-config,logging,trace,statistics
+beside=()
+[ -d /models/model_repository/explain ] && beside=(--load-model=explain) # a version of before it has none
 exec tritonserver \
   --model-repository=/models/model_repository \
   --model-control-mode=explicit \
   --load-model=recommend \
   --load-model=append_event \
   --load-model=update_store \
+  ${beside[@]+"${beside[@]}"} \
   --model-config-name="${VIVACE_PROFILE:-gpu}" \
   --cache-config=local,size=$(( ${VIVACE_CACHE_MB:-64} << 20 )) \
   --disable-auto-complete-config \

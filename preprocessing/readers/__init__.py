@@ -20,6 +20,7 @@ FOLDERS = {  # where a data set lies under VIVACE_DATA, by default
     "tmall": "tmall",
     "lastfm": "lastfm",
     "lastfm-plays": "lastfm",
+    "lastfm-friends": "lastfm",
 }
 SESSIONS = "sessions"
 DATA_SETS = (SHOP, *FOLDERS, SESSIONS, TABLES)
@@ -33,6 +34,7 @@ READERS = {
     "tmall": "sessions.Tmall",
     "lastfm": "lastfm.LastFm",
     "lastfm-plays": "lastfm.LastFmPlays",
+    "lastfm-friends": "lastfm.LastFmFriends",
     SESSIONS: "sessions.Sessions",
     TABLES: "tables.Tables",
 }

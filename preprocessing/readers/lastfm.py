@@ -28,11 +28,6 @@ def _read(path: Path, encoding: str = "utf-8") -> pd.DataFrame:
     return pd.read_csv(path, sep="\t", dtype=str, quoting=3, encoding=encoding, keep_default_na=False)
 
 
-def friends(path: Path) -> pd.DataFrame:
-    """``user_friends.dat``: a row a direction, columns USER and "friend", text."""
-    return _read(path / FRIENDS_FILE).set_axis([USER, "friend"], axis=1)
-
-
 class LastFm:
     """An event is a listener's tagging of an artist on a day: ``user_taggedartists.dat``, one row however many tags.
 
@@ -131,6 +126,51 @@ class LastFmPlays(LastFm):
         events = _shuffled(self._plays()).sort_values(USER, kind="stable")
         events[TIME] = events.groupby(USER).cumcount().astype(float)
         return events
+
+
+class LastFmFriends(LastFm):
+    """Friendships of ``user_friends.dat``: users are the items, described by the artists that they play.
+
+    They have no time, so each friendship gets a random one, seeded, the same in both directions: with ``--split time``
+    both are held out together, and neither gives the other away. Each user's first event is the user: so a list holds
+    its owner, and who is in a friend's list counts as near.
+    """
+
+    schema = DataSchema(
+        name="lastfm-friends",
+        event_continuous=(),
+        item_lists=("artists",),
+        heads=(TaskHead("friend", float("-inf")),),
+        licence=LICENCE,
+    )
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        require(path, (FRIENDS_FILE,), "Last.fm (HetRec 2011)")
+
+    def fingerprint(self) -> str:
+        return fingerprint_files(self.path / f for f in (*FILES, FRIENDS_FILE))
+
+    def items(self) -> pd.DataFrame:
+        names = _read(self.path / "artists.dat").set_index("id")["name"].str.replace(SEPARATOR, " ", regex=False)
+        plays = self._plays()
+        of_user = plays.assign(name=plays[ITEM].map(names)).groupby(USER)["name"]
+        artists = of_user.agg(SEPARATOR.join)
+        title = "listener " + artists.index
+        return pd.DataFrame({ITEM: artists.index, TITLE: title, "artists": artists.to_numpy()})
+
+    def interactions(self) -> Iterator[Chunk]:
+        pairs = _read(self.path / FRIENDS_FILE).set_axis([USER, ITEM], axis=1)
+        number = pairs.astype(int)
+        both = pd.Series(list(zip(number.min(axis=1), number.max(axis=1), strict=True)))
+        edges = pd.factorize(both, sort=True)[0]
+        order = np.random.default_rng(SEED).permutation(edges.max() + 1)
+        pairs[TIME] = order[edges] + 1.0
+        users = pairs[USER].unique()
+        owner = pd.DataFrame({USER: users, ITEM: users, TIME: 0.0})
+        frame = pd.concat([owner, pairs], ignore_index=True)
+        frame[EVENT], frame[SOURCE_ROW] = "friend", np.arange(len(frame))
+        yield Chunk(frame)
 
 
 def _shuffled(frame: pd.DataFrame) -> pd.DataFrame:

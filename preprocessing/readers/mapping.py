@@ -23,12 +23,14 @@ from vivace.contract import DataSchema, TaskHead
 INTERACTIONS, ITEMS, USERS, SEARCHES = "interactions", "items", "users", "searches"
 FORM = ("delimiter", "encoding", "quote", "decimal", "time_zone", "missing")
 TEXT, TEXTS, BOOLEAN, NUMBERS, NAMES = "a text", "a text or a list of texts", "true or false", "numbers", "texts"
+GROUPS = "a list of lists of texts"
 TEXT_EACH = "a text, or a text for each column of lists"
 _FORM = {"delimiter": TEXT, "encoding": TEXT, "quote": TEXT, "decimal": TEXT, "time_zone": TEXT, "missing": TEXTS}
 _KEYS: dict[str, dict[str, str]] = {
     "": {
         "name": TEXT, "unknown_items": TEXT, "exclude_seen": BOOLEAN, "sessions": BOOLEAN, "licence": TEXT,
-        INTERACTIONS: "", ITEMS: "", USERS: "", SEARCHES: "", "heads": NUMBERS, "clock": BOOLEAN, **_FORM,
+        INTERACTIONS: "", ITEMS: "", USERS: "", SEARCHES: "", "heads": NUMBERS, "clock": BOOLEAN, "crosses": GROUPS,
+        **_FORM,
     },
     INTERACTIONS: {
         "files": TEXTS, "user": TEXT, "item": TEXT, "time": TEXT, "time_unit": TEXT, "event_type": TEXT,
@@ -204,6 +206,8 @@ def _is(value: Any, kind: str) -> bool:
         return isinstance(value, dict) and all(number(v) for v in value.values())
     if kind == NAMES:
         return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    if kind == GROUPS:
+        return isinstance(value, list) and all(isinstance(v, list) and _is(v, TEXTS) for v in value)
     if kind == TEXT_EACH:
         return isinstance(value, str) or _is(value, NAMES)
     listed = kind == TEXTS and isinstance(value, list) and all(isinstance(v, str) for v in value)
@@ -301,6 +305,7 @@ def _schema(path: Path, keys: dict[str, Any], sections: dict[str, Section]) -> D
             unknown_items=keys.get("unknown_items", "reject"),
             exclude_seen=keys.get("exclude_seen", not keys.get("sessions", False)),
             sessions=keys.get("sessions", False),
+            crosses=tuple(tuple(cross) for cross in keys.get("crosses", ())),
             licence=keys.get("licence", ""),
         )
     except ValueError as error:

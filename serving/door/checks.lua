@@ -2,7 +2,7 @@
 -- dies or is made to do what nobody meant: nested JSON overflows its stack, "classification" divides by zero, compressed
 -- bodies are unpacked without bound, gRPC names its model inside the message, where no route sees it.
 
-local PUBLIC = { recommend = true, append_event = true, update_store = true }
+local PUBLIC = { recommend = true, explain = true, append_event = true, update_store = true }
 local MAX_DEPTH = 64
 local MAX_BRACKETS = 200000 -- what a pass that tells strings from brackets is worth
 local MAX_HEAD = 65536 -- bytes of the JSON head of a binary request
@@ -122,7 +122,7 @@ end
 
 local READS_OF_A_MODEL = {
   ["/inference.GRPCInferenceService/ModelReady"] = {}, ["/inference.GRPCInferenceService/ModelMetadata"] = {},
-  ["/inference.GRPCInferenceService/ModelConfig"] = { append_event = false, update_store = false }, -- they name the store
+  ["/inference.GRPCInferenceService/ModelConfig"] = { explain = false, append_event = false, update_store = false }, -- they name the store
 }
 
 local function check_grpc(handle)
@@ -143,13 +143,13 @@ local function check_grpc(handle)
   end
   local name = READS_OF_A_MODEL[path] and read_name(text, 6)
   if name and not (PUBLIC[name] and READS_OF_A_MODEL[path][name] ~= false) then
-    return refuse(handle, "400", "model: expected recommend, append_event or update_store; no other model is shown", "5")
+    return refuse(handle, "400", "model: expected recommend, explain, append_event or update_store; no other model is shown", "5")
   end
   if not infers then return end
   local request, reason = read_infer(text, 6)
   if not request then return refuse(handle, "400", reason, "3") end
   if not PUBLIC[request.model] then
-    return refuse(handle, "400", "model: expected recommend, append_event or update_store; no other model takes requests", "5")
+    return refuse(handle, "400", "model: expected recommend, explain, append_event or update_store; no other model takes requests", "5")
   end
   local status = 0
   for _, name in ipairs(request.outputs) do status = status + (name == "STATUS" and 1 or 0) end

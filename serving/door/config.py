@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from serving.door.endpoints import GRPC, METRICS, OTHERS, RECOMMEND, TRIAL, endpoints_file, pipe
+from serving.door.endpoints import EXPLAINS, GRPC, METRICS, OTHERS, RECOMMEND, TRIAL, endpoints_file, pipe
 from serving.door.listeners import listeners
 from serving.door.options import DoorFiles, DoorOptions
 from serving.door.routes import TRIAL_OR_ELSE
@@ -44,8 +44,8 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
         },
     }
     # not of TRIAL: an aggregate keeps the health that an endpoint had when it came, so its watchdog takes it out and in
-    if name in (RECOMMEND, OTHERS):  # who does not say that it lives is left out, where another does
-        live = {"path": "/v2/health/live"}
+    if name in (RECOMMEND, EXPLAINS, OTHERS):  # who does not say that it lives is left out, where another does
+        live = {"path": "/v2/health/ready" if options.upstream else "/v2/health/live"}  # a guard speaks of all parts
         seldom = {"timeout": "0.5s", "interval": "0.25s", "unhealthy_threshold": 2, "healthy_threshold": 1}
         cluster["ignore_health_on_host_removal"] = True
         cluster["health_checks"] = [seldom | {"http_health_check": live, "no_traffic_interval": "0.25s"}]
@@ -55,6 +55,8 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
         "explicit_http_config": explicit,
         "common_http_protocol_options": {"idle_timeout": f"{options.idle_s:g}s"},  # what a burst took is given back
     }
+    if options.upstream:
+        cluster |= options.upstream.cluster(name)
     cluster["typed_extension_protocol_options"] = {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protocol}
     return cluster
 
@@ -74,17 +76,18 @@ def _trial_or_else() -> dict[str, Any]:
 
 def render(options: DoorOptions, files: DoorFiles) -> str:
     """The bootstrap as JSON."""
-    folder = files.folder
+    folder, machines = files.folder, len(options.upstream.hosts) if options.upstream else 1
     config = {
         "node": {"id": "vivace", "cluster": "vivace"},  # Envoy wants them where it reads files again
         "admin": {"address": pipe(files.admin)},
         "static_resources": {
             "listeners": listeners(options, files),
             "clusters": [
-                _cluster(RECOMMEND, folder, options, options.max_recommends),
+                _cluster(RECOMMEND, folder, options, machines * options.max_recommends),
                 _cluster(TRIAL, folder, options, options.max_recommends),
                 _trial_or_else(),
-                _cluster(OTHERS, folder, options, options.max_others),
+                _cluster(EXPLAINS, folder, options, machines * options.max_explains),
+                _cluster(OTHERS, folder, options, machines * options.max_others),
                 _cluster(GRPC, folder, options, options.max_others, http2=True),
                 _cluster(METRICS, folder, options, options.max_others),
             ],

@@ -1,4 +1,4 @@
-"""Who stands behind the door: the Unix sockets of one or more tritonservers, in files that Envoy watches.
+"""Who stands behind the door: tritonservers of this machine, or guards of others, in files that Envoy watches.
 
 A file a cluster, exchanged by a rename: Envoy takes the new endpoints within milliseconds, and no call that is under
 way is touched (Envoy's "filesystem subscriptions").
@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vivace.manifest import write_json
 
 RECOMMEND, OTHERS, GRPC, METRICS = "triton_recommend", "triton_http", "triton_grpc", "triton_metrics"  # clusters
+EXPLAINS = "triton_explain"
 TRIAL = "triton_trial"  # of ``recommend`` by the version on trial
 
 
@@ -45,6 +46,21 @@ class Sockets:
         """The socket that a cluster of the door speaks to."""
         return {GRPC: self.grpc, METRICS: self.metrics}.get(cluster, self.http)
 
+    def address(self, cluster: str) -> dict[str, Any]:
+        """The same as Envoy's address."""
+        return pipe(self.of(cluster))
+
+    def sign(self, cluster: str) -> str:
+        """How Envoy's page of clusters calls it."""
+        return str(self.of(cluster))
+
+
+class Endpoint(Protocol):
+    """Where a server is: ``Sockets`` of this machine, or a ``serving.door.hosts.Host``."""
+
+    def address(self, cluster: str) -> dict[str, Any]: ...
+    def sign(self, cluster: str) -> str: ...
+
 
 class Turn(Enum):
     """What an endpoint is sent: everything, nothing new, nothing unless no other is there, or what the callers of a
@@ -56,7 +72,7 @@ class Turn(Enum):
     TRIES = "on trial"
 
 
-Endpoints = Mapping[Sockets, Turn]
+Endpoints = Mapping[Endpoint, Turn]
 
 
 def endpoints_file(folder: Path, cluster: str) -> Path:
@@ -71,12 +87,12 @@ def pipe(path: Path) -> dict[str, Any]:
 def write_endpoints(folder: Path, endpoints: Endpoints, metrics: Path | None = None) -> None:
     """Exchanges the files of all clusters. ``metrics``: the socket where those of all servers are, in the place of
     theirs."""
-    for cluster in (TRIAL, RECOMMEND, OTHERS, GRPC, METRICS):
+    for cluster in (TRIAL, RECOMMEND, EXPLAINS, OTHERS, GRPC, METRICS):
         of_cluster = [(s, t) for s, t in endpoints.items() if (t is Turn.TRIES) == (cluster == TRIAL)]
-        places = [(s.of(cluster), Turn.TAKES if t is Turn.TRIES else t) for s, t in of_cluster]
+        places = [(s.address(cluster), Turn.TAKES if t is Turn.TRIES else t) for s, t in of_cluster]
         if cluster == METRICS and metrics is not None:
-            places = [(metrics, Turn.TAKES)]
-        listed = [{"endpoint": {"address": pipe(path)}, "health_status": turn.value} for path, turn in places]
+            places = [(pipe(metrics), Turn.TAKES)]
+        listed = [{"endpoint": {"address": address}, "health_status": turn.value} for address, turn in places]
         assignment = {
             "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
             "cluster_name": cluster,

@@ -63,7 +63,7 @@ def _replies(options: DoorOptions, grpc: bool) -> dict[str, Any]:
         413: (f"body: expected at most {options.max_body_bytes} bytes; send fewer rows or shorter histories", "8"),
         429: ("key: more calls a second than it has; send fewer, or ask for a higher rate", "8"),
         503: ("server: not there just now, or more requests than it takes; try again", "14"),
-        504: (f"server: no answer in {options.timeout_s:g} s; try again", "14"),
+        504: ("server: no answer in time; try again, an event under the same event_id", "14"),
     }
     mappers = []
     for status, (text, code) in words.items():

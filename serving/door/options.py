@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.door.hosts import Upstream
 from vivace import contract
+from vivace.explain_contract import EXPLAIN
 
-PUBLIC = (contract.ENSEMBLE, contract.APPEND_EVENT, contract.UPDATE_STORE)
+PUBLIC = (contract.ENSEMBLE, EXPLAIN, contract.APPEND_EVENT, contract.UPDATE_STORE)
+READING = (contract.ENSEMBLE, EXPLAIN)  # of a key that may not write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +39,21 @@ class DoorOptions:
     """Calls of ``recommend`` at Triton; more are answered 503 at once. Triton's HTTP side hands an answer to the thread
     that sends it through a socket and forgets it where that is full, which it is with 278: of all calls together there
     must be fewer, as one thread may have them all."""
-    max_others: int = 48
+    max_others: int = 40
     """The same of all other calls, which a storm of those does not keep out."""
+    max_explains: int = 8
+    """The same of ``explain``, each of which is as much work as several of ``recommend``."""
     slow_client_s: float = 15.0
     """A request that has not arrived whole by then is dropped."""
     timeout_s: float = 60.0
     """An answer that has not come by then is given up."""
+    try_s: float = 2.0
+    """A call of ``recommend`` that one of ``several`` has not answered by then is asked of another as well: twice what
+    its queue lets it wait."""
+    several: bool = False
+    """There are other servers to ask."""
+    append_s: float = 5.0
+    """An event whose end has not come by then is answered 504: sent again under its id, it is stored once."""
     recovery_s: float = 8.0
     """How long a call of ``recommend`` is sent again while the server comes back."""
     keys: bool = False
@@ -50,6 +62,8 @@ class DoorOptions:
     """With the certificate in ``DoorFiles.certificate``."""
     client_ca: bool = False
     """A caller needs a certificate of those in ``DoorFiles.client_ca``."""
+    upstream: Upstream | None = None
+    """Servers of other machines; None: tritonservers of this one."""
     models: tuple[str, ...] = PUBLIC
     """Whose calls it lets through: those of callers, or a shard of retrieval, which is asked over HTTP alone."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from serving.door.access import Access, with_access
 from serving.door.config import render
-from serving.door.endpoints import OTHERS, RECOMMEND, TRIAL, Endpoints, Sockets, Turn, write_endpoints
+from serving.door.endpoints import OTHERS, RECOMMEND, TRIAL, Endpoint, Endpoints, Turn, write_endpoints
 from serving.door.options import AccessOptions, DoorFiles, DoorOptions
 from serving.door.rollout import Split, write_split
 from serving.door.routes import SHADOW, STOPPING, UNREADY
@@ -105,13 +105,14 @@ class Door:
         with self._pointing:
             now = dict(endpoints())
             if now != self._endpoints:
-                write_endpoints(self.folder, now, self.metrics if len(now) > 1 else None)
+                several = len(now) > 1 or self.options.upstream is not None
+                write_endpoints(self.folder, now, self.metrics if several else None)
                 self._endpoints = now
 
-    def leave(self, sockets: Sockets, wait_s: float = DRAIN_S) -> bool:
+    def leave(self, sockets: Endpoint, wait_s: float = DRAIN_S) -> bool:
         """Waits until an endpoint that is told to leave has nothing under way; whether all of it was answered."""
         assert self._endpoints.get(sockets) is Turn.LEAVES
-        signs = [f"{cluster}::{sockets.of(cluster)}::" for cluster in (RECOMMEND, OTHERS)]
+        signs = [f"{cluster}::{sockets.sign(cluster)}::" for cluster in (RECOMMEND, OTHERS)]
         draining = lambda lines: any("::health_flags::" in x and "/eds_status_draining" in x for x in lines)  # noqa: E731
         return self._quiet(signs, draining, wait_s)
 
@@ -185,6 +186,11 @@ class Door:
     def refuse(self) -> None:
         """From now on calls are answered with 503 or UNAVAILABLE; those under way are not touched."""
         self.ask("POST", f"/runtime_modify?{UNREADY}=100&{STOPPING}=100")
+
+    def well(self) -> dict[str, bool]:
+        """Whether each server that calls of ``recommend`` go to has said lately that it works, by its sign."""
+        lines = [x.split("::") for x in self.ask("GET", "/clusters").splitlines() if x.startswith(f"{RECOMMEND}::")]
+        return {x[1]: x[3] == "healthy" for x in lines if len(x) == 4 and x[2] == "health_flags"}
 
     def in_flight(self) -> int:
         """Calls that Triton has not answered; 0 where Envoy does not say."""

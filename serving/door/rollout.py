@@ -23,16 +23,23 @@ _SPAN = 1 << 32
 
 @dataclass(frozen=True)
 class Split:
-    """``share`` of the users, 0 to 1, goes to the version on trial."""
+    """``share`` of the users, 0 to 1, goes to the version on trial. ``most``: the share of its last step; 0: this one.
+
+    Those on trial lie below a hash, those whom they are compared with above another, and both parts grow by the same
+    factor from step to step: nobody changes sides, and at any time there are as many of the one for each of the other.
+    Who lies between gets the served version and counts on neither side."""
 
     salt: str
     share: float
+    most: float = 0.0
 
     def __post_init__(self) -> None:
         if not SALT.fullmatch(self.salt):
             raise ValueError(f"salt: expected 1 to 40 letters, digits, _ or -, got {self.salt!r}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share: expected 0 to 1, got {self.share:g}")
+        if self.most and not self.share <= self.most <= 1:
+            raise ValueError(f"most: expected at least the share, {self.share:g}, and at most 1, got {self.most:g}")
 
     @property
     def limit(self) -> int:
@@ -41,8 +48,16 @@ class Split:
 
     def takes(self, who: str) -> bool:
         """Whether the user, or the session of someone anonymous, is answered by the version on trial."""
-        digest = hashlib.sha256(f"{self.salt}\0{who}".encode()).hexdigest()
-        return bool(who) and int(digest[:8], 16) < self.limit
+        return bool(who) and self._hash(who) < self.limit
+
+    def compares(self, who: str) -> bool:
+        """Whether the user is one of those whom the users on trial are compared with."""
+        most = self.most or self.share
+        others = round(self.share * (1 - most) / most * _SPAN) if most else _SPAN
+        return bool(who) and self._hash(who) >= _SPAN - others
+
+    def _hash(self, who: str) -> int:
+        return int(hashlib.sha256(f"{self.salt}\0{who}".encode()).hexdigest()[:8], 16)
 
 
 def write_split(files: DoorFiles, split: Split | None) -> None:

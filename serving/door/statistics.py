@@ -16,10 +16,11 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from vivace import contract
+from vivace.explain_contract import EXPLAIN
 
 BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 BOUNDS = (*(str(ms / 1000) for ms in BUCKETS_MS), "+Inf")
-MODELS = (contract.ENSEMBLE, contract.APPEND_EVENT, contract.UPDATE_STORE)
+MODELS = (contract.ENSEMBLE, EXPLAIN, contract.APPEND_EVENT, contract.UPDATE_STORE)
 PROTOCOLS = ("grpc", "http")  # names of the door's listeners
 CODES = ("200", "500", "503", "504")  # there from the start, so that the first failure is an increase
 TRIAL = "trial"  # name of the route of a version on trial (``serving.door.routes.ON_TRIAL``)

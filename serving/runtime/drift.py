@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from vivace.context import ContextColumns
-from vivace.contract import FIRST_ID, HOUR, PADDING_ID, STATUS_ERROR, STATUS_RULES, WEEKDAY, StageTensors, TaskHead
+from vivace.contract import FIRST_ID, PADDING_ID, STATUS_ERROR, STATUS_RULES, StageTensors, TaskHead
 from vivace.drift import CLICKED, EXPECTED, FILE, Reference
 
 log = logging.getLogger(__name__)
@@ -30,15 +30,16 @@ WAITING = 20_000  # batches that wait at most; what is more is not counted
 HISTORY_LENGTH, UNKNOWN_SHARE, NEWEST_TYPE, QUERY = "history length", "unknown share", "newest type", "query"
 UNKNOWN_EDGES = (0.0, 0.1, 0.25, 0.5)
 SCORE = "score"
-CLOCK = (HOUR, WEEKDAY)  # of one hour they have one value: an hour's share says nothing
 
 Inputs = list[np.ndarray]
 """HISTORY_IDS int64 [B, T], then those of ``StageTensors.moment`` that there are."""
 
 
 def context_names(columns: ContextColumns, shapes: StageTensors) -> tuple[list[str], list[str]]:
-    """Categorical and continuous columns that models read, in the order of the tensors."""
-    return list(columns.categoricals) if shapes.context else [], list(columns.continuous) if shapes.amounts else []
+    """Categorical and continuous columns that models read, in the order of the tensors, without the clock's, of which
+    an hour's share says nothing, and without crosses, whose parts say it."""
+    watched = [columns.categoricals[i] for i in columns.counted] if shapes.context else []
+    return watched, list(columns.continuous) if shapes.amounts else []
 
 
 def of_requests(
@@ -54,10 +55,10 @@ def of_requests(
     moment = inputs[1:]
     if shapes.types:
         values[NEWEST_TYPE] = moment.pop(0)[rows, -1]
-    categoricals, continuous = context_names(columns, shapes)
+    watched, continuous = context_names(columns, shapes)
     if shapes.context:
         ids_BC = moment.pop(0)[rows]
-        values |= {f"context {name}": ids_BC[:, i] for i, name in enumerate(categoricals) if name not in CLOCK}
+        values |= {f"context {name}": ids_BC[:, i] for i, name in enumerate(columns.categoricals) if name in watched}
     if shapes.amounts:
         amounts_BF = moment.pop(0)[rows]
         values |= {f"context {name}": amounts_BF[:, i] for i, name in enumerate(continuous)}

@@ -48,6 +48,8 @@ class LiveFeed:
         self._after_ms = min(newest_ms, int(time.time() * 1000))  # a log may hold the future
         self._number, self._now_ms, self.error = recent_number(recent), 0, ""
         self._process, self._turns = uuid.uuid4().hex, 0
+        self.still = threading.Lock()
+        """Who holds it sees one state of the counters."""
         if self._number:
             self._after_ms = 0  # which events of the log came along is known by their number
         try:
@@ -59,11 +61,12 @@ class LiveFeed:
 
     def refresh(self, now_ms: int | None = None) -> None:
         """Counts what came since, and works out what is rising at ``now_ms`` (Unix ms; None: now)."""
-        self._turns += 1
-        try:
-            self._count(int(time.time() * 1000) if now_ms is None else now_ms)
-        finally:
+        with self.still:
             self._turns += 1
+            try:
+                self._count(int(time.time() * 1000) if now_ms is None else now_ms)
+            finally:
+                self._turns += 1
 
     @property
     def epoch(self) -> str:

@@ -79,7 +79,7 @@ class Moment:
             return []
         columns = self.columns
         feed: dict[str, np.ndarray] = {
-            name: np.array([values.get(name, "") for values in known], object) for name in columns.categoricals
+            name: np.array([values.get(name, "") for values in known], object) for name in columns.plain
         }
         for name in columns.continuous:
             feed[name] = np.array([values.get(name, np.nan) for values in known], np.float32)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serving.runtime.drift import CLOCK, inputs_of
+from serving.runtime.drift import inputs_of
 from serving.runtime.known import Known
 from serving.runtime.stages import Row
-from vivace.contract import MAX_PARAMETER_ID_BYTES, PADDING_ID, StageTensors
+from vivace.contract import HOUR, MAX_PARAMETER_ID_BYTES, PADDING_ID, WEEKDAY, StageTensors
 from vivace.impressions.queue import row_ids
 from vivace.impressions.samples import Sample, SampleWriter
 
@@ -37,7 +37,7 @@ class Sampling:
             return
         tensors = inputs_of(self._shapes, inputs)
         for place, (row, id_) in enumerate(zip(rows, row_ids(request_id, len(rows)), strict=True), start):
-            if row.query or any(name in row.context for name in CLOCK):
+            if row.query or any(name in row.context for name in (HOUR, WEEKDAY)):
                 continue
             stored = known.stored.get(place) or ([], [], [])
             items = list(stored[0] if row.history is None else row.history)

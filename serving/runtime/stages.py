@@ -9,6 +9,7 @@ Axis legend: B rows, T history events, V item ids, N candidates, K answered item
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -239,6 +240,10 @@ class FeatureTransform:
     def number(self) -> int:
         """Of the newest change of the catalogue that is known; 0 where none is read."""
         return 0 if self._catalogue is None else self._catalogue.number
+
+    def still(self) -> AbstractContextManager[object]:
+        """While it is held live counters do not move."""
+        return nullcontext() if self.live is None else self.live.still
 
     def late(self) -> str:
         """Why changes of the catalogue or live counters may be old, as a reason of STATUS; "" where they are not."""

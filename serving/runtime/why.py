@@ -1,191 +1,282 @@
-"""Why an item is recommended: what of the user's history it hangs on, by asking the same models again without it.
+"""Why an item is recommended: what of the request it hangs on, by asking the same models again without it.
 
-Nothing is approximated: an answer without events is what the served graphs answer to the shorter history. Events of one
-item count together, as one reason; what the user has seen stays left out, so that a removed item does not come up
-itself. Counterfactuals of recommenders: Tran, Ghazimatin and Saha Roy, "Counterfactual Explanations for Neural
-Recommenders", SIGIR 2021.
+Nothing is approximated, see ``variants``. Events of one item count together, as one reason. Counterfactuals of
+recommenders: Tran, Ghazimatin and Saha Roy, "Counterfactual Explanations for Neural Recommenders", SIGIR 2021.
+Axis legend: C values of a candidate, U parts of the history, S sets of K of them.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from serving.runtime.pipeline import Pipeline
+from serving.runtime.ruled import Rules
 from serving.runtime.stages import Row
-from vivace.contract import PADDING_ID
+from serving.runtime.variants import AT_ONCE, UNITS, WHOLE, Left, Part, Variants
+from vivace.contract import PADDING_ID, STATUS_DEGRADED
+from vivace.explain_contract import (
+    ATTRIBUTES,
+    CHINESE,
+    CONTEXT,
+    COUNTERS,
+    ENGLISH,
+    HISTORY,
+    MEANING,
+    QUERY,
+    TIMES,
+    TYPES,
+    WORDS,
+)
 
-UNITS = 12  # newest distinct items of a history that are asked about
+if TYPE_CHECKING:
+    from search.online import SearchOptions
+
 LARGEST = 3  # events of a set that is looked for
-TRIED = 48  # sets of each size, the likeliest first
-TOLD = 0.25  # of the largest drop: what weighs less is not told
-AT_ONCE = 16  # histories that go through the graphs together
-Left = frozenset[int]  # units that are left out
+TRIED = 48  # sets of each size and item, the likeliest first
+SERVED_TRIED, SERVED_MOST = 2, 4  # the same of the served call, and sets of a request: it is to cost a few plain ones
+TOLD = 0.25  # of the largest effect: what weighs less is not told
+FAR = 1e6  # what an item's score is taken to lose that is no candidate any more
+POPULAR = f"{STATUS_DEGRADED}popular items"
 
 
 @dataclass(frozen=True)
 class Reason:
-    """One item of the history. ``drop``: what the recommended item's score loses without it (inf: it is no candidate
-    any more); ``place``: from 1, where the item then stands, 0 for none."""
+    """One part of the request. ``drop``: what the recommended item's score loses without it (inf: it is no candidate
+    any more; below 0: it gains); ``place``: from 1, where the item then stands, 0 for none; ``heads``: what each head's
+    probability loses, () where it is no candidate."""
 
-    item: str
+    part: Part
     drop: float
     place: int
+    heads: tuple[float, ...] = ()
+
+    @property
+    def item(self) -> str:
+        return self.part.name
 
 
 @dataclass(frozen=True)
 class Because:
-    """Of one recommended item: its place from 1 and score; ``reasons``, the largest drop first; ``smallest``: the least
-    items of the history without which it would not be among the first TOP_K, () where no set up to LARGEST does that
-    of those that were tried."""
+    """Of one recommended item: its place from 1 and score; ``reasons``, the largest effect first; ``smallest``: the
+    least items of the history without which it would not be among the first TOP_K, () where no set up to LARGEST does
+    that of those that were tried. ``ruled``: no model proposed it, a business rule did. ``popular``: the answer is what
+    is popular, as STATUS says."""
 
     item: str
     place: int
     score: float
     reasons: tuple[Reason, ...]
     smallest: tuple[str, ...]
+    ruled: bool = False
+    popular: bool = False
 
 
-class Counterfactuals:
-    """Answers to one row with parts of its history left out; each is computed once.
+class Counterfactuals(Variants):
+    """The variants of a request as they bear on the items of its answer."""
 
-    Attributes: ``units``: distinct items of the history that are asked about, newest first."""
+    @property
+    def units(self) -> list[str]:
+        """Distinct items of the history that are asked about, newest first."""
+        return [part.name for part in self.parts[: self.of_history]]
 
-    def __init__(self, pipeline: Pipeline, row: Row, units: int = UNITS) -> None:
-        """Raises ValueError for a user without a history, or a query."""
-        if row.query:
-            raise ValueError("query: an answer to a query is explained by what it was taken for; leave the query out")
-        known = pipeline.transform.known([row])
-        stored = known.stored.get(0)
-        if row.history is None:
-            items, types, times = stored or ([], [], [])
-        else:
-            empty = [""] * len(row.history), [0] * len(row.history)
-            items, types, times = row.history, list(row.types or empty[0]), list(row.times or empty[1])
-        if not items:
-            raise ValueError("history: expected events to explain the answer by, got none: it is what is popular")
-        read = pipeline.shapes.history
-        self._events = list(itertools.zip_longest(items[-read:], types[-read:], times[-read:], fillvalue=""))
-        self.units = list(dict.fromkeys(item for item, _, _ in reversed(self._events)))[:units]
-        self._pipeline, self._row, self._known = pipeline, row, known
-        self._typed, self._timed = any(types), any(times)
-        self._answers: dict[Left, tuple[np.ndarray, np.ndarray]] = {}
-        self._seen: np.ndarray | None = None
-        self._ask([frozenset()])
+    def place(self, id_: int, left: Left = WHOLE) -> int:
+        """From 1, as the item would be shown; 0 where it would not."""
+        return self[left].places.get(id_, 0)
 
-    def _without(self, left: Left) -> Row:
-        gone = {self.units[i] for i in left}
-        kept = [event for event in self._events if event[0] not in gone]
-        return replace(
-            self._row,
-            history=[item for item, _, _ in kept],
-            types=tuple(str(kind) for _, kind, _ in kept) if self._typed else None,
-            times=tuple(int(moment or 0) for *_, moment in kept) if self._timed else None,
-        )
+    def values(self, id_: int, left: Left = WHOLE) -> np.ndarray | None:
+        """float32 [C] of a candidate: its score, then a probability a head; None for none."""
+        answer = self[left]
+        at = answer.at.get(id_, -1)
+        return answer.values[:, at] if at >= 0 else None
 
-    def _ask(self, lefts: Sequence[Left]) -> None:
-        new = [left for left in dict.fromkeys(lefts) if left not in self._answers]
-        for start in range(0, len(new), AT_ONCE):
-            part = new[start : start + AT_ONCE]
-            rows = [self._without(left) for left in part]
-            values = list(self._known.values) * len(part)
-            known = replace(self._known, stored={}, values=values)
-            inputs, _ = self._pipeline.transform(rows, known)
-            if self._seen is None:
-                self._seen = inputs[1][:1]
-            inputs[1] = np.repeat(self._seen, len(part), 0)
-            retrieved = self._pipeline.retrieve(inputs)
-            ids_BN, values_BCN = self._pipeline.rank(
-                inputs[0], retrieved, self._pipeline.count_to_rank(self._row.top_k)
-            )
-            for left, ids, scores in zip(part, ids_BN, values_BCN[:, 0], strict=True):
-                self._answers[left] = (ids, scores)
+    def score(self, id_: int, left: Left = WHOLE) -> float:
+        """-inf where it is no candidate."""
+        values = self.values(id_, left)
+        return -math.inf if values is None else float(values[0])
 
-    def at(self, id_: int, left: Left = frozenset()) -> tuple[int, float]:
-        """(place from 1, score) of an item; (0, -inf) where it is no candidate."""
-        self._ask([left])
-        ids, scores = self._answers[left]
-        places = np.flatnonzero(ids == id_)
-        return (int(places[0]) + 1, float(scores[places[0]])) if len(places) else (0, float("-inf"))
+    def at(self, id_: int, left: Left = WHOLE) -> tuple[int, float]:
+        """(place, score)."""
+        return self.place(id_, left), self.score(id_, left)
 
     def shown(self) -> np.ndarray:
         """Ids of the answer, best first."""
-        ids: np.ndarray = self._answers[frozenset()][0][: self._row.top_k]
+        ids: np.ndarray = self[WHOLE].shown[: self._row.top_k]
         return ids[ids != PADDING_ID]
 
     def drops(self, id_: int) -> np.ndarray:
-        """float [units]: what the item's score loses without each, inf where it is no candidate then."""
-        self._ask([frozenset([i]) for i in range(len(self.units))])
-        _, score = self.at(id_)
-        return np.array([score - self.at(id_, frozenset([i]))[1] for i in range(len(self.units))])
+        """float [parts]: what the item's score loses without each, inf where it is no candidate then."""
+        self.ask([frozenset([i]) for i in range(len(self.parts))])
+        score = self.score(id_)
+        return np.array([score - self.score(id_, frozenset([i])) for i in range(len(self.parts))])
 
     def is_gone(self, id_: int, left: Left) -> bool:
         """Whether the item is not among the first TOP_K then."""
-        place, _ = self.at(id_, left)
-        return not 0 < place <= self._row.top_k
+        return not 0 < self.place(id_, left) <= self._row.top_k
 
     def smallest(self, id_: int, largest: int = LARGEST, tried: int = TRIED) -> Left | None:
-        """The least units without which the item is not shown, of several the one whose drops add up to most; None
-        where none of those that were tried is such. Of each size ``tried`` sets are, by their drops."""
-        drops = np.minimum(self.drops(id_), 1e6)
-        for size in range(1, min(largest, len(self.units)) + 1):
-            sets = self._likeliest(drops, size, tried)
-            self._ask(sets)
-            if gone := next((left for left in sets if self.is_gone(id_, left)), None):
-                return gone
-        return None
+        """See ``smallest_of``."""
+        return self.smallest_of([id_], largest, tried)[id_]
 
-    @staticmethod
-    def _likeliest(drops: np.ndarray, size: int, tried: int) -> list[Left]:
-        sets: Iterable[tuple[int, ...]] = itertools.combinations(np.argsort(-drops, kind="stable").tolist(), size)
-        by_drop = sorted(sets, key=lambda units: -float(drops[list(units)].sum()))
-        return [frozenset(units) for units in by_drop[:tried]]
+    def smallest_of(
+        self, ids: Sequence[int], largest: int = LARGEST, tried: int = TRIED, most: int = 1 << 20
+    ) -> dict[int, Left | None]:
+        """Of each item the least parts of the history without which it is not shown; None where none of those that were
+        tried is such. All single parts are tried, then of each size and item ``tried`` sets, those first whose parts
+        lower the item's score most one by one; of all items and sizes together ``most``."""
+        units = range(self.of_history)
+        singles = [frozenset([i]) for i in units]
+        self.ask([WHOLE, *singles])
+        out: dict[int, Left | None] = {}
+        for id_ in ids:
+            gone = [left for left in singles if self.is_gone(id_, left)]
+            out[id_] = min(gone, key=lambda left: self.score(id_, left), default=None)
+        room = most
+        for size in range(2, min(largest, self.of_history) + 1):
+            likeliest = self._likeliest(out, size, tried)
+            turns = [(id_, left) for turn in itertools.zip_longest(*likeliest.values())
+                     for id_, left in zip(likeliest, turn, strict=True) if left is not None]  # fmt: skip
+            while turns and room > 0:
+                batch = list(dict.fromkeys(left for _, left in turns))[: min(AT_ONCE, room)]
+                room -= sum(left not in self._answers for left in batch)
+                self.ask(batch)
+                for id_, left in turns:
+                    if out[id_] is None and left in self._answers and self.is_gone(id_, left):
+                        out[id_] = left
+                turns = [(id_, left) for id_, left in turns if out[id_] is None and left not in self._answers]
+        return out
+
+    def _likeliest(self, found: dict[int, Left | None], size: int, tried: int) -> dict[int, list[Left]]:
+        """Sets to try of the items without one."""
+        left_over = [id_ for id_, left in found.items() if left is None and id_ in self[WHOLE].at]
+        if not left_over or not tried:
+            return {}
+        sets_SK = np.array(list(itertools.combinations(range(self.of_history), size)))
+        out = {}
+        for id_ in left_over:
+            drops_U = np.minimum(self.drops(id_)[: self.of_history], FAR)
+            order = np.argsort(-drops_U[sets_SK].sum(1), kind="stable")[:tried]
+            out[id_] = [frozenset(units) for units in sets_SK[order].tolist()]
+        return out
 
 
-def because(pipeline: Pipeline, row: Row, items: Sequence[int] | None = None) -> list[Because]:
-    """Why each of the first TOP_K items of a row's answer is there; ``items``: their places alone, from 0. Raises
-    ValueError as ``Counterfactuals`` does."""
-    asked = Counterfactuals(pipeline, row)
-    name = lambda id_: pipeline.respond.names_of(np.array([id_]))[0].decode()  # noqa: E731
-    found = []
-    for place, id_ in enumerate(asked.shown().tolist()):
-        if items is not None and place not in items:
-            continue
-        drops = asked.drops(id_)
-        order = np.argsort(-np.minimum(drops, 1e6), kind="stable")
-        reasons = tuple(
-            Reason(asked.units[i], float(drops[i]), asked.at(id_, frozenset([i]))[0])
-            for i in order.tolist()
-            if drops[i] > 0
-        )
-        left = asked.smallest(id_)
-        smallest = tuple(asked.units[i] for i in sorted(left)) if left else ()
-        found.append(Because(name(id_), place + 1, asked.at(id_)[1], reasons, smallest))
-    return found
+def _reasons(asked: Counterfactuals, id_: int) -> Iterable[Reason]:
+    values = asked.values(id_)
+    if values is None:
+        return
+    drops = asked.drops(id_)
+    for i in np.argsort(-np.minimum(drops, FAR), kind="stable").tolist():
+        part, left = asked.parts[i], frozenset([i])
+        if drops[i] > 0 or (part.kind != HISTORY and drops[i] < 0):
+            then = asked.values(id_, left)
+            heads = () if then is None else tuple((values[1:] - then[1:]).tolist())
+            yield Reason(part, float(drops[i]), asked.place(id_, left), heads)
+
+
+def because(
+    pipeline: Pipeline, row: Row, items: Sequence[int] | None = None, options: SearchOptions | None = None,
+    rules: Rules | None = None, units: int = UNITS, tried: int = TRIED, most: int = 1 << 20,
+) -> tuple[list[Because], str]:  # fmt: skip
+    """(why each of the first TOP_K items of a row's answer is there, STATUS). ``items``: their places alone, from 0;
+    ``tried`` and ``most``: see ``Counterfactuals.smallest_of``."""
+    with pipeline.transform.still():
+        asked = Counterfactuals(pipeline, row, options, rules, units)
+        asked.ask([WHOLE, *(frozenset([i]) for i in range(len(asked.parts)))])
+        shown = asked.shown()
+        places = range(len(shown)) if items is None else [place for place in items if place < len(shown)]
+        smallest = asked.smallest_of([int(shown[place]) for place in places], tried=tried, most=most)
+        names, popular = pipeline.respond.names_of(shown), asked.status.startswith(POPULAR)
+        found = []
+        for place in places:
+            id_ = int(shown[place])
+            left = smallest[id_]
+            without = tuple(asked.units[i] for i in sorted(left)) if left else ()
+            reasons, ruled = tuple(_reasons(asked, id_)), asked.values(id_) is None
+            of = Because(names[place].decode(), place + 1, asked.score(id_), reasons, without, ruled, popular)
+            found.append(of)
+    return found, asked.status
 
 
 # -- in words ----------------------------------------------------------------------------------------------
-ENGLISH, CHINESE = LANGUAGES = ("en", "zh")
 _WORDS = {
-    ENGLISH: ("because of {}", "would not be shown without {}", "no single part of the history decides", " and ", ", "),
-    CHINESE: ("因为您看过{}", "若没有{}则不会推荐", "并非由某一条历史决定", "和", "、"),
-}
+    ENGLISH: {
+        "because": "because of {}",
+        "without": "would not be shown without {}",
+        "nothing": "no single part of the request decides",
+        "ruled": "shown by a business rule",
+        "popular": "it is popular",
+        "and": " and ", "comma": ", ", "then": "; ",
+        CONTEXT: "{} {}", TYPES: "what kinds of events these were", TIMES: "when these events were",
+        COUNTERS: "what is clicked most just now", WORDS: "the words of the query",
+        MEANING: "the meaning of the query", ATTRIBUTES: "what the query names",
+    },
+    CHINESE: {
+        "because": "因为{}",
+        "without": "若没有{}则不会推荐",
+        "nothing": "并非由请求中的某一项决定",
+        "ruled": "由业务规则展示",
+        "popular": "这是热门商品",
+        "and": "和", "comma": "、", "then": "; ",
+        HISTORY: "您看过{}",
+        CONTEXT: "{}为{}", TYPES: "这些行为的类型", TIMES: "这些行为的时间",
+        COUNTERS: "当前的热门点击", WORDS: "搜索词本身",
+        MEANING: "搜索的含义", ATTRIBUTES: "搜索中提到的属性",
+    },
+}  # fmt: skip
+
+
+def _listed(names: Sequence[str], words: dict[str, str]) -> str:
+    return words["and"].join(filter(None, [words["comma"].join(names[:-1]), names[-1]]))
 
 
 def sentence(of: Because, titles: dict[str, str], language: str = ENGLISH, most: int = 2) -> str:
     """What was computed, in words, and nothing else: the largest reason with up to ``most`` - 1 others that weigh at
     least TOLD of it, and the smallest set."""
-    reason, without, nothing, last, comma = _WORDS[language]
+    words = _WORDS[language]
+    if of.ruled:
+        return words["ruled"]
+    first = [reason for reason in of.reasons[:most] if reason.drop > 0]
+    told = [reason.part for reason in first if reason.drop >= TOLD * first[0].drop]
+    if not told:
+        return words["popular"] if of.popular else words["nothing"]
+    seen = [titles.get(part.name) or part.name for part in told if part.kind == HISTORY]
+    parts = [words.get(HISTORY, "{}").format(_listed(seen, words))] if seen else []
+    parts += [
+        words[part.name if part.kind == QUERY else part.kind].format(part.name, part.value)
+        for part in told
+        if part.kind != HISTORY
+    ]
+    text = words["because"].format(_listed(parts, words))
+    if of.smallest:
+        without = _listed([titles.get(item) or item for item in of.smallest], words)
+        text += words["then"] + words["without"].format(without)
+    return text
 
-    def listed(items: Sequence[str]) -> str:
-        names = [titles.get(item) or item for item in items]
-        return last.join(filter(None, [comma.join(names[:-1]), names[-1]]))
 
-    if not of.reasons:
-        return nothing
-    told = [r.item for r in of.reasons[:most] if r.drop >= TOLD * of.reasons[0].drop or r is of.reasons[0]]
-    text = reason.format(listed(told))
-    return f"{text}; {without.format(listed(of.smallest))}" if of.smallest else text
+def record(of: Because, heads: Sequence[str], titles: dict[str, str], language: str = ENGLISH) -> dict[str, Any]:
+    """An item's EXPLANATION, for JSON: numbers that are not finite are null, a place of 0 too."""
+    reasons = []
+    for reason in of.reasons:
+        part, one = reason.part, dict[str, Any](kind=reason.part.kind)
+        if part.kind == HISTORY:
+            one |= {"events": [part.name], "count": part.events}
+        elif part.name:
+            one |= {"name": part.name, **({"value": part.value} if part.value else {})}
+        one["effect"] = round(reason.drop, 6) if math.isfinite(reason.drop) else None
+        one["heads"] = {head: round(drop, 6) for head, drop in zip(heads, reason.heads, strict=False)}
+        reasons.append(one | {"rank": reason.place or None})
+    return {
+        "reasons": reasons, "smallest": list(of.smallest), "sentence": sentence(of, titles, language),
+        **({"rule": True} if of.ruled else {}),
+    }  # fmt: skip
+
+
+def titled(found: Sequence[Because]) -> list[str]:
+    """Items of the history that sentences name."""
+    items = {reason.part.name for of in found for reason in of.reasons if reason.part.kind == HISTORY}
+    return sorted(items | {item for of in found for item in of.smallest})

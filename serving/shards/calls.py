@@ -22,6 +22,7 @@ import numpy as np
 
 from serving.runtime.sharded import LEAST_SEEN, Answer
 from serving.shard_addresses import WAIT_MS, ShardAddresses
+from serving.shards.trust import distrust
 from vivace import contract
 from vivace.client_errors import VivaceError
 from vivace.credentials import Credentials
@@ -39,7 +40,7 @@ RESCUE_SHARE = 0.5  # of the wait: a shard that has not answered by then is aske
 TIMES, LEARN_EVERY = 512, 32  # times that are remembered, and how often the percentile is taken of them
 LATE_IN_A_ROW = 3  # answers that come too late until a server is not waited for
 PROBE_S, PROBE_WAIT_S = 0.25, 1.0
-LATE, SILENT, OTHER_VERSION, UNTRUSTED = "late", "does not answer", "has another version", "no trust by TLS"
+LATE, SILENT, OTHER_VERSION = "late", "does not answer", "has another version"
 OTHER_SHARD = "is not this shard"
 FAILURES = (OSError, HTTPException, VivaceError)  # TimeoutError is one of them
 
@@ -235,7 +236,7 @@ class RemoteShards:
             self.counts[shard, "without"] += 1
         if not without:
             return ""
-        named = ", ".join(f"{shard} ({asking[shard].why})" for shard in without[:8])
+        named = ", ".join(f"{shard} ({asking[shard].why.partition(': ')[0]})" for shard in without[:8])
         more = ", …" if len(without) > 8 else ""
         what = "popular items, " if len(without) == len(answers) else ""
         return f"shards: {what}without {len(without)} of {len(answers)}: {named}{more}"
@@ -263,7 +264,7 @@ def _why(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return LATE
     if isinstance(error, ssl.SSLError) or (isinstance(error, VivaceError) and "TLS" in str(error)):
-        return UNTRUSTED
+        return distrust(error)
     if isinstance(error, VivaceError) and "no such path" in str(error):  # of the guard before another one
         return OTHER_SHARD
     return OTHER_VERSION if "version" in str(error) and isinstance(error, VivaceError) else SILENT

@@ -16,7 +16,8 @@ from serving.launcher import TritonServer
 from serving.repository import read_config
 from serving.server_options import ServerOptions, shard_environment
 from serving.shard_addresses import ShardAddresses, credentials_from
-from serving.shards.calls import OTHER_SHARD, OTHER_VERSION, SILENT, UNTRUSTED, RemoteShards
+from serving.shards.calls import OTHER_SHARD, OTHER_VERSION, SILENT, RemoteShards
+from serving.shards.trust import UNTRUSTED
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
 from vivace import contract
@@ -222,11 +223,11 @@ def check_hosts(options: ServerOptions, say: Callable[[str], None]) -> None:
             missing = shards.ask_once()
         if SILENT not in missing.values():
             break
-    if len(missing) == count or {OTHER_VERSION, OTHER_SHARD, UNTRUSTED} & set(missing.values()):
+    untrusted = any(why.startswith(UNTRUSTED) for why in missing.values())
+    if len(missing) == count or untrusted or {OTHER_VERSION, OTHER_SHARD} & set(missing.values()):
         named = ", ".join(f"{shard} at {'|'.join(addresses.twins[shard])}: {why}" for shard, why in missing.items())
         raise ServerError(
             f"--shard-hosts: expected servers of version {version} ('vivace serve --shard I' there), got: {named}"
-            + "; look at --shard-cert and --shard-ca here, --client-ca there" * (UNTRUSTED in missing.values())
         )
     for shard, why in missing.items():
         say(f"shard {shard} at {'|'.join(addresses.twins[shard])}: {why}; answers do without it until it comes")

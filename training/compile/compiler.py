@@ -63,7 +63,7 @@ from vivace.manifest import Progress, Step, replaced
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RECORDED_PARTS, REFERENCE, RETRIEVAL, SEARCH, Run
 
 FOLD_ITEMS = 100_000  # items up to which the ranker's table of five numbers for one of the embedding is worth it
-LAYOUT = 10  # of the stages' tensors and the recorded requests: what has another layout is compiled again
+LAYOUT = 11  # of the stages' tensors and the recorded requests: what has another layout is compiled again
 RECORDED_REQUESTS = 5000
 Tables = Literal["fp32", "int8"]
 Index = Literal["", "HNSW32", "HNSW32_SQ8"]

@@ -14,7 +14,6 @@ import numpy as np
 from preprocessing.features import Features
 from preprocessing.requests import words_of
 from serving.runtime.drift import (
-    CLOCK,
     NEWEST_TYPE,
     QUERY,
     SCORE,
@@ -76,8 +75,8 @@ def reference(
     values = {name: np.concatenate([of_batch[name] for of_batch in of_inputs]) for name in of_inputs[0]}
     if not len(next(iter(values.values()))):
         return None
-    categoricals, _ = context_names(columns, tensors)
-    categories = {f"context {name}": name for name in categoricals if name not in CLOCK} | {NEWEST_TYPE: EVENT}
+    watched, _ = context_names(columns, tensors)
+    categories = {f"context {name}": name for name in watched} | {NEWEST_TYPE: EVENT}
     judged = not learned and part == "test"
     values_CB = np.concatenate(of_answers).T
     answers = [number(n, v, judged=judged) for n, v in zip(answer_names(schema.heads), values_CB, strict=True)]

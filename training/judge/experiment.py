@@ -1,7 +1,8 @@
 """Which version is better by what came of what it showed: figures of each arm, and each beside the control.
 
 Users are the unit: a user counts in one arm, all that one was shown and clicked together; someone anonymous counts by
-the session, or without one by the request. Users of several arms are left out and counted.
+the session, or without one by the request. Users of several arms are left out and counted; of a rollout, what a user
+was shown counts from when its steps put that user on a side for good.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from serving.rollout_steps import RolloutSteps
 from serving.runtime.team_draft import winner
 from training.judge.places import examined_in
 from vivace.columns import CLICKED, ITEM, POSITION, TIME, USER
@@ -109,6 +111,12 @@ def last_arm_began(file: Path, by: str, unseen: set[str]) -> int:
     return int(first.groupby(by)[TIME].min().max()) if len(first) else 0
 
 
+def arms_in(file: Path, by: str, since_ms: int) -> set[str]:
+    """Names of the arms that showed something from that moment on, Unix ms."""
+    names = pq.read_table(file, columns=[by], filters=[(POSITION, "=", 1), (TIME, ">=", since_ms)])[by]
+    return set(map(str, names.unique().to_pylist()))
+
+
 def _of_requests(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     """A row a request: its arm, unit, time and latency, and its SUMS."""
     gain = frame[CLICKED] / np.log2(frame[POSITION] + 1)
@@ -130,13 +138,27 @@ def _units(frame: pd.DataFrame) -> np.ndarray:
     return np.where(frame[USER] == "", anonymous, frame[USER])  # no user's id starts so
 
 
-def evidence(file: Path, plan: Plan, by: str = VARIANT, control: str = "", top_k: int = 10) -> Evidence:
+def _counted(frame: pd.DataFrame, steps: RolloutSteps) -> np.ndarray:
+    """Which requests' rows count in a rollout, bool [rows]: a request is of one user, moment and arm."""
+    first = frame.drop_duplicates(REQUEST_ID)
+    who = np.where(first[USER] == "", first[SESSION], first[USER])
+    rows = zip(first[REQUEST_ID], who, first[TIME], first[VARIANT] == TRIAL, strict=True)
+    kept = {request for request, user, time_ms, on_trial in rows if steps.counts(user, int(time_ms), bool(on_trial))}
+    return frame[REQUEST_ID].isin(kept).to_numpy()
+
+
+def evidence(
+    file: Path, plan: Plan, by: str = VARIANT, control: str = "", top_k: int = 10, steps: RolloutSteps | None = None
+) -> Evidence:
     """Reads a file of ``vivace.impressions.joined``, from when all arms were there. ``control``: an arm ("": the first
-    by name). With several arms beside it each is judged at a part of the error. Raises ValueError for an arm that is
-    not there."""
+    by name). With several arms beside it each is judged at a part of the error. ``steps``: of the rollout that made the
+    arms. Raises ValueError for an arm that is not there."""
     parts, items, places = list[pd.DataFrame](), dict[str, set[str]](), dict[str, pd.DataFrame]()
     unseen = shadows(file)
-    for frame in _requests(file, by, top_k, unseen, last_arm_began(file, by, unseen)):
+    since_ms = max(last_arm_began(file, by, unseen), steps.began_ms if steps else 0)
+    for frame in _requests(file, by, top_k, unseen, since_ms):
+        if steps is not None:
+            frame = frame[_counted(frame, steps)]
         parts.append(_of_requests(frame, by))
         for name, of_arm in frame.groupby(by):
             items.setdefault(str(name), set()).update(of_arm[ITEM].unique())

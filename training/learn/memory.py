@@ -6,6 +6,7 @@ Axis legend: B requests, V item ids, T history events, S sessions.
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from training.models.session_memory import LONGEST, neighbour_shares
 from vivace.contract import FIRST_ID, ITEM
 
 REQUESTS, BATCH = 4096, 256  # that the numbers are fitted on, and of a step
-PASSES, RATE = 8, 0.1
+PASSES, STEPS, RATE = 8, 128, 0.1  # as many passes at least, and more where they are fewer steps than that
 
 
 def session_sets(files: list[Path], items: int) -> sp.csr_matrix:
@@ -61,10 +62,11 @@ def fit_memory(model: RetrievalModel, features: Features, seed: int, held_out: f
     read = batches.requests(files, heads, model.config.history, BATCH, shuffle_seed=seed)
     requests = list(itertools.islice(read, REQUESTS // BATCH))
     numbers = [p.requires_grad_() for p in model.memory.parameters()]
+    passes = max(PASSES, math.ceil(STEPS / max(len(requests), 1)))
     optimizer = torch.optim.Adam(numbers, lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PASSES * len(requests))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, passes * len(requests))
     losses: list[float] = []
-    for _ in range(PASSES):
+    for _ in range(passes):
         total, count = 0.0, 0
         for request in requests:
             exclude_BV = request.exclude(len(model.bias), features.schema.exclude_seen)

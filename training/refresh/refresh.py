@@ -151,7 +151,7 @@ class Refresh:
     def features(self, until: int) -> dict[str, int]:
         """The features with what was appended; how many events by what became of them."""
         schema, rejects = self.old.schema, self.work.root / "rejected_items.csv"
-        context = (*schema.context_categoricals, *schema.context_continuous)
+        context = (*schema.plain_context, *schema.context_continuous)
         appended = appended_since(self.run.feature_store, self.old.log_number(), until, schema.user_columns, context)
         upserted = upserted_items(self.run.feature_store, schema, self.work.root / "rejected_upserts.csv")
         given = None if self.items is None else read_catalogue(self.items, schema, rejects)

@@ -1,11 +1,11 @@
-"""``vivace experiment impressions`` and ``vivace experiment report``."""
+"""``vivace experiment``: impressions, report, uplift."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,6 +13,7 @@ from rich.table import Table
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, console, say
 from vivace.cli.runs import find_run
 from vivace.cli.values import choice, values_of
+from vivace.run import Run
 
 experiment = typer.Typer(no_args_is_help=True)
 
@@ -71,6 +72,9 @@ def report(
     ] = 0.03,
     alpha: Annotated[float, typer.Option(help="error that is accepted, at all looks together")] = 0.05,
     power: Annotated[float, typer.Option(help="chance to find the effect where it is there")] = 0.8,
+    all_users: Annotated[
+        bool, typer.Option("--all-users", help="of a rollout too: those that a step takes later count where they were")
+    ] = False,
     target: Annotated[
         Path | None,
         typer.Option(
@@ -95,9 +99,9 @@ def report(
     file = joined or joined_of(folder_of(run.feature_store))
     if not file.exists():
         raise FileNotFoundError(f"{file}: not there yet; run 'vivace experiment impressions --name {run.root.name}'")
-    plan = Plan(effect, alpha, power)
+    plan, steps = Plan(effect, alpha, power), None if all_users else _steps(run, file, by)
     with console.status("counting"):
-        seen, interleaved = evidence(file, plan, by, control, top_k), teams(file, plan, top_k)
+        seen, interleaved = evidence(file, plan, by, control, top_k, steps), teams(file, plan, top_k)
     say(f"{pages.when(seen.began_ms)} to {pages.when(seen.ended_ms)}; {pages.plan_words(seen.plan)}")
     _print(*pages.arm_rows(seen))
     if seen.crossed:
@@ -126,6 +130,66 @@ def report(
     page.parent.mkdir(parents=True, exist_ok=True)
     pages.write(seen, page, more)
     say(f"wrote {page}")
+
+
+@experiment.command(
+    help="Say what showing an item is worth, by a joined log of a server with --explore: how many more clicks a "
+    "request has than with the log's usual choice in its place, beside the item's CTR. Refutations say whether to "
+    "believe it."
+)
+def uplift(
+    name: Name = "",
+    artifacts: Artifacts = DEFAULT_ARTIFACTS,
+    joined: Annotated[
+        Path | None,
+        typer.Option(help="file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if empty"),
+    ] = None,
+    by: Annotated[str, choice("--by", values_of("training.judge.experiment:ARMS"), "what makes the arms")] = "variant",
+    arm: Annotated[str, typer.Option(help="whose rows count, by its name")] = "",
+    least: Annotated[int, typer.Option(help="times that an item must have been shown", min=2)] = 30,
+    most: Annotated[int, typer.Option(help="items of each end that are printed", min=1)] = 10,
+    out: Annotated[Path | None, typer.Option(help="Parquet of all items, if any", dir_okay=False)] = None,
+) -> None:
+    from training.judge.experiment import shown_rows
+    from training.judge.uplift import uplift as estimated
+    from vivace.impressions.files import joined_of
+    from vivace.impressions.queue import folder_of
+
+    run = find_run(artifacts, name)
+    file = joined or joined_of(folder_of(run.feature_store))
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: not there yet; run 'vivace experiment impressions --name {run.root.name}'")
+    with console.status("estimating"):
+        estimate = estimated(shown_rows(file, by, arm), least)
+    items = estimate.items
+    ends = items if len(items) <= 2 * most else items.iloc[[*range(most), *range(len(items) - most, len(items))]]
+    rows = [
+        (of.item_id, f"{of.uplift:+.4f}", f"{of.low:+.4f} to {of.high:+.4f}", f"{of.ctr:.4f}", f"{of.shown:,}")
+        for of in ends.itertuples()
+    ]
+    _print(("item", "uplift, clicks a request", "95 % interval", "CTR", "shown"), rows)
+    say(f"{estimate.requests:,} requests, {len(items):,} items that were shown {least} times and more")
+    say(
+        f"refutations: {estimate.placebo:.0%} of placebos have an effect (5 % is chance); a random cause moves an "
+        f"uplift by {estimate.moved:.2f} standard errors"
+    )
+    if out is not None:
+        items.to_parquet(out)
+        say(f"wrote {out}")
+
+
+def _steps(run: Run, file: Path, by: str) -> Any:
+    """Of the run's newest rollout, ``RolloutSteps``, where it made the arms of the log; else None."""
+    from serving.rollout_steps import RolloutSteps
+    from training.judge.experiment import arms_in
+    from vivace.contract import TRIAL
+    from vivace.impressions.files import VARIANT
+
+    steps = RolloutSteps.read(run.root) if by == VARIANT else None
+    if steps is None or TRIAL not in arms_in(file, by, steps.began_ms):
+        return None
+    say(f"rollout {steps.salt}: a user counts from the step that put that user on a side; --all-users counts all")
+    return steps
 
 
 def _print(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

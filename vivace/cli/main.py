@@ -14,6 +14,7 @@ from vivace.cli.compile import compile_
 from vivace.cli.compress import compress
 from vivace.cli.demo import demo
 from vivace.cli.doctor import doctor
+from vivace.cli.door import door
 from vivace.cli.drift import drift
 from vivace.cli.errors import reported
 from vivace.cli.evaluate import evaluate
@@ -38,6 +39,7 @@ from vivace.cli.serve import serve
 from vivace.cli.store import store
 from vivace.cli.train import train
 from vivace.cli.tune import tune
+from vivace.cli.ui import ui
 from vivace.cli.why import why
 
 HELP = (
@@ -52,8 +54,8 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Start": (demo, doctor),
     "Data": (init_mapping, prepare),
     "Training": (presets, train, pretrain, optimize, evaluate, compress, compile_),
-    "Serving": (serve, publish, rollback, versions, scale, refresh, forget, rules, tune, load),
-    "Looking": (query, why, drift, parity),
+    "Serving": (serve, door, publish, rollback, versions, scale, refresh, forget, rules, tune, load),
+    "Looking": (ui, query, why, drift, parity),
 }
 
 

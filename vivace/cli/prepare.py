@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from rich.table import Table
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Data, DataPath, NewName, Seed, console, say
 from vivace.cli.runs import mark_prepared, new_run, say_next
 from vivace.cli.values import choice, values_of
+from vivace.contract import DataSchema
 from vivace.run import Run
 
 SHOP_ONLY = "Size of the made-up shop"
@@ -36,6 +38,10 @@ def prepare(
     new_items: Annotated[
         bool, typer.Option(help="items of the catalogue without a training event are known too")
     ] = True,
+    cross: Annotated[
+        list[str] | None,
+        typer.Option(help="columns of the context whose values together are one too: device,hour; may be repeated"),
+    ] = None,
     partitions: Annotated[int, typer.Option(help="files by user; one must fit in memory", min=1)] = 4,
     workers: Annotated[
         int, typer.Option(help="Dask worker processes (0: this process; CUDA workers with cuDF)", min=0)
@@ -62,6 +68,7 @@ def prepare(
     from preprocessing.readers import open_source
 
     source = open_source(data, path, size | {"seed": seed})
+    source.schema = with_crosses(source.schema, cross or [])
     from preprocessing.prepare import PrepareConfig, prepare as prepare_run
     from preprocessing.splits import LEAVE_ONE_OUT, SESSIONS, SplitConfig
     from preprocessing.workflow import VocabularyConfig
@@ -84,6 +91,12 @@ def prepare(
             from preprocessing.hugectr import write_hugectr
 
             write_hugectr(Features(run.features), run.hugectr, say)
+    say_results(results, run)
+    say_next("train", run, artifacts)
+    return run
+
+
+def say_results(results: dict[str, Any], run: Run) -> None:
     say(
         f"{results['events']:,} events, {results['users']:,} users, {results['items_in_vocabulary']:,} items; "
         f"requests {results['requests']}"
@@ -95,8 +108,15 @@ def prepare(
     console.print(rows_table(results))
     if results["rejected"] or results["changed"]:
         say(f"these rows: {run.features / 'rejects.csv'} and changed.csv beside it")
-    say_next("train", run, artifacts)
-    return run
+
+
+def with_crosses(schema: DataSchema, given: list[str]) -> DataSchema:
+    """``schema`` and the crosses of --cross, columns by commas each."""
+    crosses = (*schema.crosses, *(tuple(name.strip() for name in names.split(",")) for names in given))
+    try:
+        return replace(schema, crosses=crosses)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--cross") from None
 
 
 def rows_table(results: dict[str, Any]) -> Table:

@@ -83,12 +83,12 @@ def versions(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS, keep: Ke
     for column in ("version", "made", "trained at", "precision", "NDCG@10", "served by", "at a start"):
         table.add_column(column, justify="right" if column in ("version", "NDCG@10") else "left")
     for release in releases(run.repository):
-        number, card = version_of(release), _card(release)
+        number, card = version_of(release), card_of(release)
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime((release / CHECKSUMS).stat().st_mtime))
         by = ", ".join(words for s in servers if (words := _serves(s.pid, s.state, number)))
         table.add_row(
             str(number), made, str(card.get("ranking", {}).get("commit", ""))[:8], str(card.get("precision", "")),
-            _ndcg(card), by, "yes" if number == chosen else "",
+            ndcg_of(card), by, "yes" if number == chosen else "",
         )  # fmt: skip
     console.print(table)
 
@@ -173,14 +173,14 @@ def _serves(pid: int, state: dict[str, Any], version: int) -> str:
     return f"process {pid}" if state["version"] == version else ""
 
 
-def _card(release: Path) -> dict[str, Any]:
+def card_of(release: Path) -> dict[str, Any]:
     for path in release.glob("recommend/*/model_card.json"):
         card: dict[str, Any] = json.loads(path.read_text())
         return card
     return {}
 
 
-def _ndcg(card: dict[str, Any]) -> str:
+def ndcg_of(card: dict[str, Any]) -> str:
     """Of the model card's evaluation: the last row of its table, which is what is served."""
     quality = card.get("quality")
     rows = quality.get("table", {}) if isinstance(quality, dict) else {}

@@ -286,3 +286,14 @@ def test_what_is_put_in_is_found_by_its_words_within_a_second_and_what_is_taken_
         wait_until(lambda: before[0] in client.recommend("", [], 20, "kettle").items, "the item back")
         again = client.recommend("", [], 20, "kettle")  # a row as it was compiled is no change
         assert (again.items, list(again.scores)) == (before, list(answered.scores))
+
+
+def test_an_answer_to_a_query_is_explained_by_what_matches(client):
+    asked = {"query": "chair", "history": ["sku-00012", "sku-00040"], "top_k": 3}
+    answer, explained = client.recommend(**asked), client.explain(**asked)
+    assert [of.item for of in explained.items] == answer.items
+    assert explained.items[0].score == pytest.approx(float(answer.scores[0]), abs=1e-3)
+    kinds = {reason["kind"] for of in explained.items for reason in of.reasons}
+    assert "query" in kinds
+    with pytest.raises(VivaceError, match="filters"):
+        client.explain(**asked, filters={"values": {"no such column": ["x"]}})

@@ -86,7 +86,7 @@ def test_a_caller_without_a_good_key_is_told_so(shop, name, protocol):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_key_that_reads_does_not_write(shop, protocol):
     with shop.client(protocol, "reader") as client:
-        assert client.recommend(history=HISTORY).items
+        assert client.recommend(history=HISTORY).items and client.explain(history=HISTORY).items
         for call in (
             lambda: client.append("nobody", "sku-00001"),
             lambda: client.remove_items(["sku-00001"]),

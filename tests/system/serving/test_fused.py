@@ -23,7 +23,7 @@ from serving.service import service
 from tests.support import LOGS, PATIENCE_S, PatientClient, logged, on_free_ports, patient, quiet, wait_until
 from training.presets import shapes, tiny
 from vivace import contract
-from vivace.client import Recommendation, VivaceError
+from vivace.client import Explained, Recommendation, VivaceError
 from vivace.client_request import request_tensors
 from vivace.store.lmdb_store import LmdbStore
 
@@ -229,6 +229,9 @@ def test_business_rules_are_followed_while_it_serves(request, root, which):
         def answer() -> Recommendation:
             return client.recommend("", ["sku-00003", "sku-00001"], 5)
 
+        def why() -> Explained:
+            return client.explain("", ["sku-00003", "sku-00001"], 5)
+
         before = answer()
         blocked, pinned = before.items[0], before.items[4]
         try:
@@ -241,6 +244,8 @@ def test_business_rules_are_followed_while_it_serves(request, root, which):
             assert ruled.items[1:4] == before.items[1:4] and blocked not in ruled.items
             assert (ruled.status, ruled.degraded) == ("ok; rules: gone, shown", False)
             assert np.isfinite(ruled.scores).all()
+            wait_until(lambda: [of.item for of in why().items] == ruled.items, "reasons of what the rules show")
+            assert why().status == ruled.status
             wait_until(lambda: watchdog.health.ready, "a server that is well by rules")
             file.write_text("[[rule]]\nname = 3\n")
             time.sleep(1.5)

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -274,7 +275,15 @@ def test_users_are_dealt_evenly_and_independently_of_other_rollouts():
     )
     wider: Callable[[str], bool] = Split("a", 0.2).takes
     assert all(wider(user) for user, t in zip(users, taken, strict=True) if t), "who is on trial stays in the next step"
+    steps = [Split("a", share, 0.5) for share in (0.05, 0.25, 0.5)]
+    sides = [[(split.takes(user), split.compares(user)) for user in users] for split in steps]
+    for before, after in pairwise(sides):  # nobody changes sides, and both grow alike
+        assert all(now == then for then, now in zip(before, after, strict=True) if any(then))
+    for split, side in zip(steps, sides, strict=True):
+        assert not any(all(both) for both in side)
+        assert np.mean(side, axis=0) == pytest.approx([split.share, split.share], abs=0.015)
+    assert not steps[0].compares("") and all(one.takes(user) != one.compares(user) for user in users)
     assert not Split("a", 1.0).takes("") and Split("a", 1.0).takes("x") and not Split("a", 0.0).takes("x")
-    for wrong in ({"salt": "a b", "share": 0.1}, {"salt": "a", "share": 1.1}):
+    for wrong in ({"salt": "a b", "share": 0.1}, {"salt": "a", "share": 1.1}, {"salt": "a", "share": 0.5, "most": 0.4}):
         with pytest.raises(ValueError, match="expected"):
             Split(**wrong)

@@ -192,9 +192,15 @@ def test_a_shard_elsewhere_answers_only_servers_with_a_certificate(run, served, 
         secure = dict(shards=shards, shard_cert=pair, shard_ca=of_shard[0], shard_wait_ms=2000)
         with Fleet(on_free_ports(fleet.release, guard=True, **secure), quiet) as over_tls:
             assert answers(over_tls, users[:20]) == by_one[:20]
-        for one in (dict(), dict(shard_ca=of_shard[0]), dict(shard_ca=stranger[0], shard_cert=pair)):
+        unknown = tmp_path / "unknown.pem"
+        unknown.write_text(stranger[0].read_text() + stranger[1].read_text())
+        for one, why in (
+            (dict(), "it takes TLS only"), (dict(shard_ca=of_shard[0]), "it wants a certificate"),
+            (dict(shard_ca=stranger[0], shard_cert=pair), "its certificate is not of the authority in --shard-ca"),
+            (dict(shard_ca=of_shard[0], shard_cert=unknown), "the authority of --shard-cert is none of its"),
+        ):  # fmt: skip
             for _ in range(20):  # a port may close the connection before its reason is read
-                with pytest.raises(ServerError, match=f"got: 0 at {address}: no trust by TLS; look at --shard-cert"):
+                with pytest.raises(ServerError, match=f"got: 0 at {address}: no trust by TLS: {why}"):
                     check_hosts(on_free_ports(fleet.release, shards=shards, **one), quiet)
         swapped = ",".join(reversed(shards.split(",")))
         with pytest.raises(ServerError, match=f"1 at {address}: is not this shard"):

@@ -1,9 +1,10 @@
-"""Why an item is recommended, on the small shop's graphs: reasons are the answer to a shorter history, the smallest
-set is the smallest."""
+"""Why an item is recommended, on the small shop's graphs: reasons are the answer to a shorter request, the smallest set
+is the smallest, and the served call says the same of the answer that ``recommend`` gives."""
 
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from serving.runtime.why import Counterfactuals, because
-from tests.support import users_of_data
+from tests.support import patient, users_of_data
+from vivace.client import VivaceError
+from vivace.explain_contract import CONTEXT, HISTORY, TYPES
 from vivace.store.lmdb_store import LmdbStore
 
 TOP_K = 5
@@ -29,26 +32,39 @@ def rows(root):
     return [Row(user, None, TOP_K) for user in sorted(users_of_data(root))[:8]]
 
 
-def test_reasons_are_answers_to_a_shorter_history(pipeline, rows):
-    """Against one shorter history that is sent by itself. Ranks among candidates are features, so it has the same."""
-    checked = 0
+def score_of(pipeline, row, item, seen) -> float | None:
+    """Of an item in the answer to a request; None where it is no candidate."""
+    inputs, _ = pipeline.transform([row])
+    inputs[1] = seen  # what was seen stays left out, and so no candidate
+    ids, values = pipeline.rank(inputs[0], pipeline.retrieve(inputs), pipeline.count_to_rank(TOP_K))
+    names = [name.decode() for name in pipeline.respond.names_of(ids[0])]
+    return float(values[0, 0, names.index(item)]) if item in names else None
+
+
+def test_reasons_are_answers_to_a_request_that_is_sent_without_them(pipeline, rows):
+    """Each is sent by itself: without an item's events, without types, without a value of the context."""
+    checked = dict.fromkeys((HISTORY, TYPES, CONTEXT), 0)
     for row in rows:
+        row = Row(row.user_id, None, TOP_K, context={"device": "phone"})
         stored = pipeline.transform.known([row]).stored[0]
         events = list(zip(*stored, strict=True))[-pipeline.shapes.history :]
-        for of in because(pipeline, row, [0]):
-            for reason in of.reasons[:2]:
-                kept = [event for event in events if event[0] != reason.item]
-                items, types, times = (tuple(part) for part in zip(*kept, strict=True))
-                sent = Row(row.user_id, list(items), 100, types=types, times=times)
-                inputs, _ = pipeline.transform([sent])
-                inputs[1] = pipeline.transform([row])[0][1]  # what was seen stays left out, and so no candidate
-                ids, values = pipeline.rank(inputs[0], pipeline.retrieve(inputs), pipeline.count_to_rank(TOP_K))
-                names = [name.decode() for name in pipeline.respond.names_of(ids[0])]
-                if of.item in names:
-                    score = float(values[0, 0, names.index(of.item)])
-                    assert of.score - score == pytest.approx(reason.drop, abs=2e-3)
-                    checked += 1
-    assert checked > 5
+        seen = pipeline.transform([row])[0][1]
+        found, status = because(pipeline, row, [0])
+        assert status == "ok"
+        for reason in [r for of in found for r in of.reasons]:
+            kept = [event for event in events if reason.part.kind != HISTORY or event[0] != reason.part.name]
+            items, types, times = (tuple(part) for part in zip(*kept, strict=True))
+            types = ("",) * len(items) if reason.part.kind == TYPES else types
+            context = {} if reason.part.name == "device" else row.context
+            sent = Row(row.user_id, list(items), 100, types=types, times=times, context=context)
+            if reason.part.kind == CONTEXT and reason.part.name != "device":  # the clock's, which cannot be unsent
+                continue
+            score = score_of(pipeline, sent, found[0].item, seen)
+            if score is not None:
+                assert found[0].score - score == pytest.approx(reason.drop, abs=2e-3), reason
+                checked[reason.part.kind] += 1
+    reads = {HISTORY, *([TYPES] if pipeline.shapes.types else []), *([CONTEXT] if pipeline.shapes.context else [])}
+    assert all(checked[kind] > 3 for kind in reads), checked
 
 
 def test_the_smallest_set_is_the_smallest(pipeline, rows):
@@ -70,14 +86,36 @@ def test_what_is_named_matters_more_than_the_rest(pipeline, rows):
     for row in rows:
         asked = Counterfactuals(pipeline, row)
         for id_ in asked.shown()[:3].tolist():
-            drops = np.minimum(asked.drops(id_), 100)
+            drops = np.minimum(asked.drops(id_)[: len(asked.units)], 100)
             named.append(drops.max())
             others += np.delete(drops, drops.argmax()).tolist()
     assert np.mean(named) > 3 * np.mean(np.abs(others))
 
 
-def test_what_cannot_be_explained_is_said(pipeline):
-    with pytest.raises(ValueError, match="query: "):
-        because(pipeline, Row("", ["sku-00001"], 3, "lamp"))
-    with pytest.raises(ValueError, match="history: expected events"):
-        because(pipeline, Row("nobody", None, 3))
+def test_the_served_call_explains_what_recommend_answers(client, rows, pipeline):
+    checked = 0
+    for row in rows[:3]:
+        explained = patient(lambda user=row.user_id: client.explain(user, top_k=TOP_K, language="zh"))
+        answer = client.recommend(row.user_id, top_k=TOP_K)
+        assert [of.item for of in explained.items] == answer.items
+        np.testing.assert_allclose([of.score for of in explained.items], answer.scores, atol=1e-4)
+        found, _ = because(pipeline, row)
+        for of, offline in zip(explained.items, found, strict=True):
+            history = [r for r in of.reasons if r["kind"] == HISTORY and r["effect"] is not None]
+            drops = {r.part.name: r.drop for r in offline.reasons if r.part.kind == HISTORY}
+            assert all(r["effect"] == pytest.approx(drops[r["events"][0]], abs=2e-3) for r in history)
+            assert all(set(r["heads"]) == set(answer.heads) for r in history)
+            checked += len(history)
+            assert of.sentence.startswith(("因为", "并非"))
+    assert checked > 10
+
+
+def test_what_cannot_be_explained_is_said(client, served):
+    cold = patient(lambda: client.explain("nobody", top_k=2))
+    assert "popular items" in cold.status and [of.sentence for of in cold.items] == ["it is popular"] * 2
+    with pytest.raises(VivaceError, match=r"TOP_K: expected 1\.\.100"):
+        client.explain("nobody", top_k=101)
+    with pytest.raises(ValueError, match="language: expected one of en, zh"):
+        client.explain("nobody", language="fr")
+    metadata = json.dumps(served[1]._client.get_model_config("explain", as_json=True))
+    assert '"max_queue_size": 8' in metadata.replace('"8"', "8")

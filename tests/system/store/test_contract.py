@@ -1,19 +1,19 @@
-"""One contract, held by every store: LMDB, a real valkey-server, and one in cluster mode, which refuses what has keys
-of two slots."""
+"""One contract, held by every store: LMDB, a real valkey-server, and a cluster of three."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
+from benchmarks.local_cluster import cluster
 from benchmarks.local_valkey import ValkeyServer
-from tests.support import wait_until
 from vivace.store.interface import Change, Event
 from vivace.store.lmdb_store import LmdbStore
 from vivace.store.opening import open_store
@@ -26,22 +26,19 @@ PATIENT = "?limit_ms=2000&write_ms=20000"  # the machine may be busy, and this i
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    started: dict[str, ValkeyServer] = {}
+    """Of a kind, started when it is first asked for."""
+    started: dict[str, list[ValkeyServer]] = {}
+    with ExitStack() as stack:
 
-    def server(kind: str) -> ValkeyServer:
-        if kind not in started:
-            more = ("--cluster-enabled", "yes") if kind == "cluster" else ()
-            started[kind] = ValkeyServer(tmp_path_factory.mktemp(kind), *more)
-            started[kind].start()
-            if kind == "cluster":
-                with started[kind].client() as client:
-                    client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-                    wait_until(lambda c=client: "ok" in str(c.execute_command("CLUSTER INFO")["cluster_state"]), "ok")
-        return started[kind]
+        def of(kind: str) -> list[ValkeyServer]:
+            if kind not in started:
+                folder = tmp_path_factory.mktemp(kind)
+                alone = kind == "valkey"
+                nodes = [stack.enter_context(ValkeyServer(folder / "0"))] if alone else None
+                started[kind] = nodes or stack.enter_context(cluster(folder))
+            return started[kind]
 
-    yield server
-    for one in started.values():
-        one.kill()
+        yield of
 
 
 @pytest.fixture(params=["lmdb", "valkey", "cluster"])
@@ -49,10 +46,11 @@ def opening(request, tmp_path, servers) -> Callable:
     """Opens the store under test; ``retention`` as it takes it."""
     if request.param == "lmdb":
         return partial(LmdbStore, tmp_path / "store")
-    server = servers(request.param)
-    with server.client() as client:
-        client.flushall()
-    return partial(ValkeyStore, server.url + PATIENT)
+    for server in servers(request.param):
+        with server.client() as client:
+            client.flushall()
+    more = "&cluster=1" if request.param == "cluster" else ""
+    return partial(ValkeyStore, servers(request.param)[0].url + PATIENT + more)
 
 
 @pytest.fixture
@@ -67,7 +65,7 @@ def place(store, tmp_path) -> tuple[Path, str]:
     """What ``open_store`` takes to open it in another process."""
     if isinstance(store, LmdbStore):
         return tmp_path / "store", ""
-    return tmp_path, f"{store.address.url}{PATIENT}"
+    return tmp_path, f"{store.address.url}{PATIENT}{'&cluster=1' if store.address.cluster else ''}"
 
 
 def names(events) -> str:
@@ -272,11 +270,11 @@ def test_bytes_of_a_forgotten_user_leave_the_server(store, servers):
     secret = "a very secret name"
     store.append([Event(secret, "theirs alone", "view", 2, "named"), *(Event("w", str(n)) for n in range(300))])
     store.forget(secret)
-    port = int(store.address.url.rpartition(":")[2].partition("/")[0])
-    server = next(s for s in (servers("valkey"), servers("cluster")) if s.port == port)
-    with server.client() as client:
-        client.save()
-    dump = (server.folder / "dump.rdb").read_bytes()
+    dump = b""
+    for server in servers("cluster" if store.address.cluster else "valkey"):
+        with server.client() as client:
+            client.save()
+        dump += (server.folder / "dump.rdb").read_bytes()
     assert b"{w}" in dump and secret.encode() not in dump and b"theirs alone" not in dump
 
 

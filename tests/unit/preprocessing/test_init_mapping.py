@@ -46,7 +46,7 @@ def test_the_mapping_in_the_docs_is_one(tmp_path):
     (text,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     write(tmp_path, "mapping.toml", text)
     schema = read_mapping(tmp_path / "mapping.toml").schema
-    assert schema.context_categoricals == ("os", "country", "hour", "weekday") and schema.user_columns == (
+    assert schema.context_categoricals == ("os", "country", "hour", "weekday", "os_x_hour") and schema.user_columns == (
         "country",
         "age",
     )

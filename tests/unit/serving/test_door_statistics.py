@@ -73,4 +73,4 @@ def test_an_envoy_that_does_not_answer_is_no_count_of_zero():
 
 
 def test_there_are_as_many_series_whatever_comes():
-    assert len([key for key in samples(PAGE) if key[0].startswith("vivace_request_seconds")]) == 3 * 2 * 14
+    assert len([key for key in samples(PAGE) if key[0].startswith("vivace_request_seconds")]) == len(MODELS) * 2 * 14

@@ -33,8 +33,9 @@ def test_a_log_that_others_could_read_is_closed_to_them(tmp_path):
         start = log.tell()
         log.write(b"after\n")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert tail(path, 5, start) == "after" and tail(path, 5) == "before\nafter" and tail(None, 5) == ""
-    assert tail(path, 5, 10_000) == "before\nafter"  # emptied since
+    where = f"\nthe whole log: {path}"
+    assert tail(path, 5, start) == f"after{where}" and tail(None, 5) == ""
+    assert tail(path, 5) == tail(path, 5, 10_000) == f"before\nafter{where}"  # emptied since
 
 
 ORPHANS = """
@@ -54,3 +55,19 @@ print(reaped, mine.wait(), children())
 def test_orphans_are_waited_for_and_others_left_alone():
     out = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True)
     assert out.stdout.strip() == "2 0 set()", out.stderr
+
+
+def test_of_a_long_log_the_errors_are_quoted_with_what_follows_them(tmp_path):
+    path = tmp_path / "triton.log"
+    why = [
+        "E1128 03:00:00 1 model.cc:1] failed to load 'ranking': ModuleNotFoundError",
+        "",
+        "At:",
+        "  model.py(12): load",
+    ]
+    table = ["+-------+", "| model | version | " + "x" * 2000, "+-------+"]
+    notes = [f"I1128 03:00:0{n} 1 server.cc:2] note {n}" for n in range(9)]
+    path.write_text("\n".join([*notes, *why, *notes, *table, "W1128 03:00:09 1 long " + "y" * 900]))
+    assert tail(path, 25).splitlines() == [why[0], "At:", "  model.py(12): load", f"the whole log: {path}"]
+    path.write_text("\n".join([*notes, *table, "W1128 03:00:09 1 long " + "y" * 900]))
+    assert [len(line) for line in tail(path, 2).splitlines()[:2]] == [len(notes[-1]), 401]

@@ -25,6 +25,7 @@ LOGS = {  # users, items, training events, of the median user, real times
     "demo shop": (LogSizes(10_000, 5_000, 250_000, 23, True), "shop"),
     "Retailrocket": (LogSizes(2_174, 29_905, 93_000, 21, True), "beauty"),
     "Tmall": (LogSizes(61_232, 40_727, 375_000, 4, False, True), "session"),
+    "Last.fm": (LogSizes(1_892, 18_018, 81_918, 7, True, listed_again=True), "music"),
     "nothing": (LogSizes(0, 0, 0, 0, False), "beauty"),
 }
 

@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from loadtest.reports.experiment import arm_rows, team_rows, write
+from serving.door.rollout import Split
+from serving.rollout_steps import RolloutSteps
 from training.judge import experiment
 from training.judge.experiment import CTR, NDCG, evidence
 from vivace.impressions.joined import JOINED
@@ -58,6 +60,27 @@ def test_copies_that_nobody_saw_are_left_out(tmp_path):
     ])  # fmt: skip
     served, trial = evidence(file, Plan()).arms
     assert (served.users, trial.users, trial.rates[CTR].value, trial.coverage) == (1, 1, 1.0, 1)
+
+
+def test_a_step_of_a_rollout_does_not_choose_among_its_users(tmp_path):
+    """Two versions that are alike: old users click, new ones do not, and a step takes some of both."""
+    steps, rows = RolloutSteps("s", 0.5, ((100, 0.1), (200, 0.5))), []
+    for user in (f"{kind}{n}" for kind in ("old", "new") for n in range(400)):
+        for at, share in ((150, 0.1), (250, 0.5)) if user.startswith("old") else ((250, 0.5),):
+            arm = "trial" if Split("s", share).takes(user) else ""
+            rows.append((f"{user} {at}", user, at, arm, "x", 1, user.startswith("old")))
+    rows.append(("late", "old1", 260, "", "x", 1, True))  # whom the trial's server could not answer, or a newcomer
+    file = log(tmp_path / "log.parquet", rows)
+    served, trial = evidence(file, Plan(), steps=steps).arms
+    assert trial.rates[CTR].value == pytest.approx(served.rates[CTR].value, abs=0.05)
+    assert evidence(file, Plan(), steps=steps).crossed == 0 and trial.users == pytest.approx(400, abs=30)
+    chosen = evidence(file, Plan())
+    assert chosen.crossed > 100 and chosen.arms[1].rates[CTR].value < 0.7 * chosen.arms[0].rates[CTR].value
+    steps.write(tmp_path)
+    assert RolloutSteps.read(tmp_path) == steps and RolloutSteps.read(tmp_path / "none") is None
+    (tmp_path / "rollout.json").write_text('{"salt": "s", "most": 0.5, "steps": [[1, 0.9]]}')
+    with pytest.raises(ValueError, match="expected the steps of a rollout"):
+        RolloutSteps.read(tmp_path)
 
 
 def test_teams_by_hand(tmp_path):

@@ -80,6 +80,18 @@ def test_outcomes_are_no_context():
         DataSchema("x", user_columns=("weight",))
 
 
+def test_a_cross_is_made_of_columns_of_the_context_and_sent_by_nobody():
+    schema = DataSchema("x", ("event_type", "device"), time_zone="UTC", crosses=(("device", HOUR),))
+    assert DataSchema.from_json(json.loads(json.dumps(schema.to_json()))) == schema
+    columns = ContextColumns.of(schema, (5, 27, 10, 9), 0)
+    assert columns.categoricals == ("device", HOUR, WEEKDAY, "device_x_hour")
+    assert columns.sent == ("device", HOUR, WEEKDAY) and columns.counted == [0]
+    assert parse_context(b'{"device_x_hour": "phone", "device": "phone"}', columns)[1] == ["device_x_hour"]
+    for cross in (("device",), ("device", "device"), ("device", "event_type"), ("device", "colour")):
+        with pytest.raises(ValueError, match="crosses: expected two or more different"):
+            DataSchema("x", ("event_type", "device"), time_zone="UTC", crosses=(cross,))
+
+
 def test_the_client_sends_parts_of_events_and_numpy_numbers():
     tensors = dict(
         (t.name, v)

@@ -130,3 +130,18 @@ def test_wrong_use_is_refused():
         WindowCounts(10, 0)
     with pytest.raises(ValueError, match="special ids"):
         LiveCounts(FIRST_ID, (HOUR,))
+
+
+def test_the_total_is_that_of_all_items_whatever_is_forgotten_and_however_long_ago():
+    """A server takes shares of it five times a second, so it is counted beside the items, not summed over them."""
+    rng, half_lives_ms = np.random.default_rng(5), (1_000, 60_000)
+    counts, now_ms = LiveCounts(50, half_lives_ms), 0
+    for turn in range(40):
+        times = now_ms + rng.integers(-30_000, 5_000, 200)
+        counts.add(rng.integers(0, 50, 200), times)
+        if turn % 7 == 3:
+            counts.forget(np.array([turn, turn, 9]))
+        now_ms += int(rng.integers(1, 60_000))
+        of_items = [counts.every(now_ms, half_life).sum() for half_life in half_lives_ms]
+        assert counts.totals(now_ms) == pytest.approx(of_items, rel=1e-12)
+    assert counts.totals(now_ms + 10_000_000)[0] < 1e-9

@@ -19,6 +19,8 @@ class Address:
     write_ms: float = 1000.0
     near_mb: float = 64.0
     """Of the values last read, kept in each process for when the server does not answer."""
+    cluster: bool = False
+    """The server is a node of a cluster: calls go to the node that has the key."""
     prefix: str = "vivace"
     """Of every key: runs with prefixes of their own share a server."""
 
@@ -32,16 +34,19 @@ class Address:
             )
         ours, others = dict[str, str](), list[tuple[str, str]]()
         for name, value in parse_qsl(parts.query):
-            if name in ("limit_ms", "write_ms", "near_mb", "prefix"):
+            if name in ("limit_ms", "write_ms", "near_mb", "prefix", "cluster"):
                 ours[name] = value
             else:
                 others.append((name, value))
         if "prefix" in ours and not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", ours["prefix"]):
             raise ValueError(f"--store: prefix: expected letters, digits, '-', '_' and '.', got {ours['prefix']!r}")
+        cluster = ours.pop("cluster", "0") == "1"
+        if dict(parse_qsl(parts.query)).get("cluster", "0") not in ("0", "1"):
+            raise ValueError("--store: cluster: expected 1, for a node of a cluster, or 0")
         numbers = {name: _number(name, value) for name, value in ours.items() if name != "prefix"}
         scheme = {"redis": "valkey", "rediss": "valkeys"}.get(parts.scheme, parts.scheme)
         url = urlunsplit((scheme, parts.netloc, parts.path, urlencode(others), ""))
-        return cls(url, **numbers, **({"prefix": ours["prefix"]} if ours.get("prefix") else {}))  # type: ignore[arg-type]
+        return cls(url, cluster=cluster, **numbers, **({"prefix": ours["prefix"]} if ours.get("prefix") else {}))  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"Address({shown(self.url)!r}, prefix={self.prefix!r})"

@@ -129,15 +129,11 @@ class Filling:
 
     def remove_leftovers(self) -> int:
         """Removes every generation before the one in use; how many keys. Numbers of generations rise."""
-        removed, cursor = 0, 0
+        removed = 0
         (current,) = self._trips([("HGET", self._log_keys[0], "generation")], "slow")
         of_generation = re.compile(re.escape(self._prefix) + rb":(\d+):[hnat]:\{", re.DOTALL)
-        while True:
-            ((cursor, keys),) = self._trips(
-                [("SCAN", cursor, "MATCH", self._prefix + b":[0-9]*", "COUNT", 10 * ROWS)], "slow"
-            )
+        for keys in self._trips.scan(self._prefix + b":[0-9]*", 10 * ROWS):
             old = [k for k in keys if (m := of_generation.match(k)) and int(m[1]) < int(current or 0)]
             removed += len(old)
             self._trips([("UNLINK", key) for key in old], "slow")
-            if int(cursor) == 0:
-                return removed
+        return removed

@@ -9,9 +9,8 @@ An append takes two trips: one gives the batch its numbers and writes it to the 
 event into its user's history, whose set of numbers tells what is there already. Nothing is acknowledged before both. A
 sender that died in between has an event in the log that the history lacks; the same event sent again completes it.
 
-In a cluster: no command and no script has keys of two slots, so a server in cluster mode takes all of them (a test asks
-one). Log and catalogue are one slot each, as their numbers need one place that counts. What is not there is a client
-that spreads its calls over several nodes; until then a server of one node, with replicas where they are wanted.
+In a cluster (``cluster=1`` in the address) no command and no script has keys of two slots. Users are spread over the
+nodes; log and catalogue are one slot each, as their numbers need one place that counts, and reads go to primaries.
 """
 
 from __future__ import annotations
@@ -147,12 +146,9 @@ class ValkeyStore(Filling, ValkeyCatalogue):
     def _scan(self, generation: bytes, kind: bytes) -> Iterator[bytes]:
         """Ids as keys of a generation's entries; one may come twice."""
         start = self._key(generation, kind, b"")[:-1]
-        pattern, cursor = re.sub(rb"([\\*?\[\]])", rb"\\\1", start) + b"*", 0
-        while True:
-            ((cursor, keys),) = self._trips([("SCAN", cursor, "MATCH", pattern, "COUNT", LOG_ROWS)], "slow")
+        pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", start) + b"*"
+        for keys in self._trips.scan(pattern, LOG_ROWS):
             yield from (key[len(start) : -1] for key in keys)
-            if int(cursor) == 0:
-                return
 
     def event_types(self) -> set[str]:
         try:
@@ -235,9 +231,9 @@ class ValkeyStore(Filling, ValkeyCatalogue):
         keys = [key_ for g in self._generations() for key_ in self._user_keys(g, key)]
         known = any([int(n) for n in self._trips([("DEL", key_) for key_ in keys], "write")]) or known
         with contextlib.suppress(StoreError):  # an account that may not, or one that is under way
-            (about,) = self._trips([("INFO", "persistence")], "write")
-            if known and int(about["aof_enabled"]):
-                self._trips([("BGREWRITEAOF",)], "write")
+            about = self._trips.everywhere("INFO", "persistence", kind="write")
+            if known and any(int(node["aof_enabled"]) for node in about):
+                self._trips.everywhere("BGREWRITEAOF", kind="write")
         return known
 
     def _erase(self, records: Sequence[Record]) -> None:

@@ -9,19 +9,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from vivace.store.interface import StoreError, StoreUnreachableError
 from vivace.store.remote.address import Address, shown
+from vivace.store.remote.nodes import MOVED, PAUSES_S, Command, News, OneNode, SeveralNodes
 
 log = logging.getLogger(__name__)
 Kind = Literal["read", "bulk", "write", "slow"]
-Command = tuple[Any, ...]
 BULK = 20  # a read of many rows may take so many times the limit of a read
 SLOW_S = 30.0  # of copies, fills and sweeps, which nobody waits for
-PAUSES_S = (0.0, 0.05, 0.2, 0.5, 1.0)  # after the first, second, … trip in a row that was not answered
-PASSING = ("NOREPLICAS", "MISCONF")  # errors that pass, beside those that have a class
+PASSING = (
+    "NOREPLICAS",
+    "MISCONF",
+    MOVED,
+    "ASK ",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+)  # errors that pass, beside those that have a class
 
 
 class Trips:
@@ -42,11 +48,12 @@ class Trips:
             "read": address.limit_ms / 1000, "bulk": BULK * address.limit_ms / 1000,
             "write": address.write_ms / 1000, "slow": SLOW_S,
         }  # fmt: skip
+        nodes, news = SeveralNodes if address.cluster else OneNode, News()
         try:
-            self._clients = {
-                kind: valkey.Valkey.from_url(
-                    address.url, socket_timeout=limit_s, socket_connect_timeout=limit_s, retry=Retry(NoBackoff(), 0),
-                    lib_name=None, lib_version=None, protocol=2,
+            self._nodes: dict[str, OneNode | SeveralNodes] = {
+                kind: nodes(
+                    address.url, news, socket_timeout=limit_s, socket_connect_timeout=limit_s,
+                    retry=Retry(NoBackoff(), 0), lib_name=None, lib_version=None, protocol=2,
                 )
                 for kind, limit_s in limits_s.items()
             }  # fmt: skip
@@ -56,19 +63,22 @@ class Trips:
         self._failures, self._closed_until = 0, 0.0
 
     def __call__(self, commands: Sequence[Command], kind: Kind = "read") -> list[Any]:
-        """The reply of each command, all sent in one trip. Raises StoreUnreachableError where there is no answer within
-        the limit of ``kind``, and StoreError where the server refuses."""
+        """The reply of each command, all sent in one trip (to each node of a cluster). Raises StoreUnreachableError
+        where there is no answer within the limit of ``kind``, and StoreError where the server refuses."""
+        return self._taken(self._sent(commands, kind), kind)
+
+    def _sent(self, commands: Sequence[Command], kind: Kind) -> list[Any]:
+        """The same with what was refused as exceptions among the replies."""
         if not commands:
             return []
         if kind != "slow" and time.monotonic() < self._closed_until:
             raise StoreUnreachableError(f"store: it has not answered within {self._limits_s['read'] * 1000:g} ms")
         try:
-            pipeline = self._clients[kind].pipeline(transaction=False)
-            for command in commands:
-                pipeline.execute_command(*command)
-            replies = pipeline.execute(raise_on_error=False)
+            return self._nodes[kind].run(commands)
         except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
             raise self._failed(kind, error) from error
+
+    def _taken(self, replies: list[Any], kind: Kind) -> list[Any]:
         for reply in replies:
             if isinstance(reply, Exception):
                 self._refused(reply, kind)
@@ -76,17 +86,44 @@ class Trips:
             with self._lock:
                 self._failures, self._closed_until = 0, 0.0
             log.info("store: %s answers again", shown(self.address.url))
-        return list(replies)
+        return replies
+
+    def everywhere(self, *command: Any, kind: Kind = "slow") -> list[Any]:
+        """The reply of each node to a command that has no key. Raises as above."""
+        replies = []
+        try:
+            for client in self._nodes[kind].each():
+                replies.append(client.execute_command(*command))
+        except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
+            raise self._failed(kind, error) from error
+        except self._errors.ResponseError as error:
+            self._refused(error, kind)
+        return self._taken(replies, kind)
+
+    def scan(self, pattern: bytes, count: int) -> Iterator[list[bytes]]:
+        """Keys of all nodes that match, ``count`` at a time or so; one may come twice. Raises as above."""
+        try:
+            for client in self._nodes["slow"].each():
+                cursor = 0
+                while True:
+                    cursor, keys = client.execute_command("SCAN", cursor, "MATCH", pattern, "COUNT", count)
+                    yield list(keys)
+                    if not int(cursor):
+                        break
+        except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
+            raise self._failed("slow", error) from error
 
     def script(self, script: Script, calls: Sequence[tuple[Sequence[Any], Sequence[Any]]], kind: Kind) -> list[Any]:
-        """The reply of a script to each of ``calls``, (keys, arguments); by its digest, and whole where the server does
-        not know it."""
+        """The reply of a script to each of ``calls``, (keys, arguments); by its digest, and whole where a server does
+        not know it. What was run is not run again."""
         commands = [("EVALSHA", script.sha, len(keys), *keys, *arguments) for keys, arguments in calls]
-        try:
-            return self(commands, kind)
-        except _UnknownScriptError:  # none of them was run: they are all of one script
-            self([("SCRIPT LOAD", script.source)], kind)
-            return self(commands, kind)
+        replies = self._sent(commands, kind)
+        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, self._errors.NoScriptError)]
+        if unknown:
+            self.everywhere("SCRIPT LOAD", script.source, kind=kind)
+            for i, reply in zip(unknown, self._sent([commands[i] for i in unknown], kind), strict=True):
+                replies[i] = reply
+        return self._taken(replies, kind)
 
     def _failed(self, kind: Kind, error: Exception) -> StoreUnreachableError:
         with self._lock:
@@ -101,8 +138,10 @@ class Trips:
 
     def _refused(self, error: Exception, kind: Kind) -> None:
         words, e = str(error), self._errors
-        if isinstance(error, e.NoScriptError):
-            raise _UnknownScriptError(words)
+        if isinstance(error, e.ConnectionError | e.TimeoutError | OSError):
+            raise StoreUnreachableError("store: a node of it does not answer") from error
+        if words.startswith(MOVED) and not self.address.cluster:
+            raise StoreError("store: it is one node of a cluster; add cluster=1 to the URL of --store") from error
         if isinstance(error, e.OutOfMemoryError):
             raise StoreError("store: not stored, as its memory is full; try again when there is room") from error
         passing = e.BusyLoadingError | e.ReadOnlyError | e.MasterDownError | e.ClusterDownError | e.TryAgainError
@@ -111,12 +150,8 @@ class Trips:
         raise StoreError(f"store: refused: {words}") from error
 
     def close(self) -> None:
-        for client in self._clients.values():
-            client.close()
-
-
-class _UnknownScriptError(Exception):
-    pass
+        for nodes in self._nodes.values():
+            nodes.close()
 
 
 class Script:

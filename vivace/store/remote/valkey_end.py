@@ -111,12 +111,8 @@ class ValkeyEnd:
 
     def _empty(self) -> None:
         """Takes every key with the prefix away."""
-        s, cursor = self._store, 0
-        while True:
-            ((cursor, keys),) = s._trips([("SCAN", cursor, "MATCH", s._prefix + b":*", "COUNT", LOG_ROWS)])
-            s._trips([("UNLINK", key) for key in keys])
-            if int(cursor) == 0:
-                return
+        for keys in self._store._trips.scan(self._store._prefix + b":*", LOG_ROWS):
+            self._store._trips([("UNLINK", key) for key in keys])
 
     def close(self) -> None:
         self._store.close()

@@ -1,0 +1,78 @@
+"""One door before guards of other machines: calls reach those that answer, and one that is silent costs little."""
+
+from __future__ import annotations
+
+import socket
+import time
+import urllib.request
+
+import pytest
+
+from serving.door.hosts import Upstream, parse_hosts
+from serving.door.options import AccessOptions
+from serving.door.process import Door
+from serving.door.tls import make_pair
+from serving.hosts import HostsDoor, HostsDoorOptions
+from serving.launcher import TritonServer
+from tests.support import PatientClient, on_free_ports, own_copy, quiet, wait_until
+from tests.system.serving.test_versions import HISTORY
+from vivace.run import Run
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A certificate for 127.0.0.1 and its key in one file; its own authority."""
+    certificate, key = make_pair(tmp_path_factory.mktemp("tls"), ["127.0.0.1"])
+    certificate.write_text(certificate.read_text() + key.read_text())
+    return certificate
+
+
+@pytest.fixture(scope="module")
+def host(root, tmp_path_factory, pair):
+    """A server of a copy of the small shop whose guard wants a certificate of ``pair``, as on another machine."""
+    run = Run(own_copy(root, tmp_path_factory.mktemp("hosts")))
+    access = AccessOptions(certificate=pair, private_key=pair, client_ca=pair)
+    with TritonServer(on_free_ports(run.repository, guard=True, profile="fused", access=access)) as server:
+        assert isinstance(server.door, Door)
+        server.door.tell_ready(True)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def silent():
+    """A port of a machine that is there and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+def test_calls_are_answered_by_whoever_speaks(host, silent, pair):
+    told = []
+    hosts = parse_hosts(f"127.0.0.1:{silent},127.0.0.1:{host.http_port}:{host.grpc_port}")
+    options = HostsDoorOptions(
+        upstream=Upstream(hosts=hosts, ca=pair, cert=pair), http_port=0, grpc_port=0, metrics_port=0
+    )
+    with HostsDoor(options, told.append) as door:
+        o = door.options
+        wait_until(lambda: (door.look(), list(door.well.values()))[1] == [False, True], "one that is well")
+        assert told == [f"127.0.0.1:{silent}: does not say that it works; others are asked"]
+        began = time.monotonic()
+        for protocol, port in (("grpc", o.grpc_port), ("http", o.http_port)):
+            with PatientClient(f"127.0.0.1:{port}", protocol) as client:
+                assert len({tuple(client.recommend(history=HISTORY, top_k=5).items) for _ in range(10)}) == 1
+                assert client.append(f"over {protocol}", HISTORY[0], "view") == 1
+        assert time.monotonic() - began < 10
+        with urllib.request.urlopen(f"http://127.0.0.1:{o.metrics_port}/metrics") as page:
+            text = page.read().decode()
+        assert f'vivace_host_up{{host="127.0.0.1:{host.http_port}"}} 1.0' in text
+        host.door.refuse()  # as a guard that stops: what it refuses, an event too, is asked of another, or refused
+        wait_until(lambda: (door.look(), list(door.well.values()))[1] == [False, False], "none that is well")
+        host.door.ask("POST", "/runtime_modify?vivace.stopping=0&vivace.unready=0")
+        wait_until(lambda: (door.look(), list(door.well.values()))[1] == [False, True], "it is well again")
+
+
+def test_hosts_that_show_another_certificate_are_not_asked(host, tmp_path):
+    other, _ = make_pair(tmp_path, ["127.0.0.1"])
+    hosts = parse_hosts(f"127.0.0.1:{host.http_port}:{host.grpc_port}")
+    options = HostsDoorOptions(upstream=Upstream(hosts=hosts, ca=other), http_port=0, grpc_port=0, metrics_port=0)
+    with HostsDoor(options, quiet) as door:
+        wait_until(lambda: list(door.door.well().values()) == [False], "nobody that is trusted")

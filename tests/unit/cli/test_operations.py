@@ -1,0 +1,38 @@
+"""What the operator's view makes of two looks at the server's metrics."""
+
+from __future__ import annotations
+
+from vivace.cli.page.operations import between, read_metrics
+
+LOOK = """# TYPE nv_inference_count counter
+nv_inference_count{{model="recommend",version="1"}} {calls}
+nv_inference_count{{model="ranking",version="1"}} {rows}
+nv_inference_count{{model="ranking",version="2"}} {trial}
+# TYPE nv_inference_exec_count counter
+nv_inference_exec_count{{model="ranking",version="1"}} {runs}
+# TYPE nv_inference_queue_duration_us counter
+nv_inference_queue_duration_us{{model="ranking",version="1"}} {queue}
+# TYPE nv_inference_compute_infer_duration_us counter
+nv_inference_compute_infer_duration_us{{model="ranking",version="1"}} {work}
+# TYPE nv_inference_request_duration_us counter
+nv_inference_request_duration_us{{model="recommend",version="1"}} {spent}
+# TYPE vivace_answers_total counter
+vivace_answers_total{{how="full"}} {full}
+"""
+
+
+def test_two_looks_make_rates_batches_and_times():
+    before = read_metrics(LOOK.format(calls=100, rows=100, trial=5, runs=50, queue=0, work=0, spent=0, full=100))
+    after = read_metrics(
+        LOOK.format(calls=140, rows=130, trial=15, runs=60, queue=80_000, work=160_000, spent=400_000, full=130)
+    )
+    seen = between(before, after, seconds=2.0)
+    assert (seen["rate"], seen["mean_ms"], seen["answers"]) == (20.0, 10.0, {"full": 15.0})
+    ranking = next(stage for stage in seen["stages"] if stage["model"] == "ranking")
+    assert ranking == {"model": "ranking", "rate": 20.0, "batch": 4.0, "pending": 0.0, "queue": 2.0, "compute": 4.0}
+
+
+def test_a_server_that_began_anew_counts_nothing_below_zero():
+    before = read_metrics(LOOK.format(calls=100, rows=100, trial=5, runs=50, queue=9, work=9, spent=9, full=100))
+    seen = between(before, read_metrics(""), seconds=1.0)
+    assert seen["rate"] == 0 and seen["stages"] == []

@@ -1,0 +1,1 @@
+"""The page of ``vivace ui``: three views of one running server, on this machine alone."""

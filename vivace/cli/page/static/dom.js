@@ -1,0 +1,79 @@
+// Elements and calls. Texts are always set as text: what a catalogue holds is never read as HTML.
+
+/** An element: properties by name ("on…" a listener, "aria-…" and "data-…" attributes), then children or texts. */
+export function h(name, properties = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(properties)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else if (key in element && !key.includes("-") && key !== "list") element[key] = value;
+    else element.setAttribute(key, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+
+export function s(name, attributes = {}, ...children) {
+  const element = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+export class CallError extends Error {
+  constructor(message, away) {
+    super(message);
+    this.away = away;
+  }
+}
+
+const listeners = [];
+
+/** Tells ``listener(away, message)`` whether the server behind the page answers. */
+export function onReach(listener) {
+  listeners.push(listener);
+}
+
+export function reached(away, message = "") {
+  for (const listener of listeners) listener(away, message);
+}
+
+async function answer(path, options) {
+  let response;
+  let body;
+  try {
+    response = await fetch(path, options);
+    body = await response.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    const ended = "The page's own process does not answer. Start it again with: vivace ui";
+    reached(true, ended);
+    throw new CallError(ended, true);
+  }
+  if (!response.ok) {
+    if (body.away) reached(true, body.error);
+    throw new CallError(body.error ?? `The page answered ${response.status}.`, Boolean(body.away));
+  }
+  return body;
+}
+
+export const get = (path, signal) => answer(path, { signal });
+
+export const post = (path, body, signal, headers = {}) =>
+  answer(path, {
+    method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json", ...headers }, signal,
+  });
+
+export const number = (value, digits = 0) =>
+  Number(value).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+
+/** Calls ``work`` once it has not been asked for ``wait`` ms. */
+export function settled(work, wait) {
+  let timer;
+  return (...given) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => work(...given), wait);
+  };
+}
