@@ -236,9 +236,7 @@ class StageTensors:
         """The shapes if only the newest ``history`` events are read (0: all of them)."""
         if not history or history >= self.history:
             return self
-        return dataclasses.replace(
-            self, history=history, memory=min(self.memory, history), slide=min(self.slide, history)
-        )
+        return dataclasses.replace(self, history=history, memory=min(self.memory, history))
 
     @property
     def history_ids(self) -> WireTensor:

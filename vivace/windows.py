@@ -30,7 +30,7 @@ def newest(ids_n: np.ndarray, length: int, slide: int = 1) -> int:
     could be the first whose id has the least hash. Appended events leave that one the first until it is too old or a
     smaller one is near enough: the start moves once in about ``slide / 2`` events, however many older ones a caller
     or a store still has. (A count of events would not do: a full store always has as many.)"""
-    n = len(ids_n)
+    n, slide = len(ids_n), min(slide, length)
     if n <= length or slide == 1:
         return min(n, length)
     first = _mixed(ids_n[n - length : n - length + slide])
