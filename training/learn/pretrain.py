@@ -25,6 +25,7 @@ from training.learn.loop import Loop, LoopConfig
 from training.learn.objectives import hide
 from training.learn.warm_start import new_retriever
 from training.losses import full_softmax
+from training.models.encoders import recorded_fields
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
 from vivace.checks import check_fields, check_minimum, check_positive, check_shares
@@ -179,7 +180,11 @@ def pretrain(
 ) -> dict[str, Any]:
     """Trains (or resumes, or finds) ``artifacts/<name>/pretrained``; returns its manifest."""
     prepared = read_manifest(features.folder, "vivace prepare")
-    settings = {"encoder": asdict(preset.encoder), "pretraining": asdict(config), "start": preset.retrieval.start}
+    settings = {
+        "encoder": recorded_fields(preset.encoder),
+        "pretraining": asdict(config),
+        "start": preset.retrieval.start,
+    }
     step = Step(Run(root).pretrained, "pretrain", settings, seed, {"features": prepared["key"]})
     if (manifest := step.finished(say, "the pretrained encoder is there")) is not None:
         return manifest

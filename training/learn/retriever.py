@@ -32,6 +32,7 @@ from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.warm_start import finish_unseen, new_retriever, take_up
 from training.metrics import mean_ndcg
 from training.models.adapters import Adaptation, freeze_for, merge
+from training.models.encoders import recorded_fields
 from training.models.item_table import item_attributes
 from training.models.retrieval import EXCLUDED, RetrievalModel
 from training.presets import Preset
@@ -89,7 +90,11 @@ def _step(
     teacher: Teacher | None, constraint: Constraint | None,
 ) -> Step:  # fmt: skip
     """The step with all that its weights depend on."""
-    config = {"encoder": asdict(preset.encoder), "training": asdict(preset.retrieval), "adapt": asdict(adaptation)}
+    config = {
+        "encoder": recorded_fields(preset.encoder),
+        "training": asdict(preset.retrieval),
+        "adapt": asdict(adaptation),
+    }
     inputs = {"features": read_manifest(features.folder, "vivace prepare")["key"]}
     if teacher is not None:
         config["distillation"] = asdict(teacher.config)

@@ -9,8 +9,8 @@ Axis legend: B requests, T history events, D width, A attention heads, R buckets
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,15 @@ class EncoderConfig:
                 f"EncoderConfig.slide: expected 1, or with positions 'none' at most history {self.history}, "
                 f"got {self.slide} with positions {self.positions!r}"
             )
+
+
+LATER = {"positions": "slots", "slide": 1}  # fields that came later, with what held before
+
+
+def recorded_fields(config: EncoderConfig) -> dict[str, Any]:
+    """The fields that say what was trained; those of LATER only where they differ, so that what was trained before
+    there were such is still known by its key."""
+    return {name: value for name, value in asdict(config).items() if name not in LATER or value != LATER[name]}
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -28,6 +28,7 @@ from training.distributed import World, device
 from training.learn.loop import LoopConfig
 from training.learn.retriever import compile_blocks, training_windows
 from training.learn.warm_start import START_SCALE, finish_unseen
+from training.models.encoders import recorded_fields
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset
 from training.sharded.config import TableSharding
@@ -157,7 +158,7 @@ def train_sharded(
     loop's report. The number of processes is no part of what the run is: it may change from start to start."""
     preset = for_sharding(preset)
     config = {
-        "encoder": asdict(preset.encoder), "training": asdict(preset.retrieval),
+        "encoder": recorded_fields(preset.encoder), "training": asdict(preset.retrieval),
         "table": {"optimizer": "row-wise Adagrad", "learning_rate": sharding.learning_rate},
     }  # fmt: skip
     inputs = {"features": read_manifest(features.folder, "vivace prepare")["key"]}

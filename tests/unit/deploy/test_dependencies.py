@@ -59,9 +59,9 @@ def imports(*folders: str, without: str = "") -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folders", "without", "extras"),
     [
-        (("vivace",), "", ("", "valkey")),
+        (("vivace",), "", ("", "ui", "valkey")),
         (("search",), "ranker.py", ("", "search")),  # the ranker's training
-        (("vivace", "preprocessing", "search", "serving", "training"), "", ("", "train", "valkey")),
+        (("vivace", "preprocessing", "search", "serving", "training"), "", ("", "train", "ui", "valkey")),
         (("loadtest",), "", ("", "train", "load")),
         (("benchmarks",), "peers", ("", "dev")),  # peers have environments of their own
     ],

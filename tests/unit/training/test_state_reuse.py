@@ -11,7 +11,7 @@ import torch
 from serving.runtime.grown import GROWN, HIT, MISSED, GrownRetrieval
 from serving.runtime.state_cache import MOST_NEW, StateCache, prefixes
 from training.compile.onnx_export import check_steps, export, export_steps, names_of
-from training.models.encoders import EncoderConfig
+from training.models.encoders import EncoderConfig, recorded_fields
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from vivace import contract, windows
 from vivace.context import ContextColumns
@@ -159,3 +159,9 @@ def test_a_sliding_window_stays_while_a_history_grows():
     stored = ids[-1_000:]  # a store that has forgotten the older ones cuts at the same event
     assert windows.newest(stored, 200, 25) == windows.newest(ids, 200, 25)
     assert windows.newest(ids[:150], 200, 25) == 150 and windows.newest(ids, 200) == 200
+
+
+def test_what_was_trained_before_there_were_windows_is_known_by_the_same_key():
+    assert not {"positions", "slide"} & set(recorded_fields(EncoderConfig()))
+    grows = EncoderConfig(family="hstu", positions="none", slide=8)
+    assert recorded_fields(grows)["positions"] == "none" and recorded_fields(grows)["slide"] == 8
