@@ -83,3 +83,4 @@ def ui(
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
         uvicorn.Server(config).run(sockets=[listening])
     served.close()
+    catalogue.close()

@@ -117,6 +117,7 @@ def url(run: Run, relay: Relay, fleet) -> Iterator[str]:
     server.should_exit = True
     thread.join()
     served.close()
+    catalogue.close()  # no process opens a store twice
 
 
 @pytest.fixture(scope="module")
