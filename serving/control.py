@@ -82,8 +82,9 @@ class Control:
             try:
                 self._do(task)
                 task.error = ""
-            except Exception as error:  # the server goes on with what it has
+            except Exception as error:  # the server goes on with what it has, and so does one that starts later
                 task.error = f"{error}"
+                self._keep_served()
             finally:
                 task.lines.put(None)
         if self.rollout is not None and self.rollout.look() and self._busy.acquire(blocking=False):
@@ -108,12 +109,18 @@ class Control:
                 raise ServerError(f"{release.name}: is served to everyone already")
             rollout.start(release, self._acceptance(release, task.given.least_quality), say)
             self.rollout = rollout
+            self._keep_served()  # a server that starts meanwhile gets what everyone has, not what is on trial
         elif self.rollout is None or self.rollout.result:
             raise ServerError(NO_TRIAL)
         elif task.kind == PROMOTE:
             self._promote(self.rollout, say)
         else:
             self.rollout.stop("it was withdrawn")
+
+    def _keep_served(self) -> None:
+        """Servers that start from now on serve what this one does, whatever was compiled since."""
+        with contextlib.suppress(OSError):  # a run that is mounted read-only
+            put_in_use(self.fleet.release, Run(self.fleet.release.parent).repository)
 
     def _promote(self, rollout: Rollout, say: Callable[[str], None]) -> None:
         """Serves the version on trial to everyone, then ends its trial."""

@@ -125,10 +125,10 @@ class DataSchema:
             raise ValueError("DataSchema.heads: expected at least one task head, got none")
         for cross in self.crosses:
             if len(cross) < 2 or len(set(cross)) < len(cross) or not set(cross) <= set(self.plain_context):
-                raise ValueError(
-                    f"DataSchema.crosses: expected two or more different ones of {list(self.plain_context)} in each, "
-                    f"got {list(cross)}"
-                )
+                columns = f"categorical columns of the context, here {', '.join(self.plain_context) or 'none'}"
+                raise ValueError(f"cross {list(cross)}: expected two or more different {columns}")
+            if sum(set(cross) == set(other) for other in self.crosses) > 1:
+                raise ValueError(f"cross {list(cross)}: is there twice, maybe in another order; name it once")
         for names in (self.event_columns, (ITEM, TEXT, *self.item_columns)):  # two tables
             if len(set(names)) != len(names):
                 raise ValueError(f"DataSchema {self.name}: column names repeat: {sorted(names)}")

@@ -21,7 +21,7 @@ from serving.runtime.pipeline import Pipeline
 from serving.runtime.ruled import Rules
 from serving.runtime.stages import Row
 from vivace import contract
-from vivace.contract import PADDING_ID
+from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.explain_contract import (
     ATTRIBUTES,
     CONTEXT,
@@ -57,12 +57,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Answer:
-    """Ids int64 [N], best first, as they would be shown; by the models alone, before business rules: ids int64 [N] and
-    their values float32 [C, N]."""
+    """Ids int64 [N], best first, as they would be shown, and their scores float32 [N]; by the models alone, before
+    business rules: ids int64 [N] and their values float32 [C, N]. ``popular``: no known history is left, so scores are
+    how popular items are."""
 
     shown: np.ndarray
+    scores: np.ndarray
     ranked: np.ndarray
     values: np.ndarray
+    popular: bool = False
 
     @cached_property
     def places(self) -> dict[int, int]:
@@ -188,9 +191,11 @@ class Variants:
         ids_BN, values_BCN = pipeline.rank(inputs[0], retrieved, pipeline.count_to_rank(self._row.top_k))
         ids_BN, values_BCN = self._searched(lefts, ids_BN, values_BCN)
         ids_BN, values_BCN = pipeline.respond.without_gone(ids_BN, values_BCN)
-        shown_BN = ids_BN if self._rules is None else self._ruled(ids_BN, values_BCN, lefts)
-        for left, shown, ids, of_ids in zip(lefts, shown_BN, ids_BN, values_BCN, strict=True):
-            self._answers[left] = Answer(shown, ids, of_ids)
+        shown_BN, scores_BN = ids_BN, values_BCN[:, 0]
+        if self._rules is not None:
+            shown_BN, scores_BN = self._ruled(ids_BN, values_BCN, lefts)
+        answers = zip(shown_BN, scores_BN, ids_BN, values_BCN, (inputs[0] < FIRST_ID).all(1).tolist(), strict=True)
+        self._answers.update((left, Answer(*of)) for left, of in zip(lefts, answers, strict=True))
 
     def _searched(
         self, lefts: Sequence[Left], ids_BN: np.ndarray, values_BCN: np.ndarray
@@ -210,12 +215,14 @@ class Variants:
             results.append((found[0], features_NX, found[2]))
         return ranking.rows(results, ids_BN, values_BCN, [self._options] * len(lefts))
 
-    def _ruled(self, ids_BN: np.ndarray, values_BCN: np.ndarray, lefts: Sequence[Left]) -> np.ndarray:
+    def _ruled(
+        self, ids_BN: np.ndarray, values_BCN: np.ndarray, lefts: Sequence[Left]
+    ) -> tuple[np.ndarray, np.ndarray]:
         assert self._rules is not None
         b, status = len(lefts), self.status.encode()
         queried = [self._found is not None and bool(self._found[2])] * b
         top_k_B, status_B = np.full(b, self._row.top_k), np.array([status] * b, object)
-        shown_BN, _, told_B = self._rules(ids_BN, values_BCN, top_k_B, queried, status_B)
+        shown_BN, of_shown_BCN, told_B = self._rules(ids_BN, values_BCN, top_k_B, queried, status_B)
         if WHOLE in lefts:
             self.status = told_B[lefts.index(WHOLE)].decode()
-        return shown_BN
+        return shown_BN, of_shown_BCN[:, 0]

@@ -47,9 +47,9 @@ POPULAR = f"{STATUS_DEGRADED}popular items"
 
 @dataclass(frozen=True)
 class Reason:
-    """One part of the request. ``drop``: what the recommended item's score loses without it (inf: it is no candidate
-    any more; below 0: it gains); ``place``: from 1, where the item then stands, 0 for none; ``heads``: what each head's
-    probability loses, () where it is no candidate."""
+    """One part of the request. ``drop``: what the recommended item's score loses without it (inf: it is no
+    candidate any more, or nothing is left to go by; below 0: it gains); ``place``: from 1, where the item then
+    stands, 0 for none; ``heads``: what each head's probability loses, () where it is no candidate."""
 
     part: Part
     drop: float
@@ -110,10 +110,14 @@ class Counterfactuals(Variants):
         return ids[ids != PADDING_ID]
 
     def drops(self, id_: int) -> np.ndarray:
-        """float [parts]: what the item's score loses without each, inf where it is no candidate then."""
-        self.ask([frozenset([i]) for i in range(len(self.parts))])
-        score = self.score(id_)
-        return np.array([score - self.score(id_, frozenset([i])) for i in range(len(self.parts))])
+        """float [parts]: what the item's score loses without each; inf where it is no candidate then, or where nothing
+        is left to go by and what is popular is answered, whose scores are of another kind."""
+        lefts = [frozenset([i]) for i in range(len(self.parts))]
+        self.ask(lefts)
+        score, popular = self.score(id_), self[WHOLE].popular
+        return np.array(
+            [np.inf if self[left].popular and not popular else score - self.score(id_, left) for left in lefts]
+        )
 
     def is_gone(self, id_: int, left: Left) -> bool:
         """Whether the item is not among the first TOP_K then."""
@@ -173,7 +177,7 @@ def _reasons(asked: Counterfactuals, id_: int) -> Iterable[Reason]:
     for i in np.argsort(-np.minimum(drops, FAR), kind="stable").tolist():
         part, left = asked.parts[i], frozenset([i])
         if drops[i] > 0 or (part.kind != HISTORY and drops[i] < 0):
-            then = asked.values(id_, left)
+            then = asked.values(id_, left) if np.isfinite(drops[i]) else None
             heads = () if then is None else tuple((values[1:] - then[1:]).tolist())
             yield Reason(part, float(drops[i]), asked.place(id_, left), heads)
 
@@ -197,7 +201,8 @@ def because(
             left = smallest[id_]
             without = tuple(asked.units[i] for i in sorted(left)) if left else ()
             reasons, ruled = tuple(_reasons(asked, id_)), asked.values(id_) is None
-            of = Because(names[place].decode(), place + 1, asked.score(id_), reasons, without, ruled, popular)
+            score = float(asked[WHOLE].scores[place])
+            of = Because(names[place].decode(), place + 1, score, reasons, without, ruled, popular)
             found.append(of)
     return found, asked.status
 

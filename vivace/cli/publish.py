@@ -28,7 +28,7 @@ def publish(
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     to: Annotated[int, typer.Option(help="version (0: the newest)", min=0)] = 0,
     keep: Keep = None,
-    least_quality: LeastQuality = 2 / 3,
+    least_quality: LeastQuality = 0.67,
 ) -> None:
     """Serve a version: the running servers of the run take it without a refused request, and servers that start later
     too. Where one of them does not come up with it, answers otherwise than whole, is far slower, or finds what users

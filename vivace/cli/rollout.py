@@ -43,7 +43,7 @@ def start(
         float, typer.Option(help="spreads by which its median score may lie off the served one's (0: any)", min=0)
     ] = 3.0,
     slower: Annotated[float, typer.Option(help="times the served one's mean time that a call may take", min=1)] = 1.5,
-    least_quality: LeastQuality = 2 / 3,
+    least_quality: LeastQuality = 0.67,
 ) -> None:
     from serving.control import running_servers
     from serving.releases import verify, version_of

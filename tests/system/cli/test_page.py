@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import re
 import shutil
@@ -230,7 +231,13 @@ def test_an_operator_sees_load_come_and_go_and_changes_nothing_without_the_key(p
     expect(page.locator("#operations")).to_contain_text("Stopped.")
     body = wait_until(lambda: load_alone(url), "a load of its own")
     assert json.loads(body.strip().split("data: ")[-1])["answered"] == 5
+    for path, broken in itertools.product(
+        ("/api/load", "/api/rollout", "/api/recommend"), ("{", "null", "[" * 100_000)
+    ):
+        assert post(url, path, broken, {"x-operator-key": OPERATOR_KEY})[0] == 400
     assert post(url, "/api/load", {"rate": 101})[0] == 400
+    no_version = {"action": "start", "version": None}
+    assert post(url, "/api/rollout", no_version, {"x-operator-key": OPERATOR_KEY})[0] == 400
     page.fill("#operator-key", "guessed")
     page.click("text=End the trial")
     expect(page.locator("#operations")).to_contain_text("needs the operator's key")
@@ -280,11 +287,11 @@ def test_axe_sees_no_violation(browser, url, view, scheme, width):
     context.close()
 
 
-def post(url: str, path: str, body: dict, headers: dict | None = None) -> tuple[int, str]:
+def post(url: str, path: str, body: dict | str, headers: dict | None = None) -> tuple[int, str]:
     """(status, text) of a call as the page makes it."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"))
     given = {"Origin": url, "Content-Type": "application/json", **(headers or {})}
-    connection.request("POST", path, json.dumps(body), given)
+    connection.request("POST", path, body if isinstance(body, str) else json.dumps(body), given)
     response = connection.getresponse()
     text = response.read().decode()
     connection.close()

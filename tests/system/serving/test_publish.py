@@ -178,6 +178,7 @@ def test_the_command_line_publishes_goes_back_and_says_who_serves_what(run, tmp_
         second = newest(run)
         done = vivace("rollout", "start", "--canary", "5,50", *where)
         assert done.returncode == 0 and "answers 5 % of the users" in done.stdout, done.stdout + done.stderr
+        assert run.repository.resolve() == first, "a server that starts meanwhile serves what everyone has"
         shown = vivace("versions", *where).stdout
         assert (
             "5 % of the users" in " ".join(shown.split())

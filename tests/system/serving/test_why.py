@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from serving.runtime.pipeline import Pipeline
+from serving.runtime.ruled import Rules
 from serving.runtime.stages import Row
-from serving.runtime.why import Counterfactuals, because
+from serving.runtime.why import Counterfactuals, because, sentence
 from tests.support import patient, users_of_data
 from vivace.client import VivaceError
+from vivace.contract import FIRST_ID, RESPONSE
 from vivace.explain_contract import CONTEXT, HISTORY, TYPES
+from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
 
 TOP_K = 5
@@ -65,6 +68,28 @@ def test_reasons_are_answers_to_a_request_that_is_sent_without_them(pipeline, ro
                 checked[reason.part.kind] += 1
     reads = {HISTORY, *([TYPES] if pipeline.shapes.types else []), *([CONTEXT] if pipeline.shapes.context else [])}
     assert all(checked[kind] > 3 for kind in reads), checked
+
+
+def test_the_only_item_of_a_history_is_the_reason_and_not_the_clock(pipeline, rows):
+    item = Counterfactuals(pipeline, rows[0]).units[0]
+    found, _ = because(pipeline, Row("", [item], TOP_K, context={"hour": "4"}))
+    for of in found:
+        first = of.reasons[0]  # without it what is popular is answered, whose scores are of another kind
+        assert (first.part.kind, first.part.name) == (HISTORY, item) and first.drop == np.inf and first.heads == ()
+        assert sentence(of, {}).startswith(f"because of {item}")
+
+
+def test_what_a_rule_pins_has_the_score_that_it_is_answered_with(pipeline, rows, root, tmp_path):
+    plain = Counterfactuals(pipeline, rows[0])
+    pinned = next(i for i in range(FIRST_ID, len(pipeline.respond.names)) if plain.values(i) is None)
+    (item,) = (name.decode() for name in pipeline.respond.names_of(np.array([pinned])))
+    (tmp_path / "rules.toml").write_text(f'[[rule]]\nname = "shown"\ndo = "pin"\nitems = ["{item}"]\n')
+    run = Run(root)
+    folder = run.repository / RESPONSE / str(run.version())
+    found, status = because(pipeline, rows[0], rules=Rules(tmp_path / "rules.toml", folder, pipeline.respond))
+    assert (found[0].item, found[0].ruled, status) == (item, True, "ok; rules: shown")
+    assert found[0].score == pytest.approx(plain.score(int(plain.shown()[0])))  # of the one whose place it took
+    assert sentence(found[0], {}) == "shown by a business rule"
 
 
 def test_the_smallest_set_is_the_smallest(pipeline, rows):

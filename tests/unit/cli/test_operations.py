@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 from vivace.cli.page.operations import between, read_metrics
+from vivace.cli.page.watch import _message
 
 LOOK = """# TYPE nv_inference_count counter
 nv_inference_count{{model="recommend",version="1"}} {calls}
@@ -36,3 +39,9 @@ def test_a_server_that_began_anew_counts_nothing_below_zero():
     before = read_metrics(LOOK.format(calls=100, rows=100, trial=5, runs=50, queue=9, work=9, spent=9, full=100))
     seen = between(before, read_metrics(""), seconds=1.0)
     assert seen["rate"] == 0 and seen["stages"] == []
+
+
+def test_what_is_no_number_does_not_break_the_stream():
+    """Triton's quantiles of a second without calls are NaN, which a browser's JSON does not know."""
+    seen = json.loads(_message({"p50": float("nan"), "of": [float("inf"), 1.5]}).removeprefix("data: "))
+    assert seen == {"p50": None, "of": [None, 1.5]}

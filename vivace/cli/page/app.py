@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from loadtest.reports.record import finite
+from vivace.cli.page.bodies import body_of
 from vivace.cli.page.catalogue import Catalogue
 from vivace.cli.page.person import Person
 from vivace.cli.page.security import OnlyThisPage
@@ -35,14 +35,6 @@ def answered(work: Callable[[], Any]) -> Response:
         return JSONResponse({"error": str(error)}, 400)
 
 
-async def body_of(request: Request) -> dict[str, Any]:
-    """The JSON object that was sent. Raises ValueError."""
-    raw = json.loads(await request.body())
-    if not isinstance(raw, dict):
-        raise ValueError("expected a JSON object")
-    return raw
-
-
 def asks(work: Callable[[str], Any], parameter: str) -> Callable[[Request], Response]:
     """Endpoint of a GET with one parameter; Starlette runs it in a thread."""
     return lambda request: answered(lambda: work(request.query_params.get(parameter, "")))
@@ -55,7 +47,7 @@ def tells(work: Callable[[dict[str, Any]], Any]) -> Callable[[Request], Any]:
         try:
             raw = await body_of(request)
         except ValueError as error:
-            return JSONResponse({"error": f"the request is no JSON object: {error}"}, 400)
+            return JSONResponse({"error": str(error)}, 400)
         return await run_in_threadpool(answered, lambda: work(raw))
 
     return endpoint

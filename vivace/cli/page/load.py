@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from vivace.client import AsyncVivaceClient, VivaceError
+from vivace.contract import UNLOGGED
 
 MOST_A_SECOND, LONGEST_S, MOST_AT_ONCE = 100, 60, 200
 EVERY_S = 0.5
@@ -20,7 +21,7 @@ class BusyLoadError(ValueError):
 
 class Load:
     """At most one at a time. Requests are due at even distances, whatever became of those before them; what is due
-    while MOST_AT_ONCE are under way is not sent, and counted."""
+    while MOST_AT_ONCE are under way is not sent, and counted. Nobody saw the answers: they are not logged."""
 
     def __init__(self, protocol: str, access: Mapping[str, Any]) -> None:
         self._protocol, self._access = protocol, access
@@ -34,15 +35,15 @@ class Load:
         answers since the last counts ``p50`` and ``p95``, milliseconds from the moment due. Raises BusyLoadError."""
         if self._busy:
             raise BusyLoadError("A load goes on already; stop it first.")
+        client = AsyncVivaceClient(address, self._protocol, timeout_s=5.0, **self._access)
         self._busy = True
         counts = dict.fromkeys(("sent", "unsent", "answered", "degraded", "failed"), 0)
         latencies: list[float] = []
         under_way: set[asyncio.Task[None]] = set()
-        client = AsyncVivaceClient(address, self._protocol, timeout_s=5.0, **self._access)
 
         async def call(due: float) -> None:
             try:
-                answer = await client.recommend(random.choice(users) if users else "", top_k=10)
+                answer = await client.recommend(random.choice(users) if users else "", top_k=10, request_id=UNLOGGED)
             except VivaceError:
                 counts["failed"] += 1
                 return

@@ -167,11 +167,14 @@ class Operations:
         named = {"name": run_name(self._run, self._artifacts), "artifacts": self._artifacts}
         action = raw.get("action")
         if action == "start":
+            version = raw.get("version", 0)
+            if isinstance(version, bool) or not isinstance(version, int):
+                raise ValueError(f"version: expected a whole number, got {version!r:.60}")
             try:
                 shares, wait = percentages(str(raw.get("percent", "5"))), duration(str(raw.get("wait", "10m")))
             except typer.BadParameter as error:
                 raise ValueError(error.message) from None
-            verbs.start(**named, to=int(raw.get("version", 0)), canary=shares, wait=wait)  # type: ignore[arg-type]
+            verbs.start(**named, to=version, canary=shares, wait=wait)  # type: ignore[arg-type]
         elif action in ("promote", "stop"):
             getattr(verbs, action)(**named)
         else:

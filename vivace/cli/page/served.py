@@ -41,6 +41,8 @@ class Served:
         except VivaceError as error:
             if not error.passing:
                 raise RefusedError(f"The server refused this: {error}") from error
+            if self._lives(client):
+                raise RefusedError(f"The server has no room for this just now: {error}. Try again.") from error
             self._leave(client)
             raise AwayError(
                 f"The server at {self.address} does not answer. Start it with: {self._start}. "
@@ -53,6 +55,15 @@ class Served:
                 self.address = self._find()
                 self._client = VivaceClient(self.address, self._protocol, timeout_s=5.0, **self._access)
             return self._client
+
+    @staticmethod
+    def _lives(client: VivaceClient) -> bool:
+        """Whether the server answers what costs it nothing: then it refused for want of room."""
+        try:
+            client.configuration()
+        except VivaceError:
+            return False
+        return True
 
     def _leave(self, client: VivaceClient) -> None:
         """A channel that failed waits longer and longer before it tries again; a new one does not."""

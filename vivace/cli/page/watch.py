@@ -12,10 +12,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from loadtest.reports.record import finite
 from serving.wheel import ServerError
+from vivace.cli.page.bodies import body_of
 from vivace.cli.page.load import LONGEST_S, MOST_A_SECOND, BusyLoadError, Load
 from vivace.cli.page.operations import ForbiddenError, Operations, between
 from vivace.cli.page.served import AwayError
+from vivace.client import VivaceError
 
 EVERY_S = 1.0
 KEY_HEADER = "x-operator-key"
@@ -23,7 +26,7 @@ KEY_HEADER = "x-operator-key"
 
 def _message(record: Any) -> str:
     """One message of a stream of server-sent events."""
-    return f"data: {json.dumps(record)}\n\n"
+    return f"data: {json.dumps(finite(record), allow_nan=False)}\n\n"
 
 
 async def _seconds(operations: Operations) -> AsyncIterator[str]:
@@ -55,8 +58,11 @@ def routes(
         return stream(_seconds(operations))
 
     async def start(request: Request) -> Response:
-        raw = await request.json()
-        rate, seconds = raw.get("rate"), raw.get("seconds", LONGEST_S)
+        try:
+            raw = await body_of(request)
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, 400)
+        rate, seconds = raw.get("rate", 0), raw.get("seconds", LONGEST_S)
         for name, value, most in (("rate", rate, MOST_A_SECOND), ("seconds", seconds, LONGEST_S)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= most:
                 return JSONResponse({"error": f"{name}: expected 1..{most}, got {value!r:.60}"}, 400)
@@ -65,6 +71,8 @@ def routes(
             first = await anext(counts)
         except BusyLoadError as error:
             return JSONResponse({"error": str(error)}, 409)
+        except (VivaceError, OSError, ValueError) as error:  # such as a certificate that is not there any more
+            return JSONResponse({"error": str(error)}, 502)
 
         async def messages() -> AsyncIterator[str]:
             try:
@@ -77,8 +85,9 @@ def routes(
         return stream(messages())
 
     async def change(request: Request) -> Response:
-        raw, key = await request.json(), request.headers.get(KEY_HEADER, "")
+        key = request.headers.get(KEY_HEADER, "")
         try:
+            raw = await body_of(request)
             return JSONResponse(await run_in_threadpool(operations.change, raw, key))
         except ForbiddenError as error:
             return JSONResponse({"error": str(error)}, 403)

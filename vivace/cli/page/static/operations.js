@@ -161,9 +161,11 @@ export class View {
   }
 
   async load() {
+    const turn = (this.turn = (this.turn ?? 0) + 1);
     const before = this.loading;
     before?.abort();
     await before?.ended;
+    if (turn !== this.turn) return; // a later one takes over
     const loading = (this.loading = new AbortController());
     this.go.textContent = "Stop";
     loading.ended = this.follow(loading).finally(() => {
@@ -176,10 +178,14 @@ export class View {
 
   async follow(loading) {
     try {
-      const response = await fetch("/api/load", {
-        method: "POST", headers: { "content-type": "application/json" }, signal: loading.signal,
-        body: JSON.stringify({ rate: Number(this.rate.value), seconds: 60 }),
-      });
+      const body = JSON.stringify({ rate: Number(this.rate.value), seconds: 60 });
+      const headers = { "content-type": "application/json" };
+      let response;
+      for (let tries = 0; tries < 10; tries++) { // the server sees a moment later that the load before was left
+        response = await fetch("/api/load", { method: "POST", headers, signal: loading.signal, body });
+        if (response.status !== 409) break;
+        await new Promise((done) => setTimeout(done, 150));
+      }
       if (!response.ok) throw new Error((await response.json()).error);
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
       for (let rest = ""; ;) {
