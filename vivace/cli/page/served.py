@@ -31,13 +31,16 @@ class Served:
         self._find, self._protocol, self._access, self._start = find, protocol, access, start
         self._lock = threading.Lock()
         self._client: VivaceClient | None = None
-        self.address = find()
+        self.address = self._tried = find()
+        """Where the server answered last, or is to."""
 
     def call(self, what: Callable[[VivaceClient], T]) -> T:
         """``what(client)``. Raises AwayError, RefusedError, and ValueError for values of a wrong type."""
         client = self._connected()
         try:
-            return what(client)
+            out = what(client)
+            self.address = self._tried
+            return out
         except VivaceError as error:
             if not error.passing:
                 raise RefusedError(f"The server refused this: {error}") from error
@@ -52,8 +55,8 @@ class Served:
     def _connected(self) -> VivaceClient:
         with self._lock:
             if self._client is None:
-                self.address = self._find()
-                self._client = VivaceClient(self.address, self._protocol, timeout_s=5.0, **self._access)
+                self._tried = self._find()
+                self._client = VivaceClient(self._tried, self._protocol, timeout_s=5.0, **self._access)
             return self._client
 
     @staticmethod
