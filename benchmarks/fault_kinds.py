@@ -17,6 +17,7 @@ from benchmarks.local_valkey import ValkeyServer, stopped
 from serving.acceptance import Acceptance, recorded_calls
 from serving.fleet import Fleet
 from serving.releases import publishing, releases
+from vivace.explain_contract import EXPLAIN
 from vivace.run import Run
 from vivace.store.remote.copying import copy as copied, end_of
 
@@ -87,7 +88,8 @@ def faults_of_servers(fleet: Fleet, rng: random.Random) -> dict[str, Fault]:
     """What is done to the processes of a fleet."""
 
     def kill_worker() -> None:
-        os.kill(rng.choice(list(rng.choice(fleet.replicas).watchdog.workers())), signal.SIGKILL)
+        workers = rng.choice(fleet.replicas).watchdog.workers()
+        os.kill(rng.choice([pid for pid, model in workers.items() if model != EXPLAIN]), signal.SIGKILL)
 
     def kill_guard() -> None:
         assert fleet.door is not None
