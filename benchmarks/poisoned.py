@@ -56,7 +56,8 @@ Graph = tuple[onnx.GraphProto, str, str]
 
 class Visitors:
     """Users who come at random, in threads of their own, look at the answer and click. ``answers``: (time, user,
-    answer) of each; ``errors``: of calls that failed, by their time."""
+    answer) of each; ``errors``: of calls that failed, by their time. Leaving raises what ended a thread, as figures of
+    fewer visitors than were meant are none."""
 
     def __init__(self, address: str, shop: Shop, qps: float, threads: int = 6) -> None:
         self._chance = np.exp(shop.wanted(np.arange(shop.config.users), *np.zeros((2, shop.config.users), np.int64)))
@@ -64,7 +65,14 @@ class Visitors:
         self._address, self._pause_s, self._stop = address, threads / qps, threading.Event()
         self.answers: list[tuple[float, str, Recommendation]] = []
         self.errors: list[tuple[float, str]] = []
-        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(threads)]
+        self._faults: list[Exception] = []
+        self._threads = [threading.Thread(target=self._come, args=(n,)) for n in range(threads)]
+
+    def _come(self, number: int) -> None:
+        try:
+            self._run(number)
+        except Exception as error:
+            self._faults.append(error)
 
     def _run(self, number: int) -> None:
         rng = np.random.default_rng([SEED, number])
@@ -86,8 +94,10 @@ class Visitors:
             client.append(name, str(item), "view", request_id=answer.request_id)
 
     def _clicked(self, name: str, answer: Recommendation) -> np.ndarray:
-        """Chance that each item of an answer is clicked, float64 [K]."""
-        odds = self._scale * self._chance[int(name[5:]), [int(item[4:]) for item in answer.items]]
+        """Chance that each item of an answer is clicked, float64 [K]; none for one that was put in live, of which the
+        generator knows no taste."""
+        chance_V, numbers = self._chance[int(name[5:])], [int(item.rpartition("-")[2]) for item in answer.items]
+        odds = self._scale * np.array([chance_V[n] if n < len(chance_V) else 0.0 for n in numbers])
         clicked: np.ndarray = odds / (1 + odds) * EXAMINED[: len(odds)]
         return clicked
 
@@ -108,6 +118,8 @@ class Visitors:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        if self._faults:
+            raise self._faults[0]
 
 
 # -- poisons -------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ clearly worse than the old one does: ids that mean other items or a list of what
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,10 +18,10 @@ import numpy as np
 
 from preprocessing.requests import recorded, requests_of
 from serving.launcher import TritonServer
-from serving.releases import version_of
+from serving.releases import card_of, version_of
 from serving.wheel import ServerError
 from vivace.client import Recommendation
-from vivace.contract import ENSEMBLE, TARGET, UNLOGGED
+from vivace.contract import TARGET, UNLOGGED
 from vivace.run import Run
 
 TOP_K = 10
@@ -141,9 +140,7 @@ def clearly_less(values: np.ndarray, expected: np.ndarray) -> bool:
 
 def _final(release: Path) -> bool:
     """Whether a version was fitted on all events, by its card; without a card it counts as not."""
-    for path in release.glob(f"{ENSEMBLE}/*/model_card.json"):
-        return not str(json.loads(path.read_text()).get("final_fit", NOT_FINAL)).startswith(NOT_FINAL)
-    return False
+    return not str(card_of(release).get("final_fit", NOT_FINAL)).startswith(NOT_FINAL)
 
 
 def _check(name: str, request: dict[str, Any], answer: Recommendation) -> None:

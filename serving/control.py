@@ -84,7 +84,8 @@ class Control:
                 task.error = ""
             except Exception as error:  # the server goes on with what it has, and so does one that starts later
                 task.error = f"{error}"
-                self._keep_served()
+                if task.kind in (SERVE, ROLLOUT):
+                    self._keep_served()
             finally:
                 task.lines.put(None)
         if self.rollout is not None and self.rollout.look() and self._busy.acquire(blocking=False):
@@ -118,7 +119,7 @@ class Control:
             self.rollout.stop("it was withdrawn")
 
     def _keep_served(self) -> None:
-        """Servers that start from now on serve what this one does, whatever was compiled since."""
+        """Servers that start from now on serve what this one does, and not what was refused or is on trial."""
         with contextlib.suppress(OSError):  # a run that is mounted read-only
             put_in_use(self.fleet.release, Run(self.fleet.release.parent).repository)
 

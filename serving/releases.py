@@ -19,7 +19,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from vivace.contract import ENSEMBLE
 from vivace.manifest import write_json
 
 CHECKSUMS, HELD = "checksums.json", ".held"
@@ -44,6 +46,14 @@ def releases(repository: Path) -> list[Path]:
     return sorted(
         (p for p in repository.parent.glob(f"{repository.name}.*") if pattern.fullmatch(p.name)), key=version_of
     )
+
+
+def card_of(release: Path) -> dict[str, Any]:
+    """The model card of a version; {} where it has none."""
+    for path in release.glob(f"{ENSEMBLE}/*/model_card.json"):
+        card: dict[str, Any] = json.loads(path.read_text())
+        return card
+    return {}
 
 
 def next_version(repository: Path) -> int:

@@ -11,10 +11,12 @@ import typer
 from rich.table import Table
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, console, say
-from vivace.cli.runs import find_run
+from vivace.cli.runs import find_run, joined_log
 from vivace.cli.values import choice, values_of
 from vivace.run import Run
 
+JOINED = "file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if empty"
+Joined = Annotated[Path | None, typer.Option(help=JOINED)]
 experiment = typer.Typer(no_args_is_help=True)
 
 EventTypes = Annotated[
@@ -60,10 +62,7 @@ def impressions(
 def report(
     name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
-    joined: Annotated[
-        Path | None,
-        typer.Option(help="file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if empty"),
-    ] = None,
+    joined: Joined = None,
     by: Annotated[str, choice("--by", values_of("training.judge.experiment:ARMS"), "what makes the arms")] = "variant",
     control: Annotated[str, typer.Option(help="the arm that others stand beside; the first by name if empty")] = "",
     top_k: Annotated[int, typer.Option(help="places of a request that count", min=1, max=100)] = 10,
@@ -91,14 +90,10 @@ def report(
     from loadtest.reports import experiment as pages
     from loadtest.reports.html import table
     from training.judge.experiment import evidence, shown_rows, teams
-    from vivace.impressions.files import joined_of
-    from vivace.impressions.queue import folder_of
     from vivace.sequential import Plan
 
     run = find_run(artifacts, name)
-    file = joined or joined_of(folder_of(run.feature_store))
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: not there yet; run 'vivace experiment impressions --name {run.root.name}'")
+    file = joined_log(run, joined)
     plan, steps = Plan(effect, alpha, power), None if all_users else _steps(run, file, by)
     with console.status("counting"):
         seen, interleaved = evidence(file, plan, by, control, top_k, steps), teams(file, plan, top_k)
@@ -140,10 +135,7 @@ def report(
 def uplift(
     name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
-    joined: Annotated[
-        Path | None,
-        typer.Option(help="file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if empty"),
-    ] = None,
+    joined: Joined = None,
     by: Annotated[str, choice("--by", values_of("training.judge.experiment:ARMS"), "what makes the arms")] = "variant",
     arm: Annotated[str, typer.Option(help="whose rows count, by its name")] = "",
     least: Annotated[int, typer.Option(help="times that an item must have been shown", min=2)] = 30,
@@ -152,13 +144,9 @@ def uplift(
 ) -> None:
     from training.judge.experiment import shown_rows
     from training.judge.uplift import uplift as estimated
-    from vivace.impressions.files import joined_of
-    from vivace.impressions.queue import folder_of
 
     run = find_run(artifacts, name)
-    file = joined or joined_of(folder_of(run.feature_store))
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: not there yet; run 'vivace experiment impressions --name {run.root.name}'")
+    file = joined_log(run, joined)
     with console.status("estimating"):
         estimate = estimated(shown_rows(file, by, arm), least)
     items = estimate.items

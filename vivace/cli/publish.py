@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,7 +71,7 @@ def rollback(
 def versions(name: Name = "", artifacts: Artifacts = DEFAULT_ARTIFACTS, keep: Keep = None) -> None:
     """The versions that are kept: when and from what they were made, how well they rank, who serves them."""
     from serving.control import running_servers
-    from serving.releases import CHECKSUMS, releases, version_of
+    from serving.releases import CHECKSUMS, card_of, releases, version_of
 
     run = find_run(artifacts, name)
     _check_published(run)
@@ -171,13 +170,6 @@ def _serves(pid: int, state: dict[str, Any], version: int) -> str:
     if trial and trial["version"] == version and not trial["result"]:
         return f"process {pid}, {100 * trial['share']:.4g} % of the users"
     return f"process {pid}" if state["version"] == version else ""
-
-
-def card_of(release: Path) -> dict[str, Any]:
-    for path in release.glob("recommend/*/model_card.json"):
-        card: dict[str, Any] = json.loads(path.read_text())
-        return card
-    return {}
 
 
 def ndcg_of(card: dict[str, Any]) -> str:

@@ -69,6 +69,28 @@ def run_name(run: Run, artifacts: Path) -> str:
     return run.root.relative_to(artifacts).as_posix()
 
 
+def joined_log(run: Run, given: Path | None) -> Path:
+    """The joined log of impressions: ``given``, or what 'vivace experiment impressions' wrote last. Raises
+    FileNotFoundError for none, ValueError for another file."""
+    import pyarrow.lib
+    import pyarrow.parquet as pq
+
+    from vivace.impressions.files import REQUEST_ID, joined_of
+    from vivace.impressions.queue import folder_of
+
+    file = given or joined_of(folder_of(run.feature_store))
+    command = f"vivace experiment impressions --name {run.root.name}"
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: not there yet; run '{command}'")
+    try:
+        there = REQUEST_ID in pq.read_schema(file).names
+    except pyarrow.lib.ArrowInvalid:  # no Parquet
+        there = False
+    if not there:
+        raise ValueError(f"{file}: expected a joined log of impressions, as '{command}' writes it")
+    return file
+
+
 @contextlib.contextmanager
 def step(name: str, artifacts: Path) -> Iterator[Run]:
     """The run that a step works on, held against other writers. See ``find_run``."""

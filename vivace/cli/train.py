@@ -23,7 +23,7 @@ from vivace.cli.options import (
     track,
     with_overrides,
 )
-from vivace.cli.runs import find_run, say_next, step
+from vivace.cli.runs import find_run, joined_log, say_next, step
 from vivace.cli.values import choice, values_of
 from vivace.manifest import exclusive
 from vivace.run import Run
@@ -127,12 +127,8 @@ def shown_log(run: Run, joined: Path | None, wanted: bool) -> Any:
     from training.judge.experiment import shadows
     from training.judge.places import examined_in
     from vivace.contract import MAX_TOP_K
-    from vivace.impressions.files import joined_of
-    from vivace.impressions.queue import folder_of
 
-    file = joined or joined_of(folder_of(run.feature_store))
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: not there yet; run 'vivace experiment impressions --name {run.root.name}'")
+    file = joined_log(run, joined)
     unseen = shadows(file)
     examined = examined_in(file, MAX_TOP_K, unseen)
     known = np.flatnonzero(np.isfinite(examined))

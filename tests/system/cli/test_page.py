@@ -205,6 +205,12 @@ def test_a_visitor_who_is_stored_by_keyboard_alone(page, served):
     expect(page.locator(".status")).to_contain_text("Answered in full")
     with VivaceClient(f"127.0.0.1:{served[0].grpc_port}") as client:
         assert first not in client.recommend(user, top_k=12).items
+    focused = "selector => Boolean(document.activeElement.closest(selector))"
+    assert page.evaluate(focused, ".cards button"), "the item is gone, and the keyboard goes on beside it"
+    page.focus(".history button")
+    with redrawn(page):
+        page.keyboard.press("Enter")
+    assert page.evaluate(focused, ".history")
 
 
 def test_the_page_goes_on_when_its_server_is_back(page, relay):

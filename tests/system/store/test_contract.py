@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.local_cluster import cluster
 from benchmarks.local_valkey import ValkeyServer
-from vivace.store.interface import Change, Event
+from vivace.store.interface import Change, Event, StoreError
 from vivace.store.lmdb_store import LmdbStore
 from vivace.store.opening import open_store
 from vivace.store.remote.store import ValkeyStore
@@ -297,4 +297,17 @@ def test_what_is_too_much_or_too_old_goes(opening):
         pass
     number, left = store.live_events(0)
     assert number == 17 and len(left) == 1  # the newest stays
+    store.close()
+
+
+def test_an_account_that_may_not_look_through_the_keys_is_told_so(servers):
+    server = servers("valkey")[0]
+    with server.client() as client:
+        client.execute_command("ACL SETUSER reader on >word ~* &* +@all -scan")
+    url = server.url.replace("://", "://reader:word@")
+    store = ValkeyStore(url + PATIENT)
+    store.append([Event("u", "a")])
+    with pytest.raises(StoreError, match=r"store: refused: .*no permissions"):
+        list(store.users())
+    assert store.fault() == "", "the store itself is well"
     store.close()

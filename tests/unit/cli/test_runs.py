@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from vivace.cli import main
-from vivace.cli.runs import find_run, mark_prepared, say_next, steps_follow
+from vivace.cli.runs import find_run, joined_log, mark_prepared, say_next, steps_follow
+from vivace.impressions.files import REQUEST_ID
 from vivace.manifest import MANIFEST
 from vivace.run import Run
 
@@ -90,3 +93,16 @@ def test_tables_are_named_by_their_mapping(tmp_path):
     assert out.exit_code == 0, out.output
     assert f"next: vivace train --name my-books --artifacts {artifacts}" in out.output
     assert find_run(artifacts).schema().name == "my-books"
+
+
+def test_a_joined_log_is_named_where_it_is_not_there_or_another_file(artifacts):
+    run, other = Run(artifacts / "a"), artifacts / "README.md"
+    with pytest.raises(FileNotFoundError, match="run 'vivace experiment impressions --name a'"):
+        joined_log(run, None)
+    other.write_text("words")
+    pq.write_table(pa.table({"x": [1]}), artifacts / "x.parquet")
+    for file in (other, artifacts / "x.parquet"):
+        with pytest.raises(ValueError, match="expected a joined log of impressions, as 'vivace experiment impressions"):
+            joined_log(run, file)
+    pq.write_table(pa.table({REQUEST_ID: ["r"]}), artifacts / "x.parquet")
+    assert joined_log(run, artifacts / "x.parquet") == artifacts / "x.parquet"

@@ -139,8 +139,8 @@ class Operations:
         if self._run is None or not self._run.repository.exists():
             return {"versions": [], "rollout": None}
         from serving.control import running_servers
-        from serving.releases import releases, version_of
-        from vivace.cli.publish import card_of, ndcg_of
+        from serving.releases import card_of, releases, version_of
+        from vivace.cli.publish import ndcg_of
 
         servers = running_servers(self._run)
         rollout = next((s.state["rollout"] for s in servers if s.state.get("rollout")), None)

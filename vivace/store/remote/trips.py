@@ -6,6 +6,7 @@ once and not at every stage. The next trip that is answered ends that.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -20,14 +21,7 @@ log = logging.getLogger(__name__)
 Kind = Literal["read", "bulk", "write", "slow"]
 BULK = 20  # a read of many rows may take so many times the limit of a read
 SLOW_S = 30.0  # of copies, fills and sweeps, which nobody waits for
-PASSING = (
-    "NOREPLICAS",
-    "MISCONF",
-    MOVED,
-    "ASK ",
-    "CLUSTERDOWN",
-    "TRYAGAIN",
-)  # errors that pass, beside those that have a class
+PASSING = ("NOREPLICAS", "MISCONF", MOVED, "ASK ", "CLUSTERDOWN", "TRYAGAIN")  # errors that pass without a class
 
 
 class Trips:
@@ -90,28 +84,29 @@ class Trips:
 
     def everywhere(self, *command: Any, kind: Kind = "slow") -> list[Any]:
         """The reply of each node to a command that has no key. Raises as above."""
-        replies = []
-        try:
-            for client in self._nodes[kind].each():
-                replies.append(client.execute_command(*command))
-        except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
-            raise self._failed(kind, error) from error
-        except self._errors.ResponseError as error:
-            self._refused(error, kind)
+        with self._refusals(kind):
+            replies = [client.execute_command(*command) for client in self._nodes[kind].each()]
         return self._taken(replies, kind)
 
     def scan(self, pattern: bytes, count: int) -> Iterator[list[bytes]]:
         """Keys of all nodes that match, ``count`` at a time or so; one may come twice. Raises as above."""
-        try:
+        with self._refusals("slow"):
             for client in self._nodes["slow"].each():
-                cursor = 0
-                while True:
-                    cursor, keys = client.execute_command("SCAN", cursor, "MATCH", pattern, "COUNT", count)
+                cursor: int | None = None
+                while cursor != 0:
+                    cursor, keys = client.execute_command("SCAN", cursor or 0, "MATCH", pattern, "COUNT", count)
+                    cursor = int(cursor)
                     yield list(keys)
-                    if not int(cursor):
-                        break
+
+    @contextlib.contextmanager
+    def _refusals(self, kind: Kind) -> Iterator[None]:
+        """What the package raises in the block, as errors of a store."""
+        try:
+            yield
         except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
-            raise self._failed("slow", error) from error
+            raise self._failed(kind, error) from error
+        except self._errors.ResponseError as error:
+            self._refused(error, kind)
 
     def script(self, script: Script, calls: Sequence[tuple[Sequence[Any], Sequence[Any]]], kind: Kind) -> list[Any]:
         """The reply of a script to each of ``calls``, (keys, arguments); by its digest, and whole where a server does

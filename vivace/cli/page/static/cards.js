@@ -43,7 +43,7 @@ async function unfold(button, panel, why) {
   const open = panel.hidden;
   panel.hidden = !open;
   button.setAttribute("aria-expanded", String(open));
-  if (!open || panel.childElementCount) return;
+  if (!open || panel.querySelector(".sentence")) return; // what failed is asked again
   panel.replaceChildren(h("p", { role: "status" }, "Asking again without each part …"));
   try {
     panel.replaceChildren(...drawn(await why()));

@@ -77,3 +77,17 @@ export function settled(work, wait) {
     timer = setTimeout(() => work(...given), wait);
   };
 }
+
+/** Other children of a list; who had the focus in it keeps it: on the same button of the same item, else on the button
+ * that has come to its place, so that a keyboard goes on where it was. */
+export function redraw(list, children) {
+  const held = list.contains(document.activeElement) ? document.activeElement : null;
+  const places = [...list.querySelectorAll("button")];
+  const place = places.indexOf(held);
+  const name = held?.getAttribute("aria-label");
+  list.replaceChildren(...children);
+  if (!held) return;
+  const buttons = [...list.querySelectorAll("button")];
+  const same = name && buttons.find((button) => button.getAttribute("aria-label") === name);
+  (same || buttons[Math.min(place, buttons.length - 1)] || list).focus();
+}

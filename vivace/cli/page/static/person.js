@@ -1,6 +1,6 @@
 // The person's view: who, what they did, what they ask for, and the answer with its reasons.
 import { card, tag } from "./cards.js";
-import { get, h, number, post, settled } from "./dom.js";
+import { get, h, number, post, redraw, settled } from "./dom.js";
 import { picture } from "./picture.js";
 
 const label = (type) => (type ? type.charAt(0).toUpperCase() + type.slice(1) : "Event");
@@ -144,7 +144,7 @@ export class View {
     const more = newest.length - SHOWN_EVENTS;
     if (more > 0) drawn.push(h("li", { className: "rest" }, `and ${number(more)} older events`));
     if (!newest.length) drawn.push(h("li", { className: "rest" }, "Nothing yet. Click on an item to begin."));
-    this.parts.history.replaceChildren(...drawn);
+    redraw(this.parts.history, drawn);
     this.parts.edited.replaceChildren();
     if (!this.draft) return;
     this.parts.edited.append(h("b", {}, "What if: "), "this history is edited on this page alone. ",
@@ -247,7 +247,7 @@ export class View {
     this.say(`${words} It took ${number(this.answer.ms)} ms.`, this.answer.degraded ? "warn" : "");
     if (this.answer.degraded) this.parts.status.append(h("small", {}, ` STATUS ${this.answer.status}`));
     this.drawUnderstood(this.answer.understood);
-    this.parts.items.replaceChildren(...items.map((item) => card(item, {
+    redraw(this.parts.items, items.map((item) => card(item, {
       types: this.types, label, act: (type) => this.act(item, type), skip: () => this.skip(item),
       why: this.about.explain ? () => this.why(item) : null,
     })));
@@ -256,7 +256,10 @@ export class View {
 
   /** Of one item; the server explains the whole answer at once. */
   async why(item) {
-    this.reasons ??= post("/api/why", this.asked());
+    this.reasons ??= post("/api/why", this.asked()).catch((error) => {
+      this.reasons = null;
+      throw error;
+    });
     const of = (await this.reasons)[item.id];
     if (!of) throw new Error("The answer has changed since: this item is not in it any more.");
     return of;
@@ -272,7 +275,7 @@ export class View {
     for (const [name, counts] of Object.entries(of.facets ?? {})) {
       if (counts.length) parts.push(this.facet(name, counts));
     }
-    this.parts.understood.replaceChildren(...parts);
+    redraw(this.parts.understood, parts);
   }
 
   facet(name, counts) {
