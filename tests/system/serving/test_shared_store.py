@@ -49,7 +49,15 @@ def shared(own_root, tmp_path):
 
 
 def answers_of(client: PatientClient, users: list[str]) -> list:
-    return [client.recommend(user, top_k=MAX_TOP_K) for user in users]
+    """Asked again where a trip took longer than LIMIT_MS, as a machine that stands still for a moment makes it."""
+    answers = []
+    for user in users:
+        answer = client.recommend(user, top_k=MAX_TOP_K)
+        if AWAY in answer.status:
+            wait_until(lambda user=user: whole(client, user), "an answer that is whole")
+            answer = client.recommend(user, top_k=MAX_TOP_K)
+        answers.append(answer)
+    return answers
 
 
 def serve(own_root, shared=None, **more):
