@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serving.runtime.item_graph import Path
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.ruled import Rules
 from serving.runtime.stages import Row
@@ -263,8 +264,11 @@ def sentence(of: Because, titles: dict[str, str], language: str = ENGLISH, most:
     return text
 
 
-def record(of: Because, heads: Sequence[str], titles: dict[str, str], language: str = ENGLISH) -> dict[str, Any]:
-    """An item's EXPLANATION, for JSON: numbers that are not finite are null, a place of 0 too."""
+def record(
+    of: Because, heads: Sequence[str], titles: dict[str, str], language: str = ENGLISH, path: Path | None = None
+) -> dict[str, Any]:
+    """An item's EXPLANATION, for JSON: numbers that are not finite are null, a place of 0 too. ``path``: what joins it
+    to a reason in the catalogue, if anything does."""
     reasons = []
     for reason in of.reasons:
         part, one = reason.part, dict[str, Any](kind=reason.part.kind)
@@ -278,10 +282,12 @@ def record(of: Because, heads: Sequence[str], titles: dict[str, str], language: 
     return {
         "reasons": reasons, "smallest": list(of.smallest), "sentence": sentence(of, titles, language),
         **({"rule": True} if of.ruled else {}),
+        **({"path": path.record(titles, language)} if path else {}),
     }  # fmt: skip
 
 
 def titled(found: Sequence[Because]) -> list[str]:
-    """Items of the history that sentences name."""
-    items = {reason.part.name for of in found for reason in of.reasons if reason.part.kind == HISTORY}
+    """Items that sentences name: of the history, and those that are joined to them."""
+    items = {of.item for of in found}
+    items |= {reason.part.name for of in found for reason in of.reasons if reason.part.kind == HISTORY}
     return sorted(items | {item for of in found for item in of.smallest})
