@@ -91,6 +91,13 @@ def test_the_only_item_of_a_history_is_the_reason_and_not_the_clock(pipeline, ro
         assert sentence(of, {}).startswith(f"because of {item}")
 
 
+def test_a_value_that_training_never_saw_is_no_reason_by_its_name(pipeline, rows):
+    for device, unknown in (("phone", False), ("fridge", True)):
+        asked = Counterfactuals(pipeline, Row(rows[0].user_id, None, TOP_K, context={"device": device}))
+        (part,) = (part for part in asked.parts if part.name == "device")
+        assert (part.value, part.unknown) == (device, unknown)
+
+
 def test_what_a_rule_pins_has_the_score_that_it_is_answered_with(pipeline, rows, root, tmp_path):
     plain = Counterfactuals(pipeline, rows[0])
     pinned = next(i for i in range(FIRST_ID, len(pipeline.respond.names)) if plain.values(i) is None)

@@ -134,6 +134,7 @@ class Person:
         for reason in of.reasons:
             name = titles[reason["events"][0]] if reason["kind"] == HISTORY else reason.get("name") or reason["kind"]
             value = f" {reason['value']}" if "value" in reason else ""
+            value += ", which training did not know" if reason.get("unknown") else ""
             parts.append({"name": f"{name}{value}", "effect": reason["effect"], "place": reason["rank"]})
         return {
             "sentence": of.sentence, "parts": parts, "smallest": [titles[i] for i in of.smallest],
