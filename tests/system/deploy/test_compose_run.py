@@ -57,7 +57,7 @@ class Stack:
         return done.stdout
 
     def container(self, service: str) -> dict[str, Any]:
-        return self.engine.inspect(self.compose("ps", "-q", service).strip())
+        return self.engine.inspect(self.compose("--profile", "page", "ps", "-q", service).strip())
 
     def healthy(self, service: str) -> bool:
         state = self.container(service)["State"]
@@ -209,8 +209,7 @@ def test_containers_that_are_killed_come_back(stack):
 def test_the_page_is_over_the_server_and_reads_no_store(stack):
     """Its answers are for its own address alone, on this machine."""
     stack.compose("--profile", "page", "up", "-d", "page")
-    named = stack.compose("--profile", "page", "ps", "-q", "page").strip()
-    wait_until(lambda: stack.engine.inspect(named)["State"]["Health"]["Status"] == "healthy", "a healthy page", 0.5)
+    wait_until(lambda: stack.healthy("page"), "a healthy page", 0.5)
     about = stack.ask("PAGE", "/api/about")
     assert about["run"] == "shop" and about["explain"] and not about["local"] and "view" in about["event_types"]
     people = stack.ask("PAGE", "/api/people?q=")
@@ -220,7 +219,7 @@ def test_the_page_is_over_the_server_and_reads_no_store(stack):
     )  # fmt: skip
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert len(json.load(answer)["items"]) == 12
-    assert not stack.engine.docker("exec", named, "ls", "/artifacts/shop/feature_store")
+    assert not stack.compose("--profile", "page", "exec", "-T", "page", "ls", "/artifacts/shop/feature_store")
     stack.compose("--profile", "page", "rm", "--stop", "--force", "page")
 
 
