@@ -188,6 +188,8 @@ def main(
     pairs = [s for s in chosen if not cpu and s.beside in names_chosen]
     meanwhile = {s.name: (s.beside, command_of(by_name[s.beside], out, artifacts, cpu)) for s in pairs}
     alone = [s for s in chosen if s.name not in {p.beside for p in pairs}]
+    if cpu:  # a processor trains too slowly to do it again for what is served
+        alone.sort(key=lambda s: s.name not in ("machine", "train"))
     steps = [(s.name, s.rehearsal_s if cpu else s.seconds, command_of(s, out, artifacts, cpu)) for s in alone]
     results = run_steps(steps, out, minutes * 60, write, meanwhile)
     print(f"results: {path}")
