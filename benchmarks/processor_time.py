@@ -1,6 +1,6 @@
 """Processor time of a request: the server's profiles, the same graphs in process, and Merlin by hand, in turns.
 
-    python -m benchmarks.processor_time artifacts/shop --turns 5                                # ensemble, fused, graphs
+    python -m benchmarks.processor_time artifacts/shop --turns 5                               # ensemble, fused, graphs
     python -m benchmarks.processor_time artifacts/ml --profile fused --merlin --turns 5
 
 All servers are started once and idle while another has its turn: ``--requests`` recorded requests, ``--callers`` at a
