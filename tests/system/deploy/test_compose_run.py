@@ -207,7 +207,6 @@ def test_containers_that_are_killed_come_back(stack):
 
 
 def test_the_page_is_over_the_server_and_reads_no_store(stack):
-    """Its answers are for its own address alone, on this machine."""
     stack.compose("--profile", "page", "up", "-d", "page")
     wait_until(lambda: stack.healthy("page"), "a healthy page", 0.5)
     about = stack.ask("PAGE", "/api/about")
@@ -220,7 +219,7 @@ def test_the_page_is_over_the_server_and_reads_no_store(stack):
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert len(json.load(answer)["items"]) == 12
     assert not stack.compose("--profile", "page", "exec", "-T", "page", "ls", "/artifacts/shop/feature_store")
-    stack.compose("--profile", "page", "rm", "--stop", "--force", "page")
+    stack.compose("--profile", "page", "stop", "page")
 
 
 def test_a_restart_serves_what_was_published_since(stack):
