@@ -36,6 +36,7 @@ from training.presets import Preset, with_values
 from training.scoring import SCORED, scored
 from vivace.contract import FIRST_ID, ITEM
 from vivace.run import Run
+from vivace.windows import Window
 
 CUTS = (10, 100)
 IDS, TEXT = {"encoder.text_tokens": 0}, {"encoder.text_tokens": 24}
@@ -85,7 +86,7 @@ def trained_without(features: Features, chosen: Preset, root: Path, seed: int) -
     return load_retrieval(features, described, root)
 
 
-def ranks_of(features: Features, part: str, model: RetrievalModel, window: int) -> tuple[np.ndarray, np.ndarray]:
+def ranks_of(features: Features, part: str, model: RetrievalModel, window: Window) -> tuple[np.ndarray, np.ndarray]:
     """(rank of the target, the target's id) of every request of a part of the split, int64 [requests]."""
     heads, ranks, targets = [h.name for h in features.schema.heads], [], []
     with torch.no_grad():
@@ -112,6 +113,9 @@ def main(
     share: Annotated[float, typer.Option(help="of the items that are held out")] = 0.05,
     seed: int = 7,
     only: Annotated[str, typer.Option(help="rows whose name has this")] = "",
+    models_in: Annotated[
+        Path | None, typer.Option("--models", help="keeps the trained models, for another run")
+    ] = None,
     split: Annotated[str, typer.Option(help="whose requests: test, or valid, by which boosts are chosen")] = "test",
 ) -> None:
     from vivace.cli.options import chosen_preset
@@ -123,7 +127,7 @@ def main(
     rows: dict[str, dict[str, Any]] = {}
     models: dict[str, RetrievalModel] = {}
     with tempfile.TemporaryDirectory() as folder:
-        features = WithoutItems(whole, items, Path(folder))
+        features, kept = WithoutItems(whole, items, Path(folder)), models_in or Path(folder)
         counts = popularity(features.files("train"), features.item_count())
         for row, values in ROWS.items():
             if only not in row:
@@ -131,7 +135,7 @@ def main(
             chosen = with_values(chosen_preset(preset, root), values)
             encoder = repr(chosen.encoder)
             if encoder not in models:
-                models[encoder] = trained_without(features, chosen, Path(folder) / f"encoder-{len(models)}", seed)
+                models[encoder] = trained_without(features, chosen, kept / f"encoder-{len(models)}", seed)
             model, began = copy.deepcopy(models[encoder]), time.perf_counter()
             finish_unseen(model, counts, features, chosen.retrieval)
             took = time.perf_counter() - began
