@@ -119,13 +119,13 @@ def related_vectors(
     start_WE = torch.from_numpy(relations.of_values(known, table_VE.numpy()))
     lengths = [v[:, :-1].norm(dim=1).mean() for v in (table_VE[known], relations.of_items(known, start_WE))]
     start_WE[:, :-1] *= lengths[0] / lengths[1].clamp_min(1e-9)  # a mean is shorter than what it is made of
-    task = _Task(table_VE, torch.from_numpy(counts == 0), states_PD, targets_P)
+    task = NextItems(table_VE, torch.from_numpy(counts == 0), states_PD, targets_P)
     return relations.of_items(
-        np.arange(len(counts)), _trained(task, relations, start_WE, held, known, config, rng)
+        np.arange(len(counts)), trained_values(task, relations, start_WE, held, known, config, rng)
     ).numpy()
 
 
-class _Task:
+class NextItems:
     """Finding the next item of each place among all seen items, some of which are exchanged."""
 
     def __init__(self, table_VE: Tensor, unseen_V: Tensor, states_PD: Tensor, targets_P: Tensor) -> None:
@@ -140,9 +140,9 @@ class _Task:
         return F.cross_entropy(scores_PV, self.targets_P[places_P], reduction="none")
 
 
-def _trained(
-    task: _Task, relations: Relations, start_WE: Tensor, held: np.ndarray, known: np.ndarray, config: RelationTraining,
-    rng: np.random.Generator,
+def trained_values(
+    task: NextItems, relations: Relations, start_WE: Tensor, held: np.ndarray, known: np.ndarray,
+    config: RelationTraining, rng: np.random.Generator,
 ) -> Tensor:  # fmt: skip
     """The values' vectors float32 [W, D + 1] after the step that found the items ``held`` best as new ones."""
     is_held_P = torch.isin(task.targets_P, torch.from_numpy(held))
