@@ -5,9 +5,10 @@ served graphs answer without each item of the history.
 
 Integrated Gradients (Sundararajan, Taly and Yan 2017, eq. 3): each event's vectors, in the encoder and where the ranker
 attends to them, are led from zero to what they are, and the gradient of the item's score is summed along the way; a
-Riemann sum by midpoints. What it cannot move stays as it is: places, types, and counters that go by ids. Completeness:
-its sum over the events against what the score changes along the whole way. Rank correlation (Spearman) by case, of the
-items of the history; intervals are 95 %, by bootstrap over users. The last line of stdout is one JSON object.
+Riemann sum by midpoints. What it cannot move stays as it is: places, types, and counters that go by ids. So between
+the two stand the events with their gates at zero, exact in the same way. Completeness: the sum over the events against
+what the score changes along the whole way. Rank correlations (Spearman) by case, of the items of the history; intervals
+are 95 %, by bootstrap over users. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -120,16 +121,29 @@ class Gated:
             ends = self.scores(torch.tensor([[0.0], [1.0]]).repeat(1, t))
         return torch.stack(out).numpy(), (ends[1] - ends[0])[places].numpy()
 
+    def switched_off(self, places: list[int], of_item_UT: np.ndarray) -> np.ndarray:
+        """float [P, U]: what the score loses with the gates of each item's events at zero and all else as it is."""
+        with torch.no_grad():
+            off_UT = 1.0 - torch.from_numpy(of_item_UT.astype(np.float32))
+            scores_KN = self.scores(torch.cat([torch.ones_like(off_UT[:1]), off_UT]))[:, places]
+        drops: np.ndarray = (scores_KN[:1] - scores_KN[1:]).T.numpy()
+        return drops
 
-def case(asked: Counterfactuals, id_: int, of_events_T: np.ndarray, names: list[str]) -> dict[str, float]:
-    """Of one recommended item: exact reasons beside attributions of the events, whose items are ``names`` [T]."""
-    exact = np.clip(asked.drops(id_)[: asked.of_history], -FAR, FAR)
-    of_items = np.array([sum(v for v, n in zip(of_events_T, names, strict=True) if n == item) for item in asked.units])
-    correlation = spearmanr(exact, of_items).statistic
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's, 0 where either says nothing."""
+    return float(np.nan_to_num(spearmanr(one, other).statistic))
+
+
+def case(exact_U: np.ndarray, gradients_U: np.ndarray, off_U: np.ndarray) -> dict[str, float]:
+    """Of one recommended item, by items of the history: what the score loses by the served graphs, by Integrated
+    Gradients, and in PyTorch with the item's gates at zero."""
     return {
-        "rank correlation": float(np.nan_to_num(correlation)),
-        "the largest is the same": float(exact.argmax() == of_items.argmax()),
-        "by chance": 1 / len(exact),
+        "exact and gradients": correlation(exact_U, gradients_U),
+        "exact and gates at zero": correlation(exact_U, off_U),
+        "gates at zero and gradients": correlation(off_U, gradients_U),
+        "the largest is the same": float(exact_U.argmax() == gradients_U.argmax()),
+        "by chance": 1 / len(exact_U),
     }
 
 
@@ -162,8 +176,11 @@ def main(
             served = np.array([asked.score(id_) for id_ in ids])
             assert np.abs(whole - served).max() < SAME, f"PyTorch scores {whole}, the served graphs {served}"
             errors += [abs(a.sum() - c) / abs(c) for a, c in zip(of_events, changes, strict=True) if abs(c) > K_TOLD]
-            names = [name.decode() for name in pipeline.respond.names_of(gated.history_1T[0].numpy())]
-            of_users.append([case(asked, id_, of, names) for id_, of in zip(ids, of_events, strict=True)])
+            names_T = pipeline.respond.names_of(gated.history_1T[0].numpy())
+            of_item_UT = np.stack([names_T == item.encode() for item in asked.units])
+            off_PU = gated.switched_off(places, of_item_UT)
+            exact_PU = np.stack([np.clip(asked.drops(id_)[: asked.of_history], -FAR, FAR) for id_ in ids])
+            of_users.append([case(*of) for of in zip(exact_PU, of_events @ of_item_UT.T, off_PU, strict=True)])
     if not of_users:
         raise RuntimeError(f"{root}: no user of the test split has {LEAST} items and more in the store")
     results = {name: interval([[one[name] for one in user] for user in of_users]) for name in of_users[0][0]}
