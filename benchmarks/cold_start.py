@@ -14,6 +14,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,12 +97,18 @@ def ranks_of(
     heads, ranks, targets = [h.name for h in features.schema.heads], [], []
     with torch.no_grad():
         for whole in batches.requests(features.files(part), heads, window, SCORED):
-            judged = np.flatnonzero(keep(whole.target_B.numpy()))
-            if len(judged):
-                request = whole.take(judged)
+            chosen = np.flatnonzero(keep(whole.target_B.numpy()))
+            if len(chosen):
+                request = whole.take(chosen)
                 ranks.append(scored(model, request, features.schema.exclude_seen)[0].cpu().numpy())
                 targets.append(request.target_B.numpy())
     return np.concatenate(ranks), np.concatenate(targets)
+
+
+def judged(targets: np.ndarray, items: np.ndarray, others: float, rng: np.random.Generator) -> np.ndarray:
+    """bool [n]: all requests for ``items``, of the rest a share."""
+    chosen: np.ndarray = np.isin(targets, items) | (rng.random(len(targets)) < others)
+    return chosen
 
 
 def figures(ranks: np.ndarray, is_new: np.ndarray) -> dict[str, Any]:
@@ -154,7 +161,7 @@ def main(
                 model.bias[FIRST_ID:][torch.from_numpy(counts[FIRST_ID:] == 0)] += chosen.retrieval.new_item_boost
             ranks, targets = ranks_of(
                 features, split, model, chosen.encoder.window,
-                lambda target, rng=drawn: np.isin(target, items) | (rng.random(len(target)) < others),
+                partial(judged, items=items, others=others, rng=drawn),
             )  # fmt: skip
             rows[row] = figures(ranks, np.isin(targets, items))
             print(row, rows[row], flush=True)
