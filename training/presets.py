@@ -212,11 +212,14 @@ def session() -> Preset:
 
 def music() -> Preset:
     """``session`` for listeners: items with text and tags, that may come again, in a log of too few events for a
-    softmax over a sample. The ranker counts how often the candidate is in the history."""
+    softmax over a sample. Neighbours are those of whole histories, as taste is steady; the ranker counts how often the
+    candidate is in the history."""
     preset = session()
     return replace(
         preset,
-        encoder=replace(preset.encoder, neighbours=256, text_tokens=24, attributes=True),
+        encoder=replace(
+            preset.encoder, history=200, neighbours=128, neighbours_by="linear", text_tokens=24, attributes=True
+        ),
         retrieval=replace(preset.retrieval, epochs=6, loss="full", label_smoothing=0.1, random_offset=True),
         ranker=replace(preset.ranker, category_counts=True),
     )
