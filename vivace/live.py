@@ -14,13 +14,14 @@ Axis legend: V item ids, M rising items, L half-lives, F features = 4 L + 1, C c
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from vivace.contract import FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, MAX_FRESH, PADDING_ID
 from vivace.counters import BLOCK, LiveCounts
+from vivace.limits import CountLimits, Limiter
 from vivace.live_moment import MomentRows, PairCounts
 
 VISIT_GAP_MS = 30 * 60_000
@@ -213,9 +214,22 @@ class Stream:
     previous: np.ndarray
 
     @classmethod
-    def of(cls, users: np.ndarray, ids: np.ndarray, times_ms: np.ndarray, context: np.ndarray) -> Stream:
+    def of(
+        cls,
+        users: np.ndarray,
+        ids: np.ndarray,
+        times_ms: np.ndarray,
+        context: np.ndarray,
+        limits: CountLimits | None = None,
+    ) -> Stream:
+        """``limits``: what does not count by them is left out, after it has said whether others begin a visit."""
         begins = entries(users, times_ms)
-        return cls(ids, times_ms, begins, context, previous_items(users, ids, begins))
+        stream = cls(ids, times_ms, begins, context, previous_items(users, ids, begins))
+        if limits is None or limits.none:
+            return stream
+        known = np.flatnonzero(ids >= FIRST_ID)
+        rows = (x[known].tolist() for x in (users, ids, times_ms))
+        return stream[known[Limiter(limits).mask(*rows)]]
 
     def __getitem__(self, rows: slice | np.ndarray) -> Stream:
         return Stream(*(getattr(self, f.name)[rows] for f in fields(self)))
@@ -227,13 +241,17 @@ class Stream:
         """Adds all events to a table."""
         table.add(self.ids, self.times_ms, self.entry, self.context, self.previous)
 
-    def save(self, path: Path, number: int = 0) -> None:
+    def save(self, path: Path, number: int = 0, limits: CountLimits | None = None) -> None:
         """What a server begins with: the newest events of a log, as long as any may count (``KEPT_MS``). Times of the
-        future do not make the others old. ``number``: of the newest event of the store's log among them (0: none)."""
+        future do not make the others old. ``number``: of the newest event of the store's log among them (0: none).
+        ``limits``: that a server goes on with."""
         newest_ms = min(int(self.times_ms[-1]), int(time.time() * 1000)) if len(self) else 0
         kept = self[self.times_ms > newest_ms - KEPT_MS]
         narrow = {n: getattr(kept, n).astype(np.int32) for n in ("ids", "context", "previous")}
-        np.savez_compressed(path, times_ms=kept.times_ms, entry=kept.entry, number=np.int64(number), **narrow)
+        limited = np.array(astuple(limits or CountLimits()), np.int64)
+        np.savez_compressed(
+            path, times_ms=kept.times_ms, entry=kept.entry, number=np.int64(number), limits=limited, **narrow
+        )
 
     @classmethod
     def load(cls, path: Path) -> Stream:
@@ -247,3 +265,9 @@ def recent_number(path: Path) -> int:
     """Number of the newest event of the store's log that ``Stream.save`` wrote; 0 for none."""
     with np.load(path, allow_pickle=False) as stored:
         return int(stored["number"]) if "number" in stored else 0
+
+
+def limits_of(path: Path) -> CountLimits:
+    """The limits that ``Stream.save`` wrote; none where an earlier version did."""
+    with np.load(path, allow_pickle=False) as stored:
+        return CountLimits(*stored["limits"].tolist()) if "limits" in stored else CountLimits()

@@ -123,9 +123,9 @@ def publish(
     if (then := reference(features, preset, tensors, Engine(folder, tensors), learned)) is not None:
         then.save(folder / DRIFT_FILE)
     if tensors.rising:
-        features.stream(features.context if tensors.counted else ContextColumns()).save(
-            folder / RECENT, features.log_number()
-        )
+        limits = preset.ranker.limits
+        stream = features.stream(features.context if tensors.counted else ContextColumns(), limits)
+        stream.save(folder / RECENT, features.log_number(), limits)
     metadata = {"precision": card["precision"], "tables": card["tables"], "gate": json.dumps(gate)}
     metadata[contract.DATA] = schema.name
     return repository.assemble(

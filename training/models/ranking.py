@@ -26,6 +26,7 @@ from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
 from vivace.checks import check_fields, check_minimum, check_shares
 from vivace.contract import FIRST_ID, PADDING_ID, live_features
+from vivace.limits import CountLimits
 
 LIVE_RETRIEVAL_SCALE = 0.1  # of the retriever's score at first, where counts of now are at hand
 COLD_STEP = 0.01  # between the scores of two rising items of a cold user, which are above all log popularities
@@ -63,14 +64,23 @@ class RankerConfig:
     live counts (0: no live counters)."""
     by_context: bool = True
     """Live counts by the categorical columns of the context too, where the log has any."""
+    rising_same_item_s: int = 0
+    """A user's events on one item within so many seconds count once (0: each; ``vivace.limits``)."""
+    rising_user_events: int = 0
+    """The most of a user's events that count within ten minutes (0: all)."""
     category_counts: bool = False
     """How many events of the whole history are of the candidate's first categorical attribute, two features."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
-        check_minimum(self, 0, "memory", "rising")
+        check_minimum(self, 0, "memory", "rising", "rising_same_item_s", "rising_user_events")
         check_shares(self, "dropout")
+
+    @property
+    def limits(self) -> CountLimits:
+        """What live counters take of one user."""
+        return CountLimits(1000 * self.rising_same_item_s, self.rising_user_events)
 
 
 class RankingModel(nn.Module):
@@ -177,7 +187,7 @@ class RankingModel(nn.Module):
         more = [torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL]
         if config.category_counts:
             same_BNT = self._same_category(history_BT, category_BN)
-            more.append(own_counts(same_BNT, history_BT))
+            more.append(blocks.own_counts(same_BNT, history_BT))
         return torch.cat(more, dim=2)
 
     def _category(self, ids: Tensor) -> Tensor:
@@ -277,14 +287,6 @@ class RankingModel(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities [..., heads] of logits of the same shape (Platt scaling)."""
         return torch.sigmoid(logits * self.calibration[:, 0] + self.calibration[:, 1])
-
-
-def own_counts(same_BNT: Tensor, history_BT: Tensor) -> Tensor:
-    """Features float32 [B, N, 2] of how many events of a history are of the candidate's kind: log1p of the number, and
-    its share of all events. ``same_BNT``: 1 where they are."""
-    count_BN = same_BNT.sum(2)
-    events_B1 = (history_BT != PADDING_ID).to(count_BN.dtype).sum(1, keepdim=True)
-    return torch.stack([torch.log1p(count_BN), count_BN / events_B1.clamp_min(1.0)], 2)
 
 
 class LiveFeatures(nn.Module):
