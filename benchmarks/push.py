@@ -34,7 +34,7 @@ from training.data.counters import popularity
 from training.judge.evaluate import Models
 from training.learn.ranker import held_out_users
 from training.metrics import bootstrap, ndcg_of
-from training.presets import Preset, from_json
+from training.presets import Preset, from_json, shapes
 from training.scoring import SCORED
 from vivace.cli.options import console
 from vivace.context import ContextColumns
@@ -102,7 +102,7 @@ def moments_of(features: Features, preset: Preset, models: Models, count: int, p
     times = np.concatenate([pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files])
     order = np.argsort(times, kind="stable")
     columns = features.context if preset.ranker.by_context else ContextColumns()
-    stream = features.stream(columns, preset.ranker.limits)
+    stream = features.stream(columns, CountLimits.of(shapes(preset, features)))
     table, fed = LiveTable(features.item_count(), preset.ranker.rising, len(columns.counted)), 0
     for start in np.linspace(0, len(order) - people, count).astype(int):
         rows = order[start : start + people]

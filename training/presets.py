@@ -333,4 +333,5 @@ def shapes(preset: Preset, features: Features) -> contract.StageTensors:
         context=len(columns.categoricals) if e.context and causal else 0,
         amounts=len(columns.continuous) if e.context and causal else 0,
         counted=len(columns.counted) if causal and preset.ranker.rising and preset.ranker.by_context else 0,
+        same_item_s=preset.ranker.rising_same_item_s, user_events=preset.ranker.rising_user_events,
     )  # fmt: skip

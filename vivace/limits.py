@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vivace.checks import check_fields, check_minimum
+from vivace.contract import StageTensors
 
 WINDOW_MS = 600_000  # in which ``user_events`` counts
 PRUNE = 100_000  # users beyond which those are forgotten whose events no longer bound anything
@@ -28,6 +29,11 @@ class CountLimits:
     def __post_init__(self) -> None:
         check_fields(self)
         check_minimum(self, 0, "same_item_ms", "user_events")
+
+    @classmethod
+    def of(cls, tensors: StageTensors) -> CountLimits:
+        """Those of a run."""
+        return cls(1000 * tensors.same_item_s, tensors.user_events)
 
     @property
     def none(self) -> bool:

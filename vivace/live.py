@@ -14,7 +14,7 @@ Axis legend: V item ids, M rising items, L half-lives, F features = 4 L + 1, C c
 from __future__ import annotations
 
 import time
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -241,17 +241,13 @@ class Stream:
         """Adds all events to a table."""
         table.add(self.ids, self.times_ms, self.entry, self.context, self.previous)
 
-    def save(self, path: Path, number: int = 0, limits: CountLimits | None = None) -> None:
+    def save(self, path: Path, number: int = 0) -> None:
         """What a server begins with: the newest events of a log, as long as any may count (``KEPT_MS``). Times of the
-        future do not make the others old. ``number``: of the newest event of the store's log among them (0: none).
-        ``limits``: that a server goes on with."""
+        future do not make the others old. ``number``: of the newest event of the store's log among them (0: none)."""
         newest_ms = min(int(self.times_ms[-1]), int(time.time() * 1000)) if len(self) else 0
         kept = self[self.times_ms > newest_ms - KEPT_MS]
         narrow = {n: getattr(kept, n).astype(np.int32) for n in ("ids", "context", "previous")}
-        limited = np.array(astuple(limits or CountLimits()), np.int64)
-        np.savez_compressed(
-            path, times_ms=kept.times_ms, entry=kept.entry, number=np.int64(number), limits=limited, **narrow
-        )
+        np.savez_compressed(path, times_ms=kept.times_ms, entry=kept.entry, number=np.int64(number), **narrow)
 
     @classmethod
     def load(cls, path: Path) -> Stream:
@@ -265,9 +261,3 @@ def recent_number(path: Path) -> int:
     """Number of the newest event of the store's log that ``Stream.save`` wrote; 0 for none."""
     with np.load(path, allow_pickle=False) as stored:
         return int(stored["number"]) if "number" in stored else 0
-
-
-def limits_of(path: Path) -> CountLimits:
-    """The limits that ``Stream.save`` wrote; none where an earlier version did."""
-    with np.load(path, allow_pickle=False) as stored:
-        return CountLimits(*stored["limits"].tolist()) if "limits" in stored else CountLimits()

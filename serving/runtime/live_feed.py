@@ -12,8 +12,8 @@ import numpy as np
 
 from serving.runtime.moment import Moment
 from vivace.contract import FIRST_ID, PADDING_ID, StageTensors
-from vivace.limits import Limiter
-from vivace.live import KEPT_MS, LiveTable, Stream, Visits, limits_of, recent_number
+from vivace.limits import CountLimits, Limiter
+from vivace.live import KEPT_MS, LiveTable, Stream, Visits, recent_number
 from vivace.store.interface import Event, ServingStore, StoreError
 
 EVERY_S = 0.2
@@ -41,7 +41,7 @@ class LiveFeed:
         stream = Stream.load(recent)
         self._store, self._item_ids, self._moment, self._counted = store, item_ids, moment, shapes.counted
         self._table = LiveTable(shapes.items, shapes.rising, shapes.counted, shapes.rising_fresh)
-        self._visits, self._limiter, self._items = Visits(), Limiter(limits_of(recent)), shapes.items
+        self._visits, self._limiter, self._items = Visits(), Limiter(CountLimits.of(shapes)), shapes.items
         self._slots: dict[str, int] | None = {} if shapes.rising_fresh else None  # by raw id of items put in since
         self._changes = 0  # number of the newest change among them
         stream.into(self._table)

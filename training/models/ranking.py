@@ -26,7 +26,6 @@ from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
 from vivace.checks import check_fields, check_minimum, check_shares
 from vivace.contract import FIRST_ID, PADDING_ID, live_features
-from vivace.limits import CountLimits
 
 LIVE_RETRIEVAL_SCALE = 0.1  # of the retriever's score at first, where counts of now are at hand
 COLD_STEP = 0.01  # between the scores of two rising items of a cold user, which are above all log popularities
@@ -76,11 +75,6 @@ class RankerConfig:
         check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
         check_minimum(self, 0, "memory", "rising", "rising_same_item_s", "rising_user_events")
         check_shares(self, "dropout")
-
-    @property
-    def limits(self) -> CountLimits:
-        """What live counters take of one user."""
-        return CountLimits(1000 * self.rising_same_item_s, self.rising_user_events)
 
 
 class RankingModel(nn.Module):

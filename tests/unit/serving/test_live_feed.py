@@ -72,11 +72,12 @@ def test_one_account_counts_no_more_live_than_in_a_replay(tmp_path, store):
     none = np.empty((0, 0), np.int64)
     features = {}
     for name, limits in (("limited", CountLimits(HOUR // 2, 5)), ("open", CountLimits())):
-        Stream.of(*(np.empty(0, np.int64),) * 3, none).save(tmp_path / f"{name}.npz", limits=limits)
+        Stream.of(*(np.empty(0, np.int64),) * 3, none).save(tmp_path / f"{name}.npz")
         server = LmdbStore(tmp_path / name)
         server.fill([], [])
         server.append([Event(u, str(i), "", int(t)) for u, i, t in zip(users, items, times, strict=True)])
-        feed = LiveFeed(tmp_path / f"{name}.npz", server, _ids, SHAPES, start=False)
+        shapes = replace(SHAPES, same_item_s=limits.same_item_ms // 1000, user_events=limits.user_events)
+        feed = LiveFeed(tmp_path / f"{name}.npz", server, _ids, shapes, start=False)
         feed.refresh(now)
         features[name] = feed.rows(None, np.zeros(1, np.int64))
         server.close()
