@@ -60,7 +60,7 @@ MAX_HISTORY_EVENTS = 100_000
 MAX_QUERY_BYTES = 4096
 MAX_CONTEXT_BYTES = 16_384
 MAX_ROW_BYTES = 65_536  # of an item's row as JSON
-MAX_SEEN = 4096  # newest distinct items that an index does not answer, as a store keeps; exact search excludes all
+MAX_SEEN = 4096  # newest distinct items that an index does not answer; exact search excludes all that a store keeps
 
 # half-lives of the live counters (``vivace.live``)
 LIVE_HALF_LIVES_MS = tuple(minutes * 60_000 for minutes in (3, 10, 30, 120, 720))
@@ -304,7 +304,7 @@ class StageTensors:
 
     @property
     def seen_fresh(self) -> WireTensor:
-        """The history's newest fresh items: slots (``store.lmdb_catalogue``), newest last, then 0. An id is V + slot."""
+        """Newest fresh items of the history: slots (``store.lmdb_catalogue``), newest last, or 0. An id is V + slot."""
         return WireTensor("SEEN_FRESH", "INT64", (self.fresh,))
 
     @property
