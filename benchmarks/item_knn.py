@@ -12,7 +12,6 @@ Axis legend: B requests, V item ids, S training sequences.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,8 +38,8 @@ from vivace.run import EVALUATION, Run
 
 ITEM_KNN, EASE = "item-kNN", "EASE"
 ALL = sys.maxsize
-NEIGHBOURS, DECAYS, AGAIN = (20, 100, 500, ALL), (1.0, 0.95, 0.85, 0.7), (0.0, 0.1, 0.3, 1.0)
-RIDGES, EASE_NEIGHBOURS = (100.0, 300.0, 1000.0), 512
+NEIGHBOURS, DECAYS, AGAIN = (100, 500, ALL), (1.0, 0.85), (0.0, 0.1, 0.3, 1.0)
+RIDGES, EASE_NEIGHBOURS = (300.0, 1000.0), 512
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,16 @@ class ItemItem:
     def __init__(self, weights_VV: sp.csr_matrix, counts_V: np.ndarray) -> None:
         self.weights_VV, self.counts_V = weights_VV, counts_V
 
-    def scores(self, histories: list[np.ndarray], decay: float, again: float) -> torch.Tensor:
-        """float32 [B, V] after ``histories``, oldest first; popularity tells apart what no neighbour has."""
+    def scores(self, histories: list[np.ndarray], decay: float) -> tuple[np.ndarray, sp.csr_matrix]:
+        """Score of every item after ``histories``, oldest first, float32 [B, V], by others; and the weight of each item
+        of the history itself. Popularity tells apart what no neighbour has."""
         parts = [h[h >= FIRST_ID] for h in histories]
         rows = np.repeat(np.arange(len(parts)), [len(h) for h in parts])
         weights = np.concatenate([decay ** np.arange(len(h) - 1, -1, -1.0) for h in parts])
         shape = (len(parts), self.weights_VV.shape[0])
-        weight_BV = sp.csr_matrix((weights, (rows, np.concatenate(parts))), shape=shape)
-        summed = np.asarray((weight_BV @ self.weights_VV + again * weight_BV).todense(), np.float32)
-        return torch.from_numpy(summed + 1e-6 * (self.counts_V / self.counts_V.max()).astype(np.float32))
+        weight_BV = sp.csr_matrix((weights.astype(np.float32), (rows, np.concatenate(parts))), shape=shape)
+        popular_V = 1e-6 * (self.counts_V / self.counts_V.max()).astype(np.float32)
+        return np.asarray((weight_BV @ self.weights_VV).todense(), np.float32) + popular_V, weight_BV
 
 
 def item_knn(sets_SV: sp.csr_matrix, neighbours: int) -> ItemItem:
@@ -98,16 +98,21 @@ def ease(sets_SV: sp.csr_matrix, ridge: float) -> ItemItem:
     return ItemItem(weights, np.asarray(sets_SV.sum(0)).ravel())
 
 
-def ranked(model: ItemItem, features: Features, part: str, choice: Choice) -> np.ndarray:
-    """Rank from 0 of each request's target, int64, under the same exclusions as the models'."""
-    out = []
+def ranked(
+    model: ItemItem, features: Features, part: str, decay: float, again: tuple[float, ...]
+) -> dict[float, np.ndarray]:
+    """Of each value of ``again`` the rank from 0 of each request's target, int64, under the same exclusions as the
+    models'."""
+    out: dict[float, list[np.ndarray]] = {value: [] for value in again}
     for request in batches.requests(features.files(part), [], 1, SCORED):
-        scores_BV = model.scores(request.histories, choice.decay, choice.again)
-        excluded_BV = request.exclude(scores_BV.shape[1], features.schema.exclude_seen)
+        others_BV, history_BV = model.scores(request.histories, decay)
+        excluded_BV = request.exclude(others_BV.shape[1], features.schema.exclude_seen)
         excluded_BV[:, :FIRST_ID] = True
-        scores_BV = scores_BV.masked_fill(excluded_BV, EXCLUDED)
-        out.append(ranks(scores_BV, request.target_B, request.number_B).numpy())
-    return np.concatenate(out)
+        for value in again:
+            scores_BV = torch.from_numpy(np.asarray(others_BV + value * history_BV, np.float32))
+            scores_BV = scores_BV.masked_fill(excluded_BV, EXCLUDED)
+            out[value].append(ranks(scores_BV, request.target_B, request.number_B).numpy())
+    return {value: np.concatenate(parts) for value, parts in out.items()}
 
 
 def chosen(features: Features) -> dict[str, tuple[ItemItem, Choice, float]]:
@@ -116,14 +121,20 @@ def chosen(features: Features) -> dict[str, tuple[ItemItem, Choice, float]]:
     best: dict[str, tuple[ItemItem, Choice, float]] = {}
     tried = [(ITEM_KNN, neighbours, 0.0) for neighbours in NEIGHBOURS]
     tried += [(EASE, EASE_NEIGHBOURS, ridge) for ridge in RIDGES]
+    again = (0.0,) if features.schema.exclude_seen else AGAIN
     for method, neighbours, ridge in tried:
         model = ease(sets_SV, ridge) if method == EASE else item_knn(sets_SV, neighbours)
-        for decay, again in itertools.product(DECAYS, (0.0,) if features.schema.exclude_seen else AGAIN):
-            choice = Choice(neighbours, decay, again, ridge)
-            value = float(ndcg_of(ranked(model, features, "valid", choice)).mean())
-            if method not in best or value > best[method][2]:
-                best[method] = (model, choice, value)
+        for decay in DECAYS:
+            for value, rank in ranked(model, features, "valid", decay, again).items():
+                figure = float(ndcg_of(rank).mean())
+                if method not in best or figure > best[method][2]:
+                    best[method] = (model, Choice(neighbours, decay, value, ridge), figure)
     return best
+
+
+def tested(features: Features, model: ItemItem, choice: Choice) -> np.ndarray:
+    """Ranks of the test requests' targets."""
+    return ranked(model, features, "test", choice.decay, (choice.again,))[choice.again]
 
 
 def rows_of(ranks_of: dict[str, np.ndarray], against: str = ITEM_KNN) -> list[dict[str, Any]]:
@@ -168,7 +179,7 @@ def main(
     with np.load(run.evaluation / RANKS) as saved:
         ranks_of = {method: saved[method] for method in saved.files}
     ours = {method: ranks_of.pop(method) for method in (RETRIEVAL, RANKED)}
-    linear = {method: ranked(model, features, "test", choice) for method, (model, choice, _) in methods.items()}
+    linear = {method: tested(features, model, choice) for method, (model, choice, _) in methods.items()}
     ranks_of = {**ranks_of, **linear, **ours}
     rows = rows_of(ranks_of)
     show(name, rows, ITEM_KNN)
