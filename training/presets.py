@@ -53,10 +53,10 @@ class RetrievalTraining:
     """Under torchrun each process keeps a part of the model and of the optimizer's state (FSDP)."""
     compiled: bool = False
     """The encoder's blocks run through torch.compile: some seconds more to start, fewer a step."""
-    new_items: Literal["neighbours", "described", "tower"] = "neighbours"
+    new_items: Literal["neighbours", "described", "tower", "graph"] = "neighbours"
     """Items without a training event get the mean of the seen items nearest by text and attributes, or stay what those
     say ("described"). "tower": a pretrained text tower has a part in who is near, and the bias is what the text lets
-    expect."""
+    expect. "graph": half that mean, half what is learned of their attributes and words (``data.item_relations``)."""
     tower: str = "minilm"
     """For "tower": its name, folder or Hugging Face name (``training.text.tower``)."""
     new_item_boost: float = 0.0
