@@ -6,8 +6,9 @@ Axis legend: B requests, T history events, V item ids, P earlier events, S new e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,6 +49,11 @@ RANKING_AXES = RETRIEVAL_AXES | {
     **{t: (1, "candidates") for t in ("CANDIDATE_IDS", "CANDIDATE_SCORES", "RANKED_IDS")},
     "RANKED_VALUES": (2, "candidates"),
 }
+
+
+Export = Callable[
+    [Any, tuple[Tensor, ...], Sequence[str], Sequence[str], Path, Mapping[str, tuple[int, str]] | None], None
+]  # a graph, its example, names of its inputs and outputs, the file, free axes: see ``export``
 
 
 def names_of(tensors: Sequence[contract.WireTensor]) -> list[str]:
@@ -131,11 +137,14 @@ def export_checked(
     example: tuple[Tensor, ...],
     path: Path,
     reference: nn.Module | None = None,
+    write: Export | None = None,
 ) -> dict[str, float]:
-    """Exports a stage and compares it with PyTorch (``reference``; the graph itself if none) on ``example``; the
-    differences. Raises ValueError beyond them, also where they are NaN."""
+    """Exports a stage (by ``write``; ``export`` if none) and compares it with PyTorch (``reference``; the graph itself
+    if none) on ``example``; the differences. Raises ValueError beyond them, also where they are NaN."""
     names_in, names_out = names_of(inputs), names_of(outputs)
-    export(graph, example, names_in, names_out, path, RANKING_AXES if stage == contract.RANKING else RETRIEVAL_AXES)
+    (write or export)(
+        graph, example, names_in, names_out, path, RANKING_AXES if stage == contract.RANKING else RETRIEVAL_AXES
+    )
     with torch.no_grad():
         expected = (reference or graph).eval()(*example)
     answer = open_session(path).run(names_out, {n: x.numpy() for n, x in zip(names_in, example, strict=True)})

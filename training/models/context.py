@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from training.models.blocks import Names, mm
 from vivace.context import ContextColumns
-from vivace.contract import NULL_ID
+from vivace.contract import NULL_ID, PADDING_ID
 
 M = TypeVar("M", bound=nn.Module)
 EMBEDDING = 16  # E

@@ -292,8 +292,8 @@ class RankingModel(nn.Module):
 
 
 def score_parts(scores_BN: Tensor, among_BL: Tensor | None) -> tuple[Tensor, Tensor]:
-    """How far scores float32 [B, N] are below the list's best (-20 to 0), and their shares of its softmax. ``among_BL``:
-    the list, where it is more than these."""
+    """How far scores float32 [B, N] are below the list's best (-20 to 0), and their shares of its softmax.
+    ``among_BL``: the list, where it is more than these."""
     whole_BL = scores_BN if among_BL is None else among_BL
     top_B1 = whole_BL.amax(1, keepdim=True)
 

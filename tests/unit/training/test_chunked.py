@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.unit.training.test_models import ITEMS, _ranker, _retriever
-from training.compile.graphs.chunked import export_chunked
+from training.compile.graphs.chunked import export_in_chunks
 from training.models.encoders import EncoderConfig
 from training.models.ranking import RankingGraph
 from training.models.retrieval import EXCLUDED, RetrievalGraph
@@ -26,7 +26,7 @@ def both(request, tmp_path_factory):
     retriever = _retriever(EncoderConfig())
     graph = RankingGraph(_ranker(retriever, "mmoe"), folded=request.param).eval()
     path = tmp_path_factory.mktemp("chunked") / "ranking.onnx"
-    export_chunked(graph, _inputs(retriever, 40), INPUTS, OUTPUTS, path, CHUNK)
+    export_in_chunks(CHUNK)(graph, _inputs(retriever, 40), INPUTS, OUTPUTS, path, None)
     return retriever, graph, path
 
 

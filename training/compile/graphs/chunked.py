@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -17,7 +18,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from training.compile.onnx_export import RANKING_AXES, export
+from training.compile.onnx_export import RANKING_AXES, Export, export
 from training.models.context import moment_of
 from training.models.ranking import RankingGraph
 
@@ -74,16 +75,23 @@ class After(nn.Module):
         super().__init__()
         self.graph = graph
 
-    def forward(self, logits: Tensor, history_ids: Tensor, candidate_ids: Tensor, scores: Tensor, *more: Tensor):  # type: ignore[no-untyped-def]
+    def forward(
+        self, logits: Tensor, history_ids: Tensor, candidate_ids: Tensor, scores: Tensor, *more: Tensor
+    ) -> tuple[Tensor, ...]:
         """See ``RankingGraph.ordered``."""
         return self.graph.ordered(logits, history_ids, candidate_ids, scores, *more)
 
 
-def export_chunked(
-    graph: RankingGraph, example: Sequence[Tensor], inputs: Sequence[str], outputs: Sequence[str], path: Path,
-    chunk: int,
+def export_in_chunks(chunk: int) -> Export:
+    """How a ranking graph is exported that scores ``chunk`` candidates at a time (0: all at once)."""
+    return partial(_export, chunk) if chunk else export
+
+
+def _export(
+    chunk: int, graph: RankingGraph, example: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str],
+    path: Path, axes: Mapping[str, tuple[int, str]] | None = None,
 ) -> None:  # fmt: skip
-    """The ranking graph that scores ``chunk`` candidates at a time. ``example``: its inputs, named ``inputs``."""
+    """See ``onnx_export.export``."""
     graph = graph.eval()
     history, ids, scores, encoded, *more = example
     names, rest = list(inputs[:3]), list(inputs[4:])
@@ -92,10 +100,10 @@ def export_chunked(
         key, value, newest, _, none = before(history, ids, scores, encoded, *more)
         step = torch.zeros(1, dtype=torch.int64)
         logits = graph.model(history, ids, scores, encoded, *more)
-    free = {**RANKING_AXES, **FREE}
+    free = {**(axes or RANKING_AXES), **FREE}
     with tempfile.TemporaryDirectory() as folder:
         parts = [Path(folder) / name for name in ("before.onnx", "body.onnx", "after.onnx")]
-        export(before, tuple(example), list(inputs), [KEYS, VALUES, NEWEST, TIMES, NONE], parts[0], free)
+        export(before, example, list(inputs), [KEYS, VALUES, NEWEST, TIMES, NONE], parts[0], free)
         given = (step, logits[:, :chunk], history, ids, scores, key, value, newest, *more)
         export(body, given, [STEP, SO_FAR, *names, KEYS, VALUES, NEWEST, *rest], [LOGITS], parts[1], free)
         given = (logits, history, ids, scores, *more)
