@@ -237,7 +237,7 @@ def measured(features: Features, length: int, events: int, turns: int, room_mb: 
 def main(
     root: Annotated[Path, typer.Argument(help="a run with features, such as artifacts/shop")],
     lengths: Annotated[str, typer.Option(help="events of a history")] = ",".join(map(str, BARS)),
-    requests: Annotated[str, typer.Option(help="compared at each length, about")] = "1300,500,200",
+    requests: Annotated[str, typer.Option(help="compared at each length, about")] = "1300,500,60",
     turns: Annotated[int, typer.Option(help="parts that the replay is cut into", min=1)] = 5,
     room_mb: Annotated[int, typer.Option(help="of each worker's cache")] = 256,
     out: Annotated[Path | None, typer.Option(help="JSON of all figures")] = None,

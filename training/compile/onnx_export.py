@@ -37,6 +37,7 @@ OPSET = 18
 TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
 EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
+PARITY_PAIRS = 64 << 20  # pairs of events: of 4,096 events 4 requests, which take the memory of 64 of 1,024
 OUTSIDE_BYTES = 1024  # constants that a mapped file holds; small ones stay in the graph
 CHECK_BYTES = 1 << 28  # of the cache that the check fills
 HELD_BACK = 3  # newest events that the check appends
@@ -65,6 +66,7 @@ def example_requests(features: Features, preset: Preset, count: int = PARITY_REQ
     ``Requests.inputs``."""
     heads = [h.name for h in features.schema.heads]
     files = features.files("valid") or features.files("test")  # short logs have no validation; targets are not read
+    count = min(count, max(4, PARITY_PAIRS // preset.encoder.history**2))
     requests = batches.requests(files, heads, preset.encoder.window, count)
     part = "valid" if features.files("valid") else "test"
     s = shapes(preset, features)
