@@ -50,7 +50,7 @@ def exported(folder: Path, history: int, sizes: list[int]) -> None:
     model = RankingModel(cpu().ranker, tables, retriever, ("click", "buy")).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += torch.randn_like(parameter) * 0.05
+            parameter.add_(torch.randn_like(parameter) * 0.05)
     graph = RankingGraph(model, folded=True)
     example = tuple(torch.from_numpy(x) for x in inputs_of(history, 100))
     s = contract.StageTensors(history, 100, ITEMS, cpu().encoder.width)

@@ -66,7 +66,7 @@ def untrained(features: Features, preset: Preset, root: Path) -> None:
     for model in (retriever, ranker):
         with torch.no_grad():  # what is zero before training would hide a difference, items alike would change places
             for parameter in model.parameters():
-                parameter += torch.randn_like(parameter) * (0.5 if parameter.shape[:1] == (items,) else 0.05)
+                parameter.add_(torch.randn_like(parameter) * (0.5 if parameter.shape[:1] == (items,) else 0.05))
     for name, model, source in ((RETRIEVAL, retriever, FEATURES), (RANKING, ranker, RETRIEVAL)):
         step = Step(run.step(name), f"random {name}", {}, SEED, {source: run.key(source)})
         step.reset()

@@ -108,7 +108,7 @@ def _export(
         export(body, given, [STEP, SO_FAR, *names, KEYS, VALUES, NEWEST, *rest], [LOGITS], parts[1], free)
         given = (logits, history, ids, scores, *more)
         export(after, given, [LOGITS, *names, *rest], list(outputs), parts[2], free)
-        whole = _together(*(onnx.load(part) for part in parts), none.shape[2])
+        whole = _together(onnx.load(parts[0]), onnx.load(parts[1]), onnx.load(parts[2]), none.shape[2])
     onnx.checker.check_model(whole, full_check=False)
     onnx.save(whole, str(path))
 
@@ -118,7 +118,7 @@ def _together(first: onnx.ModelProto, body: onnx.ModelProto, last: onnx.ModelPro
     outer = {i.name for i in first.graph.input} | {o.name for o in first.graph.output}
     _rename(body.graph, BODY, outer | SHARED)
     _rename(last.graph, END, outer | SHARED | {o.name for o in last.graph.output})
-    floats = ["batch", "scored", heads]
+    floats: list[str | int | None] = ["batch", "scored", heads]
     loop = helper.make_graph(
         [
             helper.make_node("Reshape", [ROUND, f"{BODY}one"], [STEP]),
