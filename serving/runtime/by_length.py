@@ -9,7 +9,13 @@ import numpy as np
 from vivace.contract import PADDING_ID
 
 CHUNK = 8  # rows that a graph takes at once: fewer are padded to the longest, and a batch of 64 needs less memory
+PAIRS = CHUNK << 20  # pairs of events of the rows that a graph takes at once: attention's memory goes with them
 STEP = 16  # events by which padded lengths differ: few shapes for ONNX Runtime to prepare for
+
+
+def rows_at_once(length: int) -> int:
+    """How many rows of so many events a graph takes at once: CHUNK up to 1,024, at 4,096 one."""
+    return max(1, min(CHUNK, PAIRS // max(1, length) ** 2))
 
 
 def chunks(history_BT: np.ndarray, whole: bool = False) -> list[tuple[np.ndarray, int]]:
@@ -19,8 +25,9 @@ def chunks(history_BT: np.ndarray, whole: bool = False) -> list[tuple[np.ndarray
     known = history_BT != PADDING_ID
     length_B = np.where(known.any(1), t - known.argmax(1), 0)
     order = np.arange(rows) if whole else np.argsort(length_B, kind="stable")
+    most = rows_at_once(t if whole else int(length_B.max(initial=1)))
     parts = []
-    for places in np.array_split(order, max(1, -(-rows // CHUNK))):
+    for places in np.array_split(order, max(1, -(-rows // most))):
         longest = t if whole else int(length_B[places].max(initial=1))
         parts.append((places, min(t, max(1, -(-longest // STEP)) * STEP)))
     return parts

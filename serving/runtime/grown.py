@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from serving.runtime.by_length import CHUNK, STEP
+from serving.runtime.by_length import STEP, rows_at_once
 from serving.runtime.state_cache import Entry, StateCache, prefixes
 from vivace.contract import PADDING_ID, StageTensors
 from vivace.onnx_session import open_session
@@ -102,12 +102,13 @@ class GrownHistories:
 
     @staticmethod
     def _parts(rows: list[Row]) -> list[list[Row]]:
-        """Rows of about as many new and earlier events together, at most CHUNK in each: those without earlier ones
-        apart."""
+        """Rows of about as many new and earlier events together, at most ``rows_at_once`` in each: those without
+        earlier ones apart."""
         out = []
         for some in ([r for r in rows if r.entry is None], [r for r in rows if r.entry is not None]):
             some.sort(key=lambda r: len(r.events))
-            out += [some[i : i + CHUNK] for i in range(0, len(some), CHUNK)]
+            most = rows_at_once(max((r.new for r in some), default=1))
+            out += [some[i : i + most] for i in range(0, len(some), most)]
         return out
 
     def _encoded(self, rows: list[Row]) -> list[Entry]:

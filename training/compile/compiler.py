@@ -22,6 +22,7 @@ from serving.runtime.fresh import GRAPH, STATE_GRAPH
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.aoti import without_merlin
 from training.compile.engine import Engine
+from training.compile.graphs.chunked import export_in_chunks
 from training.compile.index import Tuned, build_index, validation_states
 from training.compile.onnx_export import (
     OPSET,
@@ -95,15 +96,17 @@ class CompileConfig:
     """Relative fall of NDCG@10, 0 to 1, that the gate lets through."""
     force: bool = False
     """Whether to publish what the gate refuses: the model card and the server's metadata say so."""
+    at_once: int = 0
+    """Candidates that the ranker scores at once, the others after them (see ``graphs.chunked``); 0: all of them."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.index and (self.precision != "fp32" or self.targets):
             raise ValueError("--index goes with --precision fp32 and no --target")
         if self.shards < 0 or (self.shards and (self.index or not self.exact or self.targets)):
-            raise ValueError(
-                "--shards: expected 0 or more, with --precision fp32, --tables fp32, no --index and no --target"
-            )
+            raise ValueError("--shards: expected 0 or more, with --precision, --tables fp32, no --index, no --target")
+        if self.at_once < 0 or (self.at_once and (not self.exact or self.targets)):
+            raise ValueError("--at-once: expected 0 or more, with --precision fp32, --tables fp32 and no --target")
         if "aoti" in self.targets and not self.exact:
             raise ValueError("--target aoti goes with --precision fp32 and --tables fp32")
         if self.tables == "int8" and self.precision != "fp32":
@@ -118,11 +121,6 @@ class CompileConfig:
     def judged(self) -> bool:
         """Whether the quality gate is asked."""
         return not self.exact or bool(self.index) or self.reference is not None
-
-    @property
-    def kind(self) -> str:
-        """Number format in words."""
-        return "int8 tables" if self.tables == "int8" else self.precision
 
 
 @dataclass
@@ -193,6 +191,7 @@ class Compilation:
         self.parity[contract.RANKING] = export_checked(
             contract.RANKING, RankingGraph(self.ranker, folded=self.folded), contract.ranking_inputs(s),
             self.ranking_outputs, self.candidates, self.exact_folder / "ranking.onnx", RankingGraph(self.ranker),
+            export_in_chunks(self.config.at_once),
         )  # fmt: skip
 
     def export_grown(self) -> None:
@@ -237,7 +236,8 @@ class Compilation:
     def export_reduced(self) -> None:
         """Both graphs in the number format that the configuration names."""
         s, config = self.tensors, self.config
-        self.say(f"converting to {config.kind}")
+        kind = "int8 tables" if config.tables == "int8" else config.precision
+        self.say(f"converting to {kind}")
         if config.tables == "int8":
             names = names_of(contract.retrieval_inputs(s)), names_of(contract.retrieval_outputs(s))
             retrieval = RetrievalGraph(self.retriever, s.candidates, s.memory, int8_table=True, rising=s.rising)
@@ -250,7 +250,7 @@ class Compilation:
         inputs = [x.numpy() for x in self.example]
         same = overlap(Engine(self.exact_folder, s)(inputs)[0], Engine(self.folder, s)(inputs)[0])
         left = {n: sum(share < OVERLAP for share in alone.values()) for n, alone in self.sensitivities.items()}
-        self.parity[config.kind] = {"top-10 overlap": same, **{f"{n} in float32": count for n, count in left.items()}}
+        self.parity[kind] = {"top-10 overlap": same, **{f"{n} in float32": count for n, count in left.items()}}
 
     def export_index(self) -> Tuned:
         """The encoder alone and the index of the items; from here on ``tensors`` are those of an indexed run."""
@@ -317,12 +317,13 @@ def _step(features: Features, preset: Preset, run: Run, reference: Run, seed: in
         inputs[SEARCH] = run.key(SEARCH)
     if config.judged:
         inputs[EVALUATION if reference == run else REFERENCE] = reference.key(EVALUATION)
+    chosen = {k: v for k, v in asdict(config).items() if k != "reference" and (v or k != "at_once")}  # the later field
     settings = {
         "opset": OPSET,
         "layout": LAYOUT,
         "shapes": with_fresh(shapes(preset, features), features),
         "profiles": {name: repr(profile) for name, profile in repository.PROFILES.items()},
-        **{name: value for name, value in asdict(config).items() if name != "reference"},
+        **chosen,
     }
     return Step(run.compiled, "compile", settings, seed, inputs)
 

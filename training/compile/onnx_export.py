@@ -6,8 +6,9 @@ Axis legend: B requests, T history events, V item ids, P earlier events, S new e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -36,6 +37,7 @@ OPSET = 18
 TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another order
 EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
+PARITY_PAIRS = 64 << 20  # pairs of events: of 4,096 events 4 requests, which take the memory of 64 of 1,024
 OUTSIDE_BYTES = 1024  # constants that a mapped file holds; small ones stay in the graph
 CHECK_BYTES = 1 << 28  # of the cache that the check fills
 HELD_BACK = 3  # newest events that the check appends
@@ -50,6 +52,11 @@ RANKING_AXES = RETRIEVAL_AXES | {
 }
 
 
+Export = Callable[
+    [Any, tuple[Tensor, ...], Sequence[str], Sequence[str], Path, Mapping[str, tuple[int, str]] | None], None
+]  # a graph, its example, names of its inputs and outputs, the file, free axes: see ``export``
+
+
 def names_of(tensors: Sequence[contract.WireTensor]) -> list[str]:
     return [t.name for t in tensors]
 
@@ -59,6 +66,7 @@ def example_requests(features: Features, preset: Preset, count: int = PARITY_REQ
     ``Requests.inputs``."""
     heads = [h.name for h in features.schema.heads]
     files = features.files("valid") or features.files("test")  # short logs have no validation; targets are not read
+    count = min(count, max(4, PARITY_PAIRS // preset.encoder.history**2))
     requests = batches.requests(files, heads, preset.encoder.window, count)
     part = "valid" if features.files("valid") else "test"
     s = shapes(preset, features)
@@ -131,11 +139,14 @@ def export_checked(
     example: tuple[Tensor, ...],
     path: Path,
     reference: nn.Module | None = None,
+    write: Export | None = None,
 ) -> dict[str, float]:
-    """Exports a stage and compares it with PyTorch (``reference``; the graph itself if none) on ``example``; the
-    differences. Raises ValueError beyond them, also where they are NaN."""
+    """Exports a stage (by ``write``; ``export`` if none) and compares it with PyTorch (``reference``; the graph itself
+    if none) on ``example``; the differences. Raises ValueError beyond them, also where they are NaN."""
     names_in, names_out = names_of(inputs), names_of(outputs)
-    export(graph, example, names_in, names_out, path, RANKING_AXES if stage == contract.RANKING else RETRIEVAL_AXES)
+    (write or export)(
+        graph, example, names_in, names_out, path, RANKING_AXES if stage == contract.RANKING else RETRIEVAL_AXES
+    )
     with torch.no_grad():
         expected = (reference or graph).eval()(*example)
     answer = open_session(path).run(names_out, {n: x.numpy() for n, x in zip(names_in, example, strict=True)})

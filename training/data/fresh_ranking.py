@@ -96,7 +96,8 @@ class FreshRankingGraph(nn.Module):
         live = given.pop(0) if self.counted else None
         types, context, _ = moment_of(model.types, model.columns, given)
         candidate = model.norm_own(model.own(self._describe(fresh_vectors, categories, lists, numbers)))
-        attended = model.attend(candidate, model.query(candidate), history_ids, encoded_history, types)
+        read = model.keys_and_values(encoded_history, history_ids, types)
+        attended = model.attend(candidate, model.query(candidate), history_ids, *read)
         counted = self._counters(history_ids, candidate_scores, fresh_scores, categories, live)
         user = encoded_history[:, -1:, :] * fresh_vectors
         parts = [attended, candidate, user, model.counter(counted), *model.context_parts(context, candidate)]

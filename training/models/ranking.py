@@ -10,6 +10,7 @@ F features, P = B x N.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.models import blocks
-from training.models.context import CONTEXT_WIDTH, Context, ContextTower, exportable, moment_of
+from training.models.context import CONTEXT_WIDTH, Context, ContextTower, LiveFeatures, exportable, moment_of
 from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
 from training.models.item_table import ItemTables, list_mean
@@ -156,17 +157,17 @@ class RankingModel(nn.Module):
 
     # -- parts ---------------------------------------------------------------------------------------
     def counters(
-        self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, popularity_BN: Tensor, category_BN: Tensor
-    ) -> Tensor:
+        self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, popularity_BN: Tensor, category_BN: Tensor,
+        among_BL: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Counter features float32 [B, N, 5 + 2L], with ``category_counts`` 7 + 2L: score, rank, popularity,
-        co-occurrence by lag and summed, the user's own counts. The last two arguments are the candidates'."""
+        co-occurrence by lag and summed, the user's own counts. Popularity and category are the candidates'.
+        ``among_BL``: scores of the whole list, where the candidates are a part of it."""
         config = self.config
-        live_BN = scores_BN > EXCLUDED / 2
-        top_B1 = scores_BN.amax(1, keepdim=True)
-        gap_BN = torch.where(live_BN, scores_BN - top_B1, torch.full_like(scores_BN, -20.0)).clamp(-20.0, 0.0)
-        share_BN = torch.softmax(gap_BN, dim=1)
+        gap_BN, share_BN = score_parts(scores_BN, among_BL)
+        among_BL = scores_BN if among_BL is None else among_BL
         # summed as floats: in ONNX Runtime a sum of integers took a tenth of the graph's time
-        rank_BN = torch.log1p((scores_BN[:, None, :] > scores_BN[:, :, None]).to(scores_BN.dtype).sum(2))
+        rank_BN = torch.log1p((among_BL[:, None, :] > scores_BN[:, :, None]).to(scores_BN.dtype).sum(2))
         lags = config.lags
         recent_BL = F.pad(history_BT, (lags, 0), value=PADDING_ID)[:, -lags:]  # of any length, exported too
         followers_BLK = self.follower_ids[recent_BL]
@@ -208,7 +209,10 @@ class RankingModel(nn.Module):
     def keys_and_values(
         self, encoded_BTD: Tensor, history_BT: Tensor, types_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the attention reads of each event, float32 [B, T, D] twice, of its encoding, its item and its type."""
+        """What the attention reads of each encoded event, float32 [B, T, D] twice, of its encoding, its item and its
+        type; the history and the types may be longer."""
+        t = encoded_BTD.shape[1]
+        history_BT, types_BT = history_BT[:, -t:], None if types_BT is None else types_BT[:, -t:]
         if self.folded is not None:
             key, value = self.folded.keys_and_values(encoded_BTD, history_BT)
         else:
@@ -229,13 +233,12 @@ class RankingModel(nn.Module):
         return vector, self.query(vector), self.item(ids), self.popularity[ids], self._category(ids)
 
     def attend(
-        self, candidate_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor,
-        types_BT: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """What each candidate finds in the encoded part of the history, float32 [B, N, D]."""
-        n, d, t, h = candidate_BND.shape[1], self.width, encoded_BTD.shape[1], self.config.heads
+        self, candidate_BND: Tensor, query_BND: Tensor, history_BT: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """What each candidate finds in the encoded part of the history, whose ``keys_and_values`` these are, float32
+        [B, N, D]."""
+        n, d, t, h = candidate_BND.shape[1], self.width, key.shape[1], self.config.heads
         history_BT = history_BT[:, -t:]
-        key, value = self.keys_and_values(encoded_BTD, history_BT, None if types_BT is None else types_BT[:, -t:])
         q = query_BND.view(-1, n, h, d // h).transpose(1, 2)
         k = key.view(-1, t, h, d // h).transpose(1, 2)
         v = value.view(-1, t, h, d // h).transpose(1, 2)
@@ -259,21 +262,30 @@ class RankingModel(nn.Module):
         self, history_BT: Tensor, candidates_BN: Tensor, scores_BN: Tensor, encoded_BTD: Tensor, *more: Tensor
     ) -> Tensor:
         """Logits float32 [B, N, heads]. The inputs are those of ``contract.ranking_inputs``."""
-        n, f = candidates_BN.shape[1], len(self.head_names)  # without int(): free axes of the exported graph
         types_BT, context, live = moment_of(self.types, self.columns, more)
+        read = self.keys_and_values(encoded_BTD, history_BT, types_BT)
+        return self.logits(candidates_BN, scores_BN, None, history_BT, *read, encoded_BTD[:, -1:], context, live)
+
+    def logits(
+        self, candidates_BN: Tensor, scores_BN: Tensor, among_BL: Tensor | None, history_BT: Tensor, key: Tensor,
+        value: Tensor, newest_B1D: Tensor, context: Context, live: Sequence[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """The same of candidates that may be a part of the list whose scores are ``among_BL``."""
+        n, f = candidates_BN.shape[1], len(self.head_names)  # without int(): free axes of the exported graph
         candidate, query, item, popularity, category = self.candidate_parts(candidates_BN)
-        attended = self.attend(candidate, query, history_BT, encoded_BTD, types_BT)
-        counted = self.counters(history_BT, candidates_BN, scores_BN, popularity, category)
+        attended = self.attend(candidate, query, history_BT, key, value)
+        counted = self.counters(history_BT, candidates_BN, scores_BN, popularity, category, among_BL)
         if self.live is not None:
             live_BNF = self.live(candidates_BN, *live)
             counted = torch.cat([counted, live_BNF], 2)
         features = self.counter(counted)
-        user = encoded_BTD[:, -1:, :] * item
+        user = newest_B1D * item
         parts = [attended, candidate, user, features, *self.context_parts(context, candidate)]
         x = torch.cat(parts, dim=2).flatten(0, 1)
         heads = self._heads(x)
         logits = torch.cat([heads[h] for h in self.head_names], dim=1).view(-1, n, f)
-        residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)
+        best_B1 = (scores_BN if among_BL is None else among_BL).amax(1, keepdim=True)
+        residual = self.retrieval_scale * (scores_BN - best_B1).clamp_min(-20.0)
         if self.live is not None:
             residual = residual + self.live.direct(live_BNF).squeeze(2)
         return torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], dim=2)
@@ -283,33 +295,20 @@ class RankingModel(nn.Module):
         return torch.sigmoid(logits * self.calibration[:, 0] + self.calibration[:, 1])
 
 
-class LiveFeatures(nn.Module):
-    """What live counters say of each candidate, normalised: nothing (zeros before) of those that are not rising."""
+def score_parts(scores_BN: Tensor, among_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How far scores float32 [B, N] are below the list's best (-20 to 0), and their shares of its softmax.
+    ``among_BL``: the list, where it is more than these."""
+    whole_BL = scores_BN if among_BL is None else among_BL
+    top_B1 = whole_BL.amax(1, keepdim=True)
 
-    mean: Tensor
-    spread: Tensor
+    def gap(of_BN: Tensor) -> Tensor:
+        none = torch.full_like(of_BN, -20.0)
+        return torch.where(of_BN > EXCLUDED / 2, of_BN - top_B1, none).clamp(-20.0, 0.0)
 
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(count))
-        self.register_buffer("spread", torch.ones(count))
-        self.direct = nn.Linear(count, 1, bias=False)
-        nn.init.zeros_(self.direct.weight)
-
-    def measure(self, live_RF: Tensor) -> None:
-        """Takes mean and spread of features float [R, F] of rising items in training."""
-        if len(live_RF) > 1:  # else nothing had been clicked before any request
-            self.mean.copy_(live_RF.float().mean(0))
-            self.spread.copy_(live_RF.float().std(0).clamp_min(1e-3))
-
-    def forward(self, candidates_BN: Tensor, rising_BM: Tensor, live_BMF: Tensor) -> Tensor:
-        """float32 [B, N, F], of -6 to 6."""
-        same_BNM = (candidates_BN[:, :, None] == rising_BM[:, None, :]) & (candidates_BN != PADDING_ID)[:, :, None]
-        return self.normalised(same_BNM.to(live_BMF.dtype) @ live_BMF)
-
-    def normalised(self, live_BNF: Tensor) -> Tensor:
-        """The same of features that were counted, float32 [B, N, F]."""
-        return ((live_BNF - self.mean) / self.spread).clamp(-6.0, 6.0)
+    gap_BN = gap(scores_BN)
+    if among_BL is None:
+        return gap_BN, torch.softmax(gap_BN, dim=1)
+    return gap_BN, torch.exp(gap_BN) / torch.exp(gap(whole_BL)).sum(1, keepdim=True)
 
 
 class FoldedItems(nn.Module):
@@ -373,6 +372,12 @@ class RankingGraph(nn.Module):
         *more: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         logits = self.model(history_ids, candidate_ids, candidate_scores, encoded_history, *more)
+        return self.ordered(logits, history_ids, candidate_ids, candidate_scores, *more)
+
+    def ordered(
+        self, logits: Tensor, history_ids: Tensor, candidate_ids: Tensor, candidate_scores: Tensor, *more: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What is answered of the logits."""
         live = more[-2:] if self.model.config.rising else ()
         empty_B1 = (history_ids < FIRST_ID).all(dim=1, keepdim=True)
         if live:  # of a cold user, what is clicked most now comes before what was popular in training

@@ -43,6 +43,9 @@ def compile_(
     ] = None,
     index: Annotated[str, choice("--index", INDEXES, "candidates from a FAISS index (else exact)")] = "",
     shards: Annotated[int, typer.Option(help="servers that the items of retrieval are dealt to (0: none)", min=0)] = 0,
+    at_once: Annotated[
+        int, typer.Option(help="candidates that the ranker scores at a time, to bound memory (0: all)", min=0)
+    ] = 0,
     bound: Bound = 0.01,
     force: Force = False,
 ) -> None:
@@ -54,7 +57,9 @@ def compile_(
 
         chosen: dict[str, Any] = {"precision": precision, "tables": tables, "index": index}  # each is one of its values
         targets: tuple[Any, ...] = tuple(target or ())
-        config = CompileConfig(fold=fold, targets=targets, shards=shards, bound=bound, force=force, **chosen)
+        config = CompileConfig(
+            fold=fold, targets=targets, shards=shards, bound=bound, force=force, at_once=at_once, **chosen
+        )
         sizes = chosen_preset(preset, run.root)
         results = compile_models(Features(run.features), sizes, run.root, seed, say, config)["results"]
     for stage, values in results["parity"].items():

@@ -116,6 +116,20 @@ def test_grown_histories_answer_as_whole_ones(compiled, room):
         assert not cache.evicted and rows[GROWN] > rows[MISSED] - USERS
 
 
+def test_retrieval_and_ranking_read_the_entry_of_the_cache(compiled):
+    s, folder = compiled
+    grown, (user, *_) = GrownRetrieval(folder, s, 1 << 24), [u for u in _users(9) if len(u) > s.memory]
+    inputs = _inputs(s, [user], np.random.default_rng(2))
+    _, scores, encoded = grown(inputs)
+    (entry,) = grown.histories.cache._entries.values()
+    count = min(entry.count, encoded.shape[1])
+    assert np.array_equal(encoded[0, encoded.shape[1] - count :], entry.encoded[entry.count - count : entry.count])
+    entry.encoded[entry.count - 1] += 1  # another state: what scores the items and what the ranker is given follow
+    _, other_scores, other = grown(inputs)
+    assert grown.histories.rows == {MISSED: 1, HIT: 1}
+    assert not np.allclose(other_scores, scores) and np.array_equal(other[0, -1], entry.encoded[entry.count - 1])
+
+
 def test_the_compilers_check_tells_another_models_graphs(compiled):
     s, folder = compiled
     inputs = _inputs(s, _users(USERS), np.random.default_rng(1))
