@@ -29,7 +29,7 @@ from training.learn.ranker import head_auc, without_padding
 from training.metrics import Collected, ranks, ranks_after
 from training.models.ranking import RankingModel
 from training.models.retrieval import EXCLUDED, RetrievalModel
-from training.presets import Preset
+from training.presets import Preset, shapes
 from training.scoring import SCORED, behind_rising, candidates
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.manifest import Progress, Step, write_json
@@ -38,6 +38,7 @@ from vivace.run import CONTROL as CONTROL_STEP, FEATURES, FINAL, RANKING, RETRIE
 RANKS = "ranks.npz"  # rank of every test request's target by method
 VALIDATION_RANKS = "validation_ranks.npz"  # the same of the validation requests, of the models alone
 LAYOUT = 2  # of these files: an evaluation of another layout is made again
+RISING_LAYOUT = 2  # the same, of a ranker with live counters
 POPULARITY, NEIGHBOUR = "popularity", "last-item neighbour"
 RETRIEVAL, RANKED, CONTROL = "retrieval", "retrieval + ranking", "control: ranker without the extra label"
 FINAL_FIT = "final fit: "  # before the name of a row whose models and counts have learned from all of the log
@@ -136,7 +137,7 @@ class Models:
                 "prepare a log that brings a test set of its own"
             )
         requests = batches.requests(self.features.files(part), self.heads, self.preset.encoder.window, SCORED)
-        return with_live(requests, self.features, part, self.preset)
+        return with_live(requests, self.features, part, shapes(self.preset, self.features))
 
     def retrieve(self, request: batches.Requests) -> Candidates:
         exclude_seen = self.features.schema.exclude_seen
@@ -237,7 +238,8 @@ def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Pro
     inputs = {name: run.key(name) for name in (RETRIEVAL_STEP, *rankers)}
     if final := run.has(FINAL) and brings_test(features):
         inputs[FINAL] = run.key(FINAL)
-    step = Step(run.evaluation, "evaluate", {"layout": LAYOUT}, seed, inputs)
+    settings = {"layout": LAYOUT} | ({"rising": RISING_LAYOUT} if preset.ranker.rising else {})
+    step = Step(run.evaluation, "evaluate", settings, seed, inputs)
     if step.done():
         assert step.manifest is not None
         return step.manifest
