@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from training.models.ranking import RankingModel
-
+M = TypeVar("M", bound=nn.Module)
 EXPERT = re.compile(r"experts\.values\.0\.values\.0\.branches\.(\d+)\.values\.1\.weight")
 MERGED = "mmoe"  # the mixture that has this form
 
@@ -38,7 +36,7 @@ class MergedHeads(nn.Module):
     """What ``RankingModel`` does with its features, of a trained one whose mixture is MERGED. ``aligned``: experts and
     gates are padded to a multiple of so many channels."""
 
-    def __init__(self, model: RankingModel, aligned: int = 1) -> None:
+    def __init__(self, model: Any, aligned: int = 1) -> None:
         super().__init__()
         if model.config.mixture != MERGED:
             raise ValueError(f"MergedHeads: expected the mixture {MERGED!r}, got {model.config.mixture!r}")
@@ -69,10 +67,11 @@ class MergedHeads(nn.Module):
         return scores
 
 
-def with_merged_heads(model: RankingModel) -> RankingModel:
-    """A copy of a trained ranker that shares all but its heads, which are merged; ``model`` itself for a mixture that
-    has no such form."""
-    if model.config.mixture != MERGED:
+def with_merged_heads(model: M) -> M:
+    """A copy of a trained ``RankingModel`` that shares all but its heads, which are merged; ``model`` itself for a
+    mixture that has no such form."""
+    ranker: Any = model
+    if ranker.config.mixture != MERGED:
         return model
     copied = copy.copy(model)
     copied._modules = dict(model._modules)
