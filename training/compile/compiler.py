@@ -54,7 +54,7 @@ from training.data.fresh_ranking import (
 from training.data.new_items import new_item_tables, with_fresh
 from training.judge.evaluate import RANKED, Models, rank_validation
 from training.judge.gate import BOUND, Verdict, judge_engine
-from training.models.merged_heads import with_merged_heads
+from training.models.blocks import with_merged_heads
 from training.models.ranking import RankingGraph, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import Preset, shapes

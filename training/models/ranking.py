@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.models import blocks
+from training.models.blocks import MergedHeads
 from training.models.context import CONTEXT_WIDTH, Context, ContextTower, exportable, moment_of
 from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
 from training.models.item_table import ItemTables, list_mean
-from training.models.merged_heads import MergedHeads
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
 from vivace.checks import check_fields, check_minimum, check_shares

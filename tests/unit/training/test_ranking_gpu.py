@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from training.models.blocks import with_merged_heads
 from training.models.encoders import MASKED, EncoderConfig, mask_value
 from training.models.item_table import ItemTables
-from training.models.merged_heads import with_merged_heads
 from training.models.ranking import RankerConfig, RankingGraph, RankingModel
 from training.models.ranking_gpu import GpuRanking, gpu_graph
 from training.models.retrieval import EXCLUDED, RetrievalModel
