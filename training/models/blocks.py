@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vivace.contract import PADDING_ID
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     try:
@@ -235,3 +237,11 @@ def with_merged_heads(model: M) -> M:
     copied._modules = dict(model._modules)
     copied.merged = MergedHeads(model)
     return copied
+
+
+def own_counts(same_BNT: Tensor, history_BT: Tensor) -> Tensor:
+    """Features float32 [B, N, 2] of how many events of a history are of the candidate's kind: log1p of the number, and
+    its share of all events. ``same_BNT``: 1 where they are; B requests, N candidates, T events."""
+    count_BN = same_BNT.sum(2)
+    events_B1 = (history_BT != PADDING_ID).to(count_BN.dtype).sum(1, keepdim=True)
+    return torch.stack([torch.log1p(count_BN), count_BN / events_B1.clamp_min(1.0)], 2)
