@@ -15,7 +15,9 @@ CPU_FLAGS = {
     "avx512f": "AVX-512",
     "avx512_vnni": "AVX-512 VNNI",
     "avx_vnni": "AVX VNNI",
+    "avx512_bf16": "AVX-512 BF16",
     "amx_int8": "AMX",
+    "amx_bf16": "AMX BF16",
 }
 
 

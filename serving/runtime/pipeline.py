@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serving.runtime.by_length import chunks, together
+from serving.runtime.by_length import RANKING_RUN_EVENTS, chunks, together
 from serving.runtime.fresh import FreshRanking
 from serving.runtime.grown import GrownRetrieval
 from serving.runtime.live_catalogue import LiveCatalogue
@@ -149,7 +149,7 @@ class Pipeline:
         if count < ids.shape[1]:
             ids, scores = np.ascontiguousarray(ids[:, :count]), np.ascontiguousarray(scores[:, :count])
         parts = []
-        for places, t in chunks(history_BT, self.whole):
+        for places, t in chunks(history_BT, self.whole, RANKING_RUN_EVENTS):
             of_events = [self.shapes.types and i == 0 for i in range(len(passed_on))]
             more = (x[places, -t:] if is_of_events else x[places]
                     for x, is_of_events in zip(passed_on, of_events, strict=True))  # fmt: skip

@@ -49,7 +49,7 @@ def without_merlin(ranker: RankingModel) -> RankingModel:
         plain.context = ranker.context.plain_copy()
     plain.to(ranker.popularity.device)
     with torch.no_grad():  # the layers take their input width from the first batch
-        plain.eval()._heads(torch.zeros(2, ranker.mixed_width, device=ranker.popularity.device))
+        plain.eval().head_logits(torch.zeros(2, ranker.mixed_width, device=ranker.popularity.device))
     plain.load_state_dict(ranker.state_dict())
     return plain
 

@@ -55,6 +55,7 @@ from training.data.fresh_ranking import (
 from training.data.new_items import new_item_tables, with_fresh
 from training.judge.evaluate import RANKED, Models, rank_validation
 from training.judge.gate import BOUND, Verdict, judge_engine
+from training.models.blocks import with_merged_heads
 from training.models.ranking import RankingGraph, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import Preset, shapes
@@ -188,10 +189,10 @@ class Compilation:
         with torch.no_grad():
             self.candidates = (self.example[0], *graph(*given), *self.example[s.passed_on :])
         self.say("exporting ranking")
+        ranking = RankingGraph(with_merged_heads(self.ranker), folded=self.folded)
         self.parity[contract.RANKING] = export_checked(
-            contract.RANKING, RankingGraph(self.ranker, folded=self.folded), contract.ranking_inputs(s),
-            self.ranking_outputs, self.candidates, self.exact_folder / "ranking.onnx", RankingGraph(self.ranker),
-            export_in_chunks(self.config.at_once),
+            contract.RANKING, ranking, contract.ranking_inputs(s), self.ranking_outputs, self.candidates,
+            self.exact_folder / "ranking.onnx", RankingGraph(self.ranker), export_in_chunks(self.config.at_once),
         )  # fmt: skip
 
     def export_grown(self) -> None:
@@ -207,7 +208,7 @@ class Compilation:
         counts = popularity(self.features.files(WHOLE if self.run.has(FINAL) else "train"), self.tensors.items)
         boost = self.preset.retrieval.new_item_boost
         new_item_tables(self.features, self.retriever, counts, boost).save(self.folder)
-        graph = FreshRankingGraph(self.ranker, counted=bool(self.tensors.rising_fresh))
+        graph = FreshRankingGraph(with_merged_heads(self.ranker), counted=bool(self.tensors.rising_fresh))
         history, _, scores, encoded, *_ = self.candidates
         chosen = self.candidates[1][:, : self.tensors.fresh]
         given = [history, scores, encoded, scores[:, : self.tensors.fresh], self.ranker.item(chosen)]
@@ -243,7 +244,7 @@ class Compilation:
             retrieval = RetrievalGraph(self.retriever, s.candidates, s.memory, int8_table=True, rising=s.rising)
             export(retrieval, self.example[: len(names[0])], *names, self.folder / "retrieval.onnx", RETRIEVAL_AXES)
             names = names_of(contract.ranking_inputs(s)), names_of(self.ranking_outputs)
-            ranking = RankingGraph(self.ranker, int8_table=True)
+            ranking = RankingGraph(with_merged_heads(self.ranker), int8_table=True)
             export(ranking, self.candidates, *names, self.folder / "ranking.onnx", RANKING_AXES)
         else:
             self.sensitivities = reduce_precision(self.features, s, self.exact_folder, self.folder, config.precision)

@@ -102,8 +102,7 @@ class FreshRankingGraph(nn.Module):
         user = encoded_history[:, -1:, :] * fresh_vectors
         parts = [attended, candidate, user, model.counter(counted), *model.context_parts(context, candidate)]
         x = torch.cat(parts, dim=2).flatten(0, 1)
-        heads = model._heads(x)
-        logits = torch.cat([heads[h] for h in model.head_names], dim=1).view(-1, m, f)
+        logits = model.head_logits(x).view(-1, m, f)
         gap_BM = (fresh_scores - candidate_scores.amax(1, keepdim=True)).clamp_min(-20.0)
         residual = model.retrieval_scale * gap_BM
         if model.live is not None:

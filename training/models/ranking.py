@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.models import blocks
+from training.models.blocks import MergedHeads
 from training.models.context import CONTEXT_WIDTH, Context, ContextTower, LiveFeatures, exportable, moment_of
 from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
@@ -142,13 +143,14 @@ class RankingModel(nn.Module):
         self.retrieval_scale = nn.Parameter(torch.full((), LIVE_RETRIEVAL_SCALE if config.rising else 1.0))
         self.live = LiveFeatures(live) if config.rising else None
         self.folded: FoldedItems | None = None  # what ``fold`` worked out of each item
+        self.merged: MergedHeads | None = None
         for i, linear in enumerate(linears):
             nn.init.zeros_(linear.weight)
             nn.init.constant_(linear.bias, -4.5 if i else 0.0)  # about one positive among the candidates
         if self.type_embedding is not None:
             nn.init.zeros_(self.type_embedding.weight)
         with torch.no_grad():  # the mixture's layers take their input width from the first batch
-            self._heads(torch.zeros(2, self.mixed_width))
+            self.head_logits(torch.zeros(2, self.mixed_width))
 
     @property
     def mixed_width(self) -> int:
@@ -246,9 +248,13 @@ class RankingModel(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
         return self.norm_out(candidate_BND + self.out(attended.transpose(1, 2).reshape(-1, n, d)))
 
-    def _heads(self, x_PF: Tensor) -> dict[str, Tensor]:
+    def head_logits(self, x_PF: Tensor) -> Tensor:
+        """Of features of candidates float32 [P, F]: float32 [P, heads], without the retrieval score."""
+        if self.merged is not None:
+            merged: Tensor = self.merged(x_PF)
+            return merged
         mixed = self.towers(self.experts(x_PF))  # one tensor for all towers, or one each
-        return {h: self.score[h](mixed[h]) for h in self.head_names}
+        return torch.cat([self.score[h](mixed[h]) for h in self.head_names], 1)
 
     def context_parts(self, context: Context, candidate_BND: Tensor) -> list[Tensor]:
         """What the context says, alone and of each candidate: float32 [B, N, W] and [B, N, D]; none without one."""
@@ -282,8 +288,7 @@ class RankingModel(nn.Module):
         user = newest_B1D * item
         parts = [attended, candidate, user, features, *self.context_parts(context, candidate)]
         x = torch.cat(parts, dim=2).flatten(0, 1)
-        heads = self._heads(x)
-        logits = torch.cat([heads[h] for h in self.head_names], dim=1).view(-1, n, f)
+        logits = self.head_logits(x).view(-1, n, f)
         best_B1 = (scores_BN if among_BL is None else among_BL).amax(1, keepdim=True)
         residual = self.retrieval_scale * (scores_BN - best_B1).clamp_min(-20.0)
         if self.live is not None:

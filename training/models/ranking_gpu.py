@@ -11,14 +11,13 @@ F features, P = B x N, X experts, W their width, H heads.
 from __future__ import annotations
 
 import copy
-import re
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.models.blocks import own_counts
+from training.models.blocks import MergedHeads, merged, own_counts
 from training.models.context import Context, moment_of
 from training.models.encoders import mask_value
 from training.models.ranking import RankingGraph, RankingModel
@@ -27,18 +26,6 @@ from vivace.contract import FIRST_ID, PADDING_ID
 
 Lookup = Literal["sum", "sorted"]
 ALIGNED = 16  # channels: what eight-bit matrix products on GPUs ask for
-EXPERT = re.compile(r"experts\.values\.0\.values\.0\.branches\.(\d+)\.values\.1\.weight")
-
-
-def merged(layers: list[nn.Linear] | list[tuple[Tensor, Tensor]], aligned: int = 1) -> nn.Linear:
-    """One layer whose output is that of all, one after the other, padded to a multiple of ``aligned``."""
-    pairs = [(layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer for layer in layers]
-    weight, bias = (torch.cat([pair[i].detach().float() for pair in pairs]) for i in (0, 1))
-    missing = -len(weight) % aligned
-    one = nn.Linear(weight.shape[1], len(weight) + missing)
-    one.weight = nn.Parameter(F.pad(weight, (0, 0, 0, missing)), requires_grad=False)
-    one.bias = nn.Parameter(F.pad(bias, (0, missing)), requires_grad=False)
-    return one
 
 
 class GpuRanking(nn.Module):
@@ -57,8 +44,6 @@ class GpuRanking(nn.Module):
 
     def __init__(self, model: RankingModel, dtype: torch.dtype, folded: bool = False, lookup: Lookup = "sum") -> None:
         super().__init__()
-        if model.config.mixture != "mmoe":
-            raise ValueError(f"GpuRanking: expected the mixture 'mmoe', got {model.config.mixture!r}")
         model = copy.deepcopy(model).eval().requires_grad_(False)
         self.config, self.width, self.names, self.dtype = model.config, model.width, model.head_names, dtype
         self.folded, self.lookup = folded, lookup
@@ -81,22 +66,9 @@ class GpuRanking(nn.Module):
         else:
             self.register_buffer("described_VE", model.describe(items).to(dtype))
             self.own, self.norm_own, self.query = model.own, model.norm_own, model.query
-        self._merge_heads(model)
+        self.heads = MergedHeads(model, ALIGNED)
         for part in self.children():
             part.to(dtype)
-
-    def _merge_heads(self, model: RankingModel) -> None:
-        state = {name.replace(".to_wrap", ""): value for name, value in model.state_dict().items()}
-        layer = lambda name: (state[f"{name}.weight"], state[f"{name}.bias"])  # noqa: E731
-        experts = sorted((name for name in state if EXPERT.fullmatch(name)), key=lambda n: int(n.split(".")[6]))
-        if len(experts) != self.config.experts:
-            raise ValueError(f"GpuRanking: expected {self.config.experts} experts in the weights, got {len(experts)}")
-        gates = [layer(f"experts.values.1.branches.{h}.values.0.values.0") for h in sorted(self.names)]
-        self.mixture = merged([*(layer(name.removesuffix(".weight")) for name in experts), *gates], ALIGNED)
-        self.tower = merged([layer(f"towers.branches.{h}.values.1") for h in self.names])
-        scores = [layer(f"score.{h}") for h in self.names]
-        weight = torch.block_diag(*(w for w, _ in scores))
-        self.score = merged([(weight, torch.cat([b for _, b in scores]))])
 
     # -- parts ---------------------------------------------------------------------------------------
     def _follow(self, recent_BL: Tensor, candidates_BN: Tensor) -> Tensor:
@@ -175,15 +147,6 @@ class GpuRanking(nn.Module):
         out: Tensor = self.norm_out(vector_BND + self.out(attended.transpose(1, 2).reshape(-1, n, d)))
         return out
 
-    def _heads(self, x_PF: Tensor) -> Tensor:
-        x, w, h = self.config.experts, self.config.expert_width, len(self.names)
-        both = self.mixture(x_PF)
-        expert_PXW = F.gelu(both[:, : x * w]).view(-1, x, w)
-        gate_PHX = torch.softmax(both[:, x * w : x * w + h * x].view(-1, h, x), 2)
-        mixed_PHW = (gate_PHX[..., None] * expert_PXW[:, None]).sum(2)
-        scores: Tensor = self.score(F.gelu(self.tower(mixed_PHW.flatten(1))))
-        return scores
-
     def _context(self, context: Context, vector_BND: Tensor) -> list[Tensor]:
         """See ``RankingModel.context_parts``."""
         if self.context is None or self.of_context is None:
@@ -203,7 +166,7 @@ class GpuRanking(nn.Module):
         features = self.counter(self.counters(history_BT, candidates_BN, scores_BN).to(self.dtype))
         parts = [attended, vector, encoded_BTD[:, -1:] * item, features, *self._context(context, vector)]
         x_PF = torch.cat(parts, 2).flatten(0, 1)
-        logits = self._heads(x_PF).float().view(*candidates_BN.shape, -1)
+        logits = self.heads(x_PF).float().view(*candidates_BN.shape, -1)
         residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)
         return torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], 2)
 

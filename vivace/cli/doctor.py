@@ -75,6 +75,9 @@ def examine(console: Console, artifacts: Path) -> int:
         ("CPU", True, f"{len(os.sched_getaffinity(0))} cores, {name}, {', '.join(extensions) or 'no AVX2'}"),
         ("int8 on CPU", None if "VNNI" not in str(extensions) else True,
          "VNNI: int8 products are exact and fast" if "VNNI" in str(extensions) else "no VNNI: int8 needs reduce_range"),
+        ("bf16 on CPU", None if "BF16" not in str(extensions) else True,
+         "PyTorch and OpenVINO compute in it; ONNX Runtime, which serves, has no products in it here"
+         if "BF16" in str(extensions) else "not there; graphs are served in float32 or int8"),
         ("memory", memory.available > 2**31, f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}"),
         ("shared memory", shm.free > 64 << 20, f"/dev/shm has {shm.free / 2**20:.0f} MiB free"),
         ("Triton", triton_ok, triton),

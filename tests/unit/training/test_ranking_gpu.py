@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from training.models.blocks import with_merged_heads
 from training.models.encoders import MASKED, EncoderConfig, mask_value
 from training.models.item_table import ItemTables
 from training.models.ranking import RankerConfig, RankingGraph, RankingModel
@@ -64,7 +65,7 @@ def test_sixteen_bits_move_logits_a_little_and_make_no_infinities(dtype, bound):
     model, given = ranker(), requests()
     expected = model(*given)
     graph = gpu_graph(model, dtype)
-    assert graph.model.mixture.weight.dtype == dtype and graph.model.follower_weights.dtype == torch.float32
+    assert graph.model.heads.mixture.weight.dtype == dtype and graph.model.follower_weights.dtype == torch.float32
     logits = graph.model(*given)
     live = given[1] != PADDING_ID
     assert torch.isfinite(logits).all()
@@ -118,3 +119,15 @@ def test_a_retriever_in_half_precision_answers_an_empty_history():
         assert torch.isfinite(encoded[:, -1]).all() and other.dtype == torch.float32
         assert (scores - other).abs().max() < 0.02
         graph.model.float()
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_merged_heads_answer_what_the_trained_ones_answer_and_leave_them_alone(folded):
+    model, given = ranker(), requests()
+    ids, values = RankingGraph(model)(*given)
+    other_ids, other = RankingGraph(with_merged_heads(model), folded=folded)(*given)
+    assert model.merged is None and with_merged_heads(model).experts is model.experts
+    assert torch.equal(ids, other_ids)
+    torch.testing.assert_close(values, other, atol=2e-5, rtol=1e-4)
+    shared = ranker(mixture="shared")
+    assert with_merged_heads(shared) is shared
