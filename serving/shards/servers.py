@@ -199,7 +199,7 @@ def check_stages(release: Path, profile: str) -> None:
     if read_config(release, contract.ENSEMBLE, profile).platform != "ensemble":
         raise ServerError(
             f"--profile {profile}: expected a profile of separate stages, as it is retrieval that asks the shards; "
-            "leave --profile out, or compile without --shards"
+            "serve it by --profile ensemble, or compile without --shards"
         )
 
 
