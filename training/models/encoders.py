@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vivace.checks import check_fields, check_minimum, check_shares
+from vivace.checks import check_fields, check_minimum, check_positive, check_shares
 from vivace.windows import Window
 
 MASKED = -1e9  # finite, so that a row whose keys are all padding stays a number
@@ -76,6 +76,11 @@ class EncoderConfig:
     neighbours: int = 0
     """Items that are kept of each item's co-occurrence in sessions, for a memory beside the encoder
     (``session_memory``; 0: none). For logs whose items may come again."""
+    neighbours_by: Literal["sessions", "linear"] = "sessions"
+    """"sessions": an item's neighbours are those of the sessions that have it; "linear": those of a linear autoencoder
+    of whole histories (EASE, Steck 2019), for small logs of steady taste."""
+    neighbours_ridge: float = 300.0
+    """Penalty of that autoencoder's weights."""
     head_width: int = 0
     """Width of an attention head after pruning (0: width / heads)."""
     ffn_width: int = 0
@@ -96,6 +101,7 @@ class EncoderConfig:
         check_minimum(self, 1, "width", "layers", "heads", "history", "ffn_factor")
         check_minimum(self, 0, "text_tokens", "adapter", "neighbours", "head_width", "ffn_width")
         check_shares(self, "dropout", "id_dropout")
+        check_positive(self, "neighbours_ridge")
         if self.time_bias and self.family in ("gru", "lstm"):
             raise ValueError(f"EncoderConfig.time_bias is for attention, got the {self.family!r} family")
         self._check_positions()
@@ -127,7 +133,8 @@ class EncoderConfig:
             )
 
 
-LATER = {"positions": "slots", "slide": 1}  # fields that came later, with what held before
+LATER = {"positions": "slots", "slide": 1, "neighbours_by": "sessions", "neighbours_ridge": 300.0}
+"""Fields that came later, with what held before."""
 
 
 def recorded_fields(config: EncoderConfig) -> dict[str, Any]:
