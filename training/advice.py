@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from preprocessing.features import Features
 from preprocessing.splits import YEAR_MS
+from training.models.encoders import EncoderConfig
 from vivace.contract import FIRST_ID, ITEM, TARGET, TARGET_TIME, TEXT, TIME
 from vivace.counters import WindowCounts
 
@@ -26,6 +27,7 @@ JUDGED = 2_000  # validation requests that say so
 LEAST_JUDGED = 200  # fewer say nothing
 HOUR_MS = 3_600_000
 TOP = 10
+LEAST_EVENTS = 0.1  # training events a weight of the encoder; on ML-1M 1.6 (``base``) did well, .04 (``large``) did not
 GAPS = 0.05  # share of different gaps between events below which times are made up
 
 
@@ -130,3 +132,16 @@ def suited(log: LogSizes) -> tuple[str, str]:
         name = "news-time" if log.times else "news"
         return name, f"{size}: short histories of many items, {'with' if log.times else 'without'} real times"
     return "shop", f"{size}: short histories"
+
+
+def outsized(encoder: EncoderConfig, events: int) -> str:
+    """What to say where an encoder has far more weights than its log has training events; "" elsewhere. Weights are
+    those of the blocks' products, without items and biases."""
+    inner = encoder.heads * encoder.of_head
+    weights = encoder.layers * 2 * encoder.width * (2 * inner + encoder.of_ffn)
+    if events >= LEAST_EVENTS * weights:
+        return ""
+    return (
+        f"retriever: {weights / 1e6:.1f} million weights beside the items for {events:,} training events; on ML-1M a "
+        "model so large was behind a smaller one: train --preset base beside it and compare"
+    )

@@ -59,6 +59,22 @@ def compile_one(program: Path, package: Path, log: Path, seconds: float) -> str:
             process.wait()
 
 
+def end_of(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+
+
+def answered(package: Path, graph: nn.Module, inputs: list[Tensor], where: torch.device) -> dict[str, float]:
+    """What loading a package and its first answer took, its size, and how far its scores are from PyTorch's."""
+    began = time.perf_counter()
+    got = Package(package, largest=ROWS).run([x.numpy() for x in inputs])
+    loaded = time.perf_counter() - began
+    with torch.no_grad():
+        expected = graph.to(where)(*(x.to(where) for x in inputs))
+    scores, place = (expected, 0) if isinstance(expected, Tensor) else (expected[1], 1)
+    apart = float((scores.float().cpu() - torch.from_numpy(got[place])).abs().max())
+    return {"load_s": loaded, "mib": package.stat().st_size / 2**20, "apart": apart}
+
+
 def measure(figures: Figures, where: torch.device, given: Asked) -> None:
     folder = (given.out / "packages").resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,25 +88,16 @@ def measure(figures: Figures, where: torch.device, given: Asked) -> None:
             began = time.perf_counter()
             torch.export.save(aoti.exported(graph.eval(), inputs, where), program)
             exported = time.perf_counter()
-            outcome = compile_one(program, package, log, min(LIMIT_S, figures.left() - 1))
-            took = time.perf_counter() - exported
-            row = {"graph": name, "export_s": exported - began, "compile_s": took, "outcome": outcome}
-            if outcome != "ok":
-                figures.row(**row)
-                lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-                figures.set(last_words={**figures.values.get("last_words", {}), name: lines})
-                figures.skip(what, f"{outcome} after {took:.0f} s")
+            figures.row(graph=name, export_s=exported - began, compile_s=0.0, outcome="under way")
+            row = figures.values["rows"][-1]  # told now, as this process may be stopped before the compiler is
+            row["outcome"] = compile_one(program, package, log, min(LIMIT_S, figures.left() - 1))
+            row["compile_s"] = took = time.perf_counter() - exported
+            figures.set(last_words={**figures.values.get("last_words", {}), name: end_of(log)})
+            if row["outcome"] != "ok":
+                figures.skip(what, f"{row['outcome']} after {took:.0f} s")
                 continue
-            began_load = time.perf_counter()
-            got = Package(package, largest=ROWS).run([x.numpy() for x in inputs])
-            loaded = time.perf_counter() - began_load
-            with torch.no_grad():
-                expected = graph.to(where)(*(x.to(where) for x in inputs))
-            last = expected if isinstance(expected, Tensor) else expected[1]
-            figures.row(
-                **row, load_s=loaded, mib=package.stat().st_size / 2**20,
-                apart=float((last.float().cpu() - torch.from_numpy(got[0 if last is expected else 1])).abs().max()),
-            )  # fmt: skip
+            row |= answered(package, graph, inputs, where)
+            figures.write()
         except Exception as error:  # the other graphs' figures stay
             figures.skip(what, f"{type(error).__name__}: {error}")
         clock.release(where)

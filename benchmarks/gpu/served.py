@@ -55,7 +55,7 @@ SEED, TOP_K, COMPARED = 7, 10, 60
 ATTAINED = 0.99
 FIRST_QPS, RUN_S, MOST_RUNS = 100.0, 3.0, 9
 LEAST_SERVED_S = 35.0  # of the step that a compiler leaves for what is served
-KEPT_S = {"gpu": 60.0, "": 45.0, "aoti": 4.0}  # of the step for what comes after a profile
+KEPT_S = {"gpu": 75.0, "": 40.0, "aoti": 4.0}  # of the step for what comes after a profile
 LAST_LINES = 30  # of a log that are kept
 ALONE_S = 1.0  # of the graphs called directly
 SAMPLED_S = 0.05
@@ -293,9 +293,8 @@ def main(
                 compiled(under_way[target], roots[target], figures.left() - LEAST_SERVED_S)
                 figures.set(**{f"compiled_{target or 'default'}_s": time.monotonic() - began})
                 compiler = under_way["aoti"].poll() is None
-                keep_s = KEPT_S[profile] if where.type == "cuda" else 4.0
 
-                def enough(runs: int, keep_s: float = keep_s) -> bool:
+                def enough(runs: int, keep_s: float = KEPT_S[profile]) -> bool:
                     """Whether the time, or the profiles to come, call for an end."""
                     return runs >= MOST_RUNS or figures.left() < RUN_S + keep_s
 

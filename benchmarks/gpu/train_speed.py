@@ -99,7 +99,7 @@ def measure(figures: Figures, where: torch.device, given: Asked) -> None:
             began = time.perf_counter()
             losses = [step() for _ in range(3)]
             warm_up = time.perf_counter() - began
-            took = seconds_of(step, STEPS, where)
+            took = seconds_of(step, STEPS if where.type == "cuda" else 2, where)
         except Exception as error:
             figures.skip(f"{name} {how} {batch}", error)
             continue

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from preprocessing.features import Features
+from training.advice import outsized
 from training.checkpoints import device, finish_training, keep_only_own_checkpoint
 from training.data import batches
 from training.data.columns import EventColumns
@@ -199,6 +200,8 @@ def train_retrieval(
         keep_only_own_checkpoint(step)
     torch.manual_seed(seed)
     counts = popularity(features.files("train"), features.item_count())
+    if warning := outsized(preset.encoder, int(counts.sum())):
+        say(warning)
     model, record = _prepared_model(features, preset, counts, step, start_from, adaptation, constraint, say)
     model.remembers = False
     if training.shard_model and model.context is not None:  # FSDP does not see the weights in Merlin's wrappers

@@ -11,8 +11,8 @@ from preprocessing.features import Features
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers import open_source
 from preprocessing.splits import SplitConfig
-from training.advice import LogSizes, sizes_of, suited
-from training.presets import PRESETS
+from training.advice import LogSizes, outsized, sizes_of, suited
+from training.presets import PRESETS, base, cpu, large
 
 LOGS = {  # users, items, training events, of the median user, real times
     "ML-1M": (LogSizes(6_040, 3_416, 987_531, 94, False), "cpu"),
@@ -95,3 +95,12 @@ def test_a_log_whose_hot_items_change_by_the_hour_is_fresh(tmp_path, moves):
     log = log_of(rows, tmp_path)
     assert log.times and log.fresh == moves and (suited(log)[0] == "news-live") == moves
     assert log.hour_hits > 0.3 and (log.ever_hits > 0.3) != moves
+
+
+def test_a_model_far_larger_than_its_log_is_said():
+    ml_1m = 987_000
+    assert not outsized(cpu().encoder, ml_1m) and not outsized(base().encoder, ml_1m)
+    assert "25.2 million weights" in outsized(large().encoder, ml_1m) and "987,000 training events" in outsized(
+        large().encoder, ml_1m
+    )
+    assert not outsized(large().encoder, 10_000_000)
