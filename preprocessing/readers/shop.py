@@ -305,9 +305,7 @@ class Shop:
         out[WEIGHT] = WEIGHTS[out["kind"]]
         return out.drop(columns="kind")
 
-    def _loved_or(
-        self, item: np.ndarray, rng: np.random.Generator, live: np.ndarray, focus: np.ndarray
-    ) -> np.ndarray:
+    def _loved_or(self, item: np.ndarray, rng: np.random.Generator, live: np.ndarray, focus: np.ndarray) -> np.ndarray:
         """The items, int64 [B], of a share of the users one that they loved long ago in the session's category."""
         if self._loved is None:
             return item

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training.models.context import exportable, moment_of
 from training.models.ranking import RankingModel
-from training.models.retrieval import RetrievalModel
+from training.models.retrieval import EXCLUDED, RetrievalModel
 from vivace.contract import FIRST_ID, PADDING_ID
 
 INPUTS = ("HISTORY_IDS", "CANDIDATE_SCORES", "ENCODED_HISTORY", "FRESH_SCORES", "FRESH_VECTORS")
@@ -63,7 +63,7 @@ class FreshRankingGraph(nn.Module):
 
     def _counters(
         self, history_BT: Tensor, scores_BN: Tensor, fresh_BM: Tensor, categories_BMC: Tensor | None,
-        live_BMF: Tensor | None,
+        of_older: list[Tensor], live_BMF: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """``RankingModel.counters`` of the fresh items among the candidates, and what live counters say of them:
         nothing has followed them in training, and there they are as popular as an item without an event."""
@@ -76,6 +76,7 @@ class FreshRankingGraph(nn.Module):
         counted = model.counters(
             history_BT, torch.cat([none_BN, none_BM], 1), scores, unseen, torch.cat([none_BN, category_BM], 1)
         )[:, n:]
+        counted = torch.cat([counted, *of_older], 2) if of_older else counted
         if model.live is None:
             return counted
         if live_BMF is None:
@@ -96,8 +97,11 @@ class FreshRankingGraph(nn.Module):
         live = given.pop(0) if self.counted else None
         types, context, _ = moment_of(model.types, model.columns, given)
         candidate = model.norm_own(model.own(self._describe(fresh_vectors, categories, lists, numbers)))
-        attended = model.attend(candidate, model.query(candidate), history_ids, encoded_history, types)
-        counted = self._counters(history_ids, candidate_scores, fresh_scores, categories, live)
+        there = fresh_scores > EXCLUDED / 2
+        attended, of_older = model.attend(
+            candidate, model.query(candidate), fresh_vectors, there, history_ids, encoded_history, types
+        )
+        counted = self._counters(history_ids, candidate_scores, fresh_scores, categories, of_older, live)
         user = encoded_history[:, -1:, :] * fresh_vectors
         parts = [attended, candidate, user, model.counter(counted), *model.context_parts(context, candidate)]
         x = torch.cat(parts, dim=2).flatten(0, 1)

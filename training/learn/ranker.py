@@ -27,7 +27,7 @@ from training.learn.loop import Loop, LoopConfig
 from training.metrics import list_auc, mean_ndcg, ranks_after
 from training.models.ranking import RankingModel
 from training.models.retrieval import EXCLUDED, RetrievalModel
-from training.presets import Preset, shapes
+from training.presets import Preset, recorded_fields, shapes
 from training.scoring import SCORED, behind_rising, candidates, candidates_with
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.manifest import Progress, Step
@@ -308,7 +308,10 @@ def train_ranker(
     """Trains ``artifacts/<name>/ranking``. ``control``: on the last training event instead of the validation event,
     so without a label that the retriever has not seen (``ranking_control``). ``log``: impressions to learn from too."""
     run, name, training = Run(root, features.folder), CONTROL if control else RANKING, preset.ranking
-    config = {"ranker": asdict(preset.ranker), "training": asdict(training), "control": control, "held_out_by": "user"}
+    config = {
+        "ranker": recorded_fields(preset.ranker), "training": asdict(training), "control": control,
+        "held_out_by": "user",
+    }  # fmt: skip
     if log is not None:
         config["impressions"] = log.key()
     step = Step(run.step(name), "train ranking", config, seed, {RETRIEVAL: run.key(RETRIEVAL)})

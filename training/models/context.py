@@ -4,7 +4,8 @@ Built from Merlin's blocks where Merlin is: a tabular input (an embedding a cate
 they are), a cross layer (DCN V2, Wang et al. 2021, eq. 1) and a layer. What Merlin's blocks compute is written once
 more in plain PyTorch, for machines without Merlin and for the exported graphs, where theirs leave control flow behind;
 a test compares the two, and the weights have the same names.
-Axis legend: B requests, P rows, C categorical and F continuous columns, E width of an embedding, W width of the vector.
+Axis legend: B requests, P rows, C categorical and F continuous columns, E width of an embedding, W width of the vector;
+of live counters N candidates, M rising items, R of them in training, F features.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from training.models.blocks import Names, mm
 from vivace.context import ContextColumns
-from vivace.contract import NULL_ID
+from vivace.contract import NULL_ID, PADDING_ID
 
 M = TypeVar("M", bound=nn.Module)
 EMBEDDING = 16  # E
@@ -183,3 +184,32 @@ class ContextTower(nn.Module):
         parts = [] if ids_PC is None else [table(ids_PC[:, i]) for i, table in enumerate(tables)]
         x = torch.cat(parts if amounts_PF is None else [*parts, amounts_PF], 1)
         return F.gelu(layer(_LAYER_LINEAR)(x + x * layer(_CROSS_LINEAR)(x)))
+
+
+class LiveFeatures(nn.Module):
+    """What live counters say of each candidate, normalised: nothing (zeros before) of those that are not rising."""
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(count))
+        self.register_buffer("spread", torch.ones(count))
+        self.direct = nn.Linear(count, 1, bias=False)
+        nn.init.zeros_(self.direct.weight)
+
+    def measure(self, live_RF: Tensor) -> None:
+        """Takes mean and spread of features float [R, F] of rising items in training."""
+        if len(live_RF) > 1:  # else nothing had been clicked before any request
+            self.mean.copy_(live_RF.float().mean(0))
+            self.spread.copy_(live_RF.float().std(0).clamp_min(1e-3))
+
+    def forward(self, candidates_BN: Tensor, rising_BM: Tensor, live_BMF: Tensor) -> Tensor:
+        """float32 [B, N, F], of -6 to 6."""
+        same_BNM = (candidates_BN[:, :, None] == rising_BM[:, None, :]) & (candidates_BN != PADDING_ID)[:, :, None]
+        return self.normalised(same_BNM.to(live_BMF.dtype) @ live_BMF)
+
+    def normalised(self, live_BNF: Tensor) -> Tensor:
+        """The same of features that were counted, float32 [B, N, F]."""
+        return ((live_BNF - self.mean) / self.spread).clamp(-6.0, 6.0)

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.models import blocks
-from training.models.context import CONTEXT_WIDTH, Context, ContextTower, exportable, moment_of
+from training.models.context import CONTEXT_WIDTH, Context, ContextTower, LiveFeatures, exportable, moment_of
 from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
 from training.models.item_table import ItemTables, list_mean
+from training.models.long.nearest import NearestEvents, attend_both
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
 from training.models.task_heads import TaskWeights
 from vivace.checks import check_fields, check_minimum, check_shares
@@ -42,6 +43,10 @@ class RankerConfig:
     """N, items of the retriever that are ordered anew."""
     memory: int = 0
     """Newest encoded events that the candidates attend to (0: all)."""
+    nearest: int = 0
+    """K, of the events before those, that the candidates attend to as well: the nearest by item vectors (0: none)."""
+    nearest_to: Literal["candidate", "request"] = "candidate"
+    """Each "candidate" has K of its own (TransAct V2, Xia et al. 2025), or the "request" has K, nearest to any."""
     heads: int = 4
     """Attention heads from candidates to events."""
     experts: int = 3
@@ -69,7 +74,7 @@ class RankerConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
-        check_minimum(self, 0, "memory", "rising")
+        check_minimum(self, 0, "memory", "nearest", "rising")
         check_shares(self, "dropout")
 
 
@@ -122,11 +127,12 @@ class RankingModel(nn.Module):
         self.columns = columns
         self.context = ContextTower(columns, CONTEXT_WIDTH) if columns.names else None
         self.of_context = nn.Linear(CONTEXT_WIDTH, d) if columns.names else None
+        self.nearest = NearestEvents(d, config.nearest, config.nearest_to == "candidate") if config.nearest else None
         self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         counted = len(retriever.columns.counted) if config.by_context else 0
         live = live_features(counted) if config.rising else 0
-        counters = 5 + 2 * config.lags + 2 * config.category_counts + live
+        counters = 5 + 2 * config.lags + 2 * config.category_counts + 2 * bool(config.nearest) + live
         self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
         towers = blocks.towers(head_names)
         self.experts = blocks.mixture(config.mixture, config.experts, config.expert_width, config.dropout, towers)
@@ -225,19 +231,28 @@ class RankingModel(nn.Module):
         return vector, self.query(vector), self.item(ids), self.popularity[ids], self._category(ids)
 
     def attend(
-        self, candidate_BND: Tensor, query_BND: Tensor, history_BT: Tensor, encoded_BTD: Tensor,
-        types_BT: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """What each candidate finds in the encoded part of the history, float32 [B, N, D]."""
+        self, candidate_BND: Tensor, query_BND: Tensor, item_BND: Tensor, there_BN: Tensor, history_BT: Tensor,
+        encoded_BTD: Tensor, types_BT: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """(what each candidate finds in the history, float32 [B, N, D]: its encoded part and what is chosen of the
+        older events; features of these, float32 [B, N, 2], if they are read). ``there_BN``: no padding."""
         n, d, t, h = candidate_BND.shape[1], self.width, encoded_BTD.shape[1], self.config.heads
-        history_BT = history_BT[:, -t:]
-        key, value = self.keys_and_values(encoded_BTD, history_BT, None if types_BT is None else types_BT[:, -t:])
+        older_BO, history_BT = history_BT[:, : history_BT.shape[1] - t], history_BT[:, -t:]
+        of_older, types_BT = (
+            (None, None) if types_BT is None else (types_BT[:, : types_BT.shape[1] - t], types_BT[:, -t:])
+        )
+        key, value = self.keys_and_values(encoded_BTD, history_BT, types_BT)
         q = query_BND.view(-1, n, h, d // h).transpose(1, 2)
         k = key.view(-1, t, h, d // h).transpose(1, 2)
         v = value.view(-1, t, h, d // h).transpose(1, 2)
         mask = (history_BT == PADDING_ID)[:, None, None, :].to(q.dtype) * MASKED
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
-        return self.norm_out(candidate_BND + self.out(attended.transpose(1, 2).reshape(-1, n, d)))
+        if self.nearest is None:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
+            return self.norm_out(candidate_BND + self.out(attended.transpose(1, 2).reshape(-1, n, d))), []
+        typed = None if of_older is None or self.type_embedding is None else self.type_embedding(of_older)
+        chosen = self.nearest(older_BO, item_BND, there_BN, self.item, typed, MASKED)
+        attended = self.out(attend_both(q, k, v, mask, chosen))
+        return self.norm_out(candidate_BND + attended), [chosen.features]
 
     def _heads(self, x_PF: Tensor) -> dict[str, Tensor]:
         mixed = self.towers(self.experts(x_PF))  # one tensor for all towers, or one each
@@ -258,8 +273,10 @@ class RankingModel(nn.Module):
         n, f = candidates_BN.shape[1], len(self.head_names)  # without int(): free axes of the exported graph
         types_BT, context, live = moment_of(self.types, self.columns, more)
         candidate, query, item, popularity, category = self.candidate_parts(candidates_BN)
-        attended = self.attend(candidate, query, history_BT, encoded_BTD, types_BT)
+        there = candidates_BN != PADDING_ID
+        attended, of_older = self.attend(candidate, query, item, there, history_BT, encoded_BTD, types_BT)
         counted = self.counters(history_BT, candidates_BN, scores_BN, popularity, category)
+        counted = torch.cat([counted, *of_older], 2) if of_older else counted
         if self.live is not None:
             live_BNF = self.live(candidates_BN, *live)
             counted = torch.cat([counted, live_BNF], 2)
@@ -285,35 +302,6 @@ def own_counts(same_BNT: Tensor, history_BT: Tensor) -> Tensor:
     count_BN = same_BNT.sum(2)
     events_B1 = (history_BT != PADDING_ID).to(count_BN.dtype).sum(1, keepdim=True)
     return torch.stack([torch.log1p(count_BN), count_BN / events_B1.clamp_min(1.0)], 2)
-
-
-class LiveFeatures(nn.Module):
-    """What live counters say of each candidate, normalised: nothing (zeros before) of those that are not rising."""
-
-    mean: Tensor
-    spread: Tensor
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(count))
-        self.register_buffer("spread", torch.ones(count))
-        self.direct = nn.Linear(count, 1, bias=False)
-        nn.init.zeros_(self.direct.weight)
-
-    def measure(self, live_RF: Tensor) -> None:
-        """Takes mean and spread of features float [R, F] of rising items in training."""
-        if len(live_RF) > 1:  # else nothing had been clicked before any request
-            self.mean.copy_(live_RF.float().mean(0))
-            self.spread.copy_(live_RF.float().std(0).clamp_min(1e-3))
-
-    def forward(self, candidates_BN: Tensor, rising_BM: Tensor, live_BMF: Tensor) -> Tensor:
-        """float32 [B, N, F], of -6 to 6."""
-        same_BNM = (candidates_BN[:, :, None] == rising_BM[:, None, :]) & (candidates_BN != PADDING_ID)[:, :, None]
-        return self.normalised(same_BNM.to(live_BMF.dtype) @ live_BMF)
-
-    def normalised(self, live_BNF: Tensor) -> Tensor:
-        """The same of features that were counted, float32 [B, N, F]."""
-        return ((live_BNF - self.mean) / self.spread).clamp(-6.0, 6.0)
 
 
 class FoldedItems(nn.Module):
@@ -354,6 +342,8 @@ def fold(model: RankingModel) -> RankingModel:
     """A copy of a trained ranker that reads ``FoldedItems``."""
     folded = copy.deepcopy(model.eval())
     folded.folded = FoldedItems(folded)
+    if folded.nearest is not None:
+        folded.nearest.fold(folded.item(torch.arange(len(folded.popularity), device=folded.popularity.device)))
     return folded
 
 

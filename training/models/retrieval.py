@@ -64,7 +64,7 @@ class RetrievalModel(nn.Module):
             raise ValueError(f"popularity: expected shape [{items}], got {list(popularity.shape)}")
         self.config = config
         self.masked = config.family == "bert4rec"
-        length = config.history + self.masked  # the place that asks for the next item comes last
+        length = config.span + self.masked  # the place that asks for the next item comes last
         self.items = ItemTable(items, config.width, attributes, config.id_dropout)
         placeless = config.family in ("gru", "lstm") or config.positions == "none"
         self.position = None if placeless else nn.Embedding(length, config.width)  # the last row is the newest event's
@@ -137,13 +137,17 @@ class RetrievalModel(nn.Module):
         newest: int = 0,
         types: Tensor | None = None,
     ) -> Tensor:
-        """Encoded history float32 [B, T, D] of ids int64 [B, T], padded on the left; T <= config.history. ``times`` in
-        ms, int64 [B, T], 0 where unknown: read by a configuration with ``time_bias``. ``newest``: only the last so many
-        rows are worked out, [B, newest, D] (0: all). ``types``: ids of the events' types int64 [B, T], None where they
-        are not known.
+        """Encoded history float32 [B, T, D] of ids int64 [B, T], padded on the left; T <= config.history; with
+        ``config.reads`` only those newest ones are read, [B, reads, D]. ``times`` in ms, int64 [B, T], 0 where unknown:
+        read by a configuration with ``time_bias``. ``newest``: only the last so many rows are worked out,
+        [B, newest, D] (0: all). ``types``: ids of the events' types int64 [B, T], None where they are not known.
 
         The newest row is the user's state, which is scored against the items; rows of padding are zero."""
         table_VD = self.table() if table_VD is None else table_VD
+        if self.config.reads:
+            history_BT, times, types = (
+                None if x is None else x[:, -self.config.reads :] for x in (history_BT, times, types)
+            )
         known_BT = history_BT != PADDING_ID
         x_BTD = self.embedded(history_BT, table_VD, types)
         if self.mask_token is None:
