@@ -16,7 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,12 +80,12 @@ class Form:
 
 
 def forms_of(lengths: list[int], stochastic: float) -> list[Form]:
-    """Each length whole; each but the longest with a choice among the older events of the longest; last, the longest
-    trained with windows of stochastic length, if that is asked for."""
+    """Each length but the longest, whole and with a choice among the older events of the longest; the longest, whole
+    and trained with windows of stochastic length, if that is asked for."""
     longest = max(lengths)
     short = [n for n in lengths if n < longest]
     chosen = [Form(longest, n, CHOSEN) for n in short] + [Form(longest, n, CHOSEN, "request") for n in short]
-    return [*map(Form, lengths), *chosen, *([Form(longest, stochastic=stochastic)] if stochastic else [])]
+    return [*map(Form, short), *chosen, Form(longest), *([Form(longest, stochastic=stochastic)] if stochastic else [])]
 
 
 def trained(form: Form, features: Features, artifacts: Path, epochs: int) -> dict[str, float]:
@@ -104,10 +104,8 @@ def trained(form: Form, features: Features, artifacts: Path, epochs: int) -> dic
 
 def ranks_of(form: Form, features: Features, artifacts: Path, epochs: int) -> dict[str, np.ndarray]:
     """Ranks int64 of all test requests' targets."""
-    models, out = (
-        Models(features, form.preset(epochs), artifacts / form.name, [RANKING]),
-        {"retrieval": [], "ranked": []},
-    )
+    models = Models(features, form.preset(epochs), artifacts / form.name, [RANKING])
+    out: dict[str, list[np.ndarray]] = {"retrieval": [], "ranked": []}
     for request in models.requests("test"):
         proposed = models.retrieve(request)
         out["retrieval"].append(proposed.rank_B.numpy())
@@ -206,9 +204,9 @@ def main(
     ranks = {form.name: ranks_of(form, features, artifacts, epochs) for form in forms}
     of_quality, of_cost = judged(ranks, str(sizes[0])), costs(forms, features, artifacts, epochs, turns)
     rows = {name: seconds[name] | of_quality[name] | of_cost[name] for name in ranks}
-    typer.echo(
-        f"| history | retrieval NDCG@10 | ranked NDCG@10 | ranked - that of {sizes[0]} | retrieval, ms | ranking, ms | s |"
-    )
+    head = ("history", "retrieval NDCG@10", "ranked NDCG@10", f"ranked - that of {sizes[0]}", "retrieval, ms",
+            "ranking, ms", "trained in s")  # fmt: skip
+    typer.echo("| " + " | ".join(head) + " |")
     typer.echo("|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         typer.echo(line(name, row))
