@@ -73,9 +73,9 @@ class Form:
                 epochs=epochs, batch_size=step, ema=0.99, probe_users=0, stochastic_length=self.stochastic
             ),
             ranker=RankerConfig(
-                candidates=100, experts=2, expert_width=32, nearest=self.nearest, nearest_to=self.to
+                candidates=50, experts=2, expert_width=32, nearest=self.nearest, nearest_to=self.to
             ),
-            ranking=RankerTraining(epochs=3, batch_size=64, past_events=10),
+            ranking=RankerTraining(epochs=2, batch_size=64, past_events=5),
         )  # fmt: skip
 
 
