@@ -144,10 +144,9 @@ class RetrievalModel(nn.Module):
 
         The newest row is the user's state, which is scored against the items; rows of padding are zero."""
         table_VD = self.table() if table_VD is None else table_VD
-        if self.config.reads:
-            history_BT, times, types = (
-                None if x is None else x[:, -self.config.reads :] for x in (history_BT, times, types)
-            )
+        if reads := self.config.reads:
+            history_BT = history_BT[:, -reads:]
+            times, types = (None if x is None else x[:, -reads:] for x in (times, types))
         known_BT = history_BT != PADDING_ID
         x_BTD = self.embedded(history_BT, table_VD, types)
         if self.mask_token is None:

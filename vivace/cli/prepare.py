@@ -67,11 +67,7 @@ def prepare(
 ) -> Run:
     """Read a log, fit NVTabular, write sequences, requests, transform.onnx and the feature store."""
     size = _size_of_shop(data, {"users": users, "items": items, "events": events, "long_taste": long_taste})
-    if not (valid_share > 0 and test_share > 0 and valid_share + test_share < 1):
-        raise typer.BadParameter(
-            f"expected shares above 0 that sum below 1 with --valid-share, got {valid_share:g} and {test_share:g}",
-            param_hint="--test-share",
-        )
+    _check_shares(valid_share, test_share)
     from preprocessing.readers import open_source
 
     source = open_source(data, path, size | {"seed": seed})
@@ -101,6 +97,15 @@ def prepare(
     say_results(results, run)
     say_next("train", run, artifacts)
     return run
+
+
+def _check_shares(valid_share: float, test_share: float) -> None:
+    """Raises BadParameter."""
+    if not (valid_share > 0 and test_share > 0 and valid_share + test_share < 1):
+        raise typer.BadParameter(
+            f"expected shares above 0 that sum below 1 with --valid-share, got {valid_share:g} and {test_share:g}",
+            param_hint="--test-share",
+        )
 
 
 def _size_of_shop(data: str, given: dict[str, float | None]) -> dict[str, float]:

@@ -39,7 +39,8 @@ def turned(x: Tensor, known_BT: Tensor, back: bool = False) -> Tensor:
 def _attend(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention  # takes seconds to load, and few need it
 
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    attend: Callable[..., Any] = torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    return attend
 
 
 @lru_cache(maxsize=64)
