@@ -39,7 +39,7 @@ bench: setup
 quality: setup
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 
-# pieces for a machine with a GPU and no network; ARGS="--with tensorrt-rtx,onnxruntime-gpu"; data below $VIVACE_DATA
+# pieces for a machine with a GPU and no network; ARGS="--with onnxruntime-gpu,tensorrt-rtx"; data below $VIVACE_DATA
 gpu-pack: setup
 	$(BIN)/python -m benchmarks.gpu.pack $(ARGS)
 

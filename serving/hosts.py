@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, M
 from prometheus_client.core import GaugeMetricFamily
 
 from serving.door.access import check_access
-from serving.door.endpoints import Endpoints, Turn
+from serving.door.endpoints import RECOMMEND, Endpoints, Turn
 from serving.door.hosts import Upstream
 from serving.door.keeper import DoorKeeper
 from serving.door.options import AccessOptions, DoorOptions
@@ -34,9 +34,11 @@ from serving.start_checks import (
     raise_descriptor_limit,
 )
 from serving.unix_http import UnixHandler, UnixServer
+from serving.wheel import ServerError
 
 log = logging.getLogger("vivace.serve")
 LOOK_S = 0.25
+ANY = "0.0.0.0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,13 @@ class HostsDoorOptions:
         check_exposure(self.host, address, True, self.access)
         ports = {name: getattr(self, name) or free_port(address) for name in ("http_port", "grpc_port", "metrics_port")}
         check_ports(address, {f"--{name.replace('_', '-')}": port for name, port in ports.items()})
+        for host in self.upstream.hosts:
+            itself = host.ip == address or (address == ANY and _is_of_this_machine(host.ip))
+            if itself and {host.http_port, host.grpc_port} & set(ports.values()):
+                raise ServerError(
+                    f"--hosts: {host.name}:{host.http_port}:{host.grpc_port} is where this door itself listens; give "
+                    "it other ports by --http-port and --grpc-port, or name the server that is meant"
+                )
         raise_descriptor_limit()
         return replace(
             self, host=address, http_port=ports["http_port"], grpc_port=ports["grpc_port"],
@@ -112,10 +121,14 @@ class HostsDoor:
 
     def look(self) -> None:
         """Asks the door who is well, and says what has changed."""
+        upstream = self.options.upstream
+        hosts = {host.sign(RECOMMEND): host for host in upstream.hosts}
         now = self.door.well()
         for address, well in now.items():
-            if self.well.get(address, True) != well:
-                self.say(f"{address}: {'answers again' if well else 'does not say that it works; others are asked'}")
+            if self.well.get(address, True) == well:
+                continue
+            why = "" if well else upstream.why_not(hosts[address]) or "does not say that it works"
+            self.say(f"{address}: {'answers again' if well else f'{why}; others are asked'}")
         self.well = now
 
     def _serve_metrics(self, path: Path) -> None:
@@ -140,6 +153,14 @@ class HostsDoor:
         for address, well in self.well.items():
             up.add_metric([address], float(well))
         yield up
+
+
+def _is_of_this_machine(ip: str) -> bool:
+    try:
+        local_address(ip)
+    except ServerError:
+        return False
+    return True
 
 
 def run_door(options: HostsDoorOptions, say: Callable[[str], None]) -> None:

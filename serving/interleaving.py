@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from serving.profiles import ONE_PROCESS
 from serving.repository import models, read_config
 from serving.runtime.interleaved import Interleave, differing
 from serving.runtime.rules import deal_places
@@ -14,8 +15,6 @@ from serving.start_checks import check_rules
 from serving.wheel import ServerError
 from vivace import contract
 
-ONE_PROCESS = "fused"  # the profile for it where the served one is an ensemble: the answers are the same
-
 
 def interleaving(options: ServerOptions, release: Path, salt: str) -> ServerOptions:
     """``options`` of the served version, for a server of ``release`` beside it. ``salt``: of the coins. Both run in one
@@ -24,6 +23,7 @@ def interleaving(options: ServerOptions, release: Path, salt: str) -> ServerOpti
     served = options.repository.resolve()
     if any(shard_count(folder) for folder in (served, release)):
         raise ServerError("--interleave: expected versions that were compiled without --shards: one process runs both")
+    # of an ensemble the one process has the same answers
     profile = options.profile if contract.RETRIEVAL not in models(served, options.profile) else ONE_PROCESS
     configs = [read_config(folder, contract.ENSEMBLE, profile) for folder in (served, release)]
     if why := differing(*(config.output for config in configs)):

@@ -30,11 +30,14 @@ class ServingProfile:
     queue_timeout_us: int = 1_000_000  # a request that waited so long for a stage is refused
 
 
+ENSEMBLE = "ensemble"  # what --profile calls config.pbtxt: the profile "" of a repository
+ONE_PROCESS = "fused"
+
 _GPU = ServingProfile(max_batch_size=256, queue_delay_us=200, retrieval_instances=1, kind="GPU")
 PROFILES = {
     "": ServingProfile(),
     "cached": ServingProfile(state_cache=True),
-    "fused": ServingProfile(fused=True, overload_rows=32, max_queue=128),
+    ONE_PROCESS: ServingProfile(fused=True, overload_rows=32, max_queue=128),
     "openvino": ServingProfile(backend="openvino"),
     "gpu": _GPU,
     "tensorrt": replace(_GPU, backend="tensorrt"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from serving.profiles import PROFILES as PROFILES, ServingProfile as ServingProfile
+from serving.profiles import ENSEMBLE, PROFILES as PROFILES, ServingProfile as ServingProfile
 from serving.releases import publishing
 from serving.runtime.batch_sizes import padded_sizes
 from vivace import contract
@@ -279,8 +279,8 @@ def check_profile(repository: Path, profile: str) -> None:
     ``config.pbtxt`` in its place and say nothing."""
     if profile and profile not in profiles(repository):
         raise ValueError(
-            f"--profile: expected one of {', '.join(profiles(repository)) or 'none'}, or no --profile, got {profile!r} "
-            f"({repository})"
+            f"--profile: expected one of {', '.join([ENSEMBLE, *profiles(repository)])}, or no --profile, "
+            f"got {profile!r} ({repository})"
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from training.data.batches import Requests
-from training.metrics import ranks
+from training.metrics import MISS, ranks
 from training.models.retrieval import EXCLUDED, RetrievalModel, propose
 from vivace.contract import FIRST_ID, PADDING_ID
 
@@ -57,9 +57,11 @@ def candidates_with(
 
 def behind_rising(rank_B: Tensor, request: Requests) -> Tensor:
     """The retriever's ranks int64 [B], of targets that are among the rising items 0 and of others behind those: what
-    ``ranks_after`` takes as the ranks before ranking."""
+    ``ranks_after`` takes as the ranks before ranking. A target that may not be answered, as it was seen, stays MISS
+    however fast it rises: ``propose`` leaves it out."""
     if request.rising_BM is None:
         return rank_B
     rising_BM, target_B = request.rising_BM.to(rank_B.device), request.target_B.to(rank_B.device)
     joined_B = (rising_BM == target_B[:, None]).any(1) & (target_B != PADDING_ID)
-    return torch.where(joined_B, torch.zeros_like(rank_B), rank_B + rising_BM.shape[1])
+    before_B = torch.where(joined_B, torch.zeros_like(rank_B), rank_B + rising_BM.shape[1])
+    return torch.where(rank_B == MISS, MISS, before_B)

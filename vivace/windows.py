@@ -26,12 +26,13 @@ class Window:
 def newest(ids_n: np.ndarray, length: int, slide: int = 1) -> int:
     """How many of the newest events of a history int64 [n], oldest first, are read: at most ``length``.
 
-    ``slide`` above 1: of a longer history at least ``length - slide + 1``, from the event of the ``slide`` oldest that
-    could be the first whose id has the least hash. Appended events leave that one the first until it is too old or a
-    smaller one is near enough: the start moves once in about ``slide / 2`` events, however many older ones a caller
-    or a store still has. (A count of events would not do: a full store always has as many.)"""
+    ``slide`` above 1: of as long or a longer history at least ``length - slide + 1``, from the event of the ``slide``
+    oldest that could be the first whose id has the least hash. Appended events leave that one the first until it is
+    too old or a smaller one is near enough: the start moves once in about ``slide / 2`` events, however many older
+    ones a caller or a store still has; a full store may have just ``length``. (A count of events would not do: it
+    always has as many.)"""
     n, slide = len(ids_n), min(slide, length)
-    if n <= length or slide == 1:
+    if n < length or slide == 1:
         return min(n, length)
     first = _mixed(ids_n[n - length : n - length + slide])
     latest = slide - 1 - int(first[::-1].argmin())  # of equal ones, as an item may come again

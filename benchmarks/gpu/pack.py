@@ -1,6 +1,6 @@
 """``make gpu-pack``: what a bare machine with a GPU needs, in pieces that are small enough to be carried there.
 
-    python -m benchmarks.gpu.pack [--with onnxruntime-gpu] [--data ml-1m-benchmark,beauty] [--limit-mib 60]
+    python -m benchmarks.gpu.pack [--with onnxruntime-gpu,tensorrt-rtx] [--data ml-1m-benchmark,beauty] [--limit-mib 60]
 
 A *bundle* is one ``tar.xz``: the code, prepared runs, the wheels of one purpose. A *piece* is a folder of at most
 ``--limit-mib``: bundles, or parts of one, and ``piece.json`` with their sizes and hashes. ``unpack.py``, copied beside
@@ -193,7 +193,7 @@ def main(
     data: Annotated[
         str, typer.Option(help="data sets, with commas; found under $VIVACE_DATA")
     ] = "ml-1m-benchmark,beauty",
-    bundles: Annotated[str, typer.Option("--with", help="sections of pieces.toml, with commas")] = "tensorrt-rtx",
+    bundles: Annotated[str, typer.Option("--with", help="sections of pieces.toml, with commas")] = "onnxruntime-gpu",
     python: Annotated[str, typer.Option(help="of the machine with the GPU")] = "3.12",
     level: Annotated[int, typer.Option(help="of xz", min=0, max=9)] = 6,
     limit_mib: Annotated[float, typer.Option(help="of one piece", min=0.1)] = 60,

@@ -34,8 +34,8 @@ WORTH_S = 5.0  # with less time than this left no step is begun
 
 @dataclass(frozen=True)
 class Step:
-    """A module of this folder, its time limit in seconds on a GPU and in a rehearsal, and a step whose compiler fills
-    its caches meanwhile, with figures that nobody keeps."""
+    """A module of this folder, its time limit in seconds on a GPU and in a rehearsal, and the step that runs beside it
+    on a GPU, with low priority, and is not run again."""
 
     name: str
     seconds: float
@@ -43,17 +43,21 @@ class Step:
     beside: str = ""
 
 
-STEPS = (
-    Step("machine", 20, 40),
+STEPS = (  # what no card has shown yet first
+    Step("machine", 15, 40),
+    Step("served", 210, 120),
+    Step("state_reuse", 35, 30),
+    Step("train_speed", 70, 100),
+    Step("long_history", 40, 60),
+    Step("train", 150, 90, beside="packages"),
+    Step("packages", 150, 15),
     Step("gpu_tests", 30, 60),
-    Step("train", 190, 90, beside="engines"),
-    Step("served", 200, 120),
     Step("engines", 90, 60),
     Step("format_quality", 30, 60),
     Step("grid", 40, 40),
     Step("kernels", 30, 40),
-    Step("train_speed", 50, 100),
 )
+BESIDE = "beside "  # how a step ended that ran beside another, before the name of that
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,11 @@ def run_steps(
     out: Path,
     seconds: float,
     on_step: Callable[[dict[str, Any]], None],
-    meanwhile: Mapping[str, Sequence[str]] | None = None,
+    meanwhile: Mapping[str, tuple[str, Sequence[str]]] | None = None,
 ) -> dict[str, Any]:
     """Runs (name, limit, command) one after the other within ``seconds``; returns what each wrote and how it ended, by
-    name. ``on_step`` gets all that is known after each; ``meanwhile``: commands that run beside a step, by its name."""
+    name. ``on_step`` gets all that is known after each; ``meanwhile``: (name, command) of the step that runs beside
+    another, by that one's name."""
     end = time.monotonic() + seconds
     results: dict[str, Any] = {}
     for name, limit, command in steps:
@@ -126,13 +131,17 @@ def run_steps(
             print(f"== {name}: up to {min(limit, left):.0f} of the {left:.0f} s left", flush=True)
             granted = max(1.0, min(limit, left - GRACE_S))
             log = out / f"{name}.log"
-            other = [part.format(seconds=granted) for part in (meanwhile or {}).get(name, ())]
-            with beside(other, out / f"{name}-beside.log") if other else nullcontext():
+            aside, command_aside = (meanwhile or {}).get(name, ("", ()))
+            (out / f"{aside}.json").unlink(missing_ok=True)
+            other = [part.format(seconds=granted) for part in command_aside]
+            with beside(other, out / f"{aside}.log") if other else nullcontext():
                 ended = run_step([part.format(seconds=granted) for part in command], log, granted + GRACE_S)
             written = json.loads(figures.read_text()) if figures.exists() else {}
             results[name] = {"outcome": ended.outcome, "seconds": ended.seconds, **written}
             if ended.outcome != "ok":
                 results[name]["last_words"] = ended.last_words
+            if (of_aside := out / f"{aside}.json").exists():
+                results[aside] = {"outcome": f"{BESIDE}{name}", **json.loads(of_aside.read_text())}
             print(f"== {name}: {ended.outcome} after {ended.seconds} s\n{ended.last_words}", flush=True)
         on_step(results)
     return results
@@ -175,9 +184,13 @@ def main(
         partial.write_text(json.dumps(finite(plain(record)), indent=1, allow_nan=False))
         os.replace(partial, path)
 
-    steps = [(s.name, s.rehearsal_s if cpu else s.seconds, command_of(s, out, artifacts, cpu)) for s in chosen]
-    by_name, aside = {s.name: s for s in STEPS}, out / "beside"
-    meanwhile = {s.name: command_of(by_name[s.beside], aside, artifacts, cpu) for s in chosen if s.beside and not cpu}
+    by_name, names_chosen = {s.name: s for s in STEPS}, {s.name for s in chosen}
+    pairs = [s for s in chosen if not cpu and s.beside in names_chosen]
+    meanwhile = {s.name: (s.beside, command_of(by_name[s.beside], out, artifacts, cpu)) for s in pairs}
+    alone = [s for s in chosen if s.name not in {p.beside for p in pairs}]
+    if cpu:  # a processor trains too slowly to do it again for what is served
+        alone.sort(key=lambda s: s.name not in ("machine", "train"))
+    steps = [(s.name, s.rehearsal_s if cpu else s.seconds, command_of(s, out, artifacts, cpu)) for s in alone]
     results = run_steps(steps, out, minutes * 60, write, meanwhile)
     print(f"results: {path}")
     for name, result in results.items():

@@ -1,14 +1,18 @@
-"""Step of the GPU kit: the real tritonserver, its graphs as AOTInductor packages on the GPU, under open load.
+"""Step of the GPU kit: the real tritonserver with its graphs on the GPU, under open load.
 
-    python -m benchmarks.gpu.served --out FOLDER --seconds 200 [--root FOLDER_OF_A_RUN]
+    python -m benchmarks.gpu.served --out FOLDER --seconds 210 [--root FOLDER_OF_A_RUN]
 
-A trained run (``--root``; else the first that lies in the results or among the artifacts, else a tiny one trained here)
-is compiled twice at once by the product's own command, with and without ``--target aoti``. Once both are there, each is
-served in its turn: the first by the default profile on the processor, the second by "aoti". Answers are compared, and
-each is offered rising rates until fewer than 99 % come within the objective. A row has the processor time of all the
-server's processes a request, and of the GPU's two times: by NVML (the share of the time in which a kernel ran, sampled)
-and by CUDA events around each batch, copies included. Brought along: ``pieces.toml`` says what (tritonserver and its
-client, LMDB, NumPy 1 for its workers).
+A trained run (``--root``; else the first that lies in the results or among the artifacts, else one of an epoch made
+here: ``base`` on a GPU, whose times are those of a trained one) is compiled twice at once by the product's own command,
+with and without ``--target aoti``. Three profiles are served in their turn: "gpu", ONNX Runtime's CUDA provider, as
+soon as the plain graphs are there, while AOTInductor still compiles on other cores (``beside_compiler`` says so); the
+default one on the processor; "aoti" once its packages are there. A compiler that does not end in its time leaves the
+place where it is. Answers are compared with the first profile's; one request after the other, beside the same graphs
+called in this process, says what the server adds (``overhead_ms``: transport, feature transform, both queues, answer);
+then each is offered rising rates until fewer than 99 % come within the objective. A row has the processor time of all
+the server's processes a request, and of the GPU's two times: by NVML (the share of the time in which a kernel ran,
+sampled) and, of "aoti", by CUDA events around each batch, copies included. Brought along: ``pieces.toml`` says what
+(tritonserver and its client, LMDB, NumPy 1 for its workers, ONNX Runtime with CUDA).
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import torch
 import typer
 
 from benchmarks.gpu import workers
+from benchmarks.gpu.alone import graphs_ms
 from benchmarks.gpu.record import Figures, device
 from loadtest.generate.generator import LoadRun, at_rate, messages, run
 from loadtest.generate.local_server import grpc_address, on_free_ports
@@ -49,7 +54,10 @@ from vivace.store.lmdb_store import LmdbStore
 SEED, TOP_K, COMPARED = 7, 10, 60
 ATTAINED = 0.99
 FIRST_QPS, RUN_S, MOST_RUNS = 100.0, 3.0, 9
-LEAST_SERVED_S = 70.0  # of the step that the compilers leave for both profiles
+LEAST_SERVED_S = 35.0  # of the step that a compiler leaves for what is served
+KEPT_S = {"gpu": 60.0, "": 45.0, "aoti": 4.0}  # of the step for what comes after a profile
+LAST_LINES = 30  # of a log that are kept
+ALONE_S = 1.0  # of the graphs called directly
 SAMPLED_S = 0.05
 DEVICE_SECONDS = re.compile(r'^vivace_device_seconds_total\{model="(\w+)".*?\} ([0-9.e+-]+)$', re.M)
 
@@ -80,19 +88,21 @@ def chosen_run(root: Path | None, out: Path, artifacts: Path) -> tuple[Path, Pat
     return None
 
 
-def trained_here(out: Path, artifacts: Path) -> tuple[Path, Path]:
-    """A tiny run of the first features at hand."""
+def trained_here(out: Path, artifacts: Path, cpu: bool) -> tuple[Path, Path]:
+    """A run of one epoch of the first features at hand: ``base`` on a GPU, a tiny one in a rehearsal."""
     from training.learn.ranker import train_ranker
     from training.learn.retriever import train_retrieval
-    from training.presets import tiny
+    from training.presets import base, tiny, with_values
 
     folders = sorted(artifacts.glob("*/features"))
     if not folders:
         raise SystemExit(f"served: expected prepared features under {artifacts}/*/features, found none")
-    root = out / "served" / "tiny"
+    features = folders[0 if cpu else -1]  # of those packed: ML-1M's
+    chosen = tiny() if cpu else with_values(base(), {"retrieval.epochs": 1, "ranking.epochs": 1})
+    root = out / "served" / ("tiny" if cpu else "base-one-epoch")
     for train in (train_retrieval, train_ranker):
-        train(Features(folders[0]), tiny(), root, SEED, print, quiet=True)
-    return root, folders[0]
+        train(Features(features), chosen, root, SEED, print, quiet=True)
+    return root, features
 
 
 def copied(source: Path, features: Path, target: Path) -> Path:
@@ -111,8 +121,8 @@ def compiling(root: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """``vivace compile`` under way; what it says goes to ``compile.log`` of the run."""
     log = (root / "compile.log").open("wb")
     command = [
-        sys.executable, "-m", "vivace.cli.main", "compile", "--name", root.name, "--artifacts", str(root.parent),
-        *arguments,
+        "nice", sys.executable, "-m", "vivace.cli.main", "compile", "--name", root.name,
+        "--artifacts", str(root.parent), *arguments,
     ]  # fmt: skip
     environment = {**os.environ, LOGS: str(root)}
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=CHECKOUT, env=environment)
@@ -133,9 +143,13 @@ def compiled(process: subprocess.Popen[bytes], root: Path, seconds: float) -> No
         stop(process)
         code = "stopped, as the step's time was short"
     if code:
-        logs = [root / "compile.log", *sorted(root.glob("r*.log"))]  # its own, and those of retrieval and ranking
-        words = " | ".join(" ".join(f.read_text(errors="replace").split()[-60:])[-600:] for f in logs)
-        raise RuntimeError(f"vivace compile: {code}: {words}")
+        raise RuntimeError(f"vivace compile: {code}: {' '.join(last_words(root)['compile.log'][-3:])}")
+
+
+def last_words(root: Path) -> dict[str, list[str]]:
+    """The ends of a compiler's logs: its own and those of retrieval and ranking, with where they were at the time."""
+    logs = [root / "compile.log", *sorted(root.glob("r*.log"))]
+    return {log.name: log.read_text(errors="replace").splitlines()[-LAST_LINES:] for log in logs}
 
 
 # -- the GPU's own time ----------------------------------------------------------------------------------
@@ -189,6 +203,17 @@ def device_seconds(server: TritonServer) -> dict[str, float]:
 def answers(server: TritonServer, histories: list[list[str]]) -> list[Recommendation]:
     with VivaceClient(grpc_address(server)) as client:
         return [client.recommend("", history, TOP_K) for history in histories]
+
+
+def timed(server: TritonServer, histories: list[list[str]]) -> tuple[list[Recommendation], tuple[float, float]]:
+    """Answers, one request after the other, and the p50 and p99 of their times in ms."""
+    got, ms = [], []
+    with VivaceClient(grpc_address(server)) as client:
+        for history in histories:
+            began = time.perf_counter()
+            got.append(client.recommend("", history, TOP_K))
+            ms.append((time.perf_counter() - began) * 1000)
+    return got, (float(np.percentile(ms, 50)), float(np.percentile(ms, 99)))
 
 
 def apart(expected: list[Recommendation], got: list[Recommendation]) -> dict[str, float]:
@@ -253,33 +278,34 @@ def main(
     figures = Figures(out, "served", seconds)
     figures.set(device=torch.cuda.get_device_name() if where.type == "cuda" else "cpu", slo_ms=slo, run_s=RUN_S)
     python = workers.make(out / "served" / "python")
-    source, features = chosen_run(root, out, artifacts) or trained_here(out, artifacts)
+    source, features = chosen_run(root, out, artifacts) or trained_here(out, artifacts, cpu)
     figures.set(run=source.name, features=features.parent.name, found_s=time.monotonic() - began)
-    runs = {profile: copied(source, features, out / "served" / (profile or "default")) for profile in ("", "aoti")}
-    under_way = {"": compiling(runs[""]), "aoti": compiling(runs["aoti"], "--target", "aoti")}
+    roots = {target: copied(source, features, out / "served" / (target or "plain")) for target in ("", "aoti")}
+    under_way = {"": compiling(roots[""]), "aoti": compiling(roots["aoti"], "--target", "aoti")}
     reference: list[Recommendation] = []
     try:
-        failed: dict[str, Exception] = {}
-        for profile, folder in runs.items():  # all of them before the first is measured, which wants quiet cores
+        for profile in ("gpu", "", "aoti"):
+            label, target = profile or "default", "aoti" if profile == "aoti" else ""
+            if profile == "gpu" and where.type != "cuda":
+                figures.skip("profile gpu, by cuda", "there is no GPU")
+                continue
             try:
-                compiled(under_way[profile], folder, figures.left() - LEAST_SERVED_S)
-                figures.set(**{f"compiled_{profile or 'default'}_s": time.monotonic() - began})
-            except RuntimeError as error:
-                failed[profile] = error
-        for profile, folder in runs.items():
-            try:
-                if profile in failed:
-                    raise failed[profile]
-                keep_s = LEAST_SERVED_S / 2 if not profile and "aoti" not in failed else 4.0
+                compiled(under_way[target], roots[target], figures.left() - LEAST_SERVED_S)
+                figures.set(**{f"compiled_{target or 'default'}_s": time.monotonic() - began})
+                compiler = under_way["aoti"].poll() is None
+                keep_s = KEPT_S[profile] if where.type == "cuda" else 4.0
 
                 def enough(runs: int, keep_s: float = keep_s) -> bool:
-                    """Whether the time, or for the first profile the next one, calls for an end."""
+                    """Whether the time, or the profiles to come, call for an end."""
                     return runs >= MOST_RUNS or figures.left() < RUN_S + keep_s
 
-                on_gpu = where.type == "cuda" and profile != ""
-                serve(figures, folder, profile, python, slo, enough, on_gpu, reference)
-            except Exception as error:  # the other profile's figures stay
-                figures.skip(f"profile {profile or 'default'}", f"{type(error).__name__}: {error}")
+                serve(
+                    figures, roots[target], profile, python, slo, enough, where.type == "cuda" and profile != "",
+                    reference, compiler,
+                )  # fmt: skip
+            except Exception as error:  # the other profiles' figures stay
+                figures.skip(f"profile {label}", f"{type(error).__name__}: {error}")
+                figures.set(**{f"last_words_{label}": last_words(roots[target])})
     finally:
         for process in under_way.values():
             stop(process)
@@ -288,10 +314,10 @@ def main(
 
 def serve(
     figures: Figures, root: Path, profile: str, python: Path, slo_ms: float, enough: Callable[[int], bool],
-    on_gpu: bool, reference: list[Recommendation],
+    on_gpu: bool, reference: list[Recommendation], compiler: bool,
 ) -> None:  # fmt: skip
     """Starts a profile, asks it the recorded requests, then loads it. ``reference``: the first profile's answers, which
-    this one's are compared with; empty: they become it."""
+    this one's are compared with; empty: they become it. ``compiler``: one is running meanwhile."""
     label, started = profile or "default", time.monotonic()
     extra = ("--allow-gpu-metrics=false",)
     options = on_free_ports(
@@ -301,12 +327,18 @@ def serve(
     histories = [list(h) for h in recorded(root)[contract.ITEM].tolist()[:COMPARED]]
     with TritonServer(options) as server:
         figures.set(**{f"started_{label}_s": time.monotonic() - started})
-        got = answers(server, histories)
+        answers(server, histories[:10])  # warm
+        got, ms = timed(server, histories)
         if reference:
-            figures.set(answers=apart(reference, got))
+            figures.set(**{f"answers_{label}": apart(reference, got)})
         else:
             reference.extend(got)
-        met = load(figures, server, root, slo_ms, enough, profile=label, on_gpu=on_gpu)
+        alone = graphs_ms(Run(root), profile, ALONE_S)
+        figures.row(
+            profile=label, offered="one after the other", answered=len(got), p50_ms=ms[0], p99_ms=ms[1],
+            graphs_ms=alone, overhead_ms=ms[0] - alone, beside_compiler=compiler,
+        )  # fmt: skip
+        met = load(figures, server, root, slo_ms, enough, profile=label, on_gpu=on_gpu, beside_compiler=compiler)
         figures.set(**{f"knee_{label}_qps": met})
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from training.models.encoders import mask_value
 from training.models.item_table import ItemTables
 from training.models.ranking import RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
@@ -85,12 +84,8 @@ def retrieval_inputs(batch: int, shape: Shape) -> list[Tensor]:
 
 
 def cast(graph: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Weights and masks of a graph in another format, in place."""
-    graph.to(dtype)
-    for name, buffer in graph.named_buffers():
-        if name.endswith("allowed_TT"):
-            buffer.clamp_(min=mask_value(dtype))
-    return graph
+    """Weights of a graph in another format, in place."""
+    return graph.to(dtype)
 
 
 def ranker_flops(name: str, shape: Shape, folded: bool = False) -> float:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.gpu.kernels import kind
+from benchmarks.gpu.run import BESIDE
 from vivace.manifest import CHECKOUT
 
 PAGE = CHECKOUT / "docs" / "results.md"
@@ -125,6 +126,55 @@ def kernels(step: dict[str, Any]) -> list[str]:
     return markdown(["ranker, compiled, 1,024 requests", "ms of the twelve longest kernels", "share"], rows)
 
 
+def served(step: dict[str, Any]) -> list[str]:
+    """By profile: one request after the other, and the largest rate that was met."""
+    rows = []
+    for alone in (r for r in step["rows"] if "graphs_ms" in r):
+        profile = alone["profile"]
+        knee = step.get(f"knee_{profile}_qps", 0.0)
+        at_knee = [r for r in step["rows"] if r["profile"] == profile and "in_time" in r and r["in_time"] >= 0.99]
+        best = max(at_knee, key=lambda r: float(r["offered"]), default=None)
+        rows.append([
+            f"`{profile}`", f"{alone['p50_ms']:.2f}", f"{alone['graphs_ms']:.2f}", f"{alone['overhead_ms']:.2f}",
+            f"{knee:,.0f}", f"{best['p50_ms']:.1f} / {best['p99_ms']:.1f}" if best else "-",
+            f"{best['processor_ms']:.2f}" if best else "-", f"{best['gpu_busy']:.0%}" if best and "gpu_busy" in best
+            else "-", "yes" if alone["beside_compiler"] else "no",
+        ])  # fmt: skip
+    if not rows:  # records of before there was such a row
+        return []
+    return markdown(
+        ["profile", "p50 of one request, ms", "its graphs alone", "what the server adds",
+         f"requests/s within {step['slo_ms']:.0f} ms", "p50 / p99 there, ms", "processor ms a request", "GPU busy",
+         "beside a compiler"], rows,
+    )  # fmt: skip
+
+
+def state_reuse(step: dict[str, Any]) -> list[str]:
+    return markdown(
+        ["encoder", "events", "batch", "anew, ms", "newest event alone", "ratio", "with states from host memory",
+         "ratio", "KiB a user"],
+        ([f"`{r['preset']}` {r['family']}", f"{r['history']:,}", str(r["batch"]), f"{r['anew_ms']:.3f}",
+          f"{r['step_ms']:.3f}", f"{r['ratio']:.1f}", f"{r['step_host_ms']:.3f}", f"{r['ratio_host']:.1f}",
+          f"{r['kib_a_user']:,.0f}"] for r in step["rows"]),
+    )  # fmt: skip
+
+
+def long_history(step: dict[str, Any]) -> list[str]:
+    return markdown(
+        ["part", "learned bias", "events", "batch", "ms", "events/s", "memory, GiB"],
+        ([r["part"], r["bias"], f"{r['history']:,}", str(r["batch"]), f"{r['ms']:.2f}",
+          f"{r['events_per_s'] / 1e6:.2f} M", f"{r['memory_mib'] / 1024:.1f}"]
+         for r in sorted(step["rows"], key=lambda r: (r["part"], r["bias"], r["history"], r["batch"]))),
+    )  # fmt: skip
+
+
+def packages(step: dict[str, Any]) -> list[str]:
+    return markdown(
+        ["graph", "exported in s", "compiled in s", "outcome"],
+        ([r["graph"], f"{r['export_s']:.1f}", f"{r['compile_s']:.1f}", r["outcome"]] for r in step["rows"]),
+    )
+
+
 def not_run(steps: dict[str, Any]) -> list[str]:
     lines = []
     for name, step in steps.items():
@@ -132,12 +182,16 @@ def not_run(steps: dict[str, Any]) -> list[str]:
         lines += [f"- {name}: {what}: {why}" for what, why in reasons.items()]
         if (late := len(step.get("not_run", {})) - len(reasons)) > 0:
             lines.append(f"- {name}: {late} further combinations: no time left")
-        if step["outcome"] != "ok":
+        if step["outcome"] != "ok" and not step["outcome"].startswith(BESIDE):
             lines.append(f"- {name}: {step['outcome']}")
     return ["Not run, or not to its end:", "", *lines, ""] if lines else []
 
 
 RENDERED = (
+    ("served", "Served by Triton", served),
+    ("state_reuse", "Newest event alone, beside encoding the history anew; TF32, one CUDA graph", state_reuse),
+    ("long_history", "Long histories, retriever of `base`, bf16", long_history),
+    ("packages", "AOTInductor's compiler, beside the trainings", packages),
     ("train", "Trainings side by side on the card", trainings),
     ("engines", "Graphs by engine and number format", engines),
     ("format_quality", "What a number format costs in quality", formats),
@@ -164,8 +218,8 @@ def render(record: dict[str, Any], source: str) -> str:
         "",
     ]  # fmt: skip
     for name, title, part in RENDERED:
-        if steps.get(name, {}).get("rows"):
-            lines += [f"**{title}.**", "", *part(steps[name])]
+        if steps.get(name, {}).get("rows") and (table := part(steps[name])):
+            lines += [f"**{title}.**", "", *table]
     lines += not_run(steps)
     wrapped = (
         x

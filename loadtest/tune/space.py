@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from serving import repository
+from serving.default_profile import default_profile
+from serving.profiles import ENSEMBLE, ONE_PROCESS
 from vivace import contract, machine
 from vivace.run import COMPILED, COMPRESSED, Run
 
@@ -84,7 +86,7 @@ class Trial:
             retrieval_instances=self.instances,
             ranking_instances=max(1, self.instances - 1),
             threads=self.threads,
-            fused=self.layout == "fused",
+            fused=self.layout == ONE_PROCESS,
             recommend_instances=self.instances,
             history=self.history,
             ranked=self.ranked,
@@ -117,7 +119,7 @@ def default_space(root: Path) -> dict[str, list[Any]]:
         "engine": list(engines(root)),
         "history": [s.history, s.history // 2, s.history // 4],
         "ranked": [s.candidates, s.candidates // 2, s.candidates // 4],
-        "layout": ["fused", "ensemble"],
+        "layout": [ONE_PROCESS, ENSEMBLE],
         "instances": sorted({1, max(1, cores // 2), cores, cores + 1}),
         "threads": [1, 2],
         "batch": [16, 64],
@@ -128,11 +130,10 @@ def default_space(root: Path) -> dict[str, list[Any]]:
 
 def untuned(root: Path) -> Trial:
     """What ``vivace serve`` runs without a profile."""
-    s, p = Run(root).shapes(), repository.PROFILES[""]
-    return Trial(
-        "", s.history, s.candidates, "ensemble", p.retrieval_instances, p.threads, p.max_batch_size, p.preferred_batch,
-        p.queue_delay_us,
-    )  # fmt: skip
+    s, p = Run(root).shapes(), repository.PROFILES[default_profile(Run(root).repository)[0]]
+    layout, instances = (ONE_PROCESS, p.recommend_instances) if p.fused else (ENSEMBLE, p.retrieval_instances)
+    batches = (p.max_batch_size, p.preferred_batch, p.queue_delay_us)
+    return Trial("", s.history, s.candidates, layout, instances, p.threads, *batches)
 
 
 def trials(space: Mapping[str, Sequence[Any]], root: Path) -> list[Trial]:
@@ -146,12 +147,12 @@ def trials(space: Mapping[str, Sequence[Any]], root: Path) -> list[Trial]:
         trial = Trial(*values)
         if trial.engine not in known:
             raise ValueError(f"--space: engine: expected one of {sorted(known)}, got {trial.engine!r}")
-        if trial.layout not in ("fused", "ensemble"):
+        if trial.layout not in (ONE_PROCESS, ENSEMBLE):
             raise ValueError(f"--space: layout: expected fused or ensemble, got {trial.layout!r}")
         s = Run(known[trial.engine]).shapes()
         if trial.history > s.history or trial.ranked > s.candidates or trial.ranked < TOP_K or trial.history < 1:
             continue
-        if trial.layout == "ensemble" and trial.ranked != s.candidates:
+        if trial.layout == ENSEMBLE and trial.ranked != s.candidates:
             continue  # the ensemble ranks all
         if trial.preferred and (not trial.delay_us or trial.preferred >= trial.batch):
             continue  # nothing waits for it
@@ -164,7 +165,7 @@ def trials(space: Mapping[str, Sequence[Any]], root: Path) -> list[Trial]:
 def write_profile(folder: Path, name: str, profile: repository.ServingProfile) -> None:
     """``configs/<name>.pbtxt`` of every model of a compiled run. Raises ValueError for the name of a profile that was
     published with it."""
-    if name in repository.PROFILES:
+    if name in (ENSEMBLE, *repository.PROFILES):
         raise ValueError(f"--save-as {name}: a profile of every run is called so; choose another name")
     run = Run(folder)
     schema, target = run.schema(), run.repository

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.door.endpoints import EXPLAINS, GRPC, METRICS, OTHERS, RECOMMEND, TRIAL, endpoints_file, pipe
+from serving.door.hosts import READY
 from serving.door.listeners import listeners
 from serving.door.options import DoorFiles, DoorOptions
 from serving.door.routes import TRIAL_OR_ELSE
@@ -45,7 +46,7 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
     }
     # not of TRIAL: an aggregate keeps the health that an endpoint had when it came, so its watchdog takes it out and in
     if name in (RECOMMEND, EXPLAINS, OTHERS):  # who does not say that it lives is left out, where another does
-        live = {"path": "/v2/health/ready" if options.upstream else "/v2/health/live"}  # a guard speaks of all parts
+        live = {"path": READY if options.upstream else "/v2/health/live"}  # a guard speaks of all parts
         seldom = {"timeout": "0.5s", "interval": "0.25s", "unhealthy_threshold": 2, "healthy_threshold": 1}
         cluster["ignore_health_on_host_removal"] = True
         cluster["health_checks"] = [seldom | {"http_health_check": live, "no_traffic_interval": "0.25s"}]

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import ssl
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from serving.door.endpoints import GRPC, METRICS, OTHERS
+from serving.door.trust import HOSTS, distrust
 from serving.wheel import ServerError
+from vivace.credentials import Credentials
+from vivace.http_pool import HttpPool
 
 HTTP_PORT, GRPC_PORT = 8000, 8001
+READY = "/v2/health/ready"
+ASK_S = 1.0
 SILENT_MS = 1500  # nothing acknowledged for so long: the machine, or the way to it, is gone
 _SOL_SOCKET, _SO_KEEPALIVE, _IPPROTO_TCP = socket.SOL_SOCKET, socket.SO_KEEPALIVE, socket.IPPROTO_TCP
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
@@ -86,6 +93,24 @@ class Upstream:
     def __post_init__(self) -> None:
         if self.cert is not None and self.ca is None:
             raise ServerError("--hosts-cert: expected --hosts-ca with it, the authority of the servers' certificates")
+
+    def why_not(self, host: Host) -> str:
+        """What stands between this door and a server that it does not count as well, in a few words; "" where only
+        that server knows."""
+        pair = None if self.cert is None else (self.cert, self.cert)
+        tls = Credentials(key="", ca=self.ca or "", cert=pair, server_name=host.name if self.ca else "")
+        pool = HttpPool(f"{host.ip}:{host.http_port}", tls)
+        try:
+            answer = pool.post(READY, b"", {}, ASK_S, method="GET")
+        except ssl.SSLError as error:
+            return distrust(error, HOSTS)
+        except TimeoutError:
+            return f"no answer in {ASK_S:g} s"
+        except (OSError, HTTPException) as error:
+            return f"no answer ({str(error) or type(error).__name__})"
+        finally:
+            pool.close()
+        return distrust(ValueError(answer.body), HOSTS) if b"TLS" in answer.body else ""
 
     def cluster(self, name: str) -> dict[str, Any]:
         """Of Envoy's cluster, beside what one of this machine has."""

@@ -20,9 +20,9 @@ from http.client import HTTPException
 
 import numpy as np
 
+from serving.door.trust import distrust
 from serving.runtime.sharded import LEAST_SEEN, Answer
 from serving.shard_addresses import WAIT_MS, ShardAddresses
-from serving.shards.trust import distrust
 from vivace import contract
 from vivace.client_errors import VivaceError
 from vivace.credentials import Credentials

@@ -12,12 +12,12 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from serving.door.options import AccessOptions
+from serving.door.trust import UNTRUSTED
 from serving.launcher import TritonServer
 from serving.repository import read_config
 from serving.server_options import ServerOptions, shard_environment
 from serving.shard_addresses import ShardAddresses, credentials_from
 from serving.shards.calls import OTHER_SHARD, OTHER_VERSION, SILENT, RemoteShards
-from serving.shards.trust import UNTRUSTED
 from serving.watchdog import Metrics, Watchdog
 from serving.wheel import ServerError
 from vivace import contract
@@ -199,7 +199,7 @@ def check_stages(release: Path, profile: str) -> None:
     if read_config(release, contract.ENSEMBLE, profile).platform != "ensemble":
         raise ServerError(
             f"--profile {profile}: expected a profile of separate stages, as it is retrieval that asks the shards; "
-            "leave --profile out, or compile without --shards"
+            "serve it by --profile ensemble, or compile without --shards"
         )
 
 

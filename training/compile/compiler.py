@@ -240,8 +240,8 @@ class Compilation:
         self.say(f"converting to {config.kind}")
         if config.tables == "int8":
             names = names_of(contract.retrieval_inputs(s)), names_of(contract.retrieval_outputs(s))
-            retrieval = RetrievalGraph(self.retriever, s.candidates, s.memory, int8_table=True)
-            export(retrieval, self.example, *names, self.folder / "retrieval.onnx", RETRIEVAL_AXES)
+            retrieval = RetrievalGraph(self.retriever, s.candidates, s.memory, int8_table=True, rising=s.rising)
+            export(retrieval, self.example[: len(names[0])], *names, self.folder / "retrieval.onnx", RETRIEVAL_AXES)
             names = names_of(contract.ranking_inputs(s)), names_of(self.ranking_outputs)
             ranking = RankingGraph(self.ranker, int8_table=True)
             export(ranking, self.candidates, *names, self.folder / "ranking.onnx", RANKING_AXES)
@@ -334,12 +334,12 @@ def compile_models(
     StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ or an index
     cannot do what the retriever does, GateError where the engine lost more quality than the bound."""
     config = config or CompileConfig()
-    plain = config.exact and not (config.index or config.shards or config.targets) and not search.features_of(root)
+    plain = not (config.index or config.shards or config.targets or search.features_of(root))
     if preset.ranker.rising and not plain:
         raise ValueError(
-            f"compile: a ranker with live counters (ranker.rising {preset.ranker.rising}) goes with float32 graphs for "
-            "ONNX Runtime alone so far; leave out --precision, --tables, --index, --shards, --target and search, or "
-            "train with --preset news"
+            f"compile: a ranker with live counters (ranker.rising {preset.ranker.rising}) goes with graphs for "
+            "ONNX Runtime that score every item; leave out --index, --shards, --target and search, or train with "
+            "--preset news"
         )
     if (config.index or config.shards) and preset.encoder.neighbours:
         raise ValueError(

@@ -68,6 +68,9 @@ class Compression:
     """Sizes of the retriever."""
     ranker: SmallerRanker = field(default_factory=SmallerRanker)
     """Sizes of the ranker."""
+    student: Preset | None = None
+    """Sizes and training of a new small run that the whole one teaches, in the place of all that is pruned and
+    recovered: of ``target``, ``ranker``, ``fresh``, ``epochs``, ``learning_rate`` and ``dropout``."""
     fresh: bool = False
     """Whether the small retriever starts as a new one does and not from the slices of the large one."""
     constraint: Constraint = field(default_factory=Constraint)
@@ -89,9 +92,17 @@ class Compression:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.student is not None and (self.target != Target() or self.ranker != SmallerRanker()):
+            raise ValueError("--to: the preset gives all sizes; expected none beside it, such as --layers or --memory")
 
     def preset(self, whole: Preset) -> Preset:
-        """The sizes and the recovery training of the variant of a run of ``whole``."""
+        """The sizes and the training of the variant of a run of ``whole``. Raises ValueError for a student that reads
+        more events than its teacher can."""
+        if self.student is not None:
+            events, most = self.student.encoder.history, whole.encoder.history
+            if events > most:
+                raise ValueError(f"--to: expected a history of at most the whole run's {most} events, got {events}")
+            return self.student
         encoder = replace(self.target.of(whole.encoder), dropout=self.dropout)
         if self.fresh and encoder.width % encoder.heads == 0:
             encoder = replace(encoder, head_width=0)  # the heads of a large model are too wide for a small one
@@ -161,12 +172,11 @@ def compress(
     run = Run(root, features.folder)
     run.manifest(EVALUATION)  # the reference of the gate
     out = run.variants / variant
+    small, start_from = config.preset(preset), None
     _share(run, Run(out, features.folder))
-    start_from = None
-    if not config.fresh:
+    if not config.fresh and config.student is None:
         prune_retriever(features, preset, root, out, config.target, seed, say)
         start_from = out / "pruned"
-    small = config.preset(preset)
     teacher = Teacher(load_retrieval(features, preset, root), config.distillation, run.key(RETRIEVAL))
     train_retrieval(
         features, small, out, seed, say, quiet, start_from=start_from, teacher=teacher, constraint=config.constraint

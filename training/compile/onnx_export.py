@@ -61,8 +61,8 @@ def example_requests(features: Features, preset: Preset, count: int = PARITY_REQ
     files = features.files("valid") or features.files("test")  # short logs have no validation; targets are not read
     requests = batches.requests(files, heads, preset.encoder.window, count)
     part = "valid" if features.files("valid") else "test"
-    request = next(iter(with_live(requests, features, part, preset)))
     s = shapes(preset, features)
+    request = next(iter(with_live(requests, features, part, s)))
     inputs = [torch.from_numpy(x.copy()) for x in request.inputs(s, features.schema.exclude_seen)]
     for tensor, value in zip(contract.retrieval_inputs(s), inputs, strict=False):
         if tensor.name in (s.history_ids.name, s.history_times.name, s.history_types.name):

@@ -36,6 +36,7 @@ from preprocessing.features import Features
 from training.compile.engine import Engine
 from training.compile.onnx_export import PARITY_REQUESTS
 from training.data import batches
+from training.data.live import with_live
 from vivace import contract
 from vivace.onnx_session import open_session
 
@@ -146,10 +147,10 @@ def calibration_feeds(features: Features, tensors: contract.StageTensors, engine
     heads = [h.name for h in features.schema.heads]
     feeds: dict[str, list[Feed]] = {contract.RETRIEVAL: [], contract.RANKING: []}
     requests = batches.requests(features.files("valid"), heads, tensors.history, PARITY_REQUESTS)
-    for request in itertools.islice(requests, CALIBRATION_BATCHES):
+    for request in itertools.islice(with_live(requests, features, "valid", tensors), CALIBRATION_BATCHES):
         inputs = request.inputs(tensors, features.schema.exclude_seen)
         rows = (inputs[0], *engine.retrieve(inputs))
-        feeds[contract.RETRIEVAL].append(dict(zip(engine.names[0], inputs, strict=True)))
+        feeds[contract.RETRIEVAL].append(dict(zip(engine.names[0], inputs, strict=False)))
         feeds[contract.RANKING].append(dict(zip(engine.names[1], rows, strict=True)))
     return feeds
 

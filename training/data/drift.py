@@ -26,7 +26,7 @@ from serving.runtime.drift import (
 )
 from training.data import batches
 from training.data.live import with_live
-from training.presets import Preset
+from training.presets import Preset, shapes
 from vivace.contract import EVENT, FIRST_ID, NULL_ID, OOV_ID, StageTensors
 from vivace.drift import Feature, Reference, category, number
 
@@ -59,7 +59,7 @@ def reference(
     heads = [head.name for head in schema.heads]
     requests = batches.requests(features.files(part), heads, tensors.history, BATCH)
     of_inputs, of_answers, expected, clicked, count = [], [], 0.0, 0, 0
-    for request in with_live(requests, features, part, preset):
+    for request in with_live(requests, features, part, shapes(preset, features)):
         inputs = request.inputs(tensors, schema.exclude_seen)
         ids_BN, values_BCN, *_ = engine(inputs)
         of_inputs.append(of_requests(tensors, columns, inputs_of(tensors, inputs), np.zeros(len(ids_BN), bool)))

@@ -16,9 +16,8 @@ import torch
 from preprocessing.features import Features
 from preprocessing.splits import YEAR_MS
 from training.data.batches import Requests
-from training.presets import Preset, shapes
 from vivace.context import ContextColumns
-from vivace.contract import ITEM, TARGET_TIME, TIME, live_features, target_column
+from vivace.contract import ITEM, TARGET_TIME, TIME, StageTensors, live_features, target_column
 from vivace.live import LiveTable
 
 STEP_MS = 5_000  # requests of so long see the same counts, those at its beginning: a server's are no fresher by much
@@ -109,13 +108,12 @@ def _newest(files: list[Path]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *newest])
 
 
-def with_live(requests: Iterable[Requests], features: Features, part: str, preset: Preset) -> Iterator[Requests]:
-    """Requests of a part, in the order of its files, with what was rising; as they are where the preset's ranker reads
-    no live counters."""
-    if not preset.ranker.rising:
+def with_live(requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors) -> Iterator[Requests]:
+    """Requests of a part, in the order of its files, with what was rising; as they are where the ranker reads no live
+    counters."""
+    if not tensors.rising:
         yield from requests
         return
-    counted = shapes(preset, features).counted
-    live = LiveAt(features, part, preset.ranker.rising, features.context if counted else None)
+    live = LiveAt(features, part, tensors.rising, features.context if tensors.counted else None)
     for request in requests:
         yield live.of(request)

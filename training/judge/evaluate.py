@@ -29,7 +29,7 @@ from training.learn.ranker import head_auc, without_padding
 from training.metrics import Collected, ranks, ranks_after
 from training.models.ranking import RankingModel
 from training.models.retrieval import EXCLUDED, RetrievalModel
-from training.presets import Preset
+from training.presets import Preset, shapes
 from training.scoring import SCORED, behind_rising, candidates
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.manifest import Progress, Step, write_json
@@ -136,7 +136,7 @@ class Models:
                 "prepare a log that brings a test set of its own"
             )
         requests = batches.requests(self.features.files(part), self.heads, self.preset.encoder.window, SCORED)
-        return with_live(requests, self.features, part, self.preset)
+        return with_live(requests, self.features, part, shapes(self.preset, self.features))
 
     def retrieve(self, request: batches.Requests) -> Candidates:
         exclude_seen = self.features.schema.exclude_seen

@@ -20,6 +20,7 @@ import torch
 
 from preprocessing.features import Features
 from training.data import batches
+from training.data.live import with_live
 from training.judge.evaluate import RANKED, VALIDATION_RANKS
 from training.learn.ranker import held_out_users
 from training.metrics import MISS, bootstrap, ndcg_of, ranks_after
@@ -128,7 +129,8 @@ def graph_ranks(
     equal candidates the retrieval picked is as it is served."""
     heads = [h.name for h in features.schema.heads]
     parts = []
-    for request in batches.requests(features.files(part), heads, tensors.history, BATCH):
+    requests = batches.requests(features.files(part), heads, tensors.history, BATCH)
+    for request in with_live(requests, features, part, tensors):
         ids_BN, values_BCN, *_ = answer(request.inputs(tensors, features.schema.exclude_seen))
         known_B = request.target_B >= contract.FIRST_ID
         hit_B = torch.from_numpy(ids_BN == request.target_B.numpy()[:, None]).any(1) & known_B

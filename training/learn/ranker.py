@@ -103,7 +103,7 @@ class RankerData:
         """The validation requests with what was rising at the moment of each."""
         check_live(self.features, self.preset.ranker.rising, self.control and not self.without_validation)
         parts = batches.requests(self.features.files("valid"), self.heads, self.preset.encoder.window, SCORED)
-        return batches.together(list(with_live(parts, self.features, "valid", self.preset)))
+        return batches.together(list(with_live(parts, self.features, "valid", shapes(self.preset, self.features))))
 
     def sources(self, held_out: bool) -> list[tuple[list[Path], int]]:
         """(files, how far back the event to predict lies; 0: the validation event). Of the held-out users only the

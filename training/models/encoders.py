@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.models.long.attention import LONG, biased_attention, eager, turned
+from training.models.long.attention import LONG, biased_attention, eager, earlier, time_bucket, turned
 from vivace.checks import check_fields, check_minimum, check_shares
 from vivace.windows import Window
 
@@ -158,9 +158,9 @@ def mask_value(dtype: torch.dtype) -> float:
 
 
 def distance_buckets(length: int, buckets: int = BUCKETS) -> Tensor:
-    """Bucket of the distance |i - j|, int64 [length, length]: exact for the first half of the buckets, then
+    """Bucket of each distance between two events, int64 [length]: exact for the first half of the buckets, then
     logarithmic up to ``length`` (Raffel et al. 2020, T5)."""
-    distance = (torch.arange(length)[:, None] - torch.arange(length)[None]).abs()
+    distance = torch.arange(length)
     exact = buckets // 2
     spread = math.log(max(length, exact + 1) / exact)
     far = exact + (torch.log(distance.clamp_min(1) / exact) / spread * (buckets - exact)).long()
@@ -168,17 +168,33 @@ def distance_buckets(length: int, buckets: int = BUCKETS) -> Tensor:
 
 
 class RelativeBias(nn.Module):
-    """Learned bias of each head by bucketed distance, float32 [A, T, T]; zero before training."""
+    """Learned bias of each head by bucketed distance; zero before training. ``causal``: what stands above the diagonal
+    is masked, so it may be anything."""
 
-    buckets_TT: Tensor
+    buckets_T: Tensor
 
-    def __init__(self, heads: int, length: int) -> None:
+    def __init__(self, heads: int, length: int, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
         self.bias_RA = nn.Parameter(torch.zeros(BUCKETS, heads))
-        self.register_buffer("buckets_TT", distance_buckets(length), persistent=False)
+        self.register_buffer("buckets_T", distance_buckets(length), persistent=False)
+
+    def by_distance(self) -> Tensor:
+        """The bias of each distance, float32 [length, A]."""
+        return self.bias_RA[self.buckets_T]
 
     def forward(self, t: int) -> Tensor:
-        return self.bias_RA[self.buckets_TT[:t, :t]].permute(2, 0, 1)
+        """Between any two of ``t`` events, float32 [A, T, T].
+
+        Each row is the one above it turned by one: the same line of numbers (the diagonal's, what stands after it,
+        nothing, what stands before it), laid end to end ``t`` times and cut into rows of one less, turns by itself.
+        So no table of T x T buckets is kept or read."""
+        of_TA = self.by_distance()[:t]
+        after_TA = of_TA[:1] if self.causal else of_TA
+        line_AL = torch.cat([after_TA, torch.zeros_like(of_TA[:1]), of_TA[1:].flip(0)]).T
+        wide = t if self.causal else 2 * t - 1
+        lines = line_AL[:, None].expand(-1, t, -1).flatten(1)
+        return lines[:, : t * wide].reshape(-1, t, wide)[:, :, :t]
 
 
 def time_buckets(times_BT: Tensor, newest_BS: Tensor | None = None) -> Tensor:
@@ -186,11 +202,7 @@ def time_buckets(times_BT: Tensor, newest_BS: Tensor | None = None) -> Tensor:
     last bucket from 34 years; 0 where either time is unknown (0). ``newest_BS``: the events that look at those, in
     place of all, [B, S, T]."""
     newest_BS = times_BT if newest_BS is None else newest_BS
-    seconds = torch.div((newest_BS[:, :, None] - times_BT[:, None, :]).abs(), 1000, rounding_mode="floor")
-    # the half keeps whole seconds off the borders, where rounding could decide
-    power = (torch.log(seconds.to(torch.float32) + 1.5) / math.log(2)).floor().long()
-    known = (newest_BS > 0)[:, :, None] & (times_BT > 0)[:, None, :]
-    return torch.where(known, (power + 1).clamp(1, BUCKETS - 1), 0)
+    return time_bucket(newest_BS[:, :, None], times_BT[:, None, :], BUCKETS)
 
 
 class TimeBias(nn.Module):
@@ -231,7 +243,8 @@ class AttentionBlock(nn.Module):
         inner = config.heads * config.of_head
         self.qkv, self.out = nn.Linear(d, 3 * inner), nn.Linear(inner, d)
         self.up, self.down = nn.Linear(d, config.of_ffn), nn.Linear(config.of_ffn, d)
-        self.relative = RelativeBias(config.heads, length) if config.position_bias == "relative" else None
+        causal = config.family != "bert4rec"
+        self.relative = RelativeBias(config.heads, length, causal) if config.position_bias == "relative" else None
         self.time = TimeBias(config.heads) if config.time_bias else None
         self.adapter = Adapter(d, config.adapter) if config.adapter else None
 
@@ -246,7 +259,7 @@ class AttentionBlock(nn.Module):
 
     def _within_kernel(self, q: Tensor, k: Tensor, v: Tensor, times_BT: Tensor | None) -> Tensor:
         """The same biases, where no mask is written."""
-        distance_TA = None if self.relative is None else self.relative.bias_RA[self.relative.buckets_TT[0]]
+        distance_TA = None if self.relative is None else self.relative.by_distance()
         time_RA = None if self.time is None else self.time.bias_RA
         return biased_attention(q, k, v, self.of_head**-0.5, distance_TA, time_RA, times_BT)
 
@@ -277,14 +290,10 @@ class AttentionBlock(nn.Module):
 class Attention(nn.Module):
     """A stack of attention blocks, causal or not."""
 
-    allowed_TT: Tensor
-
     def __init__(self, config: EncoderConfig, length: int, causal: bool) -> None:
         super().__init__()
         self.causal, self.biased = causal, config.position_bias != "none" or config.time_bias
         self.blocks = nn.ModuleList(AttentionBlock(config, length) for _ in range(config.layers))
-        mask = torch.full((length, length), MASKED).triu(1) if causal else torch.zeros(length, length)
-        self.register_buffer("allowed_TT", mask, persistent=False)
 
     def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
         t = x_BTD.shape[1]  # without int(): a free axis of the exported graph
@@ -293,7 +302,7 @@ class Attention(nn.Module):
             return self._long(x_BTD, known_BT, times_BT)[:, -newest:]
         whole = self.training and bool(known_BT.all())  # nothing padded: one mask for all rows
         if not (whole and self.causal and not self.biased):  # else the faster causal form
-            mask = self.allowed_TT[:t, :t][None, None]
+            mask = self._later(x_BTD, t)
             if not whole:
                 mask = mask + (~known_BT)[:, None, None, :].to(x_BTD.dtype) * mask_value(x_BTD.dtype)
         buckets = None if times_BT is None else time_buckets(times_BT)
@@ -306,11 +315,18 @@ class Attention(nn.Module):
         x_BTD, t = turned(x_BTD, known_BT), x_BTD.shape[1]
         times_BT = None if times_BT is None else turned(times_BT, known_BT)
         flexible = x_BTD.is_cuda and self.biased
-        mask = self.allowed_TT[:t, :t][None, None] if self.biased and not flexible else None
+        mask = self._later(x_BTD, t) if self.biased and not flexible else None
         buckets = None if times_BT is None or flexible else time_buckets(times_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD, mask, buckets, times_BT=times_BT if flexible else None)
         return turned(x_BTD, known_BT, back=True)
+
+    def _later(self, x_BTD: Tensor, t: int) -> Tensor:
+        """What is added so that no event looks at later ones, [1, 1, T, T]; worked out, as a table of 4,096 by 4,096
+        would be most of the graph."""
+        if not self.causal:
+            return x_BTD.new_zeros(1, 1, 1, 1)
+        return (~earlier(t, x_BTD.device)).to(x_BTD.dtype)[None, None] * mask_value(x_BTD.dtype)
 
 
 class GatedBlock(nn.Module):
@@ -322,7 +338,7 @@ class GatedBlock(nn.Module):
         self.heads, self.p, self.length = config.heads, config.dropout, length
         self.norm, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         self.uvqk, self.out = nn.Linear(d, 4 * d), nn.Linear(d, d)
-        self.relative = RelativeBias(config.heads, length)
+        self.relative = RelativeBias(config.heads, length, causal=True)
         self.time = TimeBias(config.heads) if config.time_bias else None
 
     def forward(self, x_BTD: Tensor, seen_B1TT: Tensor, buckets_BTT: Tensor | None, newest: int = 0) -> Tensor:
@@ -342,16 +358,13 @@ class GatedBlock(nn.Module):
 
 
 class Gated(nn.Module):
-    causal_TT: Tensor
-
     def __init__(self, config: EncoderConfig, length: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(GatedBlock(config, length) for _ in range(config.layers))
-        self.register_buffer("causal_TT", torch.ones(length, length).tril(), persistent=False)
 
     def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
         t = x_BTD.shape[1]
-        seen = self.causal_TT[:t, :t][None, None] * known_BT[:, None, None, :].to(x_BTD.dtype)
+        seen = (earlier(t, x_BTD.device)[None, None] & known_BT[:, None, None, :]).to(x_BTD.dtype)
         buckets = None if times_BT is None else time_buckets(times_BT)
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, seen, buckets, newest if i == len(self.blocks) - 1 else 0)

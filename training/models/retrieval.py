@@ -262,7 +262,7 @@ def _bias(relative: RelativeBias | None, time: TimeBias | None, distance_SK: Ten
     """What is added to the attention of new events to all, float32, to be broadcast to [B, A, S, P + S]."""
     bias = torch.zeros(1, 1, 1, 1)
     if relative is not None:
-        by_distance_TA = relative.bias_RA[relative.buckets_TT[0]]
+        by_distance_TA = relative.by_distance()
         longest = by_distance_TA.shape[0] - 1
         bias = F.embedding(distance_SK.clamp(0, longest), by_distance_TA).permute(2, 0, 1)[None]
     if time is not None:

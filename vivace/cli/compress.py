@@ -8,6 +8,7 @@ import typer
 
 from vivace.cli.options import (
     DEFAULT_ARTIFACTS,
+    PRESETS,
     Artifacts,
     Bound,
     Force,
@@ -19,10 +20,19 @@ from vivace.cli.options import (
     say,
 )
 from vivace.cli.runs import say_next, step
-from vivace.cli.values import choice, plain_name, values_of
+from vivace.cli.values import choice, one_of, plain_name, values_of
 from vivace.run import Run
 
+TO_HELP = "teach a new run of this preset's sizes and training (or of a JSON file's) instead of pruning"
 MIXTURES = values_of("training.models.ranking:MIXTURES")
+
+
+def student(name: str, recovery: dict[str, Any]) -> Any:
+    """The preset ``name`` with what the command line changes of its retriever's training."""
+    from training.presets import preset, with_values
+
+    parts = {"dropout": "encoder"}
+    return with_values(preset(name), {f"{parts.get(k, 'retrieval')}.{k}": v for k, v in recovery.items()})
 
 
 def compress(
@@ -41,32 +51,43 @@ def compress(
     ranker_heads: Annotated[int, typer.Option(help="attention heads of the ranker (0: as before)", min=0)] = 0,
     followers: Annotated[int, typer.Option(help="followers kept of an item for the ranker (0: as before)", min=0)] = 0,
     mixture: Annotated[str, choice("--mixture", MIXTURES, "of the ranker's heads, as before if empty")] = "",
-    learning_rate: Annotated[float, typer.Option(help="of the recovery", min=1e-8, max=1.0)] = 3e-3,
-    dropout: Annotated[float, typer.Option(help="of the recovery", min=0.0, max=0.99)] = 0.1,
+    to: Annotated[
+        str, typer.Option("--to", help=TO_HELP, parser=one_of(PRESETS, also_json=True), metavar="PRESET")
+    ] = "",
+    learning_rate: Annotated[
+        float | None, typer.Option(help="of the recovery (3e-3, or that of --to)", min=1e-8, max=1.0)
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="of the recovery (0.1, or that of --to)", min=0.0, max=0.99)
+    ] = None,
     sparsity: Annotated[str, typer.Option(help='of the encoder: "2:4", or a share of zeros such as 0.8')] = "",
     qat: Annotated[bool, typer.Option(help="recover with weights and activations rounded to eight bits")] = False,
     fresh: Annotated[bool, typer.Option(help="a new small model instead of the pruned one, taught likewise")] = False,
-    epochs: Annotated[int, typer.Option(help="of recovery training under the whole model's eye", min=1)] = 4,
+    epochs: Annotated[
+        int | None, typer.Option(help="of training under the whole model's eye (4, or those of --to)", min=1)
+    ] = None,
     precision: Precision = "fp32",
     bound: Bound = 0.01,
     force: Force = False,
 ) -> None:
-    """Prune an evaluated run, let the whole model teach it, compile it, refuse it if it lost too much."""
+    """Prune an evaluated run, let the whole model teach it, compile it, refuse it if it lost too much. --to cpu: a new
+    run of that preset in the place of the pruned one."""
     with step(name, artifacts) as run:
         from preprocessing.features import Features
         from training.compile.compress import Compression, SmallerRanker, compress as compress_run
         from training.compile.prune import Target
         from training.learn.constraints import Constraint
 
+        given = {"learning_rate": learning_rate, "dropout": dropout, "epochs": epochs}
+        recovery = {key: value for key, value in given.items() if value is not None}
         sizes_of_ranker: dict[str, Any] = {"heads": ranker_heads, "followers": followers, "mixture": mixture}
-        chosen: dict[str, Any] = {"precision": precision, "epochs": epochs, "bound": bound, "force": force}
+        chosen: dict[str, Any] = {"precision": precision, "bound": bound, "force": force, **recovery}
         config = Compression(
             target=Target(layers=layers, heads=heads, ffn=ffn, width=width),
             ranker=SmallerRanker(memory=memory, **sizes_of_ranker),
+            student=student(to, recovery) if to else None,
             fresh=fresh,
             constraint=Constraint(sparsity=sparsity, int8=qat),
-            learning_rate=learning_rate,
-            dropout=dropout,
             **chosen,
         )
         sizes = chosen_preset(preset, run.root)

@@ -154,6 +154,7 @@ def run_demo(
     """Runs every step; each one that is already there is not done again. With ``tune_minutes`` the server has the
     profile that a search of so many minutes found."""
     from preprocessing.requests import recorded
+    from serving.default_profile import default_profile
     from serving.server_options import ServerOptions
     from serving.service import interrupt_on_signals, service
 
@@ -169,14 +170,15 @@ def run_demo(
         for label, verb in (*steps, ("compile", compile_)):
             verb(name=name, artifacts=artifacts, preset=preset, seed=seed)
             clock.done(label)
-        profile = ""
+        profile, which = default_profile(run.repository)
         if tune_minutes:
             try:
                 tune(name=name, artifacts=artifacts, budget=tune_minutes, save_as=TUNED)
-                profile = TUNED
+                profile, which = TUNED, f"profile {TUNED}"
             except ValueError as error:  # such as an objective that nothing meets here: it is served as it is
                 say(f"{error}; served untuned")
             clock.done("tune")
+    say(which)
     options = ServerOptions(
         repository=run.repository, http_port=0, grpc_port=0, metrics_port=0, log=run.server_log, guard=True,
         profile=profile,

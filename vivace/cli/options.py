@@ -59,7 +59,9 @@ PresetName = Annotated[
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 Profile = Annotated[
     str,
-    typer.Option("--profile", help='configs/<profile>.pbtxt; "" is config.pbtxt', parser=plain_name, metavar="NAME"),
+    typer.Option(
+        "--profile", help="configs/<profile>.pbtxt; by the machine if empty", parser=plain_name, metavar="NAME"
+    ),
 ]
 Precision = Annotated[str, choice("--precision", PRECISIONS, "of the graphs (docs/compress.md)")]
 Tables = Annotated[

@@ -157,7 +157,7 @@ def serve(
     from serving.service import run_until_signal
 
     run = find_run(artifacts, name)
-    profile = profile or ("cached" if cache_mb else "fused" if answer_cache_mb or state_cache_mb else "")
+    profile = _profile(run, profile or ("cached" if cache_mb else "fused" if answer_cache_mb or state_cache_mb else ""))
     served = _served(run, profile)
     if tls:
         tls_cert, tls_key = _certificate_for_trials(run.root / "tls", host, (tls_cert, tls_key))
@@ -189,6 +189,18 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     query = (lambda: say_next(_query_of(options), run, artifacts)) if shard is None else None
     run_until_signal(options, status_port, say, query, replicas)
+
+
+def _profile(run: Run, asked: str) -> str:
+    """The profile of a repository for what ``asked``; where that is nothing, the one for this machine, and says so."""
+    from serving.default_profile import default_profile, named_profile
+
+    if asked:
+        return named_profile(asked)
+    profile, why = default_profile(run.repository)
+    if why:
+        say(why)
+    return profile
 
 
 def _served(run: Run, profile: str) -> Run:

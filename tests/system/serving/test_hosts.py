@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 import urllib.request
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,9 @@ from serving.door.process import Door
 from serving.door.tls import make_pair
 from serving.hosts import HostsDoor, HostsDoorOptions
 from serving.launcher import TritonServer
-from tests.support import PatientClient, on_free_ports, own_copy, quiet, wait_until
+from serving.start_checks import free_port
+from serving.wheel import ServerError
+from tests.support import PatientClient, on_free_ports, own_copy, wait_until
 from tests.system.serving.test_versions import HISTORY
 from vivace.run import Run
 
@@ -54,7 +57,7 @@ def test_calls_are_answered_by_whoever_speaks(host, silent, pair):
     with HostsDoor(options, told.append) as door:
         o = door.options
         wait_until(lambda: (door.look(), list(door.well.values()))[1] == [False, True], "one that is well")
-        assert told == [f"127.0.0.1:{silent}: does not say that it works; others are asked"]
+        assert told == [f"127.0.0.1:{silent}: no answer in 1 s; others are asked"]
         began = time.monotonic()
         for protocol, port in (("grpc", o.grpc_port), ("http", o.http_port)):
             with PatientClient(f"127.0.0.1:{port}", protocol) as client:
@@ -70,9 +73,35 @@ def test_calls_are_answered_by_whoever_speaks(host, silent, pair):
         wait_until(lambda: (door.look(), list(door.well.values()))[1] == [False, True], "it is well again")
 
 
-def test_hosts_that_show_another_certificate_are_not_asked(host, tmp_path):
-    other, _ = make_pair(tmp_path, ["127.0.0.1"])
+@pytest.mark.parametrize(
+    ("shown", "words"),
+    [
+        ("another authority", "its certificate is not of the authority in --hosts-ca"),
+        ("no certificate", "it wants a certificate; give --hosts-cert"),
+        ("another certificate", "the authority of --hosts-cert is none of its --client-ca"),
+        ("no tls", "it takes TLS only; give --hosts-ca"),
+    ],
+)
+def test_hosts_that_are_not_trusted_are_not_asked_and_the_reason_is_told(host, pair, tmp_path, shown, words):
+    other, key = make_pair(tmp_path, ["127.0.0.1"])
+    other.write_text(other.read_text() + key.read_text())
+    asked = {
+        "another authority": {"ca": other}, "no certificate": {"ca": pair},
+        "another certificate": {"ca": pair, "cert": other}, "no tls": {},
+    }  # fmt: skip
+    told = []
     hosts = parse_hosts(f"127.0.0.1:{host.http_port}:{host.grpc_port}")
-    options = HostsDoorOptions(upstream=Upstream(hosts=hosts, ca=other), http_port=0, grpc_port=0, metrics_port=0)
-    with HostsDoor(options, quiet) as door:
-        wait_until(lambda: list(door.door.well().values()) == [False], "nobody that is trusted")
+    options = HostsDoorOptions(upstream=Upstream(hosts=hosts, **asked[shown]), http_port=0, grpc_port=0, metrics_port=0)
+    with HostsDoor(options, told.append) as door:
+        wait_until(lambda: (door.look(), list(door.well.values()))[1] == [False], "nobody that is trusted")
+    assert words in told[0], told
+
+
+def test_a_door_is_no_server_of_its_own(tmp_path):
+    port = free_port("127.0.0.1")
+    options = HostsDoorOptions(
+        upstream=Upstream(hosts=parse_hosts(f"127.0.0.1:{port}")), http_port=port, grpc_port=0, metrics_port=0
+    )
+    for listening in (options, replace(options, host="0.0.0.0", access=AccessOptions(insecure_network=True))):
+        with pytest.raises(ServerError, match="is where this door itself listens"):
+            listening.checked()

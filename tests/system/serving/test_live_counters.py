@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -19,7 +20,9 @@ from serving.service import service
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, untouched_store, users_of_data, wait_until
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
+from training.compile.engine import Engine
 from training.judge.evaluate import evaluate
+from training.judge.gate import graph_ranks, reference_ranks
 from training.learn.ranker import train_ranker
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
@@ -180,9 +183,24 @@ def test_deaths_lose_no_counted_event(live_root, features, tmp_path):
     assert np.expm1(counts[0, place, LIVE_HALF_LIVES_MS.index(12 * 3_600_000)]) == pytest.approx(150, rel=0.02)
 
 
+@pytest.mark.parametrize("config", [CompileConfig(precision="int8"), CompileConfig(tables="int8")])
+def test_other_number_formats_are_judged_by_the_counts_of_each_moment(live_root, features, config, tmp_path):
+    """The gate's reference read the counts of each request's moment: graphs that read others would lose by far."""
+    run = Run(live_root)
+    exact = graph_ranks(features, run.shapes(), Engine(run.compiled, run.shapes()))
+    expected = reference_ranks(run)
+    ranked = expected < CANDIDATES + RISING
+    assert (exact == expected)[ranked].mean() > 0.98 and ranked.mean() > 0.5
+    other = shutil.copytree(live_root, tmp_path / "other")
+    manifest = compile_models(features, PRESET, other, 3, quiet, replace(config, bound=0.1))
+    assert abs(manifest["results"]["gate"]["change"]) < 0.1 and manifest["results"]["gate"]["requests"] == len(expected)
+    kinds = {t.data_type for t in onnx.load(other / "compiled" / "ranking.onnx").graph.initializer}
+    assert onnx.TensorProto.INT8 in kinds
+
+
 def test_what_live_counters_do_not_go_with_is_refused(live_root, features):
-    with pytest.raises(ValueError, match=r"live counters .* float32"):
-        compile_models(features, PRESET, live_root, 3, quiet, CompileConfig(precision="int8"))
+    with pytest.raises(ValueError, match=r"live counters .* score every item"):
+        compile_models(features, PRESET, live_root, 3, quiet, CompileConfig(index="HNSW32"))
     with pytest.raises(ValueError, match="hindsight"):
         replace(PRESET, ranking=replace(PRESET.ranking, past_events=1))
 

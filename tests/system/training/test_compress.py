@@ -27,7 +27,7 @@ from training.learn.distill import Distillation, divergence, list_mle, relations
 from training.learn.retriever import train_retrieval
 from training.metrics import MISS
 from training.models.retrieval import EncoderConfig, RetrievalModel
-from training.presets import from_json, shapes, tiny
+from training.presets import from_json, shapes, tiny, with_values
 from vivace import contract
 from vivace.run import Run
 
@@ -121,6 +121,21 @@ def test_the_variant_is_smaller_and_judged(features, root, variant):
     kinds = {t.data_type for t in onnx.load(folder / "compiled" / "retrieval.onnx").graph.initializer}
     assert onnx.TensorProto.INT8 in kinds
     assert manifest["results"]["parity"]["int8"]["top-10 overlap"] > 0.8
+
+
+def test_a_preset_is_taught_by_the_whole_run(features, root):
+    small = with_values(tiny(), {"encoder.width": 8, "encoder.heads": 1, "encoder.history": 10, "retrieval.epochs": 1})
+    config = Compression(student=small, distillation=Distillation(positions=64), bound=0.9)
+    manifest = compress(features, tiny(), root, "student", config, 3, quiet, quiet=True)
+    variant = Run(root / "compressed" / "student")
+    assert from_json(json.loads(variant.preset.read_text())) == small and not (variant.root / "pruned").exists()
+    assert variant.manifest("retrieval")["inputs"]["teacher"] == Run(root).key("retrieval")
+    assert manifest["results"]["gate"]["passed"] and variant.shapes().width == 8
+    longer = with_values(small, {"encoder.history": tiny().encoder.history + 1})
+    with pytest.raises(ValueError, match="history of at most"):
+        compress(features, tiny(), root, "longer", Compression(student=longer), 3, quiet)
+    with pytest.raises(ValueError, match="--to"):
+        Compression(student=small, target=Target(layers=1))
 
 
 def test_graph_ranks_are_the_evaluated_ones(features, root):

@@ -52,13 +52,12 @@ def test_a_steps_results_of_an_earlier_run_are_not_taken_for_its_own(tmp_path):
     assert "rows" not in results["step"]
 
 
-def test_what_runs_beside_a_step_ends_with_it(tmp_path):
-    sleeper = [
-        sys.executable,
-        "-c",
-        f"import os, time; open(r'{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(99)",
-    ]
+def test_what_runs_beside_a_step_ends_with_it_and_keeps_its_figures(tmp_path):
+    figures = WRITES.replace("{path}", str(tmp_path / "sleeps.json"))
+    code = f"import os, time; open(r'{tmp_path}/pid', 'w').write(str(os.getpid())); {figures}; time.sleep(99)"
+    sleeper = [sys.executable, "-c", code.replace("{", "{{").replace("}", "}}")]
     steps = [("step", 5.0, [sys.executable, "-c", "import time; time.sleep(1.5)"])]
-    results = run.run_steps(steps, tmp_path, 60.0, lambda _: None, {"step": sleeper})
+    results = run.run_steps(steps, tmp_path, 60.0, lambda _: None, {"step": ("sleeps", sleeper)})
     assert results["step"]["outcome"] == "ok"
+    assert results["sleeps"]["outcome"] == "beside step" and results["sleeps"]["rows"] == [1]
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))

@@ -85,7 +85,7 @@ def test_a_profile_that_is_not_there_is_refused(tmp_path):
     for profile in repository.PROFILES:
         assert contract.APPEND_EVENT in repository.models(run.repository, profile)
         assert repository.served_from(run.root, profile) == run.root
-    names = ", ".join(sorted(set(repository.PROFILES) - {""}))
+    names = ", ".join(["ensemble", *sorted(set(repository.PROFILES) - {""})])
     asks = (
         repository.models,
         repository.check_profile,

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from serving.door.tls import make_pair
-from serving.shards.trust import distrust
+from serving.door.trust import distrust
 from tests.unit.serving.test_tls import dated
 from vivace.credentials import Credentials
 from vivace.http_pool import HttpPool

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from training.data.batches import of_sequences, together
 from training.data.live import STEP_MS, LiveAt, check_live
 from training.learn.ranker import without_padding
-from training.metrics import list_auc, ranks_after
+from training.metrics import MISS, list_auc, ranks, ranks_after
 from training.models.context import LiveFeatures
 from training.models.retrieval import EXCLUDED, propose
 from training.scoring import behind_rising
@@ -50,6 +50,19 @@ def test_ranks_of_targets_that_are_rising(target, before, expected):
     before_B = behind_rising(torch.tensor([before]), request)
     got = ranks_after(logits, candidates, request.target_B, before_B, request.number_B)
     assert got.tolist() == [expected]
+
+
+def test_a_target_that_rises_but_was_seen_is_a_miss():
+    """It is never answered, so its rank is that of no answer."""
+    scores = torch.tensor([[*[EXCLUDED] * FIRST_ID, 5.0, 4.0, 3.0, 2.0]])
+    target, other = FIRST_ID, FIRST_ID + 1
+    scores[0, target] = EXCLUDED
+    request = _request(target, [target, other])
+    ids, _ = propose(scores, 2, request.rising_BM)
+    assert target not in ids
+    before_B = behind_rising(ranks(scores, request.target_B, request.number_B), request)
+    logits = torch.arange(ids.shape[1], 0, -1, dtype=torch.float32)[None]
+    assert ranks_after(logits, ids, request.target_B, before_B, request.number_B).tolist() == [MISS]
 
 
 def test_counts_belong_to_their_candidate_wherever_it_stands():

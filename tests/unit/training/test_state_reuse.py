@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from serving.runtime.grown import GROWN, HIT, MISSED, GrownRetrieval
 from serving.runtime.state_cache import MOST_NEW, StateCache, prefixes
 from training.compile.onnx_export import check_steps, export, export_steps, names_of
-from training.models.encoders import EncoderConfig
+from training.models.encoders import EncoderConfig, RelativeBias, distance_buckets
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import recorded_fields
 from vivace import contract, windows
@@ -157,9 +158,30 @@ def test_a_sliding_window_stays_while_a_history_grows():
     assert all(n - 200 <= start <= max(0, n - 200 + 24) for n, start in enumerate(starts, 1))
     moves = np.count_nonzero(np.diff(starts)) / len(starts)
     assert 1 / 20 < moves < 1 / 9  # 2 / (25 + 1)
-    stored = ids[-1_000:]  # a store that has forgotten the older ones cuts at the same event
-    assert windows.newest(stored, 200, 25) == windows.newest(ids, 200, 25)
+    for n in range(3_000, 3_050):  # a store that has forgotten the older ones cuts at the same event
+        read = windows.newest(ids[:n], 200, 25)
+        assert windows.newest(ids[n - 1_000 : n], 200, 25) == windows.newest(ids[n - 200 : n], 200, 25) == read
     assert windows.newest(ids[:150], 200, 25) == 150 and windows.newest(ids, 200) == 200
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_bias_of_two_events_is_that_of_their_distance(causal):
+    bias = RelativeBias(2, 40, causal)
+    torch.nn.init.normal_(bias.bias_RA)
+    bucket_of = distance_buckets(40).tolist()
+    assert bucket_of[:17] == [*range(17)] and bucket_of[-1] == 31 and sorted(bucket_of) == bucket_of
+    for t in (1, 2, 17, 40):
+        got = bias(t)
+        for i in range(t):
+            for j in range(i + 1 if causal else t):
+                assert torch.equal(got[:, i, j], bias.bias_RA[bucket_of[abs(i - j)]])
+
+
+def test_no_table_of_all_pairs_of_events_is_in_a_graph(compiled):
+    _, folder = compiled
+    for name in ("retrieval.onnx", "encoder_step.onnx"):
+        sizes = {i.name: list(i.dims) for i in onnx.load(folder / name).graph.initializer}
+        assert not [name for name, dims in sizes.items() if dims[-2:] == [LENGTH, LENGTH]], sizes
 
 
 def test_what_was_trained_before_there_were_windows_is_known_by_the_same_key():

@@ -25,6 +25,20 @@ def eager() -> bool:
     return not recording
 
 
+def earlier(t: int, device: torch.device) -> Tensor:
+    """Whether an event (column) is not after another (row), bool [T, T]."""
+    place_T = torch.arange(t, device=device)
+    return place_T[:, None] >= place_T[None]
+
+
+def time_bucket(newer: Tensor, older: Tensor, buckets: int) -> Tensor:
+    """Bucket of the whole seconds between two times in ms, int64: see ``encoders.time_buckets``."""
+    seconds = torch.div((newer - older).abs(), 1000, rounding_mode="floor")
+    # the half keeps whole seconds off the borders, where rounding could decide
+    power = (torch.log(seconds.to(torch.float32) + 1.5) / math.log(2)).floor().to(torch.int64)
+    return torch.where((newer > 0) & (older > 0), (power + 1).clamp(1, buckets - 1), 0)
+
+
 def turned(x: Tensor, known_BT: Tensor, back: bool = False) -> Tensor:
     """[B, T, ...] whose rows, padded on the left where ``known_BT`` is False, begin with their events; ``back``: the
     reverse, of rows that were turned."""
@@ -68,10 +82,7 @@ def biased_attention(
         if distance_TA is not None:
             score = score + distance_TA[(i - j).clamp_min(0), h]
         if time_RA is not None and times_BT is not None:
-            newer, older = times_BT[b, i], times_BT[b, j]
-            seconds = torch.div((newer - older).abs(), 1000, rounding_mode="floor")
-            power = (torch.log(seconds.to(torch.float32) + 1.5) / math.log(2)).floor().to(torch.int64)
-            bucket = torch.where((newer > 0) & (older > 0), (power + 1).clamp(1, buckets - 1), 0)
+            bucket = time_bucket(times_BT[b, i], times_BT[b, j], buckets)
             score = score + time_RA[bucket, h]
         return score
 

@@ -70,7 +70,3 @@ def shown(url: str) -> str:
     netloc = f"{user}:***@{place}" if at and ":" in secret else parts.netloc
     query = urlencode([(n, "***" if "password" in n else v) for n, v in parse_qsl(parts.query)])
     return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
-
-
-def is_url(text: str) -> bool:
-    return "://" in text
