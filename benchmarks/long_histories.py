@@ -75,16 +75,16 @@ class Form:
             ranker=RankerConfig(
                 candidates=50, experts=2, expert_width=32, nearest=self.nearest, nearest_to=self.to
             ),
-            ranking=RankerTraining(epochs=2, batch_size=64, past_events=5),
+            ranking=RankerTraining(epochs=4, batch_size=64, past_events=5),
         )  # fmt: skip
 
 
 def forms_of(lengths: list[int], stochastic: float) -> list[Form]:
-    """Each length but the longest, whole and with a choice among the older events of the longest; the longest, whole
-    and trained with windows of stochastic length, if that is asked for."""
+    """Each length but the longest, whole and with a choice among the older events of the longest, of the shortest also
+    by request; the longest, whole and trained with windows of stochastic length, if that is asked for."""
     longest = max(lengths)
     short = [n for n in lengths if n < longest]
-    chosen = [Form(longest, n, CHOSEN) for n in short] + [Form(longest, n, CHOSEN, "request") for n in short]
+    chosen = [Form(longest, n, CHOSEN) for n in short] + [Form(longest, n, CHOSEN, "request") for n in short[:1]]
     return [*map(Form, short), *chosen, Form(longest), *([Form(longest, stochastic=stochastic)] if stochastic else [])]
 
 

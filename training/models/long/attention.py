@@ -53,8 +53,9 @@ def turned(x: Tensor, known_BT: Tensor, back: bool = False) -> Tensor:
 def _attend(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention  # takes seconds to load, and few need it
 
-    attend: Callable[..., Any] = torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
-    return attend
+    attend: Any = flex_attention
+    compiled_attend: Any = torch.compile(attend, dynamic=True) if compiled else attend
+    return compiled_attend  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=64)
