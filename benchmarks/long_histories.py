@@ -75,7 +75,9 @@ class Form:
             ranker=RankerConfig(
                 candidates=50, experts=2, expert_width=32, nearest=self.nearest, nearest_to=self.to
             ),
-            ranking=RankerTraining(epochs=4, batch_size=64, past_events=5),
+            ranking=RankerTraining(
+                epochs=6, batch_size=64, past_events=5, held_out=0.2, learning_rate=4e-3, patience=3
+            ),
         )  # fmt: skip
 
 
@@ -84,8 +86,9 @@ def forms_of(lengths: list[int], stochastic: float) -> list[Form]:
     by request; the longest, whole and trained with windows of stochastic length, if that is asked for."""
     longest = max(lengths)
     short = [n for n in lengths if n < longest]
-    chosen = [Form(longest, n, CHOSEN) for n in short] + [Form(longest, n, CHOSEN, "request") for n in short[:1]]
-    return [*map(Form, short), *chosen, Form(longest), *([Form(longest, stochastic=stochastic)] if stochastic else [])]
+    whole_and_chosen = [form for n in short for form in (Form(n), Form(longest, n, CHOSEN))]
+    last = [Form(longest, stochastic=stochastic)] if stochastic else []
+    return [*whole_and_chosen, Form(longest), Form(longest, short[0], CHOSEN, "request"), *last]
 
 
 def trained(form: Form, features: Features, artifacts: Path, epochs: int) -> dict[str, float]:

@@ -97,7 +97,7 @@ class FreshRankingGraph(nn.Module):
         live = given.pop(0) if self.counted else None
         types, context, _ = moment_of(model.types, model.columns, given)
         candidate = model.norm_own(model.own(self._describe(fresh_vectors, categories, lists, numbers)))
-        there = fresh_scores > EXCLUDED / 2
+        there = torch.where(fresh_scores > EXCLUDED / 2, NO_ITEM, PADDING_ID)  # none is in a history by its id
         attended, of_older = model.attend(
             candidate, model.query(candidate), fresh_vectors, there, history_ids, encoded_history, types
         )
@@ -109,6 +109,8 @@ class FreshRankingGraph(nn.Module):
         logits = torch.cat([heads[h] for h in model.head_names], dim=1).view(-1, m, f)
         gap_BM = (fresh_scores - candidate_scores.amax(1, keepdim=True)).clamp_min(-20.0)
         residual = model.retrieval_scale * gap_BM
+        if model.nearest is not None:
+            residual = residual + model.nearest.direct(of_older[0]).squeeze(2)
         if model.live is not None:
             residual = residual + model.live.direct(counted[..., -len(model.live.mean) :]).squeeze(2)
         logits = torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], dim=2)

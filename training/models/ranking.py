@@ -231,11 +231,11 @@ class RankingModel(nn.Module):
         return vector, self.query(vector), self.item(ids), self.popularity[ids], self._category(ids)
 
     def attend(
-        self, candidate_BND: Tensor, query_BND: Tensor, item_BND: Tensor, there_BN: Tensor, history_BT: Tensor,
+        self, candidate_BND: Tensor, query_BND: Tensor, item_BND: Tensor, ids_BN: Tensor, history_BT: Tensor,
         encoded_BTD: Tensor, types_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """(what each candidate finds in the history, float32 [B, N, D]: its encoded part and what is chosen of the
-        older events; features of these, float32 [B, N, 2], if they are read). ``there_BN``: no padding."""
+        older events; features of these, float32 [B, N, 2], if they are read). ``ids_BN``: of the candidates."""
         n, d, t, h = candidate_BND.shape[1], self.width, encoded_BTD.shape[1], self.config.heads
         older_BO, history_BT = history_BT[:, : history_BT.shape[1] - t], history_BT[:, -t:]
         of_older, types_BT = (
@@ -250,7 +250,7 @@ class RankingModel(nn.Module):
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
             return self.norm_out(candidate_BND + self.out(attended.transpose(1, 2).reshape(-1, n, d))), []
         typed = None if of_older is None or self.type_embedding is None else self.type_embedding(of_older)
-        chosen = self.nearest(older_BO, item_BND, there_BN, self.item, typed, MASKED)
+        chosen = self.nearest(older_BO, item_BND, ids_BN, self.item, typed, MASKED)
         attended = self.out(attend_both(q, k, v, mask, chosen))
         return self.norm_out(candidate_BND + attended), [chosen.features]
 
@@ -273,8 +273,7 @@ class RankingModel(nn.Module):
         n, f = candidates_BN.shape[1], len(self.head_names)  # without int(): free axes of the exported graph
         types_BT, context, live = moment_of(self.types, self.columns, more)
         candidate, query, item, popularity, category = self.candidate_parts(candidates_BN)
-        there = candidates_BN != PADDING_ID
-        attended, of_older = self.attend(candidate, query, item, there, history_BT, encoded_BTD, types_BT)
+        attended, of_older = self.attend(candidate, query, item, candidates_BN, history_BT, encoded_BTD, types_BT)
         counted = self.counters(history_BT, candidates_BN, scores_BN, popularity, category)
         counted = torch.cat([counted, *of_older], 2) if of_older else counted
         if self.live is not None:
@@ -287,6 +286,8 @@ class RankingModel(nn.Module):
         heads = self._heads(x)
         logits = torch.cat([heads[h] for h in self.head_names], dim=1).view(-1, n, f)
         residual = self.retrieval_scale * (scores_BN - scores_BN.amax(1, keepdim=True)).clamp_min(-20.0)
+        if self.nearest is not None:
+            residual = residual + self.nearest.direct(of_older[0]).squeeze(2)
         if self.live is not None:
             residual = residual + self.live.direct(live_BNF).squeeze(2)
         return torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], dim=2)

@@ -151,10 +151,11 @@ def test_older_events_are_chosen_by_their_items(to):
     """Attention with the chosen events alone, one by one, is what the model works out at once."""
     retriever, ranker = _ranker(to)
     history, candidates, _, encoded = _given(retriever)
+    candidates[0, :2] = history[0, [3, 1]]  # two that were there
     with torch.no_grad():
         vector, query, item, _, _ = ranker.candidate_parts(candidates)
         there = candidates != PADDING_ID
-        answer, (features,) = ranker.attend(vector, query, item, there, history, encoded)
+        answer, (features,) = ranker.attend(vector, query, item, candidates, history, encoded)
         unit = F.normalize(ranker.item.weight, dim=1)
         for row, place in ((0, 0), (0, 7), (1, 2), (2, 1)):
             older = [i for i in history[row, : T - 4].tolist() if i != PADDING_ID]
@@ -176,6 +177,8 @@ def test_older_events_are_chosen_by_their_items(to):
             torch.testing.assert_close(answer[row, place], expected, atol=1e-4, rtol=1e-4)
             if chosen:
                 assert float(features[row, place, 0]) == pytest.approx(max(near[j] for j in chosen), abs=1e-4)
+                again = sum(older[j] == int(candidates[row, place]) for j in chosen)
+                assert float(features[row, place, 1]) == pytest.approx(np.log1p(again), abs=1e-6)
 
 
 @pytest.mark.parametrize("to", ["candidate", "request"])

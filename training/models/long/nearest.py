@@ -16,7 +16,6 @@ from vivace.contract import PADDING_ID
 AGES = 16  # buckets of how long ago an older event was, by powers of two
 TIE = 1e-6  # of a place: equal items are told apart by which came later, in every engine alike
 NOTHING = -2.0  # below any cosine
-SHARP = 16  # power of a cosine that leaves little but the very item: .7 counts .003
 
 
 class Chosen:
@@ -38,7 +37,9 @@ class NearestEvents(nn.Module):
         self.width, self.count, self.per_candidate = width, count, per_candidate
         self.key_value = nn.Linear(width, 2 * width)
         self.age = nn.Embedding(AGES, 2 * width)
+        self.direct = nn.Linear(2, 1, bias=False)  # of the features, onto the score
         nn.init.zeros_(self.age.weight)
+        nn.init.zeros_(self.direct.weight)
         self.register_buffer("unit_key_value_VE", None)
 
     def fold(self, items_VD: Tensor) -> None:
@@ -55,12 +56,12 @@ class NearestEvents(nn.Module):
         return F.normalize(vectors, dim=-1), self.key_value(vectors)
 
     def forward(
-        self, older_BO: Tensor, candidate_BND: Tensor, there_BN: Tensor, item: nn.Module,
+        self, older_BO: Tensor, candidate_BND: Tensor, ids_BN: Tensor, item: nn.Module,
         of_types_BOE: Tensor | None = None, masked: float = -1e9,
     ) -> Chosen:  # fmt: skip
         """``older_BO``: ids of the older events, int64, padded on the left; ``candidate_BND``: the candidates' item
-        vectors; ``there_BN``: False where there is no candidate; ``of_types_BOE``: what the events' types add to keys
-        and values, [B, O, 2 D]."""
+        vectors; ``ids_BN``: their ids, PADDING_ID where there is none; ``of_types_BOE``: what the events' types add to
+        keys and values, [B, O, 2 D]."""
         k, d = self.count, self.width
         older_BO = F.pad(older_BO, (k, 0), value=PADDING_ID)  # there are always as many as are chosen
         o = older_BO.shape[1]  # without int(): a free axis of the exported graph
@@ -78,17 +79,21 @@ class NearestEvents(nn.Module):
             flat = place_BNK.flatten(1)[..., None].expand(-1, -1, 2 * d)
             key_value = key_value_BOE.gather(1, flat).unflatten(1, (-1, k))
             mask = (near_BNK <= NOTHING).to(near_BNK.dtype) * masked
+            of_chosen_BNK = older_BO.gather(1, place_BNK.flatten(1)).unflatten(1, (-1, k))
         else:
-            to_any_BO = torch.where(there_BN[..., None], near_BNO, torch.full_like(near_BNO, NOTHING)).amax(1)
+            to_any_BO = torch.where(
+                (ids_BN != PADDING_ID)[..., None], near_BNO, torch.full_like(near_BNO, NOTHING)
+            ).amax(1)
             to_any_BK, place_BK = torch.topk(to_any_BO, k, dim=1)
             key_value = key_value_BOE.gather(1, place_BK[..., None].expand(-1, -1, 2 * d))[:, None]
             n = near_BNO.shape[1]
             near_BNK = near_BNO.gather(2, place_BK[:, None].expand(-1, n, -1))
             mask = (to_any_BK <= NOTHING).to(near_BNK.dtype)[:, None] * masked
+            of_chosen_BNK = older_BO.gather(1, place_BK)[:, None]
         key, value = key_value.split(d, -1)
         nearest = near_BNK.amax(2).clamp_min(-1.0)
-        alike = torch.relu(near_BNK).pow(SHARP).sum(2)  # how often the very item was there, about
-        return Chosen(key, value, mask, torch.stack([nearest, torch.log1p(alike)], 2), not self.per_candidate)
+        again = (of_chosen_BNK == ids_BN[..., None]).to(near_BNK.dtype).sum(2)
+        return Chosen(key, value, mask, torch.stack([nearest, torch.log1p(again)], 2), not self.per_candidate)
 
 
 def attend_both(query_BAND: Tensor, key_BATD: Tensor, value_BATD: Tensor, mask_B11T: Tensor, chosen: Chosen) -> Tensor:
