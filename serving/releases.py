@@ -214,6 +214,24 @@ def remember_served(version: int, repository: Path, before: int) -> None:
     write_json(_history(repository), history[-HISTORY:])
 
 
+def _not_taken(repository: Path) -> Path:
+    return repository.with_name(f"{repository.name}.refused.json")
+
+
+def remember_refused(version: int, repository: Path, why: str) -> None:
+    """That a server was to serve ``version`` and did not, and its words; "" forgets it."""
+    refused = {int(v): words for v, words in refusals(repository).items() if v != version}
+    write_json(_not_taken(repository), refused | ({version: why} if why else {}))
+
+
+def refusals(repository: Path) -> dict[int, str]:
+    """Versions that a server did not take, and why; what cannot be read says nothing."""
+    try:
+        return {int(version): str(why) for version, why in json.loads(_not_taken(repository).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
 def newest_is_whole(repository: Path) -> bool:
     """Whether the newest version is as it was published; also where there is none."""
     try:

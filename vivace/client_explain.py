@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vivace.client_errors import Limit, VivaceError
@@ -16,13 +16,15 @@ from vivace.explain_contract import ENGLISH, EXPLAIN, EXPLANATION, LANGUAGE, LAN
 @dataclass(frozen=True)
 class Explanation:
     """Of one item: ``reasons``, the largest effect first, as docs/explanations.md has them; ``smallest``: the least
-    items of the history without which it would not be shown, [] where none was found; ``sentence``: that in words."""
+    items of the history without which it would not be shown, [] where none was found; ``sentence``: that in words;
+    ``path``: what joins it to a reason in the catalogue, {} where nothing does."""
 
     item: str
     score: float
     reasons: list[dict[str, Any]]
     smallest: list[str]
     sentence: str
+    path: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,18 @@ def language_parameter(language: str, more: dict[str, Any]) -> dict[str, Any]:
     return more | {"parameters": more.get("parameters", {}) | {LANGUAGE: language}}
 
 
+def explanation_of(item: str, score: float, of: dict[str, Any]) -> Explanation:
+    """``of``: an item's EXPLANATION. Raises KeyError."""
+    return Explanation(item, score, of["reasons"], of["smallest"], of["sentence"], of.get("path", {}))
+
+
 def read_explained(result: Any) -> Explained:
     """The answer of an ``explain`` call; raises VivaceError for one that is none."""
     try:
         items, scores, texts = (result.as_numpy(t.name)[0].tolist() for t in (ITEM_ID, SCORE, EXPLANATION))
         explanations = []
         for item, score, text in zip(items, scores, texts, strict=True):
-            of = json.loads(text)
-            explanations.append(Explanation(item.decode(), score, of["reasons"], of["smallest"], of["sentence"]))
+            explanations.append(explanation_of(item.decode(), score, json.loads(text)))
         return Explained(explanations, result.as_numpy(STATUS.name)[0, 0].decode())
     except Exception as error:
         raise VivaceError(f"the answer is not one of a Vivace server: {type(error).__name__}: {error}") from error

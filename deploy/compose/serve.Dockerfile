@@ -8,7 +8,7 @@ WORKDIR /build
 COPY deploy/compose/packages.py pyproject.toml requirements.txt .tools/wheel[s] ./
 ARG MORE=""
 RUN python3 -m venv /opt/venv \
- && python3 packages.py search valkey ${MORE} > packages.txt \
+ && python3 packages.py search valkey ui ${MORE} > packages.txt \
  && if ls ./*.whl >/dev/null 2>&1; then export PIP_NO_INDEX=1 PIP_FIND_LINKS=/build; fi \
  && /opt/venv/bin/pip install --no-cache-dir --constraint requirements.txt --requirement packages.txt \
  && cd /opt/venv/lib/python3.11/site-packages \

@@ -8,9 +8,10 @@ SIGIR 2019, whose paths these are, of up to two steps.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,10 +43,15 @@ class Path:
     def sentence(self, titles: Mapping[str, str], language: str = ENGLISH) -> str:
         """In words; an item without a title is named by its id."""
         names = {
-            "item": titles.get(self.item, self.item),
-            "recommended": titles.get(self.recommended, self.recommended),
+            "item": titles.get(self.item) or self.item,
+            "recommended": titles.get(self.recommended) or self.recommended,
         }
         return WORDS[language][bool(self.value)].format(**names, relation=self.relation, value=self.value)
+
+    def record(self, titles: Mapping[str, str], language: str = ENGLISH) -> dict[str, Any]:
+        """For JSON; a direct one has no ``value``."""
+        shared = {"value": self.value, "others": self.others} if self.value else {}
+        return {"item": self.item, "relation": self.relation, **shared, "sentence": self.sentence(titles, language)}
 
 
 WORDS = {
@@ -60,16 +66,22 @@ class ItemGraph:
     def __init__(self, triples: Iterable[Triple]) -> None:
         """Raises ValueError for an empty name."""
         self._values: dict[str, set[tuple[str, str]]] = defaultdict(set)
-        self._items: dict[tuple[str, str], set[str]] = defaultdict(set)
         for head, relation, tail in triples:
             if not (head and relation and tail):
                 raise ValueError(f"ItemGraph: expected three names, got {(head, relation, tail)!r}")
             self._values[head].add((relation, tail))
-            self._items[relation, tail].add(head)
+        self._items = Counter(pair for pairs in self._values.values() for pair in pairs)  # how many have a value
 
     def __len__(self) -> int:
         """Items with a relation."""
         return len(self._values)
+
+    def put(self, item: str, triples: Iterable[Triple]) -> None:
+        """Takes ``triples``, whose head is ``item``, in the place of those it had; none: it is out of the graph."""
+        self._items.subtract(self._values.pop(item, ()))
+        if pairs := {(relation, tail) for _, relation, tail in triples}:
+            self._values[item] = pairs
+            self._items.update(pairs)
 
     def path(self, history: Sequence[str], recommended: str) -> Path | None:
         """The most telling path from ``history``, oldest first, to an item: a direct one before a shared value, of
@@ -85,8 +97,8 @@ class ItemGraph:
             of_item = self._values.get(item, set())
             candidates = [(0, r, "") for r, tail in of_item if tail == recommended]
             candidates += [(0, r, "") for r, tail in of_recommended if tail == item]
-            shared = ((len(self._items[pair]), *pair) for pair in of_item & of_recommended)
-            candidates += [found for found in shared if found[0] <= most]
+            shared = ((self._items[pair], *pair) for pair in of_item & of_recommended)
+            candidates += [pair for pair in shared if pair[0] <= most]
             for count, relation, value in sorted(candidates):
                 order = 0 < count < FEW, count, age
                 if best is None or order < best[0]:

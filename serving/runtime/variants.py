@@ -21,7 +21,7 @@ from serving.runtime.pipeline import Pipeline
 from serving.runtime.ruled import Rules
 from serving.runtime.stages import Row
 from vivace import contract
-from vivace.contract import FIRST_ID, PADDING_ID
+from vivace.contract import FIRST_ID, OOV_ID, PADDING_ID
 from vivace.explain_contract import (
     ATTRIBUTES,
     CONTEXT,
@@ -47,12 +47,14 @@ WHOLE: Left = frozenset()
 @dataclass(frozen=True)
 class Part:
     """What a request can be made without. ``name``: the item of ``events`` events of the history, a column of the
-    context, or a part of a query; ``value``: of the column."""
+    context, or a part of a query; ``value``: of the column; ``unknown``: which training never saw, so that all the
+    models read is that there is one."""
 
     kind: str
     name: str = ""
     value: str = ""
     events: int = 0
+    unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,11 @@ class Variants:
             parts.append(Part(TYPES))
         if pipeline.shapes.timed and any(moment for *_, moment in self._events):
             parts.append(Part(TIMES))
-        parts += [Part(CONTEXT, name, str(values[name])) for name in columns.names if values.get(name, "") != ""]
+        given, ids = [name for name in columns.names if values.get(name, "") != ""], dict[str, int]()
+        if given and columns.categoricals:
+            encoded_BC = pipeline.transform.moment.encoded(self._known.values)[0]
+            ids = dict(zip(columns.categoricals, encoded_BC[0].tolist(), strict=True))
+        parts += [Part(CONTEXT, name, str(values[name]), unknown=ids.get(name) == OOV_ID) for name in given]
         if any(self._base[i].any() for i in self._live):
             parts.append(Part(COUNTERS))
         if self._found is not None and self._found[2]:

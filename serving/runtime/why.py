@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serving.runtime.item_graph import Path
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.ruled import Rules
 from serving.runtime.stages import Row
@@ -42,6 +43,7 @@ TRIED = 48  # sets of each size and item, the likeliest first
 SERVED_TRIED, SERVED_MOST = 2, 4  # the same of the served call, and sets of a request: it is to cost a few plain ones
 TOLD = 0.25  # of the largest effect: what weighs less is not told
 FAR = 1e6  # what an item's score is taken to lose that is no candidate any more
+UNKNOWN = "unknown"
 POPULAR = f"{STATUS_DEGRADED}popular items"
 
 
@@ -216,7 +218,8 @@ _WORDS = {
         "ruled": "shown by a business rule",
         "popular": "it is popular",
         "and": " and ", "comma": ", ", "then": "; ",
-        CONTEXT: "{} {}", TYPES: "what kinds of events these were", TIMES: "when these events were",
+        CONTEXT: "{} {}", UNKNOWN: "a {} that training did not know",
+        TYPES: "what kinds of events these were", TIMES: "when these events were",
         COUNTERS: "what is clicked most just now", WORDS: "the words of the query",
         MEANING: "the meaning of the query", ATTRIBUTES: "what the query names",
     },
@@ -228,7 +231,8 @@ _WORDS = {
         "popular": "这是热门商品",
         "and": "和", "comma": "、", "then": "; ",
         HISTORY: "您看过{}",
-        CONTEXT: "{}为{}", TYPES: "这些行为的类型", TIMES: "这些行为的时间",
+        CONTEXT: "{}为{}", UNKNOWN: "训练中没有的{}",
+        TYPES: "这些行为的类型", TIMES: "这些行为的时间",
         COUNTERS: "当前的热门点击", WORDS: "搜索词本身",
         MEANING: "搜索的含义", ATTRIBUTES: "搜索中提到的属性",
     },
@@ -252,7 +256,7 @@ def sentence(of: Because, titles: dict[str, str], language: str = ENGLISH, most:
     seen = [titles.get(part.name) or part.name for part in told if part.kind == HISTORY]
     parts = [words.get(HISTORY, "{}").format(_listed(seen, words))] if seen else []
     parts += [
-        words[part.name if part.kind == QUERY else part.kind].format(part.name, part.value)
+        words[part.name if part.kind == QUERY else UNKNOWN if part.unknown else part.kind].format(part.name, part.value)
         for part in told
         if part.kind != HISTORY
     ]
@@ -263,8 +267,11 @@ def sentence(of: Because, titles: dict[str, str], language: str = ENGLISH, most:
     return text
 
 
-def record(of: Because, heads: Sequence[str], titles: dict[str, str], language: str = ENGLISH) -> dict[str, Any]:
-    """An item's EXPLANATION, for JSON: numbers that are not finite are null, a place of 0 too."""
+def record(
+    of: Because, heads: Sequence[str], titles: dict[str, str], language: str = ENGLISH, path: Path | None = None
+) -> dict[str, Any]:
+    """An item's EXPLANATION, for JSON: numbers that are not finite are null, a place of 0 too. ``path``: what joins it
+    to a reason in the catalogue, if anything does."""
     reasons = []
     for reason in of.reasons:
         part, one = reason.part, dict[str, Any](kind=reason.part.kind)
@@ -272,16 +279,19 @@ def record(of: Because, heads: Sequence[str], titles: dict[str, str], language: 
             one |= {"events": [part.name], "count": part.events}
         elif part.name:
             one |= {"name": part.name, **({"value": part.value} if part.value else {})}
+            one |= {UNKNOWN: True} if part.unknown else {}
         one["effect"] = round(reason.drop, 6) if math.isfinite(reason.drop) else None
         one["heads"] = {head: round(drop, 6) for head, drop in zip(heads, reason.heads, strict=False)}
         reasons.append(one | {"rank": reason.place or None})
     return {
         "reasons": reasons, "smallest": list(of.smallest), "sentence": sentence(of, titles, language),
         **({"rule": True} if of.ruled else {}),
+        **({"path": path.record(titles, language)} if path else {}),
     }  # fmt: skip
 
 
 def titled(found: Sequence[Because]) -> list[str]:
-    """Items of the history that sentences name."""
-    items = {reason.part.name for of in found for reason in of.reasons if reason.part.kind == HISTORY}
+    """Items that sentences name: of the history, and those that are joined to them."""
+    items = {of.item for of in found}
+    items |= {reason.part.name for of in found for reason in of.reasons if reason.part.kind == HISTORY}
     return sorted(items | {item for of in found for item in of.smallest})

@@ -22,6 +22,7 @@ from vivace.context import CONTEXT_FILE, ContextColumns
 from vivace.explain_contract import ENGLISH, EXPLAIN, LANGUAGE, LANGUAGES
 
 if TYPE_CHECKING:
+    from serving.runtime.paths import Paths
     from serving.runtime.pipeline import Pipeline
     from serving.runtime.ruled import Rules
 
@@ -36,9 +37,10 @@ class ExplainModel(Stage):
         self.counts = Counts("vivace_explanations_total", "Requests of explain, by how they were answered")
 
     @cached_property
-    def opened(self) -> tuple[Pipeline, Rules]:
-        """The graphs that ``recommend`` answers by, and its business rules."""
-        from serving.runtime.pipeline import Pipeline  # what a server that nobody asks does without
+    def opened(self) -> tuple[Pipeline, Rules, Paths | None]:
+        """The graphs that ``recommend`` answers by, its business rules, and what the catalogue relates."""
+        from serving.runtime.paths import Paths  # what a server that nobody asks does without
+        from serving.runtime.pipeline import Pipeline
         from serving.runtime.ruled import Rules
 
         seen, threads = self.parameters["exclude_seen"] == "true", int(self.parameters["intra_op_thread_count"])
@@ -46,7 +48,8 @@ class ExplainModel(Stage):
         self.titles = self.store(readonly=True)
         pipeline = Pipeline(repository, self.folder.name, self.shapes(), self.titles, seen, threads, ranked)
         give_way()  # what it started too
-        return pipeline, Rules(self.rules_file, self.beside(contract.RESPONSE), pipeline.respond)
+        response = self.beside(contract.RESPONSE)
+        return pipeline, Rules(self.rules_file, response, pipeline.respond), Paths.of(response, pipeline.respond)
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -83,14 +86,16 @@ class ExplainModel(Stage):
         language = str(json.loads(parsed.request.parameters() or "{}").get(LANGUAGE) or ENGLISH)
         if language not in LANGUAGES:
             raise ValueError(f"{LANGUAGE}: expected one of {', '.join(LANGUAGES)}, got {language[:80]!r}")
-        (pipeline, rules), row, options = self.opened, parsed.rows[0], None
+        (pipeline, rules, paths), row, options = self.opened, parsed.rows[0], None
         if row.query and pipeline.search is not None:
             options = search_options(parsed.request)
             pipeline.search.index.allowed(options.filters)
         found, status = because(pipeline, row, options=options, rules=rules, tried=SERVED_TRIED, most=SERVED_MOST)
         items = titled(found)
         titles = {item: title or "" for item, title in zip(items, self.titles.titles(items), strict=True)}
-        texts = [json.dumps(record(of, self.heads, titles, language), ensure_ascii=False).encode() for of in found]
+        joined = [paths(of) if paths else None for of in found]
+        records = [record(of, self.heads, titles, language, path) for of, path in zip(found, joined, strict=True)]
+        texts = [json.dumps(each, ensure_ascii=False).encode() for each in records]
         return (
             np.array([[of.item.encode() for of in found]], object).reshape(1, -1),
             np.array([[of.score for of in found]], np.float32).reshape(1, -1),

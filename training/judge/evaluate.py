@@ -38,6 +38,7 @@ from vivace.run import CONTROL as CONTROL_STEP, FEATURES, FINAL, RANKING, RETRIE
 RANKS = "ranks.npz"  # rank of every test request's target by method
 VALIDATION_RANKS = "validation_ranks.npz"  # the same of the validation requests, of the models alone
 LAYOUT = 2  # of these files: an evaluation of another layout is made again
+RISING_LAYOUT = 2  # the same, of a ranker with live counters
 POPULARITY, NEIGHBOUR = "popularity", "last-item neighbour"
 RETRIEVAL, RANKED, CONTROL = "retrieval", "retrieval + ranking", "control: ranker without the extra label"
 FINAL_FIT = "final fit: "  # before the name of a row whose models and counts have learned from all of the log
@@ -237,7 +238,8 @@ def evaluate(features: Features, preset: Preset, root: Path, seed: int, say: Pro
     inputs = {name: run.key(name) for name in (RETRIEVAL_STEP, *rankers)}
     if final := run.has(FINAL) and brings_test(features):
         inputs[FINAL] = run.key(FINAL)
-    step = Step(run.evaluation, "evaluate", {"layout": LAYOUT}, seed, inputs)
+    settings = {"layout": LAYOUT} | ({"rising": RISING_LAYOUT} if preset.ranker.rising else {})
+    step = Step(run.evaluation, "evaluate", settings, seed, inputs)
     if step.done():
         assert step.manifest is not None
         return step.manifest

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binom
 
 from training.judge.counterfactual import UNIT
 from vivace.columns import CLICKED, ITEM
@@ -29,6 +30,8 @@ from vivace.impressions.joined import PROPENSITY
 SMOOTHING = 4.0  # requests of a unit that its mean is drawn to the mean of all by
 LEAST = 30  # shown rows of an item that is judged
 Z = 1.959964  # of a 95 % interval
+ONCE = 0.01  # how often chance alone may pass for a refutation
+MOST_MOVED = 1.0  # standard errors
 CTR, SHOWN, UPLIFT, LOW, HIGH, EFFECTIVE = "ctr", "shown", "uplift", "low", "high", "effective"
 
 
@@ -43,6 +46,22 @@ class Uplift:
     requests: int
     placebo: float
     moved: float
+
+    @property
+    def by_chance(self) -> float:
+        """Share of placebos that may have an effect: beyond it chance alone comes once in a hundred logs."""
+        return float(binom.ppf(1 - ONCE, len(self.items), 0.05)) / len(self.items)
+
+    @property
+    def refuted(self) -> list[str]:
+        """What speaks against believing the estimates, in words; [] where nothing does."""
+        found = []
+        if self.placebo > self.by_chance:
+            found.append(f"{self.placebo:.0%} of placebos have an effect, where up to {self.by_chance:.0%} are chance")
+        if self.moved >= MOST_MOVED:
+            found.append(f"a random cause moves an uplift by {self.moved:.2f} standard errors, expected below "
+                         f"{MOST_MOVED:g}")  # fmt: skip
+        return found
 
 
 def expected(outcome_Q: np.ndarray, unit_Q: np.ndarray) -> np.ndarray:

@@ -49,7 +49,7 @@ def compile_(
     """Export to ONNX, check against PyTorch (int8: by the quality gate), publish a new version of the repository."""
     with step(name, artifacts) as run:
         from preprocessing.features import Features
-        from serving.releases import releases, version_of
+        from serving.releases import refusals, releases, version_of
         from training.compile.compiler import CompileConfig, compile_models
 
         chosen: dict[str, Any] = {"precision": precision, "tables": tables, "index": index}  # each is one of its values
@@ -62,8 +62,19 @@ def compile_(
     for kind, values in results.get("targets", {}).items():
         say(f"target {kind}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
     newest = version_of(releases(run.repository)[-1])
-    serving = [server.state["version"] for server in running(run)]
-    if serving and set(serving) == {newest}:
-        say(f"version {newest} is served already")
-    else:
-        say_next("publish" if serving else "serve", run, artifacts)
+    serving = {int(server.state["version"]) for server in running(run)}
+    said, command = what_follows(newest, serving, refusals(run.repository).get(newest, ""))
+    if said:
+        say(said)
+    if command:
+        say_next(command, run, artifacts)
+
+
+def what_follows(newest: int, serving: set[int], refused: str) -> tuple[str, str]:
+    """(what is said of the newest version, the verb that comes next), "" for none. ``serving``: versions that servers
+    of the run serve; ``refused``: why one of them did not take the newest."""
+    if serving == {newest}:
+        return f"version {newest} is served already", ""
+    if serving and refused:
+        return f"version {newest} is the newest, and a server did not take it: {refused}", "train"
+    return "", "publish" if serving else "serve"

@@ -161,6 +161,10 @@ def uplift(
         f"refutations: {estimate.placebo:.0%} of placebos have an effect (5 % is chance); a random cause moves an "
         f"uplift by {estimate.moved:.2f} standard errors"
     )
+    if estimate.refuted:
+        say(f"verdict: believe none of it: {'; '.join(estimate.refuted)}")
+    else:
+        say("verdict: neither refutation speaks against it")
     if out is not None:
         items.to_parquet(out)
         say(f"wrote {out}")

@@ -14,6 +14,7 @@ from vivace.cli.runs import find_run, run_name, say_next
 from vivace.manifest import exclusive
 from vivace.run import Run
 
+REFUSED = ": refused, as"  # in the words of a server that has judged a version
 KEEP = "from now on so many versions before the newest stay on disk; others that nobody needs are removed"
 LEAST_HELP = (
     "times the served version's NDCG@10 on the recorded validation requests that a newer one must have; 0: any quality"
@@ -119,7 +120,7 @@ def serve_version(
     others go back to what they had, and servers that start later get ``before``, where the release is in use
     already."""
     from serving.control import running_servers
-    from serving.releases import put_in_use, remember_served, verify, version_of
+    from serving.releases import put_in_use, refusals, remember_refused, remember_served, verify, version_of
     from serving.wheel import ServerError
 
     verify(release)
@@ -133,7 +134,9 @@ def serve_version(
         except KeyboardInterrupt:
             say(f"server {server.pid} goes on with the change; give the command again to see its end and to keep it")
             raise
-        except ServerError:
+        except ServerError as error:
+            if REFUSED in str(error):  # and not that a trial is under way
+                remember_refused(version_of(release), run.repository, str(error))
             for earlier in moved:
                 earlier.serve(int(earlier.state["version"]), say)
             if before is not None:
@@ -141,6 +144,8 @@ def serve_version(
             raise
     put_in_use(release, run.repository)
     remember_served(version_of(release), run.repository, served)
+    if version_of(release) in refusals(run.repository):
+        remember_refused(version_of(release), run.repository, "")
     count = f"{len(servers)} running server{'s' * (len(servers) > 1)}"
     where = count if servers else "no running server of this run is known here"
     say(f"version {version_of(release)}: {where}; servers that start from now on serve it")

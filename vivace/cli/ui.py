@@ -37,7 +37,15 @@ def ui(
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     url: Annotated[str, typer.Option(help="host:port of the server; of the run's server if empty")] = "",
     protocol: Protocol = "grpc",
-    port: Annotated[int, typer.Option(help="of the page, on 127.0.0.1 (0: a free one)", min=0, max=MAX_PORT)] = PORT,
+    port: Annotated[int, typer.Option(help="of the page (0: a free one)", min=0, max=MAX_PORT)] = PORT,
+    host: Annotated[str, typer.Option(help="address that the page listens on")] = LOOPBACK,
+    insecure_network: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-network",
+            help="take another --host: only in a container whose port is published on 127.0.0.1 alone",
+        ),
+    ] = False,
     key: Key = "",
     tls_ca: TlsCa = "",
     tls_cert: TlsCert = "",
@@ -58,6 +66,11 @@ def ui(
     from vivace.cli.page.operations import Operations, ports_of
     from vivace.cli.page.served import Served
 
+    if host not in (LOOPBACK, "localhost", "::1") and not insecure_network:
+        raise typer.BadParameter(
+            f"expected {LOOPBACK}, as whoever reaches the page may store events and send load; in a container whose "
+            f"port is published on {LOOPBACK} alone, give --insecure-network", param_hint="--host",
+        )  # fmt: skip
     there = runs(artifacts)
     run = find_run(artifacts, name) if name or (there and not url) else None
     address = address_of(url, protocol, run)
@@ -70,7 +83,8 @@ def ui(
             say(f"{why}: ids alone are shown; --name names the run")
     called = run_name(run, artifacts) if run else ""
     served = Served(lambda: address_of(url, protocol, run), protocol, access, f"vivace serve --name {called or 'RUN'}")
-    with socket.create_server((LOOPBACK, port)) as listening:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listening:
         port = listening.getsockname()[1]
         operator_key = operator_key or secrets.token_urlsafe(9)
         ports = partial(ports_of, run, served, metrics_url, status_url)

@@ -21,14 +21,13 @@ from vivace.cli.options import (
     credentials,
     say,
 )
-from vivace.cli.paths import in_common
 from vivace.cli.query import require_server, titles
 from vivace.cli.runs import find_run
 from vivace.cli.served import address_of, served_run
 from vivace.cli.values import choice, json_object
 from vivace.client import Explained, VivaceClient
-from vivace.client_explain import Explanation
-from vivace.explain_contract import ENGLISH, LANGUAGES
+from vivace.client_explain import explanation_of
+from vivace.explain_contract import LANGUAGES
 from vivace.run import Run
 from vivace.running import running
 
@@ -71,13 +70,14 @@ def why(
             if run is None:
                 run, _ = served_run(client, address, artifacts)
             explained = client.explain(user, history or [], top_k, text, context=context or None, language=language)
-    print_explained(run, explained, language)
+    print_explained(run, explained)
 
 
 def _offline(run: Run, user: str, history: list[str], top_k: int, text: str, context: Any, language: str) -> Explained:
     """By the graphs of the version that was published last."""
     import numpy as np
 
+    from serving.runtime.paths import Paths
     from serving.runtime.pipeline import Pipeline
     from serving.runtime.ruled import Rules
     from serving.runtime.rules import rules_file
@@ -92,28 +92,27 @@ def _offline(run: Run, user: str, history: list[str], top_k: int, text: str, con
         sent, columns = json.dumps(context).encode() if context else b"", pipeline.transform.moment.columns
         row = parse_row(user.encode(), text.encode(), events, top_k, sent, columns)
         release = run.repository.resolve()
-        rules = Rules(rules_file(release), release / contract.RESPONSE / str(run.version()), pipeline.respond)
+        response = release / contract.RESPONSE / str(run.version())
+        rules, paths = Rules(rules_file(release), response, pipeline.respond), Paths.of(response, pipeline.respond)
         found, status = because(pipeline, row, rules=rules)
         items = titled(found)
         named = {item: title or "" for item, title in zip(items, store.titles(items), strict=True)}
+        joined = [paths(of) if paths else None for of in found]
     heads = [head.name for head in run.schema().heads]
-    records = [record(of, heads, named, language) for of in found]
-    explanations = [
-        Explanation(of.item, of.score, r["reasons"], r["smallest"], r["sentence"])
-        for of, r in zip(found, records, strict=True)
-    ]
+    records = [record(of, heads, named, language, path) for of, path in zip(found, joined, strict=True)]
+    explanations = [explanation_of(of.item, of.score, r) for of, r in zip(found, records, strict=True)]
     return Explained(explanations, status)
 
 
-def print_explained(run: Run | None, explained: Explained, language: str = ENGLISH) -> None:
-    """STATUS and a row an item; with a run also what joins it to its reasons in the catalogue."""
+def print_explained(run: Run | None, explained: Explained) -> None:
+    """STATUS and a row an item: what it hangs on, and what joins it to that in the catalogue."""
     say(f"STATUS {explained.status}")
     if not explained.items:
         say("no item")
         return
     named = titles(run, [of.item for of in explained.items])
     table = Table(title="each item, its score, and what it hangs on", title_justify="left")
-    shared = in_common(run, explained, language) if run is not None else [""] * len(explained.items)
+    shared = [of.path.get("sentence", "") for of in explained.items]
     for column in ("", "item", "score", "why", *(["in the catalogue"] if any(shared) else [])):
         table.add_column(column, justify="right" if column in ("", "score") else "left")
     for place, (of, title, joined) in enumerate(zip(explained.items, named, shared, strict=True), 1):

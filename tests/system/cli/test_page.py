@@ -187,6 +187,16 @@ def test_reasons_name_what_is_in_the_history(page):
     named = page.locator(".reasons li > span").all_inner_texts()
     assert set(named) & set(history)
     assert "because of" in page.inner_text(".sentence").lower()
+    shown = items_of(page)
+    for place in range(1, len(shown)):
+        page.click(f".card >> nth={place} >> text=Why?")
+    paths = page.locator(".why .path")
+    expect(page.locator(".card .sentence")).to_have_count(len(shown))
+    assert paths.count() and " share " in paths.first.inner_text()
+    with page.expect_response("**/api/why"):
+        page.click(".why:has(.path) >> nth=0 >> text=中文")
+    expect(paths.first).to_have_text(re.compile("相同：.*。$"))
+    expect(page.locator(".why:has(.path) .sentence").first).to_have_text(re.compile("^(因为|并非)"))
 
 
 def test_a_visitor_who_is_stored_by_keyboard_alone(page, served):
@@ -249,6 +259,34 @@ def test_an_operator_sees_load_come_and_go_and_changes_nothing_without_the_key(p
     expect(page.locator("#operations")).to_contain_text("needs the operator's key")
     status, body = post(url, "/api/rollout", {"action": "stop"}, {"x-operator-key": OPERATOR_KEY})
     assert status == 400 and "no running server" in body  # this server takes no orders: 'vivace serve' does
+
+
+def test_operations_say_at_the_head_that_the_server_is_away(page, relay):
+    page.click("nav >> text=Operations")
+    expect(page.locator("#operations .status").first).to_contain_text("Everything works")
+    page.route("**/api/watch", lambda route: route.fulfill(
+        content_type="text/event-stream", body='data: {"error": "gone"}\n\n'))  # fmt: skip
+    relay.cut()
+    page.click("nav >> text=Models")
+    page.click("nav >> text=Operations")
+    expect(page.locator("#server")).to_have_attribute("data-state", "away")
+    expect(page.locator("#away")).to_contain_text("does not answer")
+    page.unroute("**/api/watch")
+    relay.restore()
+    expect(page.locator("#server")).to_have_attribute("data-state", "ok")
+
+
+def test_on_a_phone_people_are_offered_before_anything_is_typed(browser, url):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(url)
+    page.wait_for_selector(".card")
+    offered = page.get_by_role("list", name="People that match").get_by_role("button")
+    before = page.input_value("#person-input")
+    with redrawn(page):
+        offered.nth(1).tap()
+    assert page.input_value("#person-input") not in ("", before)
+    context.close()
 
 
 def test_the_models_are_shown_as_they_were_judged(page, run):

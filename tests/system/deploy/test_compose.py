@@ -55,7 +55,7 @@ def test_every_service_is_pinned_watched_limited_and_private(services):
             assert (CHECKOUT / service["build"]["dockerfile"]).exists()
     profiles = {name: service["profiles"] for name, service in services.items() if "profiles" in service}
     shared = {name: ["shared"] for name in ("triton-shared", "fill", "valkey")}
-    assert profiles == {"triton": ["cpu"], "triton-gpu": ["gpu"], **shared}
+    assert profiles == {"triton": ["cpu"], "triton-gpu": ["gpu"], "page": ["page"], **shared}
     assert "COMPOSE_PROFILES=cpu" in (CHECKOUT / ".env").read_text()
 
 
@@ -130,7 +130,7 @@ def test_the_management_calls_of_nvidias_server_need_the_key():
 
 
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="needs docker-compose (apt-get install docker-compose)")
-@pytest.mark.parametrize("profile", ["cpu", "gpu", "shared"], ids="profile-{}".format)  # gpu alone is a mark
+@pytest.mark.parametrize("profile", ["cpu", "gpu", "shared", "page"], ids="profile-{}".format)  # gpu alone is a mark
 def test_compose_takes_the_file(profile):
     command = ["docker-compose", "-f", str(COMPOSE), "--profile", profile, "config"]
     done = subprocess.run(command, capture_output=True, text=True)

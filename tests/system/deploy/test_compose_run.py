@@ -34,7 +34,7 @@ from vivace.manifest import CHECKOUT
 from vivace.run import Run
 
 SERVICES = ("triton", "prometheus", "locust")
-PORTS = {"HTTP": 8000, "GRPC": 8001, "METRICS": 8002, "STATUS": 8003, "PROMETHEUS": 9090, "LOCUST": 8089}
+PORTS = {"HTTP": 8000, "GRPC": 8001, "METRICS": 8002, "STATUS": 8003, "PROMETHEUS": 9090, "LOCUST": 8089, "PAGE": 8010}
 OWNER = 1000  # of the artifacts: somebody who is not root
 
 
@@ -57,7 +57,7 @@ class Stack:
         return done.stdout
 
     def container(self, service: str) -> dict[str, Any]:
-        return self.engine.inspect(self.compose("ps", "-q", service).strip())
+        return self.engine.inspect(self.compose("--profile", "page", "ps", "-q", service).strip())
 
     def healthy(self, service: str) -> bool:
         state = self.container(service)["State"]
@@ -204,6 +204,22 @@ def test_containers_that_are_killed_come_back(stack):
         wait_until(lambda s=service: stack.healthy(s), f"a healthy {service}", 0.5)
     with stack.client("grpc") as client:
         assert client.append("kept", client.recommend("", [], 1).items[0], "click") == stored + 1
+
+
+def test_the_page_is_over_the_server_and_reads_no_store(stack):
+    stack.compose("--profile", "page", "up", "-d", "page")
+    wait_until(lambda: stack.healthy("page"), "a healthy page", 0.5)
+    about = stack.ask("PAGE", "/api/about")
+    assert about["run"] == "shop" and about["explain"] and not about["local"] and "view" in about["event_types"]
+    people = stack.ask("PAGE", "/api/people?q=")
+    request = urllib.request.Request(
+        f"{stack.url('PAGE')}/api/recommend", json.dumps({"user": people[0]["id"]}).encode(),
+        {"Content-Type": "application/json", "Origin": stack.url("PAGE")},
+    )  # fmt: skip
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert len(json.load(answer)["items"]) == 12
+    assert not stack.compose("--profile", "page", "exec", "-T", "page", "ls", "/artifacts/shop/feature_store")
+    stack.compose("--profile", "page", "stop", "page")
 
 
 def test_a_restart_serves_what_was_published_since(stack):

@@ -5,29 +5,41 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
 
+from serving.runtime.paths import Paths, hangs_on
 from serving.runtime.pipeline import Pipeline
 from serving.runtime.ruled import Rules
 from serving.runtime.stages import Row
 from serving.runtime.why import Counterfactuals, because, sentence
-from tests.support import patient, users_of_data
+from tests.support import own_copy, patient, users_of_data
 from vivace.client import VivaceError
 from vivace.contract import FIRST_ID, RESPONSE
 from vivace.explain_contract import CONTEXT, HISTORY, TYPES
 from vivace.run import Run
+from vivace.store.lmdb_catalogue import Change
 from vivace.store.lmdb_store import LmdbStore
 
 TOP_K = 5
 
 
 @pytest.fixture(scope="module")
-def pipeline(root):
-    store = LmdbStore(root / "feature_store", readonly=True)
-    yield Pipeline.published(root, store)
-    store.close()
+def store(root):
+    with closing(LmdbStore(root / "feature_store", readonly=True)) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def pipeline(root, store):
+    return Pipeline.published(root, store)
+
+
+@pytest.fixture(scope="module")
+def paths(root, pipeline):
+    return Paths(Run(root).repository / RESPONSE / str(Run(root).version()), pipeline.respond)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +91,13 @@ def test_the_only_item_of_a_history_is_the_reason_and_not_the_clock(pipeline, ro
         assert sentence(of, {}).startswith(f"because of {item}")
 
 
+def test_a_value_that_training_never_saw_is_no_reason_by_its_name(pipeline, rows):
+    for device, unknown in (("phone", False), ("fridge", True)):
+        asked = Counterfactuals(pipeline, Row(rows[0].user_id, None, TOP_K, context={"device": device}))
+        (part,) = (part for part in asked.parts if part.name == "device")
+        assert (part.value, part.unknown) == (device, unknown)
+
+
 def test_what_a_rule_pins_has_the_score_that_it_is_answered_with(pipeline, rows, root, tmp_path):
     plain = Counterfactuals(pipeline, rows[0])
     pinned = next(i for i in range(FIRST_ID, len(pipeline.respond.names)) if plain.values(i) is None)
@@ -117,8 +136,35 @@ def test_what_is_named_matters_more_than_the_rest(pipeline, rows):
     assert np.mean(named) > 3 * np.mean(np.abs(others))
 
 
-def test_the_served_call_explains_what_recommend_answers(client, rows, pipeline):
-    checked = 0
+def test_a_path_is_in_the_catalogue_and_of_a_reason(root, rows, tmp_path):
+    """Then it follows what is put into the catalogue live."""
+    import pandas as pd
+
+    frame = pd.read_parquet(root / "features" / "catalogue.parquet").set_index("item_id")
+    run = Run(root)
+    with closing(LmdbStore(own_copy(root, tmp_path) / "feature_store")) as store:
+        pipeline = Pipeline.published(root, store)
+        paths = Paths(run.repository / RESPONSE / str(run.version()), pipeline.respond)
+        found = [of for row in rows[:4] for of in because(pipeline, row)[0]]
+        joined = [(of, path) for of in found if (path := paths(of)) is not None]
+        for of, path in joined:
+            assert path.item in hangs_on(of) and path.recommended == of.item
+            assert all(value == frame.loc[item, relation] for item, relation, value in path.triples)
+        assert len(joined) > 3
+        of, path = joined[0]
+        row = json.loads(frame.loc[[path.item]].reset_index().to_json(orient="records"))[0]
+        others = [each.item for each, of_other in joined if of_other.item == path.item]
+        store.change_catalogue([Change(path.item, json.dumps({**row, **dict.fromkeys(paths.relations)}))])
+        pipeline.respond.catalogue.refresh()
+        again = [paths(each) for each, _ in joined]
+        assert path.item not in {p.item for p in again if p is not None} and others
+        store.change_catalogue([Change(path.item, json.dumps(row))])
+        pipeline.respond.catalogue.refresh()
+        assert [paths(each) for each, _ in joined] == [path for _, path in joined]
+
+
+def test_the_served_call_explains_what_recommend_answers(client, rows, pipeline, paths, store):
+    checked = joined = 0
     for row in rows[:3]:
         explained = patient(lambda user=row.user_id: client.explain(user, top_k=TOP_K, language="zh"))
         answer = client.recommend(row.user_id, top_k=TOP_K)
@@ -131,8 +177,14 @@ def test_the_served_call_explains_what_recommend_answers(client, rows, pipeline)
             assert all(r["effect"] == pytest.approx(drops[r["events"][0]], abs=2e-3) for r in history)
             assert all(set(r["heads"]) == set(answer.heads) for r in history)
             checked += len(history)
+            if (path := paths(offline)) is not None:
+                titles = dict(zip(names := [path.item, of.item], store.titles(names), strict=True))
+                assert of.path == path.record(titles, "zh") and titles[of.item] in of.path["sentence"]
+                joined += 1
+            else:
+                assert of.path == {}
             assert of.sentence.startswith(("因为", "并非"))
-    assert checked > 10
+    assert checked > 10 and joined
 
 
 def test_what_cannot_be_explained_is_said(client, served):

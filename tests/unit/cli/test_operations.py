@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
-from vivace.cli.page.operations import between, read_metrics
+import pytest
+
+from vivace.cli import rollout
+from vivace.cli.page.operations import between, plan_of, read_metrics
 from vivace.cli.page.watch import _message
 
 LOOK = """# TYPE nv_inference_count counter
@@ -45,3 +49,24 @@ def test_what_is_no_number_does_not_break_the_stream():
     """Triton's quantiles of a second without calls are NaN, which a browser's JSON does not know."""
     seen = json.loads(_message({"p50": float("nan"), "of": [float("inf"), 1.5]}).removeprefix("data: "))
     assert seen == {"p50": None, "of": [None, 1.5]}
+
+
+def test_a_form_is_read_as_the_command_reads_its_options():
+    form = {"version": 2, "percent": "5, 20%, 50", "wait": "2h", "shadow": 12.5, "least_quality": 0.9}
+    plan = plan_of({**form, "interleave": False, "promote": True})
+    assert plan == {
+        "to": 2, "canary": (0.05, 0.2, 0.5), "wait": "7200", "shadow": 12.5, "least_quality": 0.9,
+        "interleave": False, "promote": True,
+    }  # fmt: skip
+    assert plan.keys() <= inspect.signature(rollout.start).parameters.keys()
+    assert plan_of({}) == {"to": 0, "canary": (0.05,), "wait": "600"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("version", True), ("version", -1), ("percent", "50,5"), ("percent", "0"), ("wait", "soon"), ("shadow", None),
+     ("shadow", 101), ("least_quality", 1.1), ("least_quality", "high"), ("interleave", 1), ("promote", "yes")],
+)  # fmt: skip
+def test_what_a_form_cannot_mean_is_refused_by_its_field(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected"):
+        plan_of({field: value})

@@ -22,6 +22,8 @@ from serving.releases import (
     next_version,
     publishing,
     put_in_use,
+    refusals,
+    remember_refused,
     remember_served,
     served_before,
     verify,
@@ -29,6 +31,7 @@ from serving.releases import (
 )
 from serving.start_checks import LEFTOVER, check_path, sweep_leftovers
 from serving.wheel import ServerError
+from vivace.cli.compile import what_follows
 
 MODELS = ("feature_transform", "recommend")
 
@@ -237,3 +240,19 @@ def test_a_start_never_sweeps_what_another_start_has_just_made(tmp_path, monkeyp
     over.set()
     threads[0].join()
     assert lost == []
+
+
+def test_a_version_that_was_not_taken_is_not_to_be_published_again(tmp_path):
+    repository = tmp_path / "model_repository"
+    for content in ("1", "2"):
+        publish(repository, content)
+    assert what_follows(2, {1}, refusals(repository).get(2, "")) == ("", "publish")
+    remember_refused(2, repository, "refused, as it answers all alike")
+    said, command = what_follows(2, {1}, refusals(repository).get(2, ""))
+    assert "version 2" in said and said.endswith("did not take it: refused, as it answers all alike")
+    assert command == "train" and versions_of(repository) == [1, 2]
+    assert what_follows(2, set(), refusals(repository).get(2, "")) == ("", "serve")
+    remember_refused(2, repository, "")
+    assert refusals(repository) == {} and what_follows(2, {2}, "") == ("version 2 is served already", "")
+    (tmp_path / "model_repository.refused.json").write_text("[")
+    assert refusals(repository) == {}

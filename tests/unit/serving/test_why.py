@@ -44,6 +44,10 @@ def test_words_name_what_is_no_history():
     assert sentence(of, {}) == "because of device phone and the words of the query"
     assert sentence(of, {}, "zh") == "因为device为phone和搜索词本身"
     assert sentence(Because("x", 1, 1.0, (phone,), (), ruled=True), {}) == "shown by a business rule"
+    fridge = Because("x", 1, 1.0, (Reason(Part(CONTEXT, "device", "fridge", unknown=True), 2.0, 3),), ())
+    assert sentence(fridge, {}) == "because of a device that training did not know"
+    assert sentence(fridge, {}, "zh") == "因为训练中没有的device"
+    assert record(fridge, [], {})["reasons"][0]["unknown"] and "unknown" not in record(of, [], {})["reasons"][0]
     assert sentence(Because("x", 1, 1.0, (), (), popular=True), {}) == "it is popular"
 
 

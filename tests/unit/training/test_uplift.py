@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.uplift import simulated
-from training.judge.uplift import CTR, HIGH, LOW, UPLIFT, uplift
+from training.judge.uplift import CTR, HIGH, LOW, UPLIFT, Uplift, uplift
 from vivace.columns import CLICKED, ITEM
 from vivace.impressions.joined import PROPENSITY
 
@@ -29,7 +29,19 @@ def test_planted_effects_are_told_from_popularity(log):
     truth = planted[found.items[ITEM].str.removeprefix("item-").astype(int)]
     assert tau(found.items[UPLIFT], truth) > 0.8 > 0.5 > tau(found.items[CTR], truth)
     assert ((found.items[LOW] <= truth) & (truth <= found.items[HIGH])).mean() >= 0.8
-    assert found.placebo <= 0.25 and found.moved < 1
+    assert found.refuted == [] and found.moved < 1
+
+
+def test_what_refutes_an_estimate_is_said():
+    items = pd.DataFrame({ITEM: [f"item-{i}" for i in range(100)]})
+    assert Uplift(items, 1_000, placebo=0.09, moved=0.5).refuted == []
+    twice = Uplift(items, 1_000, placebo=0.12, moved=1.5).refuted
+    assert twice == [
+        "12% of placebos have an effect, where up to 11% are chance",  # 99 % of binomial(100, .05) are at most 11
+        "a random cause moves an uplift by 1.50 standard errors, expected below 1",
+    ]
+    few = Uplift(items.head(4), 1_000, placebo=0.25, moved=0.0)
+    assert few.refuted == [], "one of four is chance"
 
 
 def test_propensities_are_what_tells_them(log):

@@ -59,7 +59,7 @@ def about(served: Served, catalogue: Catalogue, name: str) -> dict[str, Any]:
         **served.about(),
         "run": name,
         "address": served.address,
-        "local": catalogue.known,
+        "local": catalogue.stores,
         "event_types": catalogue.event_types,
     }
 

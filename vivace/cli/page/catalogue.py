@@ -4,6 +4,7 @@ what is rising. Without the run at hand the page shows ids alone."""
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -52,17 +53,20 @@ class Catalogue:
         self._opened: tuple[int, ServingStore] | None = None
 
     @property
-    def known(self) -> bool:
-        return self._run is not None
+    def stores(self) -> bool:
+        """Whether stored histories can be read."""
+        return self.store() is not None
 
     # -- the store ------------------------------------------------------------------------------------
     def store(self) -> ServingStore | None:
-        """Read only; opened again where its file was written anew."""
+        """Read only; opened again where its file was written anew. None where the run came without."""
         if self._run is None:
             return None
-        from vivace.store.opening import store_of_worker
+        from vivace.store.opening import STORE_URL, store_of_worker
 
         file = self._run.feature_store / "data.mdb"
+        if not file.exists() and not os.environ.get(STORE_URL):
+            return None
         number = file.stat().st_ino if file.exists() else 0
         with self._lock:
             if self._opened is None or self._opened[0] != number:
@@ -158,6 +162,14 @@ class Catalogue:
             ids += [i for i in titles.index[(keep | every)][: most + len(ids)] if i not in ids]
         return self.cards(ids[:most])
 
+    def _recorded_types(self) -> set[str]:
+        """Event types of recorded requests."""
+        from preprocessing.requests import recorded, requests_of
+
+        if self._run is None or not self._run.requests_file().exists():
+            return set()
+        return {kind for request in requests_of(recorded(self._run.root)) for kind in request.types or () if kind}
+
     # -- people ---------------------------------------------------------------------------------------
     @cached_property
     def _people(self) -> list[tuple[str, int]]:
@@ -190,7 +202,7 @@ class Catalogue:
     def event_types(self) -> list[str]:
         """Of the data set, the weakest first; [] where its events have none."""
         store = self.store()
-        types = store.event_types() if store is not None else set()
+        types = store.event_types() if store is not None else self._recorded_types()
         return sorted(types, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
 

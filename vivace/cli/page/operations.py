@@ -97,6 +97,31 @@ def ports_of(run: Run | None, served: Served, metrics: str = "", status: str = "
     return metrics or f"{host}:{metrics_port}", status or (f"{host}:{status_port}" if status_port else "")
 
 
+def plan_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``vivace rollout start``: ``version`` (0: the newest), ``percent`` of each step by commas, how long
+    one lasts (``wait``), per cent of copies (``shadow``), ``least_quality``, whether to ``interleave`` and to
+    ``promote``; each as there where it is missing. Raises ValueError that names the field."""
+    from vivace.cli.values import duration, percentages
+
+    version = raw.get("version", 0)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise ValueError(f"version: expected a whole number, got {version!r:.60}")
+    plan: dict[str, Any] = {"to": version}
+    for name, option, default, read in (("percent", "canary", "5", percentages), ("wait", "wait", "10m", duration)):
+        try:
+            plan[option] = read(str(raw.get(name) or default))
+        except typer.BadParameter as error:
+            raise ValueError(f"{name}: {error.message}") from None
+    for name, most in (("shadow", 100), ("least_quality", 1)):
+        value = raw.get(name)
+        if name in raw and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most):
+            raise ValueError(f"{name}: expected 0..{most}, got {value!r:.60}")
+    for name in ("interleave", "promote"):
+        if not isinstance(raw.get(name, False), bool):
+            raise ValueError(f"{name}: expected true or false, got {raw[name]!r:.60}")
+    return plan | {name: raw[name] for name in ("shadow", "least_quality", "interleave", "promote") if name in raw}
+
+
 class Operations:
     """Of the server whose metrics and status ports ``ports()`` gives as host:port, the second "" where nobody knows it.
     ``key``: what changes need. For any number of threads."""
@@ -154,7 +179,7 @@ class Operations:
         return {"versions": versions, "rollout": finite(rollout), "servers": len(servers)}  # some are not known yet
 
     def change(self, raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-        """Does what a button says: ``action`` "start" (``version``, ``percent``, ``wait``), "promote" or "stop". Raises
+        """Does what a button says: ``action`` "start" (with what ``plan_of`` reads), "promote" or "stop". Raises
         ForbiddenError for a wrong key, ValueError and ServerError with the reason where it is not done."""
         if not hmac.compare_digest(key.encode(), self._key.encode()):
             raise ForbiddenError("This needs the operator's key, which 'vivace ui' printed when it started.")
@@ -162,19 +187,11 @@ class Operations:
             raise ValueError("Rollouts need the run's folder on this machine.")
         from vivace.cli import rollout as verbs
         from vivace.cli.runs import run_name
-        from vivace.cli.values import duration, percentages
 
         named = {"name": run_name(self._run, self._artifacts), "artifacts": self._artifacts}
         action = raw.get("action")
         if action == "start":
-            version = raw.get("version", 0)
-            if isinstance(version, bool) or not isinstance(version, int):
-                raise ValueError(f"version: expected a whole number, got {version!r:.60}")
-            try:
-                shares, wait = percentages(str(raw.get("percent", "5"))), duration(str(raw.get("wait", "10m")))
-            except typer.BadParameter as error:
-                raise ValueError(error.message) from None
-            verbs.start(**named, to=version, canary=shares, wait=wait)  # type: ignore[arg-type]
+            verbs.start(**named, **plan_of(raw))  # type: ignore[arg-type]
         elif action in ("promote", "stop"):
             getattr(verbs, action)(**named)
         else:

@@ -13,7 +13,7 @@ from vivace.cli.query import ADVICE
 from vivace.client import Recommendation
 from vivace.client_explain import Explanation
 from vivace.client_request import PastEvent
-from vivace.explain_contract import HISTORY
+from vivace.explain_contract import ENGLISH, HISTORY
 
 TOP_K, MOST, SUGGESTED = 12, 48, 8
 WHAT_IT_MEANS = {
@@ -119,23 +119,27 @@ class Person:
         }  # fmt: skip
 
     def why(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Reasons of each item of the answer to the same request, by item id: ``sentence``, ``parts`` and
-        ``smallest``."""
-        request = _request(raw)
-        explained = self._served.call(lambda client: client.explain(**request))
+        """Reasons of each item of the answer to the same request, by item id: ``sentence``, ``parts``, ``smallest`` and
+        ``path``. ``language``: of the sentences."""
+        request, language = _request(raw), _words(raw, "language") or ENGLISH
+        explained = self._served.call(lambda client: client.explain(**request, language=language))
         return {of.item: self._reasons(of) for of in explained.items}
 
     def _reasons(self, of: Explanation) -> dict[str, Any]:
         """``parts``, the largest effect first: ``name``, ``effect`` (None: without it the item is no candidate) and
-        ``place``, where the item then stands (None: nowhere)."""
+        ``place``, where the item then stands (None: nowhere); ``path``: a sentence, "" where nothing is shared."""
         ids = [*(i for reason in of.reasons for i in reason.get("events", [])), *of.smallest]
         titles = {card["id"]: card["title"] for card in self._catalogue.cards(ids)}
         parts = []
         for reason in of.reasons:
             name = titles[reason["events"][0]] if reason["kind"] == HISTORY else reason.get("name") or reason["kind"]
             value = f" {reason['value']}" if "value" in reason else ""
+            value += ", which training did not know" if reason.get("unknown") else ""
             parts.append({"name": f"{name}{value}", "effect": reason["effect"], "place": reason["rank"]})
-        return {"sentence": of.sentence, "parts": parts, "smallest": [titles[i] for i in of.smallest]}
+        return {
+            "sentence": of.sentence, "parts": parts, "smallest": [titles[i] for i in of.smallest],
+            "path": of.path.get("sentence", ""),
+        }  # fmt: skip
 
     def _seen(self, user: str, history: Sequence[PastEvent] | None) -> set[str]:
         if history is None:

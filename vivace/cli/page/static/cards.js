@@ -6,7 +6,7 @@ const BADGES = { new: "new in the catalogue", rising: "clicked much in the last 
 
 export const tag = (text) => h("span", { className: "tag" }, text);
 
-/** ``does``: types, label, act(type), skip(), why() or null. */
+/** ``does``: types, label, act(type), skip(), why(language) or null. */
 export function card(item, does) {
   const attributes = Object.values(item.attributes).join(" · ");
   const heads = Object.entries(item.heads).filter(([, value]) => value > 0);
@@ -44,19 +44,34 @@ async function unfold(button, panel, why) {
   panel.hidden = !open;
   button.setAttribute("aria-expanded", String(open));
   if (!open || panel.querySelector(".sentence")) return; // what failed is asked again
+  await tell(panel, why, navigator.language.startsWith("zh") ? "zh" : "en");
+}
+
+const LANGUAGES = { en: ["English", "."], zh: ["中文", "。"] };
+
+/** Draws the reasons in a language, with a button for the other one. */
+async function tell(panel, why, language, focus = false) {
   panel.replaceChildren(h("p", { role: "status" }, "Asking again without each part …"));
   try {
-    panel.replaceChildren(...drawn(await why()));
+    const reasons = await why(language);
+    const other = language === "zh" ? "en" : "zh";
+    const change = h("button", {
+      type: "button", className: "link", lang: other, onclick: () => tell(panel, why, other, true),
+    }, LANGUAGES[other][0]);
+    panel.replaceChildren(...drawn(reasons, language), change);
+    if (focus) change.focus();
   } catch (error) {
     panel.replaceChildren(h("p", { className: "bad" }, error.message));
   }
 }
 
-function drawn(reasons) {
-  const sentence = reasons.sentence.charAt(0).toUpperCase() + reasons.sentence.slice(1);
+function drawn(reasons, lang) {
+  const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + LANGUAGES[lang][1];
   const most = Math.max(...reasons.parts.map((part) => part.effect ?? 0), 1e-6);
   return [
-    h("p", { className: "sentence" }, `${sentence}.`),
+    h("p", { className: "sentence", lang }, sentence(reasons.sentence)),
+    reasons.path ? h("p", { className: "path", lang, title: "Read off the catalogue; it is no reason of its own" },
+      sentence(reasons.path)) : "",
     h("ul", { className: "reasons" }, reasons.parts.slice(0, 4).map((part) =>
       h("li", {}, h("span", {}, part.name),
         h("meter", {

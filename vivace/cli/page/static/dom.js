@@ -30,13 +30,18 @@ export class CallError extends Error {
 }
 
 const listeners = [];
+let away = false;
+
+/** Whether the server behind the page did not answer when it was last asked. */
+export const isAway = () => away;
 
 /** Tells ``listener(away, message)`` whether the server behind the page answers. */
 export function onReach(listener) {
   listeners.push(listener);
 }
 
-export function reached(away, message = "") {
+export function reached(isAwayNow, message = "") {
+  away = isAwayNow;
   for (const listener of listeners) listener(away, message);
 }
 

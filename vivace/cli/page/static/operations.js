@@ -1,6 +1,6 @@
 // The operator's view: what the server does each second, load, versions and rollouts.
 import { lines, table } from "./chart.js";
-import { h, number, post } from "./dom.js";
+import { get, h, isAway, number, post } from "./dom.js";
 
 const SECONDS = 90;
 const share = (part) => `${number(100 * part, part && part < 0.1 ? 1 : 0)} %`;
@@ -48,12 +48,28 @@ export class View {
 
   rollout() {
     this.key = h("input", { type: "password", id: "operator-key", autocomplete: "off", required: true });
-    this.percent = h("input", { type: "number", id: "percent", min: 1, max: 99, value: 5 });
+    this.plan = {
+      percent: h("input", { type: "text", id: "percent", value: "5", title: "Several by commas: one step each" }),
+      wait: h("input", { type: "text", id: "wait", value: "10m", title: "Such as 30s, 10m or 2h" }),
+      shadow: h("input", {
+        type: "number", id: "shadow", min: 0, max: 100, step: "any", value: 0,
+        title: "Of the other calls it gets a copy, whose answer nobody sees",
+      }),
+      least_quality: h("input", {
+        type: "number", id: "least-quality", min: 0, max: 1, step: 0.01, value: 0.67,
+        title: "Share of the served version's recorded quality that it must have",
+      }),
+      interleave: h("input", { type: "checkbox", id: "interleave" }),
+      promote: h("input", { type: "checkbox", id: "promote" }),
+    };
     this.version = h("select", { id: "version" });
     const act = (name, action) => h("button", { type: "button", onclick: () => this.change(action) }, name);
     return h("form", { className: "row rollout", "aria-label": "Rollout", onsubmit: (event) => event.preventDefault() },
       h("label", {}, "Operator's key", this.key), h("label", {}, "Version", this.version),
-      h("label", {}, "Users, per cent", this.percent),
+      h("label", {}, "Users, per cent of each step", this.plan.percent), h("label", {}, "A step lasts", this.plan.wait),
+      h("label", {}, "Copies, per cent", this.plan.shadow), h("label", {}, "Least quality", this.plan.least_quality),
+      h("label", { className: "check" }, this.plan.interleave, "Draft from both versions"),
+      h("label", { className: "check" }, this.plan.promote, "Then serve it to everyone"),
       act("Start a trial", "start"), act("Serve it to everyone", "promote"), act("End the trial", "stop"));
   }
 
@@ -79,6 +95,9 @@ export class View {
 
   // -- each second ------------------------------------------------------------------------------------
   draw(now) {
+    if ((now.error || now.health?.ready === false) && !isAway()) {
+      get("/api/about").catch(() => {}); // whether it is the server that is away: the head of the page says so then
+    }
     if (now.error) {
       this.say(`The server's metrics cannot be read: ${now.error}`, "bad");
       return;
@@ -142,7 +161,9 @@ export class View {
       this.parts.changed.dataset.kind = kind;
     };
     tell("Under way …", "");
-    const body = { action, version: Number(this.version.value), percent: this.percent.value };
+    const plan = Object.entries(this.plan).map(([name, { type, checked, value, valueAsNumber }]) =>
+      [name, type === "checkbox" ? checked : type === "number" ? valueAsNumber : value]);
+    const body = { action, version: Number(this.version.value), ...Object.fromEntries(plan) };
     try {
       await post("/api/rollout", body, undefined, { "x-operator-key": this.key.value });
       tell("Done.", "");

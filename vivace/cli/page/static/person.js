@@ -242,25 +242,26 @@ export class View {
 
   drawAnswer() {
     const items = this.answer.items.filter((item) => !this.skipped.has(item.id)).slice(0, SHOWN_ITEMS);
-    this.reasons = null;
+    this.reasons = {}; // by language
     const words = this.answer.words || this.answer.status;
     this.say(`${words} It took ${number(this.answer.ms)} ms.`, this.answer.degraded ? "warn" : "");
     if (this.answer.degraded) this.parts.status.append(h("small", {}, ` STATUS ${this.answer.status}`));
     this.drawUnderstood(this.answer.understood);
     redraw(this.parts.items, items.map((item) => card(item, {
       types: this.types, label, act: (type) => this.act(item, type), skip: () => this.skip(item),
-      why: this.about.explain ? () => this.why(item) : null,
+      why: this.about.explain ? (language) => this.why(item, language) : null,
     })));
     document.body.dataset.drawn = String(Number(document.body.dataset.drawn ?? 0) + 1);
   }
 
   /** Of one item; the server explains the whole answer at once. */
-  async why(item) {
-    this.reasons ??= post("/api/why", this.asked()).catch((error) => {
-      this.reasons = null;
+  async why(item, language) {
+    const reasons = this.reasons;
+    reasons[language] ??= post("/api/why", { ...this.asked(), language }).catch((error) => {
+      delete reasons[language];
       throw error;
     });
-    const of = (await this.reasons)[item.id];
+    const of = (await reasons[language])[item.id];
     if (!of) throw new Error("The answer has changed since: this item is not in it any more.");
     return of;
   }
