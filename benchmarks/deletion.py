@@ -102,6 +102,14 @@ def sets_of(asked: Counterfactuals, ids: list[int]) -> dict[str, list[float]]:
     return out
 
 
+def shuffled_users(run: Run, rng: np.random.Generator) -> list[str]:
+    """Users of the test split, in random order."""
+    files = Features(run.features).files("test")
+    users = {user for file in files for user in pq.read_table(file, columns=[USER])[USER].to_pylist()}
+    order: list[str] = rng.permutation(sorted(users)).tolist()
+    return order
+
+
 def main(
     root: Annotated[Path, typer.Argument(help="a compiled run")],
     cases: Annotated[int, typer.Option(help="recommended items, two of a user")] = 500,
@@ -109,19 +117,10 @@ def main(
     top_k: int = 10,
 ) -> None:
     run, rng = Run(root), np.random.default_rng(SEED)
-    users = {
-        u
-        for file in Features(run.features).files("test")
-        for u in pq.read_table(file, columns=[USER])[USER].to_pylist()
-    }
-    order, deleted, sets = (
-        rng.permutation(sorted(users)).tolist(),
-        list[list[dict[str, float]]](),
-        defaultdict[str, list[float]](list),
-    )
+    deleted, sets = list[list[dict[str, float]]](), defaultdict[str, list[float]](list)
     with contextlib.closing(store_of_worker(run.feature_store, readonly=True)) as store:
         pipeline = Pipeline.published(root, store)
-        for user in order:
+        for user in shuffled_users(run, rng):
             if 2 * len(deleted) >= cases:
                 break
             asked = Counterfactuals(pipeline, Row(user, None, top_k))

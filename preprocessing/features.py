@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from vivace import contract
 from vivace.context import CONTEXT_FILE, ContextColumns
+from vivace.limits import CountLimits
 from vivace.live import Stream
 from vivace.manifest import read_manifest
 
@@ -74,12 +75,13 @@ class Features:
         table = pq.read_table(self.folder / EVENTS_FILE)
         return {name: table[name].to_numpy() for name in table.column_names}
 
-    def stream(self, columns: ContextColumns) -> Stream:
-        """The same as live counters take them, with the context of the columns that they go by."""
+    def stream(self, columns: ContextColumns, limits: CountLimits | None = None) -> Stream:
+        """The same as live counters take them, with the context of the columns that they go by; of each user as much
+        as ``limits`` allow."""
         events = self.events()
         context = [events[columns.categoricals[i]] for i in columns.counted]
         context_NC = np.stack(context, 1) if context else np.empty((len(events[contract.ITEM]), 0), np.int64)
-        return Stream.of(events[contract.USER], events[contract.ITEM], events[contract.TIME], context_NC)
+        return Stream.of(events[contract.USER], events[contract.ITEM], events[contract.TIME], context_NC, limits)
 
     def log_number(self) -> int:
         """Number of the newest event of the store's log that a refresh has put among these; 0 where none has."""

@@ -56,10 +56,10 @@ class RetrievalTraining:
     """Under torchrun each process keeps a part of the model and of the optimizer's state (FSDP)."""
     compiled: bool = False
     """The encoder's blocks run through torch.compile: some seconds more to start, fewer a step."""
-    new_items: Literal["neighbours", "described", "tower"] = "neighbours"
+    new_items: Literal["neighbours", "described", "tower", "graph"] = "neighbours"
     """Items without a training event get the mean of the seen items nearest by text and attributes, or stay what those
     say ("described"). "tower": a pretrained text tower has a part in who is near, and the bias is what the text lets
-    expect."""
+    expect. "graph": half that mean, half what is learned of their attributes and words (``data.item_relations``)."""
     tower: str = "minilm"
     """For "tower": its name, folder or Hugging Face name (``training.text.tower``)."""
     new_item_boost: float = 0.0
@@ -165,6 +165,7 @@ class Preset:
 
 LATER: dict[str, Any] = {
     "positions": "slots", "slide": 1, "reads": 0, "stochastic_length": 0.0, "nearest": 0, "nearest_to": "candidate",
+    "neighbours_by": "sessions", "neighbours_ridge": 300.0, "rising_same_item_s": 0, "rising_user_events": 0,
 }  # fmt: skip
 # fields of a preset's parts that came later, with what held before
 
@@ -222,11 +223,12 @@ def news_time() -> Preset:
 
 def news_live() -> Preset:
     """``news`` whose ranker reads what is clicked most at the moment: for logs with real times where what counts is
-    what is new."""
+    what is new. A user's clicks on one item count once in half an hour, so that few accounts push nothing
+    (docs/attacks.md)."""
     preset = news()
     return replace(
         preset,
-        ranker=replace(preset.ranker, candidates=50, rising=100),
+        ranker=replace(preset.ranker, candidates=50, rising=100, rising_same_item_s=1800),
         ranking=replace(preset.ranking, epochs=12, patience=3, learning_rate=3e-3, batch_size=128),
     )
 
@@ -246,11 +248,14 @@ def session() -> Preset:
 
 def music() -> Preset:
     """``session`` for listeners: items with text and tags, that may come again, in a log of too few events for a
-    softmax over a sample. The ranker counts how often the candidate is in the history."""
+    softmax over a sample. Neighbours are those of whole histories, as taste is steady; the ranker counts how often the
+    candidate is in the history."""
     preset = session()
     return replace(
         preset,
-        encoder=replace(preset.encoder, neighbours=256, text_tokens=24, attributes=True),
+        encoder=replace(
+            preset.encoder, history=200, neighbours=128, neighbours_by="linear", text_tokens=24, attributes=True
+        ),
         retrieval=replace(preset.retrieval, epochs=6, loss="full", label_smoothing=0.1, random_offset=True),
         ranker=replace(preset.ranker, category_counts=True),
     )
@@ -364,4 +369,5 @@ def shapes(preset: Preset, features: Features) -> contract.StageTensors:
         context=len(columns.categoricals) if e.context and causal else 0,
         amounts=len(columns.continuous) if e.context and causal else 0,
         counted=len(columns.counted) if causal and preset.ranker.rising and preset.ranker.by_context else 0,
+        same_item_s=preset.ranker.rising_same_item_s, user_events=preset.ranker.rising_user_events,
     )  # fmt: skip

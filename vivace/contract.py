@@ -60,8 +60,7 @@ MAX_HISTORY_EVENTS = 100_000
 MAX_QUERY_BYTES = 4096
 MAX_CONTEXT_BYTES = 16_384
 MAX_ROW_BYTES = 65_536  # of an item's row as JSON
-MAX_SEEN = 4096  # newest distinct items that an index does not answer: as many events as a store keeps of a user. The
-# exact search excludes them all
+MAX_SEEN = 4096  # newest distinct items that an index does not answer; exact search excludes all that a store keeps
 
 # half-lives of the live counters (``vivace.live``)
 LIVE_HALF_LIVES_MS = tuple(minutes * 60_000 for minutes in (3, 10, 30, 120, 720))
@@ -195,7 +194,8 @@ class StageTensors:
     ``counted``: those of the categorical ones that live counters go by; ``fresh``: items that are not in the trained
     tables that join the ranked ones (0: none, and no live change of the catalogue is read); ``rising_fresh``: those of
     them that may be there because they are clicked most just now (0: their events are not counted); ``shards``: servers
-    that the items of retrieval are dealt to (0: one graph scores them all); ``slide``: of the window (``windows``).
+    that the items of retrieval are dealt to (0: one graph scores them all); ``slide``: of the window (``windows``);
+    ``same_item_s`` and ``user_events``: what live counters take of one user (``limits``).
     """
 
     history: int
@@ -216,13 +216,14 @@ class StageTensors:
     rising_fresh: int = 0
     shards: int = 0
     slide: int = 1
+    same_item_s: int = 0
+    user_events: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
             raise ValueError(f"StageTensors.memory: expected 0..{self.history}, got {self.memory}")
         for name in ("history", "candidates", "items", "width"):
-            value = getattr(self, name)
-            if value < 1:
+            if (value := getattr(self, name)) < 1:
                 raise ValueError(f"StageTensors.{name}: expected at least 1, got {value}")
         if self.candidates > self.items - FIRST_ID:
             raise ValueError(
@@ -303,8 +304,7 @@ class StageTensors:
 
     @property
     def seen_fresh(self) -> WireTensor:
-        """The newest fresh items of the history: slots (``store.lmdb_catalogue``), newest last, 0 where there are
-        fewer. The id of a fresh item is V and its slot."""
+        """Newest fresh items of the history: slots (``store.lmdb_catalogue``), newest last, or 0. An id is V + slot."""
         return WireTensor("SEEN_FRESH", "INT64", (self.fresh,))
 
     @property

@@ -21,6 +21,7 @@ import numpy as np
 
 from vivace.contract import FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, MAX_FRESH, PADDING_ID
 from vivace.counters import BLOCK, LiveCounts
+from vivace.limits import CountLimits, Limiter
 from vivace.live_moment import MomentRows, PairCounts
 
 VISIT_GAP_MS = 30 * 60_000
@@ -213,9 +214,22 @@ class Stream:
     previous: np.ndarray
 
     @classmethod
-    def of(cls, users: np.ndarray, ids: np.ndarray, times_ms: np.ndarray, context: np.ndarray) -> Stream:
+    def of(
+        cls,
+        users: np.ndarray,
+        ids: np.ndarray,
+        times_ms: np.ndarray,
+        context: np.ndarray,
+        limits: CountLimits | None = None,
+    ) -> Stream:
+        """``limits``: what does not count by them is left out, after it has said whether others begin a visit."""
         begins = entries(users, times_ms)
-        return cls(ids, times_ms, begins, context, previous_items(users, ids, begins))
+        stream = cls(ids, times_ms, begins, context, previous_items(users, ids, begins))
+        if limits is None or limits.none:
+            return stream
+        known = np.flatnonzero(ids >= FIRST_ID)
+        rows = (x[known].tolist() for x in (users, ids, times_ms))
+        return stream[known[Limiter(limits).mask(*rows)]]
 
     def __getitem__(self, rows: slice | np.ndarray) -> Stream:
         return Stream(*(getattr(self, f.name)[rows] for f in fields(self)))

@@ -12,6 +12,7 @@ import numpy as np
 
 from serving.runtime.moment import Moment
 from vivace.contract import FIRST_ID, PADDING_ID, StageTensors
+from vivace.limits import CountLimits, Limiter
 from vivace.live import KEPT_MS, LiveTable, Stream, Visits, recent_number
 from vivace.store.interface import Event, ServingStore, StoreError
 
@@ -40,7 +41,7 @@ class LiveFeed:
         stream = Stream.load(recent)
         self._store, self._item_ids, self._moment, self._counted = store, item_ids, moment, shapes.counted
         self._table = LiveTable(shapes.items, shapes.rising, shapes.counted, shapes.rising_fresh)
-        self._visits, self._items = Visits(), shapes.items
+        self._visits, self._limiter, self._items = Visits(), Limiter(CountLimits.of(shapes)), shapes.items
         self._slots: dict[str, int] | None = {} if shapes.rising_fresh else None  # by raw id of items put in since
         self._changes = 0  # number of the newest change among them
         stream.into(self._table)
@@ -86,7 +87,11 @@ class LiveFeed:
                 for event, item in zip(events, ids, strict=True)
             ]
             entry, previous = (np.array(part) for part in zip(*visits, strict=True))
-            Stream(ids, times, entry, self._context(events), previous)[ids >= FIRST_ID].into(self._table)
+            counted = ids >= FIRST_ID
+            known = np.flatnonzero(counted)
+            users = (events[at].user_id for at in known)
+            counted[known] = self._limiter.mask(users, ids[known].tolist(), times[known].tolist())
+            Stream(ids, times, entry, self._context(events), previous)[counted].into(self._table)
         self._rows = self._table.moment(now_ms)
         self._at = time.monotonic()
 

@@ -28,6 +28,7 @@ from training.presets import Preset
 from vivace import contract
 from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColumns
 from vivace.drift import FILE as DRIFT_FILE
+from vivace.limits import CountLimits
 from vivace.live import RECENT
 from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
@@ -123,9 +124,8 @@ def publish(
     if (then := reference(features, preset, tensors, Engine(folder, tensors), learned)) is not None:
         then.save(folder / DRIFT_FILE)
     if tensors.rising:
-        features.stream(features.context if tensors.counted else ContextColumns()).save(
-            folder / RECENT, features.log_number()
-        )
+        columns = features.context if tensors.counted else ContextColumns()
+        features.stream(columns, CountLimits.of(tensors)).save(folder / RECENT, features.log_number())
     metadata = {"precision": card["precision"], "tables": card["tables"], "gate": json.dumps(gate)}
     metadata[contract.DATA] = schema.name
     return repository.assemble(

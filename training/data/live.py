@@ -18,6 +18,7 @@ from preprocessing.splits import YEAR_MS
 from training.data.batches import Requests
 from vivace.context import ContextColumns
 from vivace.contract import ITEM, TARGET_TIME, TIME, StageTensors, live_features, target_column
+from vivace.limits import CountLimits
 from vivace.live import LiveTable
 
 STEP_MS = 5_000  # requests of so long see the same counts, those at its beginning: a server's are no fresher by much
@@ -59,13 +60,20 @@ class LiveAt:
         part: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
     """
 
-    def __init__(self, features: Features, part: str, rising: int, columns: ContextColumns | None = None) -> None:
+    def __init__(
+        self,
+        features: Features,
+        part: str,
+        rising: int,
+        columns: ContextColumns | None = None,
+        limits: CountLimits | None = None,
+    ) -> None:
         files, columns = features.files(part), columns or ContextColumns()
         self.moments = np.concatenate(
             [np.empty(0, np.int64), *(pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files)]
         )
         counted = columns.counted
-        stream, table = features.stream(columns), LiveTable(features.item_count(), rising, len(counted))
+        stream, table = features.stream(columns, limits), LiveTable(features.item_count(), rising, len(counted))
         names = [target_column(columns.categoricals[i]) for i in counted]
         context_RC, newest_R = _context(files, names), _newest(files)
         self.ids = np.zeros((len(self.moments), rising), np.int32)
@@ -114,6 +122,7 @@ def with_live(requests: Iterable[Requests], features: Features, part: str, tenso
     if not tensors.rising:
         yield from requests
         return
-    live = LiveAt(features, part, tensors.rising, features.context if tensors.counted else None)
+    columns = features.context if tensors.counted else None
+    live = LiveAt(features, part, tensors.rising, columns, CountLimits.of(tensors))
     for request in requests:
         yield live.of(request)

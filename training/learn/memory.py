@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +20,22 @@ from preprocessing.features import Features
 from training.data import batches
 from training.data.counters import incidence
 from training.models.retrieval import RetrievalModel
-from training.models.session_memory import LONGEST, neighbour_shares
+from training.models.session_memory import LONGEST, linear_weights, neighbour_shares
 from vivace.contract import FIRST_ID, ITEM
 
 REQUESTS, BATCH = 4096, 256  # that the numbers are fitted on, and of a step
 PASSES, STEPS, RATE = 8, 128, 0.1  # as many passes at least, and more where they are fewer steps than that
 
 
-def session_sets(files: list[Path], items: int) -> sp.csr_matrix:
-    """1 where a training sequence has an item among its LONGEST newest events, float32 [S, V]."""
+def session_sets(files: list[Path], items: int, longest: int = LONGEST) -> sp.csr_matrix:
+    """1 where a training sequence has an item among its ``longest`` newest events, float32 [S, V]."""
     rows, columns, first = [], [], 0
     for file in files:
         column = pq.read_table(file, columns=[ITEM])[ITEM].combine_chunks()
         flat, lengths = column.flatten().to_numpy(), np.diff(column.offsets.to_numpy())
         row = np.repeat(np.arange(len(lengths)), lengths)
         from_end = np.cumsum(lengths)[row] - np.arange(len(row))
-        newest = from_end <= LONGEST
+        newest = from_end <= longest
         rows.append(row[newest] + first)
         columns.append(flat[newest])
         first += len(lengths)
@@ -44,9 +45,14 @@ def session_sets(files: list[Path], items: int) -> sp.csr_matrix:
 
 def remember(model: RetrievalModel, files: list[Path]) -> None:
     """Fills the memory's table from sequences; does nothing for a model without one."""
-    if model.memory is not None:
-        sets = session_sets(files, len(model.bias))
-        model.memory.remember(*neighbour_shares(sets, model.config.neighbours))
+    if model.memory is None:
+        return
+    config, items = model.config, len(model.bias)
+    if config.neighbours_by == "linear":
+        whole = session_sets(files, items, sys.maxsize)
+        model.memory.remember(*linear_weights(whole, config.neighbours, config.neighbours_ridge))
+    else:
+        model.memory.remember(*neighbour_shares(session_sets(files, items), config.neighbours))
 
 
 def fit_memory(model: RetrievalModel, features: Features, seed: int, held_out: float) -> dict[str, float]:

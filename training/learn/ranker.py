@@ -309,9 +309,11 @@ def train_ranker(
     so without a label that the retriever has not seen (``ranking_control``). ``log``: impressions to learn from too."""
     run, name, training = Run(root, features.folder), CONTROL if control else RANKING, preset.ranking
     config = {
-        "ranker": recorded_fields(preset.ranker), "training": asdict(training), "control": control,
+        "ranker": recorded_fields(preset.ranker),
+        "training": asdict(training),
+        "control": control,
         "held_out_by": "user",
-    }  # fmt: skip
+    }
     if log is not None:
         config["impressions"] = log.key()
     step = Step(run.step(name), "train ranking", config, seed, {RETRIEVAL: run.key(RETRIEVAL)})

@@ -13,6 +13,7 @@ from sklearn.linear_model import Ridge
 from preprocessing.features import Features
 from training.checkpoints import WEIGHTS, device
 from training.data.counters import cooccurrence_embeddings
+from training.data.item_relations import related_vectors
 from training.models.item_table import NEIGHBOURS, description, item_attributes, nearest_seen
 from training.models.retrieval import RetrievalModel
 from training.presets import Preset, RetrievalTraining
@@ -74,19 +75,25 @@ def finish_unseen(model: RetrievalModel, counts: np.ndarray, features: Features,
     """``free_unseen`` as ``training`` says."""
     by_tower = training.new_items == "tower" and bool((counts[FIRST_ID:] == 0).any())
     vectors_VE = tower_vectors(features, training.tower, print) if by_tower else None
-    free_unseen(model, counts, features, training.new_items != "described", vectors_VE, training.new_item_boost)
+    by_graph = training.new_items == "graph" and bool((counts[FIRST_ID:] == 0).any())
+    related_VE = related_vectors(model, features, counts) if by_graph else None
+    free_unseen(
+        model, counts, features, training.new_items != "described", vectors_VE, training.new_item_boost, related_VE
+    )
 
 
 def free_unseen(
     model: RetrievalModel, counts: np.ndarray, features: Features, by_neighbours: bool,
-    vectors_VE: np.ndarray | None = None, boost: float = 0.0,
+    vectors_VE: np.ndarray | None = None, boost: float = 0.0, related_VE: np.ndarray | None = None,
 ) -> None:  # fmt: skip
     """Items without a training event get the weighted mean of their nearest seen items by text and attributes, with
     the length and the bias that those have on average. Where nothing is near (or without ``by_neighbours``) the id
     embedding is zero, so that attributes and words speak alone, and the bias that of a rare item.
 
     ``vectors_VE``: a text tower's, a row an item of the catalogue; then it has a part in who is near, and the bias is
-    that of ``described_bias``. ``boost`` is added to the bias of all of them."""
+    that of ``described_bias``. ``related_VE``: vector and bias of each item id by its relations
+    (``related_vectors``); then an item's are half these, half its neighbours'. ``boost`` is added to the bias of all of
+    them."""
     unseen = torch.from_numpy(counts == 0)
     unseen[:FIRST_ID] = False
     if not unseen.any():
@@ -106,8 +113,13 @@ def free_unseen(
             table = model.table()  # what attributes and words say of an unseen item, as its id says nothing
             mean = (table[neighbours_UK] * shares_UK[:, :, None]).sum(1)
             length = (table[neighbours_UK].norm(dim=2) * shares_UK).sum(1, keepdim=True)
-            weight[ids_U] = mean / mean.norm(dim=1, keepdim=True).clamp_min(1e-9) * length - table[ids_U]
+            vectors_UD = mean / mean.norm(dim=1, keepdim=True).clamp_min(1e-9) * length
             bias[ids_U] = (bias[neighbours_UK] * shares_UK).sum(1)
+            if related_VE is not None:
+                related_UE = torch.from_numpy(related_VE).to(bias)[ids_U]
+                vectors_UD = (vectors_UD + related_UE[:, :-1]) / 2
+                bias[ids_U] = (bias[ids_U] + related_UE[:, -1]) / 2
+            weight[ids_U] = vectors_UD - table[ids_U]
             if vectors_VE is not None:
                 expected_V = described_bias(features, counts, bias.cpu().numpy(), vectors_VE)
                 bias[ids_U] = torch.from_numpy(expected_V).to(bias)[ids_U]

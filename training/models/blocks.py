@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vivace.contract import PADDING_ID
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     try:
@@ -169,3 +171,11 @@ class PlainPLE(nn.Module):
         mixed = second(x_PF, first(x_PF, x_PF))
         assert isinstance(mixed, dict)
         return mixed
+
+
+def own_counts(same_BNT: Tensor, history_BT: Tensor) -> Tensor:
+    """Features float32 [B, N, 2] of how many events of a history are of the candidate's kind: log1p of the number, and
+    its share of all events. ``same_BNT``: 1 where they are; B requests, N candidates, T events."""
+    count_BN = same_BNT.sum(2)
+    events_B1 = (history_BT != PADDING_ID).to(count_BN.dtype).sum(1, keepdim=True)
+    return torch.stack([torch.log1p(count_BN), count_BN / events_B1.clamp_min(1.0)], 2)

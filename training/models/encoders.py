@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.models.long.attention import LONG, biased_attention, eager, earlier, time_bucket, turned
-from vivace.checks import check_fields, check_minimum, check_shares
+from vivace.checks import check_fields, check_minimum, check_positive, check_shares
 from vivace.windows import Window
 
 MASKED = -1e9  # finite, so that a row whose keys are all padding stays a number
@@ -80,6 +80,11 @@ class EncoderConfig:
     neighbours: int = 0
     """Items that are kept of each item's co-occurrence in sessions, for a memory beside the encoder
     (``session_memory``; 0: none). For logs whose items may come again."""
+    neighbours_by: Literal["sessions", "linear"] = "sessions"
+    """"sessions": an item's neighbours are those of the sessions that have it; "linear": those of a linear autoencoder
+    of whole histories (EASE, Steck 2019), for small logs of steady taste."""
+    neighbours_ridge: float = 300.0
+    """Penalty of that autoencoder's weights."""
     head_width: int = 0
     """Width of an attention head after pruning (0: width / heads)."""
     ffn_width: int = 0
@@ -100,6 +105,7 @@ class EncoderConfig:
         check_minimum(self, 1, "width", "layers", "heads", "history", "ffn_factor")
         check_minimum(self, 0, "reads", "text_tokens", "adapter", "neighbours", "head_width", "ffn_width")
         check_shares(self, "dropout", "id_dropout")
+        check_positive(self, "neighbours_ridge")
         if self.time_bias and self.family in ("gru", "lstm"):
             raise ValueError(f"EncoderConfig.time_bias is for attention, got the {self.family!r} family")
         self._check_positions()
@@ -111,10 +117,7 @@ class EncoderConfig:
         """What is read of a history."""
         return Window(self.history, self.slide)
 
-    @property
-    def span(self) -> int:
-        """Newest events that the encoder reads."""
-        return self.reads or self.history
+    span = property(lambda self: self.reads or self.history, doc="Newest events that the encoder reads.")
 
     @property
     def grows(self) -> bool:
@@ -249,19 +252,16 @@ class AttentionBlock(nn.Module):
         self.adapter = Adapter(d, config.adapter) if config.adapter else None
 
     def _biased(self, mask: Tensor | None, t: int, buckets_BTT: Tensor | None) -> Tensor | None:
-        if self.relative is not None:
-            assert mask is not None
+        if mask is not None and self.relative is not None:
             mask = mask + self.relative(t)[None]
-        if self.time is not None:
-            assert mask is not None
+        if mask is not None and self.time is not None:
             mask = mask + self.time(buckets_BTT)
         return mask
 
     def _within_kernel(self, q: Tensor, k: Tensor, v: Tensor, times_BT: Tensor | None) -> Tensor:
         """The same biases, where no mask is written."""
         distance_TA = None if self.relative is None else self.relative.by_distance()
-        time_RA = None if self.time is None else self.time.bias_RA
-        return biased_attention(q, k, v, self.of_head**-0.5, distance_TA, time_RA, times_BT)
+        return biased_attention(q, k, v, self.of_head**-0.5, distance_TA, self.time and self.time.bias_RA, times_BT)
 
     def forward(
         self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None, newest: int = 0,
@@ -275,10 +275,9 @@ class AttentionBlock(nn.Module):
             a = self._within_kernel(q, k, v, times_BT)
         else:
             mask = self._biased(mask, t, buckets_BTT)
-            if newest:
-                assert mask is not None
+            if newest and mask is not None:
                 x_BTD, q, mask = x_BTD[:, -newest:], q[:, :, -newest:], mask[:, :, -newest:]
-            scale = self.of_head**-0.5  # a constant of the exported graph
+            scale = self.of_head**-0.5
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
         a = self.out(a.transpose(1, 2).flatten(2))
         x_BTD = x_BTD + dropout(a, self.p, self.training)

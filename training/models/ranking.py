@@ -68,13 +68,17 @@ class RankerConfig:
     live counts (0: no live counters)."""
     by_context: bool = True
     """Live counts by the categorical columns of the context too, where the log has any."""
+    rising_same_item_s: int = 0
+    """A user's events on one item within so many seconds count once (0: each; ``vivace.limits``)."""
+    rising_user_events: int = 0
+    """The most of a user's events that count within ten minutes (0: all)."""
     category_counts: bool = False
     """How many events of the whole history are of the candidate's first categorical attribute, two features."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
-        check_minimum(self, 0, "memory", "nearest", "rising")
+        check_minimum(self, 0, "memory", "nearest", "rising", "rising_same_item_s", "rising_user_events")
         check_shares(self, "dropout")
 
 
@@ -183,7 +187,7 @@ class RankingModel(nn.Module):
         more = [torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL]
         if config.category_counts:
             same_BNT = self._same_category(history_BT, category_BN)
-            more.append(own_counts(same_BNT, history_BT))
+            more.append(blocks.own_counts(same_BNT, history_BT))
         return torch.cat(more, dim=2)
 
     def _category(self, ids: Tensor) -> Tensor:
@@ -295,14 +299,6 @@ class RankingModel(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities [..., heads] of logits of the same shape (Platt scaling)."""
         return torch.sigmoid(logits * self.calibration[:, 0] + self.calibration[:, 1])
-
-
-def own_counts(same_BNT: Tensor, history_BT: Tensor) -> Tensor:
-    """Features float32 [B, N, 2] of how many events of a history are of the candidate's kind: log1p of the number, and
-    its share of all events. ``same_BNT``: 1 where they are."""
-    count_BN = same_BNT.sum(2)
-    events_B1 = (history_BT != PADDING_ID).to(count_BN.dtype).sum(1, keepdim=True)
-    return torch.stack([torch.log1p(count_BN), count_BN / events_B1.clamp_min(1.0)], 2)
 
 
 class FoldedItems(nn.Module):

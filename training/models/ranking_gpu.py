@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.models.blocks import own_counts
 from training.models.context import Context, moment_of
 from training.models.encoders import mask_value
-from training.models.ranking import RankingGraph, RankingModel, own_counts
+from training.models.ranking import RankingGraph, RankingModel
 from training.models.retrieval import EXCLUDED
 from vivace.contract import FIRST_ID, PADDING_ID
 

@@ -29,7 +29,7 @@ from training.models.encoders import (
 )
 from training.models.int8_table import Int8Rows, Int8Table
 from training.models.item_table import ItemAttributes, ItemTable
-from training.models.session_memory import SessionMemory
+from training.models.session_memory import LinearMemory, SessionMemory
 from vivace.context import ContextColumns
 from vivace.contract import FIRST_ID, PADDING_ID
 
@@ -90,7 +90,8 @@ class RetrievalModel(nn.Module):
                 self.type_embedding.weight.zero_()
             if self.of_context is not None:
                 self.of_context.weight.zero_()
-        self.memory = SessionMemory(items, config.neighbours, config.history) if config.neighbours else None
+        memory = LinearMemory if config.neighbours_by == "linear" else SessionMemory
+        self.memory = memory(items, config.neighbours, config.history) if config.neighbours else None
         self.remembers = True  # False while the encoder is trained: the memory's table holds the targets of training
         self.mask_token = nn.Parameter(torch.zeros(config.width).normal_(std=0.02)) if self.masked else None
 

@@ -11,10 +11,13 @@ import torch
 
 from benchmarks.cold_start import WithoutItems
 from preprocessing.features import Features
+from training.checkpoints import load_retrieval
 from training.data.counters import popularity
+from training.data.item_relations import RelationTraining, related_vectors
 from training.learn.warm_start import free_unseen
 from training.models.item_table import nearest_seen
 from training.models.retrieval import EncoderConfig, RetrievalModel
+from training.presets import tiny
 from vivace import contract
 from vivace.contract import FIRST_ID
 
@@ -96,3 +99,32 @@ def test_a_text_tower_knows_what_no_word_says():
     plain = _model()
     free_unseen(plain, COUNTS, _Catalogue(False), True, vectors)
     assert (model.bias - plain.bias).tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 0.5, 0.5])
+
+
+def test_by_its_relations_an_unseen_item_is_half_what_they_say():
+    model, plain = _model(), _model()
+    related = np.zeros((8, 9), np.float32)
+    related[6] = [*range(8), 3.0]
+    free_unseen(plain, COUNTS, _Catalogue(False), by_neighbours=True)
+    free_unseen(model, COUNTS, _Catalogue(False), by_neighbours=True, related_VE=related)
+    expected = (plain.table().detach()[6] + torch.arange(8.0)) / 2
+    torch.testing.assert_close(model.table().detach()[6], expected)
+    assert float(model.bias[6].detach()) == pytest.approx((float(plain.bias[6].detach()) + 3.0) / 2)
+    assert torch.equal(model.table()[:6], plain.table()[:6])
+
+
+def test_relations_place_items_of_the_shop_that_were_not_learned_from(features, root):
+    """By brand, category and words, beside where training has put them."""
+    model, counts = load_retrieval(features, tiny(), root), popularity(features.files("train"), features.item_count())
+    hidden = np.random.default_rng(0).choice(np.flatnonzero(counts > 20), 30, replace=False)
+    less = counts.copy()
+    less[hidden] = 0
+    related = related_vectors(model, features, less, RelationTraining(steps=60, places=512, every=20))
+    trained = model.table().detach()[hidden]
+    alike = torch.nn.functional.cosine_similarity(trained[:, None], torch.from_numpy(related[hidden, :-1])[None], dim=2)
+    places = (alike > alike.diagonal()[:, None]).sum(1).float()
+    assert places.mean() < 0.5 * (len(hidden) - 1) * 0.8, places  # by chance half of the others are nearer
+    bert = load_retrieval(features, tiny(), root)
+    bert.masked = True
+    with pytest.raises(ValueError, match="not for bert4rec"):
+        related_vectors(bert, features, less)

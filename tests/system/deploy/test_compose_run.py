@@ -219,7 +219,7 @@ def test_the_page_is_over_the_server_and_reads_no_store(stack):
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert len(json.load(answer)["items"]) == 12
     assert not stack.compose("--profile", "page", "exec", "-T", "page", "ls", "/artifacts/shop/feature_store")
-    stack.compose("--profile", "page", "stop", "page")
+    stack.compose("--profile", "page", "stop", "--timeout", "1", "page")
 
 
 def test_a_restart_serves_what_was_published_since(stack):

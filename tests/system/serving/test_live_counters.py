@@ -35,7 +35,7 @@ from vivace.store.lmdb_store import LmdbStore
 
 RISING = 24
 CANDIDATES = 60  # with what is rising, fewer than an answer may have
-PRESET = replace(tiny(), ranker=replace(tiny().ranker, candidates=CANDIDATES, rising=RISING))
+PRESET = replace(tiny(), ranker=replace(tiny().ranker, candidates=CANDIDATES, rising=RISING, rising_same_item_s=1800))
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,16 @@ def test_what_is_appended_is_rising_within_a_second(live_root, root, features, p
     ):
         before = client.recommend("nobody", top_k=10)
         assert rising not in before.items
+        pushed = _rare(features, taken=2 + ["", "fused"].index(profile))
+        for _ in range(100):  # one account, whose clicks on an item count once
+            client.append(f"mallory {profile}", pushed)
         for n in range(60 if profile else 40):  # more than the other profile left in the store
             client.append(f"crowd {profile} {n}", rising)
         appended = time.monotonic()
         # a cold user gets what is clicked most now, before what was popular in training
         while (items := list(client.recommend("nobody", top_k=10).items))[0] != rising:
             assert time.monotonic() - appended < 1.0, f"{rising} is not first after a second: {items}"
+        assert pushed in client.recommend("nobody", top_k=100).items  # it rises, behind what a crowd clicked
         user = min(users_of_data(root))
         assert rising in client.recommend(user, top_k=100).items
         assert rising not in client.recommend(f"crowd {profile} 0", top_k=100).items  # who has seen it

@@ -10,6 +10,7 @@ import pytest
 
 from serving.runtime.live_feed import LiveFeed
 from vivace.contract import FIRST_ID, LIVE_FEATURES, OOV_ID, PADDING_ID, StageTensors
+from vivace.limits import CountLimits
 from vivace.live import LiveTable, Stream
 from vivace.store.interface import Change, Event
 from vivace.store.lmdb_store import LmdbStore
@@ -57,6 +58,37 @@ def test_it_goes_on_where_the_prepared_log_ends(tmp_path, store):
     assert np.expm1(features[0, 1, -2]) == pytest.approx(1, abs=0.02) and not features[0, [0, 2, 3], -2].any()
     assert not features[1, :, -2:].any()
     assert ids[0].tolist() == [FIRST_ID + 1, FIRST_ID + 2, FIRST_ID, 0]
+
+
+def test_one_account_counts_no_more_live_than_in_a_replay(tmp_path, store):
+    """A server's counters and those that training replays hold back the same of a log with a hostile account."""
+    now, rng = int(time.time() * 1000) + 60_000, np.random.default_rng(4)
+    honest = [(f"u{rng.integers(20)}", int(rng.integers(6)), int(now - rng.integers(HOUR))) for _ in range(200)]
+    hostile = [("mallory", 2, now - 50 - 200 * n) for n in range(300)] + [("mallory", n % 6, now - n) for n in range(9)]
+    log = sorted(honest + hostile, key=lambda event: event[2])
+    users, items, times = zip(*log, strict=True)
+    names = {user: n for n, user in enumerate(sorted(set(users)))}
+    whose, ids, times = np.array([names[u] for u in users]), FIRST_ID + np.array(items), np.array(times)
+    none = np.empty((0, 0), np.int64)
+    features = {}
+    for name, limits in (("limited", CountLimits(HOUR // 2, 5)), ("open", CountLimits())):
+        Stream.of(*(np.empty(0, np.int64),) * 3, none).save(tmp_path / f"{name}.npz")
+        server = LmdbStore(tmp_path / name)
+        server.fill([], [])
+        server.append([Event(u, str(i), "", int(t)) for u, i, t in zip(users, items, times, strict=True)])
+        shapes = replace(SHAPES, same_item_s=limits.same_item_ms // 1000, user_events=limits.user_events)
+        feed = LiveFeed(tmp_path / f"{name}.npz", server, _ids, shapes, start=False)
+        feed.refresh(now)
+        features[name] = feed.rows(None, np.zeros(1, np.int64))
+        server.close()
+        table = LiveTable(SHAPES.items, SHAPES.rising)
+        Stream.of(whose, ids, times, np.empty((len(ids), 0), np.int64), limits).into(table)
+        for replayed, live in zip(table.at(now), features[name], strict=True):
+            np.testing.assert_array_equal(live[0][..., : replayed.shape[-1]], replayed)
+    pushed = FIRST_ID + 2
+    assert features["open"][0][0, 0] == pushed
+    counts = {name: np.expm1(rows[1][0, rows[0][0] == pushed, 4]) for name, rows in features.items()}
+    assert counts["open"] > 300 and counts["limited"] < 60  # of 12 hours; 200 honest events fall on six items
 
 
 def test_a_clock_that_is_set_back_stops_nothing(tmp_path, store):

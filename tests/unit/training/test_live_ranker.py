@@ -91,7 +91,7 @@ def test_a_request_sees_what_lies_before_its_moment(tmp_path):
     stream = Stream.of(users, ids, times, np.empty((500, 0), np.int64))
     features = SimpleNamespace(
         files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 10,
-        stream=lambda columns: stream,
+        stream=lambda columns, limits: stream,
     )  # fmt: skip
     live = LiveAt(features, "valid", 6)
     assert planted in live.ids[0] and planted not in live.ids[1]

@@ -12,9 +12,10 @@ import torch
 
 from training.compile.onnx_export import export
 from training.losses import full_softmax, gbce, sampled_softmax
+from training.models.blocks import own_counts
 from training.models.encoders import BUCKETS, dropout, time_buckets
 from training.models.item_table import ItemAttributes, ItemTables, words_of
-from training.models.ranking import MIXTURES, RankerConfig, RankingGraph, RankingModel, own_counts
+from training.models.ranking import MIXTURES, RankerConfig, RankingGraph, RankingModel
 from training.models.retrieval import EXCLUDED, EncoderConfig, RetrievalGraph, RetrievalModel
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.onnx_session import open_session

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.sparse as sp
 import torch
 
 from preprocessing.features import Features
@@ -16,11 +17,11 @@ from preprocessing.readers import open_source
 from preprocessing.splits import SplitConfig
 from training.checkpoints import load_retrieval
 from training.compile.onnx_export import export
-from training.learn.memory import session_sets
+from training.learn.memory import remember, session_sets
 from training.learn.retriever import train_retrieval
 from training.models.encoders import EncoderConfig
 from training.models.retrieval import EXCLUDED, RetrievalGraph, RetrievalModel
-from training.models.session_memory import LONGEST, SessionMemory, neighbour_shares
+from training.models.session_memory import LONGEST, LinearMemory, SessionMemory, linear_weights, neighbour_shares
 from training.presets import tiny, with_values
 from vivace.contract import FIRST_ID, ITEM, PADDING_ID
 from vivace.onnx_session import open_session
@@ -30,9 +31,13 @@ ITEMS = FIRST_ID + 4
 SESSIONS = [[A, B, A], [A, B, C], [B, C], [D]]
 
 
-def sets(folder, sessions=SESSIONS):
+def sets_file(folder, sessions=SESSIONS):
     pq.write_table(pa.table({ITEM: pa.array(sessions, pa.list_(pa.int64()))}), folder / "part.parquet")
-    return session_sets([folder / "part.parquet"], ITEMS)
+    return folder / "part.parquet"
+
+
+def sets(folder, sessions=SESSIONS):
+    return session_sets([sets_file(folder, sessions)], ITEMS)
 
 
 def test_the_table_holds_shares_of_the_sessions_with_an_item(tmp_path):
@@ -92,11 +97,12 @@ def test_padding_changes_nothing_and_a_batch_answers_as_each_alone(tmp_path):
         torch.testing.assert_close(memory(scores_BV[i : i + 1], rows[i : i + 1])[:, FIRST_ID:], whole[i : i + 1])
 
 
-def test_the_graph_answers_as_the_model_for_any_length_of_history(tmp_path):
-    config = EncoderConfig(width=8, layers=1, heads=2, history=5, neighbours=2)
+@pytest.mark.parametrize("by", ["sessions", "linear"])
+def test_the_graph_answers_as_the_model_for_any_length_of_history(tmp_path, by):
+    config = EncoderConfig(width=8, layers=1, heads=2, history=5, neighbours=2, neighbours_by=by)
     torch.manual_seed(0)
     model = RetrievalModel(config, ITEMS, torch.ones(ITEMS)).eval()
-    model.memory.remember(*neighbour_shares(sets(tmp_path), 2))
+    remember(model, [sets_file(tmp_path)])
     graph, exclude = RetrievalGraph(model, 4), torch.zeros(2, ITEMS, dtype=torch.bool)
     history = torch.tensor([[0, 0, A, B, A], [0, 0, 0, 0, D]])
     names = ["HISTORY_IDS", "EXCLUDE"], ["IDS", "SCORES", "ENCODED"]
@@ -109,6 +115,43 @@ def test_the_graph_answers_as_the_model_for_any_length_of_history(tmp_path):
         expected_ids, expected_scores, _ = graph(part, exclude)
         np.testing.assert_array_equal(ids, expected_ids)
         np.testing.assert_allclose(scores, expected_scores.detach(), rtol=1e-5, atol=1e-5)
+
+
+def ease(x_SV: np.ndarray, ridge: float) -> np.ndarray:
+    """The weights by the book (Steck 2019, algorithm 1), with one inverse of all items."""
+    p = np.linalg.inv(x_SV.T @ x_SV + ridge * np.eye(x_SV.shape[1]))
+    b = -p / np.diag(p)
+    np.fill_diagonal(b, 0.0)
+    return b
+
+
+@pytest.mark.parametrize("sessions", [3, 60], ids=["fewer sessions than items", "fewer items than sessions"])
+def test_linear_weights_are_those_of_the_closed_form(sessions):
+    rng = np.random.default_rng(2)
+    x_SV = (rng.random((sessions, 12)) < 0.4).astype(np.float32)
+    x_SV[:, 5] = 0  # an item that nobody had
+    x_SV[:, :FIRST_ID] = 0
+    ids, weights = linear_weights(sp.csr_matrix(x_SV), 4, 2.0)
+    expected = ease(x_SV.astype(np.float64), 2.0)
+    for item in range(FIRST_ID, 12):
+        best = np.sort(expected[item])[::-1][:4].clip(0)
+        np.testing.assert_allclose(weights[item], best, atol=1e-6)
+        kept = ids[item] != PADDING_ID
+        np.testing.assert_allclose(expected[item][ids[item][kept]], weights[item][kept], atol=1e-6)
+    assert not weights[5].any() and not (ids == 5).any()
+
+
+def test_a_linear_memory_reads_how_often_and_how_long_ago(tmp_path):
+    memory = LinearMemory(ITEMS, 2, 4)
+    memory.remember(*linear_weights(sets(tmp_path), 2, 1.0))
+    values = {"own": 0.5, "weight": 0.0, "seen": 3.0, "seen_length": -1.0, "seen_weight": 0.0}
+    for name, value in (values | {"seen_lag": 0.25, "seen_count": 2.0}).items():
+        getattr(memory, name).data.fill_(value)
+    scores_BV = torch.arange(ITEMS).float()[None]
+    out = memory(scores_BV, torch.tensor([[PADDING_ID, A, B, A]]))[0] - 0.5 * scores_BV[0]
+    # three events: A twice, its newest is the last one; B once, one event ago
+    expected = [3 - math.log(3) + 2 * math.log(2), 3 - math.log(3) + 0.25 * math.log(2), 0.0, 0.0]
+    np.testing.assert_allclose(out[[A, B, C, D]], expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
