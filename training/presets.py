@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,9 @@ class RetrievalTraining:
     """Long sequences are cut into windows at another place each epoch."""
     start: Literal["cooccurrence", "random"] = "cooccurrence"
     """Item embeddings start from the training data's co-occurrence and biases from its popularity, or at random."""
+    stochastic_length: float = 0.0
+    """Windows of more than history ** (x / 2) events are cut to so many, at random and the more often the longer they
+    are (HSTU's alpha, Zhai et al. 2024: 1 < x < 2; 0: never). A step of 1,000 events and 1.6 reads 251 of most."""
     shard_reading: bool = False
     """Under torchrun each process reads its own rows instead of its share of every batch."""
     shard_model: bool = False
@@ -84,6 +87,10 @@ class RetrievalTraining:
         check_shares(self, "label_smoothing", "ema", "mask_share")
         if self.label_smoothing and self.loss != "full":
             raise ValueError(f"RetrievalTraining.label_smoothing is for loss 'full', got {self.loss!r}")
+        if self.stochastic_length and not 1 < self.stochastic_length < 2:
+            raise ValueError(
+                f"RetrievalTraining.stochastic_length: expected 0 or 1 < x < 2, got {self.stochastic_length}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +140,40 @@ class Preset:
     """Training of the ranker."""
 
     def __post_init__(self) -> None:
+        if self.retrieval.stochastic_length and self.encoder.family == "bert4rec":
+            raise ValueError("Preset: retrieval.stochastic_length is for encoders that predict the next event")
+        self._check_nearest()
         if self.ranker.rising and self.ranking.past_events:
             raise ValueError(
                 f"Preset: expected ranking.past_events 0 beside ranker.rising {self.ranker.rising}, got "
                 f"{self.ranking.past_events}: the retriever has learned from all training events, so what it says of "
                 "their moments is hindsight"
             )
+
+    def _check_nearest(self) -> None:
+        reads, memory = self.encoder.span, self.ranker.memory
+        if memory > reads:
+            raise ValueError(
+                f"Preset: expected ranker.memory of at most the {reads} events that are read, got {memory}"
+            )
+        if self.ranker.nearest and self.encoder.history <= (memory or reads):
+            raise ValueError(
+                "Preset: ranker.nearest chooses among events before those that are encoded: set encoder.reads, or "
+                f"ranker.memory, below encoder.history {self.encoder.history}"
+            )
+
+
+LATER: dict[str, Any] = {
+    "positions": "slots", "slide": 1, "reads": 0, "stochastic_length": 0.0, "nearest": 0, "nearest_to": "candidate",
+    "neighbours_by": "sessions", "neighbours_ridge": 300.0, "rising_same_item_s": 0, "rising_user_events": 0,
+}  # fmt: skip
+# fields of a preset's parts that came later, with what held before
+
+
+def recorded_fields(part: EncoderConfig | RetrievalTraining | RankerConfig) -> dict[str, Any]:
+    """The fields that say what was trained; those of LATER only where they differ, so that what was trained before
+    there were such is still known by its key."""
+    return {name: value for name, value in asdict(part).items() if name not in LATER or value != LATER[name]}
 
 
 def cpu() -> Preset:
@@ -329,7 +364,7 @@ def shapes(preset: Preset, features: Features) -> contract.StageTensors:
     count = min(preset.ranker.candidates, items - contract.FIRST_ID)
     causal = e.family != "bert4rec"
     return contract.StageTensors(
-        e.history, count, items, e.width, e.time_bias, preset.ranker.memory, rising=preset.ranker.rising,
+        e.history, count, items, e.width, e.time_bias, preset.ranker.memory or e.reads, rising=preset.ranker.rising,
         types=bool(columns.types and e.types and causal), slide=e.slide,
         context=len(columns.categoricals) if e.context and causal else 0,
         amounts=len(columns.continuous) if e.context and causal else 0,

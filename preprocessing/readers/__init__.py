@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from preprocessing.readers.base import Source
 
@@ -60,7 +62,7 @@ def source_path(data: str, path: Path | None) -> Path:
     return path
 
 
-def open_source(data: str, path: Path | None, size: dict[str, int] | None = None) -> Source:
+def open_source(data: str, path: Path | None, size: Mapping[str, Any] | None = None) -> Source:
     """The reader of data set ``data``, one of ``DATA_SETS``; of tables, ``path`` is a TOML mapping.
 
     ``size`` overrides sizes of the synthetic shop. Raises ValueError or OSError with what to do.

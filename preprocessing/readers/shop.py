@@ -8,12 +8,18 @@ of the table of users); ``log_appeal`` says by how much. Titles name brand, cate
 read. Before some views the user searched: with words of the item, its category or a word that its title does not have
 (``OTHER_WORDS``); the results came in an order that knows nothing of the user, with the item somewhere among them, and
 a place was looked at with chance 1 / position.
+
+``ShopConfig.long_taste`` makes long logs whose users come back to what they liked long ago: each has a few items of
+every category, ``LOVED``, that a share of the views of that category take, and the categories come round in the user's
+own order. The last visit of a category, where what is loved there can be seen, lies about 320 events back, the one
+before it 640, and so on: a model of the newest 200 events knows nothing of it. Items come again, so seen ones are not
+left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -58,6 +64,8 @@ EVENTS, WEIGHTS = ("view", "cart", "buy"), np.array([1.0, 2.0, 3.0], np.float32)
 OPTIONS = 6  # items of a category that a user looks at before one is chosen
 START_MS = 1_735_689_600_000  # 2025-01-01
 DAY_MS = 86_400_000
+LOVED = 6  # items of each category that a user comes back to, with ``long_taste``
+ROUND = 0.5  # chance that a session begins with the next category of the user's order in the place of the oldest
 GENERATOR = 3  # counts what the same configuration generates otherwise than before
 
 
@@ -75,10 +83,31 @@ class ShopConfig:
     searches: float = 0.04  # share of views that a search went before
     shown: int = 10  # results of a search
     moment: float = 0.9  # standard deviation of what a device or a part of the day does to a category's log appeal
+    long_taste: float = 0.0  # share of the views that the taste of long ago decides (0: no such taste)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.long_taste < 1:
+            raise ValueError(f"ShopConfig.long_taste: expected a share, 0 <= x < 1, got {self.long_taste}")
         if min(self.users, self.items, self.events, self.days) < 1 or self.items < len(CATEGORIES):
             raise ValueError(f"ShopConfig: expected positive sizes and at least {len(CATEGORIES)} items, got {self}")
+
+
+class Rounds:
+    """Each user's categories in an order of the user's own, four at a time: the oldest gives way to the next."""
+
+    def __init__(self, config: ShopConfig, categories: int) -> None:
+        self._rng = np.random.default_rng([config.seed, 5])
+        self._order = self._rng.permuted(np.tile(np.arange(categories), (config.users, 1)), axis=1)
+        self._next = np.arange(4)[None].repeat(config.users, 0)  # places in the order of the four
+        self._oldest = np.zeros(config.users, np.int64)
+
+    def move(self, taste: np.ndarray, live: np.ndarray) -> None:
+        """Changes the tastes int64 [users, 4] for a session of the users ``live``, in place."""
+        on = live[self._rng.random(len(live)) < ROUND]
+        self._next[on, self._oldest[on] % 4] += 4
+        self._oldest[on] += 1
+        places = self._next[live] % self._order.shape[1]
+        taste[live] = np.take_along_axis(self._order[live], places, 1)
 
 
 class Shop:
@@ -112,10 +141,21 @@ class Shop:
         self._of_day_part = moments.normal(0, config.moment, (DAY_PARTS, n))
         self._dearness = (self._log_price - level[self._category]) / np.log(2)  # doublings of the category's price
         self._sensitivity = moments.integers(0, len(SENSITIVITIES), config.users)
+        if config.long_taste:
+            self.schema = replace(self.schema, exclude_seen=False)
         # companions: mostly of the same or a near category, fixed for the whole log
         same_category = rng.random((config.items, config.companions)) < 0.6
         near = self._near[self._category[:, None], rng.integers(0, 4, same_category.shape)]
         self._companion = self._draw(rng, np.where(same_category, self._category[:, None], near))
+        self._loved = self._long_ago() if config.long_taste else None
+
+    def _long_ago(self) -> np.ndarray:
+        """Items that each user comes back to, by category, int64 [users, categories, LOVED]; any of a category, not its
+        popular ones."""
+        place = np.random.default_rng([self.config.seed, 4]).random((self.config.users, len(CATEGORIES), LOVED))
+        of_category = np.diff(self._start)[None, :, None]
+        loved: np.ndarray = self._start[None, :-1, None] + (place * of_category).astype(np.int64)
+        return loved
 
     def _draw(self, rng: np.random.Generator, category: np.ndarray) -> np.ndarray:
         """Items of the given categories by appeal (inverse CDF within each category)."""
@@ -140,7 +180,10 @@ class Shop:
     def wanted(self, user: np.ndarray, device: np.ndarray, day_part: np.ndarray) -> np.ndarray:
         """Logarithm of the chance that a session at the log's beginning begins with each item, float64 [B, items]; -inf
         outside of the user's favoured categories. Of numbers of users, of DEVICES and of parts of the day, int64 [B].
-        The choice among OPTIONS drawn items is taken as one among all of the category."""
+        The choice among OPTIONS drawn items is taken as one among all of the category. Raises ValueError for a shop
+        with ``long_taste``."""
+        if self.config.long_taste:
+            raise ValueError(f"Shop.wanted: expected a shop without long_taste, got {self.config.long_taste}")
         taste = self._tastes(np.random.default_rng([self.config.seed, 1]))[0][user]
         leaning = (self._of_device[device] + self._of_day_part[day_part])[np.arange(len(user))[:, None], taste]
         of_category = np.zeros((len(user), len(CATEGORIES)))
@@ -160,7 +203,10 @@ class Shop:
         return [Chunk(pd.DataFrame(rows))]
 
     def fingerprint(self) -> str:
-        return digest(asdict(self.config) | {"generator": GENERATOR})
+        config = asdict(self.config)
+        if not self.config.long_taste:  # a later field: shops without it are what they were
+            del config["long_taste"]
+        return digest(config | {"generator": GENERATOR})
 
     def _ids(self) -> np.ndarray:
         return np.array([f"sku-{i:05d}" for i in range(self.config.items)], object)
@@ -191,15 +237,21 @@ class Shop:
         clock = START_MS + rng.integers(0, config.days * DAY_MS // 3, config.users)
         gap = (config.days * DAY_MS * 2 // 3) / np.maximum(sessions, 1)
         parts = []
+        rounds = Rounds(config, n) if config.long_taste else None
         for s in range(int(sessions.max())):
             live = users[sessions > s]
-            drift = live[rng.random(len(live)) < 0.15]
-            taste[drift, rng.integers(0, 4, len(drift))] = rng.integers(0, n, len(drift))
+            if rounds is None:
+                drift = live[rng.random(len(live)) < 0.15]
+                taste[drift, rng.integers(0, 4, len(drift))] = rng.integers(0, n, len(drift))
+            else:
+                rounds.move(taste, live)
             budget[live] += rng.normal(0, 0.05, len(live))
             clock[live] += (rng.exponential(1.0, len(live)) * gap[live]).astype("int64") + 1
             parts.append(self._session(rng, live, taste, budget, clock))
         frame = pd.concat(parts).sort_values([TIME, USER], kind="stable")
-        frame = frame.drop_duplicates([USER, ITEM], keep="first").reset_index(drop=True)
+        if not config.long_taste:
+            frame = frame.drop_duplicates([USER, ITEM], keep="first")
+        frame = frame.reset_index(drop=True)
         frame[USER] = np.array([f"user-{u:05d}" for u in range(config.users)], object)[frame[USER]]
         frame[ITEM] = self._ids()[frame[ITEM]]
         frame[SOURCE_ROW] = np.arange(len(frame))
@@ -228,7 +280,7 @@ class Shop:
         leaning = of_category[every[:, None], taste[live]] + rng.gumbel(0, 1, (len(live), 4))
         focus = taste[live, leaning.argmax(1)]
         length = rng.geometric(0.2, len(live)).clip(1, 15)
-        item = drawn(focus)
+        item = self._loved_or(drawn(focus), rng, live, focus)
         now = clock[live].copy()
         steps = []
         for step in range(int(length.max())):
@@ -240,6 +292,7 @@ class Shop:
                 fit = -((self._log_price[options] - budget[live, None]) ** 2) + rng.gumbel(0, 0.5, options.shape)
                 fit += of_category[every[:, None], self._category[options]] - cost[:, None] * self._dearness[options]
                 item = np.where(follow, options[every, fit.argmax(1)], drawn(focus))
+                item = self._loved_or(item, rng, live, focus)
                 now = now + (rng.exponential(45_000, len(live))).astype("int64") + 1000
             match = np.exp(-((self._log_price[item] - budget[live]) ** 2))
             u = rng.random(len(live))
@@ -251,6 +304,13 @@ class Shop:
         out[EVENT] = np.array(EVENTS, object)[out["kind"]]
         out[WEIGHT] = WEIGHTS[out["kind"]]
         return out.drop(columns="kind")
+
+    def _loved_or(self, item: np.ndarray, rng: np.random.Generator, live: np.ndarray, focus: np.ndarray) -> np.ndarray:
+        """The items, int64 [B], of a share of the users one that they loved long ago in the session's category."""
+        if self._loved is None:
+            return item
+        again = rng.random(len(live)) < self.config.long_taste
+        return np.where(again, self._loved[live, focus, rng.integers(0, LOVED, len(live))], item)
 
     def interactions(self) -> Iterator[Chunk]:
         log = self._log()

@@ -112,11 +112,11 @@ class Compression:
 
 def _importance(features: Features, preset: Preset, model: RetrievalModel, seed: int) -> Importance:
     """What every part of a trained retriever is worth on the first batches of its training."""
-    config = replace(preset.retrieval, adversarial=0.0)
+    config = replace(preset.retrieval, adversarial=0.0, stochastic_length=0.0)
     counts = torch.tensor(popularity(features.files("train"), features.item_count()))
     log_expected = log_expected_counts(counts, config).to(model.bias.device)
     epoch = batches.training_batches(
-        features.files("train"), preset.encoder.history, config.batch_size, seed, 0,
+        features.files("train"), preset.encoder.span, config.batch_size, seed, 0,
         columns=EventColumns.read_by(model),
     )  # fmt: skip
     windows = list(itertools.islice(epoch, MEASURED_BATCHES))

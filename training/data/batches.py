@@ -52,6 +52,30 @@ def windows(sequence: np.ndarray, length: int, offset: int = 0) -> list[np.ndarr
     return pieces
 
 
+def kept_length(history: int, alpha: float) -> int:
+    """Events that are left of a window of stochastic length, HSTU's N ** (alpha / 2)."""
+    return max(2, round(history ** (alpha / 2)))
+
+
+def shortened(window: np.ndarray, history: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+    """Places int64 [n] of the events of a window [<= history + 1] that a step learns from (stochastic length, Zhai et
+    al. 2024, eq. 4): all of them in a share N ** alpha / n ** 2 of the windows of more than N ** (alpha / 2) events, n
+    of them, else so many: the newest half of those, and the other half drawn from the older ones."""
+    n, length = len(window) - 1, kept_length(history, alpha)  # the last event is predicted alone
+    places = np.arange(len(window))
+    if n <= length or rng.random() < history**alpha / n**2:
+        return places
+    newest_events = (length + 1) // 2
+    older = rng.choice(n - newest_events, length - newest_events, replace=False)
+    return np.concatenate([np.sort(older), places[n - newest_events :]])
+
+
+def _with_places(window: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """int64 [n, W + 1]: the events at ``places`` of a window [m] or [m, W], and these places."""
+    events = window[places]
+    return np.column_stack([events if events.ndim > 1 else events[:, None], places])
+
+
 def _split(batch: dict[str, Tensor], column: str) -> list[np.ndarray]:
     values, offsets = batch[f"{column}__values"].numpy(), batch[f"{column}__offsets"].numpy()
     return np.split(values, offsets[1:-1])
@@ -73,11 +97,13 @@ def training_batches(
     world: World = ALONE,
     shard_reading: bool = False,
     columns: EventColumns = ITEMS_ALONE,
+    stochastic_length: float = 0.0,
 ) -> Iterator[Tensor]:
     """One epoch of windows, int64 [B, <= history + 1]; batches of like length, in an order set by seed and epoch.
     ``columns``: with more of each event than its item, [B, <= history + 1, W]. ``random_offset``: sequences longer than
     a window are cut at places that change from epoch to epoch. ``world``: of several processes each gets its rows of
-    every batch or, with ``shard_reading``, batches of its own rows."""
+    every batch or, with ``shard_reading``, batches of its own rows. ``stochastic_length``: the alpha of ``shortened``
+    (0: windows are whole); then [B, <= history + 1, W + 1], last the place of an event in its window."""
     reader = world if shard_reading else ALONE
     batch_size = batch_size // reader.size
     rng = np.random.default_rng([seed, epoch])
@@ -87,6 +113,8 @@ def training_batches(
         offset = int(rng.integers(history // 2, history)) if random_offset and epoch else 0
         sequences = _split(rows, ITEM) if columns == ITEMS_ALONE else _events(rows, columns)
         pool = [w for s in sequences for w in windows(s, history, offset if len(s) > history + 1 else 0)]
+        if stochastic_length:
+            pool = [_with_places(w, shortened(w, history, stochastic_length, rng)) for w in pool]
         order = sorted(range(len(pool)), key=lambda i: len(pool[i]))
         starts = rng.permutation(np.arange(0, len(order), batch_size))
         for start in starts:

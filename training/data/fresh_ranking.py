@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training.models.context import exportable, moment_of
 from training.models.ranking import RankingModel
-from training.models.retrieval import RetrievalModel
+from training.models.retrieval import EXCLUDED, RetrievalModel
 from vivace.contract import FIRST_ID, PADDING_ID
 
 INPUTS = ("HISTORY_IDS", "CANDIDATE_SCORES", "ENCODED_HISTORY", "FRESH_SCORES", "FRESH_VECTORS")
@@ -63,7 +63,7 @@ class FreshRankingGraph(nn.Module):
 
     def _counters(
         self, history_BT: Tensor, scores_BN: Tensor, fresh_BM: Tensor, categories_BMC: Tensor | None,
-        live_BMF: Tensor | None,
+        of_older: list[Tensor], live_BMF: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """``RankingModel.counters`` of the fresh items among the candidates, and what live counters say of them:
         nothing has followed them in training, and there they are as popular as an item without an event."""
@@ -76,6 +76,7 @@ class FreshRankingGraph(nn.Module):
         counted = model.counters(
             history_BT, torch.cat([none_BN, none_BM], 1), scores, unseen, torch.cat([none_BN, category_BM], 1)
         )[:, n:]
+        counted = torch.cat([counted, *of_older], 2) if of_older else counted
         if model.live is None:
             return counted
         if live_BMF is None:
@@ -96,15 +97,20 @@ class FreshRankingGraph(nn.Module):
         live = given.pop(0) if self.counted else None
         types, context, _ = moment_of(model.types, model.columns, given)
         candidate = model.norm_own(model.own(self._describe(fresh_vectors, categories, lists, numbers)))
+        there = torch.where(fresh_scores > EXCLUDED / 2, NO_ITEM, PADDING_ID)  # none is in a history by its id
         read = model.keys_and_values(encoded_history, history_ids, types)
-        attended = model.attend(candidate, model.query(candidate), history_ids, *read)
-        counted = self._counters(history_ids, candidate_scores, fresh_scores, categories, live)
+        attended, of_older = model.attend(
+            candidate, model.query(candidate), fresh_vectors, there, history_ids, types, *read
+        )
+        counted = self._counters(history_ids, candidate_scores, fresh_scores, categories, of_older, live)
         user = encoded_history[:, -1:, :] * fresh_vectors
         parts = [attended, candidate, user, model.counter(counted), *model.context_parts(context, candidate)]
         x = torch.cat(parts, dim=2).flatten(0, 1)
         logits = model.head_logits(x).view(-1, m, f)
         gap_BM = (fresh_scores - candidate_scores.amax(1, keepdim=True)).clamp_min(-20.0)
         residual = model.retrieval_scale * gap_BM
+        if model.nearest is not None:
+            residual = residual + model.nearest.direct(of_older[0]).squeeze(2)
         if model.live is not None:
             residual = residual + model.live.direct(counted[..., -len(model.live.mean) :]).squeeze(2)
         logits = torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], dim=2)

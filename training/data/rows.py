@@ -1,4 +1,5 @@
-"""Rows of NVTabular's parquet in batches: by ``merlin.dataloader``, or read plainly where Merlin is not.
+"""Rows of NVTabular's parquet in batches: by ``merlin.dataloader``, or read plainly where Merlin is not, or where the
+lists are long: its loader makes a Python number of each of their values.
 
 A batch is a dict of tensors: a list column as two, ``<name>__values`` and ``<name>__offsets`` (one offset more than
 rows), any other column as one.
@@ -30,6 +31,7 @@ with warnings.catch_warnings():
     except ImportError:
         Loader: Any = None  # type: ignore[no-redef]
 
+LONG_LISTS = 256  # values of a row beyond which Merlin's loader takes most of a step's time
 PUT_WAIT_S = 0.1  # the loader's thread retries a full queue each microsecond by default: a third of two cores' time
 
 
@@ -40,13 +42,30 @@ def batches_of_rows(
     shuffle: bool,
     seed: int,
     world: World = ALONE,
-    plain: bool = Loader is None,
+    plain: bool | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of ``columns`` (USER as its ``user_hash``), on the CPU, in an order set by ``seed`` alone; of several
-    processes each gets its share of the rows. ``plain``: without Merlin, in an order of its own."""
+    processes each gets its share of the rows. ``plain``: without Merlin, in an order of its own; None: where there is
+    no Merlin, or a row has more than LONG_LISTS values in the mean."""
     if not files:
         raise ValueError("training data: no parquet file; run 'vivace prepare' first")
+    if plain is None:
+        plain = Loader is None or values_a_row(files, columns) > LONG_LISTS
     return (_plain if plain else _by_merlin)(files, columns, rows, shuffle, seed, world)
+
+
+def values_a_row(files: list[Path], columns: list[str]) -> float:
+    """Mean number of values in the longest of ``columns``, by the files' footers."""
+    values, rows = dict.fromkeys(columns, 0), 0
+    for file in files:
+        footer = pq.read_metadata(file)
+        rows += footer.num_rows
+        for group in range(footer.num_row_groups):
+            for number in range(footer.num_columns):
+                column = footer.row_group(group).column(number)
+                if (name := column.path_in_schema.split(".")[0]) in values:
+                    values[name] += column.num_values
+    return max(values.values(), default=0) / max(rows, 1)
 
 
 def _with_user_hash(frame: pd.DataFrame) -> pd.DataFrame:

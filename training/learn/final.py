@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from training.learn.retriever import training_windows
 from training.learn.warm_start import finish_unseen
 from training.models.ranking import RankingModel
 from training.models.retrieval import RetrievalModel
-from training.presets import Preset
+from training.presets import Preset, recorded_fields
 from vivace.contract import FIRST_ID
 from vivace.manifest import Progress, Step
 from vivace.run import FEATURES, FINAL, RANKING, RETRIEVAL, Run
@@ -95,7 +94,7 @@ def train_final(features: Features, preset: Preset, root: Path, say: Progress, q
     judged = {name: run.manifest(name) for name in (RETRIEVAL, RANKING)}
     inputs = {FEATURES: run.key(FEATURES), **{name: manifest["key"] for name, manifest in judged.items()}}
     epochs = chosen_epochs(judged[RETRIEVAL])
-    config = {"training": asdict(preset.retrieval), "epochs": epochs, "rate": RATE}
+    config = {"training": recorded_fields(preset.retrieval), "epochs": epochs, "rate": RATE}
     step = Step(run.step(FINAL), "final fit", config, judged[RETRIEVAL]["seed"], inputs)
     if (manifest := step.finished(say, "final fit is there")) is not None:
         return manifest

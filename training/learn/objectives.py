@@ -62,10 +62,15 @@ def retrieval_loss(
     of_items, columns = item_loss(model, config, log_expected_V), EventColumns.read_by(model)
 
     def next_item(batch: Tensor) -> tuple[Tensor, Tensor]:
-        events, table = columns.read(batch.to(model.bias.device)), model.table()
+        batch, follows_BT = batch.to(model.bias.device), None
+        if config.stochastic_length:
+            batch, follows_BT = without_places(batch)
+        events, table = columns.read(batch), model.table()
         inputs, targets = events.ids[:, :-1], events.ids[:, 1:]
         of_inputs = [None if x is None else x[:, :-1] for x in (events.times, events.types)]
         keep = (inputs != PADDING_ID) & (targets >= FIRST_ID)
+        if follows_BT is not None:
+            keep &= follows_BT
         ids, amounts = (None if x is None else x[:, 1:][keep] for x in events.context)  # of the moments asked about
 
         def at(moved: Tensor) -> Tensor:
@@ -89,6 +94,13 @@ def retrieval_loss(
         return of_items(encoded.float(), window[hidden], table), hidden.sum()
 
     return masked_item if model.masked else next_item
+
+
+def without_places(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """(windows int64 [B, T + 1] or [B, T + 1, W], bool [B, T]: whether an event is followed by the next of the log) of
+    windows that were ``shortened``, [B, T + 1, W + 1]. An event whose next one was left out predicts nothing."""
+    events, place_BT = batch[..., :-1], batch[..., -1]
+    return events.squeeze(2) if events.shape[2] == 1 else events, place_BT[:, 1:] == place_BT[:, :-1] + 1
 
 
 def hide(window_BT: Tensor, share: float) -> Tensor:

@@ -25,9 +25,8 @@ from training.learn.loop import Loop, LoopConfig
 from training.learn.objectives import hide
 from training.learn.warm_start import new_retriever
 from training.losses import full_softmax
-from training.models.encoders import recorded_fields
 from training.models.retrieval import RetrievalModel
-from training.presets import Preset
+from training.presets import Preset, recorded_fields
 from vivace.checks import check_fields, check_minimum, check_positive, check_shares
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.manifest import Progress, Step, read_manifest
@@ -190,7 +189,7 @@ def pretrain(
         return manifest
     keep_only_own_checkpoint(step)
     torch.manual_seed(seed)
-    history = preset.encoder.history
+    history = preset.encoder.span
     model = new_retriever(features, preset, popularity(features.files("train"), features.item_count()))
     files, probes = hold_back(features.files("train"), step.folder / "parts", preset.retrieval.probe_users, seed)
     steps = sum(1 for _ in training_batches(files, history, config.batch_size, seed, 0, columns=TIMED))

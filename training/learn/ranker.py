@@ -25,9 +25,9 @@ from training.data.live import check_live, with_live
 from training.data.shown import ShownClicks, ShownLog, shown_clicks
 from training.learn.loop import Loop, LoopConfig
 from training.metrics import list_auc, mean_ndcg, ranks_after
-from training.models.ranking import RankerConfig, RankingModel
+from training.models.ranking import RankingModel
 from training.models.retrieval import EXCLUDED, RetrievalModel
-from training.presets import Preset, shapes
+from training.presets import Preset, recorded_fields, shapes
 from training.scoring import SCORED, behind_rising, candidates, candidates_with
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.manifest import Progress, Step
@@ -301,12 +301,6 @@ def clicks_of(log: ShownLog, features: Features, preset: Preset, run: Run, say: 
     return shown
 
 
-def recorded(config: RankerConfig) -> dict[str, Any]:
-    """The fields that say what was trained; limits of what one user counts only where there are any, so that what was
-    trained before there were such is still known by its key."""
-    return {name: value for name, value in asdict(config).items() if value or not name.startswith("rising_")}
-
-
 def train_ranker(
     features: Features, preset: Preset, root: Path, seed: int, say: Progress, control: bool = False,
     quiet: bool = False, log: ShownLog | None = None,
@@ -315,7 +309,7 @@ def train_ranker(
     so without a label that the retriever has not seen (``ranking_control``). ``log``: impressions to learn from too."""
     run, name, training = Run(root, features.folder), CONTROL if control else RANKING, preset.ranking
     config = {
-        "ranker": recorded(preset.ranker),
+        "ranker": recorded_fields(preset.ranker),
         "training": asdict(training),
         "control": control,
         "held_out_by": "user",

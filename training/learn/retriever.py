@@ -33,10 +33,9 @@ from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.warm_start import finish_unseen, new_retriever, take_up
 from training.metrics import mean_ndcg
 from training.models.adapters import Adaptation, freeze_for, merge
-from training.models.encoders import recorded_fields
 from training.models.item_table import item_attributes
 from training.models.retrieval import EXCLUDED, RetrievalModel
-from training.presets import Preset
+from training.presets import Preset, recorded_fields
 from training.scoring import SCORED, scored
 from vivace.manifest import Progress, Step, read_manifest, write_text
 from vivace.run import TEXT, Run
@@ -93,7 +92,7 @@ def _step(
     """The step with all that its weights depend on."""
     config = {
         "encoder": recorded_fields(preset.encoder),
-        "training": asdict(preset.retrieval),
+        "training": recorded_fields(preset.retrieval),
         "adapt": asdict(adaptation),
     }
     inputs = {"features": read_manifest(features.folder, "vivace prepare")["key"]}
@@ -118,8 +117,8 @@ def training_windows(
 
     def of_epoch(epoch: int) -> Iterator[Tensor]:
         return batches.training_batches(
-            files, preset.encoder.history, training.batch_size, seed, epoch, training.random_offset, world,
-            training.shard_reading, columns,
+            files, preset.encoder.span, training.batch_size, seed, epoch, training.random_offset, world,
+            training.shard_reading, columns, training.stochastic_length,
         )  # fmt: skip
 
     steps = world.smallest(sum(1 for _ in of_epoch(0)))

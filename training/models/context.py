@@ -4,7 +4,8 @@ Built from Merlin's blocks where Merlin is: a tabular input (an embedding a cate
 they are), a cross layer (DCN V2, Wang et al. 2021, eq. 1) and a layer. What Merlin's blocks compute is written once
 more in plain PyTorch, for machines without Merlin and for the exported graphs, where theirs leave control flow behind;
 a test compares the two, and the weights have the same names.
-Axis legend: B requests, P rows, C categorical and F continuous columns, E width of an embedding, W width of the vector.
+Axis legend: B requests, P rows, C categorical and F continuous columns, E width of an embedding, W width of the vector;
+of live counters N candidates, M rising items, R of them in training, F features.
 """
 
 from __future__ import annotations

@@ -9,13 +9,14 @@ Axis legend: B requests, T history events, D width, A attention heads, R buckets
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.models.long.attention import LONG, biased_attention, eager, earlier, time_bucket, turned
 from vivace.checks import check_fields, check_minimum, check_positive, check_shares
 from vivace.windows import Window
 
@@ -36,6 +37,9 @@ class EncoderConfig:
     """Attention heads of a block."""
     history: int = 200
     """T, the newest events that are read."""
+    reads: int = 0
+    """Newest events of the ``history`` that the encoder reads (0: all). The older ones are for the ranker to choose
+    from (``RankerConfig.nearest``), so a long history costs no attention of its square."""
     dropout: float = 0.2
     """Probability, 0 <= p < 1."""
     ffn_factor: int = 4
@@ -99,7 +103,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_minimum(self, 1, "width", "layers", "heads", "history", "ffn_factor")
-        check_minimum(self, 0, "text_tokens", "adapter", "neighbours", "head_width", "ffn_width")
+        check_minimum(self, 0, "reads", "text_tokens", "adapter", "neighbours", "head_width", "ffn_width")
         check_shares(self, "dropout", "id_dropout")
         check_positive(self, "neighbours_ridge")
         if self.time_bias and self.family in ("gru", "lstm"):
@@ -113,12 +117,19 @@ class EncoderConfig:
         """What is read of a history."""
         return Window(self.history, self.slide)
 
+    span = property(lambda self: self.reads or self.history, doc="Newest events that the encoder reads.")
+
     @property
     def grows(self) -> bool:
         """Whether the states of earlier events stay when a history grows."""
         return self.positions == "none"
 
     def _check_positions(self) -> None:
+        if self.reads > self.history or (self.reads and (self.grows or self.neighbours)):
+            raise ValueError(
+                f"EncoderConfig.reads: expected at most history {self.history}, with positions 'slots' and without "
+                f"neighbours, got {self.reads} with positions {self.positions!r} and neighbours {self.neighbours}"
+            )
         check_minimum(self, 1, "slide")
         relative = self.family == "hstu" or (self.family == "sasrec" and self.position_bias == "relative")
         if self.grows and not relative:
@@ -131,16 +142,6 @@ class EncoderConfig:
                 f"EncoderConfig.slide: expected 1, or with positions 'none' at most history {self.history}, "
                 f"got {self.slide} with positions {self.positions!r}"
             )
-
-
-LATER = {"positions": "slots", "slide": 1, "neighbours_by": "sessions", "neighbours_ridge": 300.0}
-"""Fields that came later, with what held before."""
-
-
-def recorded_fields(config: EncoderConfig) -> dict[str, Any]:
-    """The fields that say what was trained; those of LATER only where they differ, so that what was trained before
-    there were such is still known by its key."""
-    return {name: value for name, value in asdict(config).items() if name not in LATER or value != LATER[name]}
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -204,11 +205,7 @@ def time_buckets(times_BT: Tensor, newest_BS: Tensor | None = None) -> Tensor:
     last bucket from 34 years; 0 where either time is unknown (0). ``newest_BS``: the events that look at those, in
     place of all, [B, S, T]."""
     newest_BS = times_BT if newest_BS is None else newest_BS
-    seconds = torch.div((newest_BS[:, :, None] - times_BT[:, None, :]).abs(), 1000, rounding_mode="floor")
-    # the half keeps whole seconds off the borders, where rounding could decide
-    power = (torch.log(seconds.to(torch.float32) + 1.5) / math.log(2)).floor().long()
-    known = (newest_BS > 0)[:, :, None] & (times_BT > 0)[:, None, :]
-    return torch.where(known, (power + 1).clamp(1, BUCKETS - 1), 0)
+    return time_bucket(newest_BS[:, :, None], times_BT[:, None, :], BUCKETS)
 
 
 class TimeBias(nn.Module):
@@ -254,22 +251,35 @@ class AttentionBlock(nn.Module):
         self.time = TimeBias(config.heads) if config.time_bias else None
         self.adapter = Adapter(d, config.adapter) if config.adapter else None
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None, newest: int = 0) -> Tensor:
+    def _biased(self, mask: Tensor | None, t: int, buckets_BTT: Tensor | None) -> Tensor | None:
+        if mask is not None and self.relative is not None:
+            mask = mask + self.relative(t)[None]
+        if mask is not None and self.time is not None:
+            mask = mask + self.time(buckets_BTT)
+        return mask
+
+    def _within_kernel(self, q: Tensor, k: Tensor, v: Tensor, times_BT: Tensor | None) -> Tensor:
+        """The same biases, where no mask is written."""
+        distance_TA = None if self.relative is None else self.relative.by_distance()
+        of_time = None if self.time is None else self.time.bias_RA
+        return biased_attention(q, k, v, self.of_head**-0.5, distance_TA, of_time, times_BT)
+
+    def forward(
+        self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None, newest: int = 0,
+        times_BT: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         t = x_BTD.shape[1]
         qkv = self.qkv(self.norm_attention(x_BTD)).view(-1, t, 3, self.heads, self.of_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        if self.relative is not None:
-            assert mask is not None
-            mask = mask + self.relative(t)[None]
-        if self.time is not None:
-            assert mask is not None
-            mask = mask + self.time(buckets_BTT)
-        if newest:
-            assert mask is not None
-            x_BTD, q, mask = x_BTD[:, -newest:], q[:, :, -newest:], mask[:, :, -newest:]
         # no dropout inside attention: slow on CPU
-        scale = self.of_head**-0.5  # a constant of the exported graph
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        if mask is None and (self.relative is not None or self.time is not None):
+            a = self._within_kernel(q, k, v, times_BT)
+        else:
+            mask = self._biased(mask, t, buckets_BTT)
+            if newest and mask is not None:
+                x_BTD, q, mask = x_BTD[:, -newest:], q[:, :, -newest:], mask[:, :, -newest:]
+            scale = self.of_head**-0.5
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
         a = self.out(a.transpose(1, 2).flatten(2))
         x_BTD = x_BTD + dropout(a, self.p, self.training)
         h = self.down(F.gelu(self.up(self.norm_ffn(x_BTD))))
@@ -288,6 +298,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
         t = x_BTD.shape[1]  # without int(): a free axis of the exported graph
         mask: Tensor | None = None
+        if self.causal and eager() and t > LONG:
+            return self._long(x_BTD, known_BT, times_BT)[:, -newest:]
         whole = self.training and bool(known_BT.all())  # nothing padded: one mask for all rows
         if not (whole and self.causal and not self.biased):  # else the faster causal form
             mask = self._later(x_BTD, t)
@@ -298,18 +310,23 @@ class Attention(nn.Module):
             x_BTD = block(x_BTD, mask, buckets, newest if i == len(self.blocks) - 1 else 0)
         return x_BTD
 
+    def _long(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None) -> Tensor:
+        """The same of long histories, by rows that are turned (``long.attention``)."""
+        x_BTD, t = turned(x_BTD, known_BT), x_BTD.shape[1]
+        times_BT = None if times_BT is None else turned(times_BT, known_BT)
+        flexible = x_BTD.is_cuda and self.biased
+        mask = self._later(x_BTD, t) if self.biased and not flexible else None
+        buckets = None if times_BT is None or flexible else time_buckets(times_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, mask, buckets, times_BT=times_BT if flexible else None)
+        return turned(x_BTD, known_BT, back=True)
+
     def _later(self, x_BTD: Tensor, t: int) -> Tensor:
         """What is added so that no event looks at later ones, [1, 1, T, T]; worked out, as a table of 4,096 by 4,096
         would be most of the graph."""
         if not self.causal:
             return x_BTD.new_zeros(1, 1, 1, 1)
         return (~earlier(t, x_BTD.device)).to(x_BTD.dtype)[None, None] * mask_value(x_BTD.dtype)
-
-
-def earlier(t: int, device: torch.device) -> Tensor:
-    """Whether an event (column) is not after another (row), bool [T, T]."""
-    place_T = torch.arange(t, device=device)
-    return place_T[:, None] >= place_T[None]
 
 
 class GatedBlock(nn.Module):

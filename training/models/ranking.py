@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.models import blocks
-from training.models.blocks import MergedHeads
 from training.models.context import CONTEXT_WIDTH, Context, ContextTower, LiveFeatures, exportable, moment_of
 from training.models.encoders import dropout
 from training.models.int8_table import Int8Table
 from training.models.item_table import ItemTables, list_mean
-from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel
+from training.models.long.nearest import NearestEvents, attend_both
+from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel, score_parts
 from training.models.task_heads import TaskWeights
 from vivace.checks import check_fields, check_minimum, check_shares
 from vivace.contract import FIRST_ID, PADDING_ID, live_features
@@ -44,6 +44,10 @@ class RankerConfig:
     """N, items of the retriever that are ordered anew."""
     memory: int = 0
     """Newest encoded events that the candidates attend to (0: all)."""
+    nearest: int = 0
+    """K, of the events before those, that the candidates attend to as well: the nearest by item vectors (0: none)."""
+    nearest_to: Literal["candidate", "request"] = "candidate"
+    """Each "candidate" has K of its own (TransAct V2, Xia et al. 2025), or the "request" has K, nearest to any."""
     heads: int = 4
     """Attention heads from candidates to events."""
     experts: int = 3
@@ -75,7 +79,7 @@ class RankerConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
-        check_minimum(self, 0, "memory", "rising", "rising_same_item_s", "rising_user_events")
+        check_minimum(self, 0, "memory", "nearest", "rising", "rising_same_item_s", "rising_user_events")
         check_shares(self, "dropout")
 
 
@@ -86,13 +90,9 @@ class RankingModel(nn.Module):
     """
 
     def __init__(
-        self,
-        config: RankerConfig,
-        tables: ItemTables,
-        retriever: RetrievalModel,
-        head_names: tuple[str, ...],
+        self, config: RankerConfig, tables: ItemTables, retriever: RetrievalModel, head_names: tuple[str, ...],
         weighting: str = "static",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         d = retriever.config.width
         self.config, self.head_names, self.width = config, head_names, d
@@ -128,11 +128,12 @@ class RankingModel(nn.Module):
         self.columns = columns
         self.context = ContextTower(columns, CONTEXT_WIDTH) if columns.names else None
         self.of_context = nn.Linear(CONTEXT_WIDTH, d) if columns.names else None
+        self.nearest = NearestEvents(d, config.nearest, config.nearest_to == "candidate") if config.nearest else None
         self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         counted = len(retriever.columns.counted) if config.by_context else 0
         live = live_features(counted) if config.rising else 0
-        counters = 5 + 2 * config.lags + 2 * config.category_counts + live
+        counters = 5 + 2 * config.lags + 2 * config.category_counts + 2 * bool(config.nearest) + live
         self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
         towers = blocks.towers(head_names)
         self.experts = blocks.mixture(config.mixture, config.experts, config.expert_width, config.dropout, towers)
@@ -143,7 +144,7 @@ class RankingModel(nn.Module):
         self.retrieval_scale = nn.Parameter(torch.full((), LIVE_RETRIEVAL_SCALE if config.rising else 1.0))
         self.live = LiveFeatures(live) if config.rising else None
         self.folded: FoldedItems | None = None  # what ``fold`` worked out of each item
-        self.merged: MergedHeads | None = None
+        self.merged: blocks.MergedHeads | None = None
         for i, linear in enumerate(linears):
             nn.init.zeros_(linear.weight)
             nn.init.constant_(linear.bias, -4.5 if i else 0.0)  # about one positive among the candidates
@@ -235,18 +236,26 @@ class RankingModel(nn.Module):
         return vector, self.query(vector), self.item(ids), self.popularity[ids], self._category(ids)
 
     def attend(
-        self, candidate_BND: Tensor, query_BND: Tensor, history_BT: Tensor, key: Tensor, value: Tensor
-    ) -> Tensor:
-        """What each candidate finds in the encoded part of the history, whose ``keys_and_values`` these are, float32
-        [B, N, D]."""
+        self, candidate_BND: Tensor, query_BND: Tensor, item_BND: Tensor, ids_BN: Tensor, history_BT: Tensor,
+        types_BT: Tensor | None, key: Tensor, value: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """(what each candidate finds in the history, float32 [B, N, D]: its encoded part, whose ``keys_and_values``
+        these are, and what is chosen of the older events; features of these, float32 [B, N, 2], if they are read).
+        ``ids_BN``: of the candidates."""
         n, d, t, h = candidate_BND.shape[1], self.width, key.shape[1], self.config.heads
-        history_BT = history_BT[:, -t:]
+        older_BO, history_BT = history_BT[:, : history_BT.shape[1] - t], history_BT[:, -t:]
+        of_older = None if types_BT is None else types_BT[:, : types_BT.shape[1] - t]
         q = query_BND.view(-1, n, h, d // h).transpose(1, 2)
         k = key.view(-1, t, h, d // h).transpose(1, 2)
         v = value.view(-1, t, h, d // h).transpose(1, 2)
         mask = (history_BT == PADDING_ID)[:, None, None, :].to(q.dtype) * MASKED
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
-        return self.norm_out(candidate_BND + self.out(attended.transpose(1, 2).reshape(-1, n, d)))
+        if self.nearest is None:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=(d // h) ** -0.5)
+            return self.norm_out(candidate_BND + self.out(attended.transpose(1, 2).reshape(-1, n, d))), []
+        typed = None if of_older is None or self.type_embedding is None else self.type_embedding(of_older)
+        chosen = self.nearest(older_BO, item_BND, ids_BN, self.item, typed, MASKED)
+        attended = self.out(attend_both(q, k, v, mask, chosen))
+        return self.norm_out(candidate_BND + attended), [chosen.features]
 
     def head_logits(self, x_PF: Tensor) -> Tensor:
         """Of features of candidates float32 [P, F]: float32 [P, heads], without the retrieval score."""
@@ -270,17 +279,20 @@ class RankingModel(nn.Module):
         """Logits float32 [B, N, heads]. The inputs are those of ``contract.ranking_inputs``."""
         types_BT, context, live = moment_of(self.types, self.columns, more)
         read = self.keys_and_values(encoded_BTD, history_BT, types_BT)
-        return self.logits(candidates_BN, scores_BN, None, history_BT, *read, encoded_BTD[:, -1:], context, live)
+        of_history = (history_BT, types_BT, *read, encoded_BTD[:, -1:])
+        return self.logits(candidates_BN, scores_BN, None, *of_history, context, live)
 
     def logits(
-        self, candidates_BN: Tensor, scores_BN: Tensor, among_BL: Tensor | None, history_BT: Tensor, key: Tensor,
-        value: Tensor, newest_B1D: Tensor, context: Context, live: Sequence[Tensor],
+        self, candidates_BN: Tensor, scores_BN: Tensor, among_BL: Tensor | None, history_BT: Tensor,
+        types_BT: Tensor | None, key: Tensor, value: Tensor, newest_B1D: Tensor, context: Context,
+        live: Sequence[Tensor],
     ) -> Tensor:  # fmt: skip
         """The same of candidates that may be a part of the list whose scores are ``among_BL``."""
         n, f = candidates_BN.shape[1], len(self.head_names)  # without int(): free axes of the exported graph
         candidate, query, item, popularity, category = self.candidate_parts(candidates_BN)
-        attended = self.attend(candidate, query, history_BT, key, value)
+        attended, of_older = self.attend(candidate, query, item, candidates_BN, history_BT, types_BT, key, value)
         counted = self.counters(history_BT, candidates_BN, scores_BN, popularity, category, among_BL)
+        counted = torch.cat([counted, *of_older], 2) if of_older else counted
         if self.live is not None:
             live_BNF = self.live(candidates_BN, *live)
             counted = torch.cat([counted, live_BNF], 2)
@@ -291,6 +303,8 @@ class RankingModel(nn.Module):
         logits = self.head_logits(x).view(-1, n, f)
         best_B1 = (scores_BN if among_BL is None else among_BL).amax(1, keepdim=True)
         residual = self.retrieval_scale * (scores_BN - best_B1).clamp_min(-20.0)
+        if self.nearest is not None:
+            residual = residual + self.nearest.direct(of_older[0]).squeeze(2)
         if self.live is not None:
             residual = residual + self.live.direct(live_BNF).squeeze(2)
         return torch.cat([logits[..., :1] + residual[..., None], logits[..., 1:]], dim=2)
@@ -298,22 +312,6 @@ class RankingModel(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities [..., heads] of logits of the same shape (Platt scaling)."""
         return torch.sigmoid(logits * self.calibration[:, 0] + self.calibration[:, 1])
-
-
-def score_parts(scores_BN: Tensor, among_BL: Tensor | None) -> tuple[Tensor, Tensor]:
-    """How far scores float32 [B, N] are below the list's best (-20 to 0), and their shares of its softmax.
-    ``among_BL``: the list, where it is more than these."""
-    whole_BL = scores_BN if among_BL is None else among_BL
-    top_B1 = whole_BL.amax(1, keepdim=True)
-
-    def gap(of_BN: Tensor) -> Tensor:
-        none = torch.full_like(of_BN, -20.0)
-        return torch.where(of_BN > EXCLUDED / 2, of_BN - top_B1, none).clamp(-20.0, 0.0)
-
-    gap_BN = gap(scores_BN)
-    if among_BL is None:
-        return gap_BN, torch.softmax(gap_BN, dim=1)
-    return gap_BN, torch.exp(gap_BN) / torch.exp(gap(whole_BL)).sum(1, keepdim=True)
 
 
 class FoldedItems(nn.Module):
@@ -354,6 +352,8 @@ def fold(model: RankingModel) -> RankingModel:
     """A copy of a trained ranker that reads ``FoldedItems``."""
     folded = copy.deepcopy(model.eval())
     folded.folded = FoldedItems(folded)
+    if folded.nearest is not None:
+        folded.nearest.fold(folded.item(torch.arange(len(folded.popularity), device=folded.popularity.device)))
     return folded
 
 

@@ -64,7 +64,7 @@ class RetrievalModel(nn.Module):
             raise ValueError(f"popularity: expected shape [{items}], got {list(popularity.shape)}")
         self.config = config
         self.masked = config.family == "bert4rec"
-        length = config.history + self.masked  # the place that asks for the next item comes last
+        length = config.span + self.masked  # the place that asks for the next item comes last
         self.items = ItemTable(items, config.width, attributes, config.id_dropout)
         placeless = config.family in ("gru", "lstm") or config.positions == "none"
         self.position = None if placeless else nn.Embedding(length, config.width)  # the last row is the newest event's
@@ -138,13 +138,16 @@ class RetrievalModel(nn.Module):
         newest: int = 0,
         types: Tensor | None = None,
     ) -> Tensor:
-        """Encoded history float32 [B, T, D] of ids int64 [B, T], padded on the left; T <= config.history. ``times`` in
-        ms, int64 [B, T], 0 where unknown: read by a configuration with ``time_bias``. ``newest``: only the last so many
-        rows are worked out, [B, newest, D] (0: all). ``types``: ids of the events' types int64 [B, T], None where they
-        are not known.
+        """Encoded history float32 [B, T, D] of ids int64 [B, T], padded on the left; T <= config.history; with
+        ``config.reads`` only those newest ones are read, [B, reads, D]. ``times`` in ms, int64 [B, T], 0 where unknown:
+        read by a configuration with ``time_bias``. ``newest``: only the last so many rows are worked out,
+        [B, newest, D] (0: all). ``types``: ids of the events' types int64 [B, T], None where they are not known.
 
         The newest row is the user's state, which is scored against the items; rows of padding are zero."""
         table_VD = self.table() if table_VD is None else table_VD
+        if reads := self.config.reads:
+            history_BT = history_BT[:, -reads:]
+            times, types = (None if x is None else x[:, -reads:] for x in (times, types))
         known_BT = history_BT != PADDING_ID
         x_BTD = self.embedded(history_BT, table_VD, types)
         if self.mask_token is None:
@@ -230,6 +233,22 @@ def read_inputs(
     left = list(more)
     times = left.pop(0) if model.config.time_bias and left else None
     return times, *moment_of(model.types, model.read_context, left)
+
+
+def score_parts(scores_BN: Tensor, among_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How far scores float32 [B, N] are below the list's best (-20 to 0), and their shares of its softmax.
+    ``among_BL``: the list, where it is more than these."""
+    whole_BL = scores_BN if among_BL is None else among_BL
+    top_B1 = whole_BL.amax(1, keepdim=True)
+
+    def gap(of_BN: Tensor) -> Tensor:
+        none = torch.full_like(of_BN, -20.0)
+        return torch.where(of_BN > EXCLUDED / 2, of_BN - top_B1, none).clamp(-20.0, 0.0)
+
+    gap_BN = gap(scores_BN)
+    if among_BL is None:
+        return gap_BN, torch.softmax(gap_BN, dim=1)
+    return gap_BN, torch.exp(gap_BN) / torch.exp(gap(whole_BL)).sum(1, keepdim=True)
 
 
 def propose(scores_BV: Tensor, count: int, rising_BM: Tensor | None = None) -> tuple[Tensor, Tensor]:

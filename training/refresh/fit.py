@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def windows_of(sequences: list[np.ndarray], preset: Preset, seed: int) -> Callab
     """Batches of an epoch, int64 [B, <= T + 1] or, of more columns, [B, <= T + 1, W]; in an order set by seed and
     epoch."""
     alone = not sequences or sequences[0].shape[1] == 1
-    pool = [w for s in sequences for w in batches.windows(s[:, 0] if alone else s, preset.encoder.history)]
+    pool = [w for s in sequences for w in batches.windows(s[:, 0] if alone else s, preset.encoder.span)]
     pool.sort(key=len)  # of like length together
     size = preset.retrieval.batch_size
 
@@ -139,7 +139,7 @@ def train_more(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains ``model`` in place on ``sequences``; the loop's report. ``counts``: events of each item [V] of all that it
     has learned then. ``epochs`` 0: as many as ``more`` says, of which those are kept that ``metric`` likes best."""
-    training = preset.retrieval
+    training = replace(preset.retrieval, stochastic_length=0.0)  # the windows are whole
     of_epoch = windows_of(sequences, preset, seed)
     steps = sum(1 for _ in of_epoch(0))
     if not steps:

@@ -181,7 +181,7 @@ class Refresh:
             self.old, self.new, self.preset, load_retrieval(self.old, self.preset, self.run.root, self.run.has(FINAL))
         )
         counts = popularity(self.new.files("train"), self.new.item_count())
-        history, replay = self.preset.encoder.history, self.config.more.replay
+        history, replay = self.preset.encoder.span, self.config.more.replay
         sequences, fresh = sequences_to_learn(
             self.new.files("train"), self._learned(), history, replay, self.seed, EventColumns.read_by(model)
         )
@@ -249,7 +249,7 @@ class Refresh:
         sequences, _ = sequences_to_learn(
             self.new.files(WHOLE),
             learned,
-            self.preset.encoder.history,
+            self.preset.encoder.span,
             more.replay,
             self.seed,
             EventColumns.read_by(model),

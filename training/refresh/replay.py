@@ -92,7 +92,7 @@ class Renewals:
             self._answered = []
         files = sequences_before(self.features, until_ms, _inner(folder, "sequences"))
         counts = popularity(files, self.features.item_count())
-        history, columns = self.preset.encoder.history, EventColumns.read_by(self._retriever)
+        history, columns = self.preset.encoder.span, EventColumns.read_by(self._retriever)
         sequences, fresh = sequences_to_learn(files, self._learned, history, MORE.replay, self.seed, columns)
         if fresh:
             train_more(

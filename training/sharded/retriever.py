@@ -28,9 +28,8 @@ from training.distributed import World, device
 from training.learn.loop import LoopConfig
 from training.learn.retriever import compile_blocks, training_windows
 from training.learn.warm_start import START_SCALE, finish_unseen
-from training.models.encoders import recorded_fields
 from training.models.retrieval import RetrievalModel
-from training.presets import Preset
+from training.presets import Preset, recorded_fields
 from training.sharded.config import TableSharding
 from training.sharded.loop import BEST, CHECKPOINT, ShardedLoop
 from training.sharded.objective import Negatives, sharded_loss, sharded_metric
@@ -53,6 +52,7 @@ def for_sharding(preset: Preset) -> Preset:
         "encoder.text_tokens to 0": encoder.attributes or bool(encoder.text_tokens) or encoder.text_encoder,
         "the session memory is a table of its own: set encoder.neighbours to 0": bool(encoder.neighbours),
         "retrieval.adversarial moves the whole table: set it to 0": bool(training.adversarial),
+        "retrieval.stochastic_length is not read here: set it to 0": bool(training.stochastic_length),
         "retrieval.shard_model (FSDP) cuts the same table: set it to false": training.shard_model,
         f"encoder.width {encoder.width}: FBGEMM's rows need a multiple of 4": bool(encoder.width % 4),
     }
@@ -158,7 +158,7 @@ def train_sharded(
     loop's report. The number of processes is no part of what the run is: it may change from start to start."""
     preset = for_sharding(preset)
     config = {
-        "encoder": recorded_fields(preset.encoder), "training": asdict(preset.retrieval),
+        "encoder": recorded_fields(preset.encoder), "training": recorded_fields(preset.retrieval),
         "table": {"optimizer": "row-wise Adagrad", "learning_rate": sharding.learning_rate},
     }  # fmt: skip
     inputs = {"features": read_manifest(features.folder, "vivace prepare")["key"]}

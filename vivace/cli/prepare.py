@@ -54,17 +54,20 @@ def prepare(
     events: Annotated[
         int | None, typer.Option(help="about", min=1, rich_help_panel=SHOP_ONLY, show_default="500000")
     ] = None,
+    long_taste: Annotated[
+        float | None,
+        typer.Option(
+            help="share of the views that a taste of 300 events ago and more decides; items then come again",
+            min=0,
+            max=0.99,
+            rich_help_panel=SHOP_ONLY,
+            show_default="0",
+        ),
+    ] = None,
 ) -> Run:
     """Read a log, fit NVTabular, write sequences, requests, transform.onnx and the feature store."""
-    given = {"users": users, "items": items, "events": events}
-    size = {key: value for key, value in given.items() if value is not None}
-    if size and data != "shop":
-        raise typer.BadParameter(f"is a size of the made-up shop, not of {data}", param_hint=f"--{next(iter(size))}")
-    if not (valid_share > 0 and test_share > 0 and valid_share + test_share < 1):
-        raise typer.BadParameter(
-            f"expected shares above 0 that sum below 1 with --valid-share, got {valid_share:g} and {test_share:g}",
-            param_hint="--test-share",
-        )
+    size = _size_of_shop(data, {"users": users, "items": items, "events": events, "long_taste": long_taste})
+    _check_shares(valid_share, test_share)
     from preprocessing.readers import open_source
 
     source = open_source(data, path, size | {"seed": seed})
@@ -94,6 +97,24 @@ def prepare(
     say_results(results, run)
     say_next("train", run, artifacts)
     return run
+
+
+def _check_shares(valid_share: float, test_share: float) -> None:
+    """Raises BadParameter."""
+    if not (valid_share > 0 and test_share > 0 and valid_share + test_share < 1):
+        raise typer.BadParameter(
+            f"expected shares above 0 that sum below 1 with --valid-share, got {valid_share:g} and {test_share:g}",
+            param_hint="--test-share",
+        )
+
+
+def _size_of_shop(data: str, given: dict[str, float | None]) -> dict[str, float]:
+    """What was given of it. Raises BadParameter where the data is another."""
+    size = {key: value for key, value in given.items() if value is not None}
+    if size and data != "shop":
+        option = next(iter(size)).replace("_", "-")
+        raise typer.BadParameter(f"is a size of the made-up shop, not of {data}", param_hint=f"--{option}")
+    return size
 
 
 def say_results(results: dict[str, Any], run: Run) -> None:

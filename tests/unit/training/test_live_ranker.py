@@ -16,7 +16,7 @@ from training.data.batches import of_sequences, together
 from training.data.live import STEP_MS, LiveAt, check_live
 from training.learn.ranker import without_padding
 from training.metrics import MISS, list_auc, ranks, ranks_after
-from training.models.ranking import LiveFeatures
+from training.models.context import LiveFeatures
 from training.models.retrieval import EXCLUDED, propose
 from training.scoring import behind_rising
 from vivace.contract import FIRST_ID, ITEM, LIVE_FEATURES, PADDING_ID, TARGET_TIME, TIME

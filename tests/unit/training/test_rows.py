@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from training.data.rows import batches_of_rows
+from training.data.rows import batches_of_rows, values_a_row
 from training.distributed import World
 from vivace.contract import ITEM, TARGET, USER
 
@@ -55,6 +55,16 @@ def test_processes_share_the_rows_and_the_seed_sets_the_order(files):
     assert list(whole) != list(by_user(files, shuffle=True, seed=4, plain=True))
     shares = [by_user(files, shuffle=True, seed=3, plain=True, world=World(r, 2, r)) for r in range(2)]
     assert not set(shares[0]) & set(shares[1]) and shares[0] | shares[1] == whole
+
+
+def test_long_lists_are_read_plainly(files, tmp_path):
+    assert values_a_row(files, [ITEM, TARGET]) == pytest.approx(1.5, abs=0.2)  # an empty list counts as one value
+    long = tmp_path / "long.parquet"
+    rows = [np.arange(300, dtype=np.int64), np.arange(500, dtype=np.int64)]
+    pd.DataFrame({USER: ["a", "b"], ITEM: rows, TARGET: [1, 2]}).to_parquet(long)
+    assert values_a_row([long], COLUMNS) == 400
+    batch = next(batches_of_rows([long], COLUMNS, 4, False, 0))
+    assert batch[f"{ITEM}__offsets"].tolist() == [0, 300, 800] and len(batch[f"{ITEM}__values"]) == 800
 
 
 def test_no_file_is_said():

@@ -12,8 +12,9 @@ import torch
 from serving.runtime.grown import GROWN, HIT, MISSED, GrownRetrieval
 from serving.runtime.state_cache import MOST_NEW, StateCache, prefixes
 from training.compile.onnx_export import check_steps, export, export_steps, names_of
-from training.models.encoders import EncoderConfig, RelativeBias, distance_buckets, recorded_fields
+from training.models.encoders import EncoderConfig, RelativeBias, distance_buckets
 from training.models.retrieval import RetrievalGraph, RetrievalModel
+from training.presets import recorded_fields
 from vivace import contract, windows
 from vivace.context import ContextColumns
 from vivace.onnx_session import open_session

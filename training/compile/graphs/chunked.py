@@ -61,10 +61,10 @@ class Body(nn.Module):
         key: Tensor, value: Tensor, newest: Tensor, *more: Tensor,
     ) -> Tensor:  # fmt: skip
         """float32 [B, n + chunk, H], fewer of the last chunk."""
-        _, context, live = moment_of(self.model.types, self.model.columns, more)
+        types, context, live = moment_of(self.model.types, self.model.columns, more)
         start = step[0] * self.chunk
         ids, scores = (x[:, start : start + self.chunk] for x in (candidate_ids, candidate_scores))
-        logits = self.model.logits(ids, scores, candidate_scores, history_ids, key, value, newest, context, live)
+        logits = self.model.logits(ids, scores, candidate_scores, history_ids, types, key, value, newest, context, live)
         return torch.cat([so_far_BnH, logits], 1)
 
 
