@@ -277,7 +277,7 @@ def states_of_event(config: EncoderConfig) -> int:
 
 def _bias(relative: RelativeBias | None, time: TimeBias | None, distance_SK: Tensor, buckets: Tensor | None) -> Tensor:
     """What is added to the attention of new events to all, float32, to be broadcast to [B, A, S, P + S]."""
-    bias = torch.zeros(1, 1, 1, 1)
+    bias = torch.zeros(1, 1, 1, 1, device=distance_SK.device)
     if relative is not None:
         by_distance_TA = relative.by_distance()
         longest = by_distance_TA.shape[0] - 1
@@ -315,7 +315,8 @@ class EncoderStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(encodings [B, S, D], states [B, S, C]) of embedded new events. ``known_BP``: False where padded."""
         p, s = states_BPC.shape[1], x_BSD.shape[1]
-        distance_SK = (p + torch.arange(s))[:, None] - torch.arange(p + s)[None]
+        place_K = torch.arange(p + s, device=x_BSD.device)
+        distance_SK = place_K[p:, None] - place_K[None]
         seen_B1SK = (distance_SK >= 0)[None, None] & F.pad(known_BP, (0, s), value=True)[:, None, None]
         buckets = None
         if self.model.config.time_bias:
@@ -337,7 +338,7 @@ class EncoderStep(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = block.qkv(block.norm_attention(x)).chunk(3, dim=2)
         all_k, all_v = (_heads(torch.cat(z, 1), block.heads) for z in ((keys, k), (values, v)))
-        mask = bias + torch.where(seen, 0.0, MASKED)
+        mask = (bias + torch.where(seen, 0.0, MASKED)).to(q.dtype)
         scale = block.of_head**-0.5
         a = F.scaled_dot_product_attention(_heads(q, block.heads), all_k, all_v, attn_mask=mask, scale=scale)
         x = x + block.out(a.transpose(1, 2).flatten(2))

@@ -13,7 +13,7 @@ from serving.runtime.grown import GROWN, HIT, MISSED, GrownRetrieval
 from serving.runtime.state_cache import MOST_NEW, StateCache, prefixes
 from training.compile.onnx_export import check_steps, export, export_steps, names_of
 from training.models.encoders import EncoderConfig, RelativeBias, distance_buckets
-from training.models.retrieval import RetrievalGraph, RetrievalModel
+from training.models.retrieval import EncoderStep, RetrievalGraph, RetrievalModel, states_of_event
 from training.presets import recorded_fields
 from vivace import contract, windows
 from vivace.context import ContextColumns
@@ -90,6 +90,20 @@ def _inputs(s: contract.StageTensors, users: list[np.ndarray], rng: np.random.Ge
     exclude = rng.random((len(users), ITEMS)) < 0.1
     context = [rng.integers(1, 9, (len(users), 1))] if s.context else []
     return [ids, exclude, *([times] if s.timed else []), *([types] if s.types else []), *context]
+
+
+@pytest.mark.parametrize("family", ["sasrec", "hstu"])
+def test_a_step_runs_where_its_model_is_and_in_its_number_format(family):
+    config = EncoderConfig(
+        width=16, heads=2, history=LENGTH, positions="none", family=family, position_bias="relative", time_bias=True
+    )
+    model = _model(config, ContextColumns()).to("meta", torch.bfloat16)  # "meta" works with no other device's tensors
+    states = torch.empty(2, 7, states_of_event(config), device="meta", dtype=torch.bfloat16)
+    times = [torch.empty(2, n, dtype=torch.long, device="meta") for n in (3, 7)]
+    known = torch.ones(2, 7, dtype=torch.bool, device="meta")
+    encoded, new = EncoderStep(model)(torch.empty(2, 3, 16, device="meta", dtype=torch.bfloat16), known, states, *times)
+    assert (encoded.dtype, encoded.shape) == (torch.bfloat16, (2, 3, 16))
+    assert (new.dtype, new.shape) == (torch.bfloat16, (2, 3, states.shape[2]))
 
 
 @pytest.mark.parametrize("room", [1 << 24, 120_000])
