@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from serving.door.options import AccessOptions, DoorOptions
+from serving.profiles import ENSEMBLE
 from serving.releases import HELD, is_free
 from serving.repository import models, read_config
 from serving.runtime.cache_settings import CacheSettings
@@ -151,7 +152,7 @@ def check_state_cache(repository: Path, profile: str, state_bytes: int) -> None:
     config = read_config(repository, contract.ENSEMBLE, profile)
     if config.platform == "ensemble":
         raise ServerError(
-            f"--state-cache-mb: the profile {profile or 'default'} keeps no states; serve the profile fused, or leave "
+            f"--state-cache-mb: the profile {profile or ENSEMBLE} keeps no states; serve the profile fused, or leave "
             "--state-cache-mb out"
         )
     workers, total = sum(group.count for group in config.instance_group), psutil.virtual_memory().total
@@ -180,7 +181,7 @@ def _check_answer_cache(repository: Path, profile: str, settings: CacheSettings 
         )
     if read_config(repository, contract.ENSEMBLE, profile).platform == "ensemble":
         raise ServerError(
-            f"--answer-cache-mb: the profile {profile or 'default'} keeps no answers, as no stage of it sees a whole "
+            f"--answer-cache-mb: the profile {profile or ENSEMBLE} keeps no answers, as no stage of it sees a whole "
             "one; serve the profile fused, or leave --answer-cache-mb out"
         )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.door.endpoints import GRPC, METRICS, OTHERS
+from serving.door.tls import check_ca
 from serving.door.trust import HOSTS, distrust
 from serving.wheel import ServerError
 from vivace.credentials import Credentials
@@ -93,6 +94,16 @@ class Upstream:
     def __post_init__(self) -> None:
         if self.cert is not None and self.ca is None:
             raise ServerError("--hosts-cert: expected --hosts-ca with it, the authority of the servers' certificates")
+        if self.ca is not None:
+            check_ca(self.ca, "--hosts-ca")
+        if self.cert is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(self.cert, password=lambda: "")
+            except OSError as error:  # SSLError too
+                raise ServerError(
+                    f"--hosts-cert {self.cert}: expected a certificate and its key without a passphrase, as PEM in one "
+                    f"file: {error}"
+                ) from None
 
     def why_not(self, host: Host) -> str:
         """What stands between this door and a server that it does not count as well, in a few words; "" where only

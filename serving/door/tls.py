@@ -91,13 +91,13 @@ def _handshake(server: ssl.SSLContext, certificate: str) -> dict[str, tuple[tupl
     return near.getpeercert() or {}  # type: ignore[return-value]
 
 
-def check_ca(path: Path) -> str:
-    """The PEM of authorities whose callers are let in. Raises TlsError for what is none."""
-    text = _text(path, "--client-ca")
+def check_ca(path: Path, option: str = "--client-ca") -> str:
+    """The PEM of authorities whose callers are let in, or that ``option`` names. Raises TlsError for what is none."""
+    text = _text(path, option)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
     except ssl.SSLError:
-        raise TlsError(f"--client-ca {path}: expected certificates as PEM, got something else") from None
+        raise TlsError(f"{option} {path}: expected certificates as PEM, got something else") from None
     return text
 
 

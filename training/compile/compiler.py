@@ -60,7 +60,7 @@ from training.models.ranking import RankingGraph, RankingModel
 from training.models.retrieval import RetrievalGraph, RetrievalModel
 from training.presets import Preset, shapes
 from vivace import contract
-from vivace.checks import check_fields
+from vivace.checks import check_fields, check_minimum
 from vivace.manifest import Progress, Step, replaced
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RECORDED_PARTS, REFERENCE, RETRIEVAL, SEARCH, Run
 
@@ -82,8 +82,7 @@ class CompileConfig:
     tables: Tables = "fp32"
     """Number format of the tables of items (see ``int8_table``)."""
     fold: bool = True
-    """Whether parts of the ranker that depend on an item alone become a table (see ``FoldedItems``): up to FOLD_ITEMS
-    items and with float32 tables."""
+    """Whether what hangs on an item alone becomes a table (``FoldedItems``): to FOLD_ITEMS items, of float32."""
     targets: tuple[TargetName, ...] = ()
     """What it is made ready for beside ONNX Runtime on the CPU (see ``targets``)."""
     index: Index = ""
@@ -106,8 +105,9 @@ class CompileConfig:
             raise ValueError("--index goes with --precision fp32 and no --target")
         if self.shards < 0 or (self.shards and (self.index or not self.exact or self.targets)):
             raise ValueError("--shards: expected 0 or more, with --precision, --tables fp32, no --index, no --target")
-        if self.at_once < 0 or (self.at_once and (not self.exact or self.targets)):
-            raise ValueError("--at-once: expected 0 or more, with --precision fp32, --tables fp32 and no --target")
+        check_minimum(self, 0, "at_once")
+        if self.at_once and (not self.exact or self.targets):
+            raise ValueError("--at-once goes with --precision fp32, --tables fp32 and no --target")
         if "aoti" in self.targets and not self.exact:
             raise ValueError("--target aoti goes with --precision fp32 and --tables fp32")
         if self.tables == "int8" and self.precision != "fp32":

@@ -76,7 +76,13 @@ class Teacher:
         ``context``: of the kept positions."""
         config = self.config
         with torch.no_grad():
-            encoded = self.model.encode(inputs_BT, self.table, types=types_BT)[keep_BT]
+            encoded_BND = self.model.encode(inputs_BT, self.table, types=types_BT)
+            n = encoded_BND.shape[1]  # a teacher that reads the newest events alone says nothing of those before
+            read_P = keep_BT.nonzero()[:, 1] >= keep_BT.shape[1] - n
+            if context is not None:
+                ids, amounts = context
+                context = (None if ids is None else ids[read_P], None if amounts is None else amounts[read_P])
+            encoded = encoded_BND[keep_BT[:, -n:]]
             teacher_PE = self.model.state(encoded, context)
             chosen = torch.randperm(len(teacher_PE), device=teacher_PE.device)[: config.positions]
             teacher_SE = teacher_PE[chosen]
@@ -84,7 +90,7 @@ class Teacher:
             scores_SV[:, :FIRST_ID] = -torch.inf
             best_SC = scores_SV.topk(min(config.candidates, scores_SV.shape[1] - FIRST_ID), dim=1).indices
             other_C = torch.randint(FIRST_ID, scores_SV.shape[1], (best_SC.shape[1],), device=best_SC.device)
-        state_SD = states_PD[chosen]
+        state_SD = states_PD[read_P][chosen]
         of_best_SC = (table_VD[best_SC] @ state_SD[:, :, None])[:, :, 0] + bias_V[best_SC]
         total = states_PD.sum() * 0.0
         if config.logits:

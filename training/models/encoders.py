@@ -125,11 +125,11 @@ class EncoderConfig:
         return self.positions == "none"
 
     def _check_positions(self) -> None:
-        if self.reads > self.history or (self.reads and (self.grows or self.neighbours)):
-            raise ValueError(
-                f"EncoderConfig.reads: expected at most history {self.history}, with positions 'slots' and without "
-                f"neighbours, got {self.reads} with positions {self.positions!r} and neighbours {self.neighbours}"
-            )
+        if self.reads > self.history:
+            raise ValueError(f"EncoderConfig.reads: expected at most history {self.history}, got {self.reads}")
+        if self.reads and (self.grows or self.neighbours):
+            other = "positions 'none'" if self.grows else f"neighbours {self.neighbours}"
+            raise ValueError(f"EncoderConfig.reads {self.reads} does not go with encoder.{other}; leave one out")
         check_minimum(self, 1, "slide")
         relative = self.family == "hstu" or (self.family == "sasrec" and self.position_bias == "relative")
         if self.grows and not relative:

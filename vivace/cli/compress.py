@@ -20,7 +20,7 @@ from vivace.cli.options import (
     say,
 )
 from vivace.cli.runs import say_next, step
-from vivace.cli.values import choice, one_of, plain_name, values_of
+from vivace.cli.values import a_name, choice, one_of, values_of
 from vivace.run import Run
 
 TO_HELP = "teach a new run of this preset's sizes and training (or of a JSON file's) instead of pruning"
@@ -41,7 +41,7 @@ def compress(
     preset: PresetName = "",
     seed: Seed = 7,
     variant: Annotated[
-        str, typer.Option(help="folder under artifacts/RUN/compressed", parser=plain_name, metavar="NAME")
+        str, typer.Option(help="folder under artifacts/RUN/compressed", parser=a_name, metavar="NAME")
     ] = "small",
     layers: Annotated[int, typer.Option(help="layers left of the retriever (0: all)", min=0)] = 0,
     heads: Annotated[int, typer.Option(help="attention heads left in each layer (0: all)", min=0)] = 0,

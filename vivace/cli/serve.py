@@ -150,7 +150,7 @@ def serve(
     client_ca: ClientCaOption = None,
     insecure_network: InsecureNetworkOption = False,
 ) -> None:
-    """Start the real Triton with the ensemble, guard it, bring back what ends, stop cleanly on Ctrl-C."""
+    """Start the real Triton with a compiled run, guard it, bring back what ends, stop cleanly on Ctrl-C."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # its handlers may end a server that is about to start
     from serving.door.options import AccessOptions
     from serving.server_options import ServerOptions

@@ -102,6 +102,13 @@ def plain_name(text: str) -> str:
     return text
 
 
+def a_name(text: str) -> str:
+    """The same where there is no default to stand for."""
+    if not text:
+        raise typer.BadParameter("expected a name, got an empty text")
+    return plain_name(text)
+
+
 def run_name(text: str) -> str:
     """The name of a run or of a compressed variant. "" stands for the default."""
     if text and not VARIANT.fullmatch(text):

@@ -11,6 +11,7 @@ from training.compile.graphs.chunked import export_in_chunks
 from training.models.encoders import EncoderConfig
 from training.models.ranking import RankingGraph
 from training.models.retrieval import EXCLUDED, RetrievalGraph
+from vivace.context import ContextColumns
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.onnx_session import open_session
 
@@ -20,13 +21,18 @@ CHUNK = 16
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["layers", "folded"])
+CONTEXT = "CONTEXT_IDS"  # read in the loop alone
+
+
+@pytest.fixture(scope="module", params=["layers", "folded", "context"])
 def both(request, tmp_path_factory):
     """(retriever, ranking graph, the same in chunks of CHUNK)."""
-    retriever = _retriever(EncoderConfig())
-    graph = RankingGraph(_ranker(retriever, "mmoe"), folded=request.param).eval()
+    columns = ContextColumns(categoricals=("device",), sizes=(9,)) if request.param == "context" else ContextColumns()
+    retriever = _retriever(EncoderConfig(context=bool(columns.categoricals)), columns)
+    graph = RankingGraph(_ranker(retriever, "mmoe"), folded=request.param == "folded").eval()
     path = tmp_path_factory.mktemp("chunked") / "ranking.onnx"
-    export_in_chunks(CHUNK)(graph, _inputs(retriever, 40), INPUTS, OUTPUTS, path, None)
+    given = _inputs(retriever, 40)
+    export_in_chunks(CHUNK)(graph, given, [*INPUTS, CONTEXT][: len(given)], OUTPUTS, path, None)
     return retriever, graph, path
 
 
@@ -37,8 +43,9 @@ def _inputs(retriever, candidates: int) -> tuple[torch.Tensor, ...]:
     history[1, :7], history[2] = PADDING_ID, PADDING_ID
     exclude = torch.zeros(4, ITEMS, dtype=torch.bool)
     exclude[3, FIRST_ID + 5 :] = True
+    context = [torch.randint(0, 9, (4, 1))] if retriever.read_context.categoricals else []
     with torch.no_grad():
-        return (history, *RetrievalGraph(retriever, candidates)(history, exclude))
+        return (history, *RetrievalGraph(retriever, candidates)(history, exclude, *context), *context)
 
 
 @pytest.mark.parametrize("candidates", [1, CHUNK - 1, CHUNK, CHUNK + 1, 57])
@@ -48,7 +55,9 @@ def test_scores_are_those_of_all_at_once(both, candidates):
     assert candidates < 8 or (inputs[2] < EXCLUDED / 2).any()
     with torch.no_grad():
         expected_ids, expected = graph(*inputs)
-    ids, values = open_session(path).run(OUTPUTS, dict(zip(INPUTS, (x.numpy() for x in inputs), strict=True)))
+    ids, values = open_session(path).run(
+        OUTPUTS, dict(zip([*INPUTS, CONTEXT], (x.numpy() for x in inputs), strict=False))
+    )
     torch.testing.assert_close(torch.from_numpy(values), expected, **CLOSE)
     assert (torch.from_numpy(ids) == expected_ids).float().mean() > 0.98  # equal scores may change places
     assert ids.shape == (4, candidates)

@@ -17,6 +17,7 @@ from training.models.encoders import BUCKETS, dropout, time_buckets
 from training.models.item_table import ItemAttributes, ItemTables, words_of
 from training.models.ranking import MIXTURES, RankerConfig, RankingGraph, RankingModel
 from training.models.retrieval import EXCLUDED, EncoderConfig, RetrievalGraph, RetrievalModel
+from vivace.context import ContextColumns
 from vivace.contract import FIRST_ID, PADDING_ID
 from vivace.onnx_session import open_session
 
@@ -46,11 +47,11 @@ def _attributes() -> ItemAttributes:
     return ItemAttributes(categories, (5, 5), torch.randn(ITEMS, 1, generator=g), words, 9, vectors)
 
 
-def _retriever(config: EncoderConfig) -> RetrievalModel:
+def _retriever(config: EncoderConfig, columns: ContextColumns | None = None) -> RetrievalModel:
     torch.manual_seed(0)
     config = replace(config, width=16, layers=2, heads=2, history=12)
     attributes = _attributes() if config.attributes else None
-    model = RetrievalModel(config, ITEMS, torch.arange(ITEMS).float(), attributes)
+    model = RetrievalModel(config, ITEMS, torch.arange(ITEMS).float(), attributes, columns=columns or ContextColumns())
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)

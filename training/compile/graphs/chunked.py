@@ -108,14 +108,18 @@ def _export(
         export(body, given, [STEP, SO_FAR, *names, KEYS, VALUES, NEWEST, *rest], [LOGITS], parts[1], free)
         given = (logits, history, ids, scores, *more)
         export(after, given, [LOGITS, *names, *rest], list(outputs), parts[2], free)
-        whole = _together(onnx.load(parts[0]), onnx.load(parts[1]), onnx.load(parts[2]), none.shape[2])
+        whole = _together(inputs, onnx.load(parts[0]), onnx.load(parts[1]), onnx.load(parts[2]), none.shape[2])
     onnx.checker.check_model(whole, full_check=False)
     onnx.save(whole, str(path))
 
 
-def _together(first: onnx.ModelProto, body: onnx.ModelProto, last: onnx.ModelProto, heads: int) -> onnx.ModelProto:
-    """One model of the three: the body reads what it needs from around the loop."""
-    outer = {i.name for i in first.graph.input} | {o.name for o in first.graph.output}
+def _together(
+    inputs: Sequence[str], first: onnx.ModelProto, body: onnx.ModelProto, last: onnx.ModelProto, heads: int
+) -> onnx.ModelProto:
+    """One model of the three: the body reads what it needs from around the loop. A part whose graph reads an input no
+    further has lost it, so the whole has the ``inputs`` that any of them reads."""
+    read = {i.name: i for part in (last, body, first) for i in part.graph.input}
+    outer = set(inputs) | {o.name for o in first.graph.output}
     _rename(body.graph, BODY, outer | SHARED)
     _rename(last.graph, END, outer | SHARED | {o.name for o in last.graph.output})
     floats: list[str | int | None] = ["batch", "scored", heads]
@@ -142,7 +146,7 @@ def _together(first: onnx.ModelProto, body: onnx.ModelProto, last: onnx.ModelPro
     graph = helper.make_graph(
         [*first.graph.node, helper.make_node("Loop", [TIMES, "", NONE], [LOGITS], body=loop), *last.graph.node],
         "ranking",
-        list(first.graph.input),
+        [read[name] for name in inputs if name in read],
         list(last.graph.output),
         initializer=_once([*first.graph.initializer, *body.graph.initializer, *last.graph.initializer]),
     )
