@@ -15,4 +15,4 @@ def test_a_short_soak_answers_rightly_and_leaves_nothing(root, tmp_path):
     assert totals["right"] > 50 and "wrong" not in totals and "malformed answered" not in totals
     assert totals["malformed refused"] and totals["cancelled"] and result["appended"]
     assert not result["lost"] and not result["left"] and result["exit_code"] == 0 and result["workers_killed"]
-    assert {"supervisor", "tritonserver", "envoy", "retrieval"} <= set(result["rows"][0]["pss_mib"])
+    assert {"supervisor", "tritonserver", "envoy", "recommend"} <= set(result["rows"][0]["pss_mib"])
