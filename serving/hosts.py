@@ -170,9 +170,10 @@ def run_door(options: HostsDoorOptions, say: Callable[[str], None]) -> None:
     try:
         with HostsDoor(options, say) as running:
             o = running.options
+            none = "" if any(running.well.values()) else ", none of which says yet that it works"
             say(
                 f"ready: http {o.host}:{o.http_port}, grpc {o.host}:{o.grpc_port}, metrics {o.host}:{o.metrics_port}; "
-                f"before {', '.join(running.well)}; Ctrl-C stops"
+                f"before {', '.join(running.well)}{none}; Ctrl-C stops"
             )
             while True:
                 time.sleep(LOOK_S)
