@@ -38,6 +38,7 @@ TOLERANCE = 2e-4  # absolute, on scores of magnitude 10: float32 sums in another
 EQUAL_IDS = 0.99  # by position: items of nearly equal score change places
 PARITY_REQUESTS = 64
 PARITY_PAIRS = 64 << 20  # pairs of events: of 4,096 events 4 requests, which take the memory of 64 of 1,024
+TRACED_EVENTS = 1024  # of a history, with which a graph is recorded
 OUTSIDE_BYTES = 1024  # constants that a mapped file holds; small ones stay in the graph
 CHECK_BYTES = 1 << 28  # of the cache that the check fills
 HELD_BACK = 3  # newest events that the check appends
@@ -131,6 +132,17 @@ def _check(stage: str, apart: Mapping[str, float]) -> None:
             )
 
 
+def _traced(
+    example: tuple[Tensor, ...], names: Sequence[str], axes: Mapping[str, tuple[int, str]]
+) -> tuple[Tensor, ...]:
+    """What a graph is recorded with: of long histories two rows and the newest events, as the recorder keeps every
+    tensor of the way. Both axes are free, and what is compared with PyTorch afterwards is the whole ``example``."""
+    of_events = [axes.get(name, (0, ""))[1] in ("history", "encoded") for name in names]
+    if max((x.shape[1] for x, cut in zip(example, of_events, strict=True) if cut), default=0) <= TRACED_EVENTS:
+        return example
+    return tuple(x[:2, -TRACED_EVENTS:] if cut else x[:2] for x, cut in zip(example, of_events, strict=True))
+
+
 def export_checked(
     stage: str,
     graph: nn.Module,
@@ -144,9 +156,8 @@ def export_checked(
     """Exports a stage (by ``write``; ``export`` if none) and compares it with PyTorch (``reference``; the graph itself
     if none) on ``example``; the differences. Raises ValueError beyond them, also where they are NaN."""
     names_in, names_out = names_of(inputs), names_of(outputs)
-    (write or export)(
-        graph, example, names_in, names_out, path, RANKING_AXES if stage == contract.RANKING else RETRIEVAL_AXES
-    )
+    axes = RANKING_AXES if stage == contract.RANKING else RETRIEVAL_AXES
+    (write or export)(graph, _traced(example, names_in, axes), names_in, names_out, path, axes)
     with torch.no_grad():
         expected = (reference or graph).eval()(*example)
     answer = open_session(path).run(names_out, {n: x.numpy() for n, x in zip(names_in, example, strict=True)})
