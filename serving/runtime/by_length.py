@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vivace.contract import PADDING_ID
+from vivace.contract import PADDING_ID, StageTensors
 
 CHUNK = 8  # rows that a graph takes at once at most: a batch of 64 needs less memory
 PAIRS = CHUNK << 20  # pairs of events of the rows that a graph takes at once: attention's memory goes with them
@@ -57,6 +57,19 @@ def cuts(lengths: Sequence[int], run_events: int = RUN_EVENTS) -> list[int]:
         ends.append(end)
         end = start_of[end]
     return ends[::-1]
+
+
+def retrieved(
+    run: Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]], tensors: StageTensors, names: Sequence[str],
+    given: Sequence[np.ndarray], whole: bool = False,
+) -> list[np.ndarray]:  # fmt: skip
+    """Outputs of the retrieval graph, which ``run`` runs with inputs by ``names``, for rows ``given`` all together."""
+    s, parts = tensors, []
+    of_events = (s.history_ids.name, s.history_times.name, s.history_types.name)
+    for places, t in chunks(given[0], whole):
+        named = zip(names, given, strict=True)
+        parts.append((places, run({n: v[places, -t:] if n in of_events else v[places] for n, v in named})))
+    return together(parts, len(given[0]), s.memory or given[0].shape[1])
 
 
 def together(parts: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], rows: int, encoded: int = 0) -> list[np.ndarray]:

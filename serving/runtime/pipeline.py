@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serving.runtime.by_length import RANKING_RUN_EVENTS, chunks, together
+from serving.runtime.by_length import RANKING_RUN_EVENTS, chunks, retrieved, together
 from serving.runtime.fresh import FreshRanking
 from serving.runtime.grown import GrownRetrieval
 from serving.runtime.live_catalogue import LiveCatalogue
@@ -131,14 +132,8 @@ class Pipeline:
             return [*self._sharded(given)[0], *passed_on]
         if self.grown is not None:
             return [*self.grown(given), *passed_on]
-        s = self.shapes
-        of_events = (s.history_ids.name, s.history_times.name, s.history_types.name)
-        parts = []
-        for places, t in chunks(given[0], self.whole):
-            named = zip(self._retrieval_names, given, strict=True)
-            tensors = {n: v[places, -t:] if n in of_events else v[places] for n, v in named}
-            parts.append((places, self._retrieval.run(None, tensors)))
-        return [*together(parts, len(given[0]), s.memory or given[0].shape[1]), *passed_on]
+        run = partial(self._retrieval.run, None)
+        return [*retrieved(run, self.shapes, self._retrieval_names, given, self.whole), *passed_on]
 
     def rank(self, history_BT: np.ndarray, retrieved: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
         """Ids int64 [B, N], best first, and their values float32 [B, C, N]: of the retriever's first ``count``."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from serving.runtime.by_length import CHUNK, retrieved, rows_at_once
 from training.compile.onnx_export import names_of
 from vivace import contract
 from vivace.onnx_session import open_session
@@ -45,7 +47,10 @@ class Engine:
         if self.sharded is not None:
             return [*self.sharded(given)[0], *passed_on]
         assert self.retrieval is not None
-        candidates: list[np.ndarray] = self.retrieval.run(None, dict(zip(self.names[0], given, strict=True)))
+        run = partial(self.retrieval.run, None)
+        if rows_at_once(given[0].shape[1]) < CHUNK:  # attention over long histories: a few at a time
+            return [*retrieved(run, self.tensors, self.names[0], given), *passed_on]
+        candidates: list[np.ndarray] = run(dict(zip(self.names[0], given, strict=True)))
         return [*candidates, *passed_on]
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
