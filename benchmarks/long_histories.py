@@ -1,6 +1,6 @@
 """What the length of a history is worth on a log whose users come back to what they liked long ago, and what it costs.
 
-    python -m benchmarks.long_histories --artifacts /tmp/long --out docs/benchmarks/long_histories.json
+    python -m benchmarks.long_histories --artifacts artifacts/long --out docs/benchmarks/long_histories.json
 
 Prepares the made-up shop with ``long_taste`` (once), trains a small retriever and ranker for each length; then rankers
 over the retrievers of short histories that choose among the older events too (``RankerConfig.nearest``), by candidate

@@ -139,7 +139,7 @@ def check_cache(repository: Path, profile: str, cache_bytes: int, answers: Cache
         )
     if not any(read_config(repository, m, profile).response_cache.enable for m in models(repository, profile)):
         raise ServerError(
-            f"--cache-mb: the profile {profile or 'default'} has no cache; serve the profile cached, or leave "
+            f"--cache-mb: the profile {profile or ENSEMBLE} has no cache; serve the profile cached, or leave "
             "--cache-mb out"
         )
 

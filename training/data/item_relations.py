@@ -54,7 +54,7 @@ def encoded_places(model: RetrievalModel, features: Features, most: int) -> tupl
     if model.masked:
         raise ValueError('retrieval.new_items "graph" is for encoders that predict the next item, not for bert4rec')
     columns, states, targets, count = EventColumns.read_by(model), list[Tensor](), list[Tensor](), 0
-    windows = training_batches(features.files("train"), model.config.history, ENCODED, 0, 0, columns=columns)
+    windows = training_batches(features.files("train"), model.config.span, ENCODED, 0, 0, columns=columns)
     with torch.no_grad():
         for batch in windows:
             events = columns.read(batch.to(model.bias.device))

@@ -139,7 +139,7 @@ def objective(model: RetrievalModel, config: Pretraining) -> Callable[[Tensor], 
         return full_softmax(encoded, table, model.bias, window[hidden], FIRST_ID)
 
     def state(window: Tensor, table: Tensor) -> Tensor:
-        return model.encode(window[:, -model.config.history :], table)[:, -1]
+        return model.encode(window[:, -model.config.span :], table)[:, -1]
 
     def contrastive(window: Tensor, times: Tensor, table: Tensor) -> Tensor:
         one, two = (state(augment(window, config.share).to(window.device), table) for _ in range(2))

@@ -100,14 +100,23 @@ def relay(served) -> Iterator[Relay]:
 
 
 @pytest.fixture(scope="module")
-def url(run: Run, relay: Relay, fleet) -> Iterator[str]:
+def watched_relays(fleet) -> Iterator[tuple[Relay, Relay]]:
+    """Before the server's metrics and its status page."""
+    status_port = free_port("127.0.0.1")
+    start_status_page("127.0.0.1", status_port, fleet)
+    relays = Relay(fleet.replicas[0].server.metrics_port), Relay(status_port)
+    yield relays
+    for relay in relays:
+        relay.cut()
+
+
+@pytest.fixture(scope="module")
+def url(run: Run, relay: Relay, watched_relays) -> Iterator[str]:
     """The page's own address, over the small shop's server."""
     listening = socket.create_server(("127.0.0.1", 0))
-    port, status_port = listening.getsockname()[1], free_port("127.0.0.1")
-    start_status_page("127.0.0.1", status_port, fleet)
-    metrics_port = fleet.replicas[0].server.metrics_port
+    port = listening.getsockname()[1]
     served, catalogue = Served(lambda: relay.address, "grpc", {}, "vivace serve --name shop"), Catalogue(run)
-    ports = lambda: (f"127.0.0.1:{metrics_port}", f"127.0.0.1:{status_port}")  # noqa: E731
+    ports = lambda: (watched_relays[0].address, watched_relays[1].address)  # noqa: E731
     operations = Operations(run, run.root.parent, ports, {}, OPERATOR_KEY)
     watched = watch.routes(operations, Load("grpc", {}), lambda: relay.address, catalogue.some_users)
     app = make_app(served, catalogue, "shop", port, (*watched, *judged.routes(judged.Judged(run), answered)))
@@ -261,18 +270,15 @@ def test_an_operator_sees_load_come_and_go_and_changes_nothing_without_the_key(p
     assert status == 400 and "no running server" in body  # this server takes no orders: 'vivace serve' does
 
 
-def test_operations_say_at_the_head_that_the_server_is_away(page, relay):
+def test_operations_say_at_the_head_that_the_server_is_away(page, relay, watched_relays):
     page.click("nav >> text=Operations")
     expect(page.locator("#operations .status").first).to_contain_text("Everything works")
-    page.route("**/api/watch", lambda route: route.fulfill(
-        content_type="text/event-stream", body='data: {"error": "gone"}\n\n'))  # fmt: skip
-    relay.cut()
-    page.click("nav >> text=Models")
-    page.click("nav >> text=Operations")
+    for each in (relay, *watched_relays):
+        each.cut()
     expect(page.locator("#server")).to_have_attribute("data-state", "away")
     expect(page.locator("#away")).to_contain_text("does not answer")
-    page.unroute("**/api/watch")
-    relay.restore()
+    for each in (relay, *watched_relays):
+        each.restore()
     expect(page.locator("#server")).to_have_attribute("data-state", "ok")
 
 

@@ -71,3 +71,10 @@ def test_what_is_of_the_history_alone_stands_before_the_loop(both):
     read = {name for node in body.node for name in node.input}
     assert {"KEYS", "VALUES", "NEWEST_EVENT"} <= read and "ENCODED_HISTORY" not in read
     assert len({i.name for i in graph.initializer}) == len(graph.initializer) and len(body.initializer) == 1
+
+
+def test_events_that_are_chosen_by_all_candidates_are_refused(tmp_path):
+    retriever = _retriever(EncoderConfig())
+    graph = RankingGraph(_ranker(retriever, "mmoe", nearest=3, nearest_to="request", memory=4))
+    with pytest.raises(ValueError, match=r"--at-once: .* 'request'"):
+        export_in_chunks(CHUNK)(graph, _inputs(retriever, 10), INPUTS, OUTPUTS, tmp_path / "ranking.onnx", None)

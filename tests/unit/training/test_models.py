@@ -69,7 +69,7 @@ def ranker(retriever: RetrievalModel) -> RankingModel:
     return _ranker(retriever, "mmoe")
 
 
-def _ranker(retriever: RetrievalModel, mixture: str) -> RankingModel:
+def _ranker(retriever: RetrievalModel, mixture: str, **more) -> RankingModel:
     torch.manual_seed(1)
     g = torch.Generator().manual_seed(2)
     tables = ItemTables(
@@ -81,7 +81,7 @@ def _ranker(retriever: RetrievalModel, mixture: str) -> RankingModel:
         numbers=torch.randn(ITEMS, 1, generator=g),
     )
     config = RankerConfig(candidates=10, heads=2, experts=2, expert_width=8, lags=4, followers=8, mixture=mixture,
-                          category_counts=True)  # fmt: skip
+                          category_counts=True, **more)  # fmt: skip
     model = RankingModel(config, tables, retriever, ("watched", "liked"))
     with torch.no_grad():
         for p in model.parameters():

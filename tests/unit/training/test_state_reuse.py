@@ -9,8 +9,10 @@ import onnx
 import pytest
 import torch
 
+from serving.runtime import by_length
 from serving.runtime.grown import GROWN, HIT, MISSED, GrownRetrieval
 from serving.runtime.state_cache import MOST_NEW, StateCache, prefixes
+from training.compile import onnx_export
 from training.compile.onnx_export import check_steps, export, export_steps, names_of
 from training.models.encoders import EncoderConfig, RelativeBias, distance_buckets
 from training.models.retrieval import EncoderStep, RetrievalGraph, RetrievalModel, states_of_event
@@ -90,6 +92,35 @@ def _inputs(s: contract.StageTensors, users: list[np.ndarray], rng: np.random.Ge
     exclude = rng.random((len(users), ITEMS)) < 0.1
     context = [rng.integers(1, 9, (len(users), 1))] if s.context else []
     return [ids, exclude, *([times] if s.timed else []), *([types] if s.types else []), *context]
+
+
+def test_long_histories_are_recorded_by_a_part_compared_whole_and_read_a_few_at_a_time(tmp_path, monkeypatch):
+    """So that 4,096 events fit the memory: what is recorded keeps every tensor, and attention's go with the square."""
+    model, recorded, rows = _model(EncoderConfig(width=16, heads=2, history=LENGTH), ContextColumns()), [], []
+    s = contract.StageTensors(LENGTH, CANDIDATES, ITEMS, 16)
+    given = _inputs(s, _users(9), np.random.default_rng(2))
+    inputs, outputs, file = contract.retrieval_inputs(s), contract.retrieval_outputs(s), tmp_path / "retrieval.onnx"
+    monkeypatch.setattr(onnx_export, "TRACED_EVENTS", 12)
+    monkeypatch.setattr(by_length, "PAIRS", 2 * LENGTH**2)  # rows of all events: two
+
+    def write(graph, example, *more) -> None:
+        recorded.append(tuple(example[0].shape))
+        export(graph, example, *more)
+
+    def run(feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        rows.append(len(feed[names[0]]))
+        return session.run(None, feed)
+
+    graph, example = RetrievalGraph(model, CANDIDATES), tuple(map(torch.from_numpy, given))
+    onnx_export.export_checked(contract.RETRIEVAL, graph, inputs, outputs, example, file, None, write)
+    assert recorded == [(2, 12)]
+    session, names = open_session(file), names_of(inputs)
+    answer = by_length.retrieved(run, s, names, given)
+    assert sum(rows) == 9 and len(rows) > 1
+    ids, scores, encoded = session.run(None, dict(zip(names, given, strict=True)))
+    assert (answer[0] == ids).mean() > 0.99  # items of nearly equal score change places
+    np.testing.assert_allclose(answer[1], scores, atol=SCORES)
+    np.testing.assert_allclose(answer[2], encoded, atol=ENCODINGS)
 
 
 @pytest.mark.parametrize("family", ["sasrec", "hstu"])

@@ -92,6 +92,12 @@ def _export(
     path: Path, axes: Mapping[str, tuple[int, str]] | None = None,
 ) -> None:  # fmt: skip
     """See ``onnx_export.export``."""
+    nearest = graph.model.nearest
+    if nearest is not None and not nearest.per_candidate:
+        raise ValueError(
+            "--at-once: expected a ranker whose candidates can be scored apart, got ranker.nearest_to 'request', which "
+            "chooses events by all of them; train with ranker.nearest_to 'candidate', or leave --at-once out"
+        )
     graph = graph.eval()
     history, ids, scores, encoded, *more = example
     names, rest = list(inputs[:3]), list(inputs[4:])
