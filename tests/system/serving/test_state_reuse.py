@@ -160,5 +160,5 @@ def test_growing_histories_are_answered_as_anew_whatever_becomes_of_the_cache(fl
 
 
 def test_a_profile_that_keeps_no_states_refuses_the_room(run):
-    with pytest.raises(ServerError, match="the profile default keeps no states; serve the profile fused"):
+    with pytest.raises(ServerError, match="the profile ensemble keeps no states; serve the profile fused"):
         check_state_cache(releases(run.repository)[0], "", ROOM)
