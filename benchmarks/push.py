@@ -71,7 +71,8 @@ class Budget:
         ids, first = np.full(len(users), target), slice(0, self.old)
         parts = (users, ids, times, context_NC)
         before = users[first], recent.ids[first], np.full(self.old, now_ms - HOUR_MS), context_NC[first]
-        return Stream.of(*(np.concatenate(x) for x in zip(before, parts, strict=True)), limits)
+        of, items, at, context = (np.concatenate(x) for x in zip(before, parts, strict=True))
+        return Stream.of(of, items, at, context, limits)
 
 
 class Moment:
