@@ -6,9 +6,8 @@ Recorded requests come at random (Poisson) over gRPC, whatever became of those b
 version and back again, ``--changes`` times in all. Each change begins a part of ``--part`` seconds; what comes when it
 is over is the comparison, so both are measured in turns. The other version is the served one once more, so every answer
 is compared with that before the first change; at the end scores are compared too, bit for bit. Memory is that of all
-processes of the fleet (PSS), at rest: before, after the
-first two changes, as what a server has answered stays with it, and after all. It works on a copy of the run. The last line of stdout is one
-JSON object.
+processes of the fleet (PSS), at rest: before, when the first server has answered the recorded requests as each new one
+does, after two changes and after all. It works on a copy of the run. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -85,9 +84,10 @@ def main(
             expected = [items_of(answer) for answer in raw]
             with Load(url, sent, expected, due_times("poisson", qps, part, seed)):
                 pass
+            accept, took_s = Acceptance(recorded_calls(copy)), list[float]()
+            accept(server, server)
             mib, first = {"before": memory_mib(fleet)}, fleet.release
             versions = (published_again(copy), first)
-            accept, took_s = Acceptance(recorded_calls(copy)), list[float]()
             beside, between = list[Any](), list[Any]()
             for change in range(changes):
                 with Load(url, sent, expected, due_times("poisson", qps, part, seed + change)) as load:
