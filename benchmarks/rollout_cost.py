@@ -18,6 +18,7 @@ import contextlib
 import tempfile
 import threading
 import time
+import uuid
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ import psutil
 import typer
 from prometheus_client import generate_latest
 from rich.console import Console
+from tritonclient.grpc import service_pb2
 
 from benchmarks.fault_kinds import copy_of, published_again, wait_well
 from benchmarks.fault_load import Load, answers_of
@@ -108,7 +110,9 @@ class Served:
 
 def _begin(stack: contextlib.ExitStack, run: Run, profile: str, kept: bool, shadow: float) -> Served:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    copy, sent = copy_of(run, folder / "run"), list(dict.fromkeys(messages(run.root)))[:200]
+    copy, bodies = copy_of(run, folder / "run"), list(dict.fromkeys(messages(run.root)))[:200]
+    ids = (service_pb2.ModelInferRequest(id=uuid.uuid4().hex).SerializeToString() for _ in bodies)
+    sent = [body + named for body, named in zip(bodies, ids, strict=True)]  # copies are compared by the call's id
     release = copy.repository.resolve()
     options = on_free_ports(release, profile, copy.server_log, guard=True, impressions=kept,
                             impressions_every_s=EVERY_S)  # fmt: skip
