@@ -75,10 +75,15 @@ class Served:
         server = self.fleet.replicas[0].server
         return f"{server.address}:{server.grpc_port}"
 
-    def pids(self) -> set[int]:
-        """Of those that answer callers, and of nothing else."""
+    def spent_s(self) -> dict[str, float]:
+        """Processor seconds until now of those that answer callers: the guard, the servers, and of this process what a
+        trial takes."""
         trial = set() if self.fleet.trial is None else self.fleet.trial.server.processes()
-        return self.fleet.processes() - trial
+        door = set() if self.fleet.door is None else {self.fleet.door.pid}
+        return {
+            "guard": processor_seconds(door), "servers": processor_seconds(self.fleet.processes() - trial - door),
+            "supervisor": time.thread_time() + _comparison_s(),
+        }  # fmt: skip
 
     def look(self) -> None:
         """What a fleet with a trial does each second."""
@@ -93,19 +98,19 @@ class Served:
                 scraped(replica.server.sockets.metrics)
 
     def part(self, qps: float, seconds: float, seed: int) -> dict[str, float]:
-        """p50 in ms and processor time a request in ms, of a part."""
+        """p50 in ms, and processor time a request in ms, together and of each kind of process."""
         due = due_times("poisson", qps, seconds, seed)
-        before, own = processor_seconds(self.pids()), time.thread_time() + _comparison_s()
+        before = self.spent_s()
         with Load(self.url, self.sent, self.expected, due) as load:
             until = time.monotonic() + seconds
             while time.monotonic() < until:
                 time.sleep(min(LOOK_S, max(until - time.monotonic(), 0)))
                 self.look()
-        spent = processor_seconds(self.pids()) - before + time.thread_time() + _comparison_s() - own
+        spent = {f"{who}_ms": 1000 * (now - before[who]) / len(due) for who, now in self.spent_s().items()}
         if load.wrong or load.refusals:
             raise RuntimeError(f"{len(load.wrong)} wrong answers; refused: {dict(load.refusals)}")
         waits = [1000 * (record[2] - record[0]) for record in load.records]
-        return {"p50_ms": float(np.median(waits)), "processor_ms": 1000 * spent / len(due)}
+        return {"p50_ms": float(np.median(waits)), "processor_ms": sum(spent.values()), **spent}
 
 
 def _begin(stack: contextlib.ExitStack, run: Run, profile: str, kept: bool, shadow: float) -> Served:
@@ -137,6 +142,9 @@ def _copies(served: Served, share: float) -> None:
 
 def _ratios(figures: dict[str, list[dict[str, float]]], to: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
+    for what in ("guard_ms", "servers_ms", "supervisor_ms"):
+        result[what] = {name: spread([figure[what] for figure in turns]) for name, turns in figures.items()}
+        console.print(what, {name: with_spread(figure, 3) for name, figure in result[what].items()})
     for what in ("p50_ms", "processor_ms"):
         base = [figure[what] for figure in figures[to]]
         result[what] = {
