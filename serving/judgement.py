@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 from prometheus_client import Metric
 
@@ -82,6 +83,10 @@ class Plan:
 class Sample:
     """What a server has counted since it began, of ``recommend``: calls, those of them that failed, seconds that the
     others took; rows answered, those that were not answered whole."""
+
+    COUNTED: ClassVar = ("nv_inference_request_success", "nv_inference_request_failure",
+                         "nv_inference_request_duration_us", "vivace_answers_total")  # fmt: skip
+    """How the names of the samples begin that it reads of a page."""
 
     calls: float = 0.0
     failed: float = 0.0

@@ -225,7 +225,7 @@ class Rollout:
 
 
 def _page(sockets: Any) -> list[Metric]:
-    return scraped(sockets.metrics) if sockets is not None else []
+    return scraped(sockets.metrics, Sample.COUNTED) if sockets is not None else []
 
 
 def on_trial(fleet: Fleet) -> int:
