@@ -52,6 +52,7 @@ def test_addresses():
         ("http://:pw@h", "expected a URL"),
         ("valkey://h?limit_ms=no", "limit_ms: expected a number"),
         ("valkey://h?prefix=a:*", "prefix: expected letters"),
+        ("valkey://h?replicas=many", "replicas: expected how many"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             Address.parse(wrong)
@@ -172,6 +173,28 @@ def test_what_was_acknowledged_outlives_a_kill_of_the_server_and_of_the_sender(t
             assert kept[:acknowledged] == list(range(acknowledged))  # each once, though the second sender repeats
             assert all(sorted(map(int, h)) == list(map(int, h)) for h in histories)
             store.close()
+
+
+def test_what_replicas_have_outlives_the_primary(tmp_path):
+    with ValkeyServer(tmp_path / "primary", "--repl-diskless-sync-delay", "0") as primary:
+        following = ("--replicaof", "127.0.0.1", str(primary.port))
+        with ValkeyServer(tmp_path / "replica", *following) as replica, replica.client() as copy:
+            wait_until(lambda: copy.info("replication")["master_link_status"] == "up", "a replica that follows")
+            store = ValkeyStore(f"{primary.url}?write_ms=4000&limit_ms=2000&replicas=1")
+            assert store.append([Event("u", str(n), "view", n, str(n)) for n in range(50)]) == {"u": 50}
+            last = Event("u", "last", "view", 60, "last")
+            with stopped(replica), pytest.raises(StoreUnreachableError, match=r"0 of 1 replicas have it after 2000 ms"):
+                store.append([last])
+            assert store.histories(["u"])[0][-1] == "last" and store.fault() == ""  # reads go on
+            assert store.append([last]) == {"u": 51}  # once, and this time the replica has it
+            store.change_catalogue([Change("i", "{}")])
+            store.close()
+            primary.kill()
+            copy.execute_command("REPLICAOF", "NO", "ONE")
+            after = ValkeyStore(f"{replica.url}?write_ms=4000&limit_ms=2000")
+            assert after.histories(["u"]) == [[*map(str, range(50)), "last"]] and after.last_change() == 1
+            assert after.live_events(0)[0] == 51 and after.append([last]) == {"u": 51}
+            after.close()
 
 
 @pytest.fixture
