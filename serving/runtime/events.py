@@ -53,9 +53,11 @@ def parse_event(
             f"{TIMESTAMP_MS.name}: expected Unix time in ms, 1 to {latest_ms} (a day from now), got {timestamp_ms}; "
             "0 is now"
         )
-    parse_context(context, columns or ContextColumns())
+    columns = columns or ContextColumns()
+    parse_context(context, columns)
     kind = checked_text(event_type, EVENT_TYPE.name, MAX_EVENT_TYPE_BYTES)
-    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id)
+    shown = kind in columns.shown_types
+    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id, shown)
 
 
 def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
@@ -66,6 +68,6 @@ def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
         status = with_reason(
             status, f"stored, but {APPEND_ITEM_ID.name} {event.item_id[:64]!r} is not in the catalogue of the models"
         )
-    without = unknown_types([event.event_type], event_types, EVENT_TYPE.name)
+    without = "" if event.shown else unknown_types([event.event_type], event_types, EVENT_TYPE.name)
     stored = "stored, but " if without and status == STATUS_OK else ""
     return with_reason(status, stored + without)

@@ -73,6 +73,8 @@ class RankerConfig:
     """A user's events on one item within so many seconds count once (0: each; ``vivace.limits``)."""
     rising_user_events: int = 0
     """The most of a user's events that count within ten minutes (0: all)."""
+    shown_rates: bool = False
+    """Beside the live counts, how often an item was shown and which share took it (``vivace.live_shown``)."""
     category_counts: bool = False
     """How many events of the whole history are of the candidate's first categorical attribute, two features."""
 
@@ -121,9 +123,8 @@ class RankingModel(nn.Module):
         self.own = nn.Linear(d + attributes, d)  # the candidate as the attention sees it; named so in saved weights
         self.key, self.value = nn.Linear(2 * d, d), nn.Linear(2 * d, d)
         self.types = retriever.types
-        self.type_embedding = (
-            nn.Embedding(self.types, 2 * d) if self.types else None
-        )  # what a type adds to keys and values
+        # what a type adds to keys and values
+        self.type_embedding = nn.Embedding(self.types, 2 * d) if self.types else None
         columns = retriever.read_context
         self.columns = columns
         self.context = ContextTower(columns, CONTEXT_WIDTH) if columns.names else None
@@ -132,7 +133,7 @@ class RankingModel(nn.Module):
         self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         counted = len(retriever.columns.counted) if config.by_context else 0
-        live = live_features(counted) if config.rising else 0
+        live = live_features(counted, config.shown_rates) if config.rising else 0
         counters = 5 + 2 * config.lags + 2 * config.category_counts + 2 * bool(config.nearest) + live
         self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
         towers = blocks.towers(head_names)

@@ -193,12 +193,14 @@ class LmdbStore(CatalogueStore):
             slot, log = self._slot(transaction), self._log
             number = log.last(transaction)
             for event in appended:
-                if log.has(transaction, event):  # sent again, as its sender did not hear of it
+                known = log.has(transaction, event)  # sent again, as its sender did not hear of it
+                if not known:
+                    number += 1
+                    log.add(transaction, number, event, now_ms)
+                if known or event.shown:
                     lengths[event.user_id] = self._length(transaction, slot, event.user_id)
-                    continue
-                number += 1
-                log.add(transaction, number, event, now_ms)
-                lengths[event.user_id] = self._append_to_history(transaction, slot, event, number)
+                else:
+                    lengths[event.user_id] = self._append_to_history(transaction, slot, event, number)
             self._age_out(transaction, slot, 2 * len(appended), now_ms)
             return lengths
 
