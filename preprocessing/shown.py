@@ -24,7 +24,7 @@ RAW = [USER, ITEM, TIME, EVENT, SOURCE_ROW]
 
 def shown_apart(events: pd.DataFrame, schema: DataSchema) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Clean rows without those that say what was shown, and those, with the columns RAW."""
-    if not schema.shown_types:
+    if not schema.shown_types or events.empty:
         return events, events.iloc[:0]
     shown = events[EVENT].isin(schema.shown_types)
     return events[~shown], events.loc[shown, RAW]

@@ -3,8 +3,8 @@ whose last event is which.
 
 Keys and values: of the log, a number that rises by one, and msgpack ``[user, item, event type, time in ms, digest of
 its id, when it came in ms, context, id of the request, whether it was only shown]`` (older records lack what is behind
-the time); of the ids, the digest, and the event's number; of the marks, the user, and the number of the user's last live
-event that the history has, with a byte that says whether the user was there before the first.
+the time); of the ids, the digest, and the event's number; of the marks, the user, and the number of the user's last
+live event that the history has, with a byte that says whether the user was there before the first.
 """
 
 from __future__ import annotations
