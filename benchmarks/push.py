@@ -201,6 +201,8 @@ def main(
     features, preset = Features(run.features), from_json(json.loads(run.preset.read_text()))
     if not preset.ranker.rising:
         raise typer.BadParameter(f"{name}: expected a run with live counters, got ranker.rising 0", param_hint="--name")
+    if preset.ranker.shown_rates:
+        raise typer.BadParameter(f"{name}: expected a run without ranker.shown_rates", param_hint="--name")
     seed = int(run.manifest(RANKING)["seed"])
     models = Models(features, preset, run.root, [RANKING])
     budgets = [Budget(int(a), int(e)) for a in accounts.split(",") for e in events.split(",")]

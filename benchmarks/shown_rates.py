@@ -6,10 +6,10 @@ Writes a log of one day with a plant, prepares it and trains two rankers a seed 
 counters, and with what was shown beside them (``ranker.shown_rates``). Both rank the test requests once.
 
 The plant: each item has an appeal, the chance that who sees it clicks it, drawn anew every few hours. A crowd sees
-pages, and each ten minutes the site promotes some items, which then take most of the places. So an item of much appeal
-that is seldom shown has as many clicks as a dull one on every page. Whom the models are judged by see a page where all
-items come alike and click one by its appeal. The row "oracle" ranks by the appeal itself. The last line of stdout is
-one JSON object.
+pages, and every two hours the site promotes some items, which then take most of the places. So an item of much appeal
+that is seldom shown has as many clicks as a dull one on every page. Whom the models are judged by come by other ways
+than a page, such as a mail, and click an item by its appeal. The row "oracle" ranks by the appeal itself. The last line
+of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -59,15 +59,17 @@ shown_types = "{SHOWN}"
 @dataclass(frozen=True)
 class Plant:
     """Size of the log. ``judged``: users with a validation and a test event; ``pages``: of the crowd in a round, of
-    ``places`` items each; ``promoted``: items that are, ``push`` times as often on a page as others."""
+    ``places`` items each; ``promoted``: items that are, for ``promotion_rounds``, ``push`` times as often on a page as
+    others."""
 
     items: int = 60
     rounds: int = 144
-    judged: int = 3000
-    pages: int = 100
+    judged: int = 1500
+    pages: int = 200
     places: int = 8
     promoted: int = 12
-    push: float = 15.0
+    push: float = 30.0
+    promotion_rounds: int = 12
     appeal_rounds: int = 24
     seed: int = 0
 
@@ -75,7 +77,7 @@ class Plant:
         """Of each round and item, float64 [rounds, items]: each item's is drawn anew every ``appeal_rounds``, not all
         at the same time."""
         rng = np.random.default_rng([self.seed, 1])
-        drawn = 0.02 + 0.4 * rng.random((self.rounds // self.appeal_rounds + 2, self.items)) ** 3
+        drawn = 0.03 + 0.5 * rng.random((self.rounds // self.appeal_rounds + 2, self.items)) ** 8
         phase = rng.integers(0, self.appeal_rounds, self.items)
         spell = (np.arange(self.rounds)[:, None] + phase[None, :]) // self.appeal_rounds
         appeals: np.ndarray = drawn[spell, np.arange(self.items)[None, :]]
@@ -91,8 +93,9 @@ class Plant:
             rows.extend((user, f"item {i}", time_ms + 3_000 + 2_000 * n, CLICK) for n, i in enumerate(clicked.tolist()))
 
         for round_ in range(self.rounds):
-            chance = np.ones(self.items)
-            chance[rng.choice(self.items, self.promoted, replace=False)] = self.push
+            if round_ % self.promotion_rounds == 0:
+                chance = np.ones(self.items)
+                chance[rng.choice(self.items, self.promoted, replace=False)] = self.push
             for n in range(self.pages):
                 items = rng.choice(self.items, self.places, replace=False, p=chance / chance.sum())
                 clicked = items[rng.random(self.places) < appeals[round_, items]][:2]  # two of a user are for training
@@ -100,9 +103,9 @@ class Plant:
         for n in range(self.judged):
             times = np.sort(rng.random(3)) * 0.5 + rng.random() * (self.rounds - 1)  # rounds: within five minutes
             for at in times.tolist():
-                items = rng.choice(self.items, self.items // 3, replace=False)
-                weight = appeals[int(at), items]
-                page(f"judged {n}", items, rng.choice(items, 1, p=weight / weight.sum()), START + int(at * ROUND_MS))
+                weight = appeals[int(at)]
+                clicked = rng.choice(self.items, 1, p=weight / weight.sum())
+                page(f"judged {n}", clicked[:0], clicked, START + int(at * ROUND_MS))
         log = pd.DataFrame(rows, columns=["user", "item", "time", "type"])
         return log.sort_values("time", kind="stable").reset_index(drop=True)
 

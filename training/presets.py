@@ -145,8 +145,8 @@ class Preset:
         self._check_nearest()
         if self.ranker.shown_rates and not self.ranker.rising:
             raise ValueError(
-                "Preset: ranker.shown_rates are of live counters: expected ranker.rising above 0, got 0; set it, to 100 "
-                "for example, or leave ranker.shown_rates out"
+                "Preset: ranker.shown_rates are of live counters: expected ranker.rising above 0, got 0; set it, or "
+                "leave ranker.shown_rates out"
             )
         if self.ranker.rising and self.ranking.past_events:
             raise ValueError(
