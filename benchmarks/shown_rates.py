@@ -163,7 +163,7 @@ def main(
     for seed in numbers:
         for row, rates in ((COUNTERS, False), (RATES, True)):
             chosen = preset(plant.items, rates, epochs)
-            ranks = ranks_of(features, folder / f"{seed} {row}".replace(" ", "-"), seed, chosen)
+            ranks = ranks_of(features, folder / str(seed), seed, chosen)
             ndcg.setdefault(row, []).append(ndcg_of(ranks))
             console.print(f"seed {seed}, {row}: NDCG@10 {ndcg[row][-1].mean():.4f}")
     mean = {row: np.mean(values, axis=0) for row, values in ndcg.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,7 @@ def trained(tmp_path_factory) -> Trained:
     root = folder / "run"
     prepare(Tables(PLANT.write(folder)), PrepareConfig(partitions=2), root, 0, quiet)
     features = Features(root / "features")
-    without = ranks_of(features, folder / "without", 3, preset(PLANT.items, False, 6))
+    without = ranks_of(features, root, 3, preset(PLANT.items, False, 6))
     return Trained(Run(root), features, PLANT.log(), ranks_of(features, root, 3, RATES), without)
 
 
@@ -56,9 +57,8 @@ def test_what_was_shown_is_no_event_and_no_history(trained):
     names = trained.features.items()[ITEM].to_numpy()[shown.ids - FIRST_ID]
     expected = trained.log.loc[trained.log["type"] == SHOWN, "item"].value_counts().to_dict()
     assert pd.Series(names).value_counts().to_dict() == expected
-    store = LmdbStore(trained.run.feature_store, readonly=True)
-    kinds = {kind for _, types, _ in store.typed_histories(["judged 0", "judged 7"]) for kind in types}
-    store.close()
+    with closing(LmdbStore(trained.run.feature_store, readonly=True)) as store:
+        kinds = {kind for _, types, _ in store.typed_histories(["judged 0", "judged 7"]) for kind in types}
     assert kinds == {"click"} and trained.features.context.shown_types == (SHOWN,)
 
 
@@ -71,7 +71,6 @@ def test_the_planted_promotion_is_seen_through(trained):
 
 def test_an_item_that_is_shown_and_not_clicked_falls_within_a_second(trained):
     compile_models(trained.features, RATES, trained.run.root, 3, quiet)
-    store = LmdbStore(trained.run.feature_store, readonly=True)
     with (
         service(on_free_ports(trained.run.repository, profile="fused"), quiet) as (server, _),
         PatientClient(f"{server.host}:{server.grpc_port}") as client,
@@ -92,16 +91,14 @@ def test_an_item_that_is_shown_and_not_clicked_falls_within_a_second(trained):
         since = time.monotonic()
         while (after := scores())["item 3"] - after["item 4"] > before["item 3"] - before["item 4"] - 0.2:
             assert time.monotonic() - since < 1.0, (before["item 3"], after["item 3"], after["item 4"])
-        assert length == 3 and store.histories(["idle 0"]) == [None]
+        assert length == 3
         asked = client.recommend("", top_k=5, history=["item 1\x1fclick\x1f1", f"item 2\x1f{SHOWN}\x1f2"])
         same = client.recommend("", top_k=5, history=["item 1\x1fclick\x1f1"])
         assert asked.items == same.items
-    store.close()
 
 
 def test_a_refresh_takes_impressions_along(trained, tmp_path):
-    store = Run(trained.run.root).feature_store
-    came = appended_since(store, 0)
+    came = appended_since(trained.run.feature_store, 0)
     assert set(came.rows[EVENT]) == {"click"} and len(came.shown) >= 681 and came.aged_out == 0
     manifest = refresh_features(trained.features, came, tmp_path / "features", 0.1, None, quiet)
     renewed = Features(tmp_path / "features")
