@@ -153,13 +153,14 @@ def _ingest(
             partitions.add(clean)
         if chunk.read:
             say(f"read {rejects.read['interactions']:,} rows, rejected {sum(rejects.counts.values()):,}")
-    files, read = partitions.close(), rejects.read["interactions"]
+    files, shown_files, read = partitions.close(), impressions.close(), rejects.read["interactions"]
     rejects.refuse_nearly_all("interactions", EVENT_HINTS)
     if not files:
+        none = "no good row but those of shown_types" if shown_files else "no good row"
         raise ValueError(
-            f"interactions: no good row in {read:,}; rejected {rejects.summary()}; see {rejects.path} and the mapping"
+            f"interactions: {none} in {read:,}; rejected {rejects.summary()}; see {rejects.path} and the mapping"
         )
-    return files, impressions.close(), times
+    return files, shown_files, times
 
 
 def _events(
@@ -356,6 +357,8 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         if schema.shown_types:
             of_log = of_partitions(shown_files, pd.Index(items[contract.ITEM]), rejects)
             shown = write_shown([of_log], folder / SHOWN_FILE)
+            if not shown:
+                rejects.notes.append(f"shown_types: no event has one of {list(schema.shown_types)}")
         searches = _searches(source, items[contract.ITEM], folder, rejects, say)
         compile_transforms(workflow, schema, folder)
     histories = (row for file in events for row in _histories(file))
