@@ -22,7 +22,8 @@ class StoreUnreachableError(StoreError):
 class Event:
     """One interaction. ``timestamp_ms`` is Unix time in milliseconds. ``event_id``: what its sender calls it, the same
     when it is sent again; "" where it has no name. ``context``: JSON of what was known of the moment, or "".
-    ``request_id``: of the request whose answer it is of, or ""."""
+    ``request_id``: of the request whose answer it is of, or "". ``came_ms``: when the store took it, where its log
+    says so."""
 
     user_id: str
     item_id: str
@@ -31,6 +32,7 @@ class Event:
     event_id: str = field(default="", compare=False)
     context: str = field(default="", compare=False)
     request_id: str = field(default="", compare=False)
+    came_ms: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class Record:
     def read(cls, key: bytes, value: bytes) -> Record:
         columns = msgpack.unpackb(value)
         user, item, kind, time_ms, id_digest, came_ms, context, request_id = columns + _ABSENT[len(columns) :]
-        event = Event(user, item, kind, time_ms, context=context, request_id=request_id)
+        event = Event(user, item, kind, time_ms, context=context, request_id=request_id, came_ms=came_ms)
         return cls(int.from_bytes(key, "big"), event, id_digest, came_ms)
 
 
