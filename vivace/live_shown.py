@@ -27,7 +27,7 @@ CLICK_FLOOR = 0.1  # clicks of all items together, where there are none
 def shown_limits(limits: CountLimits) -> CountLimits:
     """What of one user's impressions counts: an item once in as long as a click on it does. How many clicks of one user
     count bounds no impressions, as a page shows many items at once."""
-    return CountLimits(limits.same_item_ms, 0)
+    return CountLimits(limits.same_item_ms)
 
 
 @dataclass(frozen=True)

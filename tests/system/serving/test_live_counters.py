@@ -6,12 +6,14 @@ import os
 import shutil
 import signal
 import time
+import urllib.request
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from serving.runtime.live_feed import LiveFeed
 from serving.runtime.moment import Moment
@@ -28,10 +30,19 @@ from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
 from training.presets import tiny
 from vivace.client import VivaceError
-from vivace.contract import APPEND_EVENT, FEATURE_TRANSFORM, FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, live_features
+from vivace.contract import (
+    APPEND_EVENT,
+    FEATURE_TRANSFORM,
+    FIRST_ID,
+    LIVE_FEATURES,
+    LIVE_HALF_LIVES_MS,
+    STATUS_OK,
+    live_features,
+)
 from vivace.live import RECENT
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
+from vivace.suspects import FLOOR
 
 RISING = 24
 CANDIDATES = 60  # with what is rising, fewer than an answer may have
@@ -55,25 +66,39 @@ def _rare(features, taken: int) -> str:
     return str(features.items()["item_id"].tolist()[-1 - taken])
 
 
-@pytest.mark.parametrize("profile", ["", "fused"])
-def test_what_is_appended_is_rising_within_a_second(live_root, root, features, profile, tmp_path):
+@pytest.mark.parametrize(("profile", "becomes"), [("", "keep"), ("fused", "refuse")])
+def test_what_is_appended_is_rising_within_a_second(live_root, root, features, profile, becomes, tmp_path):
     rising = _rare(features, taken=["", "fused"].index(profile))
     with (
-        service(on_free_ports(live_root / "model_repository", profile=profile), quiet) as (server, _),
+        service(on_free_ports(live_root / "model_repository", profile=profile, suspects=becomes), quiet) as (server, _),
         PatientClient(f"{server.host}:{server.grpc_port}") as client,
     ):
         before = client.recommend("nobody", top_k=10)
         assert rising not in before.items
         pushed = _rare(features, taken=2 + ["", "fused"].index(profile))
-        for _ in range(100):  # one account, whose clicks on an item count once
-            client.append(f"mallory {profile}", pushed)
+        for _ in range(FLOOR):  # one account, whose clicks on an item count once
+            assert client.append(f"mallory {profile}", pushed).status == STATUS_OK
+        more = _rare(features, taken=6 + ["", "fused"].index(profile))  # and no person clicks so often
+        if becomes == "refuse":
+            with pytest.raises(
+                VivaceError, match=r"mallory fused.* within a minute.*nothing of the request was stored"
+            ):
+                client.append(f"mallory {profile}", more)
+        else:
+            kept = client.append(f"mallory {profile}", more)
+            assert kept == FLOOR + 1 and "not counted for others: more than 30 events" in kept.status
         for n in range(60 if profile else 40):  # more than the other profile left in the store
             client.append(f"crowd {profile} {n}", rising)
         appended = time.monotonic()
         # a cold user gets what is clicked most now, before what was popular in training
         while (items := list(client.recommend("nobody", top_k=10).items))[0] != rising:
             assert time.monotonic() - appended < 1.0, f"{rising} is not first after a second: {items}"
-        assert pushed in client.recommend("nobody", top_k=100).items  # it rises, behind what a crowd clicked
+        everyone = client.recommend("nobody", top_k=100).items
+        assert pushed in everyone and more not in everyone  # the one rises, behind what a crowd clicked
+        page = urllib.request.urlopen(f"http://{server.host}:{server.metrics_port}/metrics").read().decode()
+        samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
+        counts = {s.labels["how"]: s.value for s in samples if s.name == "vivace_suspect_events_total"}
+        assert counts == {"kept": becomes == "keep", "refused": becomes == "refuse"}
         user = min(users_of_data(root))
         assert rising in client.recommend(user, top_k=100).items
         assert rising not in client.recommend(f"crowd {profile} 0", top_k=100).items  # who has seen it
