@@ -62,12 +62,25 @@ def compiled(config: EncoderConfig, folder: Path) -> contract.StageTensors:
     return s
 
 
+def read(ids: np.ndarray, config: EncoderConfig) -> np.ndarray:
+    """Of ids int64 [n] those that a server reads."""
+    return ids[len(ids) - windows.newest(ids, config.history, config.slide) :]
+
+
+def before_one_more(config: EncoderConfig, rng: np.random.Generator) -> np.ndarray:
+    """Ids int64 [n] of the longest history, of some, whose window stays where it is with one event more."""
+    ids = rng.integers(contract.FIRST_ID, ITEMS, config.history + 4 * config.slide)
+    counts = [len(read(ids[:n], config)) for n in range(config.history, len(ids))]
+    stay = [(count, n) for n, (count, after) in enumerate(zip(counts, counts[1:], strict=False)) if after == count + 1]
+    return ids[: config.history + max(stay)[1]]
+
+
 def inputs_of(histories: Sequence[np.ndarray], config: EncoderConfig) -> Inputs:
     """Inputs of retrieval for ids int64 [n], cut as a server cuts them."""
     ids_BT = np.zeros((len(histories), config.history), np.int64)
     for row, ids in zip(ids_BT, histories, strict=True):
-        n = windows.newest(ids, config.history, config.slide)
-        row[config.history - n :] = ids[len(ids) - n :]
+        events = read(ids, config)
+        row[config.history - len(events) :] = events
     return [ids_BT, np.zeros((len(histories), ITEMS), bool)]
 
 
@@ -88,14 +101,14 @@ def processor_ms(call: Callable[[], object]) -> float:
 
 
 def appended(family: str, length: int, turns: int) -> dict[str, Any]:
-    """One event appended to a history of ``length - 1``, again and again with another event."""
+    """One event appended to a history of nearly ``length``, again and again with another event."""
     config, rng = config_of(family, length), np.random.default_rng(SEED)
     with tempfile.TemporaryDirectory() as name:
         s = compiled(config, Path(name))
         whole, grown = Encoder(Path(name), s), shared(Path(name), s, 256)
-        before = rng.integers(contract.FIRST_ID, ITEMS, length - 1)
+        before = before_one_more(config, rng)
         grown(inputs_of([before], config))
-        longer = np.append(before, 5)[:, None]
+        longer = read(np.append(before, 5), config)[:, None]
         entry = grown.cache.find(prefixes(longer, grown.model), longer)
         assert entry is not None and entry.states is not None
         value = packed(entry.events, [entry.states], [entry.encoded])
@@ -109,7 +122,7 @@ def appended(family: str, length: int, turns: int) -> dict[str, Any]:
             if form == ANEW:
                 return processor_ms(lambda: whole(asked))
             took = processor_ms(lambda: grown(asked))
-            now = prefixes(ids[:, None], grown.model)[0]
+            now = prefixes(read(ids, config)[:, None], grown.model)[0]
             grown.cache.put([(entry.key, value)], [now])  # as before the event: the history without it
             return took
 
