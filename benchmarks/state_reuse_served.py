@@ -193,11 +193,11 @@ def replayed(pair: Pair, log: Log, turns: int) -> dict[str, Any]:
     shares = {how: rows[how] / (rows["hit"] + rows["grown"] + rows["missed"]) for how in ("hit", "grown", "missed")}
     return {
         "requests": len(log.asked) - half, "same_top": same, "same_but_ties": tied, "scores_apart": far,
-        "shares": shares, "evicted": rows["evicted_total"], "processor_ms": _both(cpu), "p50_ms": _both(ms),
+        "shares": shares, "evicted": rows["evicted_total"], "processor_ms": both(cpu), "p50_ms": both(ms),
     }  # fmt: skip
 
 
-def _both(of: dict[str, list[float]]) -> dict[str, Any]:
+def both(of: dict[str, list[float]]) -> dict[str, Any]:
     ratio = [a / r for a, r in zip(of[ANEW], of[REUSED], strict=True)]
     return {ANEW: spread(of[ANEW]), REUSED: spread(of[REUSED]), "times": spread(ratio)}
 
