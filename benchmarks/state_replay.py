@@ -127,11 +127,9 @@ def main(
         store = LmdbStore(copy.feature_store)
         life.callback(store.close)
         figures = replayed(Pair(life, copy.root, room_mb), store, pages, turns)
-        read = [
-            len(events) for events in store.typed_histories(list(before)) for events in [events[0] if events else []]
-        ]
+        at_the_end = [len(history or []) for history in store.histories(list(before))]
     figures |= {
-        "length": length, "users": len(before), "past": float(np.median(lengths)), "at_the_end": float(np.median(read)),
+        "length": length, "users": len(before), "past": past, "at_the_end": float(np.median(at_the_end)),
         "events": sum(len(events) for _, events in pages), "room_mb": room_mb, "trained": not length,
     }  # fmt: skip
     cpu, shares = figures["processor_ms"], {how: f"{share:.1%}" for how, share in figures["shares"].items()}
