@@ -52,7 +52,7 @@ def _answers(run: Run, server: TritonServer, search: bool) -> None:
         visitor, item = f"visitor-{int(time.time())}", sample[contract.TARGET][0]
         print_answer(run, visitor, [], client.recommend(visitor, top_k=5))
         client.append(visitor, item)
-        say(f"appended one event: {visitor} looks at {item} {titles(run, [item])[0]}")
+        say(f"appended one event of {visitor}: {item} {titles(run, [item])[0]}")
         print_answer(run, visitor, [item], client.recommend(visitor, top_k=5))
         if run.shapes().fresh:
             _new_item(run, client, visitor, item)
