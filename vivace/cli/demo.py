@@ -176,7 +176,7 @@ def run_demo(
                 tune(name=name, artifacts=artifacts, budget=tune_minutes, save_as=TUNED)
                 profile, which = TUNED, f"profile {TUNED}"
             except ValueError as error:  # such as an objective that nothing meets here: it is served as it is
-                say(f"{error}; served untuned")
+                say(f"{str(error).replace('--budget', '--tune-minutes')}; served untuned")
             clock.done("tune")
     say(which)
     options = ServerOptions(
