@@ -1,12 +1,14 @@
-"""What the page shows of an item."""
+"""The page beside its server: what it shows of an item, and where it listens."""
 
 from __future__ import annotations
 
 import pandas as pd
 import pytest
+import typer
 
 from preprocessing.features import CATALOGUE_FILE, SCHEMA_FILE
 from vivace.cli.page.catalogue import LISTED, Catalogue
+from vivace.cli.ui import LOOPBACK, listen
 from vivace.contract import ITEM, TITLE, DataSchema, TaskHead
 from vivace.manifest import write_json
 from vivace.run import Run
@@ -38,3 +40,10 @@ def test_of_many_values_the_common_ones_are_shown_and_the_others_counted(catalog
     assert catalogue.cards(["unknown"])[0] == {
         "id": "unknown", "title": "unknown", "price": None, "attributes": {}, "kind": "", "new": False
     }  # fmt: skip
+
+
+def test_a_port_that_is_taken_is_refused_with_a_way_out():
+    with listen(LOOPBACK, 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(typer.BadParameter, match=f"{port} is taken.* 0 for a free one"):
+            listen(LOOPBACK, port)
