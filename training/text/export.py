@@ -32,8 +32,8 @@ def _export_float(tower: TextTower, path: Path) -> None:
     for row, text in zip(tokens_BS, ("red lamp", "a tall blue lamp"), strict=True):
         ids = tower.tokenizer.encode(text).ids[: len(row)]
         row[: len(ids)] = torch.tensor(ids)
-    text = {0: "batch", 1: "tokens"}
-    axes = {"TOKENS": text, "VECTOR": {0: "batch"}, "STATES": text}
+    free = {0: "batch", 1: "tokens"}
+    axes = {"TOKENS": free, "VECTOR": {0: "batch"}, "STATES": free}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracing, which a test holds against the tower
         torch.onnx.export(
