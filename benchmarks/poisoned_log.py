@@ -4,7 +4,7 @@ an item, with and without caps of what one account teaches.
     python -m benchmarks.poisoned_log --name small --accounts 10,40 --caps 50
 
 An attack copies lists: after every three events of some victim's history, in their order, comes the target, one event
-every ten seconds. It is by so many accounts that copy a victim each, the newest events of theirs (profile injection,
+every ``--pace`` seconds. It is by so many accounts that copy a victim each, the newest events of theirs (profile injection,
 Burke et al. 2005), or by one that copies as many one after another. Each of ``--targets`` items, that training saw
 least, has as many accounts. ``--caps``: of each user's events of a day the first so many are learned from, and on one
 item one within half an hour (``preprocessing.caps``); the log's own users are held to it too. Tables are those of
@@ -45,22 +45,23 @@ from vivace.cli.options import console
 from vivace.contract import FIRST_ID, ITEM, TIME, USER
 from vivace.run import RANKING, Run
 
-COPIED, EVERY, STEP_MS, SEED = 9, 3, 10_000, 7  # events of a victim; a target after so many; between two events
+COPIED, EVERY, SEED = 9, 3, 7  # events of a victim; a target after so many
 
 
 @dataclass(frozen=True)
 class Attack:
-    """``accounts`` copied lists for each target, by as many accounts or by ``one`` alone."""
+    """``accounts`` copied lists for each target, by as many accounts or by ``one`` alone, an event every ``pace_s``."""
 
     accounts: int
     one: bool = False
+    pace_s: int = 10
 
     def sequences(self, histories: list[np.ndarray], targets: list[int], now_ms: int) -> Iterator[tuple[Any, Any]]:
         """(items, times in ms) of each hostile account."""
         rng = np.random.default_rng(SEED)
         copies = [_copy(histories, target, rng) for _ in range(self.accounts) for target in targets]
         for items in [np.concatenate(copies)] if self.one and copies else copies:
-            yield items, now_ms - STEP_MS * np.arange(len(items), 0, -1)
+            yield items, now_ms - 1000 * self.pace_s * np.arange(len(items), 0, -1)
 
 
 def _copy(histories: list[np.ndarray], target: int, rng: np.random.Generator) -> np.ndarray:
@@ -130,6 +131,7 @@ def main(
     artifacts: Annotated[Path, typer.Option(help="where runs lie")] = Path("artifacts"),
     accounts: Annotated[str, typer.Option(help="copied lists of a target, by commas")] = "10,40",
     caps: Annotated[int, typer.Option(help="events of a user and a day that are learned from", min=1)] = 50,
+    pace: Annotated[int, typer.Option(help="seconds from one hostile event of an account to the next", min=1)] = 10,
     targets: int = 3,
     train: Annotated[
         str, typer.Option(help="train retriever and ranker of this preset on each log; minutes each")
@@ -139,7 +141,7 @@ def main(
     counts_V = popularity(features.files("train"), features.item_count())
     rare = np.flatnonzero(counts_V == counts_V[counts_V > 0].min())
     chosen = np.random.default_rng(SEED).choice(rare, min(targets, len(rare)), replace=False).tolist()
-    attacks = [Attack(0), *(Attack(int(n), one) for n in accounts.split(",") for one in (False, True))]
+    attacks = [Attack(0), *(Attack(int(n), one, pace) for n in accounts.split(",") for one in (False, True))]
     again = 0.0 if features.schema.exclude_seen else 0.1
     rows: list[dict[str, Any]] = []
     for attack in attacks:
@@ -164,7 +166,11 @@ def main(
                     "method": method, "top 10": share, "NDCG@10": ndcg, "own events left out": dropped,
                 })  # fmt: skip
                 console.print(rows[-1])
-    print(record_line("a poisoned training log", data=name, preset=train, targets=chosen, caps=caps, rows=rows))
+    print(
+        record_line(
+            "a poisoned training log", data=name, preset=train, targets=chosen, caps=caps, pace_s=pace, rows=rows
+        )
+    )
 
 
 if __name__ == "__main__":
