@@ -4,9 +4,9 @@ an item, with and without caps of what one account teaches.
     python -m benchmarks.poisoned_log --name small --accounts 10,40 --caps 50
 
 An attack copies lists: after every three events of some victim's history, in their order, comes the target, one event
-every ``--pace`` seconds. It is by so many accounts that copy a victim each, the newest events of theirs (profile injection,
-Burke et al. 2005), or by one that copies as many one after another. Each of ``--targets`` items, that training saw
-least, has as many accounts. ``--caps``: of each user's events of a day the first so many are learned from, and on one
+every ``--pace`` seconds. It is by so many accounts that copy a victim each, the newest events of theirs (profile
+injection, Burke et al. 2005), or by one that copies as many one after another. Each of ``--targets`` items, that
+training saw least, has as many accounts. ``--caps``: of each user's events of a day the first so many are learned from, and on one
 item one within half an hour (``preprocessing.caps``); the log's own users are held to it too. Tables are those of
 ``benchmarks.item_knn``; with ``--train`` retriever and ranker of the preset are trained from the start on each log. A
 row is the share of answers whose first ten hold a target, mean over targets, and NDCG@10 of the same requests: of
