@@ -336,12 +336,11 @@ def compile_models(
     StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ or an index
     cannot do what the retriever does, GateError where the engine lost more quality than the bound."""
     config = config or CompileConfig()
-    plain = not (config.index or config.shards or config.targets or search.features_of(root))
-    if preset.ranker.rising and not plain:
+    if preset.ranker.rising and (config.index or config.shards or config.targets):
         raise ValueError(
             f"compile: a ranker with live counters (ranker.rising {preset.ranker.rising}) goes with graphs for "
-            "ONNX Runtime that score every item; leave out --index, --shards, --target and search, or train with "
-            "--preset news"
+            "ONNX Runtime that score every item; leave out --index, --shards and --target, or train with "
+            "ranker.rising 0"
         )
     if (config.index or config.shards) and preset.encoder.neighbours:
         raise ValueError(

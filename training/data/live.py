@@ -5,7 +5,7 @@ Axis legend: R requests of a part, B of a batch, M rising items, F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,16 @@ from preprocessing.features import Features
 from preprocessing.splits import YEAR_MS
 from training.data.batches import Requests
 from vivace.context import ContextColumns
-from vivace.contract import ITEM, TARGET_TIME, TIME, StageTensors, live_features, target_column
+from vivace.contract import (
+    ITEM,
+    NULL_ID,
+    PADDING_ID,
+    TARGET_TIME,
+    TIME,
+    StageTensors,
+    live_features,
+    target_column,
+)
 from vivace.limits import CountLimits
 from vivace.live import LiveTable
 
@@ -54,33 +63,33 @@ def check_live(features: Features, rising: int, control: bool = False) -> None:
 
 
 class LiveAt:
-    """Rising items and their features at the moments of a part's requests, by the requests' numbers.
+    """Rising items and their features at the moments of requests, by the requests' numbers.
 
     Args:
-        part: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
+        moments_R: Unix ms int64 [R], in any order.
+        context_RC: ids int64 [R, C] of the columns that are counted by.
+        newest_R: the newest item int64 [R] of each request's history, PADDING_ID without one.
+        columns: of the context (None: none is counted by).
     """
 
     def __init__(
         self,
         features: Features,
-        part: str,
+        moments_R: np.ndarray,
+        context_RC: np.ndarray,
+        newest_R: np.ndarray,
         rising: int,
         columns: ContextColumns | None = None,
         limits: CountLimits | None = None,
     ) -> None:
-        files, columns = features.files(part), columns or ContextColumns()
-        self.moments = np.concatenate(
-            [np.empty(0, np.int64), *(pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files)]
-        )
-        counted = columns.counted
-        stream, table = features.stream(columns, limits), LiveTable(features.item_count(), rising, len(counted))
-        names = [target_column(columns.categoricals[i]) for i in counted]
-        context_RC, newest_R = _context(files, names), _newest(files)
-        self.ids = np.zeros((len(self.moments), rising), np.int32)
-        self.features = np.zeros((len(self.moments), rising, live_features(len(counted))), np.float16)
+        columns = columns or ContextColumns()
+        counted = len(columns.counted)
+        stream, table = features.stream(columns, limits), LiveTable(features.item_count(), rising, counted)
+        self.ids = np.zeros((len(moments_R), rising), np.int32)
+        self.features = np.zeros((len(moments_R), rising, live_features(counted)), np.float16)
         fed, step, rows = 0, -1, table.rows(0)
-        for request in np.argsort(self.moments, kind="stable"):
-            moment = int(self.moments[request])
+        for request in np.argsort(moments_R, kind="stable"):
+            moment = int(moments_R[request])
             if moment // STEP_MS != step:
                 step = moment // STEP_MS
                 until = step * STEP_MS
@@ -89,6 +98,33 @@ class LiveAt:
                 fed, rows = stop, table.rows(until)
             of_request = rows.of(context_RC[request : request + 1], newest_R[request : request + 1])
             self.ids[request], self.features[request] = (x[0] for x in of_request)
+
+    @classmethod
+    def of_part(
+        cls,
+        features: Features,
+        part: str,
+        rising: int,
+        columns: ContextColumns | None = None,
+        limits: CountLimits | None = None,
+    ) -> LiveAt:
+        """``part``: "valid" or "test"; requests made of training events have none, as a retriever has learned those."""
+        files, columns = features.files(part), columns or ContextColumns()
+        moments = [pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files]
+        names = [target_column(columns.categoricals[i]) for i in columns.counted]
+        moments_R = np.concatenate([np.empty(0, np.int64), *moments])
+        return cls(features, moments_R, _context(files, names), _newest(files), rising, columns, limits)
+
+    @classmethod
+    def of_histories(
+        cls, features: Features, moments_R: np.ndarray, histories: Sequence[np.ndarray], tensors: StageTensors
+    ) -> LiveAt:
+        """At moments int64 [R] after ``histories`` of ids int64 [n], in a context of which nothing is known."""
+        columns = features.context if tensors.counted else ContextColumns()
+        context_RC = np.full((len(histories), len(columns.counted)), NULL_ID)
+        newest_R = np.array([history[-1] if len(history) else PADDING_ID for history in histories], np.int64)
+        limits = CountLimits.of(tensors)
+        return cls(features, moments_R, context_RC, newest_R, tensors.rising, columns, limits)
 
     def of(self, request: Requests) -> Requests:
         """The same requests with what was rising."""
@@ -123,6 +159,6 @@ def with_live(requests: Iterable[Requests], features: Features, part: str, tenso
         yield from requests
         return
     columns = features.context if tensors.counted else None
-    live = LiveAt(features, part, tensors.rising, columns, CountLimits.of(tensors))
+    live = LiveAt.of_part(features, part, tensors.rising, columns, CountLimits.of(tensors))
     for request in requests:
         yield live.of(request)

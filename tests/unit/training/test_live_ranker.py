@@ -93,7 +93,7 @@ def test_a_request_sees_what_lies_before_its_moment(tmp_path):
         files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 10,
         stream=lambda columns, limits: stream,
     )  # fmt: skip
-    live = LiveAt(features, "valid", 6)
+    live = LiveAt.of_part(features, "valid", 6)
     assert planted in live.ids[0] and planted not in live.ids[1]
     table = LiveTable(FIRST_ID + 10, 6)
 
