@@ -259,7 +259,7 @@ class Compilation:
         self.say(f"building the index {self.config.index}")
         export_encoder(self.retriever, s, self.example, self.folder, self.config.tables == "int8")
         states_BD = validation_states(self.features, self.preset, self.retriever)
-        tuned = build_index(self.retriever, states_BD, s.candidates, self.config.index, self.folder)
+        tuned = build_index(self.retriever, states_BD, s.candidates, self.config.index, self.folder, rising=s.rising)
         self.say(f"index: effort {tuned.effort} finds {tuned.recall:.4f} of the exact candidates")
         self.tensors = replace(s, indexed=True, seen=min(contract.MAX_SEEN, s.items))
         return tuned
@@ -336,11 +336,10 @@ def compile_models(
     StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ or an index
     cannot do what the retriever does, GateError where the engine lost more quality than the bound."""
     config = config or CompileConfig()
-    if preset.ranker.rising and (config.index or config.shards or config.targets):
+    if preset.ranker.rising and config.targets:
         raise ValueError(
-            f"compile: a ranker with live counters (ranker.rising {preset.ranker.rising}) goes with graphs for "
-            "ONNX Runtime that score every item; leave out --index, --shards and --target, or train with "
-            "ranker.rising 0"
+            f"compile: --target {', '.join(config.targets)}: no graph for it is made of a ranker with live counters "
+            f"(ranker.rising {preset.ranker.rising}); leave out --target, or train with ranker.rising 0"
         )
     if (config.index or config.shards) and preset.encoder.neighbours:
         raise ValueError(
