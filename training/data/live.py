@@ -107,13 +107,15 @@ class LiveAt:
         rising: int,
         columns: ContextColumns | None = None,
         limits: CountLimits | None = None,
+        most: int | None = None,
     ) -> LiveAt:
-        """``part``: "valid" or "test"; requests made of training events have none, as a retriever has learned those."""
+        """``part``: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
+        ``most``: only of its first requests, so many."""
         files, columns = features.files(part), columns or ContextColumns()
         moments = [pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files]
         names = [target_column(columns.categoricals[i]) for i in columns.counted]
-        moments_R = np.concatenate([np.empty(0, np.int64), *moments])
-        return cls(features, moments_R, _context(files, names), _newest(files), rising, columns, limits)
+        of_requests = np.concatenate([np.empty(0, np.int64), *moments]), _context(files, names), _newest(files)
+        return cls(features, *(x[:most] for x in of_requests), rising, columns, limits)
 
     @classmethod
     def of_histories(
@@ -152,13 +154,15 @@ def _newest(files: list[Path]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *newest])
 
 
-def with_live(requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors) -> Iterator[Requests]:
+def with_live(
+    requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors, most: int | None = None
+) -> Iterator[Requests]:
     """Requests of a part, in the order of its files, with what was rising; as they are where the ranker reads no live
-    counters."""
+    counters. ``most``: how many they are at most."""
     if not tensors.rising:
         yield from requests
         return
     columns = features.context if tensors.counted else None
-    live = LiveAt.of_part(features, part, tensors.rising, columns, CountLimits.of(tensors))
+    live = LiveAt.of_part(features, part, tensors.rising, columns, CountLimits.of(tensors), most)
     for request in requests:
         yield live.of(request)

@@ -158,14 +158,25 @@ class SearchStudy:
         self.search = QuerySearch(folder, count)
         self.questions = Questions(catalogue)
 
+    def _first_requests(self, part: str) -> list[batches.Requests]:
+        """As many batches of a part's requests as have ``config.requests`` targets in the vocabulary, or all."""
+        heads, window = [h.name for h in self.features.schema.heads], self.preset.encoder.window
+        chosen, total = list[batches.Requests](), 0
+        for request in batches.requests(self.features.files(part), heads, window, BATCH):
+            chosen.append(request)
+            total += int((request.target_B >= contract.FIRST_ID).sum())
+            if total >= self.config.requests:
+                break
+        return chosen
+
     def made_requests(self, part: str) -> tuple[SearchRequests, np.ndarray]:
         """Requests of "valid" or "test" with a query made of the target; whether it was made of attributes alone, bool
         [requests]. Raises ValueError where there is none."""
-        rng, heads = np.random.default_rng([self.seed, len(part)]), [h.name for h in self.features.schema.heads]
+        rng = np.random.default_rng([self.seed, len(part)])
         parts, results = list[tuple[np.ndarray, ...]](), list[SearchResult]()
-        total = 0
-        requests = batches.requests(self.features.files(part), heads, self.preset.encoder.window, BATCH)
-        for request in with_live(requests, self.features, part, self.recommend.shapes):
+        chosen = self._first_requests(part)
+        live = with_live(chosen, self.features, part, self.recommend.shapes, sum(len(r.histories) for r in chosen))
+        for request in live:
             real = (request.target_B >= contract.FIRST_ID).numpy()
             ranked, scores = self.recommend(request)
             targets = request.target_B.numpy()[real]
@@ -175,9 +186,6 @@ class SearchStudy:
             queries = [with_typos(q, self.config.typos, int(rng.integers(1 << 31))) for q in queries]
             results += self.search(queries, [SearchOptions()] * len(queries))
             parts.append((by_attributes, targets, ranked[real], scores[real]))
-            total += len(targets)
-            if total >= self.config.requests:
-                break
         if not parts:
             raise ValueError(f"search: no {part} request whose item is in the vocabulary")
         by_attributes, targets, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
