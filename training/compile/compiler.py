@@ -294,11 +294,11 @@ class Compilation:
         if not self.config.targets:
             return records
         graphs = {
-            contract.RETRIEVAL: RetrievalGraph(self.retriever, s.candidates, s.memory),
+            contract.RETRIEVAL: RetrievalGraph(self.retriever, s.candidates, s.memory, rising=s.rising),
             contract.RANKING: RankingGraph(without_merlin(self.ranker), folded=self.folded),
         }
         feeds: dict[str, dict[str, np.ndarray]] = {
-            stage: {t.name: x.numpy() for t, x in zip(tensors, values, strict=True)}
+            stage: {t.name: x.numpy() for t, x in zip(tensors, values, strict=False)}  # behind them what ranking reads
             for stage, tensors, values in (
                 (contract.RETRIEVAL, contract.retrieval_inputs(s), self.example),
                 (contract.RANKING, contract.ranking_inputs(s), self.candidates),
@@ -336,11 +336,6 @@ def compile_models(
     StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ or an index
     cannot do what the retriever does, GateError where the engine lost more quality than the bound."""
     config = config or CompileConfig()
-    if preset.ranker.rising and config.targets:
-        raise ValueError(
-            f"compile: --target {', '.join(config.targets)}: no graph for it is made of a ranker with live counters "
-            f"(ranker.rising {preset.ranker.rising}); leave out --target, or train with ranker.rising 0"
-        )
     if (config.index or config.shards) and preset.encoder.neighbours:
         raise ValueError(
             "--index and --shards find items by their vectors alone, and this run's retriever has a session memory "

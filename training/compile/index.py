@@ -62,9 +62,9 @@ class EncoderGraph(nn.Module):
         return (*states, *([self._scores(state_BD, rest[0])] if self.rising else []), encoded)
 
     def _scores(self, state_BD: Tensor, rising_BM: Tensor) -> Tensor:
-        """Retrieval scores float32 [B, M] of some items: the diagonal of all states against all of them, to the bit what
-        the graph that scores every item says. One row too many: ONNX Runtime 1.32 sums a product of a single row in
-        another order where the other matrix is no constant."""
+        """Retrieval scores float32 [B, M] of some items, to the bit those of the graph that scores every item: the
+        diagonal of all states against all of them. One state too many, as ONNX Runtime 1.32 sums a product of a single
+        row in another order where the other matrix is no constant."""
         b, m = rising_BM.shape
         ids_P = rising_BM.reshape(-1)
         rows_PD = F.embedding(ids_P, self.table_VD) if isinstance(self.table_VD, Tensor) else self.table_VD(ids_P)

@@ -114,8 +114,9 @@ class LiveAt:
         files, columns = features.files(part), columns or ContextColumns()
         moments = [pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files]
         names = [target_column(columns.categoricals[i]) for i in columns.counted]
-        of_requests = np.concatenate([np.empty(0, np.int64), *moments]), _context(files, names), _newest(files)
-        return cls(features, *(x[:most] for x in of_requests), rising, columns, limits)
+        moments_R = np.concatenate([np.empty(0, np.int64), *moments])[:most]
+        context_RC, newest_R = _context(files, names)[:most], _newest(files)[:most]
+        return cls(features, moments_R, context_RC, newest_R, rising, columns, limits)
 
     @classmethod
     def of_histories(
