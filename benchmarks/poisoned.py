@@ -37,9 +37,10 @@ from preprocessing.readers.shop import Shop, ShopConfig
 from serving.acceptance import Acceptance, recorded_calls
 from serving.door.rollout import Split
 from serving.fleet import Fleet
+from serving.judgement import Plan, Sample
 from serving.merged_metrics import scraped
 from serving.releases import put_in_use, seal, version_of
-from serving.rollout import Plan, Rollout, Sample
+from serving.rollout import Rollout
 from serving.wheel import ServerError
 from vivace import contract
 from vivace.client import Recommendation, VivaceClient, VivaceError

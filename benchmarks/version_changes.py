@@ -6,12 +6,13 @@ Recorded requests come at random (Poisson) over gRPC, whatever became of those b
 version and back again, ``--changes`` times in all. Each change begins a part of ``--part`` seconds; what comes when it
 is over is the comparison, so both are measured in turns. The other version is the served one once more, so every answer
 is compared with that before the first change; at the end scores are compared too, bit for bit. Memory is that of all
-processes of the fleet (PSS), at rest before and after. It works on a copy of the run. The last line of stdout is one
-JSON object.
+processes of the fleet (PSS), at rest: before, when the first server has answered the recorded requests as each new one
+does, after two changes and after all. It works on a copy of the run. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -40,17 +41,15 @@ SETTLED_S = 0.5  # after a change its callers still count as beside it
 console = Console(width=120)
 
 
-def memory_mib(fleet: Fleet) -> float:
-    """PSS of the fleet's processes and all below them."""
+def memory_mib(fleet: Fleet) -> dict[str, int]:
+    """PSS of the fleet's processes and all below them, by program and together."""
     processes = [psutil.Process(pid) for pid in fleet.processes()]
     below = [child for process in processes for child in process.children(recursive=True)]
-    total = 0
-    for process in (*processes, *below):
-        try:
-            total += process.memory_full_info().pss
-        except psutil.NoSuchProcess:
-            continue
-    return total / (1 << 20)
+    mib: Counter[str] = Counter()
+    for process in {p.pid: p for p in (*processes, *below)}.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            mib[process.name()] += process.memory_full_info().pss / (1 << 20)
+    return {name: round(size) for name, size in mib.most_common()} | {"all": round(mib.total())}
 
 
 def latencies(records: list[Any]) -> dict[str, Any]:
@@ -85,9 +84,10 @@ def main(
             expected = [items_of(answer) for answer in raw]
             with Load(url, sent, expected, due_times("poisson", qps, part, seed)):
                 pass
-            mib_before, first = memory_mib(fleet), fleet.release
-            versions = (published_again(copy), first)
             accept, took_s = Acceptance(recorded_calls(copy)), list[float]()
+            accept(server, server)
+            mib, first = {"before": memory_mib(fleet)}, fleet.release
+            versions = (published_again(copy), first)
             beside, between = list[Any](), list[Any]()
             for change in range(changes):
                 with Load(url, sent, expected, due_times("poisson", qps, part, seed + change)) as load:
@@ -99,18 +99,23 @@ def main(
                 between += [record for record in load.records if record[0] >= over_s]
                 for answer, right in load.wrong:
                     console.print("wrong:", service_pb2.ModelInferResponse.FromString(answer), "expected:", right)
+                if change == 1:
+                    wait_well(fleet)
+                    mib["after two"] = memory_mib(fleet)
                 console.print(f"change {change + 1} of {changes}: {took_s[-1]:.1f} s", latencies(load.records))
             wait_well(fleet)
             with grpc.insecure_channel(url) as channel:
                 method = channel.unary_unary(METHOD)
                 alike = sum(method(body, timeout=TIMEOUT_S) == a for body, a in zip(sent, raw, strict=True))
-            mib_after = memory_mib(fleet)
+            mib["after all"] = memory_mib(fleet)
+    if not between:
+        raise typer.BadParameter(f"a change takes {np.median(took_s):.1f} s: expected a longer --part, got {part:g}")
     during, rest = latencies(beside), latencies(between)
     result = {
         "changes": changes, "change_s": {"median": round(float(np.median(took_s)), 1), "max": round(max(took_s), 1)},
         "beside_changes": during, "between_changes": rest,
         "p99_ratio": round(during["p99_ms"] / rest["p99_ms"], 2),
-        "mib": {"before": round(mib_before), "after": round(mib_after)}, "bit_for_bit": f"{alike} of {len(sent)}",
+        "mib": mib, "bit_for_bit": f"{alike} of {len(sent)}",
     }  # fmt: skip
     console.print(result)
     load_average = [round(n, 1) for n in os.getloadavg()]

@@ -21,6 +21,7 @@ CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of
 VALUES_FILE = "list_values.json"  # of each list attribute, its values in the order of their ids, from FIRST_ID on
 SEARCHES_FILE = "searches.parquet"  # the log of searches, where there is one; ITEM are ids
 EVENTS_FILE = "events.parquet"  # every event of the log in time order, those of no request too: see ``events``
+MINUTE_EVENTS = "minute_events"  # in the manifest's results: see ``Features.minute_events``
 LOG_NUMBER = "log_number"  # in the manifest's results: see ``Features.log_number``
 LAYOUT = 5  # of the files: features of another layout are prepared again
 
@@ -86,6 +87,11 @@ class Features:
     def log_number(self) -> int:
         """Number of the newest event of the store's log that a refresh has put among these; 0 where none has."""
         return int(read_manifest(self.folder, "vivace prepare")["results"].get(LOG_NUMBER, 0))
+
+    def minute_events(self) -> int:
+        """What an account may send within a minute and be a person (``vivace.suspects``); 0, no limit, where an earlier
+        version wrote the features."""
+        return int(read_manifest(self.folder, "vivace prepare")["results"].get(MINUTE_EVENTS, 0))
 
     def searches(self) -> pd.DataFrame | None:
         """The log of searches by time and list, ITEM as ids; None where there is none."""

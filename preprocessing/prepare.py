@@ -38,6 +38,7 @@ from preprocessing.features import (
     CATALOGUE_FILE,
     EVENTS_FILE,
     LAYOUT,
+    MINUTE_EVENTS,
     REQUEST_GRAPH,
     SCHEMA_FILE,
     SEARCHES_FILE,
@@ -65,6 +66,7 @@ from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColu
 from vivace.manifest import Progress, Step, replaced
 from vivace.run import Run
 from vivace.store.lmdb_store import fill_store
+from vivace.suspects import most_a_minute
 
 WORKFLOW = "workflow"
 WORKFLOWS = (WORKFLOW, ITEM_WORKFLOW)  # folders of what NVTabular fitted
@@ -290,6 +292,12 @@ def compile_transforms(workflow: nvt.Workflow, schema: contract.DataSchema, fold
         save(compile_workflow(workflow, columns_of_request.names), folder / CONTEXT_GRAPH)
 
 
+def _minute_events(folder: Path) -> int:
+    """See ``vivace.suspects``."""
+    events = pq.read_table(folder / EVENTS_FILE, columns=[contract.USER, contract.TIME])
+    return most_a_minute(*(events[name].to_numpy() for name in (contract.USER, contract.TIME)))
+
+
 # -- the step -----------------------------------------------------------------------------------------
 def prepare(source: Source, config: PrepareConfig, root: Path, seed: int, say: Progress) -> dict[str, Any]:
     """Runs the step unless its artifact is there; returns its manifest."""
@@ -370,5 +378,6 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         feature_store=stored,
         searches=searches,
         licence=schema.licence,
+        **{MINUTE_EVENTS: _minute_events(folder)},
         checksums={name: checksums(folder / name) for name in WORKFLOWS if (folder / name).is_dir()},
     )

@@ -55,6 +55,7 @@ from vivace.manifest import MANIFEST, Progress, Step, read_manifest, replaced
 from vivace.store.histories import SECOND_MS
 from vivace.store.interface import StoreError
 from vivace.store.opening import store_of_worker
+from vivace.suspects import Suspects
 
 REMADE = ("train", "valid", "test", WHOLE, "scratch", EVENTS_FILE, MANIFEST)
 MOST = 5_000_000  # events of the log that are taken at once, the newest
@@ -65,11 +66,12 @@ _NEW, _PLACE = "new", "place"
 class Appended:
     """Events of the store's log: ``rows`` USER, ITEM, EVENT (None without a type), TIME in ms, what they carry of
     their moment and what the store knows of the user, in the order they came. ``until``: number of the newest;
-    ``aged_out``: those between that the log no longer has."""
+    ``aged_out``: those between that the log no longer has; ``suspect``: those that are left out."""
 
     rows: pd.DataFrame
     until: int
     aged_out: int
+    suspect: int = 0
 
 
 def appended_since(
@@ -78,12 +80,16 @@ def appended_since(
     until: int | None = None,
     user_columns: tuple[str, ...] = (),
     context: tuple[str, ...] = (),
+    minute_events: int = 0,
 ) -> Appended:
     """What the log of the store has after event number ``after``, up to ``until`` (None: to its end), with the columns
-    ``context`` that the events carry; of ``user_columns``, where they do not, what the store knows of the user."""
+    ``context`` that the events carry; of ``user_columns``, where they do not, what the store knows of the user.
+    ``minute_events``: of a person (``Features.minute_events``)."""
     log = store_of_worker(store, readonly=True)
     try:
-        newest, events = log.live_events(after, most=MOST, until=until)
+        newest, taken = log.live_events(after, most=MOST, until=until)
+        suspects = Suspects(minute_events)
+        events = [e for e in taken if not suspects.why(e.user_id, e.timestamp_ms, e.came_ms)]
         users = list(dict.fromkeys(event.user_id for event in events))
         known = dict(zip(users, log.attributes(users) if users and user_columns else [None] * len(users), strict=True))
         if fault := log.fault():
@@ -101,7 +107,7 @@ def appended_since(
     for name in dict.fromkeys((*context, *user_columns)):
         of_user = [(known[e.user_id] or {}).get(name) if name in user_columns else None for e in events]
         rows[name] = [m.get(name, of) for m, of in zip(moments, of_user, strict=True)]
-    return Appended(rows, newest, max(newest - after - len(events), 0))
+    return Appended(rows, newest, max(newest - after - len(taken), 0), len(taken) - len(events))
 
 
 def _readable(context: dict[str, Any]) -> dict[str, Any]:
@@ -363,6 +369,7 @@ def _build(
         "split": f"appended events by time: validation from {first_valid} ms, test from {first_test} ms",
         "refresh": {
             "taken": len(times), "new items": len(items), "aged out of the log": appended.aged_out,
+            "suspect": appended.suspect,
             "had before": merge.known, "twice": merge.twice, "without a time": len(appended.rows) - len(timed),
             "of items without a catalogue row": len(timed) - len(rows),
         },

@@ -7,7 +7,7 @@ GET /drift      ``serving.drift.Drift.report``; /drift/3: of the hour three hour
 POST /serve     {"version": 4, "least_quality": 0.67}: serve that version if its NDCG is so many times the old one's (0:
                 any); lines of text as it goes on, the last one JSON: {"error": "" or why}
 POST /scale     {"replicas": 3}: so many servers; answered alike, as are the others
-POST /rollout   a ``serving.rollout.Plan``: try a version
+POST /rollout   a ``serving.judgement.Plan``: try a version
 POST /promote   {}: serve the version on trial to everyone
 POST /withdraw  {}: end the trial
 """
@@ -28,8 +28,9 @@ from typing import Any
 
 from serving.acceptance import Acceptance, recorded_calls
 from serving.fleet import Fleet
+from serving.judgement import Plan
 from serving.releases import put_in_use, releases, remember_served, version_of
-from serving.rollout import Plan, Rollout
+from serving.rollout import Rollout
 from serving.unix_http import UnixHandler, UnixServer
 from serving.wheel import ServerError
 from vivace.http_pool import UnixConnection

@@ -304,8 +304,9 @@ class Fleet:
         self.say(f"serving {release.name}, before {before.repository.name}")
 
     def begin_trial(self, release: Path, accept: Accept, say: Callable[[str], None], draft: str = "") -> None:
-        """A server of the version in ``release`` beside the others, which the door sends nobody to yet. ``draft``: the
-        salt of the coins where its answers are drafts of both versions. Called and raises as ``serve``."""
+        """A server of the version in ``release`` beside the others, which the door sends nobody to yet, and which steps
+        aside until its ``take_over``. ``draft``: the salt of the coins where its answers are drafts of both versions.
+        Called and raises as ``serve``."""
         if self.door is None:
             raise ServerError("rollout: expected the guard, which deals the users; leave --no-guard out")
         if self.trial is not None:
@@ -317,7 +318,6 @@ class Fleet:
         say(f"starting {name}")
         with self._candidate_of(options, "trial") as new:
             say(f"{name}: {accept(self.replicas[0].server, new.server)}")
-            new.server.take_over()
             self.trial = new
         self.door.point(self.endpoints)
 

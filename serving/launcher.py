@@ -30,12 +30,7 @@ from tritonclient.utils import InferenceServerException
 from serving.door.endpoints import Endpoints, Sockets, Turn
 from serving.door.process import DRAIN_S, Door, health_over
 from serving.logs import open_log, tail
-from serving.process import (
-    become_triton,
-    living_workers,
-    step_aside,
-    step_forward,
-)
+from serving.process import IDLE_S, become_triton, living_workers, step_aside, step_closer, step_forward
 from serving.releases import held, held_from_the_start, verify
 from serving.repository import check_profile, models
 from serving.runtime.drift import ENVIRONMENT as DRIFT
@@ -276,11 +271,10 @@ class TritonServer:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=environment(self.options, self.release) | {DRIFT: str(self.drift)},
-                start_new_session=True,  # Ctrl-C reaches the launcher alone; it then stops the server in order
+                process_group=0,  # Ctrl-C reaches the launcher alone; it then stops the server in order
                 preexec_fn=become_triton,
             )
-        if self._aside:
-            step_aside(self.pid)
+        idle = self._aside and step_aside(self.pid)
         wait_s = self.options.start_timeout_s
         deadline = time.monotonic() + wait_s
         seen: set[int] = set()  # workers
@@ -297,7 +291,11 @@ class TritonServer:
                 )
             if time.monotonic() > deadline:
                 raise ServerError(f"tritonserver was not ready after {wait_s:.0f} s\n{self.log_tail()}")
+            if idle and time.time() - self._launched > IDLE_S:
+                idle = step_closer(self.pid)
             time.sleep(0.05)
+        if idle:
+            step_closer(self.pid)
         self.segments.close()
 
     def relaunch(self) -> float:

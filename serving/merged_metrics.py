@@ -27,12 +27,16 @@ def merged(of_replica: Mapping[str, Iterable[Metric]]) -> Iterator[Metric]:
     yield from families.values()
 
 
-def scraped(socket: Path) -> list[Metric]:
-    """What a tritonserver says behind its socket of metrics; nothing where it does not answer."""
+def scraped(socket: Path, only: tuple[str, ...] = ()) -> list[Metric]:
+    """What a tritonserver says behind its socket of metrics; nothing where it does not answer. ``only``: of the samples
+    whose names begin so, without their types; all of a page take some 4 ms of a processor."""
     connection = UnixConnection(socket, ASK_S)
     try:
         connection.request("GET", "/metrics")
-        return list(text_string_to_metric_families(connection.getresponse().read().decode()))
+        page = connection.getresponse().read().decode()
+        if only:
+            page = "".join(line for line in page.splitlines(keepends=True) if line.startswith(only))
+        return list(text_string_to_metric_families(page))
     except (OSError, HTTPException, ValueError) as error:
         log.warning("metrics of %s: %s", socket, error)
         return []

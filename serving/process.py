@@ -60,7 +60,8 @@ def give_way() -> None:
             os.setpriority(os.PRIO_PROCESS, int(thread.name), min(niceness, 19))
 
 
-_ASIDE = 5  # niceness of a server that starts beside one that serves: a quarter of what that gets, not nothing
+IDLE_S = 10.0  # so long a server that starts beside one that serves takes only what that leaves
+_ASIDE = 5  # its niceness from then on: a quarter of what the other gets, not nothing
 
 
 def may_return() -> bool:
@@ -82,31 +83,39 @@ def may_return() -> bool:
     return bool(allowed)
 
 
-def _weigh_session(server: int, niceness: int) -> None:
-    """Of all processes of the session that a tritonserver leads, against other sessions, which is where the kernel's
-    autogroups compare (sched(7)): there the niceness of a process counts among its own session alone."""
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{server}/autogroup").write_text(str(niceness))
+def _schedule(niceness: dict[int, int]) -> None:
+    """All threads of the processes in ``niceness``, a tritonserver's and its workers', which are of this process's
+    session: the kernel compares sessions first where it groups them (autogroup, sched(7))."""
+    for process, nice in niceness.items():
+        for thread in Path(f"/proc/{process}/task").glob("*"):
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), min(nice, 19))
 
 
-def step_aside(server: int) -> None:
-    """A tritonserver, and what it starts, takes what processor time others leave."""
-    _weigh_session(server, _ASIDE)
-    if may_return():
-        with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PGRP, server, min(os.getpriority(os.PRIO_PROCESS, 0) + _ASIDE, 19))
+def step_aside(server: int) -> bool:
+    """A tritonserver, just started, and what it starts take the processor time that others leave, and give it back at
+    once. False, and nothing happens, where it could not return from there."""
+    if not may_return():
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.sched_setscheduler(server, os.SCHED_IDLE, os.sched_param(0))  # its threads and children inherit it
+    return True
+
+
+def step_closer(server: int) -> bool:
+    """A server that stepped aside gets a quarter of what another one gets, however busy that is. Always False: it no
+    longer stands aside."""
+    nice = os.getpriority(os.PRIO_PROCESS, 0) + _ASIDE
+    _schedule(dict.fromkeys([server, *living_workers(server)], nice))
+    return False
 
 
 def step_forward(server: int) -> None:
     """Back to the priority of a server, this process's own, and of a worker, which gives way to it."""
-    time.sleep(0.1)  # an ordinary user may change it ten times a second
-    _weigh_session(server, 0)
     ours = os.getpriority(os.PRIO_PROCESS, 0)
-    workers = [(worker, min(ours + _WORKER_NICENESS, 19)) for worker in living_workers(server)]
-    for process, niceness in [(server, ours), *workers]:
-        for thread in Path(f"/proc/{process}/task").glob("*"):
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
+    workers = dict.fromkeys(living_workers(server), ours + _WORKER_NICENESS)
+    _schedule({server: ours} | workers)
 
 
 def close_callers() -> None:

@@ -156,9 +156,7 @@ MAX_FRESH = 10_000  # items that are not in the trained tables and are recommend
 ENSEMBLE = "recommend"
 DATA = "data"  # parameter of its configuration: name of the data set
 FEATURE_TRANSFORM = "feature_transform"
-RETRIEVAL = "retrieval"
-RANKING = "ranking"
-RESPONSE = "response"
+RETRIEVAL, RANKING, RESPONSE = "retrieval", "ranking", "response"
 
 # Between the stages of a search, one tensor each way: every tensor more costs a request without a query as much.
 # QUERY as the feature transform hands it on: the ids of items that must not be found, by commas, a blank, the text; ""
@@ -195,7 +193,7 @@ class StageTensors:
     tables that join the ranked ones (0: none, and no live change of the catalogue is read); ``rising_fresh``: those of
     them that may be there because they are clicked most just now (0: their events are not counted); ``shards``: servers
     that the items of retrieval are dealt to (0: one graph scores them all); ``slide``: of the window (``windows``);
-    ``same_item_s`` and ``user_events``: what live counters take of one user (``limits``).
+    ``same_item_s``, ``user_events``, ``minute_events`` and ``newcomers``: what live counters take (``limits``).
     """
 
     history: int
@@ -218,6 +216,8 @@ class StageTensors:
     slide: int = 1
     same_item_s: int = 0
     user_events: int = 0
+    minute_events: int = 0
+    newcomers: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:

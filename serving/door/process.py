@@ -91,7 +91,7 @@ class Door:
         command += ["--disable-hot-restart", "--log-level", "warning", "--drain-time-s", str(int(DRAIN_S))]
         with open_log(self.log) as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, process_group=0,
                 preexec_fn=become_server,
             )  # fmt: skip
         deadline = time.monotonic() + START_S

@@ -18,6 +18,7 @@ from vivace.store.interface import Event, ServingStore, StoreError
 
 EVERY_S = 0.2
 STALE_S = 5.0
+USERS = 5_000  # whose histories are read at once
 
 
 class LiveFeed:
@@ -89,11 +90,22 @@ class LiveFeed:
             entry, previous = (np.array(part) for part in zip(*visits, strict=True))
             counted = ids >= FIRST_ID
             known = np.flatnonzero(counted)
-            users = (events[at].user_id for at in known)
-            counted[known] = self._limiter.mask(users, ids[known].tolist(), times[known].tolist())
+            self._meet(events, now_ms)
+            users, came = [events[at].user_id for at in known], [events[at].came_ms for at in known]
+            counted[known] = self._limiter.mask(users, ids[known].tolist(), times[known].tolist(), came)
             Stream(ids, times, entry, self._context(events), previous)[counted].into(self._table)
         self._rows = self._table.moment(now_ms)
         self._at = time.monotonic()
+
+    def _meet(self, events: Sequence[Event], now_ms: int) -> None:
+        """Tells the limiter who was there before: whose history begins with none of these events."""
+        unmet = self._limiter.unmet(event.user_id for event in events)
+        new = {(event.user_id, event.item_id, event.timestamp_ms) for event in events} if unmet else set()
+        for start in range(0, len(unmet), USERS):
+            users = [str(user) for user in unmet[start : start + USERS]]
+            histories = zip(users, self._store.typed_histories(users), strict=True)
+            there = [user for user, h in histories if h is not None and h[0] and (user, h[0][0], h[2][0]) not in new]
+            self._limiter.meet(there, now_ms)
 
     def _ids(self, items: list[str]) -> np.ndarray:
         """Ids int64 [n], of items that were put in since the run was compiled too: V and their slots. Called after the

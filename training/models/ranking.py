@@ -73,13 +73,17 @@ class RankerConfig:
     """A user's events on one item within so many seconds count once (0: each; ``vivace.limits``)."""
     rising_user_events: int = 0
     """The most of a user's events that count within ten minutes (0: all)."""
+    rising_newcomers: float = 0.0
+    """Events of newcomers on an item that count for each one of others, beside five (0: all)."""
     category_counts: bool = False
     """How many events of the whole history are of the candidate's first categorical attribute, two features."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
-        check_minimum(self, 0, "memory", "nearest", "rising", "rising_same_item_s", "rising_user_events")
+        check_minimum(
+            self, 0, "memory", "nearest", "rising", "rising_same_item_s", "rising_user_events", "rising_newcomers"
+        )
         check_shares(self, "dropout")
 
 
@@ -121,11 +125,8 @@ class RankingModel(nn.Module):
         self.own = nn.Linear(d + attributes, d)  # the candidate as the attention sees it; named so in saved weights
         self.key, self.value = nn.Linear(2 * d, d), nn.Linear(2 * d, d)
         self.types = retriever.types
-        self.type_embedding = (
-            nn.Embedding(self.types, 2 * d) if self.types else None
-        )  # what a type adds to keys and values
-        columns = retriever.read_context
-        self.columns = columns
+        self.type_embedding = nn.Embedding(self.types, 2 * d) if self.types else None  # adds to keys and values
+        columns = self.columns = retriever.read_context
         self.context = ContextTower(columns, CONTEXT_WIDTH) if columns.names else None
         self.of_context = nn.Linear(CONTEXT_WIDTH, d) if columns.names else None
         self.nearest = NearestEvents(d, config.nearest, config.nearest_to == "candidate") if config.nearest else None

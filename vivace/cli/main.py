@@ -18,6 +18,7 @@ from vivace.cli.door import door
 from vivace.cli.drift import drift
 from vivace.cli.errors import reported
 from vivace.cli.evaluate import evaluate
+from vivace.cli.events import events
 from vivace.cli.experiment import experiment
 from vivace.cli.init_mapping import init_mapping
 from vivace.cli.items import forget, items
@@ -104,6 +105,7 @@ app.add_typer(items, name="items", help="Change the catalogue of the running ser
 app.add_typer(keys, name="keys", help="Keys of those who may call a server.", rich_help_panel="Serving")
 app.add_typer(rollout, name="rollout", help="Try a version on a share of the users.", rich_help_panel="Serving")
 app.add_typer(store, name="store", help="Move the store that a server keeps.", rich_help_panel="Serving")
+app.add_typer(events, name="events", help="Read the log of live events, shared by workers.", rich_help_panel="Serving")
 app.add_typer(
     experiment, name="experiment", help="What was shown, and which version is better by it.", rich_help_panel="Looking"
 )

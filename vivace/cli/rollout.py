@@ -18,7 +18,7 @@ from vivace.cli.values import duration, percentages
 from vivace.run import Run
 
 rollout = typer.Typer(no_args_is_help=True)
-CANARY = "of the users; several by commas: one step each"
+CANARY = "of the users; several by commas: one step each; 0 first: copies alone (--shadow)"
 
 
 @rollout.command(help="Put a version on trial: the running servers of the run send it a share of the users.")
@@ -46,8 +46,8 @@ def start(
     least_quality: LeastQuality = 0.67,
 ) -> None:
     from serving.control import running_servers
+    from serving.judgement import Plan
     from serving.releases import verify, version_of
-    from serving.rollout import Plan
     from serving.wheel import ServerError
 
     run = find_run(artifacts, name)

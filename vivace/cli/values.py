@@ -130,15 +130,16 @@ def duration(text: str) -> str:
 
 
 def percentages(text: str) -> tuple[float, ...]:
-    """Shares of numbers in per cent above 0, below 100, each no smaller than the one before, by commas: "1,5%,25"."""
+    """Shares of numbers in per cent below 100, each no smaller than the one before and the last above 0, by commas:
+    "1,5%,25"."""
     try:
         numbers = tuple(float(part.strip().removesuffix("%")) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if not numbers or not all(0 < n < 100 for n in numbers) or list(numbers) != sorted(numbers):
+    if not numbers or not all(0 <= n < 100 for n in numbers) or list(numbers) != sorted(numbers) or not numbers[-1]:
         raise typer.BadParameter(
-            f"expected per cent above 0 and below 100, no step smaller than the last, got {text!r}; the others are "
-            "what it is compared with, and 'vivace rollout promote' serves it to everyone"
+            f"expected per cent below 100, no step smaller than the last, the last above 0, got {text!r}; the others "
+            "are what it is compared with, and 'vivace rollout promote' serves it to everyone"
         )
     return tuple(n / 100 for n in numbers)
 

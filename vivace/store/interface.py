@@ -22,7 +22,8 @@ class StoreUnreachableError(StoreError):
 class Event:
     """One interaction. ``timestamp_ms`` is Unix time in milliseconds. ``event_id``: what its sender calls it, the same
     when it is sent again; "" where it has no name. ``context``: JSON of what was known of the moment, or "".
-    ``request_id``: of the request whose answer it is of, or ""."""
+    ``request_id``: of the request whose answer it is of, or "". ``came_ms``: when the store took it, where its log
+    says so."""
 
     user_id: str
     item_id: str
@@ -31,6 +32,7 @@ class Event:
     event_id: str = field(default="", compare=False)
     context: str = field(default="", compare=False)
     request_id: str = field(default="", compare=False)
+    came_ms: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,54 @@ class Change:
     def title(self, before: str | None) -> str | None:
         """The item's title, if it was ``before``: what is taken out keeps the one it had."""
         return str(json.loads(self.row).get(TITLE) or "") if self.row else before
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """An event of the log as a group's reader gets it. ``number``: of the event in the log, by which one that comes
+    again is known. ``times``: how often it was handed out, this time included."""
+
+    number: int
+    event: Event
+    times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """How far a group of readers is. ``delivered``: number of the newest event that any of them got; ``open``: events
+    that were handed out and are not acknowledged; ``ahead``: events that nobody got yet; ``missed``: events that aged
+    out before the group had acknowledged them."""
+
+    name: str
+    delivered: int
+    open: int
+    ahead: int
+    missed: int
+    acknowledged_to: int
+    """Up to this number everything is acknowledged."""
+
+
+class EventGroups(Protocol):
+    """Readers that share the log of live events: each event is handed to one of a group, and again to another where it
+    is not acknowledged in time. Names of groups and consumers: see ``event_groups.check_name``."""
+
+    def create_group(self, group: str, after: int | None = None) -> bool:
+        """Makes a group that begins behind the event of the number ``after`` (None: the newest); False where it is
+        there, which changes nothing."""
+
+    def read_group(self, group: str, consumer: str, most: int, idle_ms: int) -> list[Delivery]:
+        """At most ``most`` events for ``consumer``: first those that someone of the group got ``idle_ms`` ago and has
+        not acknowledged, then those that nobody got; [] where there is none. Events of forgotten users are left out.
+        Raises ValueError where there is no such group."""
+
+    def acknowledge(self, group: str, numbers: Sequence[int]) -> int:
+        """Events that are done with and do not come again; how many were open."""
+
+    def groups(self) -> list[GroupState]:
+        """The groups there are, by name."""
+
+    def drop_group(self, group: str) -> bool:
+        """Removes a group with all that it knows; whether it was there."""
 
 
 class FeatureStore(Protocol):
@@ -95,7 +145,7 @@ class FeatureStore(Protocol):
     def close(self) -> None: ...
 
 
-class ServingStore(FeatureStore, Protocol):
+class ServingStore(FeatureStore, EventGroups, Protocol):
     """What a server needs beside the request path: changes of the catalogue, and what goes."""
 
     FORGOTTEN: str

@@ -73,7 +73,7 @@ class Record:
     def read(cls, key: bytes, value: bytes) -> Record:
         columns = msgpack.unpackb(value)
         user, item, kind, time_ms, id_digest, came_ms, context, request_id = columns + _ABSENT[len(columns) :]
-        event = Event(user, item, kind, time_ms, context=context, request_id=request_id)
+        event = Event(user, item, kind, time_ms, context=context, request_id=request_id, came_ms=came_ms)
         return cls(int.from_bytes(key, "big"), event, id_digest, came_ms)
 
 
@@ -111,6 +111,23 @@ class EventLog:
         transaction.put(number_key(number), packed_record(event, key, came_ms), db=self._log, append=True)
         if key:
             transaction.put(key, number_key(number), db=self._ids)
+
+    def get(self, transaction: Transaction, number: int) -> Record | None:
+        """An event of the log; None where it is not there, or of nobody."""
+        value = transaction.get(number_key(number), db=self._log)
+        record = None if value is None else Record.read(number_key(number), bytes(value))
+        return None if record is None or record.event == NOBODY else record
+
+    def from_number(self, transaction: Transaction, number: int) -> Iterator[Record]:
+        """Events from a number on, oldest first, with those of nobody."""
+        cursor = transaction.cursor(db=self._log)
+        for key, value in cursor if cursor.set_range(number_key(number)) else ():
+            yield Record.read(bytes(key), bytes(value))
+
+    def count_from(self, transaction: Transaction, number: int) -> int:
+        """How many there are from a number on, those of nobody included."""
+        cursor = transaction.cursor(db=self._log)
+        return sum(1 for _ in cursor.iternext(values=False)) if cursor.set_range(number_key(number)) else 0
 
     def oldest(self, transaction: Transaction) -> Record | None:
         cursor = transaction.cursor(db=self._log)

@@ -26,6 +26,7 @@ from vivace.store.histories import merged
 from vivace.store.history_rows import batches, packed, packed_events, unpacked
 from vivace.store.interface import Event, StoreError
 from vivace.store.lmdb_catalogue import CHANGED, CHANGES, CatalogueStore
+from vivace.store.lmdb_groups import GROUPS, OPEN, GroupStore
 from vivace.store.lmdb_log import NEWCOMER, OF_DATA_SET, EventLog, LiveEvents, key_of, number_key
 from vivace.store.retention import MAX_STORED_EVENTS, Retention
 
@@ -44,7 +45,7 @@ _SLOT, _EVENT_TYPES, _FILLED = b"slot", b"event_types", b"filled_ms"  # keys of 
 UserRow = tuple[str, Sequence[str], Sequence[str], Sequence[int]]  # user, items, event types, times in ms, oldest first
 
 
-class LmdbStore(CatalogueStore):
+class LmdbStore(CatalogueStore, GroupStore):
     """``FeatureStore`` in one LMDB folder. Values: of users, msgpack ``[items, event types, times]``; of items, the
     title; of the log, its ids and marks: see ``lmdb_log``. ``retention``: None takes the folder's own."""
 
@@ -74,7 +75,7 @@ class LmdbStore(CatalogueStore):
 
     # -- transactions --------------------------------------------------------------------------------
     def _open_databases(self) -> None:
-        for name in (*_USERS, *_ITEMS, *_ATTRIBUTES, *_MARKS, _LOG, _IDS, _ABOUT, CHANGES, CHANGED):
+        for name in (*_USERS, *_ITEMS, *_ATTRIBUTES, *_MARKS, _LOG, _IDS, _ABOUT, CHANGES, CHANGED, GROUPS, OPEN):
             if name not in self._databases:
                 try:
                     self._databases[name] = self._env.open_db(name, create=not self._readonly)
@@ -226,7 +227,6 @@ class LmdbStore(CatalogueStore):
     def forget(self, user_id: str) -> bool:
         """Takes a user out of histories, marks and the log, in both slots; whether anything was known. Nothing answers
         with it from now on; its bytes are in the file until ``compact``, which is marked as due."""
-
         with self._alone, self._begin() as transaction:  # a long log is read without keeping appends waiting
             read_to = self._log.last(transaction)
             records = list(self._log.of_user(transaction, user_id))
@@ -281,6 +281,8 @@ class LmdbStore(CatalogueStore):
             if record.number == last or not (record.number < keep_from or too_old):
                 break
             log.remove(transaction, record)
+            for group in self._groups.aged_out(transaction, record):
+                self._missed(group, 1)
             self._leave(transaction, slot, record.event.user_id, record.number, users_are_old)
             removed += 1
         return removed

@@ -7,12 +7,14 @@ import os
 import shutil
 import signal
 import time
+import urllib.request
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from search.online import QuerySearch, SearchOptions, SearchRanking
 from search.published import FOLDER
@@ -48,12 +50,14 @@ from vivace.contract import (
     LIVE_FEATURES,
     LIVE_HALF_LIVES_MS,
     PADDING_ID,
+    STATUS_OK,
     live_features,
 )
 from vivace.live import RECENT
 from vivace.manifest import read_manifest
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
+from vivace.suspects import FLOOR
 
 RISING = 24
 CANDIDATES = 60  # with what is rising, fewer than an answer may have
@@ -97,58 +101,51 @@ def searchable(live_root, features, tmp_path_factory):
     return folder, versions
 
 
-@pytest.mark.parametrize("kind", ["exact", "index", "shards"])
-def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root, features, kind, tmp_path):
-    profile, place = "fused" if kind == "index" else "", ["exact", "index", "shards"].index(kind)
+@pytest.mark.parametrize(("kind", "becomes"), [("exact", "keep"), ("index", "refuse"), ("shards", "keep")])
+def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root, features, kind, becomes, tmp_path):
+    place, names = ["exact", "index", "shards"].index(kind), features.items()["item_id"].tolist()
     own, repository = live_root, live_root / "model_repository"
     if kind != "exact":
         own, repository = searchable[0], searchable[1][kind]
-    rising, pushed = _rare(features, taken=place), _rare(features, taken=3 + place)
+    rising, pushed, more = (_rare(features, taken=place + i) for i in (0, 3, 6))
+    profile, user = "fused" if kind == "index" else "", min(users_of_data(root))
     with (
-        service(on_free_ports(repository, profile=profile), quiet) as (server, _),
+        service(on_free_ports(repository, profile=profile, suspects=becomes), quiet) as (server, _),
         PatientClient(f"{server.host}:{server.grpc_port}") as client,
     ):
         before = client.recommend("nobody", top_k=10)
         assert rising not in before.items
         query = features.items().set_index("item_id")["title"][rising] if own != live_root else ""
         found = client.recommend("nobody", top_k=100, query=query) if query else None
-        for _ in range(100):  # one account, whose clicks on an item count once
-            client.append(f"mallory {kind}", pushed)
+        for _ in range(FLOOR):  # one account, whose clicks on an item count once
+            assert client.append(f"mallory {kind}", pushed).status == STATUS_OK
+        _suspected(client, f"mallory {kind}", more, becomes)
         for n in range(40 + 20 * place):  # more than the other kinds left in the store
             client.append(f"crowd {kind} {n}", rising)
         appended = time.monotonic()
         # a cold user gets what is clicked most now, before what was popular in training
         while (items := list(client.recommend("nobody", top_k=10).items))[0] != rising:
             assert time.monotonic() - appended < 1.0, f"{rising} is not first after a second: {items}"
-        assert pushed in client.recommend("nobody", top_k=100).items  # it rises, behind what a crowd clicked
-        user = min(users_of_data(root))
+        everyone = client.recommend("nobody", top_k=100).items
+        assert pushed in everyone and more not in everyone  # the one rises, behind what a crowd clicked
+        page = urllib.request.urlopen(f"http://{server.host}:{server.metrics_port}/metrics").read().decode()
+        samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
+        counts = {s.labels["how"]: s.value for s in samples if s.name == "vivace_suspect_events_total"}
+        assert counts == {"kept": becomes == "keep", "refused": becomes == "refuse"}
         assert rising in client.recommend(user, top_k=100).items
         assert rising not in client.recommend(f"crowd {kind} 0", top_k=100).items  # who has seen it
         if found is not None:
             _searches_the_present(client, searchable[0], found, query, rising, user)
+        _new_item_rises(client, f"new-{kind}", str(features.items()["title"].tolist()[7]), f"crowd {kind}", user)
 
-        new = f"new-{kind}"
-        title = str(features.items()["title"].tolist()[7])
-        assert client.upsert_items([{"item_id": new, "title": title}]) == ["ok"]
-        for n in range(20):  # fewer than of the other one
-            client.append(f"crowd {kind} {n}", new)
-        appended = time.monotonic()
-        while new not in (items := list(client.recommend("nobody", top_k=10).items))[1:3]:  # behind rising ones alone
-            assert time.monotonic() - appended < 1.0, f"{new} is not among the first after a second: {items}"
-        assert new in client.recommend(user, top_k=100).items
-        assert new not in client.recommend(f"crowd {kind} 0", top_k=100).items
-        client.remove_items([new])
-        assert new not in client.recommend("nobody", top_k=10).items
-        client.upsert_items([{"item_id": new, "title": title}])
-
-        run, names = Run(live_root), features.items()["item_id"].tolist()
+        run = Run(live_root)
         version = run.repository / FEATURE_TRANSFORM / str(run.version())
         shutil.copytree(own / "feature_store", tmp_path / "feature_store")  # which the feed keeps open
         store = LmdbStore(tmp_path / "feature_store", readonly=True)
         transform = FeatureTransform(version / "transform.onnx", store, run.shapes())
         histories = [names[i : i + 5] for i in range(0, 60, 3)]
         served = [client.recommend("", history, 20) for history in histories]
-        client.remove_items([new])
+        client.remove_items([f"new-{kind}"])
     inputs = [torch.from_numpy(x) for x in transform([Row("", history, 20) for history in histories])[0]]
     rising_BM, live_BMF = inputs[-2:]
     assert int((rising_BM[0] >= FIRST_ID).sum()) >= 1 and live_BMF.shape[2] == live_features(2)  # device, sensitivity
@@ -160,6 +157,30 @@ def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root,
         expected = [names[i - FIRST_ID] for i in ranked[row, :20].tolist()]
         assert len(set(expected) & set(got.items)) >= 18  # counts have decayed by seconds in between
         np.testing.assert_allclose(got.scores, values[row, 0, :20].numpy(), atol=0.05)
+
+
+def _suspected(client, mallory: str, item: str, becomes: str) -> None:
+    """One event more than a person's within a minute."""
+    if becomes == "refuse":
+        with pytest.raises(VivaceError, match=rf"{mallory}.* within a minute.*nothing of the request was stored"):
+            client.append(mallory, item)
+        return
+    kept = client.append(mallory, item)
+    assert kept == FLOOR + 1 and "not counted for others: more than 30 events" in kept.status
+
+
+def _new_item_rises(client, new: str, title: str, crowd: str, user: str) -> None:
+    assert client.upsert_items([{"item_id": new, "title": title}]) == ["ok"]
+    for n in range(20):  # fewer than of the other one
+        client.append(f"{crowd} {n}", new)
+    appended = time.monotonic()
+    while new not in (items := list(client.recommend("nobody", top_k=10).items))[1:3]:  # behind rising ones alone
+        assert time.monotonic() - appended < 1.0, f"{new} is not among the first after a second: {items}"
+    assert new in client.recommend(user, top_k=100).items
+    assert new not in client.recommend(f"{crowd} 0", top_k=100).items
+    client.remove_items([new])
+    assert new not in client.recommend("nobody", top_k=10).items
+    client.upsert_items([{"item_id": new, "title": title}])
 
 
 def _searches_the_present(client, folder, before, query: str, rising: str, user: str) -> None:
@@ -215,7 +236,8 @@ def test_an_index_and_shards_retrieve_what_one_graph_does(live_root, searchable,
                 known = (ids[:, :, None] == rising_BM[:, None, :]).any(2) & (ids != PADDING_ID)
                 assert (got[0] == ids)[known].all()
                 np.testing.assert_allclose(got[1][known], scores[known], atol=1e-4)
-        assert (taught(request)[0] == one(inputs)[0]).mean() > 0.99
+        same_BN = taught(request)[0] == one(inputs)[0]
+        assert np.delete(same_BN, 4, 0).mean() > 0.99  # of equally popular items either comes first
     away = ShardedRetrieval(searchable[0] / "shards", tensors["shards"], lambda *_: ([None, None], "gone"))
     (without, of_without, _), reasons = away(given[: len(contract.retrieval_inputs(tensors["shards"]))])
     assert "gone" in reasons and np.isfinite(of_without).all()

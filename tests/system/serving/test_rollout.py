@@ -20,8 +20,9 @@ from prometheus_client import generate_latest
 from serving.acceptance import Acceptance
 from serving.door.rollout import Split
 from serving.fleet import Fleet
+from serving.judgement import Plan, Sample, fault, slowness
 from serving.releases import put_in_use
-from serving.rollout import Plan, Rollout, Sample, fault, slowness
+from serving.rollout import Rollout
 from serving.runtime.team_draft import draft
 from serving.wheel import ServerError
 from tests.support import LOGS, PATIENCE_S, PatientClient, logged, on_free_ports, quiet, wait_until
@@ -189,6 +190,23 @@ def slowed(run: Run) -> None:
         )
 
 
+def test_copies_alone_come_first_and_then_the_users(two):
+    _, fleet, second = two
+    plan = Plan(version=2, salt="s", shares=(0.0, 0.5), shadow=1.0, least=20, wait_s=0.5, drift=0)
+    rollout = Rollout(fleet, plan, quiet)
+    with Visitors(ports_of(fleet)["grpc"]) as visitors:
+        rollout.start(second, Acceptance([]), quiet)
+        assert "answers nobody, and gets a copy of 100 % of the calls" in rollout.state()["lines"][-1]
+        wait_until(lambda: rollout.look() or rollout.state()["step"] == 2 or rollout.result, "the second step")
+        assert not rollout.result and fleet.trial.server.pid
+        servers = (fleet.trial.server.pid, fleet.replicas[0].server.pid)
+        assert len({os.getpriority(os.PRIO_PROCESS, pid) for pid in servers}) == 1
+        seen = len(visitors.answers)
+        wait_until(lambda: len(visitors.answers) > seen + 50 or visitors.errors, "answers of the second step")
+        rollout.stop("enough")
+    assert len({tuple(items) for _, items in visitors.answers[seen:]}) == 2 and visitors.errors == []
+
+
 def test_a_version_that_is_slower_goes_by_itself_and_says_why(two):
     run, fleet, _ = two
     publish_with_other_items(run)
@@ -219,18 +237,22 @@ def test_copies_are_compared_and_a_version_whose_scores_are_of_another_kind_goes
     with other_values(newest(run)) as (graph, sound, output):
         graph.initializer.append(helper.make_tensor("lift", TensorProto.FLOAT, [], [1000.0]))
         graph.node.append(helper.make_node("Add", [sound, "lift"], [output]))
-    plan = Plan(version=4, salt="s", shares=(0.4,), shadow=1.0, least=20, slower=100)
+    plan = Plan(version=4, salt="s", shares=(0.0, 0.4), shadow=1.0, least=20)
     with Visitors(ports_of(fleet)["grpc"]) as visitors:
         alike = set(answer(fleet)[0][:5]) & set(items_of(newest(run), fleet))
         rollout = Rollout(fleet, plan, quiet)
         rollout.start(newest(run), Acceptance([]), quiet)
+        served_pid, trial_pid = fleet.replicas[0].server.pid, fleet.trial.server.pid
+        assert os.getpriority(os.PRIO_PROCESS, trial_pid) == os.getpriority(os.PRIO_PROCESS, served_pid) + 5
+        seen = len(visitors.answers)
         while not rollout.result:
             page = generate_latest(fleet.registry).decode()
             assert not rollout.look()
             time.sleep(0.1)
-    seen = rollout.state()["compared"]
-    assert "the median score of the first item is" in rollout.result and seen["score_shift"] > 3
-    copies = seen["copies"]
+    compared = rollout.state()["compared"]
+    assert "the median score of the first item is" in rollout.result and compared["score_shift"] > 3
+    assert len({tuple(items) for _, items in visitors.answers[seen:]}) == 1  # copies alone: nobody sees another answer
+    copies = compared["copies"]
     assert copies["compared"] > 0 and copies["overlap"] == pytest.approx(len(alike) / 5, abs=0.2)
     assert copies["moved"] > 3 and copies["tried_ms"] > 0 and "vivace_rollout_overlap " in page
     assert (
@@ -263,6 +285,14 @@ def test_what_a_version_on_trial_goes_for(trial, why):
     assert slowness(plan, Sample(100, 0, 0.35, 100, 10), fast) == ""
     own = Sample(calls=120, failed=0, seconds=9.0, rows=3, partial=3)  # the server's own questions: no user's
     assert fault(plan, own, SERVED) == slowness(plan, own, SERVED) == ""
+
+
+@pytest.mark.parametrize(
+    ("shares", "shadow"), [((0.0, 0.1), 0.0), ((0.0,), 0.5), ((0.0, 0.0, 0.1), 0.5), ((0.1, 0.0), 0.5), ((), 0.5)]
+)
+def test_a_step_without_users_comes_first_and_with_copies(shares, shadow):
+    with pytest.raises(ValueError, match="shares: expected"):
+        Plan(version=2, salt="s", shares=shares, shadow=shadow)
 
 
 def test_users_are_dealt_evenly_and_independently_of_other_rollouts():

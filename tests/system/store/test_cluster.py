@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.local_cluster import cluster, is_primary
 from tests.support import wait_until
-from vivace.store.interface import Event, StoreError
+from vivace.store.interface import Event, StoreError, StoreUnreachableError
 from vivace.store.remote.store import ValkeyStore
 
 USERS = [f"user-{n}" for n in range(60)]
@@ -27,6 +27,13 @@ def test_one_node_of_a_cluster_is_named_as_such(nodes):
     with pytest.raises(StoreError, match="add cluster=1 to the URL of --store"):
         for user in USERS:
             store.append([Event(user, "a")])
+    store.close()
+
+
+def test_an_append_waits_for_replicas_of_each_node_that_has_part_of_it(nodes):
+    store = ValkeyStore(f"{nodes[0].url}?limit_ms=2000&write_ms=600&cluster=1&replicas=1&prefix=waits")
+    with pytest.raises(StoreUnreachableError, match="0 of 1 replicas have it after 300 ms"):  # one node has one
+        store.append([Event(user, "a") for user in USERS])
     store.close()
 
 

@@ -10,10 +10,12 @@ import sys
 import time
 
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.local_valkey import ValkeyServer, stopped
 from preprocessing.refresh import appended_since
-from tests.support import vivace, wait_until
+from tests.support import wait_until
+from vivace.cli.main import app
 from vivace.manifest import CHECKOUT
 from vivace.store.interface import Change, Event, StoreError, StoreUnreachableError
 from vivace.store.lmdb_store import LmdbStore
@@ -52,6 +54,7 @@ def test_addresses():
         ("http://:pw@h", "expected a URL"),
         ("valkey://h?limit_ms=no", "limit_ms: expected a number"),
         ("valkey://h?prefix=a:*", "prefix: expected letters"),
+        ("valkey://h?replicas=many", "replicas: expected how many"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             Address.parse(wrong)
@@ -174,6 +177,28 @@ def test_what_was_acknowledged_outlives_a_kill_of_the_server_and_of_the_sender(t
             store.close()
 
 
+def test_what_replicas_have_outlives_the_primary(tmp_path):
+    with ValkeyServer(tmp_path / "primary", "--repl-diskless-sync-delay", "0") as primary:
+        following = ("--replicaof", "127.0.0.1", str(primary.port))
+        with ValkeyServer(tmp_path / "replica", *following) as replica, replica.client() as copy:
+            wait_until(lambda: copy.info("replication")["master_link_status"] == "up", "a replica that follows")
+            store = ValkeyStore(f"{primary.url}?write_ms=4000&limit_ms=2000&replicas=1")
+            assert store.append([Event("u", str(n), "view", n, str(n)) for n in range(50)]) == {"u": 50}
+            last = Event("u", "last", "view", 60, "last")
+            with stopped(replica), pytest.raises(StoreUnreachableError, match=r"0 of 1 replicas have it after 2000 ms"):
+                store.append([last])
+            assert store.histories(["u"])[0][-1] == "last" and store.fault() == ""  # reads go on
+            assert store.append([last]) == {"u": 51}  # once, and this time the replica has it
+            store.change_catalogue([Change("i", "{}")])
+            store.close()
+            primary.kill()
+            copy.execute_command("REPLICAOF", "NO", "ONE")
+            after = ValkeyStore(f"{replica.url}?write_ms=4000&limit_ms=2000")
+            assert after.histories(["u"]) == [[*map(str, range(50)), "last"]] and after.last_change() == 1
+            assert after.live_events(0)[0] == 51 and after.append([last]) == {"u": 51}
+            after.close()
+
+
 @pytest.fixture
 def filled(tmp_path):
     """A run's LMDB store with everything that a store may have."""
@@ -203,28 +228,33 @@ def read_all(store) -> list:
     ]  # fmt: skip
 
 
+def in_this_process(*arguments: str):
+    """The command without the seconds that a process of its own takes to begin."""
+    return CliRunner().invoke(app, arguments)
+
+
 def test_a_run_is_copied_to_a_valkey_and_back(filled, server, tmp_path):
     before = LmdbStore(filled, readonly=True)
     expected = read_all(before)
     before.close()
     run = ("--name", "shop", "--artifacts", str(tmp_path / "artifacts"))
-    there = vivace("store", "copy", *run, "--to", server.url)
-    assert there.returncode == 0 and "2507 users" in there.stdout.replace(",", ""), there
+    there = in_this_process("store", "copy", *run, "--to", server.url)
+    assert there.exit_code == 0 and "2507 users" in there.output.replace(",", ""), there
     url = f"{server.url}?limit_ms=2000&write_ms=20000"
     store = ValkeyStore(url)
     assert json.dumps(read_all(store), default=repr) == json.dumps(expected, default=repr)
-    again = vivace("store", "copy", *run, "--to", server.url)
-    assert again.returncode == 1 and "--replace" in again.stderr, again
+    again = in_this_process("store", "copy", *run, "--to", server.url)
+    assert again.exit_code == 1 and "--replace" in again.output, again
     assert store.append([Event("u1", "1", "view", 6, "id 1"), Event("u1", "n", "view", 9)])["u1"] == len(
         store.histories(["u1"])[0]
     )
     (change,) = store.change_catalogue([Change("i1", "{}")])
     assert (change.number, change.slot) == (4, 1)
     expected = read_all(store)
-    over = vivace("store", "copy", *run, "--from", server.url)
-    assert over.returncode == 1 and "--replace" in over.stderr, over
-    back = vivace("store", "copy", *run, "--from", server.url, "--replace")
-    assert back.returncode == 0, back
+    over = in_this_process("store", "copy", *run, "--from", server.url)
+    assert over.exit_code == 1 and "--replace" in over.output, over
+    back = in_this_process("store", "copy", *run, "--from", server.url, "--replace")
+    assert back.exit_code == 0, back
     after = LmdbStore(filled)
     assert json.dumps(read_all(after), default=repr) == json.dumps(expected, default=repr)
     number = expected[0]
@@ -233,14 +263,14 @@ def test_a_run_is_copied_to_a_valkey_and_back(filled, server, tmp_path):
     )
     assert after.live_events(number)[0] == number + 1
     after.close()
-    filled_anew = vivace("store", "fill", *run, "--to", server.url)
-    assert filled_anew.returncode == 0 and "2,500 users" in filled_anew.stdout, filled_anew
+    filled_anew = in_this_process("store", "fill", *run, "--to", server.url)
+    assert filled_anew.exit_code == 0 and "2,500 users" in filled_anew.output, filled_anew
     long_history, gone = store.histories(["ü" * 400, "gone"])
     assert (long_history, gone) == (["long"], None) and store.live_events(0)[0] == number
     with server.client() as client:
         client.hset("vivace:{log}:about", "copying", "1")  # as one that was killed leaves it
-    unfinished = vivace("store", "copy", *run, "--to", server.url)
-    assert unfinished.returncode == 0, unfinished
+    unfinished = in_this_process("store", "copy", *run, "--to", server.url)
+    assert unfinished.exit_code == 0, unfinished
     assert store.live_events(0)[0] == number + 1
 
 

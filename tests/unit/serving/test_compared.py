@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from serving.compared import Clicks, Compared, Side, as_metrics, shift, stability
 from serving.door.rollout import Split
-from serving.rollout import Plan, disliked, unlike
+from serving.judgement import Plan, disliked, unlike
 from serving.runtime.answer_samples import MOST, AnswerSamples, Listener
 from tests.support import wait_until
 from vivace.sequential import Plan as ClickPlan, Rate, compare, preferred

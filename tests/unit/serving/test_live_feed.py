@@ -91,6 +91,32 @@ def test_one_account_counts_no_more_live_than_in_a_replay(tmp_path, store):
     assert counts["open"] > 300 and counts["limited"] < 60  # of 12 hours; 200 honest events fall on six items
 
 
+def test_what_no_person_sends_is_in_its_history_and_counts_for_nobody_else(tmp_path, store):
+    """By the log, which every server reads: whichever of them took an event."""
+    now = int(time.time() * 1000)
+    Stream.of(*(np.empty(0, np.int64),) * 3, np.empty((0, 0), np.int64)).save(tmp_path / "recent.npz")
+    store.append([Event("mallory", str(n % 3), "", now - 3_600_000 * n) for n in range(9)])
+    store.append([Event("mallory", "4", "", now), Event("eve", "5", "", now + HOUR), Event("ann", "3", "", now - 5)])
+    feed = LiveFeed(tmp_path / "recent.npz", store, _ids, replace(SHAPES, minute_events=3), start=False)
+    feed.refresh(now + 2 * HOUR)
+    assert sorted(feed.rows(None, np.zeros(1, np.int64))[0][0].tolist()) == [FIRST_ID + n for n in range(4)]
+    assert np.expm1(feed._table.at(now + 2 * HOUR)[1][:, 3]).max() < 1.1  # of mallory's nine, one an item
+    assert store.histories(["mallory", "eve"]) == [[str(n % 3) for n in range(9)] + ["4"], ["5"]]
+
+
+def test_who_has_a_history_is_no_newcomer_whatever_its_events_claim(tmp_path, store):
+    now = int(time.time() * 1000)
+    store.fill([(f"old {n}", ["0"], [""], [now - 9 * HOUR]) for n in range(20)], [])
+    Stream.of(*(np.empty(0, np.int64),) * 3, np.empty((0, 0), np.int64)).save(tmp_path / "recent.npz")
+    store.append([Event(f"new {n}", item, "", now - HOUR * (item == "0")) for n in range(20) for item in "01"])
+    store.append([Event(f"old {n}", "2", "", now) for n in range(20)])
+    feed = LiveFeed(tmp_path / "recent.npz", store, _ids, replace(SHAPES, newcomers=1.0), start=False)
+    feed.refresh(now + 1_000)
+    ids, features = feed.rows(None, np.zeros(1, np.int64))
+    counts = dict(zip(ids[0].tolist(), np.expm1(features[0, :, 4]).round().tolist(), strict=True))  # of 12 hours
+    assert counts[FIRST_ID + 2] == 20 and counts[FIRST_ID + 1] == 5 >= counts[FIRST_ID]
+
+
 def test_a_clock_that_is_set_back_stops_nothing(tmp_path, store):
     now = int(time.time() * 1000) + HOUR
     feed = _feed(tmp_path, store, [])

@@ -21,6 +21,8 @@ class Address:
     """Of the values last read, kept in each process for when the server does not answer."""
     cluster: bool = False
     """The server is a node of a cluster: calls go to the node that has the key."""
+    replicas: int = 0
+    """An append is acknowledged when so many replicas have it too, within half of ``write_ms``."""
     prefix: str = "vivace"
     """Of every key: runs with prefixes of their own share a server."""
 
@@ -34,7 +36,7 @@ class Address:
             )
         ours, others = dict[str, str](), list[tuple[str, str]]()
         for name, value in parse_qsl(parts.query):
-            if name in ("limit_ms", "write_ms", "near_mb", "prefix", "cluster"):
+            if name in ("limit_ms", "write_ms", "near_mb", "prefix", "cluster", "replicas"):
                 ours[name] = value
             else:
                 others.append((name, value))
@@ -43,10 +45,14 @@ class Address:
         cluster = ours.pop("cluster", "0") == "1"
         if dict(parse_qsl(parts.query)).get("cluster", "0") not in ("0", "1"):
             raise ValueError("--store: cluster: expected 1, for a node of a cluster, or 0")
+        replicas = ours.pop("replicas", "0")
+        if not re.fullmatch(r"1?\d", replicas):
+            raise ValueError(f"--store: replicas: expected how many must have an append, 0 to 19, got {replicas!r}")
         numbers = {name: _number(name, value) for name, value in ours.items() if name != "prefix"}
         scheme = {"redis": "valkey", "rediss": "valkeys"}.get(parts.scheme, parts.scheme)
         url = urlunsplit((scheme, parts.netloc, parts.path, urlencode(others), ""))
-        return cls(url, cluster=cluster, **numbers, **({"prefix": ours["prefix"]} if ours.get("prefix") else {}))  # type: ignore[arg-type]
+        words = {"prefix": ours["prefix"]} if ours.get("prefix") else {}
+        return cls(url, cluster=cluster, replicas=int(replicas), **numbers, **words)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"Address({shown(self.url)!r}, prefix={self.prefix!r})"

@@ -53,7 +53,7 @@ class ValkeyCatalogue:
         """Puts items in or takes them out, in one step; the changes with their numbers and slots."""
         now_ms = int(time.time() * 1000)
         arguments = [x for change in changes for x in (key_of(change.item_id), packed_change(change))]
-        (reply,) = self._trips.script(CHANGE, [(self._catalogue_keys, [now_ms, *arguments])], "write")
+        (reply,) = self._trips.script(CHANGE, [(self._catalogue_keys, [now_ms, *arguments])], "write", lasting=True)
         numbers = list(map(int, reply))
         return [
             replace(change, number=number, slot=slot, came_ms=now_ms)

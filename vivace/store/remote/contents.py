@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgpack
 
-from vivace.store.interface import Change
+from vivace.store.interface import Change, GroupState
 from vivace.store.lmdb_log import Record, packed_record
 from vivace.store.remote.catalogue import stored_change
 
@@ -49,7 +49,7 @@ class Contents:
 
 class End(Protocol):
     """One end of a copy. A user comes as ``(key, history)``: msgpack of whether the data set has the user, items, event
-    types and times in ms."""
+    types and times in ms. Of groups of readers a copy has where each is; what they have in hand comes again."""
 
     name: str
 
@@ -59,6 +59,7 @@ class End(Protocol):
     def titles(self) -> Iterator[Pair]: ...
     def log(self) -> Iterator[Record]: ...
     def changes(self) -> Iterator[Change]: ...
+    def groups(self) -> list[GroupState]: ...
     def is_empty(self) -> bool: ...
     def write(self, source: End, say: Callable[[str], None]) -> None: ...
     def close(self) -> None: ...

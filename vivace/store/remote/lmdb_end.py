@@ -11,7 +11,7 @@ import msgpack
 
 from vivace.store.forgetting import compact
 from vivace.store.history_rows import batches, packed
-from vivace.store.interface import Change, StoreError
+from vivace.store.interface import Change, GroupState, StoreError
 from vivace.store.lmdb_catalogue import CHANGED, CHANGES, LAST_NUMBER
 from vivace.store.lmdb_log import NEWCOMER, NOBODY, OF_DATA_SET, EventLog, Record, key_of, number_key
 from vivace.store.lmdb_store import (
@@ -89,6 +89,9 @@ class LmdbEnd:
     def changes(self) -> Iterator[Change]:
         return iter(self._open().catalogue_changes(0))
 
+    def groups(self) -> list[GroupState]:
+        return self._open().groups()
+
     def is_empty(self) -> bool:
         return not (self._folder / "data.mdb").exists()
 
@@ -163,3 +166,5 @@ def _into_lmdb(store: LmdbStore, source: End, say: Callable[[str], None]) -> Non
         ):  # fmt: skip
             transaction.put(key, value.encode(), db=d[_ABOUT])
         transaction.put(_EVENT_TYPES, msgpack.packb(list(about.event_types)), db=d[_ABOUT])
+    for group in source.groups():
+        store.create_group(group.name, group.acknowledged_to)

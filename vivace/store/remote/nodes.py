@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Command = tuple[Any, ...]
@@ -22,11 +23,33 @@ def key_of_command(command: Command) -> Any:
     return command[3] if command[0] == "EVALSHA" else command[1]
 
 
-def _sent(client: Any, commands: Sequence[Command]) -> list[Any]:
+@dataclass(frozen=True)
+class Lasting:
+    """What a trip writes must be on so many ``replicas`` of the node within ``wait_ms``."""
+
+    replicas: int
+    wait_ms: int
+
+
+class FewReplicasError(Exception):
+    """The node has what it was sent, and not enough of its replicas do."""
+
+    def __init__(self, have: int, lasting: Lasting) -> None:
+        super().__init__(f"{have} of {lasting.replicas} replicas have it after {lasting.wait_ms} ms")
+
+
+def _sent(client: Any, commands: Sequence[Command], lasting: Lasting | None = None) -> list[Any]:
     pipeline = client.pipeline(transaction=False)
     for command in commands:
         pipeline.execute_command(*command)
-    return list(pipeline.execute(raise_on_error=False))
+    if lasting is None:
+        return list(pipeline.execute(raise_on_error=False))
+    pipeline.execute_command("WAIT", lasting.replicas, lasting.wait_ms)
+    *replies, have = pipeline.execute(raise_on_error=False)
+    fault = have if isinstance(have, Exception) else None
+    if fault is None and int(have) < lasting.replicas:
+        fault = FewReplicasError(int(have), lasting)
+    return [reply if fault is None or isinstance(reply, Exception) else fault for reply in replies]
 
 
 class News:
@@ -45,10 +68,10 @@ class OneNode:
 
         self._client = valkey.Valkey.from_url(url, **options)
 
-    def run(self, commands: Sequence[Command]) -> list[Any]:
-        """The reply of each, an exception where the server refuses it. Raises ConnectionError or TimeoutError of the
-        package."""
-        return _sent(self._client, commands)
+    def run(self, commands: Sequence[Command], lasting: Lasting | None = None) -> list[Any]:
+        """The reply of each, an exception where the server refuses it, FewReplicasError where it did not last. Raises
+        ConnectionError or TimeoutError of the package."""
+        return _sent(self._client, commands, lasting)
 
     def each(self) -> Iterator[Any]:
         """A client of each server, one after the other: for what has no key."""
@@ -98,21 +121,23 @@ class SeveralNodes:
                     self._known_nodes.create_valkey_connections([node])
         return node.valkey_connection
 
-    def run(self, commands: Sequence[Command]) -> list[Any]:
+    def run(self, commands: Sequence[Command], lasting: Lasting | None = None) -> list[Any]:
         """As ``OneNode.run``, node by node: the node of the last command last, so that what it says is the newest.
         Where a node does not answer, its replies are that error, and it is left alone for a while; raises it where
         none does."""
         replies: list[Any] = [None] * len(commands)
         left = list(range(len(commands)))
         for _ in range(2):
-            self._run(commands, left, replies)
+            self._run(commands, left, replies, lasting)
             left = [i for i in left if isinstance(replies[i], Exception) and str(replies[i]).startswith(MOVED)]
             if not left:
                 break
             self._news.count += 1
         return replies
 
-    def _run(self, commands: Sequence[Command], chosen: Sequence[int], replies: list[Any]) -> None:
+    def _run(
+        self, commands: Sequence[Command], chosen: Sequence[int], replies: list[Any], lasting: Lasting | None
+    ) -> None:
         from valkey.crc import key_slot
 
         nodes, of_node = self._nodes(), dict[str, tuple[Any, list[int]]]()
@@ -125,19 +150,19 @@ class SeveralNodes:
             raise self._errors.ConnectionError(str(error)) from error
         answered, last = False, None
         for node, indices in sorted(of_node.values(), key=lambda pair: pair[1][-1]):
-            sent = self._ask(self._client(node), node.name, [commands[i] for i in indices])
+            sent = self._ask(self._client(node), node.name, [commands[i] for i in indices], lasting)
             for i, reply in zip(indices, sent if isinstance(sent, list) else [sent] * len(indices), strict=True):
                 replies[i] = reply
             answered, last = answered or isinstance(sent, list), last if isinstance(sent, list) else sent
         if not answered and last is not None:
             raise last
 
-    def _ask(self, client: Any, name: str, commands: list[Command]) -> list[Any] | Exception:
+    def _ask(self, client: Any, name: str, commands: list[Command], lasting: Lasting | None) -> list[Any] | Exception:
         failures, until = self._silent.get(name, (0, 0.0))
         if time.monotonic() < until:
             return self._errors.ConnectionError(f"{name}: it did not answer a moment ago")  # type: ignore[no-any-return]
         try:
-            replies = _sent(client, commands)
+            replies = _sent(client, commands, lasting)
         except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
             self._silent[name] = failures + 1, time.monotonic() + PAUSES_S[min(failures, len(PAUSES_S) - 1)]
             self._news.count += 1

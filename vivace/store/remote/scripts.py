@@ -130,6 +130,140 @@ end
 return 1
 """)
 
+# -- groups of readers; keys: log, numbers (a stream of the log's numbers, with the groups), missed ------------
+_STREAM = """
+local function field(reply, name)
+  for i = 1, #reply, 2 do if reply[i] == name then return reply[i + 1] end end
+end
+local function number(id) return tonumber(string.match(id, '^%d+')) end
+local function id(n) return string.format('%.0f-0', n) end
+local function record(n)
+  local text = string.format('%.0f', n)
+  return redis.call('ZRANGE', KEYS[1], text, text, 'BYSCORE')[1]
+end
+local function group_infos()
+  if redis.call('EXISTS', KEYS[2]) == 0 then return {} end
+  return redis.call('XINFO', 'GROUPS', KEYS[2])
+end
+"""
+
+# arguments: group, number that it begins behind. reply: 1, or 0 where it was there
+CREATE_GROUP = Script(
+    _STREAM
+    + """
+for _, info in ipairs(group_infos()) do if field(info, 'name') == ARGV[1] then return 0 end end
+redis.call('XGROUP', 'CREATE', KEYS[2], ARGV[1], ARGV[2] .. '-0', 'MKSTREAM')
+return 1
+"""
+)
+
+# arguments: group, consumer, most events, idle ms, most numbers that are looked at.
+# reply: whether there may be more, then (number, how often it was handed out, record) of each; "" where there is no
+# such group. What the log has got since joins the stream first
+READ_GROUP = Script(
+    _STREAM
+    + """
+local there = false
+for _, info in ipairs(group_infos()) do there = there or field(info, 'name') == ARGV[1] end
+if not there then return '' end
+local last = string.match(field(redis.call('XINFO', 'STREAM', KEYS[2]), 'last-generated-id'), '^%d+')
+local fresh = redis.call('ZRANGE', KEYS[1], '(' .. last, '+inf', 'BYSCORE', 'LIMIT', 0, ARGV[5])
+for _, member in ipairs(fresh) do
+  redis.call('XADD', KEYS[2], id(tonumber(string.sub(member, 1, 16))), 'n', '')
+end
+local most, out, cursor = tonumber(ARGV[3]), {#fresh == tonumber(ARGV[5]) and 1 or 0}, '0-0'
+local function hand_out(ids, again)
+  for _, entry in ipairs(ids) do
+    local n, times = number(entry[1]), 1
+    local value = record(n)
+    if value then
+      if again then times = redis.call('XPENDING', KEYS[2], ARGV[1], entry[1], entry[1], 1)[1][4] end
+      out[#out + 1], out[#out + 2], out[#out + 3] = id(n), times, value
+    else
+      redis.call('XACK', KEYS[2], ARGV[1], entry[1])
+    end
+  end
+end
+local function left() return most - (#out - 1) / 3 end
+repeat
+  local claimed = redis.call('XAUTOCLAIM', KEYS[2], ARGV[1], ARGV[2], ARGV[4], cursor, 'COUNT', left())
+  cursor = claimed[1]
+  hand_out(claimed[2], true)
+until cursor == '0-0' or left() == 0
+if left() > 0 then
+  local reply = redis.call('XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', left(), 'STREAMS', KEYS[2], '>')
+  local got = reply and reply[1][2] or {}
+  if #got == left() then out[1] = 1 end
+  hand_out(got, false)
+end
+return out
+"""
+)
+
+# reply: of each group its name, the newest number that was handed out, how many are open, the oldest of them (or
+# nothing), how many in the log are ahead, how many were missed
+GROUP_STATES = Script(
+    _STREAM
+    + """
+local out = {}
+for _, info in ipairs(group_infos()) do
+  local name, delivered = field(info, 'name'), string.match(field(info, 'last-delivered-id'), '^%d+')
+  local open = redis.call('XPENDING', KEYS[2], name)
+  local ahead = redis.call('ZCOUNT', KEYS[1], '(' .. delivered, '+inf')
+  out[#out + 1] = {name, delivered, open[1], open[2] or '', ahead, redis.call('HGET', KEYS[3], name) or '0'}
+end
+return out
+"""
+)
+
+# arguments: group. reply: whether it was there. With the last one the stream goes
+DROP_GROUP = Script(
+    _STREAM
+    + """
+redis.call('HDEL', KEYS[3], ARGV[1])
+if #group_infos() == 0 then return 0 end
+local gone = redis.call('XGROUP', 'DESTROY', KEYS[2], ARGV[1])
+if #group_infos() == 0 then redis.call('DEL', KEYS[2]) end
+return gone
+"""
+)
+
+# keys: as above, then ids. arguments: ms after which a consumer without anything open is forgotten, (number, digest) of
+# each event that leaves the log, oldest first. reply: (group, how many of them it had not acknowledged)
+AGE_OUT = Script(
+    _STREAM
+    + """
+local first, last, out = ARGV[2] and tonumber(ARGV[2]), ARGV[2] and tonumber(ARGV[#ARGV - 1]), {}
+for _, info in ipairs(group_infos()) do
+  local name, delivered = field(info, 'name'), number(field(info, 'last-delivered-id'))
+  local missed = 0
+  if first and delivered < last then
+    local from = math.max(delivered + 1, first)
+    missed = redis.call('ZCOUNT', KEYS[1], string.format('%.0f', from), string.format('%.0f', last))
+  end
+  for _, open in ipairs(first and redis.call('XPENDING', KEYS[2], name, '-', id(last), #ARGV) or {}) do
+    if record(number(open[1])) then missed = missed + 1 end
+    redis.call('XACK', KEYS[2], name, open[1])
+  end
+  for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[2], name)) do
+    if field(consumer, 'pending') == 0 and field(consumer, 'idle') > tonumber(ARGV[1]) then
+      redis.call('XGROUP', 'DELCONSUMER', KEYS[2], name, field(consumer, 'name'))
+    end
+  end
+  if missed > 0 then
+    redis.call('HINCRBY', KEYS[3], name, missed)
+    out[#out + 1] = {name, missed}
+  end
+end
+for i = 2, #ARGV, 2 do
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], ARGV[i], ARGV[i])
+  if ARGV[i + 1] ~= '' then redis.call('HDEL', KEYS[4], ARGV[i + 1]) end
+end
+if last and redis.call('EXISTS', KEYS[2]) == 1 then redis.call('XTRIM', KEYS[2], 'MINID', id(last + 1)) end
+return out
+"""
+)
+
 # -- the catalogue; keys: number, changes, rows -----------------------------------------------------------
 # arguments: when it came, in ms, (item, change) of each. reply: number and slot of each
 CHANGE = Script("""

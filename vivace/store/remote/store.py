@@ -31,8 +31,9 @@ from vivace.store.lmdb_log import Record, digest, key_of, packed_record
 from vivace.store.remote.address import Address
 from vivace.store.remote.catalogue import ValkeyCatalogue, read_change
 from vivace.store.remote.fill import Filling
+from vivace.store.remote.groups import ValkeyGroups, record_of
 from vivace.store.remote.near import NearCache
-from vivace.store.remote.scripts import APPLY_EVENTS, ERASE, FIND, LEAVE, LOG_EVENTS, NUMBER_DIGITS
+from vivace.store.remote.scripts import APPLY_EVENTS, ERASE, FIND, LEAVE, LOG_EVENTS
 from vivace.store.remote.trips import Trips
 from vivace.store.retention import MAX_STORED_EVENTS, Retention
 
@@ -41,7 +42,7 @@ LOG_ROWS = 10_000  # of the log in one trip
 OLD_NEWS = "; answered as last known"
 
 
-class ValkeyStore(Filling, ValkeyCatalogue):
+class ValkeyStore(Filling, ValkeyCatalogue, ValkeyGroups):
     """``ServingStore`` behind an address such as ``valkey://127.0.0.1:6379/0``. Reads on the request path never raise:
     where the server does not answer in time they give what this process has read last, else nothing, and ``fault`` says
     so. Everything else raises StoreError. Nothing is sent before the first call."""
@@ -192,7 +193,7 @@ class ValkeyStore(Filling, ValkeyCatalogue):
         order = ("REV",) if last < first else ()
         command = ("ZRANGE", self._log_keys[1], first, last, "BYSCORE", *order, "LIMIT", 0, most)
         (members,) = self._trips([command], "bulk")
-        return [_record(member) for member in members]
+        return [record_of(member) for member in members]
 
     # -- writing -------------------------------------------------------------------------------------
     def append(self, events: Iterable[Event]) -> dict[str, int]:
@@ -203,7 +204,10 @@ class ValkeyStore(Filling, ValkeyCatalogue):
             (digest(e), packed_record(e, digest(e), now_ms), key_of(e.user_id), _packed_event(e)) for e in appended
         ]
         logged = [x for id_digest, record, _, _ in columns for x in (id_digest, record)]
-        ((generation, filling, *numbers),) = self._trips.script(LOG_EVENTS, [(self._log_keys, logged)], "write")
+        several = self.address.cluster  # else the second trip's wait for replicas is one for the first too
+        ((generation, filling, *numbers),) = self._trips.script(
+            LOG_EVENTS, [(self._log_keys, logged)], "write", lasting=several
+        )
         of_user: dict[bytes, list[bytes]] = defaultdict(list)
         for (_, _, key, event), number in zip(columns, numbers, strict=True):
             of_user[key] += (number, event)
@@ -213,7 +217,8 @@ class ValkeyStore(Filling, ValkeyCatalogue):
             for g in generations
             for key, parts in of_user.items()
         ]
-        lengths = dict(zip(of_user, self._trips.script(APPLY_EVENTS, calls, "write")[: len(of_user)], strict=True))
+        applied = self._trips.script(APPLY_EVENTS, calls, "write", lasting=True)
+        lengths = dict(zip(of_user, applied[: len(of_user)], strict=True))
         return {e.user_id: int(lengths[key_of(e.user_id)]) for e in appended}
 
     def forget(self, user_id: str) -> bool:
@@ -224,7 +229,7 @@ class ValkeyStore(Filling, ValkeyCatalogue):
             for first in range(max(looked + 1, self._first()), last + 1, LOG_ROWS):
                 call = ([self._log_keys[1]], [first, min(first + LOG_ROWS - 1, last), needle])
                 (members,) = self._trips.script(FIND, [call], "slow")
-                records = [r for r in map(_record, members) if r.event.user_id == user_id]
+                records = [r for r in map(record_of, members) if r.event.user_id == user_id]
                 known = bool(records) or known
                 self._erase(records)
             looked = last
@@ -244,7 +249,7 @@ class ValkeyStore(Filling, ValkeyCatalogue):
     def _first(self) -> int:
         """Number of the oldest event in the log; 1 if there is none."""
         (members,) = self._trips([("ZRANGE", self._log_keys[1], 0, 0)], "slow")
-        return _record(members[0]).number if members else 1
+        return record_of(members[0]).number if members else 1
 
     # -- what ages out -------------------------------------------------------------------------------
     def sweep(self, now_ms: int | None = None) -> bool:
@@ -260,7 +265,7 @@ class ValkeyStore(Filling, ValkeyCatalogue):
                 break
             aged.append(record)
         self._leave((key_of(record.event.user_id), record.number) for record in aged)  # first: once more does no harm
-        self._erase(aged)
+        self._age_out(aged)
         return len(aged) == SWEEP_ROWS
 
     def _leave(self, events: Iterable[tuple[bytes, int]]) -> None:
@@ -285,7 +290,3 @@ def _columns(value: bytes) -> tuple[list[str], list[str], list[int]]:
 def _packed_event(event: Event) -> bytes:
     value: bytes = msgpack.packb([event.item_id, event.event_type, event.timestamp_ms])
     return value
-
-
-def _record(member: bytes) -> Record:
-    return Record.read(int(member[:NUMBER_DIGITS]).to_bytes(8, "big"), member[NUMBER_DIGITS:])

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from vivace.store.interface import StoreError, StoreUnreachableError
 from vivace.store.remote.address import Address, shown
-from vivace.store.remote.nodes import MOVED, PAUSES_S, Command, News, OneNode, SeveralNodes
+from vivace.store.remote.nodes import MOVED, PAUSES_S, Command, FewReplicasError, Lasting, News, OneNode, SeveralNodes
 
 log = logging.getLogger(__name__)
 Kind = Literal["read", "bulk", "write", "slow"]
@@ -53,6 +53,7 @@ class Trips:
             }  # fmt: skip
         except (TypeError, ValueError) as error:
             raise ValueError(f"--store: {shown(address.url)}: {error}") from None
+        self._lasting = Lasting(address.replicas, int(address.write_ms / 2)) if address.replicas else None
         self._limits_s, self._lock = limits_s, threading.Lock()
         self._failures, self._closed_until = 0, 0.0
 
@@ -61,14 +62,14 @@ class Trips:
         where there is no answer within the limit of ``kind``, and StoreError where the server refuses."""
         return self._taken(self._sent(commands, kind), kind)
 
-    def _sent(self, commands: Sequence[Command], kind: Kind) -> list[Any]:
+    def _sent(self, commands: Sequence[Command], kind: Kind, lasting: bool = False) -> list[Any]:
         """The same with what was refused as exceptions among the replies."""
         if not commands:
             return []
         if kind != "slow" and time.monotonic() < self._closed_until:
             raise StoreUnreachableError(f"store: it has not answered within {self._limits_s['read'] * 1000:g} ms")
         try:
-            return self._nodes[kind].run(commands)
+            return self._nodes[kind].run(commands, self._lasting if lasting else None)
         except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
             raise self._failed(kind, error) from error
 
@@ -108,15 +109,22 @@ class Trips:
         except self._errors.ResponseError as error:
             self._refused(error, kind)
 
-    def script(self, script: Script, calls: Sequence[tuple[Sequence[Any], Sequence[Any]]], kind: Kind) -> list[Any]:
+    def script(
+        self,
+        script: Script,
+        calls: Sequence[tuple[Sequence[Any], Sequence[Any]]],
+        kind: Kind,
+        lasting: bool = False,
+    ) -> list[Any]:
         """The reply of a script to each of ``calls``, (keys, arguments); by its digest, and whole where a server does
-        not know it. What was run is not run again."""
+        not know it. What was run is not run again. ``lasting``: as many replicas as the address names must have it,
+        and whatever the node was sent before; raises StoreUnreachableError where they have not."""
         commands = [("EVALSHA", script.sha, len(keys), *keys, *arguments) for keys, arguments in calls]
-        replies = self._sent(commands, kind)
+        replies = self._sent(commands, kind, lasting)
         unknown = [i for i, reply in enumerate(replies) if isinstance(reply, self._errors.NoScriptError)]
         if unknown:
             self.everywhere("SCRIPT LOAD", script.source, kind=kind)
-            for i, reply in zip(unknown, self._sent([commands[i] for i in unknown], kind), strict=True):
+            for i, reply in zip(unknown, self._sent([commands[i] for i in unknown], kind, lasting), strict=True):
                 replies[i] = reply
         return self._taken(replies, kind)
 
@@ -133,6 +141,10 @@ class Trips:
 
     def _refused(self, error: Exception, kind: Kind) -> None:
         words, e = str(error), self._errors
+        if isinstance(error, FewReplicasError):
+            raise StoreUnreachableError(
+                f"store: {words}; the primary has it, and a failover may lose it. Send it again under the same event_id"
+            ) from error
         if isinstance(error, e.ConnectionError | e.TimeoutError | OSError):
             raise StoreUnreachableError("store: a node of it does not answer") from error
         if words.startswith(MOVED) and not self.address.cluster:

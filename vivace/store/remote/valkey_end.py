@@ -8,14 +8,15 @@ from dataclasses import replace
 import msgpack
 
 from vivace.store.history_rows import batches
-from vivace.store.interface import Change
+from vivace.store.interface import Change, GroupState
 from vivace.store.lmdb_log import Record, key_of
 from vivace.store.remote.address import Address, shown
 from vivace.store.remote.catalogue import read_change, stored_change
 from vivace.store.remote.contents import About, End, Pair, value_of
 from vivace.store.remote.fill import ROWS, packed_history
+from vivace.store.remote.groups import record_of
 from vivace.store.remote.scripts import NUMBER_DIGITS
-from vivace.store.remote.store import LOG_ROWS, ValkeyStore, _columns, _record
+from vivace.store.remote.store import LOG_ROWS, ValkeyStore, _columns
 
 GENERATION = b"1"  # of a copy
 SLOW_MS = 30_000.0
@@ -57,7 +58,7 @@ class ValkeyEnd:
         while True:
             command = ("ZRANGE", s._log_keys[1], first, "+inf", "BYSCORE", "LIMIT", 0, LOG_ROWS)
             (members,) = s._trips([command])
-            records = [_record(member) for member in members]
+            records = [record_of(member) for member in members]
             yield from records
             if len(records) < LOG_ROWS:
                 return
@@ -67,6 +68,9 @@ class ValkeyEnd:
         s = self._store
         (rows,) = s._trips([("HGETALL", s._catalogue_keys[2])])
         return iter(sorted(map(read_change, rows.values()), key=lambda change: change.number))
+
+    def groups(self) -> list[GroupState]:
+        return self._store.groups()
 
     def is_empty(self) -> bool:
         about, _, _ = self._store._log_keys
@@ -107,6 +111,8 @@ class ValkeyEnd:
         s._trips([("SET", number, of.last_change)])
         s._trips([("HSET", about, "number", of.last_event, "generation", GENERATION, "generations", GENERATION,
                    "event_types", msgpack.packb(list(of.event_types)), "filled_ms", of.filled_ms)])  # fmt: skip
+        for group in source.groups():
+            s.create_group(group.name, group.acknowledged_to)
         s._trips([("HDEL", about, "copying")])
 
     def _empty(self) -> None:

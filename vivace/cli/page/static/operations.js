@@ -49,7 +49,7 @@ export class View {
   rollout() {
     this.key = h("input", { type: "password", id: "operator-key", autocomplete: "off", required: true });
     this.plan = {
-      percent: h("input", { type: "text", id: "percent", value: "5", title: "Several by commas: one step each" }),
+      percent: h("input", { type: "text", id: "percent", value: "5", title: "Several by commas: one step each; 0 first: copies alone" }),
       wait: h("input", { type: "text", id: "wait", value: "10m", title: "Such as 30s, 10m or 2h" }),
       shadow: h("input", {
         type: "number", id: "shadow", min: 0, max: 100, step: "any", value: 0,
