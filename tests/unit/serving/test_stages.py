@@ -14,6 +14,7 @@ from serving.runtime.stages import (
     search_for,
 )
 from vivace import contract
+from vivace.context import ContextColumns
 from vivace.store.interface import Event
 
 
