@@ -60,7 +60,7 @@ def parse_event(
     parse_context(context, columns)
     kind = checked_text(event_type, EVENT_TYPE.name, MAX_EVENT_TYPE_BYTES)
     shown = kind in columns.shown_types
-    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id, shown)
+    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id, shown=shown)
 
 
 def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:

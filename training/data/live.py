@@ -5,7 +5,7 @@ Axis legend: R requests of a part, B of a batch, M rising items, F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,17 @@ from preprocessing.features import Features
 from preprocessing.splits import YEAR_MS
 from training.data.batches import Requests
 from vivace.context import ContextColumns
-from vivace.contract import ITEM, TARGET_TIME, TIME, USER, StageTensors, live_features, target_column
+from vivace.contract import (
+    ITEM,
+    NULL_ID,
+    PADDING_ID,
+    TARGET_TIME,
+    TIME,
+    USER,
+    StageTensors,
+    live_features,
+    target_column,
+)
 from vivace.limits import CountLimits
 from vivace.live import VISIT_GAP_MS, LiveTable
 from vivace.live_shown import ShownStream
@@ -63,40 +73,41 @@ def check_live(features: Features, rising: int, control: bool = False, shown: bo
 
 
 class LiveAt:
-    """Rising items and their features at the moments of a part's requests, by the requests' numbers.
+    """Rising items and their features at the moments of requests, by the requests' numbers.
 
     Args:
-        part: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
-        shown: whether the counters say how often items were shown. A request is made before its answer is seen, but its
-            moment is that of the click that came of it: what its user was shown in the ``VISIT_GAP_MS`` before is left
-            out, as a server could not know it.
+        moments_R: Unix ms int64 [R], in any order.
+        context_RC: ids int64 [R, C] of the columns that are counted by.
+        newest_R: the newest item int64 [R] of each request's history, PADDING_ID without one.
+        columns: of the context (None: none is counted by).
+        impressions: where the counters say how often items were shown: all of the log's (None: they do not).
+        own: of them those of the requests' own users. A request is made before its answer is seen, but its moment is
+            that of the click that came of it: what its user was shown in the ``VISIT_GAP_MS`` before is left out, as a
+            server could not know it (None: nothing is known of the users).
     """
 
     def __init__(
         self,
         features: Features,
-        part: str,
+        moments_R: np.ndarray,
+        context_RC: np.ndarray,
+        newest_R: np.ndarray,
         rising: int,
         columns: ContextColumns | None = None,
         limits: CountLimits | None = None,
-        shown: bool = False,
+        impressions: ShownStream | None = None,
+        own: _OfUsers | None = None,
     ) -> None:
-        files, columns = features.files(part), columns or ContextColumns()
-        self.moments = np.concatenate(
-            [np.empty(0, np.int64), *(pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files)]
-        )
-        counted = columns.counted
-        stream, v = features.stream(columns, limits), features.item_count()
-        table = LiveTable(v, rising, len(counted), shown=shown)
-        impressions = features.shown(limits) if shown else ShownStream.none()
-        own = _OfUsers(impressions, files) if shown else None
-        names = [target_column(columns.categoricals[i]) for i in counted]
-        context_RC, newest_R = _context(files, names), _newest(files)
-        self.ids = np.zeros((len(self.moments), rising), np.int32)
-        self.features = np.zeros((len(self.moments), rising, live_features(len(counted), shown)), np.float16)
+        columns = columns or ContextColumns()
+        counted, shown = len(columns.counted), impressions is not None
+        impressions = impressions or ShownStream.none()
+        stream = features.stream(columns, limits)
+        table = LiveTable(features.item_count(), rising, counted, shown=shown)
+        self.ids = np.zeros((len(moments_R), rising), np.int32)
+        self.features = np.zeros((len(moments_R), rising, live_features(counted, shown)), np.float16)
         fed, fed_shown, step, rows = 0, 0, -1, table.rows(0)
-        for request in np.argsort(self.moments, kind="stable"):
-            moment = int(self.moments[request])
+        for request in np.argsort(moments_R, kind="stable"):
+            moment = int(moments_R[request])
             if moment // STEP_MS != step:
                 step = moment // STEP_MS
                 until = step * STEP_MS
@@ -108,6 +119,41 @@ class LiveAt:
             without = None if own is None else own.before(int(request), moment - VISIT_GAP_MS, step * STEP_MS)
             of_request = rows.of(context_RC[request : request + 1], newest_R[request : request + 1], without)
             self.ids[request], self.features[request] = (x[0] for x in of_request)
+
+    @classmethod
+    def of_part(
+        cls,
+        features: Features,
+        part: str,
+        rising: int,
+        columns: ContextColumns | None = None,
+        limits: CountLimits | None = None,
+        shown: bool = False,
+        most: int | None = None,
+    ) -> LiveAt:
+        """``part``: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
+        ``shown``: whether the counters say how often items were shown. ``most``: only of its first requests, so
+        many."""
+        files, columns = features.files(part), columns or ContextColumns()
+        moments = [pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files]
+        names = [target_column(columns.categoricals[i]) for i in columns.counted]
+        moments_R = np.concatenate([np.empty(0, np.int64), *moments])[:most]
+        context_RC, newest_R = _context(files, names)[:most], _newest(files)[:most]
+        impressions = features.shown(limits) if shown else None
+        own = None if impressions is None else _OfUsers(impressions, files)
+        return cls(features, moments_R, context_RC, newest_R, rising, columns, limits, impressions, own)
+
+    @classmethod
+    def of_histories(
+        cls, features: Features, moments_R: np.ndarray, histories: Sequence[np.ndarray], tensors: StageTensors
+    ) -> LiveAt:
+        """At moments int64 [R] after ``histories`` of ids int64 [n], in a context of which nothing is known."""
+        columns = features.context if tensors.counted else ContextColumns()
+        context_RC = np.full((len(histories), len(columns.counted)), NULL_ID)
+        newest_R = np.array([history[-1] if len(history) else PADDING_ID for history in histories], np.int64)
+        limits = CountLimits.of(tensors)
+        impressions = features.shown(limits) if tensors.shown else None
+        return cls(features, moments_R, context_RC, newest_R, tensors.rising, columns, limits, impressions)
 
     def of(self, request: Requests) -> Requests:
         """The same requests with what was rising."""
@@ -153,13 +199,16 @@ def _newest(files: list[Path]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *newest])
 
 
-def with_live(requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors) -> Iterator[Requests]:
+def with_live(
+    requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors, most: int | None = None
+) -> Iterator[Requests]:
     """Requests of a part, in the order of its files, with what was rising; as they are where the ranker reads no live
-    counters."""
+    counters. ``most``: how many they are at most."""
     if not tensors.rising:
         yield from requests
         return
     columns = features.context if tensors.counted else None
-    live = LiveAt(features, part, tensors.rising, columns, CountLimits.of(tensors), tensors.shown)
+    limits = CountLimits.of(tensors)
+    live = LiveAt.of_part(features, part, tensors.rising, columns, limits, tensors.shown, most)
     for request in requests:
         yield live.of(request)

@@ -76,7 +76,7 @@ class Record:
     def read(cls, key: bytes, value: bytes) -> Record:
         columns = msgpack.unpackb(value)
         user, item, kind, time_ms, id_digest, came_ms, context, request_id, shown = columns + _ABSENT[len(columns) :]
-        event = Event(user, item, kind, time_ms, "", context, request_id, came_ms, shown)
+        event = Event(user, item, kind, time_ms, "", context, request_id, came_ms=came_ms, shown=shown)
         return cls(int.from_bytes(key, "big"), event, id_digest, came_ms)
 
 

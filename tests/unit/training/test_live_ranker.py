@@ -97,7 +97,7 @@ def test_a_request_sees_what_lies_before_its_moment(tmp_path):
         files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 10,
         stream=lambda columns, limits: stream,
     )  # fmt: skip
-    live = LiveAt(features, "valid", 6)
+    live = LiveAt.of_part(features, "valid", 6)
     assert planted in live.ids[0] and planted not in live.ids[1]
     table = LiveTable(FIRST_ID + 10, 6)
 
@@ -127,7 +127,7 @@ def test_a_request_sees_what_was_shown_before_it_and_not_its_own_page(tmp_path):
             files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 10,
             stream=lambda columns, limits: clicks, shown=lambda limits: shown,
         )  # fmt: skip
-        live = LiveAt(features, "valid", 3, shown=True)
+        live = LiveAt.of_part(features, "valid", 3, shown=True)
         assert live.ids[0].tolist() == [item, PADDING_ID, PADDING_ID]
         return live.features[0, 0, -len(LIVE_HALF_LIVES_MS) * 2 : -len(LIVE_HALF_LIVES_MS)]
 
