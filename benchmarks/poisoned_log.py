@@ -6,11 +6,11 @@ an item, with and without caps of what one account teaches.
 An attack copies lists: after every three events of some victim's history, in their order, comes the target, one event
 every ``--pace`` seconds. It is by so many accounts that copy a victim each, the newest events of theirs (profile
 injection, Burke et al. 2005), or by one that copies as many one after another. Each of ``--targets`` items, that
-training saw least, has as many accounts. ``--caps``: of each user's events of a day the first so many are learned from, and on one
-item one within half an hour (``preprocessing.caps``); the log's own users are held to it too. Tables are those of
-``benchmarks.item_knn``; with ``--train`` retriever and ranker of the preset are trained from the start on each log. A
-row is the share of answers whose first ten hold a target, mean over targets, and NDCG@10 of the same requests: of
-tables the validation requests, of models the test requests. The last line of stdout is one JSON object.
+training saw least, has as many accounts. ``--caps``: of each user's events of a day the first so many are learned from,
+and on one item one within half an hour (``preprocessing.caps``); the log's own users are held to it too. Tables are
+those of ``benchmarks.item_knn``; with ``--train`` retriever and ranker of the preset are trained from the start on each
+log. A row is the share of answers whose first ten hold a target, mean over targets, and NDCG@10 of the same requests:
+of tables the validation requests, of models the test requests. The last line of stdout is one JSON object.
 Axis legend: B requests, N candidates.
 """
 
@@ -133,9 +133,7 @@ def main(
     caps: Annotated[int, typer.Option(help="events of a user and a day that are learned from", min=1)] = 50,
     pace: Annotated[int, typer.Option(help="seconds from one hostile event of an account to the next", min=1)] = 10,
     targets: int = 3,
-    train: Annotated[
-        str, typer.Option(help="train retriever and ranker of this preset on each log; minutes each")
-    ] = "",
+    train: Annotated[str, typer.Option(help="retriever and ranker of this preset on each log; a minute each")] = "",
 ) -> None:
     features = Features(Run(artifacts / name).features)
     counts_V = popularity(features.files("train"), features.item_count())
