@@ -8,7 +8,7 @@ from typing import Any
 
 from serving.door.extension import changing
 from serving.door.options import DoorFiles, DoorOptions
-from serving.door.routes import BRIDGE, TYPE, USER, grpc_routes, http_routes, metrics_routes
+from serving.door.routes import BRIDGE, TYPE, grpc_routes, http_routes, metrics_routes
 from vivace import contract
 
 FOLDER = Path(__file__).parent
@@ -156,7 +156,7 @@ def _listener(
         "stat_prefix": name,
         "codec_type": "HTTP2" if http2 else "AUTO",
         "route_config": {"name": name, "virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]}
-        | {"request_headers_to_remove": [*TRIAL_HEADERS, USER, *(OWN_HEADERS if options.keys else [])]},
+        | {"request_headers_to_remove": [*TRIAL_HEADERS, *(OWN_HEADERS if options.keys else [])]},
         "http_filters": [
             *_access_filters(options, files),
             {"name": "envoy.filters.http.buffer", "typed_config": limit},
