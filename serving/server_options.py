@@ -11,6 +11,7 @@ from serving.door.options import AccessOptions
 from serving.process import server_environment
 from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, Listener
 from serving.runtime.cache_settings import ANSWER_CACHE, STATE_CACHE, CacheSettings, StateSettings
+from serving.runtime.events import KEEP, SUSPECTS
 from serving.runtime.explore import ENVIRONMENT as EXPLORE
 from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleave
 from serving.runtime.rules import ENVIRONMENT as RULES
@@ -64,6 +65,7 @@ class ServerOptions:
     shard_wait_ms: int = WAIT_MS  # what has not come from a shard by then is done without
     shard_cert: Path | None = None  # shown to shards elsewhere: PEM, with its key; None: they are asked in the clear
     shard_ca: Path | None = None  # PEM: the authority that they are known by
+    suspects: str = KEEP  # what becomes of events that no person sends
     rules: Path | None = None  # the business rules that were accepted; None: the run's file as it is
     interleave: Interleave | None = None  # the version that its answers are drafted with
 
@@ -91,6 +93,7 @@ def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     env[ANSWERS] = "" if answers is None else Listener(str(answers), options.variant == TRIAL).to_json()
     env[INTERLEAVE] = "" if options.interleave is None else options.interleave.to_json()
     env[RULES] = str(options.rules or "")
+    env[SUSPECTS] = options.suspects
     env[EXPLORE] = f"{options.explore:g}" if options.explore else ""
     if options.shards:
         env |= {SHARDS_ENV: options.shards, WAIT_ENV: str(options.shard_wait_ms)}

@@ -91,6 +91,9 @@ ExploreOption = Annotated[
 ParityOption = Annotated[
     Any, typer.Option(parser=percent, metavar="PERCENT", help="of the requests kept for 'vivace parity'")
 ]
+SuspectsOption = Annotated[
+    str, choice("--suspects", ("keep", "refuse"), "events that no person sends: stored but not counted for others, or")
+]
 VariantOption = Annotated[
     str, typer.Option(help="what --impressions calls this server's arm of an experiment", parser=plain_name)
 ]
@@ -142,6 +145,7 @@ def serve(
     explore: ExploreOption = "0",
     parity: ParityOption = "0",
     variant: VariantOption = "",
+    suspects: SuspectsOption = "keep",
     guard: GuardOption = True,
     keys: KeysOption = None,
     tls: TlsOption = "",
@@ -171,7 +175,7 @@ def serve(
         log=log_file or _log_of(run, shard),
         verbose=verbose,
         **dict(impressions=impressions, impressions_every_s=impressions_every),  # type: ignore[arg-type]
-        **dict(explore=explore, parity=parity, variant=variant),  # type: ignore[arg-type]
+        **dict(explore=explore, parity=parity, variant=variant, suspects=suspects),  # type: ignore[arg-type]
         guard=guard and (shard is None or tls_cert is not None),
         store=store,
         restricted=True,
