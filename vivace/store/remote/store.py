@@ -3,7 +3,8 @@
 Keys, behind the address's prefix: ``<generation>:h:{user}``, ``:n:{user}`` and ``:a:{user}``, a user's history, the
 numbers of the live events in it, and attributes; ``<generation>:t:{item}``, titles; ``{log}:about``, ``{log}:events``
 (a sorted set of records by number) and ``{log}:ids``, the log of live events; ``answer:{digest}``, answers that servers
-have computed, which alone go by themselves after a time. ``catalogue`` says what else.
+have computed, which alone go by themselves after a time. ``catalogue`` and ``groups`` say
+what else.
 
 An append takes two trips: one gives the batch its numbers and writes it to the log, in one step, and one puts each
 event into its user's history, whose set of numbers tells what is there already. Nothing is acknowledged before both. A
