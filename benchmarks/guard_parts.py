@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Annotated
 
 import grpc
-import numpy as np
 import tritonclient.http as triton_http
 import typer
 
-from benchmarks.turns import in_turns
+from benchmarks.turns import in_turns, quartiles
 from loadtest.generate.generator import METHOD, message
 from loadtest.generate.local_server import on_free_ports
 from loadtest.reports.record import record_line
@@ -95,7 +94,9 @@ def _router(folder: Path, sockets: Sockets, ports: dict[str, int]) -> Path:
         chain = {"filters": [{"name": "manager", "typed_config": manager}]}
         listeners.append({"name": name, "address": address, "filter_chains": [chain]})
         kind = "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-        protocol = {"http2_protocol_options": {}} if name == "grpc" else {"http_protocol_options": {}}
+        protocol: dict[str, object] = (
+            {"http2_protocol_options": {}} if name == "grpc" else {"http_protocol_options": {}}
+        )
         place = {"lb_endpoints": [{"endpoint": {"address": pipe(socket)}}]}
         clusters.append({
             "name": name, "type": "STATIC", "load_assignment": {"cluster_name": name, "endpoints": [place]},
@@ -172,10 +173,6 @@ def over_http(of: Proxy, histories: list[list[str]]) -> None:
         text = answer.read()
         if answer.status != 200:
             raise RuntimeError(f"{of.name}: expected 200, got {answer.status}: {text[:200]!r}")
-
-
-def quartiles(values: list[float], digits: int) -> list[float]:
-    return [round(float(q), digits) for q in np.quantile(values, (0.25, 0.5, 0.75))]
 
 
 def main(
