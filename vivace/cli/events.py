@@ -79,7 +79,7 @@ def as_line(delivery: Delivery) -> str:
     event = delivery.event
     columns = {
         "number": delivery.number, "times": delivery.times, "user_id": event.user_id, "item_id": event.item_id,
-        "event_type": event.event_type, "timestamp_ms": event.timestamp_ms,
+        "event_type": event.event_type, "timestamp_ms": event.timestamp_ms, "shown": event.shown,
         "context": json.loads(event.context) if event.context else {}, "request_id": event.request_id,
     }  # fmt: skip
     return json.dumps(columns, ensure_ascii=False)

@@ -151,7 +151,7 @@ def test_the_command_follows_and_a_copy_goes_on_where_the_group_was(tmp_path, se
     rows = [json.loads(line) for line in read.stdout.splitlines()]
     assert [row["number"] for row in rows] == [1, 2, 3, 4, 5], read
     assert rows[0] == {"number": 1, "times": 1, "user_id": "ü", "item_id": "0", "event_type": "view",
-                       "timestamp_ms": 1, "context": {"d": "x"}, "request_id": ""}  # fmt: skip
+                       "timestamp_ms": 1, "shown": False, "context": {"d": "x"}, "request_id": ""}  # fmt: skip
     (server,) = servers("valkey")
     with server.client() as client:
         client.flushall()

@@ -205,9 +205,10 @@ class ValkeyStore(Filling, ValkeyCatalogue, ValkeyGroups):
             (digest(e), packed_record(e, digest(e), now_ms), key_of(e.user_id), _packed_event(e)) for e in appended
         ]
         logged = [x for id_digest, record, _, _ in columns for x in (id_digest, record)]
-        several = self.address.cluster  # else the second trip's wait for replicas is one for the first too
+        # the second trip waits for replicas; the first too where the second may go to other nodes, or write nothing
+        alone = self.address.cluster or any(event.shown for event in appended)
         ((generation, filling, *numbers),) = self._trips.script(
-            LOG_EVENTS, [(self._log_keys, logged)], "write", lasting=several
+            LOG_EVENTS, [(self._log_keys, logged)], "write", lasting=alone
         )
         of_user: dict[bytes, list[bytes]] = defaultdict(list)
         for event, (_, _, key, row), number in zip(appended, columns, numbers, strict=True):
