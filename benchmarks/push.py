@@ -8,8 +8,8 @@ each of some moments so many accounts click a target so often, evenly in the min
 are of one visit, in the context of an event that just came. Targets are items of the training events that nobody
 clicked in the last hour. A row is a budget under a limit: the share of answers whose first ten hold the target (mean
 over targets and moments, with its 95 % interval over targets), the median of its rank, and the clicks that counted. The
-quality of each limit is NDCG@10 of validation requests of people whom the ranker has not learned from, without any
-attack, paired by request. The last line of stdout is one JSON object.
+quality of each limit is NDCG@10 of test requests, or of validation requests of people whom the ranker has not learned
+from, without any attack, paired by request. The last line of stdout is one JSON object.
 Axis legend: B requests, N candidates, V item ids, C columns of the context.
 """
 
@@ -37,6 +37,7 @@ from training.metrics import bootstrap, ndcg_of
 from training.presets import Preset, from_json, shapes
 from training.scoring import SCORED
 from vivace.cli.options import console
+from vivace.cli.values import choice
 from vivace.context import ContextColumns
 from vivace.contract import FIRST_ID, TARGET_TIME
 from vivace.limits import CountLimits
@@ -48,24 +49,30 @@ LIMITS = {
     "none": CountLimits(),
     "an item once in 30 minutes": CountLimits(same_item_ms=HOUR_MS // 2),
     "10 events in 10 minutes": CountLimits(user_events=10),
+    "that, and of newcomers 2 for each other": CountLimits(same_item_ms=HOUR_MS // 2, newcomers=2.0),
 }
 
 
 @dataclass(frozen=True)
 class Budget:
-    """So many accounts click the target so often each, within ``minutes``."""
+    """So many accounts click the target so often each, within ``minutes``; ``old`` of them have clicked another item an
+    hour before, so that they are no newcomers."""
 
     accounts: int
     events: int
     minutes: int = 10
+    old: int = 0
 
     def stream(self, target: int, now_ms: int, recent: Stream, limits: CountLimits, rng: np.random.Generator) -> Stream:
         """The clicks that count, in order of time."""
         users = np.tile(np.arange(self.accounts), self.events)
         times = now_ms - self.minutes * 60_000 + np.arange(len(users)) * self.minutes * 60_000 // len(users)
         context_NC = recent.context[rng.integers(0, len(recent), self.accounts)][users]  # of an account one context
-        ids = np.full(len(users), target)
-        return Stream.of(users, ids, times, context_NC, limits)
+        ids, first = np.full(len(users), target), slice(0, self.old)
+        parts = (users, ids, times, context_NC)
+        before = users[first], recent.ids[first], np.full(self.old, now_ms - HOUR_MS), context_NC[first]
+        of, items, at, context = (np.concatenate(x) for x in zip(before, parts, strict=True))
+        return Stream.of(of, items, at, context, limits)
 
 
 class Moment:
@@ -150,7 +157,7 @@ def row_of(budget: Budget, limit: str, measured: list[tuple[int, np.ndarray, int
     shares = np.array([np.mean(of) for of in by_target.values()])
     every = np.concatenate([rank_B for _, rank_B, _ in measured])
     return {
-        "accounts": budget.accounts, "clicks": budget.accounts * budget.events, "limit": limit,
+        "accounts": budget.accounts, "old": budget.old, "clicks": budget.accounts * budget.events, "limit": limit,
         "counted": float(np.mean([n for *_, n in measured])), "top 10": float(shares.mean()),
         "interval": bootstrap(shares), "median rank": float(np.median(every) + 1),
     }  # fmt: skip
@@ -163,18 +170,22 @@ def left_out(features: Features, preset: Preset) -> dict[str, float]:
     return {name: 1 - len(features.stream(columns, limits)) / every for name, limits in LIMITS.items()}
 
 
-def quality(features: Features, preset: Preset, root: Path, seed: int) -> list[dict[str, Any]]:
-    """NDCG@10 of validation requests without an attack under each limit, of one ranker."""
+def quality(features: Features, preset: Preset, root: Path, seed: int, part: str) -> list[dict[str, Any]]:
+    """NDCG@10 of requests of a part without an attack under each limit, of one ranker."""
     rows: list[dict[str, Any]] = []
     base = np.empty(0)
     for name, limits in LIMITS.items():
-        same_s, most = limits.same_item_ms // 1000, limits.user_events
         limited = replace(
-            preset, ranker=replace(preset.ranker, rising_same_item_s=same_s, rising_user_events=most)
+            preset,
+            ranker=replace(
+                preset.ranker, rising_same_item_s=limits.same_item_ms // 1000, rising_user_events=limits.user_events,
+                rising_newcomers=limits.newcomers,
+            ),
         )  # fmt: skip
         models, parts = Models(features, limited, root, [RANKING]), []
-        for request in models.requests("valid"):
-            request = request.take(np.flatnonzero(held_out_users(request, preset.ranking.held_out, seed)))
+        for request in models.requests(part):
+            if part == "valid":
+                request = request.take(np.flatnonzero(held_out_users(request, preset.ranking.held_out, seed)))
             if len(request.target_B):
                 proposed = models.retrieve(request)
                 parts.append(models.ranked(request, proposed, models.logits(request, proposed)).numpy())
@@ -195,21 +206,27 @@ def main(
     moments: int = 5,
     people: Annotated[int, typer.Option(help="requests after each moment")] = 200,
     targets: int = 5,
-    judge: Annotated[bool, typer.Option(help="NDCG@10 of validation requests under each limit too: minutes")] = False,
+    old: Annotated[str, typer.Option(help="accounts that clicked another item an hour before, by commas")] = "0",
+    judge: Annotated[
+        str, choice("--judge", ("valid", "test"), "NDCG@10 under each limit too, of requests of this part; minutes")
+    ] = "",
 ) -> None:
     run = Run(artifacts / name)
     features, preset = Features(run.features), from_json(json.loads(run.preset.read_text()))
     if not preset.ranker.rising:
         raise typer.BadParameter(f"{name}: expected a run with live counters, got ranker.rising 0", param_hint="--name")
+    if preset.ranker.shown_rates:
+        raise typer.BadParameter(f"{name}: expected a run without ranker.shown_rates", param_hint="--name")
     seed = int(run.manifest(RANKING)["seed"])
     models = Models(features, preset, run.root, [RANKING])
-    budgets = [Budget(int(a), int(e)) for a in accounts.split(",") for e in events.split(",")]
+    aged, counts, clicks = ([int(x) for x in text.split(",")] for text in (old, accounts, events))
+    budgets = [Budget(a, e, old=o) for a in counts for e in clicks for o in aged if o <= a]
     dropped = left_out(features, preset)
     console.print(f"left out of the counters without an attack: {dropped}")
     rows = pushed(features, preset, models, budgets, moments, people, targets)
     for row in rows:
         console.print(row)
-    of_quality = quality(features, preset, run.root, seed) if judge else []
+    of_quality = quality(features, preset, run.root, seed, judge) if judge else []
     for row in of_quality:
         console.print(row)
     print(record_line(

@@ -235,6 +235,7 @@ def model_configs(
     update = _base(contract.UPDATE_STORE, "python", p, contract.UPDATE, contract.UPDATE_OUTPUTS)
     for config in (append, update):
         config.parameters["feature_store"].string_value = FEATURE_STORE
+    append.parameters["minute_events"].string_value = str(s.minute_events)
     update.parameters["followed"].string_value = str(bool(s.fresh)).lower()
     for config in (append, response) if s.fresh else ():
         _transforms(config, s, exclude_seen)

@@ -143,6 +143,11 @@ class Preset:
         if self.retrieval.stochastic_length and self.encoder.family == "bert4rec":
             raise ValueError("Preset: retrieval.stochastic_length is for encoders that predict the next event")
         self._check_nearest()
+        if self.ranker.shown_rates and not self.ranker.rising:
+            raise ValueError(
+                "Preset: ranker.shown_rates are of live counters: expected ranker.rising above 0, got 0; set it, or "
+                "leave ranker.shown_rates out"
+            )
         if self.ranker.rising and self.ranking.past_events:
             raise ValueError(
                 f"Preset: expected ranking.past_events 0 beside ranker.rising {self.ranker.rising}, got "
@@ -166,6 +171,7 @@ class Preset:
 LATER: dict[str, Any] = {
     "positions": "slots", "slide": 1, "reads": 0, "stochastic_length": 0.0, "nearest": 0, "nearest_to": "candidate",
     "neighbours_by": "sessions", "neighbours_ridge": 300.0, "rising_same_item_s": 0, "rising_user_events": 0,
+    "rising_newcomers": 0.0, "shown_rates": False,
 }  # fmt: skip
 # fields of a preset's parts that came later, with what held before
 
@@ -228,7 +234,7 @@ def news_live() -> Preset:
     preset = news()
     return replace(
         preset,
-        ranker=replace(preset.ranker, candidates=50, rising=100, rising_same_item_s=1800),
+        ranker=replace(preset.ranker, candidates=50, rising=100, rising_same_item_s=1800, rising_newcomers=2.0),
         ranking=replace(preset.ranking, epochs=12, patience=3, learning_rate=3e-3, batch_size=128),
     )
 
@@ -370,4 +376,6 @@ def shapes(preset: Preset, features: Features) -> contract.StageTensors:
         amounts=len(columns.continuous) if e.context and causal else 0,
         counted=len(columns.counted) if causal and preset.ranker.rising and preset.ranker.by_context else 0,
         same_item_s=preset.ranker.rising_same_item_s, user_events=preset.ranker.rising_user_events,
+        minute_events=features.minute_events(), newcomers=preset.ranker.rising_newcomers,
+        shown=preset.ranker.shown_rates,
     )  # fmt: skip

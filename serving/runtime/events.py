@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 from serving.runtime.stages import checked_text, unknown_types, with_reason
 from vivace.context import ContextColumns, parse_context
@@ -20,8 +20,11 @@ from vivace.contract import (
     USER_ID,
 )
 from vivace.store.interface import Event
+from vivace.suspects import MINUTE_MS, Suspects
 
 DAY_MS = 86_400_000
+SUSPECTS = "VIVACE_SUSPECTS"  # environment variable that says what becomes of events that no person sends
+KEEP, REFUSE = "keep", "refuse"
 
 
 def parse_id(given: object, name: str) -> str:
@@ -53,9 +56,11 @@ def parse_event(
             f"{TIMESTAMP_MS.name}: expected Unix time in ms, 1 to {latest_ms} (a day from now), got {timestamp_ms}; "
             "0 is now"
         )
-    parse_context(context, columns or ContextColumns())
+    columns = columns or ContextColumns()
+    parse_context(context, columns)
     kind = checked_text(event_type, EVENT_TYPE.name, MAX_EVENT_TYPE_BYTES)
-    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id)
+    shown = kind in columns.shown_types
+    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id, shown=shown)
 
 
 def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
@@ -66,6 +71,40 @@ def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
         status = with_reason(
             status, f"stored, but {APPEND_ITEM_ID.name} {event.item_id[:64]!r} is not in the catalogue of the models"
         )
-    without = unknown_types([event.event_type], event_types, EVENT_TYPE.name)
+    without = "" if event.shown else unknown_types([event.event_type], event_types, EVENT_TYPE.name)
     stored = "stored, but " if without and status == STATUS_OK else ""
     return with_reason(status, stored + without)
+
+
+class SuspectEvents:
+    """What becomes of events that no person sends (``vivace.suspects``), as far as this process sees them come:
+    whether they count for others is decided by the store's log, which all processes read. ``most``: of a person within
+    a minute (0: no limit); ``refuse``: they are not stored either."""
+
+    def __init__(self, most: int, refuse: bool) -> None:
+        self._suspects, self._refuse = Suspects(most), refuse
+        self._since_report, self._users, self._reported_s = 0, set[str](), -float("inf")
+
+    def reasons(self, events: Sequence[Event], came_ms: int) -> list[str]:
+        """Of each of a request's events what STATUS says of it, "" for nothing: of impressions, as one look at a page
+        has many. Raises ValueError where one is refused."""
+        why = ["" if e.shown else self._suspects.why(e.user_id, e.timestamp_ms, came_ms) for e in events]
+        suspect = [(event, text) for event, text in zip(events, why, strict=True) if text]
+        self._since_report += len(suspect)
+        self._users.update(event.user_id for event, _ in suspect)
+        if suspect and self._refuse:
+            event, text = suspect[0]
+            raise ValueError(
+                f"{USER_ID.name} {event.user_id[:60]!r}: expected events as people send them, got {text}; nothing of "
+                "the request was stored; send it again later, or serve with --suspects keep"
+            )
+        return [f"stored, but not counted for others: {text}" if text else "" for text in why]
+
+    def report(self, now_s: float) -> str:
+        """A line for the log, once a minute at most; "" for none."""
+        if not self._users or now_s - self._reported_s < MINUTE_MS / 1000:
+            return ""
+        count, users, became = self._since_report, len(self._users), "refused" if self._refuse else "not counted"
+        example = min(self._users)[:60]
+        self._since_report, self._users, self._reported_s = 0, set(), now_s
+        return f"append_event: {count:,} suspect events of {users:,} users {became}, such as of {example!r}"

@@ -7,7 +7,7 @@ product too (Bachrach et al. 2014): which finds more depends on the catalogue. T
 never reach many others. Items of equal vectors are one row of the index: a graph of their copies knows no way to the
 others.
 ``training.compile.index`` builds and judges it. Axis legend: B states, V item ids, D width, N candidates, S seen items,
-G groups of items with equal vectors, K rows that a search returns.
+G groups of items with equal vectors, K rows that a search returns, M rising items, E encoded events.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.runtime.encoded import EXCLUDED, Encoder, Popular, without_history
+from serving.runtime.encoded import EXCLUDED, Encoder, Popular, rising_of, with_rising, without_history
 from vivace.contract import FIRST_ID, PADDING_ID, StageTensors
 
 FACTORY = "HNSW32"  # "HNSW32_SQ8": a quarter of the memory, about one in a hundred candidates less
@@ -184,10 +184,15 @@ class IndexedRetrieval:
         self.index, self.shapes = ItemIndex.load(folder, threads), shapes
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Candidate ids int64 [B, N], scores float32 [B, N], encoded history float32 [B, M, D] of what
-        ``contract.retrieval_inputs`` names."""
+        """Candidate ids int64 [B, M + N], scores float32 [B, M + N], encoded history float32 [B, E, D] of what
+        ``contract.retrieval_inputs`` names, the M rising items before the N that the index finds beside them."""
         history_BT, seen_BS, *_ = inputs
-        state_BD, encoded = self.encoder(inputs)
-        ids, scores = self.index.search(state_BD, self.shapes.candidates, [row[row != PADDING_ID] for row in seen_BS])
-        self.popular.fill(without_history(history_BT), seen_BS, ids, scores)
-        return [ids, scores, encoded]
+        state_BD, encoded, of_rising = self.encoder(inputs)
+        rising_BM = rising_of(self.shapes, inputs)
+        left_out = np.concatenate([seen_BS, rising_BM], 1)
+        ids, scores = self.index.search(state_BD, self.shapes.candidates, [row[row != PADDING_ID] for row in left_out])
+        cold = without_history(history_BT)
+        self.popular.fill(cold, left_out, ids, scores)
+        if self.shapes.rising:
+            of_rising[cold] = self.popular.of(rising_BM[cold])
+        return [*with_rising(rising_BM, of_rising, seen_BS, ids, scores), encoded]

@@ -2,8 +2,8 @@
 
 Items are dealt to the shards one by one, by falling popularity, so that a shard that is away costs every part of the
 catalogue alike. A shard scores all its items and answers its best N; the best N of those are the best N of all, and
-equal scores are ordered by id, as in the exact graph. Axis legend: B rows, D width, N candidates, S seen items, K seen
-items that lie in one shard.
+equal scores are ordered by id, as in the exact graph. Axis legend: B rows, D width, N candidates, M rising items, S
+seen items, K seen items that lie in one shard, E encoded events.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from serving.runtime.encoded import EXCLUDED, Encoder, Popular, without_history
+from serving.runtime.encoded import EXCLUDED, Encoder, Popular, rising_of, with_rising, without_history
 from vivace.contract import FIRST_ID, PADDING_ID, StageTensors
 from vivace.onnx_session import open_session
 from vivace.shard_contract import shard_model
@@ -92,20 +92,25 @@ class ShardedRetrieval:
         self.shapes, self.shards = shapes, shards
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[str]]:
-        """(candidate ids int64 [B, N], scores float32 [B, N], encoded history float32 [B, M, D]; for each row which
-        shards it does without and why, "" where none) of what ``contract.retrieval_inputs`` names."""
+        """(candidate ids int64 [B, M + N], scores float32 [B, M + N], encoded history float32 [B, E, D]; for each row
+        which shards it does without and why, "" where none) of what ``contract.retrieval_inputs`` names, the M rising
+        items, which need no shard, before the N best others."""
         history_BT, seen_BS, *_ = inputs
-        state_BD, encoded = self.encoder(inputs)
+        state_BD, encoded, of_rising = self.encoder(inputs)
+        rising_BM = rising_of(self.shapes, inputs)
+        left_out = np.concatenate([seen_BS, rising_BM], 1)
         cold = without_history(history_BT)
         warm = np.setdiff1d(np.arange(len(history_BT)), cold)
         ids, scores = merged([], len(history_BT), self.shapes.candidates)
         reasons = [""] * len(history_BT)
         if len(warm):
-            answers, missing = self.shards(state_BD[warm], rows_of_shards(seen_BS[warm], self.shapes.shards))
+            answers, missing = self.shards(state_BD[warm], rows_of_shards(left_out[warm], self.shapes.shards))
             ids[warm], scores[warm] = merged(answers, len(warm), self.shapes.candidates)
             for i in warm if missing else ():
                 reasons[i] = missing
             if not any(a is not None for a in answers):
                 cold = np.arange(len(history_BT))
-        self.popular.fill(cold, seen_BS, ids, scores)
-        return [ids, scores, encoded], reasons
+        self.popular.fill(cold, left_out, ids, scores)
+        if self.shapes.rising:
+            of_rising[cold] = self.popular.of(rising_BM[cold])
+        return [*with_rising(rising_BM, of_rising, seen_BS, ids, scores), encoded], reasons

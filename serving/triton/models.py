@@ -18,7 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, AnswerSamples
 from serving.runtime.drift import counts_of_worker
-from serving.runtime.events import event_status, parse_event, parse_id
+from serving.runtime.events import REFUSE, SUSPECTS, SuspectEvents, event_status, parse_event, parse_id
 from serving.runtime.explore import Explorer, explored
 from serving.runtime.response import ResponseStage
 from serving.runtime.ruled import Rules
@@ -301,18 +301,28 @@ class AppendEventModel(Stage):
         self.columns = ContextColumns.load(context) if context.exists() else ContextColumns()
         self.live = self.catalogue(self.events)
         self.drift = counts_of_worker(self.beside(contract.ENSEMBLE))
+        refuse = os.environ.get(SUSPECTS) == REFUSE
+        self.suspects = SuspectEvents(int(self.parameters.get("minute_events", 0)), refuse)
+        self.suspect = Counts("vivace_suspect_events_total", "Events that no person sends, by what became of them")
+        for how in ("kept", "refused"):
+            self.suspect(how, 0)
 
     @each_by_itself
     def execute(self, requests: list[Any]) -> list[Any]:
         responses: list[Any] = [None] * len(requests)
         accepted: list[tuple[int, list[Event]]] = []
+        reasons = list[str]()
         for i, request in enumerate(requests):
             try:
-                accepted.append((i, self._events(request)))
+                events = self._events(request)
+                reasons += self._suspicions(events)
+                accepted.append((i, events))
             except ValueError as error:
                 responses[i] = refused(str(error))
         stored = [event for _, events in accepted for event in events]
-        statuses = iter(self._statuses(stored))  # before anything is stored: what fails then was not
+        statuses = iter(
+            map(with_reason, self._statuses(stored), reasons)
+        )  # before anything is stored: what fails then was not
         try:
             lengths = self.events.append(stored)
         except StoreUnreachableError as error:  # not one by one: what has no id may be stored
@@ -320,7 +330,7 @@ class AppendEventModel(Stage):
             for i, _ in accepted:
                 responses[i] = failure(error)
         if self.drift is not None and lengths:
-            self.drift.clicked(sum(bool(event.request_id) for event in stored))
+            self.drift.clicked(sum(bool(event.request_id and not event.shown) for event in stored))
         for i, events in accepted if lengths else ():
             length = np.array([[lengths[e.user_id]] for e in events], np.int32)
             values = {
@@ -329,7 +339,20 @@ class AppendEventModel(Stage):
             }
             names = [name for name in self.outputs if name in values]  # a repository of before STATUS has one
             responses[i] = answer(requests[i], names, [values[name] for name in names])
+        self.suspect.hand_over()
+        if line := self.suspects.report(time.monotonic()):
+            pb_utils.Logger.log_warn(line)
         return responses
+
+    def _suspicions(self, events: list[Event]) -> list[str]:
+        """What STATUS says of events that no person sends. Raises ValueError where they are refused."""
+        try:
+            reasons = self.suspects.reasons(events, int(time.time() * 1000))
+        except ValueError:
+            self.suspect("refused", len(events))
+            raise
+        self.suspect("kept", sum(map(bool, reasons)))
+        return reasons
 
     def _statuses(self, events: list[Event]) -> list[str]:
         types, ids = self.events.event_types(), self.item_ids([event.item_id for event in events])

@@ -259,7 +259,7 @@ class Compilation:
         self.say(f"building the index {self.config.index}")
         export_encoder(self.retriever, s, self.example, self.folder, self.config.tables == "int8")
         states_BD = validation_states(self.features, self.preset, self.retriever)
-        tuned = build_index(self.retriever, states_BD, s.candidates, self.config.index, self.folder)
+        tuned = build_index(self.retriever, states_BD, s.candidates, self.config.index, self.folder, rising=s.rising)
         self.say(f"index: effort {tuned.effort} finds {tuned.recall:.4f} of the exact candidates")
         self.tensors = replace(s, indexed=True, seen=min(contract.MAX_SEEN, s.items))
         return tuned
@@ -294,11 +294,11 @@ class Compilation:
         if not self.config.targets:
             return records
         graphs = {
-            contract.RETRIEVAL: RetrievalGraph(self.retriever, s.candidates, s.memory),
+            contract.RETRIEVAL: RetrievalGraph(self.retriever, s.candidates, s.memory, rising=s.rising),
             contract.RANKING: RankingGraph(without_merlin(self.ranker), folded=self.folded),
         }
         feeds: dict[str, dict[str, np.ndarray]] = {
-            stage: {t.name: x.numpy() for t, x in zip(tensors, values, strict=True)}
+            stage: {t.name: x.numpy() for t, x in zip(tensors, values, strict=False)}  # behind them what ranking reads
             for stage, tensors, values in (
                 (contract.RETRIEVAL, contract.retrieval_inputs(s), self.example),
                 (contract.RANKING, contract.ranking_inputs(s), self.candidates),
@@ -336,13 +336,6 @@ def compile_models(
     StaleError where the models were made from other features, ValueError where ONNX and PyTorch differ or an index
     cannot do what the retriever does, GateError where the engine lost more quality than the bound."""
     config = config or CompileConfig()
-    plain = not (config.index or config.shards or config.targets or search.features_of(root))
-    if preset.ranker.rising and not plain:
-        raise ValueError(
-            f"compile: a ranker with live counters (ranker.rising {preset.ranker.rising}) goes with graphs for "
-            "ONNX Runtime that score every item; leave out --index, --shards, --target and search, or train with "
-            "--preset news"
-        )
     if (config.index or config.shards) and preset.encoder.neighbours:
         raise ValueError(
             "--index and --shards find items by their vectors alone, and this run's retriever has a session memory "

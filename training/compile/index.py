@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from preprocessing.features import Features
-from serving.runtime.encoded import POPULAR
+from serving.runtime.encoded import OF_ITEMS, POPULAR
 from serving.runtime.item_index import DISTANCES, PRODUCTS, Groups, ItemIndex, asking, with_bias
 from training.compile.onnx_export import PARITY_REQUESTS, export
 from training.data import batches
@@ -37,15 +38,15 @@ NEAR = 1e-5  # relative difference of scores that rounding makes
 
 
 class EncoderGraph(nn.Module):
-    """What is exported as ``encoder.onnx``: the inputs of retrieval without the exclusions to the encoded history and,
-    where the context is read, before it the state that items are scored against. ``int8``: the embeddings of histories
-    are read from rows of one byte a number."""
+    """What is exported as ``encoder.onnx``: the inputs of retrieval without the exclusions to the encoded history;
+    before it, where the context is read, the state that items are scored against, and, with ``rising`` items, their
+    scores. ``int8``: the embeddings of histories are read from rows of one byte a number."""
 
     table_VD: Tensor | Int8Rows
 
-    def __init__(self, model: RetrievalModel, memory: int = 0, int8: bool = False) -> None:
+    def __init__(self, model: RetrievalModel, memory: int = 0, int8: bool = False, rising: int = 0) -> None:
         super().__init__()
-        self.model, self.memory = exportable(model), memory
+        self.model, self.memory, self.rising = exportable(model), memory, rising
         with torch.no_grad():
             table = model.table().detach().clone()
         if int8:
@@ -53,10 +54,24 @@ class EncoderGraph(nn.Module):
         else:
             self.register_buffer("table_VD", table)
 
-    def forward(self, history_ids: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        times, types, context, _ = read_inputs(self.model, more)
+    def forward(self, history_ids: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        times, types, context, rest = read_inputs(self.model, more)
         encoded: Tensor = self.model.encode(history_ids, self.table_VD, times, self.memory, types)
-        return encoded if self.model.context is None else (self.model.state(encoded[:, -1], context), encoded)
+        state_BD = self.model.state(encoded[:, -1], context)
+        states = [] if self.model.context is None else [state_BD]
+        return (*states, *([self._scores(state_BD, rest[0])] if self.rising else []), encoded)
+
+    def _scores(self, state_BD: Tensor, rising_BM: Tensor) -> Tensor:
+        """Retrieval scores float32 [B, M] of some items, to the bit those of the graph that scores every item: the
+        diagonal of all states against all of them. One state too many, as ONNX Runtime 1.32 sums a product of a single
+        row in another order where the other matrix is no constant."""
+        b, m = rising_BM.shape
+        ids_P = rising_BM.reshape(-1)
+        rows_PD = F.embedding(ids_P, self.table_VD) if isinstance(self.table_VD, Tensor) else self.table_VD(ids_P)
+        states_QD = torch.cat([state_BD, state_BD[:1]])
+        scores_BBM = F.linear(states_QD, rows_PD, self.model.bias[ids_P])[:b].reshape(b, b, m)
+        own_B1M = torch.arange(b, device=ids_P.device)[:, None, None].expand(b, 1, m)
+        return scores_BBM.gather(1, own_B1M).squeeze(1)
 
 
 class Log1p(nn.Module):
@@ -187,23 +202,26 @@ def validation_states(features: Features, preset: Preset, model: RetrievalModel,
     return torch.cat(parts)[:count]
 
 
-def write_popular(model: RetrievalModel, count: int, folder: Path) -> None:
-    """Writes POPULAR: so many that ``count`` are left whatever was seen; scores as the exact graph gives them."""
+def write_popular(model: RetrievalModel, count: int, folder: Path, rising: int = 0) -> None:
+    """Writes POPULAR: so many that ``count`` are left whatever was seen and is rising; scores as the exact graph gives
+    them, with ``rising`` items those of all."""
     graph = folder / "log1p.onnx"
     export(Log1p(), (model.popularity.cpu()[None],), ["COUNTS"], ["SCORES"], graph)  # rounds otherwise than torch
     popularity = open_session(graph).run(None, {"COUNTS": model.popularity.cpu()[None].numpy()})[0][0].copy()
     graph.unlink()
     popularity[:FIRST_ID] = -np.inf
-    best = np.argsort(-popularity, kind="stable")[: min(count + MAX_SEEN, len(popularity) - FIRST_ID)]
-    np.savez(folder / POPULAR, ids=best.astype(np.int64), scores=popularity[best].astype(np.float32))
+    best = np.argsort(-popularity, kind="stable")[: min(count + MAX_SEEN + rising, len(popularity) - FIRST_ID)]
+    every = {OF_ITEMS: popularity.astype(np.float32)} if rising else {}
+    np.savez(folder / POPULAR, ids=best.astype(np.int64), scores=popularity[best].astype(np.float32), **every)
 
 
 def build_index(
-    model: RetrievalModel, states_BD: Tensor, count: int, factory: str, folder: Path, least: float = RECALL
-) -> Tuned:
+    model: RetrievalModel, states_BD: Tensor, count: int, factory: str, folder: Path, least: float = RECALL,
+    rising: int = 0,
+) -> Tuned:  # fmt: skip
     """Writes the index and POPULAR into ``folder``: the index of ``model``'s items with the least effort that finds
     ``least`` of the exact ``count`` best for half of ``states_BD``, and ITEM_RECALL for vectors of items; ``recall`` is
-    that of the other half. Raises GateError."""
+    that of the other half. ``rising``: items that join what it finds. Raises GateError."""
     with torch.no_grad():
         table, bias = model.table().detach().cpu().numpy(), model.bias.detach().cpu().numpy()
     exact, states = Exact(table, bias), states_BD.numpy()
@@ -214,7 +232,7 @@ def build_index(
     ]
     index, tuned = tuned_index(table, bias, factory, exact, probes, count)
     index.save(folder)
-    write_popular(model, count, folder)
+    write_popular(model, count, folder, rising)
     rest = states[half:]
     held_out = exact.recall(rest, exact.least(rest, count), index.search(rest, count)[0])
     return Tuned(tuned.effort, held_out, tuned.tried)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from serving.runtime.encoded import ENCODER, EXCLUDED, ROWS, STATE
+from serving.runtime.encoded import ENCODER, EXCLUDED, RISING, ROWS, STATE
 from serving.runtime.sharded import LocalShards, ShardedRetrieval
 from training.compile.index import EncoderGraph, write_popular
 from training.compile.onnx_export import EQUAL_IDS, RETRIEVAL_AXES, TOLERANCE, export, names_of, put_outside
@@ -52,13 +52,15 @@ def shard_file(folder: Path, shard: int) -> Path:
 def export_encoder(
     model: RetrievalModel, s: contract.StageTensors, example: Sequence[Tensor], folder: Path, int8: bool = False
 ) -> None:
-    """The encoder alone, ENCODER; ``example``: inputs of the retrieval graph with the exclusions; ``int8``: with the
-    table in ROWS, one byte a number."""
+    """The encoder alone, ENCODER; ``example``: inputs of the retrieval graph with the exclusions, and what may come
+    behind; ``int8``: with the table in ROWS, one byte a number."""
+    inputs = names_of(contract.retrieval_inputs(s))
+    before = [*([STATE] if s.context or s.amounts else []), *([RISING] if s.rising else [])]
     export(
-        EncoderGraph(model, s.memory, int8),
-        (example[0], *example[2:]),
-        [t.name for t in contract.retrieval_inputs(s) if t not in (s.exclude, s.seen_ids)],
-        [*([STATE] if s.context or s.amounts else []), contract.ENCODED_HISTORY],
+        EncoderGraph(model, s.memory, int8, s.rising),
+        (example[0], *example[2 : len(inputs)]),
+        [inputs[0], *inputs[2:]],
+        [*before, contract.ENCODED_HISTORY],
         folder / ENCODER,
         RETRIEVAL_AXES,
     )
@@ -81,7 +83,7 @@ def export_shards(model: RetrievalModel, s: contract.StageTensors, folder: Path)
     for shard in range(s.shards):
         mine = torch.arange(contract.FIRST_ID + shard, s.items, s.shards)
         export_shard(table_VD[mine], bias_V[mine], s, shard, folder)
-    write_popular(model, s.candidates, folder)
+    write_popular(model, s.candidates, folder, s.rising)
 
 
 def sharded_engine(folder: Path, s: contract.StageTensors, threads: int = 1) -> ShardedRetrieval:

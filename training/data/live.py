@@ -5,7 +5,7 @@ Axis legend: R requests of a part, B of a batch, M rising items, F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +13,25 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from preprocessing.events import user_hash
 from preprocessing.features import Features
 from preprocessing.splits import YEAR_MS
 from training.data.batches import Requests
 from vivace.context import ContextColumns
-from vivace.contract import ITEM, TARGET_TIME, TIME, StageTensors, live_features, target_column
+from vivace.contract import (
+    ITEM,
+    NULL_ID,
+    PADDING_ID,
+    TARGET_TIME,
+    TIME,
+    USER,
+    StageTensors,
+    live_features,
+    target_column,
+)
 from vivace.limits import CountLimits
-from vivace.live import LiveTable
+from vivace.live import VISIT_GAP_MS, LiveTable
+from vivace.live_shown import ShownStream
 
 STEP_MS = 5_000  # requests of so long see the same counts, those at its beginning: a server's are no fresher by much
 
@@ -35,11 +47,18 @@ def check_times(features: Features) -> None:
         )
 
 
-def check_live(features: Features, rising: int, control: bool = False) -> None:
+def check_live(features: Features, rising: int, control: bool = False, shown: bool = False) -> None:
     """Raises ValueError where a ranker with live counters (``ranker.rising`` above 0) cannot be trained. ``control``: a
-    control of it, on training events, is wanted too."""
+    control of it, on training events, is wanted too; ``shown``: it reads how often items were shown."""
     if not rising:
         return
+    if shown and not features.has_shown():
+        named = ", ".join(features.schema.shown_types) or "none"
+        raise ValueError(
+            f"{features.folder}: ranker.shown_rates: expected events of types that say what was shown, found none; the "
+            f"mapping names {named} under shown_types: name them there and prepare again, or leave ranker.shown_rates "
+            "out"
+        )
     if control:
         raise ValueError(
             f"--control: expected a ranker without live counters, got ranker.rising {rising}: what its retriever says "
@@ -54,41 +73,87 @@ def check_live(features: Features, rising: int, control: bool = False) -> None:
 
 
 class LiveAt:
-    """Rising items and their features at the moments of a part's requests, by the requests' numbers.
+    """Rising items and their features at the moments of requests, by the requests' numbers.
 
     Args:
-        part: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
+        moments_R: Unix ms int64 [R], in any order.
+        context_RC: ids int64 [R, C] of the columns that are counted by.
+        newest_R: the newest item int64 [R] of each request's history, PADDING_ID without one.
+        columns: of the context (None: none is counted by).
+        impressions: where the counters say how often items were shown: all of the log's (None: they do not).
+        own: of them those of the requests' own users. A request is made before its answer is seen, but its moment is
+            that of the click that came of it: what its user was shown in the ``VISIT_GAP_MS`` before is left out, as a
+            server could not know it (None: nothing is known of the users).
     """
 
     def __init__(
         self,
         features: Features,
-        part: str,
+        moments_R: np.ndarray,
+        context_RC: np.ndarray,
+        newest_R: np.ndarray,
         rising: int,
         columns: ContextColumns | None = None,
         limits: CountLimits | None = None,
+        impressions: ShownStream | None = None,
+        own: _OfUsers | None = None,
     ) -> None:
-        files, columns = features.files(part), columns or ContextColumns()
-        self.moments = np.concatenate(
-            [np.empty(0, np.int64), *(pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files)]
-        )
-        counted = columns.counted
-        stream, table = features.stream(columns, limits), LiveTable(features.item_count(), rising, len(counted))
-        names = [target_column(columns.categoricals[i]) for i in counted]
-        context_RC, newest_R = _context(files, names), _newest(files)
-        self.ids = np.zeros((len(self.moments), rising), np.int32)
-        self.features = np.zeros((len(self.moments), rising, live_features(len(counted))), np.float16)
-        fed, step, rows = 0, -1, table.rows(0)
-        for request in np.argsort(self.moments, kind="stable"):
-            moment = int(self.moments[request])
+        columns = columns or ContextColumns()
+        counted, shown = len(columns.counted), impressions is not None
+        impressions = impressions or ShownStream.none()
+        stream = features.stream(columns, limits)
+        table = LiveTable(features.item_count(), rising, counted, shown=shown)
+        self.ids = np.zeros((len(moments_R), rising), np.int32)
+        self.features = np.zeros((len(moments_R), rising, live_features(counted, shown)), np.float16)
+        fed, fed_shown, step, rows = 0, 0, -1, table.rows(0)
+        for request in np.argsort(moments_R, kind="stable"):
+            moment = int(moments_R[request])
             if moment // STEP_MS != step:
                 step = moment // STEP_MS
                 until = step * STEP_MS
                 stop = int(np.searchsorted(stream.times_ms, until))
                 stream[fed:stop].into(table)
-                fed, rows = stop, table.rows(until)
-            of_request = rows.of(context_RC[request : request + 1], newest_R[request : request + 1])
+                stop_shown = int(np.searchsorted(impressions.times_ms, until))
+                table.add_shown(impressions.ids[fed_shown:stop_shown], impressions.times_ms[fed_shown:stop_shown])
+                fed, fed_shown, rows = stop, stop_shown, table.rows(until)
+            without = None if own is None else own.before(int(request), moment - VISIT_GAP_MS, step * STEP_MS)
+            of_request = rows.of(context_RC[request : request + 1], newest_R[request : request + 1], without)
             self.ids[request], self.features[request] = (x[0] for x in of_request)
+
+    @classmethod
+    def of_part(
+        cls,
+        features: Features,
+        part: str,
+        rising: int,
+        columns: ContextColumns | None = None,
+        limits: CountLimits | None = None,
+        shown: bool = False,
+        most: int | None = None,
+    ) -> LiveAt:
+        """``part``: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
+        ``shown``: whether the counters say how often items were shown. ``most``: only of its first requests, so
+        many."""
+        files, columns = features.files(part), columns or ContextColumns()
+        moments = [pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files]
+        names = [target_column(columns.categoricals[i]) for i in columns.counted]
+        moments_R = np.concatenate([np.empty(0, np.int64), *moments])[:most]
+        context_RC, newest_R = _context(files, names)[:most], _newest(files)[:most]
+        impressions = features.shown(limits) if shown else None
+        own = None if impressions is None else _OfUsers(impressions, files)
+        return cls(features, moments_R, context_RC, newest_R, rising, columns, limits, impressions, own)
+
+    @classmethod
+    def of_histories(
+        cls, features: Features, moments_R: np.ndarray, histories: Sequence[np.ndarray], tensors: StageTensors
+    ) -> LiveAt:
+        """At moments int64 [R] after ``histories`` of ids int64 [n], in a context of which nothing is known."""
+        columns = features.context if tensors.counted else ContextColumns()
+        context_RC = np.full((len(histories), len(columns.counted)), NULL_ID)
+        newest_R = np.array([history[-1] if len(history) else PADDING_ID for history in histories], np.int64)
+        limits = CountLimits.of(tensors)
+        impressions = features.shown(limits) if tensors.shown else None
+        return cls(features, moments_R, context_RC, newest_R, tensors.rising, columns, limits, impressions)
 
     def of(self, request: Requests) -> Requests:
         """The same requests with what was rising."""
@@ -98,6 +163,24 @@ class LiveAt:
             rising_BM=torch.from_numpy(self.ids[numbers].astype(np.int64)),
             live_BMF=torch.from_numpy(self.features[numbers].astype(np.float32)),
         )
+
+
+class _OfUsers:
+    """What the users of requests were shown, by the requests' numbers."""
+
+    def __init__(self, shown: ShownStream, files: list[Path]) -> None:
+        self._users = np.concatenate(
+            [np.empty(0, np.int64), *(user_hash(pq.read_table(f, columns=[USER])[USER].to_numpy()) for f in files)]
+        )
+        self._shown = shown[np.argsort(shown.users, kind="stable")]  # of one user by time
+
+    def before(self, request: int, since_ms: int, until_ms: int) -> ShownStream:
+        """What the request's user was shown from ``since_ms`` to before ``until_ms``."""
+        user, all_shown = self._users[request], self._shown
+        start, stop = np.searchsorted(all_shown.users, user, "left"), np.searchsorted(all_shown.users, user, "right")
+        times = all_shown.times_ms[start:stop]
+        first, last = np.searchsorted(times, since_ms), np.searchsorted(times, until_ms)
+        return all_shown[start + first : start + last]
 
 
 def _context(files: list[Path], names: list[str]) -> np.ndarray:
@@ -116,13 +199,16 @@ def _newest(files: list[Path]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *newest])
 
 
-def with_live(requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors) -> Iterator[Requests]:
+def with_live(
+    requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors, most: int | None = None
+) -> Iterator[Requests]:
     """Requests of a part, in the order of its files, with what was rising; as they are where the ranker reads no live
-    counters."""
+    counters. ``most``: how many they are at most."""
     if not tensors.rising:
         yield from requests
         return
     columns = features.context if tensors.counted else None
-    live = LiveAt(features, part, tensors.rising, columns, CountLimits.of(tensors))
+    limits = CountLimits.of(tensors)
+    live = LiveAt.of_part(features, part, tensors.rising, columns, limits, tensors.shown, most)
     for request in requests:
         yield live.of(request)

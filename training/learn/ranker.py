@@ -101,7 +101,8 @@ class RankerData:
 
     def _replayed(self) -> batches.Requests:
         """The validation requests with what was rising at the moment of each."""
-        check_live(self.features, self.preset.ranker.rising, self.control and not self.without_validation)
+        ranker = self.preset.ranker
+        check_live(self.features, ranker.rising, self.control and not self.without_validation, ranker.shown_rates)
         parts = batches.requests(self.features.files("valid"), self.heads, self.preset.encoder.window, SCORED)
         return batches.together(list(with_live(parts, self.features, "valid", shapes(self.preset, self.features))))
 

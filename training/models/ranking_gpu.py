@@ -46,6 +46,8 @@ class GpuRanking(nn.Module):
         super().__init__()
         if model.nearest is not None:
             raise ValueError("GpuRanking: ranker.nearest is not in this form yet; export the ranker as it was trained")
+        if model.live is not None:
+            raise ValueError("GpuRanking: ranker.rising is not in this form yet; export the ranker as it was trained")
         model = copy.deepcopy(model).eval().requires_grad_(False)
         self.config, self.width, self.names, self.dtype = model.config, model.width, model.head_names, dtype
         self.folded, self.lookup = folded, lookup

@@ -127,7 +127,7 @@ class Refresh:
             return int(there["until"]), ""
         after = self.old.log_number()
         seen = int(refused["until"]) if refused else after
-        appended = appended_since(self.run.feature_store, seen)
+        appended = appended_since(self.run.feature_store, seen, minute_events=self.old.minute_events())
         if len(appended.rows) < self.config.min_events and not (self.items and not refused):
             why = f"{len(appended.rows):,} events appended since event {seen:,} of the log; --min-events is "
             why += f"{self.config.min_events:,}"
@@ -152,7 +152,9 @@ class Refresh:
         """The features with what was appended; how many events by what became of them."""
         schema, rejects = self.old.schema, self.work.root / "rejected_items.csv"
         context = (*schema.plain_context, *schema.context_continuous)
-        appended = appended_since(self.run.feature_store, self.old.log_number(), until, schema.user_columns, context)
+        appended = appended_since(
+            self.run.feature_store, self.old.log_number(), until, schema.user_columns, context, self.old.minute_events()
+        )
         upserted = upserted_items(self.run.feature_store, schema, self.work.root / "rejected_upserts.csv")
         given = None if self.items is None else read_catalogue(self.items, schema, rejects)
         there = [items for items in (given, upserted) if items is not None]

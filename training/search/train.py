@@ -37,14 +37,13 @@ from search.online import RANKER, VECTORS, QuerySearch, SearchOptions, SearchRes
 from search.published import LAYOUT
 from search.query_encoder import ENCODER
 from search.understanding import QueryUnderstanding, coclick_synonyms, with_typos
-from training.checkpoints import load_ranker, load_retrieval
 from training.data import batches
-from training.models.ranking import RankingGraph
-from training.models.retrieval import RetrievalGraph
-from training.presets import Preset, shapes
+from training.data.live import with_live
+from training.presets import Preset
 from training.search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
 from training.search.judging import SearchRequests, diversity_costs, judged_log, kinds_of
 from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
+from training.search.recommender import Recommender
 from training.search.tower import OURS, TowerEncoder
 from training.text.tower import TextTower
 from vivace import contract
@@ -146,35 +145,6 @@ def export_ranker(ranker: Ensemble, inputs: int, path: Path) -> None:
     )  # fmt: skip
 
 
-class Recommender:
-    """A run's own models: what they recommend after a history."""
-
-    def __init__(self, features: Features, preset: Preset, root: Path) -> None:
-        self.exclude_seen, self.shapes = features.schema.exclude_seen, shapes(preset, features)
-        retriever = load_retrieval(features, preset, root).cpu()
-        self.retrieval = RetrievalGraph(retriever, self.shapes.candidates, preset.ranker.memory).eval()
-        self.ranking = RankingGraph(load_ranker(features, preset, root).cpu()).eval()
-
-    def __call__(self, request: batches.Requests) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64 [B, N], best first, and their scores float32 [B, N]."""
-        inputs = [torch.from_numpy(x) for x in request.inputs(self.shapes, self.exclude_seen)]
-        with torch.inference_mode():
-            ids, values = self.ranking(inputs[0], *self.retrieval(*inputs), *inputs[self.shapes.passed_on :])
-        return ids.numpy(), values.numpy()[:, 0]
-
-
-def histories_before(features: Features, users: Sequence[str], times: Sequence[int]) -> list[np.ndarray]:
-    """Of each user the training events before a time: ids and times int64 [n, 2]."""
-    known, history_of = set(users), dict[str, np.ndarray]()
-    for file in features.files("train"):
-        frame = pd.read_parquet(file, columns=[contract.USER, contract.ITEM, contract.TIME])
-        for user, items, when in frame[frame[contract.USER].isin(known)].itertuples(index=False):
-            history_of[user] = np.stack([np.asarray(items), np.asarray(when)], 1).astype(np.int64)
-    none = np.empty((0, 2), np.int64)
-    histories = (history_of.get(user, none) for user in users)
-    return [h[h[:, 1] < time] for h, time in zip(histories, times, strict=True)]
-
-
 class SearchStudy:
     """Requests with a query that teach and judge a run's search ranker, made by the run's own models."""
 
@@ -188,14 +158,25 @@ class SearchStudy:
         self.search = QuerySearch(folder, count)
         self.questions = Questions(catalogue)
 
+    def _first_requests(self, part: str) -> list[batches.Requests]:
+        """As many batches of a part's requests as have ``config.requests`` targets in the vocabulary, or all."""
+        heads, window = [h.name for h in self.features.schema.heads], self.preset.encoder.window
+        chosen, total = list[batches.Requests](), 0
+        for request in batches.requests(self.features.files(part), heads, window, BATCH):
+            chosen.append(request)
+            total += int((request.target_B >= contract.FIRST_ID).sum())
+            if total >= self.config.requests:
+                break
+        return chosen
+
     def made_requests(self, part: str) -> tuple[SearchRequests, np.ndarray]:
         """Requests of "valid" or "test" with a query made of the target; whether it was made of attributes alone, bool
         [requests]. Raises ValueError where there is none."""
-        rng, heads = np.random.default_rng([self.seed, len(part)]), [h.name for h in self.features.schema.heads]
+        rng = np.random.default_rng([self.seed, len(part)])
         parts, results = list[tuple[np.ndarray, ...]](), list[SearchResult]()
-        total = 0
-        files = self.features.files(part)
-        for request in batches.requests(files, heads, self.preset.encoder.window, BATCH):
+        chosen = self._first_requests(part)
+        live = with_live(chosen, self.features, part, self.recommend.shapes, sum(len(r.histories) for r in chosen))
+        for request in live:
             real = (request.target_B >= contract.FIRST_ID).numpy()
             ranked, scores = self.recommend(request)
             targets = request.target_B.numpy()[real]
@@ -205,9 +186,6 @@ class SearchStudy:
             queries = [with_typos(q, self.config.typos, int(rng.integers(1 << 31))) for q in queries]
             results += self.search(queries, [SearchOptions()] * len(queries))
             parts.append((by_attributes, targets, ranked[real], scores[real]))
-            total += len(targets)
-            if total >= self.config.requests:
-                break
         if not parts:
             raise ValueError(f"search: no {part} request whose item is in the vocabulary")
         by_attributes, targets, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
@@ -217,13 +195,10 @@ class SearchStudy:
     def logged_requests(self, log: SearchLog, seen: np.ndarray) -> SearchRequests:
         """The lists of ``log`` as they would be found now, with what the users' histories recommended then. ``seen``:
         chance that each position was looked at."""
-        histories = histories_before(self.features, log.column(contract.USER), log.column(contract.TIME))
+        users, times = log.column(contract.USER), log.column(contract.TIME)
         queries, recommended, results = log.column(contract.QUERY_TEXT), [], list[SearchResult]()
-        for start in range(0, len(log), BATCH):
-            part = histories[start : start + BATCH]
-            no_target_B = torch.zeros(len(part), dtype=torch.int64)
-            request = batches.of_sequences(part, self.preset.encoder.window, no_target_B, {})
-            part_queries = queries[start : start + BATCH]
+        for request in self.recommend.requests_before(users, times, BATCH):
+            part_queries = queries[len(results) : len(results) + len(request.histories)]
             results += self.search(part_queries, [SearchOptions()] * len(part_queries))
             recommended.append(self.recommend(request))
         ranked, scores = (np.concatenate(v) for v in zip(*recommended, strict=True))

@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import time
+import urllib.request
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
+from search.online import QuerySearch, SearchOptions, SearchRanking
+from search.published import FOLDER
+from serving.releases import releases
 from serving.runtime.live_feed import LiveFeed
 from serving.runtime.moment import Moment
+from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import FeatureTransform, ItemVocabulary, Row
 from serving.service import service
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, untouched_store, users_of_data, wait_until
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.engine import Engine
+from training.data import batches
+from training.data.live import with_live
 from training.judge.evaluate import evaluate
 from training.judge.gate import graph_ranks, reference_ranks
 from training.learn.ranker import train_ranker
 from training.models.ranking import RankingGraph
 from training.models.retrieval import RetrievalGraph
+from training.models.text_encoder import TextConfig
 from training.presets import tiny
+from training.search.encoder import SearchEncoderConfig
+from training.search.ranker import SearchRankerConfig
+from training.search.recommender import Recommender
+from training.search.train import SearchTraining, train_search
+from vivace import contract
 from vivace.client import VivaceError
-from vivace.contract import APPEND_EVENT, FEATURE_TRANSFORM, FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, live_features
+from vivace.contract import (
+    APPEND_EVENT,
+    FEATURE_TRANSFORM,
+    FIRST_ID,
+    LIVE_FEATURES,
+    LIVE_HALF_LIVES_MS,
+    PADDING_ID,
+    STATUS_OK,
+    live_features,
+)
 from vivace.live import RECENT
+from vivace.manifest import read_manifest
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
+from vivace.suspects import FLOOR
 
 RISING = 24
 CANDIDATES = 60  # with what is rising, fewer than an answer may have
@@ -46,7 +72,7 @@ def live_root(features, root, tmp_path_factory):
     shutil.copytree(untouched_store(root), own / "feature_store")  # of other tests' events some would rise
     train_ranker(features, PRESET, own, 3, quiet, quiet=True)
     evaluate(features, PRESET, own, 3, quiet)
-    compile_models(features, PRESET, own, 3, quiet)
+    compile_models(features, PRESET, own, 3, quiet, CompileConfig(targets=("openvino",)))
     return own
 
 
@@ -55,50 +81,71 @@ def _rare(features, taken: int) -> str:
     return str(features.items()["item_id"].tolist()[-1 - taken])
 
 
-@pytest.mark.parametrize("profile", ["", "fused"])
-def test_what_is_appended_is_rising_within_a_second(live_root, root, features, profile, tmp_path):
-    rising = _rare(features, taken=["", "fused"].index(profile))
+@pytest.fixture(scope="module")
+def searchable(live_root, features, tmp_path_factory):
+    """(a copy with search, its versions by how they retrieve)."""
+    folder = tmp_path_factory.mktemp("live_search") / "shop"
+    shutil.copytree(live_root, folder, ignore=shutil.ignore_patterns("compiled", "model_repository*", "*.log"))
+    encoder = SearchEncoderConfig(
+        text=TextConfig(width=32, layers=1, heads=2, tokens=16, vocabulary=500), query_tokens=12, vector=32,
+        language_epochs=1, question_epochs=1, judged_epochs=1, batch_size=32, learning_rate=3e-3,
+    )  # fmt: skip
+    ranker = SearchRankerConfig(epochs=4, members=1)
+    config = SearchTraining(encoder=encoder, ranker=ranker, requests=64, searches=64)
+    train_search(features, PRESET, folder, config, 3, quiet, True)
+    versions = {}
+    for kind, how in (("index", CompileConfig(index="HNSW32")), ("shards", CompileConfig(shards=2))):
+        compile_models(features, PRESET, folder, 3, quiet, how)
+        versions[kind] = releases(folder / "model_repository")[-1]
+        shutil.copytree(folder / "compiled", folder / kind)
+    return folder, versions
+
+
+@pytest.mark.parametrize(("kind", "becomes"), [("exact", "keep"), ("index", "refuse"), ("shards", "keep")])
+def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root, features, kind, becomes, tmp_path):
+    place, names = ["exact", "index", "shards"].index(kind), features.items()["item_id"].tolist()
+    own, repository = live_root, live_root / "model_repository"
+    if kind != "exact":
+        own, repository = searchable[0], searchable[1][kind]
+    rising, pushed, more = (_rare(features, taken=place + i) for i in (0, 3, 6))
+    profile, user = "fused" if kind == "index" else "", min(users_of_data(root))
     with (
-        service(on_free_ports(live_root / "model_repository", profile=profile), quiet) as (server, _),
+        service(on_free_ports(repository, profile=profile, suspects=becomes), quiet) as (server, _),
         PatientClient(f"{server.host}:{server.grpc_port}") as client,
     ):
         before = client.recommend("nobody", top_k=10)
         assert rising not in before.items
-        pushed = _rare(features, taken=2 + ["", "fused"].index(profile))
-        for _ in range(100):  # one account, whose clicks on an item count once
-            client.append(f"mallory {profile}", pushed)
-        for n in range(60 if profile else 40):  # more than the other profile left in the store
-            client.append(f"crowd {profile} {n}", rising)
+        query = features.items().set_index("item_id")["title"][rising] if own != live_root else ""
+        found = client.recommend("nobody", top_k=100, query=query) if query else None
+        for _ in range(FLOOR):  # one account, whose clicks on an item count once
+            assert client.append(f"mallory {kind}", pushed).status == STATUS_OK
+        _suspected(client, f"mallory {kind}", more, becomes)
+        for n in range(40 + 20 * place):  # more than the other kinds left in the store
+            client.append(f"crowd {kind} {n}", rising)
         appended = time.monotonic()
         # a cold user gets what is clicked most now, before what was popular in training
         while (items := list(client.recommend("nobody", top_k=10).items))[0] != rising:
             assert time.monotonic() - appended < 1.0, f"{rising} is not first after a second: {items}"
-        assert pushed in client.recommend("nobody", top_k=100).items  # it rises, behind what a crowd clicked
-        user = min(users_of_data(root))
+        everyone = client.recommend("nobody", top_k=100).items
+        assert pushed in everyone and more not in everyone  # the one rises, behind what a crowd clicked
+        page = urllib.request.urlopen(f"http://{server.host}:{server.metrics_port}/metrics").read().decode()
+        samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
+        counts = {s.labels["how"]: s.value for s in samples if s.name == "vivace_suspect_events_total"}
+        assert counts == {"kept": becomes == "keep", "refused": becomes == "refuse"}
         assert rising in client.recommend(user, top_k=100).items
-        assert rising not in client.recommend(f"crowd {profile} 0", top_k=100).items  # who has seen it
+        assert rising not in client.recommend(f"crowd {kind} 0", top_k=100).items  # who has seen it
+        if found is not None:
+            _searches_the_present(client, searchable[0], found, query, rising, user)
+        _new_item_rises(client, f"new-{kind}", str(features.items()["title"].tolist()[7]), f"crowd {kind}", user)
 
-        new = f"new-{profile or 'ensemble'}"
-        title = str(features.items()["title"].tolist()[7])
-        assert client.upsert_items([{"item_id": new, "title": title}]) == ["ok"]
-        for n in range(20):  # fewer than of the other one
-            client.append(f"crowd {profile} {n}", new)
-        appended = time.monotonic()
-        while new not in (items := list(client.recommend("nobody", top_k=10).items))[1:3]:  # behind rising ones alone
-            assert time.monotonic() - appended < 1.0, f"{new} is not among the first after a second: {items}"
-        assert new in client.recommend(user, top_k=100).items
-        assert new not in client.recommend(f"crowd {profile} 0", top_k=100).items
-        client.remove_items([new])
-        assert new not in client.recommend("nobody", top_k=10).items
-        client.upsert_items([{"item_id": new, "title": title}])
-
-        run, names = Run(live_root), features.items()["item_id"].tolist()
+        run = Run(live_root)
         version = run.repository / FEATURE_TRANSFORM / str(run.version())
-        shutil.copytree(live_root / "feature_store", tmp_path / "feature_store")  # which the feed keeps open
+        shutil.copytree(own / "feature_store", tmp_path / "feature_store")  # which the feed keeps open
         store = LmdbStore(tmp_path / "feature_store", readonly=True)
         transform = FeatureTransform(version / "transform.onnx", store, run.shapes())
         histories = [names[i : i + 5] for i in range(0, 60, 3)]
         served = [client.recommend("", history, 20) for history in histories]
+        client.remove_items([f"new-{kind}"])
     inputs = [torch.from_numpy(x) for x in transform([Row("", history, 20) for history in histories])[0]]
     rising_BM, live_BMF = inputs[-2:]
     assert int((rising_BM[0] >= FIRST_ID).sum()) >= 1 and live_BMF.shape[2] == live_features(2)  # device, sensitivity
@@ -110,6 +157,93 @@ def test_what_is_appended_is_rising_within_a_second(live_root, root, features, p
         expected = [names[i - FIRST_ID] for i in ranked[row, :20].tolist()]
         assert len(set(expected) & set(got.items)) >= 18  # counts have decayed by seconds in between
         np.testing.assert_allclose(got.scores, values[row, 0, :20].numpy(), atol=0.05)
+
+
+def _suspected(client, mallory: str, item: str, becomes: str) -> None:
+    """One event more than a person's within a minute."""
+    if becomes == "refuse":
+        with pytest.raises(VivaceError, match=rf"{mallory}.* within a minute.*nothing of the request was stored"):
+            client.append(mallory, item)
+        return
+    kept = client.append(mallory, item)
+    assert kept == FLOOR + 1 and "not counted for others: more than 30 events" in kept.status
+
+
+def _new_item_rises(client, new: str, title: str, crowd: str, user: str) -> None:
+    assert client.upsert_items([{"item_id": new, "title": title}]) == ["ok"]
+    for n in range(20):  # fewer than of the other one
+        client.append(f"{crowd} {n}", new)
+    appended = time.monotonic()
+    while new not in (items := list(client.recommend("nobody", top_k=10).items))[1:3]:  # behind rising ones alone
+        assert time.monotonic() - appended < 1.0, f"{new} is not among the first after a second: {items}"
+    assert new in client.recommend(user, top_k=100).items
+    assert new not in client.recommend(f"{crowd} 0", top_k=100).items
+    client.remove_items([new])
+    assert new not in client.recommend("nobody", top_k=10).items
+    client.upsert_items([{"item_id": new, "title": title}])
+
+
+def _searches_the_present(client, folder, before, query: str, rising: str, user: str) -> None:
+    """What a query finds reads no counter; its order reads them through the recommendation, as in training."""
+    now = client.recommend("nobody", top_k=100, query=query)
+    assert set(now.items) == set(before.items) and rising in now.items
+    of_rising = [float(answer.scores[answer.items.index(rising)]) for answer in (before, now)]
+    assert abs(of_rising[1] - of_rising[0]) > 1e-3  # nobody was recommended it before
+    search, ranking = QuerySearch(folder / FOLDER, CANDIDATES), SearchRanking(folder / FOLDER)
+    ((ids, x, _),) = search([query], [SearchOptions()])
+    plain = client.recommend(user, top_k=100)
+    places = {name: i for i, name in enumerate(search.index.catalogue.items, FIRST_ID)}
+    assert len(plain.items) > CANDIDATES  # with what is rising; the whole recommendation
+    values = np.stack([plain.scores, *plain.heads.values()])
+    ordered, scores = ranking(ids, x, np.array([places[item] for item in plain.items]), values, SearchOptions())
+    served = client.recommend(user, top_k=20, query=query)
+    expected = [search.index.catalogue.items[i - FIRST_ID] for i in ordered[:20]]
+    assert len(set(expected) & set(served.items)) >= 18  # counts have decayed in between
+    np.testing.assert_allclose(served.scores, scores[0, :20], atol=0.05)
+
+
+def test_an_index_and_shards_retrieve_what_one_graph_does(live_root, searchable, features):
+    """The engines of the compiled graphs on requests of the log, with what was rising at the moment of each, beside the
+    recommender that the search ranker was taught with."""
+    (run, exact), engines = (Run(live_root), Run(live_root).shapes()), {}
+    tensors = {
+        "index": replace(exact, indexed=True, seen=exact.items), "shards": replace(exact, shards=2, seen=exact.items)
+    }  # fmt: skip
+    one = Engine(run.compiled, exact)
+    engines = {kind: Engine(searchable[0] / kind, s) for kind, s in tensors.items()}
+    taught = Recommender(features, PRESET, searchable[0])
+    heads = [head.name for head in features.schema.heads]
+    requests = batches.requests(features.files("test"), heads, PRESET.encoder.history, 30)
+    for request in with_live(itertools.islice(requests, 3), features, "test", exact, 90):
+        request.history_BT[4] = PADDING_ID  # a history without a known item
+        inputs = request.inputs(exact, True)
+        ids, scores, *_ = one.retrieve(inputs)
+        rising_BM = inputs[-2]
+        joined = (rising_BM[:, :, None] == ids[:, None, :]).any(2)[rising_BM != PADDING_ID]
+        assert joined.any() and not joined.all()  # those that were seen do not
+        for kind, engine in engines.items():
+            given = request.inputs(tensors[kind], True)
+            got = engine.retrieve(given)
+            if kind == "shards":
+                assert got[0].tolist() == ids.tolist() and got[1].tobytes() == scores.tobytes()
+                ranked = [x.tobytes() for x in one(inputs)]
+                assert [x.tobytes() for x in engine(given)] == ranked
+            else:
+                shared = [
+                    len(set(a) & set(b)) / len(set(a)) for a, b in zip(ids.tolist(), got[0].tolist(), strict=True)
+                ]
+                assert np.mean(shared) > 0.95  # of the compiled index's best; what is rising is the same
+                known = (ids[:, :, None] == rising_BM[:, None, :]).any(2) & (ids != PADDING_ID)
+                assert (got[0] == ids)[known].all()
+                np.testing.assert_allclose(got[1][known], scores[known], atol=1e-4)
+        same_BN = taught(request)[0] == one(inputs)[0]
+        assert np.delete(same_BN, 4, 0).mean() > 0.99  # of equally popular items either comes first
+    away = ShardedRetrieval(searchable[0] / "shards", tensors["shards"], lambda *_: ([None, None], "gone"))
+    (without, of_without, _), reasons = away(given[: len(contract.retrieval_inputs(tensors["shards"]))])
+    assert "gone" in reasons and np.isfinite(of_without).all()
+    for got_N, one_N, rising_M in zip(without, ids, given[-2], strict=True):
+        first = [i for i in one_N.tolist() if i in rising_M and i != PADDING_ID]
+        assert got_N[: len(first)].tolist() == first  # what is rising needs no shard
 
 
 def test_a_restart_counts_what_the_log_holds(live_root, features):
@@ -202,9 +336,13 @@ def test_other_number_formats_are_judged_by_the_counts_of_each_moment(live_root,
     assert onnx.TensorProto.INT8 in kinds
 
 
-def test_what_live_counters_do_not_go_with_is_refused(live_root, features):
-    with pytest.raises(ValueError, match=r"live counters .* score every item"):
-        compile_models(features, PRESET, live_root, 3, quiet, CompileConfig(index="HNSW32"))
+def test_another_engine_reads_what_is_rising(live_root):
+    apart = read_manifest(live_root / "compiled", "")["results"]["targets"]["openvino"]
+    assert apart["retrieval, CANDIDATE_IDS"] > 0.99 and apart["ranking, RANKED_IDS"] > 0.99
+    assert apart["retrieval, CANDIDATE_SCORES"] < 1e-3 and apart["ranking, RANKED_VALUES"] < 1e-3
+
+
+def test_what_live_counters_do_not_go_with_is_refused():
     with pytest.raises(ValueError, match="hindsight"):
         replace(PRESET, ranking=replace(PRESET.ranking, past_events=1))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vivace import limits
-from vivace.limits import WINDOW_MS, CountLimits, Limiter
+from vivace.limits import FREE, WINDOW_MS, CountLimits, Limiter
 
 MINUTE = 60_000
 
@@ -49,6 +49,19 @@ def test_users_whose_events_bound_nothing_are_forgotten(monkeypatch):
     for n in range(5_000):
         assert limiter.counts(n, 1, n * MINUTE)
     assert len(limiter._counted) <= 51
+
+
+def test_newcomers_count_for_an_item_as_far_as_others_come_too():
+    limiter = Limiter(CountLimits(newcomers=2.0))
+    now = 100 * limits.NEWCOMER_MS
+    assert limiter.mask(range(100), [1] * 100, [now] * 100).sum() == FREE  # made for it, with nobody else
+    old = [f"old {n}" for n in range(3)]
+    assert limiter.unmet([*old, 5]) == old
+    limiter.meet(old, now)
+    assert limiter.mask(old, [1] * 3, [now] * 3).all()
+    assert limiter.mask(range(100, 200), [1] * 100, [now] * 100).sum() == 2 * 3
+    assert limiter.counts(300, 2, now)  # another item
+    assert limiter.mask(range(100), [3] * 100, [now + limits.NEWCOMER_MS] * 100).all()  # who came then is none now
 
 
 def test_wrong_limits_are_refused():

@@ -126,7 +126,7 @@ class Catalogue:
             return set()
         since = int(time.time() * 1000) - RISING_MS
         _, events = store.live_events(0, since, 100_000)
-        counts = Counter(event.item_id for event in events if event.timestamp_ms >= since)
+        counts = Counter(event.item_id for event in events if event.timestamp_ms >= since and not event.shown)
         return {item for item, count in counts.most_common(RISING_ITEMS) if count >= RISING_CLICKS}
 
     def cards(self, ids: Sequence[str]) -> list[dict[str, Any]]:
