@@ -84,6 +84,7 @@ class LiveFeed:
     def _count(self, now_ms: int) -> None:
         now_ms = self._now_ms = max(now_ms, self._now_ms)  # a clock that is set back stands still for the counters
         self._number, events = self._store.live_events(self._number, now_ms - KEPT_MS)
+        self._meet(events, now_ms)
         events = [event for event in events if event.timestamp_ms > self._after_ms]
         self._count_shown([event for event in events if event.shown])
         if events := [event for event in events if not event.shown]:
@@ -96,7 +97,6 @@ class LiveFeed:
             entry, previous = (np.array(part) for part in zip(*visits, strict=True))
             counted = ids >= FIRST_ID
             known = np.flatnonzero(counted)
-            self._meet(events, now_ms)
             users, came = [events[at].user_id for at in known], [events[at].came_ms for at in known]
             counted[known] = self._limiter.mask(users, ids[known].tolist(), times[known].tolist(), came)
             Stream(ids, times, entry, self._context(events), previous)[counted].into(self._table)
@@ -113,14 +113,17 @@ class LiveFeed:
         self._table.add_shown(ids[counted], times[counted])
 
     def _meet(self, events: Sequence[Event], now_ms: int) -> None:
-        """Tells the limiter who was there before: whose history begins with none of these events."""
+        """Tells the limiter when those came first of whom it has no event: before all of these, if their history begins
+        with none of them. ``events``: all of the log, as one of any item and time may be a user's first."""
         unmet = self._limiter.unmet(event.user_id for event in events)
         new = {(event.user_id, event.item_id, event.timestamp_ms) for event in events} if unmet else set()
+        came = {event.user_id: event.came_ms or event.timestamp_ms for event in reversed(events)} if unmet else {}
         for start in range(0, len(unmet), USERS):
-            users = [str(user) for user in unmet[start : start + USERS]]
-            histories = zip(users, self._store.typed_histories(users), strict=True)
-            there = [user for user, h in histories if h is not None and h[0] and (user, h[0][0], h[2][0]) not in new]
-            self._limiter.meet(there, now_ms)
+            users = unmet[start : start + USERS]
+            for user, history in zip(users, self._store.typed_histories(users), strict=True):
+                if history is not None and history[0] and (user, history[0][0], history[2][0]) not in new:
+                    came[user] = 0
+        self._limiter.meet({user: came[user] for user in unmet}, now_ms)
 
     def _ids(self, items: list[str]) -> np.ndarray:
         """Ids int64 [n], of items that were put in since the run was compiled too: V and their slots. Called after the

@@ -92,7 +92,8 @@ ParityOption = Annotated[
     Any, typer.Option(parser=percent, metavar="PERCENT", help="of the requests kept for 'vivace parity'")
 ]
 SuspectsOption = Annotated[
-    str, choice("--suspects", ("keep", "refuse"), "events that no person sends: stored but not counted for others, or")
+    str,
+    choice("--suspects", ("keep", "refuse"), "what becomes of events that no person sends; kept, they count for none"),
 ]
 VariantOption = Annotated[
     str, typer.Option(help="what --impressions calls this server's arm of an experiment", parser=plain_name)

@@ -123,6 +123,8 @@ def test_live_events_by_number_time_and_count(store):
     assert store.live_events(0, until=3)[0] == 3 and store.live_events(5, until=3) == (5, [])
     assert names(store.live_events(0, since_ms=middle)[1]) == "5 6 7"
     assert len(store.live_events(0, since_ms=began)[1]) == 8
+    came = [e.came_ms for e in store.live_events(0)[1]]  # by which suspect events are told, whatever their time says
+    assert began <= came[0] <= came[4] <= middle <= came[5] <= came[7] <= int(time.time() * 1000)
     assert store.live_events(20) == (20, [])
 
 

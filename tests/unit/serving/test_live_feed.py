@@ -10,7 +10,7 @@ import pytest
 
 from serving.runtime.live_feed import LiveFeed
 from vivace.contract import FIRST_ID, LIVE_FEATURES, OOV_ID, PADDING_ID, StageTensors
-from vivace.limits import CountLimits
+from vivace.limits import FREE, CountLimits
 from vivace.live import LiveTable, Stream
 from vivace.live_shown import RECENT_SHOWN, ShownStream
 from vivace.store.interface import Change, Event
@@ -141,16 +141,22 @@ def test_what_no_person_sends_is_in_its_history_and_counts_for_nobody_else(tmp_p
 
 
 def test_who_has_a_history_is_no_newcomer_whatever_its_events_claim(tmp_path, store):
+    """Nor do events of long ago, or of items that nobody knows, make an account an old one."""
     now = int(time.time() * 1000)
     store.fill([(f"old {n}", ["0"], [""], [now - 9 * HOUR]) for n in range(20)], [])
-    Stream.of(*(np.empty(0, np.int64),) * 3, np.empty((0, 0), np.int64)).save(tmp_path / "recent.npz")
-    store.append([Event(f"new {n}", item, "", now - HOUR * (item == "0")) for n in range(20) for item in "01"])
-    store.append([Event(f"old {n}", "2", "", now) for n in range(20)])
+    with_prepared = [(FIRST_ID, now - HOUR)]
+    store.append([Event(f"new {n}", item, "", now - 5 * HOUR) for n in range(20) for item in "0x"])
+    ids, times = np.array([i for i, _ in with_prepared]), np.array([t for _, t in with_prepared])
+    Stream.of(np.zeros(1, np.int64), ids, times, np.empty((1, 0), np.int64)).save(tmp_path / "recent.npz")
     feed = LiveFeed(tmp_path / "recent.npz", store, _ids, replace(SHAPES, newcomers=1.0), start=False)
+    store.append([Event(f"other {n}", "x", "", now) for n in range(20)])
+    feed.refresh(now)
+    store.append([Event(f"{kind} {n}", "1", "", now) for kind in ("new", "other") for n in range(20)])
+    store.append([Event(f"old {n}", "2", "", now) for n in range(20)])
     feed.refresh(now + 1_000)
-    ids, features = feed.rows(None, np.zeros(1, np.int64))
-    counts = dict(zip(ids[0].tolist(), np.expm1(features[0, :, 4]).round().tolist(), strict=True))  # of 12 hours
-    assert counts[FIRST_ID + 2] == 20 and counts[FIRST_ID + 1] == 5 >= counts[FIRST_ID]
+    rising, features = feed.rows(None, np.zeros(1, np.int64))
+    counts = dict(zip(rising[0].tolist(), np.expm1(features[0, :, 4]).round().tolist(), strict=True))  # of 12 hours
+    assert counts[FIRST_ID + 2] == 20 and counts[FIRST_ID + 1] == FREE
 
 
 def test_a_clock_that_is_set_back_stops_nothing(tmp_path, store):
