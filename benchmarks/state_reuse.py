@@ -27,7 +27,7 @@ from loadtest.reports.record import record_line
 from serving.runtime.cache_settings import StateSettings
 from serving.runtime.encoded import Encoder
 from serving.runtime.grown import GROWN, HIT, MISSED, GrownHistories
-from serving.runtime.state_cache import packed, prefixes
+from serving.runtime.state_cache import keys_of
 from serving.segments import Segments
 from training.compile.onnx_export import export_steps
 from training.compile.shards import export_encoder
@@ -109,9 +109,10 @@ def appended(family: str, length: int, turns: int) -> dict[str, Any]:
         before = before_one_more(config, rng)
         grown(inputs_of([before], config))
         longer = read(np.append(before, 5), config)[:, None]
-        entry = grown.cache.find(prefixes(longer, grown.model), longer)
+        entry = grown.cache.find(keys_of(longer, grown.model), longer)
         assert entry is not None and entry.states is not None
-        value = packed(entry.events, [entry.states], [entry.encoded])
+        kept = (keys_of(entry.events, grown.model), entry.events, entry.states, entry.encoded, None)
+        size = sum(x.nbytes for x in (entry.events, entry.states, entry.encoded))
         apart = 0.0
 
         def once(form: str) -> float:
@@ -122,8 +123,7 @@ def appended(family: str, length: int, turns: int) -> dict[str, Any]:
             if form == ANEW:
                 return processor_ms(lambda: whole(asked))
             took = processor_ms(lambda: grown(asked))
-            now = prefixes(read(ids, config)[:, None], grown.model)[0]
-            grown.cache.put([(entry.key, value)], [now])  # as before the event: the history without it
+            grown.cache.put([kept])  # as before the event: the history without it
             return took
 
         ids = np.append(before, 5)
@@ -133,7 +133,7 @@ def appended(family: str, length: int, turns: int) -> dict[str, Any]:
         for _, form in in_turns(turns, (ANEW, REUSED)):
             once(form)
             times[form].append(float(np.median([once(form) for _ in range(repeats)])))
-    return _record(times, family=family, history=length, repeats=repeats, kib_a_user=len(value) / 1024, apart=apart)
+    return _record(times, family=family, history=length, repeats=repeats, kib_a_user=size / 1024, apart=apart)
 
 
 def _record(times: dict[str, list[float]], **more: Any) -> dict[str, Any]:

@@ -177,6 +177,11 @@ class Preset:
                 "Preset: ranker.nearest chooses among events before those that are encoded: set encoder.reads, or "
                 f"ranker.memory, below encoder.history {self.encoder.history}"
             )
+        if reads < self.encoder.history and not self.ranker.nearest:
+            raise ValueError(
+                f"Preset: encoder.reads {reads} leaves the older of {self.encoder.history} events to ranker.nearest, "
+                "which is 0; set that too, or encoder.history to what is read"
+            )
 
 
 LATER: dict[str, Any] = {
@@ -359,9 +364,8 @@ def with_values(preset: Preset, values: dict[str, Any]) -> Preset:
         if not known:
             raise ValueError(f"{name}: no such field of a preset; expected for example 'encoder.dropout'")
         parts.setdefault(part, {})[key] = value
-    for part, changed in parts.items():  # all of a part at once: its sizes must fit each other, not those before
-        preset = replace(preset, **{part: replace(getattr(preset, part), **changed)})
-    return preset
+    # all at once: sizes must fit each other, not those before
+    return replace(preset, **{part: replace(getattr(preset, part), **changed) for part, changed in parts.items()})
 
 
 def preset(name: str) -> Preset:

@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from serving.runtime.by_length import STEP, rows_at_once
 from serving.runtime.cache_settings import StateSettings
-from serving.runtime.state_cache import DIGEST, Entry, StateMemory, packed, prefixes
+from serving.runtime.state_cache import DIGEST, Entry, Keys, StateMemory, keys_of
 from vivace.contract import PADDING_ID, StageTensors
 from vivace.onnx_session import open_session
 from vivace.step_contract import (
@@ -40,7 +40,7 @@ class Row:
 
     place: int
     events: np.ndarray
-    keys: list[bytes]
+    keys: Keys
     entry: Entry | None
 
     @property
@@ -103,8 +103,8 @@ class GrownHistories:
 
     def _row(self, place: int, events_nE: np.ndarray) -> Row:
         if not len(events_nE):
-            return Row(place, events_nE, [], None)
-        keys = prefixes(events_nE, self.model)
+            return Row(place, events_nE, Keys([], []), None)
+        keys = keys_of(events_nE, self.model)
         row = Row(place, events_nE, keys, self.cache.find(keys, events_nE))
         self.rows[MISSED if row.entry is None else GROWN if row.new else HIT] += 1
         return row
@@ -146,16 +146,12 @@ class GrownHistories:
         if self._shapes.types:
             tensors.append(of_events[-1])
         encoded, states = self._graph.run(self._outputs, dict(zip(self._names, tensors, strict=True)))
-        whole, kept = list[np.ndarray](), dict[bytes, bytes]()
-        for i, row in enumerate(rows):
-            parts = [(encoded[i, : row.new], states[i, : row.new])]
-            if row.entry is not None and row.entry.states is not None:
-                parts.insert(0, (row.entry.encoded, row.entry.states))
-            whole.append(np.concatenate([of for of, _ in parts]))
-            if row.keys[0] not in kept:  # one history may be there twice
-                kept[row.keys[0]] = packed(row.events, [of for _, of in parts], whole[-1:])
-        self.cache.put(list(kept.items()), [row.entry.key for row in rows if row.entry is not None])
-        return whole
+        new = [(states[i, : r.new], encoded[i, : r.new]) for i, r in enumerate(rows)]
+        self.cache.put([(r.keys, r.events, *of, r.entry) for r, of in zip(rows, new, strict=True)])
+        return [
+            of_new if r.entry is None else np.concatenate([r.entry.encoded, of_new])
+            for r, (_, of_new) in zip(rows, new, strict=True)
+        ]
 
 
 class GrownRetrieval:

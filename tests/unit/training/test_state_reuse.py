@@ -11,10 +11,10 @@ import onnx
 import pytest
 import torch
 
-from serving.runtime import by_length
+from serving.runtime import by_length, state_cache
 from serving.runtime.cache_settings import StateSettings
 from serving.runtime.grown import GROWN, HIT, MISSED, GrownRetrieval
-from serving.runtime.state_cache import MOST_NEW, StateMemory, packed, prefixes
+from serving.runtime.state_cache import BLOCK, MOST_NEW, StateMemory, keys_of
 from training.compile import onnx_export
 from training.compile.onnx_export import check_steps, export, export_steps, names_of
 from training.models.encoders import EncoderConfig, RelativeBias, distance_buckets
@@ -148,8 +148,9 @@ ROOMY, NARROW = 1 << 24, 1 << 19
 
 
 @pytest.mark.parametrize("room", [ROOMY, NARROW])
-def test_grown_histories_answer_as_whole_ones(compiled, room, tmp_path):
+def test_grown_histories_answer_as_whole_ones(compiled, room, tmp_path, monkeypatch):
     s, folder = compiled
+    monkeypatch.setattr(state_cache, "BLOCK", 8)  # of which there are some
     whole, grown = open_session(folder / "retrieval.onnx"), GrownRetrieval(folder, s, _kept(tmp_path, room))
     names = names_of(contract.retrieval_inputs(s))
     rng, users = np.random.default_rng(room), _users(USERS)
@@ -179,14 +180,14 @@ def test_retrieval_and_ranking_read_the_entry_of_the_cache(compiled, tmp_path):
     _, scores, encoded = grown(inputs)
     events = np.stack([inputs[0][0], *(x[0] for x in inputs[2 : 2 + s.timed + s.types])], 1)
     events = events[inputs[0][0] != contract.PADDING_ID]
-    cache, keys = grown.histories.cache, prefixes(events, grown.histories.model)
+    cache, keys = grown.histories.cache, keys_of(events, grown.histories.model)
     entry = cache.find(keys, events)
     assert entry is not None and entry.count == len(events)
     count = min(entry.count, encoded.shape[1])
     assert np.array_equal(encoded[0, encoded.shape[1] - count :], entry.encoded[entry.count - count :])
     entry.encoded[-1] += 1  # another state: what scores the items and what the ranker is given follow
-    states = np.zeros((len(events), grown.histories._states), np.float32)
-    cache.put([(keys[0], packed(events, [states], [entry.encoded]))], [])
+    states = np.zeros((len(events), 1), np.float32)
+    cache.put([(keys, events, states, entry.encoded, None)])
     _, other_scores, other = grown(inputs)
     assert grown.histories.rows == {MISSED: 1, HIT: 1}
     assert not np.allclose(other_scores, scores) and np.array_equal(other[0, -1], entry.encoded[-1])
@@ -228,37 +229,64 @@ def test_the_compilers_check_tells_another_models_graphs(compiled):
         check_steps(folder, s, example, [*answer[:2], answer[2] + 1e-3])
 
 
-def test_the_cache_tells_histories_apart_and_keeps_its_bound(tmp_path):
+def _row(*ids: int) -> np.ndarray:
+    return np.array(ids, np.int64)[:, None]
+
+
+def _put(cache: StateMemory, events: np.ndarray, grown: bool = False, width: int = 1) -> None:
+    """Keeps a history whose states are its events, all at once or the newest behind the others."""
+    before = cache.find(keys_of(events), events) if grown else None
+    assert (before is not None) == grown
+    new = events[0 if before is None else before.count :].astype(np.float32)
+    cache.put([(keys_of(events), events, new, new.repeat(width, 1), before)])
+
+
+def test_the_cache_tells_histories_apart(tmp_path):
     cache = StateMemory(tmp_path / "states", 1 << 20)
-    row = lambda *ids: np.array(ids, np.int64)[:, None]  # noqa: E731
-    floats = lambda n: np.arange(n, dtype=np.float32)[:, None]  # noqa: E731
-
-    def put(events: np.ndarray, grown: list[bytes], width: int = 1) -> bytes:
-        n = len(events)
-        cache.put([(prefixes(events)[0], packed(events, [floats(n)], [floats(n).repeat(width, 1)]))], grown)
-        return prefixes(events)[0]
-
-    first, longer = row(3, 4, 5), row(3, 4, 5, 6, 7)
-    key = put(first, [])
-    entry = cache.find(prefixes(longer), longer)
-    assert (
-        entry is not None and entry.key == key and entry.states is not None and entry.states[:, 0].tolist() == [0, 1, 2]
-    )
-    assert cache.find([key], row(3, 4, 9)) is None  # a hash that another history happens to have
-    assert cache.find(prefixes(longer, b"another model"), longer) is None
-    put(longer, [key])
-    assert cache.find(prefixes(first), first) is None  # it has become the longer one
-    grown = cache.find(prefixes(longer), longer)
+    first, longer = _row(3, 4, 5), _row(3, 4, 5, 6, 7)
+    _put(cache, first)
+    entry = cache.find(keys_of(longer), longer)
+    assert entry is not None and entry.states is not None and entry.states[:, 0].tolist() == [3, 4, 5]
+    assert cache.find(keys_of(first), _row(3, 4, 9)) is None  # a hash that another history happens to have
+    assert cache.find(keys_of(longer, b"another model"), longer) is None
+    _put(cache, longer, grown=True)
+    assert cache.find(keys_of(first), first) is None  # it has become the longer one
+    grown = cache.find(keys_of(longer), longer)
     assert grown is not None and grown.count == 5 and grown.states is None
-    far = row(*range(3, 9 + MOST_NEW))
-    assert cache.find(prefixes(far), far) is None
+    far = _row(*range(3, 9 + MOST_NEW))
+    assert cache.find(keys_of(far), far) is None
+
+
+def test_a_history_grows_over_its_blocks(tmp_path):
+    cache, rng = StateMemory(tmp_path / "states", 1 << 20), np.random.default_rng(1)
+    ids, n = rng.integers(3, 10**6, 4 * BLOCK)[:, None], BLOCK - 3
+    _put(cache, ids[:n])
+    while n < len(ids) - MOST_NEW:  # by one, by some, onto a block's end and over it
+        n += int(rng.integers(1, MOST_NEW + 1))
+        _put(cache, ids[:n], grown=True)
+        for more in (0, 1):
+            entry = cache.find(keys_of(ids[: n + more]), ids[: n + more])
+            assert entry is not None and entry.count == n and np.array_equal(entry.encoded, ids[:n])
+            assert entry.states is None if not more else np.array_equal(entry.states, ids[:n])
+    other = np.concatenate([ids[:BLOCK], _row(5)])  # shares the first block, and has no end there
+    assert cache.find(keys_of(other), other) is None
+
+
+def test_the_cache_keeps_its_bound_and_what_is_read_again(tmp_path):
+    cache = StateMemory(tmp_path / "states", 1 << 20)
+    long, grows = _row(*range(3, 3 + 3 * BLOCK)), [*range(500, 500 + BLOCK)]
+    _put(cache, long)
+    _put(cache, _row(*grows))
     for start in range(300):
-        put(row(*range(start + 10, start + 20)), [], width=100)
-        assert cache.find(prefixes(longer), longer) is not None  # what is read again stays
-    old = row(*range(10, 20))
-    assert cache.size() <= 1 << 20 and cache.evicted > 100 and cache.find(prefixes(old), old) is None
-    put(row(*range(9_000, 9_100)), [], width=2_000)  # larger than there is room for
-    assert cache.find(prefixes(longer), longer) is not None
+        _put(cache, _row(*range(start + 10, start + 20)), width=100)
+        assert cache.find(keys_of(long), long) is not None
+        if start % 5 == 0:
+            grows.append(start)
+            _put(cache, _row(*grows), grown=True)
+    old = _row(*range(10, 20))
+    assert cache.size() <= 1 << 20 and cache.evicted > 100 and cache.find(keys_of(old), old) is None
+    _put(cache, _row(*range(9_000, 9_100)), width=2_000)  # larger than there is room for
+    assert cache.find(keys_of(long), long) is not None
 
 
 def test_a_sliding_window_stays_while_a_history_grows():
