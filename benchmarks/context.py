@@ -9,13 +9,15 @@ validation, to the scores of the models without context: the share of its gain t
 printed. Rows that are trained are kept: the command goes on where it was stopped. The last line of stdout is one JSON
 object.
 
-``--crossed RUN`` adds the row "context and crosses": the same log, prepared with ``vivace prepare --cross``.
+``--crossed RUN`` adds the row "context and crosses": the same log, prepared with ``vivace prepare --cross``. ``--listed
+RUN`` adds "item attributes as lists": the same log, prepared with attributes of several values, such as ML-1M's
+(``--data ml-1m-benchmark-genres``); beside it "item attributes", which both models of the row read too.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,12 +48,15 @@ from vivace.run import Run
 
 WITHOUT, TYPES, CONTEXT, BOTH, ORACLE = "neither", "event types", "context", "types and context", "oracle"
 CROSSED = "context and crosses"
+ATTRIBUTES, LISTED = "item attributes", "item attributes as lists"
 ROWS: dict[str, dict[str, Any]] = {
     WITHOUT: {"encoder.types": False, "encoder.context": False},
     TYPES: {"encoder.types": True, "encoder.context": False},
     CONTEXT: {"encoder.types": False, "encoder.context": True},
     BOTH: {"encoder.types": True, "encoder.context": True},
     CROSSED: {"encoder.types": False, "encoder.context": True},
+    ATTRIBUTES: {"encoder.types": False, "encoder.context": False, "encoder.attributes": True},
+    LISTED: {"encoder.types": False, "encoder.context": False, "encoder.attributes": True},
 }
 RETRIEVAL, RANKED = "retrieval", "retrieval + ranking"
 WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.5)
@@ -150,13 +155,13 @@ def trained(features: Features, preset: Preset, root: Path, seed: int) -> tuple[
 
 def results_of(
     features: Features, base: Preset, folder: Path, seeds: list[int], rows: list[str], rule: ShopRule | None,
-    crossed: Features | None = None,
+    others: Mapping[str, Features],
 ) -> Iterator[tuple[str, dict[str, np.ndarray], float | None]]:  # fmt: skip
-    """(row, NDCG@10 of every test request by stage, the oracle's weight) a seed."""
+    """(row, NDCG@10 of every test request by stage, the oracle's weight) a seed. ``others``: of rows on features of
+    their own."""
     for seed in seeds:
         for row in rows:
-            preset, data = with_values(base, ROWS[row]), features if row != CROSSED else crossed
-            assert data is not None
+            preset, data = with_values(base, ROWS[row]), others.get(row, features)
             models = trained(data, preset, folder / f"{row.replace(' ', '-')}-{seed}", seed)
             yield row, ndcg_by_request(data, preset, models, "test", nothing), None
             if row == WITHOUT and rule is not None:
@@ -189,6 +194,7 @@ def main(
     items: Annotated[int, typer.Option(help="of the demo shop, as prepared")] = ShopConfig.items,
     events: Annotated[int, typer.Option(help="of the demo shop, as prepared")] = ShopConfig.events,
     crossed: Annotated[str, typer.Option(help="a run of the same log that was prepared with --cross")] = "",
+    listed: Annotated[str, typer.Option(help="a run of the same log with attributes as lists")] = "",
 ) -> None:
     root = artifacts / name
     features = Features(Run(root).features)
@@ -198,10 +204,14 @@ def main(
     values: dict[str, list[dict[str, np.ndarray]]] = {}
     weights = []
     chosen = [WITHOUT, *(r.strip() for r in rows.split(",") if r.strip())]
+    if strange := sorted(set(chosen) - (ROWS.keys() - {CROSSED, LISTED})):
+        known = ", ".join(sorted(ROWS.keys() - {WITHOUT, CROSSED, LISTED}))
+        raise typer.BadParameter(f"expected rows of {known}, got {strange[0]!r}", param_hint="--rows")
     numbers = [int(s) for s in seeds.split(",")]
-    other = Features(Run(artifacts / crossed).features) if crossed else None
-    chosen += [CROSSED] if other is not None else []
-    for row, ndcg, weight in results_of(features, base, root / "context", numbers, chosen, rule, other):
+    runs = {row: run for row, run in ((CROSSED, crossed), (LISTED, listed)) if run}
+    others = {row: Features(Run(artifacts / run).features) for row, run in runs.items()}
+    chosen += [*([ATTRIBUTES] if listed and ATTRIBUTES not in chosen else []), *others]
+    for row, ndcg, weight in results_of(features, base, root / "context", numbers, chosen, rule, others):
         values.setdefault(row, []).append(ndcg)
         weights += [] if weight is None else [weight]
         console.print(f"{row}: {', '.join(f'{s} {v.mean():.4f}' for s, v in ndcg.items())}")

@@ -215,6 +215,8 @@ def main(
     features, preset = Features(run.features), from_json(json.loads(run.preset.read_text()))
     if not preset.ranker.rising:
         raise typer.BadParameter(f"{name}: expected a run with live counters, got ranker.rising 0", param_hint="--name")
+    if preset.ranker.shown_rates:
+        raise typer.BadParameter(f"{name}: expected a run without ranker.shown_rates", param_hint="--name")
     seed = int(run.manifest(RANKING)["seed"])
     models = Models(features, preset, run.root, [RANKING])
     aged, counts, clicks = ([int(x) for x in text.split(",")] for text in (old, accounts, events))

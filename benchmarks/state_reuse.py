@@ -24,9 +24,11 @@ import typer
 
 from benchmarks.turns import in_turns, spread, with_spread
 from loadtest.reports.record import record_line
+from serving.runtime.cache_settings import StateSettings
 from serving.runtime.encoded import Encoder
 from serving.runtime.grown import GROWN, HIT, MISSED, GrownHistories
-from serving.runtime.state_cache import StateCache, prefixes
+from serving.runtime.state_cache import keys_of
+from serving.segments import Segments
 from training.compile.onnx_export import export_steps
 from training.compile.shards import export_encoder
 from training.models.encoders import EncoderConfig
@@ -60,13 +62,35 @@ def compiled(config: EncoderConfig, folder: Path) -> contract.StageTensors:
     return s
 
 
+def read(ids: np.ndarray, config: EncoderConfig) -> np.ndarray:
+    """Of ids int64 [n] those that a server reads."""
+    return ids[len(ids) - windows.newest(ids, config.history, config.slide) :]
+
+
+def before_one_more(config: EncoderConfig, rng: np.random.Generator) -> np.ndarray:
+    """Ids int64 [n] of the longest history, of some, whose window stays where it is with one event more."""
+    ids = rng.integers(contract.FIRST_ID, ITEMS, config.history + 4 * config.slide)
+    counts = [len(read(ids[:n], config)) for n in range(config.history, len(ids))]
+    stay = [(count, n) for n, (count, after) in enumerate(zip(counts, counts[1:], strict=False)) if after == count + 1]
+    return ids[: config.history + max(stay)[1]]
+
+
 def inputs_of(histories: Sequence[np.ndarray], config: EncoderConfig) -> Inputs:
     """Inputs of retrieval for ids int64 [n], cut as a server cuts them."""
     ids_BT = np.zeros((len(histories), config.history), np.int64)
     for row, ids in zip(ids_BT, histories, strict=True):
-        n = windows.newest(ids, config.history, config.slide)
-        row[config.history - n :] = ids[len(ids) - n :]
+        events = read(ids, config)
+        row[config.history - len(events) :] = events
     return [ids_BT, np.zeros((len(histories), ITEMS), bool)]
+
+
+def shared(folder: Path, s: contract.StageTensors, room_mb: int) -> GrownHistories:
+    """With an empty cache, where a server has its."""
+    segments = Segments()
+    try:
+        return GrownHistories(folder, s, StateSettings(room_mb << 20).at(segments), session_options(1))
+    finally:
+        segments.remove()  # the open file stays
 
 
 def processor_ms(call: Callable[[], object]) -> float:
@@ -77,16 +101,18 @@ def processor_ms(call: Callable[[], object]) -> float:
 
 
 def appended(family: str, length: int, turns: int) -> dict[str, Any]:
-    """One event appended to a history of ``length - 1``, again and again with another event."""
+    """One event appended to a history of nearly ``length``, again and again with another event."""
     config, rng = config_of(family, length), np.random.default_rng(SEED)
     with tempfile.TemporaryDirectory() as name:
         s = compiled(config, Path(name))
-        whole, grown = Encoder(Path(name), s), GrownHistories(Path(name), s, 1 << 28, session_options(1))
-        before = rng.integers(contract.FIRST_ID, ITEMS, length - 1)
+        whole, grown = Encoder(Path(name), s), shared(Path(name), s, 256)
+        before = before_one_more(config, rng)
         grown(inputs_of([before], config))
-        entry = grown.cache.find(prefixes(before[:, None]), before[:, None])
-        assert entry is not None
-        kept = entry.size
+        longer = read(np.append(before, 5), config)[:, None]
+        entry = grown.cache.find(keys_of(longer, grown.model), longer)
+        assert entry is not None and entry.states is not None
+        kept = (keys_of(entry.events, grown.model), entry.events, entry.states, entry.encoded, None)
+        size = sum(x.nbytes for x in (entry.events, entry.states, entry.encoded))
         apart = 0.0
 
         def once(form: str) -> float:
@@ -97,9 +123,7 @@ def appended(family: str, length: int, turns: int) -> dict[str, Any]:
             if form == ANEW:
                 return processor_ms(lambda: whole(asked))
             took = processor_ms(lambda: grown(asked))
-            grown.cache = StateCache(1 << 28)  # as before the event: the history without it
-            n = entry.count
-            grown.cache.put(entry.key, entry.events[:n], entry.states[:n], entry.encoded[:n])
+            grown.cache.put([kept])  # as before the event: the history without it
             return took
 
         ids = np.append(before, 5)
@@ -109,7 +133,7 @@ def appended(family: str, length: int, turns: int) -> dict[str, Any]:
         for _, form in in_turns(turns, (ANEW, REUSED)):
             once(form)
             times[form].append(float(np.median([once(form) for _ in range(repeats)])))
-    return _record(times, family=family, history=length, repeats=repeats, kib_a_user=kept / 1024, apart=apart)
+    return _record(times, family=family, history=length, repeats=repeats, kib_a_user=size / 1024, apart=apart)
 
 
 def _record(times: dict[str, list[float]], **more: Any) -> dict[str, Any]:
@@ -139,7 +163,7 @@ def replayed(family: str, length: int, turns: int, room_mb: int, events: int) ->
         s, times = compiled(config, Path(name)), {ANEW: list[float](), REUSED: list[float]()}
         whole, half = Encoder(Path(name), s), len(asked) // 2
         for _, form in in_turns(turns, (ANEW, REUSED)):
-            grown = GrownHistories(Path(name), s, room_mb << 20, session_options(1))
+            grown = shared(Path(name), s, room_mb)
             encode: Callable[[Inputs], object] = whole if form == ANEW else grown
             for before in asked[:half] if form == REUSED else ():
                 grown(before)

@@ -35,6 +35,7 @@ from loadtest.generate.local_server import grpc_address, on_free_ports
 from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from serving.launcher import TritonServer
+from serving.runtime.cache_settings import StateSettings
 from training.checkpoints import build_ranker, finish_training
 from training.compile.compiler import compile_models
 from training.models.item_table import item_attributes
@@ -136,10 +137,10 @@ class Pair:
 
     def __init__(self, life: ExitStack, root: Path, room_mb: int) -> None:
         repository = Run(root).repository
-        options = {ANEW: 0, REUSED: room_mb << 20}
+        options = {ANEW: None, REUSED: StateSettings(room_mb << 20)}
         self.servers = {
             form: life.enter_context(
-                TritonServer(on_free_ports(repository, "fused", root / f"{form}.log", state_bytes=room))
+                TritonServer(on_free_ports(repository, "fused", root / f"{form}.log", state_cache=room))
             )
             for form, room in options.items()
         }
@@ -192,11 +193,11 @@ def replayed(pair: Pair, log: Log, turns: int) -> dict[str, Any]:
     shares = {how: rows[how] / (rows["hit"] + rows["grown"] + rows["missed"]) for how in ("hit", "grown", "missed")}
     return {
         "requests": len(log.asked) - half, "same_top": same, "same_but_ties": tied, "scores_apart": far,
-        "shares": shares, "evicted": rows["evicted_total"], "processor_ms": _both(cpu), "p50_ms": _both(ms),
+        "shares": shares, "evicted": rows["evicted_total"], "processor_ms": both(cpu), "p50_ms": both(ms),
     }  # fmt: skip
 
 
-def _both(of: dict[str, list[float]]) -> dict[str, Any]:
+def both(of: dict[str, list[float]]) -> dict[str, Any]:
     ratio = [a / r for a, r in zip(of[ANEW], of[REUSED], strict=True)]
     return {ANEW: spread(of[ANEW]), REUSED: spread(of[REUSED]), "times": spread(ratio)}
 
@@ -239,7 +240,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="events of a history")] = ",".join(map(str, BARS)),
     requests: Annotated[str, typer.Option(help="compared at each length, about")] = "1300,500,60",
     turns: Annotated[int, typer.Option(help="parts that the replay is cut into", min=1)] = 5,
-    room_mb: Annotated[int, typer.Option(help="of each worker's cache")] = 256,
+    room_mb: Annotated[int, typer.Option(help="of the cache")] = 256,
     out: Annotated[Path | None, typer.Option(help="JSON of all figures")] = None,
 ) -> None:
     torch.set_num_threads(1)

@@ -13,6 +13,7 @@ from vivace import contract
 from vivace.context import CONTEXT_FILE, ContextColumns
 from vivace.limits import CountLimits
 from vivace.live import Stream
+from vivace.live_shown import ShownStream
 from vivace.manifest import read_manifest
 
 SCHEMA_FILE = "schema.json"
@@ -21,6 +22,7 @@ CATALOGUE_FILE = "catalogue.parquet"  # attributes as they were, in the order of
 VALUES_FILE = "list_values.json"  # of each list attribute, its values in the order of their ids, from FIRST_ID on
 SEARCHES_FILE = "searches.parquet"  # the log of searches, where there is one; ITEM are ids
 EVENTS_FILE = "events.parquet"  # every event of the log in time order, those of no request too: see ``events``
+SHOWN_FILE = "shown.parquet"  # what was shown, in time order, where the log says so: see ``shown``
 MINUTE_EVENTS = "minute_events"  # in the manifest's results: see ``Features.minute_events``
 LOG_NUMBER = "log_number"  # in the manifest's results: see ``Features.log_number``
 LAYOUT = 5  # of the files: features of another layout are prepared again
@@ -83,6 +85,21 @@ class Features:
         context = [events[columns.categoricals[i]] for i in columns.counted]
         context_NC = np.stack(context, 1) if context else np.empty((len(events[contract.ITEM]), 0), np.int64)
         return Stream.of(events[contract.USER], events[contract.ITEM], events[contract.TIME], context_NC, limits)
+
+    def has_shown(self) -> bool:
+        """Whether the log says what was shown."""
+        path = self.folder / SHOWN_FILE
+        return path.exists() and pq.read_metadata(path).num_rows > 0
+
+    def shown(self, limits: CountLimits | None = None) -> ShownStream:
+        """What was shown, as live counters take it: ids of items, hashes of users and times; of each user as much as
+        ``limits`` allow. None where the log does not say."""
+        path = self.folder / SHOWN_FILE
+        if not path.exists():
+            return ShownStream.none()
+        table = pq.read_table(path)
+        stream = ShownStream(*(table[name].to_numpy() for name in (contract.USER, contract.ITEM, contract.TIME)))
+        return stream if limits is None else stream.limited(limits)
 
     def log_number(self) -> int:
         """Number of the newest event of the store's log that a refresh has put among these; 0 where none has."""

@@ -42,6 +42,7 @@ from preprocessing.features import (
     REQUEST_GRAPH,
     SCHEMA_FILE,
     SEARCHES_FILE,
+    SHOWN_FILE,
     Features,
 )
 from preprocessing.items import ITEM_WORKFLOW, items_table
@@ -49,6 +50,7 @@ from preprocessing.readers.base import Chunk, SearchSource, Source, UserSource
 from preprocessing.readers.tables import Tables
 from preprocessing.rejects import Rejects
 from preprocessing.sequences import write_requests
+from preprocessing.shown import of_partitions, shown_apart, write_shown
 from preprocessing.splits import LEAVE_ONE_OUT, SplitConfig, Ties, TimeSample, mark
 from preprocessing.workflow import (
     VocabularyConfig,
@@ -139,22 +141,28 @@ def _users(source: Source, rejects: Rejects) -> pd.DataFrame | None:
 def _ingest(
     source: Source, config: PrepareConfig, catalogue: pd.Index | None, users: pd.DataFrame | None, folder: Path,
     rejects: Rejects, say: Progress,
-) -> tuple[list[Path], TimeSample]:  # fmt: skip
+) -> tuple[list[Path], list[Path], TimeSample]:  # fmt: skip
+    """(files of events, files of what was shown, the times of the events)."""
     partitions, times = _Partitions(folder, config.partitions), TimeSample()
+    impressions = _Partitions(folder.with_name("shown"), config.partitions)
     for chunk in source.interactions():
-        clean = joined_users(clean_interactions(chunk, source.schema, catalogue, rejects), users)
+        clean, shown = shown_apart(clean_interactions(chunk, source.schema, catalogue, rejects), source.schema)
+        clean = joined_users(clean, users)
+        if len(shown):
+            impressions.add(shown)
         if len(clean):
             times.add(clean[contract.TIME].to_numpy(), clean.get(contract.SPLIT))
             partitions.add(clean)
         if chunk.read:
             say(f"read {rejects.read['interactions']:,} rows, rejected {sum(rejects.counts.values()):,}")
-    files, read = partitions.close(), rejects.read["interactions"]
+    files, shown_files, read = partitions.close(), impressions.close(), rejects.read["interactions"]
     rejects.refuse_nearly_all("interactions", EVENT_HINTS)
     if not files:
+        none = "no good row but those of shown_types" if shown_files else "no good row"
         raise ValueError(
-            f"interactions: no good row in {read:,}; rejected {rejects.summary()}; see {rejects.path} and the mapping"
+            f"interactions: {none} in {read:,}; rejected {rejects.summary()}; see {rejects.path} and the mapping"
         )
-    return files, times
+    return files, shown_files, times
 
 
 def _events(
@@ -323,7 +331,7 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
     rejects = Rejects(folder / "rejects.csv")
     catalogue, known = _catalogue(source, rejects)
     users = _users(source, rejects)
-    files, times = _ingest(source, config, known, users, scratch / "raw", rejects, say)
+    files, shown_files, times = _ingest(source, config, known, users, scratch / "raw", rejects, say)
     events, totals = _events(files, scratch / "events", schema, config.split, times, rejects)
     rejects.refuse_nearly_all("interactions", EVENT_HINTS)
     rejects.notes.extend(times.doubts())
@@ -353,6 +361,12 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         items, notes = items_table(workflow, catalogue, schema, folder)
         rejects.notes.extend(notes)
         items.to_parquet(folder / "items.parquet", index=False)
+        shown = 0
+        if schema.shown_types:
+            of_log = of_partitions(shown_files, pd.Index(items[contract.ITEM]), rejects)
+            shown = write_shown([of_log], folder / SHOWN_FILE)
+            if not shown:
+                rejects.notes.append(f"shown_types: no event has one of {list(schema.shown_types)}")
         searches = _searches(source, items[contract.ITEM], folder, rejects, say)
         compile_transforms(workflow, schema, folder)
     histories = (row for file in events for row in _histories(file))
@@ -377,6 +391,7 @@ def _build(source: Source, config: PrepareConfig, root: Path, step: Step, say: P
         given_test=times.given,
         feature_store=stored,
         searches=searches,
+        shown=shown,
         licence=schema.licence,
         **{MINUTE_EVENTS: _minute_events(folder)},
         checksums={name: checksums(folder / name) for name in WORKFLOWS if (folder / name).is_dir()},

@@ -14,7 +14,8 @@ import json
 import shutil
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 
 from preprocessing.cleaning import clean_items
 from preprocessing.events import write_events
-from preprocessing.features import CATALOGUE_FILE, EVENTS_FILE, LOG_NUMBER, Features
+from preprocessing.features import CATALOGUE_FILE, EVENTS_FILE, LOG_NUMBER, SHOWN_FILE, Features
 from preprocessing.item_lists import object_column
 from preprocessing.item_rows import sold_out
 from preprocessing.items import ITEM_WORKFLOW, SHOWN, described, encoded, write_catalogue
@@ -33,6 +34,7 @@ from preprocessing.prepare import WORKFLOW, WORKFLOWS, compile_transforms
 from preprocessing.readers.base import Chunk
 from preprocessing.rejects import Rejects
 from preprocessing.sequences import WHOLE, typed, write_requests
+from preprocessing.shown import impressions, write_shown
 from preprocessing.workflow import checksums, dataset, extend_vocabulary, load_workflow, nvt
 from vivace import contract
 from vivace.context import category_text, clock, number
@@ -53,11 +55,11 @@ from vivace.contract import (
 )
 from vivace.manifest import MANIFEST, Progress, Step, read_manifest, replaced
 from vivace.store.histories import SECOND_MS
-from vivace.store.interface import StoreError
+from vivace.store.interface import Event, StoreError
 from vivace.store.opening import store_of_worker
 from vivace.suspects import Suspects
 
-REMADE = ("train", "valid", "test", WHOLE, "scratch", EVENTS_FILE, MANIFEST)
+REMADE = ("train", "valid", "test", WHOLE, "scratch", EVENTS_FILE, SHOWN_FILE, MANIFEST)
 MOST = 5_000_000  # events of the log that are taken at once, the newest
 _NEW, _PLACE = "new", "place"
 
@@ -66,12 +68,14 @@ _NEW, _PLACE = "new", "place"
 class Appended:
     """Events of the store's log: ``rows`` USER, ITEM, EVENT (None without a type), TIME in ms, what they carry of
     their moment and what the store knows of the user, in the order they came. ``until``: number of the newest;
-    ``aged_out``: those between that the log no longer has; ``suspect``: those that are left out."""
+    ``aged_out``: those between that the log no longer has; ``suspect``: those that are left out; ``shown``: USER, ITEM
+    and TIME of what was only shown."""
 
     rows: pd.DataFrame
     until: int
     aged_out: int
     suspect: int = 0
+    shown: pd.DataFrame = field(default_factory=lambda: _columns([]))
 
 
 def appended_since(
@@ -87,8 +91,8 @@ def appended_since(
     ``minute_events``: of a person (``Features.minute_events``)."""
     log = store_of_worker(store, readonly=True)
     try:
-        newest, taken = log.live_events(after, most=MOST, until=until)
-        suspects = Suspects(minute_events)
+        newest, logged = log.live_events(after, most=MOST, until=until)
+        suspects, taken = Suspects(minute_events), [event for event in logged if not event.shown]
         events = [e for e in taken if not suspects.why(e.user_id, e.timestamp_ms, e.came_ms)]
         users = list(dict.fromkeys(event.user_id for event in events))
         known = dict(zip(users, log.attributes(users) if users and user_columns else [None] * len(users), strict=True))
@@ -96,6 +100,17 @@ def appended_since(
             raise StoreError(f"attributes of users: {fault}; try again, or with a larger limit_ms in its URL")
     finally:
         log.close()
+    rows = _columns(events)
+    moments = [_readable(json.loads(e.context)) if e.context else {} for e in events]
+    for name in dict.fromkeys((*context, *user_columns)):
+        of_user = [(known[e.user_id] or {}).get(name) if name in user_columns else None for e in events]
+        rows[name] = [m.get(name, of) for m, of in zip(moments, of_user, strict=True)]
+    shown = _columns([event for event in logged if event.shown])
+    return Appended(rows, newest, max(newest - after - len(logged), 0), len(taken) - len(events), shown)
+
+
+def _columns(events: Sequence[Event]) -> pd.DataFrame:
+    """USER, ITEM, EVENT and TIME."""
     columns = {
         USER: [e.user_id for e in events],
         ITEM: [e.item_id for e in events],
@@ -103,11 +118,7 @@ def appended_since(
     }
     rows = pd.DataFrame({name: np.array(values, object) for name, values in columns.items()})
     rows[TIME] = np.array([e.timestamp_ms for e in events], np.int64)
-    moments = [_readable(json.loads(e.context)) if e.context else {} for e in events]
-    for name in dict.fromkeys((*context, *user_columns)):
-        of_user = [(known[e.user_id] or {}).get(name) if name in user_columns else None for e in events]
-        rows[name] = [m.get(name, of) for m, of in zip(moments, of_user, strict=True)]
-    return Appended(rows, newest, max(newest - after - len(taken), 0), len(taken) - len(events))
+    return rows
 
 
 def _readable(context: dict[str, Any]) -> dict[str, Any]:
@@ -357,6 +368,12 @@ def _build(
     users = sum(pq.read_metadata(f).num_rows for f in partitions)
     events = sum(len(part) for _, part in merge.parts) + len(times)
     write_events(partitions, events, folder / EVENTS_FILE, schema.context_categoricals)
+    shown = 0
+    if schema.shown_types:
+        before = old.shown()
+        there = pd.DataFrame({USER: before.users, ITEM: before.ids, TIME: before.times_ms})
+        came = impressions(appended.shown, pd.Index(Features(folder).items()[ITEM]))
+        shown = write_shown([there, came], folder / SHOWN_FILE)
     for part in partitions:
         for name, n in write_requests(part, folder, schema, schema.sessions).items():
             counts[name] = counts.get(name, 0) + n
@@ -365,7 +382,7 @@ def _build(
     say(f"{len(times):,} new events: validation from {first_valid} ms, test from {first_test} ms")
     return {
         LOG_NUMBER: appended.until, "events": events, "users": users, "requests": counts,
-        "items_in_vocabulary": len(known) + len(items),
+        "items_in_vocabulary": len(known) + len(items), "shown": shown,
         "split": f"appended events by time: validation from {first_valid} ms, test from {first_test} ms",
         "refresh": {
             "taken": len(times), "new items": len(items), "aged out of the log": appended.aged_out,

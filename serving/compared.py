@@ -241,7 +241,7 @@ class Compared:
             return
         with self._lock:
             for event in events:
-                if not event.request_id:
+                if not event.request_id or event.shown:
                     continue
                 if (shown := self._shown.get(event.request_id)) is not None:
                     self._click(shown, event.item_id)

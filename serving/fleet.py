@@ -31,7 +31,7 @@ from serving.releases import held_from_the_start
 from serving.rules_keeper import RulesKeeper
 from serving.runtime.rules import FILE, rules_file
 from serving.segments import Segments
-from serving.server_options import ServerOptions
+from serving.server_options import ServerOptions, with_files
 from serving.shards.servers import ShardGroups, ShardMetrics, ShardServer
 from serving.start_checks import LEFTOVER, PREFIX_FILE, check_ports, door_options
 from serving.watchdog import Metrics, Watchdog
@@ -167,11 +167,11 @@ class Fleet:
         folder = tempfile.TemporaryDirectory(prefix=LEFTOVER, ignore_cleanup_errors=True)
         self.private = Path(self._life.enter_context(folder))
         self.options = replace(self.options, answers=self.private / "answers")
-        if self.options.answer_cache is not None:
-            answers = Segments()
-            (self.private / PREFIX_FILE).write_text(answers.prefix)
-            self.options = replace(self.options, answer_cache=self.options.answer_cache.at(answers))
-            self._life.callback(answers.remove)
+        if self.options.answer_cache is not None or self.options.state_cache is not None:
+            caches = Segments()
+            (self.private / PREFIX_FILE).write_text(caches.prefix)
+            self.options = with_files(self.options, caches)
+            self._life.callback(caches.remove)
         self._life.enter_context(held_from_the_start(self.private))
 
     def _keep_rules(self) -> None:

@@ -17,7 +17,7 @@ from serving.door.access import check_access
 from serving.door.endpoints import RECOMMEND, Endpoints, Turn
 from serving.door.hosts import Upstream
 from serving.door.keeper import DoorKeeper
-from serving.door.options import AccessOptions, DoorOptions
+from serving.door.options import AccessOptions, Balance, DoorOptions
 from serving.door.process import Door
 from serving.door.statistics import DoorStatistics
 from serving.logs import rotate
@@ -51,6 +51,7 @@ class HostsDoorOptions:
     grpc_port: int = 8001
     metrics_port: int = 8002
     access: AccessOptions = field(default_factory=AccessOptions)
+    balance: Balance = "load"
 
     def checked(self) -> HostsDoorOptions:
         """With ports chosen. Raises ServerError that names the option, before anything is started."""
@@ -95,7 +96,7 @@ class HostsDoor:
             listens = DoorOptions(
                 host=o.host, http_port=o.http_port, grpc_port=o.grpc_port, metrics_port=o.metrics_port,
                 max_connections=connections_for(DoorOptions.max_connections), upstream=o.upstream,
-                several=len(o.upstream.hosts) > 1,
+                several=len(o.upstream.hosts) > 1, balance=o.balance,
             )  # fmt: skip
             self.door = Door(listens, private, o.access)
             self.door.metrics = private / "metrics"

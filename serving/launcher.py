@@ -19,7 +19,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from serving.releases import held, held_from_the_start, verify
 from serving.repository import check_profile, models
 from serving.runtime.drift import ENVIRONMENT as DRIFT
 from serving.segments import Segments
-from serving.server_options import ServerOptions, environment
+from serving.server_options import ServerOptions, environment, with_files
 from serving.start_checks import (
     LEFTOVER,
     PREFIX_FILE,
@@ -89,7 +88,7 @@ class TritonServer:
         address = local_address(options.host)
         check_exposure(options.host, address, options.guard, options.access, options.shard is not None)
         self.segments = Segments()
-        self.options = replace(options, answer_cache=options.answer_cache and options.answer_cache.at(self.segments))
+        self.options = with_files(options, self.segments)
         self.host = address
         self.address = "127.0.0.1" if address == "0.0.0.0" else address  # where this machine reaches it
         chosen = options if door is None else door.options

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from serving.door.options import AccessOptions
 from serving.process import server_environment
 from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, Listener
-from serving.runtime.cache_settings import ANSWER_CACHE, STATE_CACHE, CacheSettings
+from serving.runtime.cache_settings import ANSWER_CACHE, STATE_CACHE, CacheSettings, StateSettings
 from serving.runtime.events import KEEP, SUSPECTS
 from serving.runtime.explore import ENVIRONMENT as EXPLORE
 from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleave
 from serving.runtime.rules import ENVIRONMENT as RULES
+from serving.segments import Segments
 from serving.shard_addresses import CA_ENV, CERT_ENV, SHARDS_ENV, WAIT_ENV, WAIT_MS
 from serving.wheel import python_library, wheel_folder
 from vivace.contract import TRIAL
@@ -40,7 +41,7 @@ class ServerOptions:
     profile: str = ""
     cache_bytes: int = 0
     answer_cache: CacheSettings | None = None  # of whole answers; None: none
-    state_bytes: int = 0  # of each worker's memory for what was worked out of histories; 0: none
+    state_cache: StateSettings | None = None  # of what was worked out of histories; None: none
     trace_url: str = ""
     trace_rate: int = 100
     log: Path | None = None
@@ -69,6 +70,12 @@ class ServerOptions:
     interleave: Interleave | None = None  # the version that its answers are drafted with
 
 
+def with_files(options: ServerOptions, segments: Segments) -> ServerOptions:
+    """The same with its caches in files among ``segments``, those that have none yet."""
+    answers, states = options.answer_cache, options.state_cache
+    return replace(options, answer_cache=answers and answers.at(segments), state_cache=states and states.at(segments))
+
+
 def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     """Triton's Python workers ignore PYTHONPATH (they start Python isolated): they find this environment, with the
     project installed in it, because its ``python3`` is the first on PATH."""
@@ -81,7 +88,7 @@ def environment(options: ServerOptions, release: Path) -> dict[str, str]:
     if options.store:  # not by the command line, which every user of the machine can read
         env[STORE_URL] = options.store
     env[ANSWER_CACHE] = "" if options.answer_cache is None else options.answer_cache.text()
-    env[STATE_CACHE] = str(options.state_bytes or "")
+    env[STATE_CACHE] = "" if options.state_cache is None else options.state_cache.text()
     answers = options.answers
     env[ANSWERS] = "" if answers is None else Listener(str(answers), options.variant == TRIAL).to_json()
     env[INTERLEAVE] = "" if options.interleave is None else options.interleave.to_json()

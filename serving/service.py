@@ -74,7 +74,7 @@ def check_options(options: ServerOptions, status_port: int) -> None:
     check_path(options.repository)
     check_profile(options.repository, options.profile)
     check_cache(options.repository, options.profile, options.cache_bytes, options.answer_cache)
-    check_state_cache(options.repository, options.profile, options.state_bytes)
+    check_state_cache(options.repository, options.profile, options.state_cache)
     if options.shard is not None:
         check_shard(options.repository, options.shard)
     elif shard_count(options.repository):

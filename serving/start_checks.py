@@ -22,7 +22,7 @@ from serving.door.options import AccessOptions, DoorOptions
 from serving.profiles import ENSEMBLE
 from serving.releases import HELD, is_free
 from serving.repository import models, read_config
-from serving.runtime.cache_settings import CacheSettings
+from serving.runtime.cache_settings import CacheSettings, StateSettings
 from serving.runtime.explore import check_share
 from serving.runtime.ruled import SCHEMA
 from serving.runtime.rules import Rule, RulesError, parse_rules, read_rules, rules_file
@@ -144,23 +144,17 @@ def check_cache(repository: Path, profile: str, cache_bytes: int, answers: Cache
         )
 
 
-def check_state_cache(repository: Path, profile: str, state_bytes: int) -> None:
+def check_state_cache(repository: Path, profile: str, settings: StateSettings | None) -> None:
     """Raises ServerError for a cache of states that does not fit the memory, or that the profile or the run cannot
     use."""
-    if not state_bytes:
+    if settings is None:
         return
-    config = read_config(repository, contract.ENSEMBLE, profile)
-    if config.platform == "ensemble":
+    if read_config(repository, contract.ENSEMBLE, profile).platform == "ensemble":
         raise ServerError(
             f"--state-cache-mb: the profile {profile or ENSEMBLE} keeps no states; serve the profile fused, or leave "
             "--state-cache-mb out"
         )
-    workers, total = sum(group.count for group in config.instance_group), psutil.virtual_memory().total
-    if state_bytes * workers > total // 2:
-        raise ServerError(
-            f"--state-cache-mb {state_bytes >> 20}: expected at most {(total // workers) >> 21}, as {workers} workers "
-            "each may take so much and half of this machine's memory is theirs"
-        )
+    _check_room("--state-cache-mb", settings.room_bytes)
     if not list((repository / contract.RETRIEVAL).glob(f"*/{ENCODER_STEP}")):
         raise ServerError(
             "--state-cache-mb: this run's retriever moves the states of all events with each new one, or is compiled "
@@ -169,16 +163,21 @@ def check_state_cache(repository: Path, profile: str, state_bytes: int) -> None:
         )
 
 
+def _check_room(option: str, room_bytes: int) -> None:
+    """Raises ServerError for shared memory that this machine does not have."""
+    most = min(psutil.virtual_memory().total // 2, shutil.disk_usage(SHM).free)
+    if room_bytes > most:
+        raise ServerError(
+            f"{option} {room_bytes >> 20}: expected at most {most >> 20}, what is free in {SHM}, and half of this "
+            "machine's memory"
+        )
+
+
 def _check_answer_cache(repository: Path, profile: str, settings: CacheSettings | None) -> None:
     """Raises ServerError for a cache of answers that does not fit the memory, or that the profile does not ask."""
     if settings is None:
         return
-    total, free = psutil.virtual_memory().total, shutil.disk_usage(SHM).free
-    if settings.room_bytes > min(total // 2, free):
-        raise ServerError(
-            f"--answer-cache-mb {settings.room_bytes >> 20}: expected at most {min(total // 2, free) >> 20}, what is "
-            f"free in {SHM}, and half of this machine's memory"
-        )
+    _check_room("--answer-cache-mb", settings.room_bytes)
     if read_config(repository, contract.ENSEMBLE, profile).platform == "ensemble":
         raise ServerError(
             f"--answer-cache-mb: the profile {profile or ENSEMBLE} keeps no answers, as no stage of it sees a whole "

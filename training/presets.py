@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from preprocessing.caps import LearningCaps
 from preprocessing.features import Features
 from training.models.ranking import RankerConfig
 from training.models.retrieval import EncoderConfig
@@ -68,6 +69,10 @@ class RetrievalTraining:
     """How far, in mean lengths of an item embedding, FGM moves the embeddings for a second loss (0: none)."""
     adversarial_weight: float = 1.0
     """Of that second loss."""
+    day_events: int = 0
+    """Of a user's events of a day, what is learned from, by the ranker's counters too (0: all)."""
+    same_item_s: int = 0
+    """Of a user's events on one item within so many seconds one is learned from, so too (0: each)."""
     mask_share: float = 0.3
     """Items hidden in a window, for the bert4rec family; 0 <= x < 1."""
     clip_norm: float = 1.0
@@ -83,6 +88,7 @@ class RetrievalTraining:
         check_fields(self)
         check_minimum(self, 1, "epochs", "batch_size", "negatives")
         check_minimum(self, 0, "weight_decay", "warmup_steps", "adversarial", "patience", "probe_users", "checkpoint_s")
+        check_minimum(self, 0, "day_events", "same_item_s")
         check_positive(self, "learning_rate", "clip_norm")
         check_shares(self, "label_smoothing", "ema", "mask_share")
         if self.label_smoothing and self.loss != "full":
@@ -91,6 +97,11 @@ class RetrievalTraining:
             raise ValueError(
                 f"RetrievalTraining.stochastic_length: expected 0 or 1 < x < 2, got {self.stochastic_length}"
             )
+
+    @property
+    def caps(self) -> LearningCaps:
+        """Of what is learned from one user."""
+        return LearningCaps(self.day_events, self.same_item_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +154,11 @@ class Preset:
         if self.retrieval.stochastic_length and self.encoder.family == "bert4rec":
             raise ValueError("Preset: retrieval.stochastic_length is for encoders that predict the next event")
         self._check_nearest()
+        if self.ranker.shown_rates and not self.ranker.rising:
+            raise ValueError(
+                "Preset: ranker.shown_rates are of live counters: expected ranker.rising above 0, got 0; set it, or "
+                "leave ranker.shown_rates out"
+            )
         if self.ranker.rising and self.ranking.past_events:
             raise ValueError(
                 f"Preset: expected ranking.past_events 0 beside ranker.rising {self.ranker.rising}, got "
@@ -161,12 +177,17 @@ class Preset:
                 "Preset: ranker.nearest chooses among events before those that are encoded: set encoder.reads, or "
                 f"ranker.memory, below encoder.history {self.encoder.history}"
             )
+        if reads < self.encoder.history and not self.ranker.nearest:
+            raise ValueError(
+                f"Preset: encoder.reads {reads} leaves the older of {self.encoder.history} events to ranker.nearest, "
+                "which is 0; set that too, or encoder.history to what is read"
+            )
 
 
 LATER: dict[str, Any] = {
     "positions": "slots", "slide": 1, "reads": 0, "stochastic_length": 0.0, "nearest": 0, "nearest_to": "candidate",
     "neighbours_by": "sessions", "neighbours_ridge": 300.0, "rising_same_item_s": 0, "rising_user_events": 0,
-    "rising_newcomers": 0.0,
+    "rising_newcomers": 0.0, "day_events": 0, "same_item_s": 0, "shown_rates": False,
 }  # fmt: skip
 # fields of a preset's parts that came later, with what held before
 
@@ -343,9 +364,8 @@ def with_values(preset: Preset, values: dict[str, Any]) -> Preset:
         if not known:
             raise ValueError(f"{name}: no such field of a preset; expected for example 'encoder.dropout'")
         parts.setdefault(part, {})[key] = value
-    for part, changed in parts.items():  # all of a part at once: its sizes must fit each other, not those before
-        preset = replace(preset, **{part: replace(getattr(preset, part), **changed)})
-    return preset
+    # all at once: sizes must fit each other, not those before
+    return replace(preset, **{part: replace(getattr(preset, part), **changed) for part, changed in parts.items()})
 
 
 def preset(name: str) -> Preset:
@@ -372,4 +392,5 @@ def shapes(preset: Preset, features: Features) -> contract.StageTensors:
         counted=len(columns.counted) if causal and preset.ranker.rising and preset.ranker.by_context else 0,
         same_item_s=preset.ranker.rising_same_item_s, user_events=preset.ranker.rising_user_events,
         minute_events=features.minute_events(), newcomers=preset.ranker.rising_newcomers,
+        shown=preset.ranker.shown_rates,
     )  # fmt: skip

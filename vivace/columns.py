@@ -100,6 +100,9 @@ class DataSchema:
     them that are a user's own and come from the table of users; ``time_zone``, such as "UTC", adds HOUR and WEEKDAY
     ("": neither). ``crosses``: groups of categorical columns of the context whose values together are a column too,
     called by ``cross_name``; null where one of them is.
+
+    ``shown_types``: event types that say that an item was shown, not that something was done with it. They are counted
+    apart (``vivace.live_shown``) and are in no history, and no model predicts them.
     """
 
     name: str
@@ -117,6 +120,7 @@ class DataSchema:
     item_lists: tuple[str, ...] = ()
     list_separators: tuple[str, ...] = ()
     crosses: tuple[tuple[str, ...], ...] = ()
+    shown_types: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.unknown_items not in ("reject", "keep"):
@@ -132,6 +136,11 @@ class DataSchema:
         for names in (self.event_columns, (ITEM, TEXT, *self.item_columns)):  # two tables
             if len(set(names)) != len(names):
                 raise ValueError(f"DataSchema {self.name}: column names repeat: {sorted(names)}")
+        if "" in self.shown_types or (self.shown_types and EVENT not in self.event_categoricals):
+            raise ValueError(
+                f"DataSchema.shown_types: expected types of events that have one, got {list(self.shown_types)}; name "
+                "the column of event types too"
+            )
         if self.list_separators and (len(self.list_separators) != len(self.item_lists) or "" in self.list_separators):
             raise ValueError(
                 f"DataSchema.list_separators: expected a text for each of {list(self.item_lists)}, got "
@@ -198,6 +207,8 @@ class DataSchema:
             head["min_weight"] = None if head["min_weight"] == float("-inf") else head["min_weight"]
         if not self.crosses:  # so that what was prepared without them stays as it is
             del record["crosses"]
+        if not self.shown_types:
+            del record["shown_types"]
         return record
 
     @classmethod

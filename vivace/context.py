@@ -34,7 +34,7 @@ class ContextColumns:
     ``categoricals`` with ``sizes``, how many ids each has, the special ones too; ``continuous``; ``types``: how many
     ids event types have (0: events have no types that differ); ``user_columns``: those that the store knows of a user;
     ``time_zone``: of HOUR and WEEKDAY, "" where there are none; ``crosses``: those of ``categoricals`` that are worked
-    out of others.
+    out of others; ``shown_types``: event types of items that were only shown.
     """
 
     categoricals: tuple[str, ...] = ()
@@ -44,12 +44,13 @@ class ContextColumns:
     user_columns: tuple[str, ...] = ()
     time_zone: str = ""
     crosses: tuple[str, ...] = ()
+    shown_types: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, schema: DataSchema, sizes: tuple[int, ...], types: int) -> ContextColumns:
         return cls(
             schema.context_categoricals, sizes, schema.context_continuous, types, schema.user_columns, schema.time_zone,
-            schema.cross_columns,
+            schema.cross_columns, schema.shown_types,
         )  # fmt: skip
 
     @classmethod

@@ -50,6 +50,11 @@ from vivace.columns import (
     label_column as label_column,
     target_column as target_column,
 )
+from vivace.live_layout import (
+    LIVE_FEATURES as LIVE_FEATURES,
+    LIVE_HALF_LIVES_MS as LIVE_HALF_LIVES_MS,
+    live_features as live_features,
+)
 
 # -- limits of the public call ---------------------------------------------------------------------
 MAX_TOP_K = 100
@@ -61,16 +66,6 @@ MAX_QUERY_BYTES = 4096
 MAX_CONTEXT_BYTES = 16_384
 MAX_ROW_BYTES = 65_536  # of an item's row as JSON
 MAX_SEEN = 4096  # newest distinct items that an index does not answer; exact search excludes all that a store keeps
-
-# half-lives of the live counters (``vivace.live``)
-LIVE_HALF_LIVES_MS = tuple(minutes * 60_000 for minutes in (3, 10, 30, 120, 720))
-LIVE_FEATURES = 4 * len(LIVE_HALF_LIVES_MS) + 1
-
-
-def live_features(columns: int) -> int:
-    """Numbers of a rising item in the context of a request, of whose columns so many are counted by."""
-    return LIVE_FEATURES + 2 * columns + 2
-
 
 DTYPES = ("BYTES", "INT64", "INT32", "FP32", "BOOL")
 
@@ -193,7 +188,8 @@ class StageTensors:
     tables that join the ranked ones (0: none, and no live change of the catalogue is read); ``rising_fresh``: those of
     them that may be there because they are clicked most just now (0: their events are not counted); ``shards``: servers
     that the items of retrieval are dealt to (0: one graph scores them all); ``slide``: of the window (``windows``);
-    ``same_item_s``, ``user_events``, ``minute_events`` and ``newcomers``: what live counters take (``limits``).
+    ``same_item_s``, ``user_events``, ``minute_events`` and ``newcomers``: what live counters take (``limits``);
+    ``shown``: whether they say how often an item was shown too.
     """
 
     history: int
@@ -218,6 +214,7 @@ class StageTensors:
     user_events: int = 0
     minute_events: int = 0
     newcomers: float = 0.0
+    shown: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= self.history:
@@ -300,7 +297,7 @@ class StageTensors:
     @property
     def rising_features(self) -> WireTensor:
         """What the live counters say of the same items (``vivace.live``)."""
-        return WireTensor("RISING_FEATURES", "FP32", (self.rising, live_features(self.counted)))
+        return WireTensor("RISING_FEATURES", "FP32", (self.rising, live_features(self.counted, self.shown)))
 
     @property
     def seen_fresh(self) -> WireTensor:
@@ -312,7 +309,7 @@ class StageTensors:
         """Slots of fresh items that are clicked most just now, best first, 0 where there are fewer; what the live
         counters say of them, as of other items. None where they are not counted."""
         m = self.rising_fresh
-        features = WireTensor("RISING_FRESH_FEATURES", "FP32", (m, live_features(self.counted)))
+        features = WireTensor("RISING_FRESH_FEATURES", "FP32", (m, live_features(self.counted, self.shown)))
         return (WireTensor("RISING_FRESH", "INT64", (m,)), features) if m else ()
 
     @property

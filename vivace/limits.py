@@ -10,8 +10,9 @@ accounts that were made for it. *Suspect* events are those that no person sends 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from vivace.checks import check_fields, check_minimum
 from vivace.contract import StageTensors
 from vivace.suspects import Suspects
 
+User = TypeVar("User", bound=Hashable)
 WINDOW_MS = 600_000  # in which ``user_events`` and ``newcomers`` count
 NEWCOMER_MS = 1_800_000  # since an account's first event: it is a newcomer so long
 FREE = 5  # events of newcomers on an item count whoever else comes to it
@@ -67,7 +69,7 @@ class Limiter:
         self._counted: dict[Hashable, list[tuple[int, int]]] = {}  # (time in ms, item) by user
         self._first: dict[Hashable, int] = {}  # when a user's first event came, in ms
         self._crowds: dict[int, _Crowd] = {}  # by item
-        self._newest_ms = 0
+        self._newest_ms, self._most = 0, [PRUNE, PRUNE]  # users beyond which some are forgotten
 
     def counts(self, user: Hashable, item: int, time_ms: int, came_ms: int = 0) -> bool:
         """Whether a user's event on an item at a Unix time in ms counts. ``came_ms``: when it came (0: at that
@@ -86,7 +88,7 @@ class Limiter:
         kept = [event for event in of_user if event[0] > max(self._newest_ms, time_ms) - 2 * limits.reach_ms]
         self._counted[user] = [*kept, (time_ms, item)]
         self._newest_ms = max(self._newest_ms, time_ms)
-        if len(self._counted) > PRUNE:
+        if len(self._counted) > self._most[0]:
             self._prune()
         return True
 
@@ -94,22 +96,23 @@ class Limiter:
         new = came_ms - self._first.setdefault(user, came_ms) < NEWCOMER_MS
         return self._crowds.setdefault(item, _Crowd()).takes(new, came_ms, self.limits.newcomers)
 
-    def unmet(self, users: Iterable[Hashable]) -> list[Hashable]:
-        """Those, each once, of whom no event came yet."""
+    def unmet(self, users: Iterable[User]) -> list[User]:
+        """Those, each once, of whom it does not know when their first event came."""
         return [user for user in dict.fromkeys(users) if user not in self._first] if self.limits.newcomers else []
 
-    def meet(self, users: Iterable[Hashable], now_ms: int) -> None:
-        """Users who were there before: none of them is a newcomer. Forgets some who are none either, if there are many:
-        who asks ``unmet`` meets them again."""
-        self._first.update(dict.fromkeys(users, 0))
-        if len(self._first) > PRUNE:
+    def meet(self, first_ms: Mapping[Any, int], now_ms: int) -> None:
+        """When the first event of users came, 0 for long ago. Forgets those who are no newcomers, if there are many:
+        ``unmet`` names them again."""
+        if len(self._first) > self._most[1]:
             self._first = {user: first for user, first in self._first.items() if now_ms - first < NEWCOMER_MS}
-        if len(self._crowds) > PRUNE:
             self._crowds = {i: crowd for i, crowd in self._crowds.items() if now_ms - crowd.time_ms < NEWCOMER_MS}
+            self._most[1] = max(PRUNE, 2 * len(self._first))
+        self._first.update(first_ms)
 
     def _prune(self) -> None:
         since = self._newest_ms - 2 * self.limits.reach_ms
         self._counted = {u: events for u, events in self._counted.items() if max(events)[0] > since}
+        self._most[0] = max(PRUNE, 2 * len(self._counted))
 
     def mask(
         self, users: Iterable[Hashable], items: Iterable[int], times_ms: Iterable[int],

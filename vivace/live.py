@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from vivace.contract import FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, MAX_FRESH, PADDING_ID
-from vivace.counters import BLOCK, LiveCounts
+from vivace.counters import LiveCounts
 from vivace.limits import CountLimits, Limiter
 from vivace.live_moment import MomentRows, PairCounts
+from vivace.live_shown import KEPT_MS as KEPT_MS, ShownMoment
 
 VISIT_GAP_MS = 30 * 60_000
-KEPT_MS = BLOCK * LIVE_HALF_LIVES_MS[-1]  # of a log, events that may still count
 FIRST_LEVEL = 1  # of the half-lives: 10 minutes orders what is rising
 PRUNE = 100_000  # users beyond which those whose visit is over are forgotten
 SHARE_FLOOR = 0.1  # events
@@ -92,14 +92,32 @@ class LiveTable:
         rising: M, rows that ``at`` gives.
         columns: C.
         fresh: rising fresh items that ``moment`` gives (0: they are not counted).
+        shown: whether it says how often items were shown too (``add_shown``).
     """
 
-    def __init__(self, items: int, rising: int, columns: int = 0, fresh: int = 0) -> None:
+    def __init__(self, items: int, rising: int, columns: int = 0, fresh: int = 0, shown: bool = False) -> None:
         self.pairs, self.items = PairCounts(columns), items
         self._widths, places = (rising, fresh), items + (MAX_FRESH if fresh else 0)
         self._fresh = FreshPlaces(items, places - items)
         self.every, self.entry = LiveCounts(places, LIVE_HALF_LIVES_MS), LiveCounts(places, LIVE_HALF_LIVES_MS)
+        self.shown = LiveCounts(places, LIVE_HALF_LIVES_MS) if shown else None
         self.first_ms = np.full(places, NEVER_MS)
+
+    def _places(self, ids: np.ndarray) -> np.ndarray:
+        """Where items are counted, int64 [n]; what was counted in a place of another is forgotten."""
+        places, taken = self._fresh.of(ids)
+        if len(taken):
+            for counts in (self.every, self.entry, self.shown):
+                if counts is not None:
+                    counts.forget(taken)
+            self.first_ms[taken] = NEVER_MS
+        return places
+
+    def add_shown(self, ids: np.ndarray, times_ms: np.ndarray) -> None:
+        """Impressions of items int64 [n], fresh ones too, at Unix times in ms int64 [n]. They say nothing of what is
+        rising."""
+        if self.shown is not None:
+            self.shown.add(self._places(ids), times_ms)
 
     def add(
         self,
@@ -114,11 +132,7 @@ class LiveTable:
         if context_NC is not None and previous_N is not None:
             known = ids >= FIRST_ID
             self.pairs.add(ids[known], times_ms[known], context_NC[known], previous_N[known])
-        places, taken = self._fresh.of(ids)
-        if len(taken):
-            self.every.forget(taken)
-            self.entry.forget(taken)
-            self.first_ms[taken] = NEVER_MS
+        places = self._places(ids)
         self.every.add(places, times_ms)
         self.entry.add(places[entry], times_ms[entry])
         np.minimum.at(self.first_ms, places, times_ms)
@@ -163,7 +177,22 @@ class LiveTable:
         features[: len(places)] = np.concatenate([np.log1p(counts_CM), share_CM, age_M[None]]).T
         order_M = np.full(width, -np.inf)
         order_M[: len(places)] = score_V[places]
-        return MomentRows(self.pairs, ids, features, order_M, now_ms)
+        return MomentRows(
+            self.pairs, ids, features, order_M, now_ms, self._shown(places, ids, counts_CM, total_C, now_ms)
+        )
+
+    def _shown(
+        self, places: np.ndarray, ids: np.ndarray, counts_CM: np.ndarray, total_C: np.ndarray, now_ms: int
+    ) -> ShownMoment | None:
+        """How often the items ``ids`` int64 [width] in ``places`` were shown and, of the first half of the counts,
+        clicked; None where that is not counted."""
+        if self.shown is None:
+            return None
+        levels = len(LIVE_HALF_LIVES_MS)
+        clicks_ML, shown_ML = (np.zeros((len(ids), levels)) for _ in range(2))
+        clicks_ML[: len(places)] = counts_CM[:levels].T
+        shown_ML[: len(places)] = self.shown.at(places, now_ms)
+        return ShownMoment(ids, clicks_ML, shown_ML, total_C[:levels], self.shown.totals(now_ms), now_ms)
 
 
 def _best(score_V: np.ndarray, count: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 A count-min sketch (Cormode & Muthukrishnan 2005) of the exact decayed counts of ``counters``: two hashes a pair, the
 smaller count is taken, so a count is never too small and seldom too large. Axis legend: B requests, M rising items,
-C columns of the context, F features = 2 C + 2.
+C columns of the context, F features = 2 C + 2, S features of what was shown.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 
 from vivace.contract import FIRST_ID
 from vivace.counters import LiveCounts
+from vivace.live_shown import ShownMoment, ShownStream
 
 HALF_LIFE_MS = 30 * 60_000
 DEPTH, SLOTS = 2, 1 << 20
@@ -77,13 +78,16 @@ class MomentRows:
         ids_M: rising items, PADDING_ID at the end where there are fewer.
         base_MF: what ``LiveTable.at`` says of them.
         score_M: what orders them.
+        shown: how often they were shown, where that is read.
     """
 
     def __init__(
-        self, pairs: PairCounts, ids_M: np.ndarray, base_MF: np.ndarray, score_M: np.ndarray, now_ms: int
-    ) -> None:
+        self, pairs: PairCounts, ids_M: np.ndarray, base_MF: np.ndarray, score_M: np.ndarray, now_ms: int,
+        shown: ShownMoment | None = None,
+    ) -> None:  # fmt: skip
         self._pairs, self.ids, self.base, self._score, self._now_ms = pairs, ids_M, base_MF, score_M, now_ms
-        self._known = ids_M >= FIRST_ID
+        self._known, self._shown = ids_M >= FIRST_ID, shown
+        self._shown_MS = self._of_shown(None)
         self._of: dict[tuple[int, int], np.ndarray] = {}
 
     def _features(self, kind: int, value: int) -> np.ndarray:
@@ -92,13 +96,22 @@ class MomentRows:
             self._of[kind, value] = np.where(self._known[:, None], features, np.float32(0))
         return self._of[kind, value]
 
-    def of(self, context_BC: np.ndarray, newest_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int64 [B, M], features float32 [B, M, base + 2 C + 2]) of requests in a context of ids, whose newest
-        event is ``newest_B`` (PADDING_ID: none); most clicked first, in the request's context."""
-        columns = self._pairs.columns
+    def _of_shown(self, without: ShownStream | None) -> np.ndarray:
+        if self._shown is None:
+            return np.empty((len(self.ids), 0), np.float32)
+        return np.where(self._known[:, None], self._shown.features(without), np.float32(0))
+
+    def of(
+        self, context_BC: np.ndarray, newest_B: np.ndarray, without: ShownStream | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int64 [B, M], features float32 [B, M, base + 2 C + 2 + S]) of requests in a context of ids, whose newest
+        event is ``newest_B`` (PADDING_ID: none); most clicked first, in the request's context. ``without``: impressions
+        that do not count for these requests."""
+        columns, shown_MS = self._pairs.columns, self._shown_MS if without is None else self._of_shown(without)
         rows, base = len(newest_B), self.base.shape[1]
-        out = np.empty((rows, len(self.ids), base + 2 * columns + 2), np.float32)
-        out[..., :base] = self.base
+        after = base + 2 * columns
+        out = np.empty((rows, len(self.ids), after + 2 + shown_MS.shape[1]), np.float32)
+        out[..., :base], out[..., after + 2 :] = self.base, shown_MS
         ids = np.repeat(self.ids[None], rows, 0)
         for row in range(rows):
             score_M = self._score.copy()
@@ -107,7 +120,7 @@ class MomentRows:
                 out[row, :, base + 2 * kind : base + 2 * kind + 2] = features
                 score_M += features[:, 0]
             newest = int(newest_B[row])
-            out[row, :, base + 2 * columns :] = self._features(columns, newest) if newest >= FIRST_ID else 0
+            out[row, :, after : after + 2] = self._features(columns, newest) if newest >= FIRST_ID else 0
             if columns:
                 order = np.argsort(-score_M, kind="stable")
                 ids[row], out[row] = ids[row][order], out[row][order]

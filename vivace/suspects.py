@@ -47,7 +47,7 @@ class Suspects:
     def __init__(self, most: int) -> None:
         self.most = most
         self._accounts: dict[Hashable, _Account] = {}
-        self._newest_ms = 0
+        self._newest_ms, self._most = 0, PRUNE
 
     def why(self, user: Hashable, time_ms: int, came_ms: int = 0) -> str:
         """Why a user's event of a Unix time in ms, that came at ``came_ms`` (0: at its own time), is suspect; "" where
@@ -57,7 +57,7 @@ class Suspects:
             return f"its time is {(time_ms - came_ms) // 1000:,} s ahead of the server's clock"
         if not self.most:
             return ""
-        if len(self._accounts) > PRUNE:
+        if len(self._accounts) > self._most:
             self._prune()
         self._newest_ms = max(self._newest_ms, came_ms)
         account = self._accounts.setdefault(user, _Account())
@@ -75,3 +75,4 @@ class Suspects:
             for user, account in self._accounts.items()
             if account.until_ms > self._newest_ms or account.came[-1] > since
         }
+        self._most = max(PRUNE, 2 * len(self._accounts))

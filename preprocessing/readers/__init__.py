@@ -15,6 +15,8 @@ TABLES = "tables"
 FOLDERS = {  # where a data set lies under VIVACE_DATA, by default
     "ml-1m": "ml-1m",
     "ml-1m-benchmark": "ml-1m",
+    "ml-1m-genres": "ml-1m",
+    "ml-1m-benchmark-genres": "ml-1m",
     "beauty": "beauty",
     "globo": "globo",
     "hm": "hm",
@@ -29,6 +31,8 @@ DATA_SETS = (SHOP, *FOLDERS, SESSIONS, TABLES)
 READERS = {
     "ml-1m": "movielens.MovieLens",
     "ml-1m-benchmark": "movielens.MovieLensBenchmark",
+    "ml-1m-genres": "movielens.MovieLensGenres",
+    "ml-1m-benchmark-genres": "movielens.MovieLensBenchmarkGenres",
     "beauty": "amazon.Beauty",
     "globo": "globo.Globo",
     "hm": "hm.HM",

@@ -35,7 +35,7 @@ _KEYS: dict[str, dict[str, str]] = {
     INTERACTIONS: {
         "files": TEXTS, "user": TEXT, "item": TEXT, "time": TEXT, "time_unit": TEXT, "event_type": TEXT,
         "weight": TEXT, "weights": NUMBERS, "context": TEXTS, "context_continuous": TEXTS,
-        "rename": NAMES, **_FORM,
+        "shown_types": TEXTS, "rename": NAMES, **_FORM,
     },
     ITEMS: {
         "files": TEXTS, "item": TEXT, "title": TEXTS, "categorical": TEXTS, "lists": TEXTS, "separator": TEXT_EACH,
@@ -235,6 +235,8 @@ def _check_form(section: Section) -> None:
         raise ValueError(f"{where} time_unit: expected one of {list(TIME_UNITS)}, got {section.unit!r}")
     if "weights" in section.keys and "event_type" not in section.keys:
         raise ValueError(f"{where} weights: they are by event type; name its column with event_type")
+    if "shown_types" in section.keys and "event_type" not in section.keys:
+        raise ValueError(f"{where} shown_types: they are event types; name their column with event_type")
     if "weights" in section.keys and "weight" in section.keys:
         raise ValueError(f"{where} weights: there is also weight = {section.keys['weight']!r}; keep one of the two")
 
@@ -306,6 +308,7 @@ def _schema(path: Path, keys: dict[str, Any], sections: dict[str, Section]) -> D
             exclude_seen=keys.get("exclude_seen", not keys.get("sessions", False)),
             sessions=keys.get("sessions", False),
             crosses=tuple(tuple(cross) for cross in keys.get("crosses", ())),
+            shown_types=tuple(texts(events.keys.get("shown_types"))),
             licence=keys.get("licence", ""),
         )
     except ValueError as error:

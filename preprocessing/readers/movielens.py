@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import lzma
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from vivace.manifest import fingerprint_files
 
 LICENCE = "MovieLens: research use only, no redistribution, no commercial use without permission (GroupLens)"
 EXTRA_FILE = "movies_extrainfos.dat"  # optional: not of GroupLens
+GENRES = "genres"
 USER_COLUMNS = ("gender", "age", "occupation")
 BENCHMARK_FILE = "sasrec_ml-1m.txt.xz"
 
@@ -28,12 +30,18 @@ def _schema(name: str) -> DataSchema:
     return DataSchema(
         name=name,
         event_categoricals=(EVENT, *USER_COLUMNS),
-        item_categoricals=("genres", "main_genre"),
+        item_categoricals=(GENRES, "main_genre"),
         item_continuous=("year",),
         heads=(TaskHead("watched", float("-inf")), TaskHead("liked", 4.0)),
         licence=LICENCE,
         user_columns=USER_COLUMNS,
     )
+
+
+def _with_lists(schema: DataSchema) -> DataSchema:
+    """``schema`` whose genres are a list. The first of them stays a category: the ranker compares by it."""
+    categoricals = tuple(name for name in schema.item_categoricals if name != GENRES)
+    return replace(schema, name=f"{schema.name}-{GENRES}", item_categoricals=categoricals, item_lists=(GENRES,))
 
 
 def _fields(path: Path, names: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -68,9 +76,9 @@ class MovieLens:
         return fingerprint_files(self.path / f for f in files)
 
     def items(self) -> pd.DataFrame:
-        frame, _ = _fields(self.path / "movies.dat", [ITEM, TITLE, "genres"])
-        frame["main_genre"] = frame["genres"].str.split("|").str[0]
-        frame[TEXT] = frame[TITLE] + " " + frame["genres"]
+        frame, _ = _fields(self.path / "movies.dat", [ITEM, TITLE, GENRES])
+        frame["main_genre"] = frame[GENRES].str.split("|").str[0]
+        frame[TEXT] = frame[TITLE] + " " + frame[GENRES]
         if (self.path / EXTRA_FILE).exists():
             frame[TEXT] = frame[TEXT].str.cat(frame[ITEM].map(self._extra()).fillna(""), sep=" ")
         frame["year"] = pd.to_numeric(frame[TITLE].str.extract(r"\((\d{4})\)\s*$")[0], errors="coerce")
@@ -98,6 +106,12 @@ class MovieLens:
                 rows[EVENT] = "rating"
                 rows[TIME] = parse_time_ms(rows[TIME], "s")
                 yield Chunk(rows, bad)
+
+
+class MovieLensGenres(MovieLens):
+    """The same with a film's genres one by one, an attribute of several values, not all of them as one."""
+
+    schema = _with_lists(MovieLens.schema)
 
 
 class MovieLensBenchmark(MovieLens):
@@ -136,3 +150,9 @@ class MovieLensBenchmark(MovieLens):
         log[EVENT] = "rating"
         for start in range(0, len(log), CHUNK_ROWS):
             yield Chunk(log.iloc[start : start + CHUNK_ROWS].reset_index(drop=True))
+
+
+class MovieLensBenchmarkGenres(MovieLensBenchmark):
+    """The same with a film's genres one by one, an attribute of several values."""
+
+    schema = _with_lists(MovieLensBenchmark.schema)

@@ -135,6 +135,7 @@ class _Weights:
         self._by_type: dict[str, float] = {
             str(kind).strip(): float(weight) for kind, weight in section.keys.get("weights", {}).items()
         }
+        self._shown = texts(section.keys.get("shown_types"))  # no head is judged by what was only shown
         self._seen: Counter[str] = Counter()
         self._named: set[str] = set()
 
@@ -147,7 +148,7 @@ class _Weights:
         self._seen.update(event.dropna().value_counts().to_dict())
         weights = event.map(self._by_type).astype(float).to_numpy()
         part.change(NO_TYPE, event.isna().to_numpy())
-        unknown = event[event.notna() & np.isnan(weights)]
+        unknown = event[event.notna() & np.isnan(weights) & ~event.isin(self._shown)]
         others = np.zeros(len(event), bool)
         for kind in unknown.unique():
             mask = (event == kind).to_numpy()

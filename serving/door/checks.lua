@@ -98,6 +98,7 @@ local function check_http(handle)
   local json = head and tonumber(head)
   local ranks = string.find(headers:get(":path"), "/recommend/", 1, true)
   local rollout = read_rollout(headers)
+  if forget_user then forget_user(headers) end -- of by_user.lua, where that is on
   local body = handle:body() -- from here on ``headers`` is gone: Envoy allows no object across a wait
   if not body then return end
   local length = body:length()
@@ -117,7 +118,11 @@ local function check_http(handle)
     local fault = binary_fault(text, whole, #text + 1)
     if fault then return refuse(handle, "400", "body: " .. fault) end
   end
-  if ranks and rollout then assign(handle, rollout, asks_over_http(read_json(text), whole, #text + 1)) end
+  if ranks and (rollout or name_user) then
+    local who = asks_over_http(read_json(text), whole, #text + 1)
+    if name_user then name_user(handle, who) end
+    if rollout then assign(handle, rollout, who) end
+  end
 end
 
 local READS_OF_A_MODEL = {
@@ -128,6 +133,7 @@ local READS_OF_A_MODEL = {
 local function check_grpc(handle)
   local headers = handle:headers()
   headers:remove("x-vivace-model")
+  if forget_user then forget_user(headers) end
   local rollout = read_rollout(headers)
   local path, encoding = headers:get(":path"), headers:get("grpc-encoding")
   if encoding and encoding ~= "identity" then
@@ -163,7 +169,11 @@ local function check_grpc(handle)
     end
   end
   handle:headers():replace("x-vivace-model", request.model)
-  if rollout and request.model == "recommend" then assign(handle, rollout, asks_over_grpc(request)) end
+  if request.model == "recommend" and (rollout or name_user) then
+    local who = asks_over_grpc(request)
+    if name_user then name_user(handle, who) end
+    if rollout then assign(handle, rollout, who) end
+  end
   send_over_http(handle, request)
   handle:clearRouteCache()
 end

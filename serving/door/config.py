@@ -44,6 +44,10 @@ def _cluster(name: str, folder: Path, options: DoorOptions, most: int, http2: bo
             ]
         },
     }
+    if options.by_user and name == RECOMMEND:  # Maglev (Eisenbud et al. 2016), bounded loads (Mirrokni et al. 2018)
+        cluster["lb_policy"] = "MAGLEV"
+        bound = {"hash_balance_factor": round(100 * options.most_of_mean)}
+        cluster["common_lb_config"]["consistent_hashing_lb_config"] = bound
     # not of TRIAL: an aggregate keeps the health that an endpoint had when it came, so its watchdog takes it out and in
     if name in (RECOMMEND, EXPLAINS, OTHERS):  # who does not say that it lives is left out, where another does
         live = {"path": READY if options.upstream else "/v2/health/live"}  # a guard speaks of all parts

@@ -37,18 +37,24 @@ def _lua(name: str, files: tuple[str, ...], request: str = "", response: str = "
     }
 
 
-def _http_checks() -> list[dict[str, Any]]:
-    return [_lua("checks", ("json.lua", *TRIAL_FILES, "checks.lua"), "guard_http", "blame_caller")]
+def _http_checks(options: DoorOptions) -> list[dict[str, Any]]:
+    files = ("json.lua", *TRIAL_FILES, *_by_user(options), "checks.lua")
+    return [_lua("checks", files, "guard_http", "blame_caller")]
 
 
-def _grpc_checks() -> list[dict[str, Any]]:
+def _by_user(options: DoorOptions) -> tuple[str, ...]:
+    return ("by_user.lua",) if options.by_user else ()
+
+
+def _grpc_checks(options: DoorOptions) -> list[dict[str, Any]]:
+    files = ("json.lua", "transcode.lua", *TRIAL_FILES, *_by_user(options), "checks.lua")
     bridge = {
         "@type": f"{TYPE}.http.grpc_http1_reverse_bridge.v3.FilterConfig",
         "content_type": "application/x-protobuf",
         "withhold_grpc_frames": True,
     }
     return [
-        _lua("checks", ("json.lua", "transcode.lua", *TRIAL_FILES, "checks.lua"), "guard_grpc", "end_grpc"),
+        _lua("checks", files, "guard_grpc", "end_grpc"),
         {"name": BRIDGE, "typed_config": bridge},
         _lua("transcode", ("json.lua", "transcode.lua"), response="from_http"),
     ]
@@ -201,9 +207,11 @@ def _listener(
 def listeners(options: DoorOptions, files: DoorFiles) -> list[dict[str, Any]]:
     http, grpc, metrics = options.http_port, options.grpc_port, options.metrics_port
     listening = [
-        _listener("http", options, files, http, http_routes(options), _http_checks()),
+        _listener("http", options, files, http, http_routes(options), _http_checks(options)),
         _listener("metrics", options, files, metrics, metrics_routes(options), []),
     ]
     if contract.ENSEMBLE in options.models:
-        listening.append(_listener("grpc", options, files, grpc, grpc_routes(options), _grpc_checks(), http2=True))
+        listening.append(
+            _listener("grpc", options, files, grpc, grpc_routes(options), _grpc_checks(options), http2=True)
+        )
     return listening

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from serving.door.hosts import Upstream
 from vivace import contract
 from vivace.explain_contract import EXPLAIN
 
 PUBLIC = (contract.ENSEMBLE, EXPLAIN, contract.APPEND_EVENT, contract.UPDATE_STORE)
+Balance = Literal["load", "user"]
 READING = (contract.ENSEMBLE, EXPLAIN)  # of a key that may not write
 
 
@@ -64,8 +66,20 @@ class DoorOptions:
     """A caller needs a certificate of those in ``DoorFiles.client_ca``."""
     upstream: Upstream | None = None
     """Servers of other machines; None: tritonservers of this one."""
+    balance: Balance = "load"
+    """Which server a call of ``recommend`` goes to: one that has few, or its user's, as long as that one has less than
+    ``most_of_mean`` times the calls of the mean."""
+    most_of_mean: float = 1.5
     models: tuple[str, ...] = PUBLIC
     """Whose calls it lets through: those of callers, or a shard of retrieval, which is asked over HTTP alone."""
+
+    def __post_init__(self) -> None:
+        if self.balance not in get_args(Balance):
+            raise ValueError(f"--balance: expected one of {', '.join(get_args(Balance))}, got {self.balance!r}")
+
+    @property
+    def by_user(self) -> bool:
+        return self.balance == "user"
 
 
 @dataclass(frozen=True, kw_only=True)

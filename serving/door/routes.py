@@ -17,6 +17,7 @@ TYPE = "type.googleapis.com/envoy.extensions.filters"
 BRIDGE = "envoy.filters.http.grpc_http1_reverse_bridge"
 UNREADY, STOPPING = "vivace.unready", "vivace.stopping"  # runtime keys, in per cent of the calls
 SHADOW = "vivace.shadow"  # the same: calls of which the version on trial gets a copy
+USER = "x-vivace-user"  # header that the checks set: by whom a server is chosen (``DoorOptions.balance``)
 VARIANT = "x-vivace-variant"  # header that the checks set, of a call and of its answer
 ON_TRIAL = "trial"
 NOT_TAKEN = "x-vivace-not-taken"  # header of a refusal by a server that stops: another may be asked, whatever it was
@@ -73,7 +74,9 @@ def _infer(model: str, match: dict[str, Any], options: DoorOptions) -> list[dict
     }
     share = {"default_value": {"numerator": 0}, "runtime_key": SHADOW}
     copies = {"request_mirror_policies": [{"cluster": TRIAL, "runtime_fraction": share}]}
-    served = {"match": match, "route": to(RECOMMEND, options, again=True, quick=True) | copies, "stat_prefix": model}
+    by_user = {"hash_policy": [{"header": {"header_name": USER}}]} if options.by_user else {}
+    route = to(RECOMMEND, options, again=True, quick=True) | copies | by_user
+    served = {"match": match, "route": route, "stat_prefix": model}
     return [on_trial, served]
 
 

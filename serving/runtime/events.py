@@ -56,9 +56,11 @@ def parse_event(
             f"{TIMESTAMP_MS.name}: expected Unix time in ms, 1 to {latest_ms} (a day from now), got {timestamp_ms}; "
             "0 is now"
         )
-    parse_context(context, columns or ContextColumns())
+    columns = columns or ContextColumns()
+    parse_context(context, columns)
     kind = checked_text(event_type, EVENT_TYPE.name, MAX_EVENT_TYPE_BYTES)
-    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id)
+    shown = kind in columns.shown_types
+    return Event(user, item, kind, timestamp_ms, event_id, context.decode(), request_id, shown=shown)
 
 
 def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
@@ -69,7 +71,7 @@ def event_status(event: Event, item_id: int, event_types: Set[str]) -> str:
         status = with_reason(
             status, f"stored, but {APPEND_ITEM_ID.name} {event.item_id[:64]!r} is not in the catalogue of the models"
         )
-    without = unknown_types([event.event_type], event_types, EVENT_TYPE.name)
+    without = "" if event.shown else unknown_types([event.event_type], event_types, EVENT_TYPE.name)
     stored = "stored, but " if without and status == STATUS_OK else ""
     return with_reason(status, stored + without)
 
@@ -84,9 +86,9 @@ class SuspectEvents:
         self._since_report, self._users, self._reported_s = 0, set[str](), -float("inf")
 
     def reasons(self, events: Sequence[Event], came_ms: int) -> list[str]:
-        """Of each of a request's events what STATUS says of it, "" for nothing. Raises ValueError where one is
-        refused."""
-        why = [self._suspects.why(event.user_id, event.timestamp_ms, came_ms) for event in events]
+        """Of each of a request's events what STATUS says of it, "" for nothing: of impressions, as one look at a page
+        has many. Raises ValueError where one is refused."""
+        why = ["" if e.shown else self._suspects.why(e.user_id, e.timestamp_ms, came_ms) for e in events]
         suspect = [(event, text) for event, text in zip(events, why, strict=True) if text]
         self._since_report += len(suspect)
         self._users.update(event.user_id for event, _ in suspect)

@@ -6,6 +6,7 @@ C states of an event, D width, M encoded events, N candidates.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import numpy as np
 import onnxruntime as ort
 
 from serving.runtime.by_length import STEP, rows_at_once
-from serving.runtime.state_cache import Entry, StateCache, prefixes
+from serving.runtime.cache_settings import StateSettings
+from serving.runtime.state_cache import DIGEST, Entry, Keys, StateMemory, keys_of
 from vivace.contract import PADDING_ID, StageTensors
 from vivace.onnx_session import open_session
 from vivace.step_contract import (
@@ -34,13 +36,17 @@ HIT, GROWN, MISSED = "hit", "grown", "missed"
 @dataclass
 class Row:
     """One history: its known events int64 [n, E] (ids, then times and types as they are read), the hashes of them, and
-    the entry of the first ``count``, None where there is none."""
+    the entry of the first of them, None where there is none."""
 
     place: int
     events: np.ndarray
-    keys: list[bytes]
+    keys: Keys
     entry: Entry | None
-    count: int
+
+    @property
+    def count(self) -> int:
+        """Events whose states are there."""
+        return 0 if self.entry is None else self.entry.count
 
     @property
     def new(self) -> int:
@@ -52,18 +58,27 @@ def _padded(length: int) -> int:
     return -(-length // STEP) * STEP
 
 
+def _digest(graph: Path) -> bytes:
+    """Of a graph and what lies beside it: the states of one encoder are not another's."""
+    hashed = hashlib.blake2b(digest_size=DIGEST)
+    for file in sorted(graph.parent.glob(f"{graph.name}*")):
+        hashed.update(file.name.encode() + file.read_bytes())
+    return hashed.digest()
+
+
 class GrownHistories:
     """Histories to encodings by the graph ENCODER_STEP of ``folder``, from where the cache left them.
 
-    ``room_bytes``: of the cache. ``rows`` counts rows by HIT (nothing new), GROWN and MISSED since they were last
-    taken."""
+    ``settings``: of the cache, which every process with the same ones shares; ``model``: what tells this encoder's
+    entries from others'. ``rows`` counts rows by HIT (nothing new), GROWN and MISSED since they were last taken."""
 
     def __init__(
-        self, folder: Path, shapes: StageTensors, room_bytes: int, options: ort.SessionOptions | None = None
+        self, folder: Path, shapes: StageTensors, settings: StateSettings, options: ort.SessionOptions | None = None
     ) -> None:
         self._graph = open_session(folder / ENCODER_STEP, options=options)
         states = {i.name: i.shape for i in self._graph.get_inputs()}[EARLIER_STATES][-1]
-        self._shapes, self._states, self.cache, self.rows = shapes, int(states), StateCache(room_bytes), Counter[str]()
+        self._shapes, self._states, self.model = shapes, int(states), _digest(folder / ENCODER_STEP)
+        self.cache, self.rows = StateMemory(Path(settings.path), settings.room_bytes), Counter[str]()
         self._names = [t.name for t in step_inputs(shapes, self._states)]
         self._outputs = [t.name for t in step_outputs(shapes, self._states)]
 
@@ -80,24 +95,23 @@ class GrownHistories:
             if row.new:
                 waiting.append(row)
             elif row.entry is not None:
-                self._write(encoded_BMD, row.place, row.entry)
+                self._write(encoded_BMD, row.place, row.entry.encoded)
         for part in self._parts(waiting):
-            for row, entry in zip(part, self._encoded(part), strict=True):
-                self._write(encoded_BMD, row.place, entry)
+            for row, encoded in zip(part, self._encoded(part), strict=True):
+                self._write(encoded_BMD, row.place, encoded)
         return encoded_BMD
 
     def _row(self, place: int, events_nE: np.ndarray) -> Row:
         if not len(events_nE):
-            return Row(place, events_nE, [], None, 0)
-        keys = prefixes(events_nE)
-        entry = self.cache.find(keys, events_nE)
-        count = 0 if entry is None else entry.count
-        self.rows[MISSED if entry is None else HIT if count == len(events_nE) else GROWN] += 1
-        return Row(place, events_nE, keys, entry, count)
+            return Row(place, events_nE, Keys([], []), None)
+        keys = keys_of(events_nE, self.model)
+        row = Row(place, events_nE, keys, self.cache.find(keys, events_nE))
+        self.rows[MISSED if row.entry is None else GROWN if row.new else HIT] += 1
+        return row
 
     @staticmethod
-    def _write(encoded_BMD: np.ndarray, place: int, entry: Entry) -> None:
-        newest = entry.encoded[max(0, entry.count - encoded_BMD.shape[1]) : entry.count]
+    def _write(encoded_BMD: np.ndarray, place: int, encoded_nD: np.ndarray) -> None:
+        newest = encoded_nD[-encoded_BMD.shape[1] :]
         encoded_BMD[place, encoded_BMD.shape[1] - len(newest) :] = newest
 
     @staticmethod
@@ -111,8 +125,8 @@ class GrownHistories:
             out += [some[i : i + most] for i in range(0, len(some), most)]
         return out
 
-    def _encoded(self, rows: list[Row]) -> list[Entry]:
-        """The entries of rows with new events."""
+    def _encoded(self, rows: list[Row]) -> list[np.ndarray]:
+        """Encodings float32 [n, D] of rows with new events, which the cache keeps."""
         b, s, p = len(rows), max(r.new for r in rows), _padded(max(r.count for r in rows))
         s = s if p else min(_padded(s), self._shapes.history)
         width = rows[0].events.shape[1]
@@ -123,8 +137,8 @@ class GrownHistories:
             new_BSE[i, : row.new] = row.events[row.count :]
             if row.entry is not None:
                 known_BP[i, p - row.count :] = True
-                earlier_BPE[i, p - row.count :] = row.events[: row.count]
-                states_BPC[i, p - row.count :] = row.entry.states[: row.count]
+                earlier_BPE[i, p - row.count :] = row.entry.events
+                states_BPC[i, p - row.count :] = row.entry.states
         of_events = [np.ascontiguousarray(new_BSE[:, :, e]) for e in range(width)]
         tensors = [of_events[0], known_BP, states_BPC]
         if self._shapes.timed:
@@ -132,9 +146,11 @@ class GrownHistories:
         if self._shapes.types:
             tensors.append(of_events[-1])
         encoded, states = self._graph.run(self._outputs, dict(zip(self._names, tensors, strict=True)))
+        new = [(states[i, : r.new], encoded[i, : r.new]) for i, r in enumerate(rows)]
+        self.cache.put([(r.keys, r.events, *of, r.entry) for r, of in zip(rows, new, strict=True)])
         return [
-            self.cache.put(r.keys[0], r.events, states[i, : r.new], encoded[i, : r.new], r.entry, r.count)
-            for i, r in enumerate(rows)
+            of_new if r.entry is None else np.concatenate([r.entry.encoded, of_new])
+            for r, (_, of_new) in zip(rows, new, strict=True)
         ]
 
 
@@ -143,9 +159,9 @@ class GrownRetrieval:
     for rounding."""
 
     def __init__(
-        self, folder: Path, shapes: StageTensors, room_bytes: int, options: ort.SessionOptions | None = None
+        self, folder: Path, shapes: StageTensors, settings: StateSettings, options: ort.SessionOptions | None = None
     ) -> None:
-        self.histories = GrownHistories(folder, shapes, room_bytes, options)
+        self.histories = GrownHistories(folder, shapes, settings, options)
         self._graph, self._shapes = open_session(folder / SCORING, options=options), shapes
         self._names = [t.name for t in scoring_inputs(shapes)]
         self._outputs = [t.name for t in scoring_outputs(shapes)]

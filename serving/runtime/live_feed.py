@@ -14,6 +14,7 @@ from serving.runtime.moment import Moment
 from vivace.contract import FIRST_ID, PADDING_ID, StageTensors
 from vivace.limits import CountLimits, Limiter
 from vivace.live import KEPT_MS, LiveTable, Stream, Visits, recent_number
+from vivace.live_shown import RECENT_SHOWN, ShownStream, shown_limits
 from vivace.store.interface import Event, ServingStore, StoreError
 
 EVERY_S = 0.2
@@ -40,13 +41,17 @@ class LiveFeed:
         if not recent.exists():
             raise FileNotFoundError(f"live counters: nothing at {recent}; run 'vivace compile' again")
         stream = Stream.load(recent)
+        shown = ShownStream.load(recent.with_name(RECENT_SHOWN)) if shapes.shown else ShownStream.none()
         self._store, self._item_ids, self._moment, self._counted = store, item_ids, moment, shapes.counted
-        self._table = LiveTable(shapes.items, shapes.rising, shapes.counted, shapes.rising_fresh)
-        self._visits, self._limiter, self._items = Visits(), Limiter(CountLimits.of(shapes)), shapes.items
+        self._table = LiveTable(shapes.items, shapes.rising, shapes.counted, shapes.rising_fresh, shapes.shown)
+        limits = CountLimits.of(shapes)
+        self._visits, self._limiter, self._items = Visits(), Limiter(limits), shapes.items
+        self._shown_limiter = Limiter(shown_limits(limits))
         self._slots: dict[str, int] | None = {} if shapes.rising_fresh else None  # by raw id of items put in since
         self._changes = 0  # number of the newest change among them
         stream.into(self._table)
-        newest_ms = int(stream.times_ms[-1]) if len(stream) else 0
+        self._table.add_shown(shown.ids, shown.times_ms)
+        newest_ms = max((int(s.times_ms[-1]) for s in (stream, shown) if len(s)), default=0)
         self._after_ms = min(newest_ms, int(time.time() * 1000))  # a log may hold the future
         self._number, self._now_ms, self.error = recent_number(recent), 0, ""
         self._process, self._turns = uuid.uuid4().hex, 0
@@ -79,8 +84,10 @@ class LiveFeed:
     def _count(self, now_ms: int) -> None:
         now_ms = self._now_ms = max(now_ms, self._now_ms)  # a clock that is set back stands still for the counters
         self._number, events = self._store.live_events(self._number, now_ms - KEPT_MS)
+        self._meet(events, now_ms)
         events = [event for event in events if event.timestamp_ms > self._after_ms]
-        if events:
+        self._count_shown([event for event in events if event.shown])
+        if events := [event for event in events if not event.shown]:
             ids = self._ids([event.item_id for event in events])
             times = np.array([event.timestamp_ms for event in events], np.int64)
             visits = [
@@ -90,22 +97,33 @@ class LiveFeed:
             entry, previous = (np.array(part) for part in zip(*visits, strict=True))
             counted = ids >= FIRST_ID
             known = np.flatnonzero(counted)
-            self._meet(events, now_ms)
             users, came = [events[at].user_id for at in known], [events[at].came_ms for at in known]
             counted[known] = self._limiter.mask(users, ids[known].tolist(), times[known].tolist(), came)
             Stream(ids, times, entry, self._context(events), previous)[counted].into(self._table)
         self._rows = self._table.moment(now_ms)
         self._at = time.monotonic()
 
+    def _count_shown(self, events: Sequence[Event]) -> None:
+        if not events or self._table.shown is None:
+            return
+        ids, times = self._ids([e.item_id for e in events]), np.array([e.timestamp_ms for e in events], np.int64)
+        known = np.flatnonzero(ids >= FIRST_ID)
+        users, came = [events[at].user_id for at in known], [events[at].came_ms for at in known]
+        counted = known[self._shown_limiter.mask(users, ids[known].tolist(), times[known].tolist(), came)]
+        self._table.add_shown(ids[counted], times[counted])
+
     def _meet(self, events: Sequence[Event], now_ms: int) -> None:
-        """Tells the limiter who was there before: whose history begins with none of these events."""
+        """Tells the limiter when those came first of whom it has no event: before all of these, if their history begins
+        with none of them. ``events``: all of the log, as one of any item and time may be a user's first."""
         unmet = self._limiter.unmet(event.user_id for event in events)
         new = {(event.user_id, event.item_id, event.timestamp_ms) for event in events} if unmet else set()
+        came = {event.user_id: event.came_ms or event.timestamp_ms for event in reversed(events)} if unmet else {}
         for start in range(0, len(unmet), USERS):
-            users = [str(user) for user in unmet[start : start + USERS]]
-            histories = zip(users, self._store.typed_histories(users), strict=True)
-            there = [user for user, h in histories if h is not None and h[0] and (user, h[0][0], h[2][0]) not in new]
-            self._limiter.meet(there, now_ms)
+            users = unmet[start : start + USERS]
+            for user, history in zip(users, self._store.typed_histories(users), strict=True):
+                if history is not None and history[0] and (user, history[0][0], history[2][0]) not in new:
+                    came[user] = 0
+        self._limiter.meet({user: came[user] for user in unmet}, now_ms)
 
     def _ids(self, items: list[str]) -> np.ndarray:
         """Ids int64 [n], of items that were put in since the run was compiled too: V and their slots. Called after the

@@ -35,7 +35,7 @@ class Moment:
         reads_context = bool(shapes.context or shapes.amounts or shapes.counted)
         self._context = open_session(folder / CONTEXT_GRAPH, threads) if reads_context else None
         if not reads_context:
-            self.columns = ContextColumns(types=self.columns.types)
+            self.columns = ContextColumns(types=self.columns.types, shown_types=self.columns.shown_types)
 
     def sent(self, context: str) -> Values:
         """Values by column of the CONTEXT of a stored event; {} for one that cannot be read."""

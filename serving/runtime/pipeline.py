@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serving.runtime.by_length import RANKING_RUN_EVENTS, chunks, retrieved, together
+from serving.runtime.cache_settings import StateSettings
 from serving.runtime.fresh import FreshRanking
 from serving.runtime.grown import GrownRetrieval
 from serving.runtime.live_catalogue import LiveCatalogue
@@ -48,8 +49,8 @@ class Pipeline:
         ranked: candidates that are ranked and answered, the retriever's first, or as many as are asked for (0: all).
         whole: histories are read padded to their full length, as the graphs of the ensemble read them. The answers are
             the same but for rounding.
-        state_bytes: of memory for what was worked out of histories, which are then encoded from where they were left
-            (0: each is encoded whole). The answers are the same but for rounding.
+        states: memory for what was worked out of histories, which are then encoded from where they were left (None:
+            each is encoded whole). The answers are the same but for rounding.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Pipeline:
         threads: int = 1,
         ranked: int = 0,
         whole: bool = False,
-        state_bytes: int = 0,
+        states: StateSettings | None = None,
     ) -> None:
         at = lambda stage: repository / stage / version  # noqa: E731
         self.shapes, self.whole = shapes, whole
@@ -82,8 +83,8 @@ class Pipeline:
         elif shapes.shards:  # all of them here: the answers are those of their servers
             shards = local_shards(repository, version, shapes, threads)
             self._sharded = ShardedRetrieval(at(contract.RETRIEVAL), shapes, shards, threads)
-        elif state_bytes and self._grows(at(contract.RETRIEVAL)):
-            self.grown = GrownRetrieval(at(contract.RETRIEVAL), shapes, state_bytes, options)
+        elif states is not None and self._grows(at(contract.RETRIEVAL)):
+            self.grown = GrownRetrieval(at(contract.RETRIEVAL), shapes, states, options)
         else:
             self._retrieval = open_session(at(contract.RETRIEVAL) / "model.onnx", options=options)
         self.search, self.search_ranking = None, None

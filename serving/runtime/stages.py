@@ -91,8 +91,11 @@ def _history_item(raw: bytes, index: int) -> str:
     return checked_text(raw, f"{HISTORY.name}[{index}]", len(raw))
 
 
-def _parts_of_events(events: list[str]) -> tuple[list[str], tuple[str, ...], tuple[int, ...]]:
-    """(items, types, times) of events whose parts are joined by EVENT_PART. Raises ValueError."""
+def _parts_of_events(
+    events: list[str], shown_types: tuple[str, ...]
+) -> tuple[list[str], tuple[str, ...], tuple[int, ...]]:
+    """(items, types, times) of events whose parts are joined by EVENT_PART, without those of ``shown_types``. Raises
+    ValueError."""
     items, types, times = list[str](), list[str](), list[int]()
     for index, event in enumerate(events):
         item, *more = event.split(EVENT_PART)
@@ -107,9 +110,10 @@ def _parts_of_events(events: list[str]) -> tuple[list[str], tuple[str, ...], tup
                 f"{HISTORY.name}[{index}]: expected an event type of at most {MAX_EVENT_TYPE_BYTES} bytes and a time "
                 f"in ms, got {event[:60]!r}"
             )
-        items.append(item)
-        types.append(kind)
-        times.append(int(when or 0))
+        if kind not in shown_types or not kind:
+            items.append(item)
+            types.append(kind)
+            times.append(int(when or 0))
     return items, tuple(types), tuple(times)
 
 
@@ -138,7 +142,9 @@ def parse_row(
         items = [_history_item(raw, i) for i, raw in enumerate(history) if raw]
     types = times = None
     if any(EVENT_PART in item for item in items):
-        items, types, times = _parts_of_events(items)
+        items, types, times = _parts_of_events(items, columns.shown_types if columns else ())
+        if not items:
+            types = times = None
     values, unknown = parse_context(context, columns or ContextColumns()) if context else ({}, [])
     return Row(user, items or None, int(top_k), text, types, times, values, tuple(unknown))
 

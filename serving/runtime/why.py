@@ -213,6 +213,7 @@ def because(
 _WORDS = {
     ENGLISH: {
         "because": "because of {}",
+        "itself": "{} itself", "other": "{}",
         "without": "would not be shown without {}",
         "nothing": "no single part of the request decides",
         "ruled": "shown by a business rule",
@@ -225,6 +226,7 @@ _WORDS = {
     },
     CHINESE: {
         "because": "因为{}",
+        "itself": "{}", "other": "{}",
         "without": "若没有{}则不会推荐",
         "nothing": "并非由请求中的某一项决定",
         "ruled": "由业务规则展示",
@@ -245,7 +247,7 @@ def _listed(names: Sequence[str], words: dict[str, str]) -> str:
 
 def sentence(of: Because, titles: dict[str, str], language: str = ENGLISH, most: int = 2) -> str:
     """What was computed, in words, and nothing else: the largest reason with up to ``most`` - 1 others that weigh at
-    least TOLD of it, and the smallest set."""
+    least TOLD of it, and the smallest set. An item may be its own reason, where what was seen may be answered."""
     words = _WORDS[language]
     if of.ruled:
         return words["ruled"]
@@ -253,7 +255,8 @@ def sentence(of: Because, titles: dict[str, str], language: str = ENGLISH, most:
     told = [reason.part for reason in first if reason.drop >= TOLD * first[0].drop]
     if not told:
         return words["popular"] if of.popular else words["nothing"]
-    seen = [titles.get(part.name) or part.name for part in told if part.kind == HISTORY]
+    of_history = [part.name for part in told if part.kind == HISTORY]
+    seen = [words["itself" if name == of.item else "other"].format(titles.get(name) or name) for name in of_history]
     parts = [words.get(HISTORY, "{}").format(_listed(seen, words))] if seen else []
     parts += [
         words[part.name if part.kind == QUERY else UNKNOWN if part.unknown else part.kind].format(part.name, part.value)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.runtime.cache_settings import ANSWER_CACHE, STATE_CACHE, CacheSettings
+from serving.runtime.cache_settings import ANSWER_CACHE, STATE_CACHE, CacheSettings, StateSettings
 from serving.runtime.drift import counts_of_worker
 from serving.runtime.explore import Explorer, explored
 from serving.runtime.interleaved import ENVIRONMENT as INTERLEAVE, Interleaved, both_rules, both_statuses, settings_of
@@ -48,9 +48,10 @@ class RecommendModel(Stage):
         seen, threads = self.parameters["exclude_seen"] == "true", int(self.parameters["intra_op_thread_count"])
         repository, ranked = self.folder.parent.parent, int(self.parameters["ranked"])
         store = self.store(readonly=True)
-        states = int(os.environ.get(STATE_CACHE) or 0)
+        kept = os.environ.get(STATE_CACHE)
+        states = StateSettings.read(kept) if kept else None
         self.pipeline = Pipeline(
-            repository, self.folder.name, self.shapes(), store, seen, threads, ranked, state_bytes=states
+            repository, self.folder.name, self.shapes(), store, seen, threads, ranked, states=states
         )
         self.overload, self.counts = Overload(int(self.parameters["overload_rows"])), Counts()
         self.answers, self.interleaved = None, None

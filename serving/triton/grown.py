@@ -1,4 +1,4 @@
-"""What the cache of states of a worker did, on Triton's metrics page.
+"""What the cache of states did, on Triton's metrics page.
 
 Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils``).
 """
@@ -14,19 +14,18 @@ from serving.triton.stage import Counts
 
 
 class GrownCounts:
-    """Of the cache of ``histories``: rows by what it had, and the memory it takes, a series each worker."""
+    """Of the cache of ``histories``: rows by what it had, and the memory it takes, which all workers share."""
 
     def __init__(self, histories: GrownHistories) -> None:
         self._histories = histories
         self._rows = Counts("vivace_state_cache_total", "Histories by what the cache had of them", "result")
         kinds = (
-            ("vivace_state_cache_bytes", "Memory that states take, of all workers", pb_utils.MetricFamily.GAUGE),
+            ("vivace_state_cache_bytes", "Memory that states take", pb_utils.MetricFamily.GAUGE),
             ("vivace_state_cache_evicted_total", "Histories dropped for want of room", pb_utils.MetricFamily.COUNTER),
         )
         self._families = [pb_utils.MetricFamily(name=n, description=d, kind=k) for n, d, k in kinds]
         metrics: list[Any] = [family.Metric(labels={}) for family in self._families]
         self._bytes, self._evicted = metrics
-        self._known_bytes = 0
         histories.rows.clear()  # of the warm-up
         for result in (HIT, GROWN, MISSED):
             self._rows(result, 0)
@@ -39,8 +38,7 @@ class GrownCounts:
         if not self._rows.hand_over():
             return
         cache = self._histories.cache
-        self._bytes.increment(cache.bytes - self._known_bytes)  # the workers' metrics are one
-        self._known_bytes = cache.bytes
+        self._bytes.set(cache.size())
         if cache.evicted:
             self._evicted.increment(cache.evicted)
             cache.evicted = 0

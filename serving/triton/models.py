@@ -330,7 +330,7 @@ class AppendEventModel(Stage):
             for i, _ in accepted:
                 responses[i] = failure(error)
         if self.drift is not None and lengths:
-            self.drift.clicked(sum(bool(event.request_id) for event in stored))
+            self.drift.clicked(sum(bool(event.request_id and not event.shown) for event in stored))
         for i, events in accepted if lengths else ():
             length = np.array([[lengths[e.user_id]] for e in events], np.int32)
             values = {

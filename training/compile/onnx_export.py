@@ -5,6 +5,7 @@ Axis legend: B requests, T history events, V item ids, P earlier events, S new e
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from preprocessing.features import Features
+from serving.runtime.cache_settings import StateSettings
 from serving.runtime.grown import GrownRetrieval
 from training.data import batches
 from training.data.live import with_live
@@ -212,13 +214,14 @@ def check_steps(
     """How far the graphs are, the newest events appended to the others' states, from the one graph's answer
     ``answer`` to ``example``, its inputs. Raises ValueError beyond rounding."""
     given, expected = [x.numpy() for x in example], [x.numpy() for x in answer]
-    grown = GrownRetrieval(folder, s, CHECK_BYTES)
     of_events = {0, *range(2, 2 + s.timed + s.types)}
     before = [np.roll(x, HELD_BACK, 1) if i in of_events else x for i, x in enumerate(given)]
     for i in of_events:
         before[i][:, :HELD_BACK] = contract.PADDING_ID
-    grown(before)
-    ids, scores, encoded = grown(given)
+    with tempfile.TemporaryDirectory() as name:
+        grown = GrownRetrieval(folder, s, StateSettings(CHECK_BYTES, path=f"{name}/states"))
+        grown(before)
+        ids, scores, encoded = grown(given)
     same, apart = float((ids == expected[0]).mean()), float(np.abs(scores - expected[1]).max())
     encodings = float(np.abs(encoded - expected[2]).max())
     if not (same >= EQUAL_IDS and apart <= TOLERANCE and encodings <= TOLERANCE):

@@ -30,6 +30,7 @@ from vivace.context import CONTEXT_FILE, CONTEXT_GRAPH, TYPES_GRAPH, ContextColu
 from vivace.drift import FILE as DRIFT_FILE
 from vivace.limits import CountLimits
 from vivace.live import RECENT
+from vivace.live_shown import RECENT_SHOWN
 from vivace.manifest import finite, plain, write_json, write_text
 from vivace.run import EVALUATION, FEATURES, FINAL, RANKING, RETRIEVAL, Run, StaleError
 from vivace.shard_contract import shard_model
@@ -93,6 +94,7 @@ def _files(features: Features, run: Run, folder: Path, tensors: contract.StageTe
             CONTEXT_FILE: features.folder / CONTEXT_FILE,
             **{name: features.folder / name for name in graphs},
             **({RECENT: folder / RECENT} if tensors.rising else {}),
+            **({RECENT_SHOWN: folder / RECENT_SHOWN} if tensors.shown else {}),
         },
         contract.RETRIEVAL: retrieval,
         **{shard_model(i): {"model.onnx": shard_file(folder, i)} for i in shards},
@@ -125,7 +127,10 @@ def publish(
         then.save(folder / DRIFT_FILE)
     if tensors.rising:
         columns = features.context if tensors.counted else ContextColumns()
-        features.stream(columns, CountLimits.of(tensors)).save(folder / RECENT, features.log_number())
+        limits = CountLimits.of(tensors)
+        features.stream(columns, limits).save(folder / RECENT, features.log_number())
+        if tensors.shown:
+            features.shown(limits).save(folder / RECENT_SHOWN)
     metadata = {"precision": card["precision"], "tables": card["tables"], "gate": json.dumps(gate)}
     metadata[contract.DATA] = schema.name
     return repository.assemble(

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from preprocessing.events import user_hash
 from preprocessing.features import Features
 from preprocessing.splits import YEAR_MS
 from training.data.batches import Requests
@@ -23,12 +24,14 @@ from vivace.contract import (
     PADDING_ID,
     TARGET_TIME,
     TIME,
+    USER,
     StageTensors,
     live_features,
     target_column,
 )
 from vivace.limits import CountLimits
-from vivace.live import LiveTable
+from vivace.live import VISIT_GAP_MS, LiveTable
+from vivace.live_shown import ShownStream
 
 STEP_MS = 5_000  # requests of so long see the same counts, those at its beginning: a server's are no fresher by much
 
@@ -44,11 +47,18 @@ def check_times(features: Features) -> None:
         )
 
 
-def check_live(features: Features, rising: int, control: bool = False) -> None:
+def check_live(features: Features, rising: int, control: bool = False, shown: bool = False) -> None:
     """Raises ValueError where a ranker with live counters (``ranker.rising`` above 0) cannot be trained. ``control``: a
-    control of it, on training events, is wanted too."""
+    control of it, on training events, is wanted too; ``shown``: it reads how often items were shown."""
     if not rising:
         return
+    if shown and not features.has_shown():
+        named = ", ".join(features.schema.shown_types) or "none"
+        raise ValueError(
+            f"{features.folder}: ranker.shown_rates: expected events of types that say what was shown, found none; the "
+            f"mapping names {named} under shown_types: name them there and prepare again, or leave ranker.shown_rates "
+            "out"
+        )
     if control:
         raise ValueError(
             f"--control: expected a ranker without live counters, got ranker.rising {rising}: what its retriever says "
@@ -70,6 +80,10 @@ class LiveAt:
         context_RC: ids int64 [R, C] of the columns that are counted by.
         newest_R: the newest item int64 [R] of each request's history, PADDING_ID without one.
         columns: of the context (None: none is counted by).
+        impressions: where the counters say how often items were shown: all of the log's (None: they do not).
+        own: of them those of the requests' own users. A request is made before its answer is seen, but its moment is
+            that of the click that came of it: what its user was shown in the ``VISIT_GAP_MS`` before is left out, as a
+            server could not know it (None: nothing is known of the users).
     """
 
     def __init__(
@@ -81,13 +95,17 @@ class LiveAt:
         rising: int,
         columns: ContextColumns | None = None,
         limits: CountLimits | None = None,
+        impressions: ShownStream | None = None,
+        own: _OfUsers | None = None,
     ) -> None:
         columns = columns or ContextColumns()
-        counted = len(columns.counted)
-        stream, table = features.stream(columns, limits), LiveTable(features.item_count(), rising, counted)
+        counted, shown = len(columns.counted), impressions is not None
+        impressions = impressions or ShownStream.none()
+        stream = features.stream(columns, limits)
+        table = LiveTable(features.item_count(), rising, counted, shown=shown)
         self.ids = np.zeros((len(moments_R), rising), np.int32)
-        self.features = np.zeros((len(moments_R), rising, live_features(counted)), np.float16)
-        fed, step, rows = 0, -1, table.rows(0)
+        self.features = np.zeros((len(moments_R), rising, live_features(counted, shown)), np.float16)
+        fed, fed_shown, step, rows = 0, 0, -1, table.rows(0)
         for request in np.argsort(moments_R, kind="stable"):
             moment = int(moments_R[request])
             if moment // STEP_MS != step:
@@ -95,8 +113,11 @@ class LiveAt:
                 until = step * STEP_MS
                 stop = int(np.searchsorted(stream.times_ms, until))
                 stream[fed:stop].into(table)
-                fed, rows = stop, table.rows(until)
-            of_request = rows.of(context_RC[request : request + 1], newest_R[request : request + 1])
+                stop_shown = int(np.searchsorted(impressions.times_ms, until))
+                table.add_shown(impressions.ids[fed_shown:stop_shown], impressions.times_ms[fed_shown:stop_shown])
+                fed, fed_shown, rows = stop, stop_shown, table.rows(until)
+            without = None if own is None else own.before(int(request), moment - VISIT_GAP_MS, step * STEP_MS)
+            of_request = rows.of(context_RC[request : request + 1], newest_R[request : request + 1], without)
             self.ids[request], self.features[request] = (x[0] for x in of_request)
 
     @classmethod
@@ -107,16 +128,20 @@ class LiveAt:
         rising: int,
         columns: ContextColumns | None = None,
         limits: CountLimits | None = None,
+        shown: bool = False,
         most: int | None = None,
     ) -> LiveAt:
         """``part``: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
-        ``most``: only of its first requests, so many."""
+        ``shown``: whether the counters say how often items were shown. ``most``: only of its first requests, so
+        many."""
         files, columns = features.files(part), columns or ContextColumns()
         moments = [pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files]
         names = [target_column(columns.categoricals[i]) for i in columns.counted]
         moments_R = np.concatenate([np.empty(0, np.int64), *moments])[:most]
         context_RC, newest_R = _context(files, names)[:most], _newest(files)[:most]
-        return cls(features, moments_R, context_RC, newest_R, rising, columns, limits)
+        impressions = features.shown(limits) if shown else None
+        own = None if impressions is None else _OfUsers(impressions, files)
+        return cls(features, moments_R, context_RC, newest_R, rising, columns, limits, impressions, own)
 
     @classmethod
     def of_histories(
@@ -127,7 +152,8 @@ class LiveAt:
         context_RC = np.full((len(histories), len(columns.counted)), NULL_ID)
         newest_R = np.array([history[-1] if len(history) else PADDING_ID for history in histories], np.int64)
         limits = CountLimits.of(tensors)
-        return cls(features, moments_R, context_RC, newest_R, tensors.rising, columns, limits)
+        impressions = features.shown(limits) if tensors.shown else None
+        return cls(features, moments_R, context_RC, newest_R, tensors.rising, columns, limits, impressions)
 
     def of(self, request: Requests) -> Requests:
         """The same requests with what was rising."""
@@ -137,6 +163,24 @@ class LiveAt:
             rising_BM=torch.from_numpy(self.ids[numbers].astype(np.int64)),
             live_BMF=torch.from_numpy(self.features[numbers].astype(np.float32)),
         )
+
+
+class _OfUsers:
+    """What the users of requests were shown, by the requests' numbers."""
+
+    def __init__(self, shown: ShownStream, files: list[Path]) -> None:
+        self._users = np.concatenate(
+            [np.empty(0, np.int64), *(user_hash(pq.read_table(f, columns=[USER])[USER].to_numpy()) for f in files)]
+        )
+        self._shown = shown[np.argsort(shown.users, kind="stable")]  # of one user by time
+
+    def before(self, request: int, since_ms: int, until_ms: int) -> ShownStream:
+        """What the request's user was shown from ``since_ms`` to before ``until_ms``."""
+        user, all_shown = self._users[request], self._shown
+        start, stop = np.searchsorted(all_shown.users, user, "left"), np.searchsorted(all_shown.users, user, "right")
+        times = all_shown.times_ms[start:stop]
+        first, last = np.searchsorted(times, since_ms), np.searchsorted(times, until_ms)
+        return all_shown[start + first : start + last]
 
 
 def _context(files: list[Path], names: list[str]) -> np.ndarray:
@@ -164,6 +208,7 @@ def with_live(
         yield from requests
         return
     columns = features.context if tensors.counted else None
-    live = LiveAt.of_part(features, part, tensors.rising, columns, CountLimits.of(tensors), most)
+    limits = CountLimits.of(tensors)
+    live = LiveAt.of_part(features, part, tensors.rising, columns, limits, tensors.shown, most)
     for request in requests:
         yield live.of(request)

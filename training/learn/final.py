@@ -9,6 +9,7 @@ ranker, which reads its vectors, still knows them: trained from another start th
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from preprocessing.caps import learned_from
 from preprocessing.features import Features
 from preprocessing.sequences import WHOLE
 from training.checkpoints import WEIGHTS, build_ranker, device, load_ranker, load_retrieval
@@ -101,6 +103,7 @@ def train_final(features: Features, preset: Preset, root: Path, say: Progress, q
     started = time.monotonic()
     step.keep_only_own()
     torch.manual_seed(step.seed)
+    features = learned_from(features, preset.retrieval.caps, step.folder / "learned")
     counts = popularity(features.files(WHOLE), features.item_count())
     say(f"final fit on all {int(counts.sum()):,} events: {epochs} epochs, as chosen on validation")
     retriever = load_retrieval(features, preset, root)
@@ -110,6 +113,7 @@ def train_final(features: Features, preset: Preset, root: Path, say: Progress, q
         folder.mkdir(exist_ok=True)
         torch.save(model.state_dict(), folder / WEIGHTS)
     (step.folder / "checkpoint.pt").unlink(missing_ok=True)
+    shutil.rmtree(step.folder / "learned", ignore_errors=True)
     return step.finish(
         time.monotonic() - started, epochs=report["epochs"], chosen_epochs=epochs, events=int(counts[FIRST_ID:].sum()),
         card=f"final fit on all events: {epochs} epochs chosen on validation", device=str(device()),

@@ -214,7 +214,8 @@ class Loop:
             if self.epoch < self.config.epochs:
                 progress.console.print(
                     f"{self.name}: stopped after epoch {self.epoch} of {self.config.epochs}: "
-                    f"nothing gained on the users held back in {self.config.patience}",
+                    f"the log_loss of the held-back users has not fallen for {self.bad_epochs}; the epoch with the "
+                    "lowest is kept",
                     highlight=False,
                 )
         if (self.config.patience or self.average) and self.best_state is not None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from preprocessing.caps import learned_from
 from preprocessing.features import Features
 from training.checkpoints import build_ranker, device, finish_training, keep_only_own_checkpoint, load_retrieval
 from training.data import batches
@@ -101,7 +102,8 @@ class RankerData:
 
     def _replayed(self) -> batches.Requests:
         """The validation requests with what was rising at the moment of each."""
-        check_live(self.features, self.preset.ranker.rising, self.control and not self.without_validation)
+        ranker = self.preset.ranker
+        check_live(self.features, ranker.rising, self.control and not self.without_validation, ranker.shown_rates)
         parts = batches.requests(self.features.files("valid"), self.heads, self.preset.encoder.window, SCORED)
         return batches.together(list(with_live(parts, self.features, "valid", shapes(self.preset, self.features))))
 
@@ -321,6 +323,7 @@ def train_ranker(
         return manifest
     keep_only_own_checkpoint(step)
     torch.manual_seed(seed)
+    features = learned_from(features, preset.retrieval.caps, step.folder / "parts")
     retriever = load_retrieval(features, preset, root)
     model = build_ranker(features, preset, retriever).to(device())
     retriever.to(device())

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from preprocessing.caps import learned_from
 from preprocessing.features import Features
 from training.advice import outsized
 from training.checkpoints import device, finish_training, keep_only_own_checkpoint
@@ -198,6 +199,7 @@ def train_retrieval(
     if world.local_rank == 0:
         keep_only_own_checkpoint(step)
     torch.manual_seed(seed)
+    features = learned_from(features, training.caps, step.folder / "parts" / f"learned-{world.local_rank}")
     counts = popularity(features.files("train"), features.item_count())
     if warning := outsized(preset.encoder, int(counts.sum())):
         say(warning)

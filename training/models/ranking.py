@@ -75,6 +75,8 @@ class RankerConfig:
     """The most of a user's events that count within ten minutes (0: all)."""
     rising_newcomers: float = 0.0
     """Events of newcomers on an item that count for each one of others, beside five (0: all)."""
+    shown_rates: bool = False
+    """Beside the live counts, how often an item was shown and which share took it (``vivace.live_shown``)."""
     category_counts: bool = False
     """How many events of the whole history are of the candidate's first categorical attribute, two features."""
 
@@ -133,7 +135,7 @@ class RankingModel(nn.Module):
         self.query, self.out = nn.Linear(d, d), nn.Linear(d, d)
         self.norm_own, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         counted = len(retriever.columns.counted) if config.by_context else 0
-        live = live_features(counted) if config.rising else 0
+        live = live_features(counted, config.shown_rates) if config.rising else 0
         counters = 5 + 2 * config.lags + 2 * config.category_counts + 2 * bool(config.nearest) + live
         self.counter = nn.Sequential(nn.Linear(counters, 64), nn.GELU(), nn.Linear(64, 32))
         towers = blocks.towers(head_names)
@@ -172,8 +174,7 @@ class RankingModel(nn.Module):
         among_BL = scores_BN if among_BL is None else among_BL
         # summed as floats: in ONNX Runtime a sum of integers took a tenth of the graph's time
         rank_BN = torch.log1p((among_BL[:, None, :] > scores_BN[:, :, None]).to(scores_BN.dtype).sum(2))
-        lags = config.lags
-        recent_BL = F.pad(history_BT, (lags, 0), value=PADDING_ID)[:, -lags:]  # of any length, exported too
+        recent_BL = F.pad(history_BT, (config.lags, 0), value=PADDING_ID)[:, -config.lags :]  # of any length, exported
         followers_BLK = self.follower_ids[recent_BL]
         weights_BLK = self.follower_weights[recent_BL]
         hit_BLNK = followers_BLK[:, :, None] == candidates_BN.to(followers_BLK.dtype)[:, None, :, None]
@@ -181,9 +182,8 @@ class RankingModel(nn.Module):
         follow_BNL = follow_BLN.transpose(1, 2)
         same_BNL = self._same_category(recent_BL, category_BN)
         parts = [gap_BN, share_BN.log().clamp_min(-20.0), rank_BN, popularity_BN]
-        total_BN = follow_BNL.sum(2)
         log_follow_BNL = torch.log1p(follow_BNL * 1000.0)
-        more = [torch.stack([*parts, torch.log1p(total_BN * 1000.0)], 2), log_follow_BNL, same_BNL]
+        more = [torch.stack([*parts, torch.log1p(follow_BNL.sum(2) * 1000.0)], 2), log_follow_BNL, same_BNL]
         if config.category_counts:
             same_BNT = self._same_category(history_BT, category_BN)
             more.append(blocks.own_counts(same_BNT, history_BT))

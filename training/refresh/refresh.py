@@ -91,6 +91,8 @@ def check_refreshable(run: Run, preset: Preset) -> None:
         raise ValueError(f"refresh: this run has search, whose index and ranker are of its catalogue; {again}")
     if preset.encoder.text_encoder:
         raise ValueError(f"refresh: this run's items are read by a text encoder of its catalogue; {again}")
+    if not preset.retrieval.caps.none:
+        raise ValueError(f"refresh: this run learns under caps, retrieval.day_events or .same_item_s; {again}")
 
 
 class Refresh:

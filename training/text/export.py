@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,15 @@ def _export_float(tower: TextTower, path: Path) -> None:
     for row, text in zip(tokens_BS, ("red lamp", "a tall blue lamp"), strict=True):
         ids = tower.tokenizer.encode(text).ids[: len(row)]
         row[: len(ids)] = torch.tensor(ids)
-    torch.onnx.export(
-        tower.model, (tokens_BS,), str(path), input_names=["TOKENS"], output_names=["VECTOR", "STATES"],
-        opset_version=OPSET, dynamo=False,
-        dynamic_axes={"TOKENS": {0: "batch", 1: "tokens"}, "VECTOR": {0: "batch"}, "STATES": {0: "batch", 1: "tokens"}},
-    )  # fmt: skip
+    free = {0: "batch", 1: "tokens"}
+    axes = {"TOKENS": free, "VECTOR": {0: "batch"}, "STATES": free}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracing, which a test holds against the tower
+        torch.onnx.export(
+            tower.model, (tokens_BS,), str(path), input_names=["TOKENS"], output_names=["VECTOR", "STATES"],
+            opset_version=OPSET, dynamo=False,
+            dynamic_axes=axes,
+        )  # fmt: skip
 
 
 def export_queries(

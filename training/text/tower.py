@@ -85,7 +85,9 @@ class TextTower:
 
     def __init__(self, name: str, tokens: int = TOKENS) -> None:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of reading weights: half a second
         source = tower_source(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)

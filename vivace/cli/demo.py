@@ -52,7 +52,7 @@ def _answers(run: Run, server: TritonServer, search: bool) -> None:
         visitor, item = f"visitor-{int(time.time())}", sample[contract.TARGET][0]
         print_answer(run, visitor, [], client.recommend(visitor, top_k=5))
         client.append(visitor, item)
-        say(f"appended one event: {visitor} looks at {item} {titles(run, [item])[0]}")
+        say(f"appended one event of {visitor}: {item} {titles(run, [item])[0]}")
         print_answer(run, visitor, [item], client.recommend(visitor, top_k=5))
         if run.shapes().fresh:
             _new_item(run, client, visitor, item)
@@ -176,7 +176,7 @@ def run_demo(
                 tune(name=name, artifacts=artifacts, budget=tune_minutes, save_as=TUNED)
                 profile, which = TUNED, f"profile {TUNED}"
             except ValueError as error:  # such as an objective that nothing meets here: it is served as it is
-                say(f"{error}; served untuned")
+                say(f"{str(error).replace('--budget', '--tune-minutes')}; served untuned")
             clock.done("tune")
     say(which)
     options = ServerOptions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from vivace.cli.serve import (
     TlsCertOption,
     TlsKeyOption,
 )
+from vivace.cli.values import choice
 
 HostsOption = Annotated[
     str,
@@ -30,6 +31,10 @@ HostsCaOption = Annotated[
 ]
 HostsCertOption = Annotated[
     Path | None, typer.Option(help="PEM, with its key: shown to servers that ask for one", exists=True, dir_okay=False)
+]
+BALANCES = ("load", "user")
+BalanceOption = Annotated[
+    Any, choice("--balance", BALANCES, "the server of a call: one with few calls, or its user's, where caches pay")
 ]
 
 
@@ -46,6 +51,7 @@ def door(
     insecure_network: InsecureNetworkOption = False,
     hosts_ca: HostsCaOption = None,
     hosts_cert: HostsCertOption = None,
+    balance: BalanceOption = "load",
 ) -> None:
     """One door before servers on several machines: calls are spread, and a machine that is cut off is left out."""
     from serving.door.hosts import Upstream, parse_hosts
@@ -57,6 +63,7 @@ def door(
     )
     options = HostsDoorOptions(
         upstream=Upstream(hosts=parse_hosts(hosts), ca=hosts_ca, cert=hosts_cert), access=access,
+        balance=balance,
         **dict(host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port),  # type: ignore[arg-type]
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -24,7 +24,7 @@ StatusPortOption = Annotated[
 CacheMbOption = Annotated[int, typer.Option(help="cache of encoded users (0: none); takes the profile cached", min=0)]
 StateCacheMbOption = Annotated[
     int,
-    typer.Option(help="each worker's cache of histories' states (0: none); takes the profile fused", min=0),
+    typer.Option(help="cache of histories' states, of all workers (0: none); takes the profile fused", min=0),
 ]
 AnswerCacheMbOption = Annotated[
     int, typer.Option(help="cache of whole answers (0: none); takes the profile fused", min=0)
@@ -92,7 +92,8 @@ ParityOption = Annotated[
     Any, typer.Option(parser=percent, metavar="PERCENT", help="of the requests kept for 'vivace parity'")
 ]
 SuspectsOption = Annotated[
-    str, choice("--suspects", ("keep", "refuse"), "events that no person sends: stored but not counted for others, or")
+    str,
+    choice("--suspects", ("keep", "refuse"), "what becomes of events that no person sends; kept, they count for none"),
 ]
 VariantOption = Annotated[
     str, typer.Option(help="what --impressions calls this server's arm of an experiment", parser=plain_name)
@@ -169,8 +170,7 @@ def serve(
         repository=served.repository,
         **dict(host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port),  # type: ignore[arg-type]
         profile=profile,
-        **_caches(cache_mb, answer_cache_mb, answer_cache_s),
-        state_bytes=state_cache_mb << 20,
+        **_caches(cache_mb, answer_cache_mb, answer_cache_s, state_cache_mb),
         trace_url=trace_url,
         trace_rate=trace_rate,
         log=log_file or _log_of(run, shard),
@@ -232,12 +232,13 @@ def _query_of(options: Any) -> str:
     return f"query{address}{trust}" + (" --key KEY" if access.keys else "")
 
 
-def _caches(states_mb: int, answers_mb: int, answers_s: float) -> dict[str, Any]:
-    """Options of a server: the cache of encoded users and that of answers."""
-    from serving.runtime.cache_settings import CacheSettings
+def _caches(users_mb: int, answers_mb: int, answers_s: float, states_mb: int) -> dict[str, Any]:
+    """Options of a server: the caches of encoded users, of answers and of states."""
+    from serving.runtime.cache_settings import CacheSettings, StateSettings
 
     answers = CacheSettings(answers_mb << 20, answers_s) if answers_mb else None
-    return {"cache_bytes": states_mb << 20, "answer_cache": answers}
+    states = StateSettings(states_mb << 20) if states_mb else None
+    return {"cache_bytes": users_mb << 20, "answer_cache": answers, "state_cache": states}
 
 
 def _certificate_for_trials(folder: Path, host: str, given: tuple[Path | None, Path | None]) -> tuple[Path, Path]:

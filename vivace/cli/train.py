@@ -92,7 +92,7 @@ def train(
     with distributed.group() as world:
         sizes = with_overrides(chosen_preset(preset, run.root, recorded=False), epochs, loss)
         features = Features(run.features)
-        check_live(features, sizes.ranker.rising, control)  # before the retriever's minutes
+        check_live(features, sizes.ranker.rising, control, sizes.ranker.shown_rates)  # before the retriever's minutes
         with exclusive(run.root) if world.first else contextlib.nullcontext():
             if table:
                 retriever, sizes = train_table(features, sizes, run.root, seed, table, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import socket
 from functools import partial
@@ -83,8 +84,7 @@ def ui(
             say(f"{why}: ids alone are shown; --name names the run")
     called = run_name(run, artifacts) if run else ""
     served = Served(lambda: address_of(url, protocol, run), protocol, access, f"vivace serve --name {called or 'RUN'}")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listening:
+    with listen(host, port) as listening:
         port = listening.getsockname()[1]
         operator_key = operator_key or secrets.token_urlsafe(9)
         ports = partial(ports_of, run, served, metrics_url, status_url)
@@ -98,3 +98,16 @@ def ui(
         uvicorn.Server(config).run(sockets=[listening])
     served.close()
     catalogue.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The page's socket. Raises BadParameter where another process has the port."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise typer.BadParameter(
+            f"{port} is taken, perhaps by the page of another run; give another, or 0 for a free one",
+            param_hint="--port",
+        ) from error

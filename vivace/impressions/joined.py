@@ -69,12 +69,13 @@ class Counts:
 
 
 class Events:
-    """Events by (request id, user, item), the first of each; ``types``: only those (all if empty)."""
+    """Events by (request id, user, item), the first of each; ``types``: only those (all if empty). That an item was
+    shown is no event of it."""
 
     def __init__(self, events: Iterable[Event], types: Collection[str] = ()) -> None:
         self.by_key: dict[tuple[str, str, str], Event] = {}
         for event in events:
-            if event.request_id and (not types or event.event_type in types):
+            if event.request_id and not event.shown and (not types or event.event_type in types):
                 self.by_key.setdefault((event.request_id, event.user_id, event.item_id), event)
         self.requests = pa.array(sorted({key[0] for key in self.by_key}), pa.string())
         self.matched: set[tuple[str, str, str]] = set()
@@ -121,7 +122,7 @@ def join(folder: Path, store: FeatureStore, out: Path, types: Collection[str] = 
     if not folder.is_dir() or not parts(folder):
         raise FileNotFoundError(f"{folder}: nothing was logged yet; serve with --impressions, and wait for a minute")
     log = store.live_events(0, most=LOG_EVENTS)[1]
-    kinds = {event.event_type for event in log if event.request_id}
+    kinds = {event.event_type for event in log if event.request_id and not event.shown}
     if unknown := sorted(set(types) - kinds):
         there = ", ".join(sorted(kinds)) or "none"
         raise ValueError(f"--event {unknown[0]}: no event that names a request has that type; there are: {there}")

@@ -23,7 +23,7 @@ class Event:
     """One interaction. ``timestamp_ms`` is Unix time in milliseconds. ``event_id``: what its sender calls it, the same
     when it is sent again; "" where it has no name. ``context``: JSON of what was known of the moment, or "".
     ``request_id``: of the request whose answer it is of, or "". ``came_ms``: when the store took it, where its log
-    says so."""
+    says so. ``shown``: the item was shown and nothing was done with it: the log keeps it, and no history has it."""
 
     user_id: str
     item_id: str
@@ -33,6 +33,7 @@ class Event:
     context: str = field(default="", compare=False)
     request_id: str = field(default="", compare=False)
     came_ms: int = field(default=0, compare=False)
+    shown: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +122,9 @@ class FeatureStore(Protocol):
         """What the data set's table of users says of each, by column, as prepared; None where it says nothing."""
 
     def append(self, events: Iterable[Event]) -> dict[str, int]:
-        """Adds events at the end of their users' histories; returns each user's new length. Durable on return, and kept
-        when the histories are replaced by those of another data set. An event whose id its user has already sent is not
-        added again."""
+        """Adds events at the end of their users' histories, those that are only ``shown`` to the log alone; returns the
+        length of each user's history. Durable on return, and kept when the histories are replaced by those of another
+        data set. An event whose id its user has already sent is not added again."""
 
     def live_events(
         self, after: int, since_ms: int = 0, most: int = 500_000, until: int | None = None

@@ -2,9 +2,9 @@
 whose last event is which.
 
 Keys and values: of the log, a number that rises by one, and msgpack ``[user, item, event type, time in ms, digest of
-its id, when it came in ms, context, id of the request]`` (older records lack what is behind the time); of the ids, the
-digest, and the event's number; of the marks, the user, and the number of the user's last live event with a byte that
-says whether the user was there before the first.
+its id, when it came in ms, context, id of the request, whether it was only shown]`` (older records lack what is behind
+the time); of the ids, the digest, and the event's number; of the marks, the user, and the number of the user's last
+live event that the history has, with a byte that says whether the user was there before the first.
 """
 
 from __future__ import annotations
@@ -48,13 +48,16 @@ def digest(event: Event) -> bytes:
     return hashlib.sha256(msgpack.packb([event.user_id, event.event_id])).digest()[:_DIGEST_BYTES]
 
 
-_ABSENT = [None, None, None, None, b"", 0, "", ""]  # columns that logs of before they were kept do not have
+_ABSENT = [None, None, None, None, b"", 0, "", "", False]  # columns that logs of before they were kept do not have
 
 
 def packed_record(event: Event, id_digest: bytes, came_ms: int) -> bytes:
     """A record as every log holds it; columns at the end that say nothing are left out."""
     columns: list[Any] = [event.user_id, event.item_id, event.event_type, event.timestamp_ms, id_digest, came_ms]
-    columns += [event.context, event.request_id] if event.request_id else [event.context] if event.context else []
+    more = [event.context, event.request_id, event.shown]
+    while more and not more[-1]:
+        more.pop()
+    columns += more
     packed: bytes = msgpack.packb(columns)
     return packed
 
@@ -72,14 +75,14 @@ class Record:
     @classmethod
     def read(cls, key: bytes, value: bytes) -> Record:
         columns = msgpack.unpackb(value)
-        user, item, kind, time_ms, id_digest, came_ms, context, request_id = columns + _ABSENT[len(columns) :]
-        event = Event(user, item, kind, time_ms, context=context, request_id=request_id, came_ms=came_ms)
+        user, item, kind, time_ms, id_digest, came_ms, context, request_id, shown = columns + _ABSENT[len(columns) :]
+        event = Event(user, item, kind, time_ms, "", context, request_id, came_ms=came_ms, shown=shown)
         return cls(int.from_bytes(key, "big"), event, id_digest, came_ms)
 
 
 @dataclass
 class LiveEvents:
-    """Part of the log: each user's events in the order they came, and the number of the last."""
+    """Part of the log: each user's events that histories have, in the order they came, and the number of the last."""
 
     events: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))
     last: dict[str, int] = field(default_factory=dict)
@@ -179,7 +182,7 @@ class EventLog:
                 record = Record.read(bytes(key), bytes(value))
                 if record.number > last:
                     break
-                if record.event == NOBODY:
+                if record.event == NOBODY or record.event.shown:
                     continue
                 live.events[record.event.user_id].append(record.event)
                 live.last[record.event.user_id] = record.number

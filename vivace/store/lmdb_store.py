@@ -194,12 +194,13 @@ class LmdbStore(CatalogueStore, GroupStore):
             slot, log = self._slot(transaction), self._log
             number = log.last(transaction)
             for event in appended:
-                if log.has(transaction, event):  # sent again, as its sender did not hear of it
+                if not (known := log.has(transaction, event)):  # else its sender did not hear of it
+                    number += 1
+                    log.add(transaction, number, event, now_ms)
+                if known or event.shown:
                     lengths[event.user_id] = self._length(transaction, slot, event.user_id)
-                    continue
-                number += 1
-                log.add(transaction, number, event, now_ms)
-                lengths[event.user_id] = self._append_to_history(transaction, slot, event, number)
+                else:
+                    lengths[event.user_id] = self._append_to_history(transaction, slot, event, number)
             self._age_out(transaction, slot, 2 * len(appended), now_ms)
             return lengths
 
@@ -219,8 +220,7 @@ class LmdbStore(CatalogueStore, GroupStore):
         types.append(event.event_type)
         times.append(event.timestamp_ms)
         transaction.put(key, packed(item_ids, types, times), db=users)
-        of_data_set = mark[8:] if mark else OF_DATA_SET if raw else NEWCOMER
-        transaction.put(key, number_key(number) + of_data_set, db=marks)
+        transaction.put(key, number_key(number) + (mark[8:] if mark else OF_DATA_SET if raw else NEWCOMER), db=marks)
         return min(len(item_ids), MAX_STORED_EVENTS)
 
     # -- a user who is to be forgotten -----------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from serving.door.endpoints import RECOMMEND
 from serving.door.hosts import Upstream, parse_hosts
 from serving.door.options import AccessOptions
 from serving.door.process import Door
@@ -17,7 +18,7 @@ from serving.hosts import HostsDoor, HostsDoorOptions
 from serving.launcher import TritonServer
 from serving.start_checks import free_port
 from serving.wheel import ServerError
-from tests.support import PatientClient, on_free_ports, own_copy, wait_until
+from tests.support import PatientClient, on_free_ports, own_copy, quiet, wait_until
 from tests.system.serving.test_versions import HISTORY
 from vivace.run import Run
 
@@ -71,6 +72,41 @@ def test_calls_are_answered_by_whoever_speaks(host, silent, pair):
         wait_until(lambda: (door.look(), list(door.well.values()))[1] == [False, False], "none that is well")
         host.door.ask("POST", "/runtime_modify?vivace.stopping=0&vivace.unready=0")
         wait_until(lambda: (door.look(), list(door.well.values()))[1] == [False, True], "it is well again")
+
+
+def calls_of(door: HostsDoor) -> dict[str, int]:
+    """Calls of ``recommend`` that each server was sent, by its address."""
+    lines = [x.split("::") for x in door.door.ask("GET", "/clusters").splitlines() if x.startswith(f"{RECOMMEND}::")]
+    return {x[1]: int(x[3]) for x in lines if len(x) == 4 and x[2] == "rq_total"}
+
+
+def test_a_users_calls_go_to_one_server_and_users_to_all(host, pair):
+    real = Upstream(hosts=parse_hosts(f"127.0.0.1:{host.http_port}:{host.grpc_port}"), ca=pair, cert=pair)
+    ports, users = dict(http_port=0, grpc_port=0, metrics_port=0), [f"ü/{n}\n" for n in range(24)]
+    with (
+        HostsDoor(HostsDoorOptions(upstream=real, **ports), quiet) as one,
+        HostsDoor(HostsDoorOptions(upstream=real, **ports), quiet) as other,
+    ):
+        both = ",".join(f"127.0.0.1:{d.options.http_port}:{d.options.grpc_port}" for d in (one, other))
+        options = HostsDoorOptions(upstream=Upstream(hosts=parse_hosts(both)), balance="user", **ports)
+        with HostsDoor(options, quiet) as door:
+            wait_until(lambda: (door.look(), list(door.well.values()))[1] == [True, True], "two that are well")
+            o = door.options
+            with (
+                PatientClient(f"127.0.0.1:{o.grpc_port}") as grpc,
+                PatientClient(f"127.0.0.1:{o.http_port}", "http") as http,
+            ):
+                strays, before = 0, calls_of(door)
+                taken = dict.fromkeys(before, 0)
+                for user in users:
+                    for client in (grpc, http, grpc, http):
+                        client.recommend(user, history=HISTORY, top_k=5)
+                    after = calls_of(door)
+                    sent = {address: after[address] - before[address] for address in after}
+                    strays, before = strays + min(sent.values()), after
+                    taken[max(sent, key=sent.__getitem__)] += 1
+    assert strays <= 2, "but for what was slow and asked of another as well"
+    assert min(taken.values()) >= 1 and sum(taken.values()) == len(users)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,22 @@ def test_writers_at_once_lose_nothing(store, place):
     assert number == len(events) == (2 * senders + 1) * count
 
 
+def test_what_is_only_shown_is_in_the_log_and_in_no_history(store):
+    store.fill([("u", ["a"], ["view"], [1])], [])
+    seen = [Event(who, "b", "seen", 2, f"{who} 1", shown=True) for who in ("u", "nobody")]
+    assert store.append([*seen, Event("u", "c", "view", 3)]) == {"u": 2, "nobody": 0}
+    assert store.append([Event("u", "c", "view", 4), seen[1], Event("later", "d", "seen", 5, shown=True)]) == {
+        "u": 3, "nobody": 0, "later": 0,
+    }  # fmt: skip
+    number, events = store.live_events(0)
+    assert number == 5 and [(e.user_id, e.item_id, e.shown) for e in events] == [
+        ("u", "b", True), ("nobody", "b", True), ("u", "c", False), ("u", "c", False), ("later", "d", True),
+    ]  # fmt: skip
+    store.fill([("u", ["a"], ["view"], [1])], [])  # the next data set
+    assert store.histories(["u", "nobody", "later"]) == [["a", "c", "c"], None, None]
+    assert store.forget("nobody") and [e.user_id for e in store.live_events(0)[1]] == ["u", "u", "u", "later"]
+
+
 def test_live_events_by_number_time_and_count(store):
     assert store.live_events(0) == (0, []) == (store.live_events(5)[0] - 5, store.live_events(5)[1])
     began = int(time.time() * 1000)
@@ -107,6 +123,8 @@ def test_live_events_by_number_time_and_count(store):
     assert store.live_events(0, until=3)[0] == 3 and store.live_events(5, until=3) == (5, [])
     assert names(store.live_events(0, since_ms=middle)[1]) == "5 6 7"
     assert len(store.live_events(0, since_ms=began)[1]) == 8
+    came = [e.came_ms for e in store.live_events(0)[1]]  # by which suspect events are told, whatever their time says
+    assert began <= came[0] <= came[4] <= middle <= came[5] <= came[7] <= int(time.time() * 1000)
     assert store.live_events(20) == (20, [])
 
 

@@ -124,3 +124,16 @@ def test_a_decimal_comma_is_told_by_whole_columns(tmp_path, rows, decimal):
     (tmp_path / "items.csv").write_text("item,name,price\n" + "\n".join(rows) + "\n")
     text = draft(tmp_path / "events.csv", tmp_path / "items.csv", tmp_path)
     assert ('decimal = ","' in text) == decimal and 'continuous = ["price"]' in text
+
+
+def test_the_mappings_of_each_domain_in_the_docs_are_some(tmp_path):
+    text = (DOCS.parent / "domains.md").read_text(encoding="utf-8")
+    shop, news, music = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    schemas = []
+    for number, mapping in enumerate((shop, news, music)):
+        write(tmp_path, f"{number}.toml", mapping)
+        schemas.append(read_mapping(tmp_path / f"{number}.toml").schema)
+    assert [s.exclude_seen for s in schemas] == [True, True, False]
+    assert [s.unknown_items for s in schemas] == ["reject", "keep", "reject"]
+    assert schemas[0].item_continuous == ("price",) and schemas[2].item_lists == ("tags",)
+    assert [len(s.context_categoricals) for s in schemas] == [3, 3, 0]

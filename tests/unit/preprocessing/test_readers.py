@@ -11,10 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from preprocessing.cleaning import clean_items
 from preprocessing.features import Features
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers import open_source
+from preprocessing.readers.base import Chunk
 from preprocessing.readers.shop import Shop, ShopConfig
+from preprocessing.rejects import Rejects
 from preprocessing.splits import SplitConfig
 from vivace import contract
 
@@ -205,6 +208,11 @@ def test_movielens_layout(tmp_path):
     (chunk,) = source.interactions()
     assert chunk.rows[contract.ITEM].tolist() == ["10", "20", "30", "99"]
     assert chunk.rows[contract.TIME].tolist()[0] == 978300760000.0
+    lists = open_source("ml-1m-genres", tmp_path)
+    rejects = Rejects(tmp_path / "rejects.csv")
+    catalogue = clean_items([Chunk(lists.items())], lists.schema, rejects).set_index(contract.ITEM)
+    assert list(catalogue.loc["10", "genres"]) == ["Comedy", "Romance"]
+    assert catalogue.loc["10", "main_genre"] == "Comedy" and catalogue.loc["10", "year"] == 2001
     (users,) = source.users()
     assert users.rows[[contract.USER, "gender", "age"]].to_numpy().tolist() == [["1", "F", "1"], ["2", "M", "25"]]
     assert chunk.malformed["line"].tolist() == ["1::10::4"]

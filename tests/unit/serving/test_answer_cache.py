@@ -155,4 +155,4 @@ def test_texts_of_a_search_are_packed_too():
 def test_settings_that_are_none_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         CacheSettings(*settings)
-    assert CacheSettings.read(CacheSettings(LEAST_BYTES, 5.0, "/dev/shm/x").text()).path == "/dev/shm/x"
+    assert CacheSettings.read(CacheSettings(LEAST_BYTES, 5.0, path="/dev/shm/x").text()).path == "/dev/shm/x"

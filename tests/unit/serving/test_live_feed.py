@@ -10,8 +10,9 @@ import pytest
 
 from serving.runtime.live_feed import LiveFeed
 from vivace.contract import FIRST_ID, LIVE_FEATURES, OOV_ID, PADDING_ID, StageTensors
-from vivace.limits import CountLimits
+from vivace.limits import FREE, CountLimits
 from vivace.live import LiveTable, Stream
+from vivace.live_shown import RECENT_SHOWN, ShownStream
 from vivace.store.interface import Change, Event
 from vivace.store.lmdb_store import LmdbStore
 
@@ -91,6 +92,41 @@ def test_one_account_counts_no_more_live_than_in_a_replay(tmp_path, store):
     assert counts["open"] > 300 and counts["limited"] < 60  # of 12 hours; 200 honest events fall on six items
 
 
+def test_what_is_shown_counts_live_as_in_a_replay(tmp_path, store):
+    """The same bits of an item's rates from a version's beginning and the store's log as of one replay of both."""
+    now, rng = int(time.time() * 1000) + 60_000, np.random.default_rng(5)
+    shapes, limits = replace(SHAPES, shown=True, same_item_s=1800), CountLimits(HOUR // 2)
+    log = sorted(
+        (now - int(rng.integers(1, 2 * HOUR)), int(rng.integers(12)), int(rng.integers(7)), bool(rng.random() < 0.8))
+        for _ in range(400)
+    )
+    log += [(now - 900 + n, 99, 4, True) for n in range(300)]  # one account that looks at one item all the time
+    times, users, items, shown = (np.array(column) for column in zip(*log, strict=True))
+    prepared = times < now - HOUR  # an item's id of 6 is none of the catalogue's
+    ids, users = _ids(items.astype(str)), users + np.where(prepared, 1000, 0)  # as limits begin anew with a server
+    whole = ShownStream(users, ids, times)[shown]
+    clicks = [(x[~shown]) for x in (users, ids, times)]
+    stream = Stream.of(*clicks, np.empty(((~shown).sum(), 0), np.int64), limits)
+    stream[stream.times_ms < now - HOUR].save(tmp_path / "recent.npz")
+    whole[whole.times_ms < now - HOUR].limited(limits).save(tmp_path / RECENT_SHOWN)
+    store.append([
+        Event(f"u{u}", str(i), "seen" if s else "click", int(t), shown=bool(s))
+        for t, u, i, s in zip(times, users, items, shown, strict=True) if t >= now - HOUR
+    ])  # fmt: skip
+    assert store.histories(["u99"]) == [None]
+    feed = LiveFeed(tmp_path / "recent.npz", store, _ids, shapes, start=False)
+    feed.refresh(now)
+    expected = LiveTable(SHAPES.items, SHAPES.rising, shown=True)
+    stream.into(expected)
+    known = whole[whole.ids >= FIRST_ID].limited(limits)
+    expected.add_shown(known.ids, known.times_ms)
+    rows = expected.rows(now).of(np.empty((1, 0), np.int64), np.zeros(1, np.int64))
+    for got, replayed in zip(feed.rows(None, np.zeros(1, np.int64)), rows, strict=True):
+        np.testing.assert_array_equal(got, replayed)
+    counts = dict(zip(rows[0][0].tolist(), np.expm1(rows[1][0, :, -6]), strict=True))  # shown in 12 hours
+    assert all(20 < count < 60 for count in counts.values()), counts
+
+
 def test_what_no_person_sends_is_in_its_history_and_counts_for_nobody_else(tmp_path, store):
     """By the log, which every server reads: whichever of them took an event."""
     now = int(time.time() * 1000)
@@ -105,16 +141,22 @@ def test_what_no_person_sends_is_in_its_history_and_counts_for_nobody_else(tmp_p
 
 
 def test_who_has_a_history_is_no_newcomer_whatever_its_events_claim(tmp_path, store):
+    """Nor do events of long ago, or of items that nobody knows, make an account an old one."""
     now = int(time.time() * 1000)
     store.fill([(f"old {n}", ["0"], [""], [now - 9 * HOUR]) for n in range(20)], [])
-    Stream.of(*(np.empty(0, np.int64),) * 3, np.empty((0, 0), np.int64)).save(tmp_path / "recent.npz")
-    store.append([Event(f"new {n}", item, "", now - HOUR * (item == "0")) for n in range(20) for item in "01"])
-    store.append([Event(f"old {n}", "2", "", now) for n in range(20)])
+    with_prepared = [(FIRST_ID, now - HOUR)]
+    store.append([Event(f"new {n}", item, "", now - 5 * HOUR) for n in range(20) for item in "0x"])
+    ids, times = np.array([i for i, _ in with_prepared]), np.array([t for _, t in with_prepared])
+    Stream.of(np.zeros(1, np.int64), ids, times, np.empty((1, 0), np.int64)).save(tmp_path / "recent.npz")
     feed = LiveFeed(tmp_path / "recent.npz", store, _ids, replace(SHAPES, newcomers=1.0), start=False)
+    store.append([Event(f"other {n}", "x", "", now) for n in range(20)])
+    feed.refresh(now)
+    store.append([Event(f"{kind} {n}", "1", "", now) for kind in ("new", "other") for n in range(20)])
+    store.append([Event(f"old {n}", "2", "", now) for n in range(20)])
     feed.refresh(now + 1_000)
-    ids, features = feed.rows(None, np.zeros(1, np.int64))
-    counts = dict(zip(ids[0].tolist(), np.expm1(features[0, :, 4]).round().tolist(), strict=True))  # of 12 hours
-    assert counts[FIRST_ID + 2] == 20 and counts[FIRST_ID + 1] == 5 >= counts[FIRST_ID]
+    rising, features = feed.rows(None, np.zeros(1, np.int64))
+    counts = dict(zip(rising[0].tolist(), np.expm1(features[0, :, 4]).round().tolist(), strict=True))  # of 12 hours
+    assert counts[FIRST_ID + 2] == 20 and counts[FIRST_ID + 1] == FREE
 
 
 def test_a_clock_that_is_set_back_stops_nothing(tmp_path, store):

@@ -14,6 +14,7 @@ from serving.runtime.stages import (
     search_for,
 )
 from vivace import contract
+from vivace.context import ContextColumns
 from vivace.store.interface import Event
 
 
@@ -41,6 +42,9 @@ def test_parse_event():
         with pytest.raises(ValueError, match=message):
             parse_event(*values, 1)
     assert parse_event(b"u", b"a", b"", 5, "n").event_id == "n"
+    columns = ContextColumns(shown_types=("seen",))
+    sent = [parse_event(b"u", b"a", kind, 5, columns=columns) for kind in (b"seen", b"view")]
+    assert [(event.shown, event.came_ms) for event in sent] == [(True, 0), (False, 0)]
 
 
 def test_parse_id():

@@ -21,6 +21,7 @@ TITLES = {"a": "Lamp", "b": "Desk", "c": ""}
         ({"a": -2.0}, (), "no single part of the request decides", "并非由请求中的某一项决定"),
         ({"a": 2.0, "b": 0.1}, (), "because of Lamp", "因为您看过Lamp"),
         ({"a": 2.0, "b": 0.6, "c": 0.6}, (), "because of Lamp and Desk", "因为您看过Lamp和Desk"),
+        ({"x": 2.0, "a": 1.0}, (), "because of x itself and Lamp", "因为您看过x和Lamp"),
         (
             {"c": math.inf, "b": 1.0}, ("c",), "because of c; would not be shown without c",
             "因为您看过c; 若没有c则不会推荐",

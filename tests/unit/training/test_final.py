@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from preprocessing.caps import learned_from
 from preprocessing.features import Features
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers import open_source
@@ -18,6 +19,7 @@ from training.learn.final import chosen_epochs, train_final
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
 from training.presets import tiny, with_values
+from training.refresh.refresh import check_refreshable
 from vivace.contract import FIRST_ID, ITEM
 from vivace.run import FINAL, RANKING, Run, StaleError
 
@@ -104,6 +106,21 @@ def test_it_is_made_once_and_refused_where_the_judged_models_are_others(own_spli
             run.key(FINAL)
     finally:
         (run.retrieval / "manifest.json").write_text(before)
+
+
+def test_caps_hold_for_all_that_is_learned(own_split, tmp_path):
+    features, preset, run = own_split[0], with_values(PRESET, {"retrieval.day_events": 2}), Run(tmp_path / "run")
+    capped, items = learned_from(features, preset.retrieval.caps, tmp_path / "copies"), features.item_count()
+    train_retrieval(features, preset, run.root, 3, quiet, True)
+    train_ranker(features, preset, run.root, 3, quiet, quiet=True)
+    learned = torch.log1p(torch.tensor(popularity(capped.files("train"), items))).float()
+    expected = (learned - learned[FIRST_ID:].mean()) / learned[FIRST_ID:].std()
+    torch.testing.assert_close(load_ranker(features, preset, run.root).popularity.cpu(), expected)
+    final = train_final(features, preset, run.root, quiet, quiet=True)["results"]["events"]
+    assert final == popularity(capped.files(WHOLE), items).sum() < popularity(features.files(WHOLE), items).sum()
+    assert not list(run.root.rglob("*learned*")) and not list(run.root.rglob("parts"))
+    with pytest.raises(ValueError, match=r"learns under caps.*train and compile anew"):
+        check_refreshable(run, preset)
 
 
 def test_a_test_set_that_came_with_the_log_judges_it_in_rows_of_its_own(tmp_path):

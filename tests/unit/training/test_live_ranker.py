@@ -12,15 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from preprocessing.events import user_hash
 from training.data.batches import of_sequences, together
 from training.data.live import STEP_MS, LiveAt, check_live
 from training.learn.ranker import without_padding
 from training.metrics import MISS, list_auc, ranks, ranks_after
 from training.models.context import LiveFeatures
+from training.models.ranking import RankerConfig
 from training.models.retrieval import EXCLUDED, propose
+from training.presets import Preset
 from training.scoring import behind_rising
-from vivace.contract import FIRST_ID, ITEM, LIVE_FEATURES, PADDING_ID, TARGET_TIME, TIME
-from vivace.live import LiveTable, Stream
+from vivace.contract import FIRST_ID, ITEM, LIVE_FEATURES, LIVE_HALF_LIVES_MS, PADDING_ID, TARGET_TIME, TIME, USER
+from vivace.live import VISIT_GAP_MS, LiveTable, Stream
+from vivace.live_shown import ShownStream
 
 START = 1_506_826_800_000
 
@@ -105,6 +109,34 @@ def test_a_request_sees_what_lies_before_its_moment(tmp_path):
     assert expected[..., -2].any()  # what came after the newest item of the history
 
 
+def test_a_request_sees_what_was_shown_before_it_and_not_its_own_page(tmp_path):
+    """Planted: a flood of impressions after the moment, and the page that the click came of. Neither is counted."""
+    moment, item = START + 3_000_000, FIRST_ID + 2
+    table = pa.table({TARGET_TIME: [moment], ITEM: pa.array([[item]]), USER: ["ann"]})
+    pq.write_table(table, tmp_path / "part.parquet")
+    clicks = Stream.of(
+        np.arange(9), np.full(9, item), moment - 60_000 * np.arange(9, 0, -1), np.empty((9, 0), np.int64)
+    )
+    before = [("bob", moment - 600_000), ("cy", moment - 300_000), ("ann", moment - VISIT_GAP_MS - STEP_MS)]
+    planted = [("ann", moment - 60_000), ("ann", moment - STEP_MS), *(("dan", moment + n) for n in range(200))]
+
+    def rows(log: list[tuple[str, int]]) -> np.ndarray:
+        users, times = zip(*sorted(log, key=lambda event: event[1]), strict=True)
+        shown = ShownStream(user_hash(np.array(users, object)), np.full(len(log), item), np.array(times))
+        features = SimpleNamespace(
+            files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 10,
+            stream=lambda columns, limits: clicks, shown=lambda limits: shown,
+        )  # fmt: skip
+        live = LiveAt.of_part(features, "valid", 3, shown=True)
+        assert live.ids[0].tolist() == [item, PADDING_ID, PADDING_ID]
+        return live.features[0, 0, -len(LIVE_HALF_LIVES_MS) * 2 : -len(LIVE_HALF_LIVES_MS)]
+
+    without = rows(before)
+    np.testing.assert_array_equal(rows([*before, *planted]), without)
+    assert np.expm1(without[-1]) == pytest.approx(3, abs=0.15)
+    assert (rows([*before, ("dan", moment - 60_000)]) > without).all()  # another's page is counted
+
+
 def test_a_log_without_times_or_validation_is_refused(tmp_path):
     def log(times: np.ndarray, files: list):
         return SimpleNamespace(folder=tmp_path, files=lambda part: files, events=lambda: {TIME: times})
@@ -116,6 +148,12 @@ def test_a_log_without_times_or_validation_is_refused(tmp_path):
     with pytest.raises(ValueError, match="validation requests"):
         check_live(log(START + np.arange(9), []), 4)
     check_live(log(START + np.arange(9), [tmp_path]), 4)
+    silent = log(START + np.arange(9), [tmp_path])
+    silent.has_shown, silent.schema = lambda: False, SimpleNamespace(shown_types=("seen",))
+    with pytest.raises(ValueError, match=r"shown_rates.*found none.*names seen under shown_types"):
+        check_live(silent, 4, shown=True)
+    with pytest.raises(ValueError, match=r"shown_rates.*rising above 0"):
+        Preset(ranker=RankerConfig(shown_rates=True))
     with pytest.raises(ValueError, match="--control"):
         check_live(log(START + np.arange(9), [tmp_path]), 4, control=True)
 

@@ -221,6 +221,10 @@ def test_choosing_needs_older_events():
         with_values(base, {"ranker.nearest": 4})
     with pytest.raises(ValueError, match=r"at most the 8 events that are read"):
         with_values(base, {"encoder.reads": 8, "ranker.memory": 10})
+    with pytest.raises(ValueError, match=r"leaves the older of 20 events to ranker\.nearest, which is 0"):
+        with_values(base, {"encoder.reads": 8})
+    assert with_values(base, {"encoder.reads": 8, "ranker.nearest": 4}).encoder.span == 8
+    assert with_values(base, {"ranker.nearest": 4, "encoder.reads": 8}).ranker.nearest == 4
     with pytest.raises(ValueError, match=r"EncoderConfig\.reads"):
         EncoderConfig(history=20, reads=30)
     assert "reads" not in recorded_fields(base.encoder) and "nearest" not in recorded_fields(base.ranker)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,10 @@ import onnx
 import pytest
 import torch
 
-from serving.runtime import by_length
+from serving.runtime import by_length, state_cache
+from serving.runtime.cache_settings import StateSettings
 from serving.runtime.grown import GROWN, HIT, MISSED, GrownRetrieval
-from serving.runtime.state_cache import MOST_NEW, StateCache, prefixes
+from serving.runtime.state_cache import BLOCK, MOST_NEW, StateMemory, keys_of
 from training.compile import onnx_export
 from training.compile.onnx_export import check_steps, export, export_steps, names_of
 from training.models.encoders import EncoderConfig, RelativeBias, distance_buckets
@@ -137,10 +140,18 @@ def test_a_step_runs_where_its_model_is_and_in_its_number_format(family):
     assert (new.dtype, new.shape) == (torch.bfloat16, (2, 3, states.shape[2]))
 
 
-@pytest.mark.parametrize("room", [1 << 24, 120_000])
-def test_grown_histories_answer_as_whole_ones(compiled, room):
+def _kept(folder: Path, room: int) -> StateSettings:
+    return StateSettings(room, path=str(folder / "states"))
+
+
+ROOMY, NARROW = 1 << 24, 1 << 19
+
+
+@pytest.mark.parametrize("room", [ROOMY, NARROW])
+def test_grown_histories_answer_as_whole_ones(compiled, room, tmp_path, monkeypatch):
     s, folder = compiled
-    whole, grown = open_session(folder / "retrieval.onnx"), GrownRetrieval(folder, s, room)
+    monkeypatch.setattr(state_cache, "BLOCK", 8)  # of which there are some
+    whole, grown = open_session(folder / "retrieval.onnx"), GrownRetrieval(folder, s, _kept(tmp_path, room))
     names = names_of(contract.retrieval_inputs(s))
     rng, users = np.random.default_rng(room), _users(USERS)
     for _ in range(ROUNDS):
@@ -155,25 +166,56 @@ def test_grown_histories_answer_as_whole_ones(compiled, room):
         for u in rng.choice(USERS, 5, replace=False):
             users[u] = np.concatenate([users[u], _events(rng, int(rng.integers(1, MOST + 1)))])
     rows, cache = grown.histories.rows, grown.histories.cache
-    assert cache.bytes <= room and min(rows[HIT], rows[GROWN], rows[MISSED]) > 0
-    if room == 120_000:
-        assert cache.evicted > 20 and len(cache) < USERS
+    assert cache.size() <= room and min(rows[HIT], rows[GROWN], rows[MISSED]) > 0
+    if room == NARROW:
+        assert cache.evicted > 20
     else:  # each user once, and where a window has moved
         assert not cache.evicted and rows[GROWN] > rows[MISSED] - USERS
 
 
-def test_retrieval_and_ranking_read_the_entry_of_the_cache(compiled):
+def test_retrieval_and_ranking_read_the_entry_of_the_cache(compiled, tmp_path):
     s, folder = compiled
-    grown, (user, *_) = GrownRetrieval(folder, s, 1 << 24), [u for u in _users(9) if len(u) > s.memory]
+    grown, (user, *_) = GrownRetrieval(folder, s, _kept(tmp_path, ROOMY)), [u for u in _users(9) if len(u) > s.memory]
     inputs = _inputs(s, [user], np.random.default_rng(2))
     _, scores, encoded = grown(inputs)
-    (entry,) = grown.histories.cache._entries.values()
+    events = np.stack([inputs[0][0], *(x[0] for x in inputs[2 : 2 + s.timed + s.types])], 1)
+    events = events[inputs[0][0] != contract.PADDING_ID]
+    cache, keys = grown.histories.cache, keys_of(events, grown.histories.model)
+    entry = cache.find(keys, events)
+    assert entry is not None and entry.count == len(events)
     count = min(entry.count, encoded.shape[1])
-    assert np.array_equal(encoded[0, encoded.shape[1] - count :], entry.encoded[entry.count - count : entry.count])
-    entry.encoded[entry.count - 1] += 1  # another state: what scores the items and what the ranker is given follow
+    assert np.array_equal(encoded[0, encoded.shape[1] - count :], entry.encoded[entry.count - count :])
+    entry.encoded[-1] += 1  # another state: what scores the items and what the ranker is given follow
+    states = np.zeros((len(events), 1), np.float32)
+    cache.put([(keys, events, states, entry.encoded, None)])
     _, other_scores, other = grown(inputs)
     assert grown.histories.rows == {MISSED: 1, HIT: 1}
-    assert not np.allclose(other_scores, scores) and np.array_equal(other[0, -1], entry.encoded[entry.count - 1])
+    assert not np.allclose(other_scores, scores) and np.array_equal(other[0, -1], entry.encoded[-1])
+
+
+def _ask(folder: Path, s: contract.StageTensors, kept: StateSettings, inputs: list[np.ndarray], pipe) -> None:
+    grown = GrownRetrieval(folder, s, kept)
+    pipe.send((grown(inputs)[2], dict(grown.histories.rows)))
+
+
+@pytest.mark.parametrize("compiled", ["sasrec"], indirect=True)
+def test_another_process_goes_on_where_one_has_left_a_history_and_another_model_does_not(compiled, tmp_path):
+    s, folder = compiled
+    kept, (user, *_) = _kept(tmp_path, ROOMY), [u for u in _users(9) if len(u) > 3]
+    before, now = (_inputs(s, [u], np.random.default_rng(2)) for u in (user[:-1], user))
+    fork, answers = multiprocessing.get_context("fork"), []
+    copy = tmp_path / "other"
+    shutil.copytree(folder, copy)
+    (copy / "encoder_step.onnx.data").touch()  # something of its own: not the same model
+    for of, inputs in ((folder, before), (folder, now), (folder, now), (copy, now)):
+        here, there = fork.Pipe()
+        process = fork.Process(target=_ask, args=(of, s, kept, inputs, there))
+        process.start()
+        answers.append(here.recv())
+        process.join()
+    assert [rows for _, rows in answers] == [{MISSED: 1}, {GROWN: 1}, {HIT: 1}, {MISSED: 1}]
+    assert np.array_equal(answers[1][0], answers[2][0])
+    np.testing.assert_allclose(answers[1][0], answers[3][0], atol=ENCODINGS, rtol=0)
 
 
 def test_the_compilers_check_tells_another_models_graphs(compiled):
@@ -187,27 +229,64 @@ def test_the_compilers_check_tells_another_models_graphs(compiled):
         check_steps(folder, s, example, [*answer[:2], answer[2] + 1e-3])
 
 
-def test_the_cache_tells_histories_apart_and_keeps_its_bound():
-    cache = StateCache(8_000)
-    row = lambda *ids: np.array(ids, np.int64)[:, None]  # noqa: E731
-    floats = lambda n: np.arange(n, dtype=np.float32)[:, None]  # noqa: E731
-    first, longer = row(3, 4, 5), row(3, 4, 5, 6, 7)
-    entry = cache.put(prefixes(first)[0], first, floats(3), floats(3))
-    assert cache.find(prefixes(longer), longer) is entry
-    forged = [entry.key]  # a hash that another history happens to have
-    assert cache.find(forged, row(3, 4, 9)) is None
-    grown = cache.put(prefixes(longer)[0], longer, floats(2) + 3, floats(2) + 3, entry, 3)
-    assert grown.count == 5 and grown.states[:5, 0].tolist() == [0, 1, 2, 3, 4] and len(cache) == 1
-    other = row(3, 4, 5, 8)  # grows from the same, which has grown otherwise since
-    branch = cache.put(prefixes(other)[0], other, floats(1) + 9, floats(1) + 9, entry, 3)
-    assert branch.states[:4, 0].tolist() == [0, 1, 2, 9] and grown.states[3, 0] == 3
-    far = row(*range(3, 9 + MOST_NEW))
-    assert cache.find(prefixes(far), far) is None
-    for start in range(40):
-        events = row(*range(start + 10, start + 20))
-        cache.put(prefixes(events)[0], events, floats(10), floats(10))
-    assert cache.bytes <= 8_000 and cache.evicted > 20
-    assert cache.bytes == sum(e.size for e in cache._entries.values())
+def _row(*ids: int) -> np.ndarray:
+    return np.array(ids, np.int64)[:, None]
+
+
+def _put(cache: StateMemory, events: np.ndarray, grown: bool = False, width: int = 1) -> None:
+    """Keeps a history whose states are its events, all at once or the newest behind the others."""
+    before = cache.find(keys_of(events), events) if grown else None
+    assert (before is not None) == grown
+    new = events[0 if before is None else before.count :].astype(np.float32)
+    cache.put([(keys_of(events), events, new, new.repeat(width, 1), before)])
+
+
+def test_the_cache_tells_histories_apart(tmp_path):
+    cache = StateMemory(tmp_path / "states", 1 << 20)
+    first, longer = _row(3, 4, 5), _row(3, 4, 5, 6, 7)
+    _put(cache, first)
+    entry = cache.find(keys_of(longer), longer)
+    assert entry is not None and entry.states is not None and entry.states[:, 0].tolist() == [3, 4, 5]
+    assert cache.find(keys_of(first), _row(3, 4, 9)) is None  # a hash that another history happens to have
+    assert cache.find(keys_of(longer, b"another model"), longer) is None
+    _put(cache, longer, grown=True)
+    assert cache.find(keys_of(first), first) is None  # it has become the longer one
+    grown = cache.find(keys_of(longer), longer)
+    assert grown is not None and grown.count == 5 and grown.states is None
+    far = _row(*range(3, 9 + MOST_NEW))
+    assert cache.find(keys_of(far), far) is None
+
+
+def test_a_history_grows_over_its_blocks(tmp_path):
+    cache, rng = StateMemory(tmp_path / "states", 1 << 20), np.random.default_rng(1)
+    ids, n = rng.integers(3, 10**6, 4 * BLOCK)[:, None], BLOCK - 3
+    _put(cache, ids[:n])
+    while n < len(ids) - MOST_NEW:  # by one, by some, onto a block's end and over it
+        n += int(rng.integers(1, MOST_NEW + 1))
+        _put(cache, ids[:n], grown=True)
+        for more in (0, 1):
+            entry = cache.find(keys_of(ids[: n + more]), ids[: n + more])
+            assert entry is not None and entry.count == n and np.array_equal(entry.encoded, ids[:n])
+            assert entry.states is None if not more else np.array_equal(entry.states, ids[:n])
+    other = np.concatenate([ids[:BLOCK], _row(5)])  # shares the first block, and has no end there
+    assert cache.find(keys_of(other), other) is None
+
+
+def test_the_cache_keeps_its_bound_and_what_is_read_again(tmp_path):
+    cache = StateMemory(tmp_path / "states", 1 << 20)
+    long, grows = _row(*range(3, 3 + 3 * BLOCK)), [*range(500, 500 + BLOCK)]
+    _put(cache, long)
+    _put(cache, _row(*grows))
+    for start in range(300):
+        _put(cache, _row(*range(start + 10, start + 20)), width=100)
+        assert cache.find(keys_of(long), long) is not None
+        if start % 5 == 0:
+            grows.append(start)
+            _put(cache, _row(*grows), grown=True)
+    old = _row(*range(10, 20))
+    assert cache.size() <= 1 << 20 and cache.evicted > 100 and cache.find(keys_of(old), old) is None
+    _put(cache, _row(*range(9_000, 9_100)), width=2_000)  # larger than there is room for
+    assert cache.find(keys_of(long), long) is not None
 
 
 def test_a_sliding_window_stays_while_a_history_grows():

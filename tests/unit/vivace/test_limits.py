@@ -57,7 +57,7 @@ def test_newcomers_count_for_an_item_as_far_as_others_come_too():
     assert limiter.mask(range(100), [1] * 100, [now] * 100).sum() == FREE  # made for it, with nobody else
     old = [f"old {n}" for n in range(3)]
     assert limiter.unmet([*old, 5]) == old
-    limiter.meet(old, now)
+    limiter.meet(dict.fromkeys(old, 0), now)
     assert limiter.mask(old, [1] * 3, [now] * 3).all()
     assert limiter.mask(range(100, 200), [1] * 100, [now] * 100).sum() == 2 * 3
     assert limiter.counts(300, 2, now)  # another item

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FRESH_S = 2.0  # how long what is new and rising is remembered
 RISING_MS, RISING_CLICKS, RISING_ITEMS = 3_600_000, 3, 20  # within that time, at least so often, at most so many
+LISTED = 5  # values of a list that are shown of an item
 ORDER = ("view", "click", "watch", "listen", "cart", "buy", "purchase")  # of event types, others behind by name
 
 
@@ -101,6 +102,13 @@ class Catalogue:
         columns = [contract.ITEM, *self.schema.item_columns]
         return pd.read_parquet(self._run.features / CATALOGUE_FILE, columns=columns).set_index(contract.ITEM)
 
+    @cached_property
+    def _common(self) -> dict[str, Counter[str]]:
+        """By attribute of several values: of how many items each value is."""
+        lists, items = self.schema.item_lists if self.schema else (), self._items
+        rows = {name: () if items is None else items[name] for name in lists}
+        return {name: Counter(v for row in rows[name] if row is not None for v in row) for name in lists}
+
     @remembered(FRESH_S)
     def _changed(self) -> dict[str, dict[str, Any]]:
         """Rows that the running server was sent since, by item id; what was taken out is not among them."""
@@ -116,12 +124,13 @@ class Catalogue:
             return set()
         since = int(time.time() * 1000) - RISING_MS
         _, events = store.live_events(0, since, 100_000)
-        counts = Counter(event.item_id for event in events if event.timestamp_ms >= since)
+        counts = Counter(event.item_id for event in events if event.timestamp_ms >= since and not event.shown)
         return {item for item, count in counts.most_common(RISING_ITEMS) if count >= RISING_CLICKS}
 
     def cards(self, ids: Sequence[str]) -> list[dict[str, Any]]:
-        """Of each item its ``id``, ``title``, ``price`` (or None), ``attributes`` and whether it is ``new``: sent to
-        the running server and in no trained table. An item of which nothing is known has its id as its title."""
+        """Of each item its ``id``, ``title``, ``price`` (or None), ``attributes``, its ``kind`` (category, or else the
+        first value of its first attribute) and whether it is ``new``: sent to the running server and in no trained
+        table. An item of which nothing is known has its id as its title."""
         changed, items = self._changed(), self._items
         known = items.index if items is not None else ()
         cards = []
@@ -134,19 +143,27 @@ class Catalogue:
 
     def _card(self, item: str, row: dict[str, Any], new: bool) -> dict[str, Any]:
         numbers = self.schema.item_continuous if self.schema else ()
-        attributes = {
-            name: _text(row[name])
-            for name in (self.schema.item_attributes if self.schema else ())
-            if name in row and name != "price" and _text(row[name])
+        named = {
+            name: self._values(name, row.get(name)) for name in (self.schema.item_attributes if self.schema else ())
         }
+        named = {name: values for name, values in named.items() if values and name != "price"}
+        more = {name: f" and {len(v) - LISTED} more" if len(v) > LISTED else "" for name, v in named.items()}
         price = row.get("price") if "price" in numbers else None
         return {
             "id": item,
             "title": _text(row.get(contract.TITLE)) or item,
             "price": None if price is None or price != price else round(float(price), 2),
-            "attributes": attributes,
+            "attributes": {name: ", ".join(values[:LISTED]) + more[name] for name, values in named.items()},
+            "kind": (named.get("category") or next(iter(named.values()), [""]))[0],
             "new": new,
         }
+
+    def _values(self, name: str, value: Any) -> list[str]:
+        """Of an attribute as texts; those of a list that most items have come first."""
+        if name not in self._common:
+            return [text] if (text := _text(value)) else []
+        common = self._common[name]
+        return sorted(map(str, value if value is not None else ()), key=lambda text: (-common[text], text))
 
     def find_items(self, words: str, most: int) -> list[dict[str, Any]]:
         """Items whose title has all the words, or whose id is these; new ones first."""
@@ -212,11 +229,9 @@ def _has(text: str, parts: Iterable[str]) -> bool:
 
 
 def _text(value: Any) -> str:
-    """An attribute as text: values of a list by commas, "" for what is missing."""
+    """A value as text, "" for what is missing."""
     if value is None or (isinstance(value, float) and value != value):
         return ""
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, str):
-        return value
-    return ", ".join(map(str, value)) if hasattr(value, "__iter__") else str(value)
+    return str(value)

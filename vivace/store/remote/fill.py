@@ -118,11 +118,13 @@ class Filling:
             raise RuntimeError("store: another fill has begun since; this one changes nothing. Let one run at a time")
 
     def _live(self, last: int) -> Live:
-        """The log up to the number ``last``."""
+        """What histories have of the log up to the number ``last``."""
         live: Live = defaultdict(list)
         first = 1
         while first <= last and (records := self._records(first, last, 10 * ROWS)):
             for record in records:
+                if record.event.shown:
+                    continue
                 live[key_of(record.event.user_id)].append((record.number, record.event))
             first = records[-1].number + 1
         return live

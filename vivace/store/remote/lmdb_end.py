@@ -137,7 +137,8 @@ def _into_lmdb(store: LmdbStore, source: End, say: Callable[[str], None]) -> Non
                 transaction.put(number_key(record.number), value_of(record), db=d[_LOG])
                 if record.digest:
                     transaction.put(record.digest, number_key(record.number), db=d[_IDS])
-                last[key_of(record.event.user_id)] = record.number
+                if not record.event.shown:
+                    last[key_of(record.event.user_id)] = record.number
     say("users")
     marks = list[Pair]()
 

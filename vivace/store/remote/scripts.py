@@ -44,12 +44,13 @@ return out
 """)
 
 # keys: a user's history and set of numbers. arguments: most events, (number, event) of each.
-# reply: the history's length. An event that is there already is left out
+# reply: the history's length. An event that is there already is left out; without events nothing is written
 APPLY_EVENTS = Script(
     _HISTORY
     + """
 local head, count = redis.call('GETRANGE', KEYS[1], 0, 5), 0
 if head == '' then
+  if #ARGV < 2 then return 0 end
   redis.call('SET', KEYS[1], string.char(0, 221, 0, 0, 0, 0))
 else
   count = struct.unpack('>I4', head, 3)

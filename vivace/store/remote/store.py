@@ -209,8 +209,8 @@ class ValkeyStore(Filling, ValkeyCatalogue, ValkeyGroups):
             LOG_EVENTS, [(self._log_keys, logged)], "write", lasting=several
         )
         of_user: dict[bytes, list[bytes]] = defaultdict(list)
-        for (_, _, key, event), number in zip(columns, numbers, strict=True):
-            of_user[key] += (number, event)
+        for event, (_, _, key, row), number in zip(appended, columns, numbers, strict=True):
+            of_user[key] += () if event.shown else (number, row)
         generations = [generation, *([filling] if filling else [])]
         calls = [
             (self._user_keys(g, key)[:2], [MAX_STORED_EVENTS, *parts])

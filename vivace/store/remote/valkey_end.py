@@ -89,7 +89,8 @@ class ValkeyEnd:
             for r in records:
                 commands.append(("ZADD", events, r.number, b"%0*d" % (NUMBER_DIGITS, r.number) + value_of(r)))
                 commands += [("HSET", ids, r.digest, r.number)] if r.digest else []
-                of_user.setdefault(key_of(r.event.user_id), []).append(r.number)
+                if not r.event.shown:
+                    of_user.setdefault(key_of(r.event.user_id), []).append(r.number)
             s._trips(commands)
         say("users")
         for users in batches(source.users(), ROWS):

@@ -26,7 +26,7 @@ const MOTIFS = [
 
 /** SVG of an item's card; decoration, so hidden from screen readers. */
 export function picture(card) {
-  const category = card.attributes.category ?? Object.values(card.attributes)[0] ?? "";
+  const category = card.kind;
   const kind = hash(category || card.id);
   const one = hash(card.id);
   const motif = MOTIFS[Math.floor(kind / 8) % MOTIFS.length];
