@@ -289,6 +289,7 @@ def walk(
     """(everything about the test requests, their moments). ``chosen``: how models and counters join, by row;
     ``renewing`` makes, for the moments, models that are trained on meanwhile."""
     features, items = models.features, models.features.item_count()
+    say("counting what was known at each test request")
     requests, moments = by_moment(features, models, "test")
     present, answers = Present(stream, items), Answers(items)
     trained_V = torch.tensor(popularity(features.files("train"), items), dtype=torch.float32)

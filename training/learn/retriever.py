@@ -237,6 +237,8 @@ def train_retrieval(
     model = _finished_model(loop, model, features, preset, counts)
     if not world.first:
         return report
+    if model.memory is not None:
+        say("counting which items go together, and fitting what that says")
     remember(model, features.files("train"))
     record["memory"] = fit_memory(model.eval(), features, seed, preset.ranking.held_out)
     return finish_training(step, model, report, **record, processes=world.size)

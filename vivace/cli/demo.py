@@ -38,10 +38,15 @@ SHOP = "shop"
 def _answers(run: Run, server: TritonServer, search: bool) -> None:
     """A few readable answers: held-out users, a newcomer before and after a first event; with ``search`` a query with
     a typing error, with and without a history."""
+    from preprocessing.features import Features
     from preprocessing.requests import recorded
+    from vivace.cli.demo_present import is_over, send_again
 
-    sample = recorded(run.root)
+    sample, features = recorded(run.root), Features(run.features)
     with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
+        if run.shapes().rising and is_over(features):
+            say("live counters count what is clicked now, and this log is over: its last events are sent once more")
+            say(f"sent {send_again(features, client):,} events, by readers named log-…")
         columns = [contract.USER, contract.ITEM, contract.TARGET]
         for user, history, target in sample.head(2)[columns].itertuples(index=False):
             answer = client.recommend(user, list(history), 5)

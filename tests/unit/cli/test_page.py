@@ -23,20 +23,26 @@ def catalogue(tmp_path):
     run.features.mkdir()
     run.feature_store.mkdir()
     lists = ("tags",)
-    schema = DataSchema(name="m", item_categoricals=("label",), item_lists=lists, heads=(TaskHead("play", 0.0),))
+    schema = DataSchema(
+        name="m", item_categoricals=("label",), item_lists=lists, item_continuous=("length", "made_ms"),
+        heads=(TaskHead("play", 0.0),),
+    )  # fmt: skip
     write_json(run.features / SCHEMA_FILE, schema.to_json())
     tags = [["a whim", *COMMON, "zither"], COMMON[:1], COMMON[:2], COMMON, None]
-    rows = {ITEM: list("abcde"), TITLE: list("ABCDE"), "label": ["Food, drinks", "", None, "x", ""], "tags": tags}
+    rows = {ITEM: list("abcde"), TITLE: list("ABCDE"), "label": ["Food, drinks", "", None, "281", ""], "tags": tags}
+    rows |= {"length": [None, None, None, 2.5, None], "made_ms": [None, None, None, 1506988116110.0, None]}
     pd.DataFrame(rows).to_parquet(run.features / CATALOGUE_FILE)
     return Catalogue(run)
 
 
 def test_of_many_values_the_common_ones_are_shown_and_the_others_counted(catalogue):
-    first, second, third, _, bare = catalogue.cards(list("abcde"))
+    first, second, third, fourth, bare = catalogue.cards(list("abcde"))
     assert len(COMMON) == LISTED
     assert first["attributes"] == {"label": "Food, drinks", "tags": "rock, indie, 80s, live, pop and 2 more"}
     assert third["attributes"] == {"tags": "rock, indie"} and bare["attributes"] == {}
-    assert [card["kind"] for card in (first, second, bare)] == ["Food, drinks", "rock", ""]
+    assert list(fourth["attributes"].values())[::2] == ["label 281", "length 2.5"]  # numbers with what they are of
+    assert fourth["attributes"]["made_ms"] == "made 2017-10-02"
+    assert [card["kind"] for card in (first, second, fourth, bare)] == ["Food, drinks", "rock", "label 281", ""]
     assert catalogue.cards(["unknown"])[0] == {
         "id": "unknown", "title": "unknown", "price": None, "attributes": {}, "kind": "", "new": False
     }  # fmt: skip

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FRESH_S = 2.0  # how long what is new and rising is remembered
 RISING_MS, RISING_CLICKS, RISING_ITEMS = 3_600_000, 3, 20  # within that time, at least so often, at most so many
+MILLISECONDS = "_ms"  # how the name of a number ends that is a moment
 LISTED = 5  # values of a list that are shown of an item
 ORDER = ("view", "click", "watch", "listen", "cart", "buy", "purchase")  # of event types, others behind by name
 
@@ -159,9 +161,10 @@ class Catalogue:
         }
 
     def _values(self, name: str, value: Any) -> list[str]:
-        """Of an attribute as texts; those of a list that most items have come first."""
+        """Of an attribute as texts; those of a list that most items have come first. A number says what it is of."""
         if name not in self._common:
-            return [text] if (text := _text(value)) else []
+            text = _day(value) if name.endswith(MILLISECONDS) else _text(value)
+            return [f"{name.removesuffix(MILLISECONDS)} {text}" if _is_number(text) else text] if text else []
         common = self._common[name]
         return sorted(map(str, value if value is not None else ()), key=lambda text: (-common[text], text))
 
@@ -235,3 +238,16 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text says nothing without the name of its attribute: 281, or 2017-10-02."""
+    return text.replace("-", "").replace(".", "").isdigit()
+
+
+def _day(value: Any) -> str:
+    """A moment in Unix ms as its day, UTC; as it is where it is none."""
+    try:
+        return datetime.fromtimestamp(float(value) / 1000, UTC).date().isoformat()
+    except (TypeError, ValueError, OverflowError, OSError):
+        return _text(value)

@@ -1,0 +1,28 @@
+"""What the demo sends once more of a log that is over."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from vivace.cli.demo_present import is_over, last_events
+from vivace.contract import FIRST_ID, ITEM, TIME, USER
+
+
+def test_the_last_events_of_a_log_are_sent_as_of_now_by_readers_of_their_own(features):
+    events, names = features.events(), features.items()[ITEM].tolist()
+    known = np.flatnonzero(events[ITEM] >= FIRST_ID)[-5:]
+    sent = last_events(features, 5)
+    assert [e.item_id for e in sent] == [names[i - FIRST_ID] for i in events[ITEM][known]]
+    assert [e.user_id for e in sent] == [f"log-{user}" for user in events[USER][known]]
+    assert {replace(e, user_id="", item_id="") for e in sent} == {type(sent[0])("", "")}  # no time: now
+
+
+def test_a_log_is_over_when_its_counters_have_forgotten_it(features, monkeypatch):
+    newest = int(features.events()[TIME][-1]) / 1000
+    monkeypatch.setattr(time, "time", lambda: newest + 3600)
+    assert not is_over(features)
+    monkeypatch.setattr(time, "time", lambda: newest + 2 * 86400)
+    assert is_over(features)
