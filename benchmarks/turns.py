@@ -27,6 +27,11 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": float(np.median(rounded)), "least": min(rounded), "largest": max(rounded), "turns": rounded}
 
 
+def quartiles(values: Sequence[float], digits: int = 2) -> list[float]:
+    """Lower quartile, median and upper quartile: where single turns are disturbed by others."""
+    return [round(float(q), digits) for q in np.quantile(values, (0.25, 0.5, 0.75))]
+
+
 def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
     """Median of each figure over runs that have the same figures."""
     return {name: float(np.median([r[name] for r in runs])) for name in runs[0]}

@@ -8,6 +8,7 @@ from typing import Any
 
 from serving.door.extension import changing
 from serving.door.options import DoorFiles, DoorOptions
+from serving.door.rollout import HEADER_MUTATION
 from serving.door.routes import BRIDGE, TYPE, grpc_routes, http_routes, metrics_routes
 from vivace import contract
 
@@ -160,7 +161,7 @@ def _listener(
         "http_filters": [
             *_access_filters(options, files),
             {"name": "envoy.filters.http.buffer", "typed_config": limit},
-            *([changing("rollout", files.rollout, f"{TYPE}.http.lua.v3.Lua")] if checks else []),
+            *([changing("rollout", files.rollout, HEADER_MUTATION)] if checks else []),
             *checks,
             {"name": "envoy.filters.http.router", "typed_config": router},
         ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from serving.door.extension import extension
 from serving.door.options import DoorFiles
@@ -18,6 +19,7 @@ from vivace.manifest import write_text
 
 SALT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 HEADER = "x-vivace-rollout"
+HEADER_MUTATION = f"{TYPE}.http.header_mutation.v3.HeaderMutation"  # costs half of a line of Lua
 _SPAN = 1 << 32
 
 
@@ -62,7 +64,7 @@ class Split:
 
 def write_split(files: DoorFiles, split: Split | None) -> None:
     """From now on callers are split so (None: nobody is on trial)."""
-    call = f'replace("{HEADER}", "{split.limit} {split.salt}")' if split else f'remove("{HEADER}")'
-    code = f"function envoy_on_request(handle) handle:headers():{call} end"
-    config = {"@type": f"{TYPE}.http.lua.v3.Lua", "default_source_code": {"inline_string": code}}
+    header = {"key": HEADER, "value": f"{split.limit} {split.salt}"} if split else {}
+    change: dict[str, Any] = {"append": {"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}}
+    config = {"@type": HEADER_MUTATION, "mutations": {"request_mutations": [change if split else {"remove": HEADER}]}}
     write_text(files.rollout, extension("rollout", config))

@@ -1,9 +1,10 @@
 -- gRPC's ModelInfer to Triton's HTTP call with binary tensors, and the answer back (KServe v2, both). Why: tritonserver
 -- 2.51 dies when a gRPC call that it works on is cancelled or runs into its deadline, which ordinary clients do; its HTTP
 -- side takes a caller that hangs up. Envoy's gRPC bridge takes the frame off the message and puts it and the trailers
--- back on; the status that belongs into the trailers goes through the stream's metadata.
+-- back on; the status that belongs into the trailers goes through a header of the answer.
 
 local SPACE = "vivace"
+local FAILED = "x-vivace-failed" -- header of an answer, from here to ``end_grpc``: status and message of a call that failed
 local FRAME = "\0\0\0\0\0" -- stands for gRPC's, whose length nobody reads
 local UNWANTED = { "te", "accept-encoding", "content-encoding", "expect" }
 local MAX_PARTS = 32 -- inputs, outputs or parameters of a request
@@ -13,6 +14,8 @@ local MAX_VALUES = 500000 -- of an input that is sent as protobuf's own fields
 -- -- protobuf ------------------------------------------------------------------------------------------------------
 -- (value, next position) of a varint; nil where it does not end. Exact up to 2^53.
 local function varint(text, position)
+  local first = string.byte(text, position)
+  if first and first < 128 then return first, position + 1 end -- most of them
   local value, scale = 0, 1
   for _ = 1, 10 do
     local byte = string.byte(text, position)
@@ -253,10 +256,9 @@ end
 -- message is read once, by the checks.
 function send_over_http(handle, request)
   local path, json, binary = http_call(request)
-  local length = handle:body():setBytes(FRAME .. json .. binary)
+  handle:body():setBytes(FRAME .. json .. binary) -- and content-length with it
   local headers = handle:headers()
   headers:replace(":path", path)
-  headers:replace("content-length", tostring(length))
   headers:replace("inference-header-content-length", tostring(#json))
   for _, name in ipairs(UNWANTED) do headers:remove(name) end
   handle:streamInfo():dynamicMetadata():set(SPACE, "infer", "yes")
@@ -264,6 +266,8 @@ end
 
 -- -- the answer ----------------------------------------------------------------------------------------------------
 local function varint_of(value)
+  if value < 128 then return string.char(value) end
+  if value < 16384 then return string.char(value % 128 + 128, math.floor(value / 128)) end
   local out = {}
   repeat
     local low = value % 128
@@ -275,26 +279,27 @@ end
 
 local function field_of(number, text) return varint_of(number * 8 + 2) .. varint_of(#text) .. text end
 
-local OUTPUT = '{"name":"([^"]*)","datatype":"(%w+)","shape":%[([%d,]*)%],"parameters":{"binary_data_size":(%d+)}}'
+local OUTPUT = '^{"name":"([^"]*)","datatype":"(%w+)","shape":%[([%d,]*)%],"parameters":{"binary_data_size":(%d+)}}()'
 
 local function grpc_answer(json, binary)
-  local start = string.find(json, '"outputs":[', 1, true)
-  if not start then return nil end
-  local head = string.sub(json, 1, start)
+  local _, place = string.find(json, '"outputs":[', 1, true)
+  if not place then return nil end
   local parts, raw, position = {}, {}, 1
-  local name, version = string.match(head, '"model_name":"([^"]*)","model_version":"([^"]*)"')
+  local name, version = string.match(json, '"model_name":"([^"]*)","model_version":"([^"]*)"')
   parts[1] = field_of(1, name or "") .. field_of(2, version or "")
-  local _, before = string.find(head, '"id":', 1, true) -- the first: what follows it in an id has its quotes escaped
-  local id = before and read_json_string(head, before + 1)
+  local _, before = string.find(json, '"id":', 1, true) -- the first: what follows it in an id has its quotes escaped
+  local id = before and before < place and read_json_string(json, before + 1)
   if id then parts[#parts + 1] = field_of(3, id) end
-  for output, datatype, shape, size in string.gmatch(string.sub(json, start), OUTPUT) do
-    local axes = {}
-    for axis in string.gmatch(shape, "%d+") do axes[#axes + 1] = varint_of(tonumber(axis)) end
-    parts[#parts + 1] = field_of(5, field_of(1, output) .. field_of(2, datatype) .. field_of(3, table.concat(axes)))
+  while true do
+    local output, datatype, shape, size, after = string.match(json, OUTPUT, place + 1)
+    if not output then break end
+    local axes = ""
+    for axis in string.gmatch(shape, "%d+") do axes = axes .. varint_of(tonumber(axis)) end
+    parts[#parts + 1] = field_of(5, field_of(1, output) .. field_of(2, datatype) .. field_of(3, axes))
     raw[#raw + 1] = field_of(6, string.sub(binary, position, position + size - 1))
-    position = position + size
+    position, place = position + size, after -- behind the comma
   end
-  if #raw == 0 then return nil end
+  if #raw == 0 or string.byte(json, place) ~= 93 then return nil end -- "]": each output was read
   return table.concat(parts) .. table.concat(raw)
 end
 
@@ -311,17 +316,16 @@ local function answer_from_http(handle)
   if not metadata or metadata["infer"] ~= "yes" then return end
   local headers = handle:headers()
   local status = headers:get(":status")
-  if headers:get("grpc-status") then -- a reply of Envoy's own, which has its status: the bridge would write over it
-    local reply = handle:streamInfo():dynamicMetadata()
-    reply:set(SPACE, "status", headers:get("grpc-status"))
-    reply:set(SPACE, "message", headers:get("grpc-message") or "")
+  local code = headers:get("grpc-status")
+  if code then -- a reply of Envoy's own, which has its status: the bridge would write over it
+    headers:replace(FAILED, code .. " " .. (headers:get("grpc-message") or ""))
     headers:replace("content-type", "application/x-protobuf")
     return
   end
   local json_bytes = tonumber(headers:get("inference-header-content-length") or "")
   local body = handle:body()
   local text = body and body:getBytes(0, body:length()) or ""
-  local answer, code, reason = "", nil, nil
+  local answer, reason = "", nil
   if status == "200" then
     json_bytes = json_bytes or #text
     answer = grpc_answer(string.sub(text, 1, json_bytes), string.sub(text, json_bytes + 1))
@@ -331,16 +335,11 @@ local function answer_from_http(handle)
     local _, before = string.find(text, '^{"error":')
     reason = before and read_json_string(text, before + 1) or text
   end
-  if code then
-    local failure = handle:streamInfo():dynamicMetadata()
-    failure:set(SPACE, "status", code)
-    failure:set(SPACE, "message", percent(reason))
-  end
-  local length = body and handle:body():setBytes(answer) or 0
+  if body then body:setBytes(answer) end -- and content-length with it
   headers = handle:headers()
+  if code then headers:replace(FAILED, code .. " " .. percent(reason)) end
   headers:replace(":status", "200")
   headers:replace("content-type", "application/x-protobuf")
-  headers:replace("content-length", tostring(length))
   headers:remove("inference-header-content-length")
 end
 
@@ -351,12 +350,15 @@ end
 
 -- The status of a call that failed goes into the trailers that the bridge made of an empty message.
 function end_grpc(handle)
-  local metadata = handle:streamInfo():dynamicMetadata():get(SPACE)
-  if not metadata or not metadata["status"] then return end
-  handle:headers():remove("grpc-status")
-  handle:headers():remove("grpc-message")
+  local headers = handle:headers()
+  local failed = headers:get(FAILED)
+  if not failed then return end
+  headers:remove(FAILED)
+  headers:remove("grpc-status")
+  headers:remove("grpc-message")
   local trailers = handle:trailers()
   if not trailers then return end
-  trailers:replace("grpc-status", metadata["status"])
-  trailers:replace("grpc-message", metadata["message"])
+  local code, message = string.match(failed, "^(%d+) (.*)$")
+  trailers:replace("grpc-status", code)
+  trailers:replace("grpc-message", message)
 end

@@ -14,6 +14,7 @@ import typer
 
 from vivace.cli.options import DEFAULT_ARTIFACTS, Artifacts, Name, console, errors, say
 from vivace.cli.runs import find_run
+from vivace.store.interface import StoreUnreachableError
 from vivace.store.opening import STORE_URL, open_store
 
 if TYPE_CHECKING:
@@ -45,9 +46,16 @@ def _opened(name: str, artifacts: Any, url: str) -> Iterator[ServingStore]:
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[list[int]]:
-    """The signals that have come and ask to stop; a batch in hand is written and acknowledged first."""
+    """The signals that have come and ask to stop; a batch in hand is written and acknowledged first. The second one
+    does not wait for that."""
     came: list[int] = []
-    before = {n: signal.signal(n, lambda which, _: came.append(which)) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield came
     finally:
@@ -55,12 +63,23 @@ def _stopped_by_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _say_missed(store: ServingStore, group: str, said: int) -> int:
+    """Says how many events the group has missed, where they are more than were ``said``; how many."""
+    try:
+        missed = next((state.missed for state in store.groups() if state.name == group), 0)
+    except StoreUnreachableError:  # who follows waits for it
+        return said
+    if missed > said:
+        errors.print(f"vivace: {missed} events aged out before the group {group!r} had acknowledged them")
+    return missed
+
+
 def as_line(delivery: Delivery) -> str:
     """One event as JSON, with the number by which one that comes again is known."""
     event = delivery.event
     columns = {
         "number": delivery.number, "times": delivery.times, "user_id": event.user_id, "item_id": event.item_id,
-        "event_type": event.event_type, "timestamp_ms": event.timestamp_ms,
+        "event_type": event.event_type, "timestamp_ms": event.timestamp_ms, "shown": event.shown,
         "context": json.loads(event.context) if event.context else {}, "request_id": event.request_id,
     }  # fmt: skip
     return json.dumps(columns, ensure_ascii=False)
@@ -91,18 +110,17 @@ def follow(
     missed, look_s = 0, 0.0
     with _stopped_by_signals() as stop, _opened(name, artifacts, store) as opened:
         begin = 0 if from_start else None
+        if from_start and any(state.name == group for state in opened.groups()):
+            errors.print(
+                f"vivace: the group {group!r} is there and goes on where it is; 'vivace events drop' removes it"
+            )
         for batch in followed(
             opened, group, consumer, after=begin, most=most, idle_s=idle_s, stop=lambda: bool(stop), once=once
         ):
-            sys.stdout.write("".join(f"{as_line(delivery)}\n" for delivery in batch))
-            sys.stdout.flush()
-            if time.monotonic() < look_s:  # counting may take a while
-                continue
-            look_s = time.monotonic() + LOOK_EVERY_S
-            lost = next((state.missed for state in opened.groups() if state.name == group), 0)
-            if lost > missed:
-                errors.print(f"vivace: {lost} events aged out before the group {group!r} had acknowledged them")
-            missed = lost
+            sys.stdout.buffer.write("".join(f"{as_line(delivery)}\n" for delivery in batch).encode())
+            sys.stdout.buffer.flush()
+            if time.monotonic() >= look_s:  # counting may take a while
+                look_s, missed = time.monotonic() + LOOK_EVERY_S, _say_missed(opened, group, missed)
 
 
 @events.command(help="How far each group of readers is.")

@@ -151,7 +151,7 @@ def test_the_command_follows_and_a_copy_goes_on_where_the_group_was(tmp_path, se
     rows = [json.loads(line) for line in read.stdout.splitlines()]
     assert [row["number"] for row in rows] == [1, 2, 3, 4, 5], read
     assert rows[0] == {"number": 1, "times": 1, "user_id": "ü", "item_id": "0", "event_type": "view",
-                       "timestamp_ms": 1, "context": {"d": "x"}, "request_id": ""}  # fmt: skip
+                       "timestamp_ms": 1, "shown": False, "context": {"d": "x"}, "request_id": ""}  # fmt: skip
     (server,) = servers("valkey")
     with server.client() as client:
         client.flushall()
@@ -159,8 +159,9 @@ def test_the_command_follows_and_a_copy_goes_on_where_the_group_was(tmp_path, se
     assert here.invoke(app, ["store", "copy", *run, "--to", url]).exit_code == 0
     shared = open_store(tmp_path, url=url)
     shared.append([Event("u", "new")])
-    went_on = here.invoke(app, ["events", "follow", "--store", url, "--group", "dwh", "--once"])
+    went_on = here.invoke(app, ["events", "follow", "--store", url, "--group", "dwh", "--once", "--from-start"])
     assert [json.loads(line)["item_id"] for line in went_on.stdout.splitlines()] == ["new"], went_on
+    assert "goes on where it is" in went_on.stderr
     assert here.invoke(app, ["events", "drop", "dwh", "--store", url]).exit_code == 0 and shared.groups() == []
     wrong = here.invoke(app, ["events", "drop", "dwh", "--store", url])
     assert wrong.exit_code == 2 and "expected a group there is (none)" in wrong.output, wrong

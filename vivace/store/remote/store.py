@@ -3,7 +3,8 @@
 Keys, behind the address's prefix: ``<generation>:h:{user}``, ``:n:{user}`` and ``:a:{user}``, a user's history, the
 numbers of the live events in it, and attributes; ``<generation>:t:{item}``, titles; ``{log}:about``, ``{log}:events``
 (a sorted set of records by number) and ``{log}:ids``, the log of live events; ``answer:{digest}``, answers that servers
-have computed, which alone go by themselves after a time. ``catalogue`` says what else.
+have computed, which alone go by themselves after a time. ``catalogue`` and ``groups`` say
+what else.
 
 An append takes two trips: one gives the batch its numbers and writes it to the log, in one step, and one puts each
 event into its user's history, whose set of numbers tells what is there already. Nothing is acknowledged before both. A
@@ -204,9 +205,10 @@ class ValkeyStore(Filling, ValkeyCatalogue, ValkeyGroups):
             (digest(e), packed_record(e, digest(e), now_ms), key_of(e.user_id), _packed_event(e)) for e in appended
         ]
         logged = [x for id_digest, record, _, _ in columns for x in (id_digest, record)]
-        several = self.address.cluster  # else the second trip's wait for replicas is one for the first too
+        # the second trip waits for replicas; the first too where the second may go to other nodes, or write nothing
+        alone = self.address.cluster or any(event.shown for event in appended)
         ((generation, filling, *numbers),) = self._trips.script(
-            LOG_EVENTS, [(self._log_keys, logged)], "write", lasting=several
+            LOG_EVENTS, [(self._log_keys, logged)], "write", lasting=alone
         )
         of_user: dict[bytes, list[bytes]] = defaultdict(list)
         for event, (_, _, key, row), number in zip(appended, columns, numbers, strict=True):
