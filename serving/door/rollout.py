@@ -19,7 +19,7 @@ from vivace.manifest import write_text
 
 SALT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 HEADER = "x-vivace-rollout"
-HEADER_MUTATION = f"{TYPE}.http.header_mutation.v3.HeaderMutation"  # costs half of a line of Lua
+HEADER_MUTATION = f"{TYPE}.http.header_mutation.v3.HeaderMutation"  # costs less than a line of Lua
 _SPAN = 1 << 32
 
 

@@ -293,14 +293,15 @@ class Compilation:
         s, records = self.tensors, dict[str, dict[str, float]]()
         if not self.config.targets:
             return records
+        inputs = contract.retrieval_inputs(s)
         graphs = {
             contract.RETRIEVAL: RetrievalGraph(self.retriever, s.candidates, s.memory, rising=s.rising),
             contract.RANKING: RankingGraph(without_merlin(self.ranker), folded=self.folded),
         }
         feeds: dict[str, dict[str, np.ndarray]] = {
-            stage: {t.name: x.numpy() for t, x in zip(tensors, values, strict=False)}  # behind them what ranking reads
+            stage: {t.name: x.numpy() for t, x in zip(tensors, values, strict=True)}
             for stage, tensors, values in (
-                (contract.RETRIEVAL, contract.retrieval_inputs(s), self.example),
+                (contract.RETRIEVAL, inputs, self.example[: len(inputs)]),
                 (contract.RANKING, contract.ranking_inputs(s), self.candidates),
             )
         }
