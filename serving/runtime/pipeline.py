@@ -103,7 +103,14 @@ class Pipeline:
         self._ranking_names = [t.name for t in contract.ranking_inputs(shapes)]
         inputs, _ = self.transform([Row("", None, 1)])
         inputs[1] = np.zeros_like(inputs[1])  # what is gone now may come back
+        if shapes.rising:  # what rises now may fall
+            inputs[self._rising_place] = np.zeros_like(inputs[self._rising_place])
         self._popular_N, self._popularity_N = (values[0] for values in self.retrieve(inputs)[:2])
+
+    @property
+    def _rising_place(self) -> int:
+        """Of RISING_IDS among the inputs, with live counters."""
+        return self.shapes.passed_on + len(self.shapes.moment)
 
     @staticmethod
     def _grows(folder: Path) -> bool:
@@ -176,7 +183,7 @@ class Pipeline:
         that are rising come first."""
         popular_N, popularity_N = self._popular_N, self._popularity_N
         if self.shapes.rising:
-            rising = inputs[self.shapes.passed_on + len(self.shapes.moment)][0]
+            rising = inputs[self._rising_place][0]
             rising = rising[rising != contract.PADDING_ID]
             others = ~np.isin(popular_N, rising)
             count = len(popular_N)

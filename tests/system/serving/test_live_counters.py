@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -21,6 +22,7 @@ from search.published import FOLDER
 from serving.releases import releases
 from serving.runtime.live_feed import LiveFeed
 from serving.runtime.moment import Moment
+from serving.runtime.pipeline import Pipeline
 from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import FeatureTransform, ItemVocabulary, Row
 from serving.service import service
@@ -56,6 +58,7 @@ from vivace.contract import (
 from vivace.live import RECENT
 from vivace.manifest import read_manifest
 from vivace.run import Run
+from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
 from vivace.suspects import FLOOR
 
@@ -244,6 +247,24 @@ def test_an_index_and_shards_retrieve_what_one_graph_does(live_root, searchable,
     for got_N, one_N, rising_M in zip(without, ids, given[-2], strict=True):
         first = [i for i in one_N.tolist() if i in rising_M and i != PADDING_ID]
         assert got_N[: len(first)].tolist() == first  # what is rising needs no shard
+
+
+def test_what_rose_at_the_start_is_popular_no_longer_when_it_has_fallen(live_root, features, tmp_path):
+    """The answer by no model, of a server that started while items were rising."""
+    run, rare = Run(live_root), [_rare(features, n) for n in range(3)]
+    shapes, version = run.shapes(), run.version()
+    shutil.copytree(run.feature_store, tmp_path / "store")
+    ids = ItemVocabulary(run.repository / FEATURE_TRANSFORM / str(version) / "transform.onnx")(rare)
+    now_ms = int(time.time() * 1000)
+    with contextlib.closing(LmdbStore(tmp_path / "store")) as store:
+        store.append([Event(f"early {n} {m}", rare[n], "view", now_ms) for n in range(3) for m in range(40)])
+        pipeline = Pipeline(run.repository, str(version), shapes, store)
+        inputs, _ = pipeline.transform([Row("", None, 5)])
+        place = [t.name for t in contract.retrieval_inputs(shapes)].index("RISING_IDS")
+        assert set(ids) <= set(pipeline.popular(inputs)[0][0][:RISING])
+        inputs[place] = np.zeros_like(inputs[place])
+        fallen = pipeline.popular(inputs)[0][0]
+    assert fallen[0] != PADDING_ID and not set(fallen[:RISING]) & set(ids)
 
 
 def test_a_restart_counts_what_the_log_holds(live_root, features):
