@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
+from http.client import HTTPConnection, HTTPException, IncompleteRead, RemoteDisconnected
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class HttpPool:
             connection, used = self._new(), False
         while True:
             try:
-                answer, again = _exchange(connection, method, path, body, headers, deadline)
+                answer, again = _exchange(connection, method, path, body, headers, deadline, not used)
             except (RemoteDisconnected, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
                 alert = None if used else _alert(connection)
                 connection.close()
@@ -134,9 +134,11 @@ def _alert(connection: HTTPConnection) -> ssl.SSLError | None:
 
 
 def _exchange(
-    connection: HTTPConnection, method: str, path: str, body: bytes, headers: Mapping[str, str], deadline: float
-) -> tuple[HttpAnswer, bool]:
-    """The answer, and whether the connection can be used again."""
+    connection: HTTPConnection, method: str, path: str, body: bytes, headers: Mapping[str, str], deadline: float,
+    new: bool,
+) -> tuple[HttpAnswer, bool]:  # fmt: skip
+    """The answer, and whether the connection can be used again. ``new``: it was never used before, so what the other
+    side said when it closed it while we still wrote is the answer."""
 
     def left() -> float:
         seconds = deadline - time.monotonic()
@@ -149,9 +151,20 @@ def _exchange(
         connection.connect()
     sock = connection.sock
     sock.settimeout(left())
-    connection.request(method, path, body, dict(headers))
+    closed: OSError | None = None
+    try:
+        connection.request(method, path, body, dict(headers))
+    except (BrokenPipeError, ConnectionResetError) as error:
+        if not new or isinstance(sock, ssl.SSLSocket):
+            raise
+        closed = error
     sock.settimeout(left())
-    response = connection.getresponse()
+    try:
+        response = connection.getresponse()
+    except (OSError, HTTPException):
+        if closed is None:
+            raise
+        raise closed from None
     parts = []
     while part := response.read1(READ_BYTES):  # what is there: ``read`` would wait for all of it, however slow
         parts.append(part)

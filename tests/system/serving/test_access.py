@@ -110,11 +110,10 @@ def test_a_connection_needs_tls_and_a_certificate(shop, protocol):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_plain_caller_is_told_that_this_port_takes_tls(shop, protocol):
-    with (
-        VivaceClient(f"127.0.0.1:{shop.ports[protocol]}", protocol, timeout_s=PATIENCE_S, key="x") as client,
-        pytest.raises(VivaceError, match="takes TLS only"),
-    ):
-        client.recommend(history=HISTORY)
+    with VivaceClient(f"127.0.0.1:{shop.ports[protocol]}", protocol, timeout_s=PATIENCE_S, key="x") as client:
+        for history in (HISTORY, ["a long one"] * 200_000):  # of which it reads nothing before it answers
+            with pytest.raises(VivaceError, match="takes TLS only"):
+                client.recommend(history=history)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
