@@ -108,7 +108,7 @@ class Features:
     def minute_events(self) -> int:
         """What an account may send within a minute and be a person (``vivace.suspects``); 0, no limit, where an earlier
         version wrote the features."""
-        return int(read_manifest(self.folder, "vivace prepare")["results"].get(MINUTE_EVENTS, 0))
+        return int(read_manifest(self.folder, "vivace prepare").get("results", {}).get(MINUTE_EVENTS, 0))
 
     def searches(self) -> pd.DataFrame | None:
         """The log of searches by time and list, ITEM as ids; None where there is none."""

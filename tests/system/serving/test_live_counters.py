@@ -273,11 +273,11 @@ def test_a_restart_counts_what_the_log_holds(live_root, features):
     version = run.repository / FEATURE_TRANSFORM / str(run.version())
     ids = ItemVocabulary(version / "transform.onnx")
     moment = Moment(version, run.shapes(), store)
-    following = LiveFeed(version / RECENT, store, ids, run.shapes(), moment, start=False)
     with (
         service(on_free_ports(live_root / "model_repository"), quiet) as (server, _),
         PatientClient(f"{server.host}:{server.grpc_port}") as client,
-    ):
+    ):  # its start drops what other tests put in live and took out again
+        following = LiveFeed(version / RECENT, store, ids, run.shapes(), moment, start=False)
         for n in range(6):
             client.append(f"later {n % 2}", _rare(features, 5 + n % 3), context={"device": ("phone", "tablet")[n % 2]})
             following.refresh()
