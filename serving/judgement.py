@@ -51,16 +51,20 @@ class Plan:
 
     def __post_init__(self) -> None:
         Split(self.salt, 0.0)
+        steps = ", ".join(f"{100 * share:.4g}" for share in self.shares) or "none"
         if not self.shares or not all(0 <= share < 1 for share in self.shares) or not self.shares[-1]:
             raise ValueError(
-                f"shares: expected shares below 1, the last above 0, got {self.shares}: it is compared with others"
+                f"shares: expected steps below 100 % of the users, the last above 0, got {steps}: the version is "
+                "compared with the others"
             )
         if list(self.shares) != sorted(self.shares):
-            raise ValueError(f"shares: expected each step to be as large as the one before, got {self.shares}")
-        if (not self.shares[0] and not self.shadow) or self.shares.count(0) > 1:
+            raise ValueError(f"shares: expected each step to be as large as the one before, got {steps} % of the users")
+        if self.shares.count(0) > 1:
+            raise ValueError(f"shares: expected one step of 0 % of the users at most, the first, got {steps}")
+        if not self.shares[0] and not self.shadow:
             raise ValueError(
-                f"shares: expected a step of 0 users first and with copies (--shadow), got {self.shares} and a shadow "
-                f"of {self.shadow:g}"
+                f"shares: expected copies (--shadow above 0) with a first step of 0 % of the users, which is one of "
+                f"copies alone, got steps of {steps} % and none; or leave the 0 out"
             )
         least_quality, limits = self.least_quality, ("more_errors", "more_empty", "more_partial", "drift", "slower")
         if not 0 <= least_quality <= 1:
@@ -70,7 +74,7 @@ class Plan:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.interleave and self.shadow:
             raise ValueError(
-                "interleave, shadow: expected one of them; copies are compared with a version's own answers"
+                "--interleave, --shadow: expected one of them; copies are compared with a version's own answers"
             )
         if self.shadow > 1 or self.slower < 1 or self.least < 1:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,12 +185,11 @@ class Preset:
             )
 
 
-LATER: dict[str, Any] = {
+LATER: dict[str, Any] = {  # fields of a preset's parts that came later, with what held before
     "positions": "slots", "slide": 1, "reads": 0, "stochastic_length": 0.0, "nearest": 0, "nearest_to": "candidate",
     "neighbours_by": "sessions", "neighbours_ridge": 300.0, "rising_same_item_s": 0, "rising_user_events": 0,
     "rising_newcomers": 0.0, "day_events": 0, "same_item_s": 0, "shown_rates": False,
 }  # fmt: skip
-# fields of a preset's parts that came later, with what held before
 
 
 def recorded_fields(part: EncoderConfig | RetrievalTraining | RankerConfig) -> dict[str, Any]:
@@ -371,12 +371,16 @@ def with_values(preset: Preset, values: dict[str, Any]) -> Preset:
 def preset(name: str) -> Preset:
     """A preset by name, or by the path of a JSON file: {"preset": "cpu", "encoder.width": 128, ...}. Raises ValueError
     for an unknown name, of the preset or of a field."""
-    if name.endswith(".json"):
-        values = json.loads(Path(name).read_text())
-        return with_values(preset(values.pop("preset", "cpu")), values)
+    changes = dict[Path, Any]()
+    while name.endswith(".json"):
+        if (file := Path(name).resolve()) in changes:
+            raise ValueError(f'--preset: {name} builds on itself; name one of {sorted(PRESETS)} under "preset"')
+        changes[file] = values = json.loads(file.read_text())
+        if not isinstance(values, dict) or not isinstance(name := values.pop("preset", "cpu"), str):
+            raise ValueError(f'--preset: {file}: expected a JSON object such as {{"preset": "cpu"}}')
     if name not in PRESETS:
         raise ValueError(f"--preset: expected one of {sorted(PRESETS)} or a JSON file, got {name!r}")
-    return PRESETS[name]()
+    return reduce(with_values, reversed(changes.values()), PRESETS[name]())
 
 
 def shapes(preset: Preset, features: Features) -> contract.StageTensors:

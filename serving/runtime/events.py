@@ -95,7 +95,7 @@ class SuspectEvents:
         if suspect and self._refuse:
             event, text = suspect[0]
             raise ValueError(
-                f"{USER_ID.name} {event.user_id[:60]!r}: expected events as people send them, got {text}; nothing of "
+                f"{USER_ID.name} {event.user_id[:60]!r}: expected events as people send them: {text}; nothing of "
                 "the request was stored; send it again later, or serve with --suspects keep"
             )
         return [f"stored, but not counted for others: {text}" if text else "" for text in why]

@@ -66,31 +66,34 @@ def follow(
     A batch is acknowledged when the next one is asked for; whoever leaves the loop by an error, or is killed, has not
     done so, and the batch comes again, to any reader of the group, ``idle_s`` after it was handed out. So does one that
     takes longer than that. A group that is not there is made, behind the event ``after`` (None: the newest). A store
-    that does not answer is asked again until it does."""
+    that does not answer is asked again until it does; with ``once`` StoreUnreachableError is raised."""
     who = check_name("consumer", consumer) if consumer else consumer_name()
     check_name("group", group)
     if most < 1 or idle_s <= 0:
         raise ValueError(f"expected batches of at least 1 event and an idle time above 0 s, got {most} and {idle_s:g}")
-    if _answered(lambda: store.create_group(group, after), stop) is None:
+    if _answered(lambda: store.create_group(group, after), stop, once) is None:
         return
     while not stop():
-        batch = _answered(lambda: store.read_group(group, who, most, int(idle_s * 1000)), stop)
+        batch = _answered(lambda: store.read_group(group, who, most, int(idle_s * 1000)), stop, once)
         if batch:
             yield batch
-            _answered(partial(store.acknowledge, group, [d.number for d in batch]), stop)
+            _answered(partial(store.acknowledge, group, [d.number for d in batch]), stop, once)
         elif batch is None or once:
             return
         else:
             _wait(stop)
 
 
-def _answered(ask: Callable[[], T], stop: Callable[[], bool]) -> T | None:
-    """What ``ask`` returns once the store answers; None where ``stop`` comes before it does."""
+def _answered(ask: Callable[[], T], stop: Callable[[], bool], once: bool) -> T | None:
+    """What ``ask`` returns once the store answers; None where ``stop`` comes before it does. ``once``: it is not asked
+    again."""
     said = False
     while True:
         try:
             return ask()
         except StoreUnreachableError as error:
+            if once:
+                raise
             if not said:
                 log.warning("%s; asking again until it answers", error)
             said = True

@@ -63,3 +63,17 @@ def test_the_best_values_are_a_preset(tmp_path):
     path = write_best(tmp_path / "preset.json", sizes, {"encoder.dropout": 0.25})
     assert json.loads(path.read_text())["encoder.width"] == 27
     assert preset(str(path)) == replace(sizes, encoder=replace(sizes.encoder, dropout=0.25))
+
+
+def test_a_preset_file_builds_on_another_but_not_on_itself(tmp_path):
+    wide, deep = tmp_path / "wide.json", tmp_path / "deep.json"
+    wide.write_text('{"preset": "tiny", "encoder.width": 64, "encoder.layers": 2}')
+    deep.write_text(json.dumps({"preset": str(wide), "encoder.layers": 3}))
+    assert (preset(str(deep)).encoder.width, preset(str(deep)).encoder.layers) == (64, 3)
+    wide.write_text(json.dumps({"preset": str(deep)}))
+    with pytest.raises(ValueError, match="builds on itself"):
+        preset(str(deep))
+    for text in ("[]", "null", '{"preset": 24}'):
+        deep.write_text(text)
+        with pytest.raises(ValueError, match="expected a JSON object such as"):
+            preset(str(deep))
