@@ -1,6 +1,6 @@
 """What live rates of clicks by impressions bring where places on a page, not taste, decide what is clicked most.
 
-    python -m benchmarks.shown_rates --folder /tmp/shown_rates --seeds 7,8,9
+    python -m benchmarks.shown_rates --folder artifacts/shown_rates --seeds 7,8,9
 
 Writes a log of one day with a plant, prepares it and trains two rankers a seed on the same retriever: with live
 counters, and with what was shown beside them (``ranker.shown_rates``). Both rank the test requests once.

@@ -28,8 +28,7 @@ import torch
 import typer
 
 from benchmarks.replay import PAUSE_MS
-from benchmarks.state_reuse_served import ANEW, REUSED, SEED, SETTLE_S, Pair, apart, both, compiled, counted
-from benchmarks.turns import with_spread
+from benchmarks.state_reuse_served import ANEW, REUSED, SEED, SETTLE_S, Pair, apart, both, compiled, counted, in_words
 from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from vivace.run import Run
@@ -132,13 +131,7 @@ def main(
         "length": length, "users": len(before), "past": past, "at_the_end": float(np.median(at_the_end)),
         "events": sum(len(events) for _, events in pages), "room_mb": room_mb, "trained": not length,
     }  # fmt: skip
-    cpu, shares = figures["processor_ms"], {how: f"{share:.1%}" for how, share in figures["shares"].items()}
-    typer.echo(
-        f"{len(before)} users, {figures['requests']} requests: processor time {with_spread(cpu[ANEW], 1)} ms anew, "
-        f"{with_spread(cpu[REUSED], 1)} reused, {with_spread(cpu['times'], 2)} times; p50 "
-        f"{with_spread(figures['p50_ms']['times'], 2)} times; {figures['same_top']} top 100 equal, but for ties "
-        f"{figures['same_but_ties']}; scores {figures['scores_apart']:.2g} apart; {shares}"
-    )
+    typer.echo(f"{len(before)} users, {in_words(figures)}; scores {figures['scores_apart']:.2g} apart")
     if out is not None:
         out.write_text(json.dumps(figures, indent=1) + "\n")
     typer.echo(record_line("state_replay", data=root.name, figures=figures))

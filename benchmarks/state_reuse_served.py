@@ -235,6 +235,17 @@ def measured(features: Features, length: int, events: int, turns: int, room_mb: 
         return record
 
 
+def in_words(replay: dict[str, Any]) -> str:
+    """What a replay through both servers has come to."""
+    cpu, shares = replay["processor_ms"], {how: f"{share:.1%}" for how, share in replay["shares"].items()}
+    return (
+        f"{replay['requests']} requests: processor time {with_spread(cpu[ANEW], 1)} ms anew, "
+        f"{with_spread(cpu[REUSED], 1)} reused, {with_spread(cpu['times'], 2)} times; p50 "
+        f"{with_spread(replay['p50_ms']['times'], 2)} times; {replay['same_top']} top 100 equal, but for ties "
+        f"{replay['same_but_ties']}; {shares}"
+    )
+
+
 def main(
     root: Annotated[Path, typer.Argument(help="a run with features, such as artifacts/shop")],
     lengths: Annotated[str, typer.Option(help="events of a history")] = ",".join(map(str, BARS)),
@@ -249,13 +260,7 @@ def main(
         record = measured(features, length, count * 3 // 2, turns, room_mb)
         figures.append(record)
         replay, rate = record["replay"], record["closed"]
-        cpu = replay["processor_ms"]
-        typer.echo(
-            f"{length}: processor time {with_spread(cpu[ANEW], 1)} ms anew, {with_spread(cpu[REUSED], 1)} reused, "
-            f"{with_spread(cpu['times'], 2)} times; p50 {with_spread(replay['p50_ms']['times'], 2)} times; rate "
-            f"{with_spread(rate['times'], 2)} times; {replay['same_top']}, but for ties {replay['same_but_ties']} of "
-            f"{replay['requests']} answers equal, {replay['shares']}"
-        )
+        typer.echo(f"{length}: {in_words(replay)}; rate {with_spread(rate['times'], 2)} times")
         if out is not None:
             out.write_text(json.dumps(figures, indent=1) + "\n")
     typer.echo(record_line("state_reuse_served", data=root.name, figures=figures))

@@ -8,19 +8,17 @@ it anew.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import lmdb
 import msgpack
 
 from vivace.store.interface import Change
 from vivace.store.lmdb_log import Transaction, key_of, number_key
+from vivace.store.lmdb_part import LmdbPart
 
-T = TypeVar("T")
 ABOUT, CHANGES, CHANGED = b"about", b"changes", b"changed"  # databases: the last two are the log and its index
 LAST_NUMBER = b"catalogue_number"  # key of ``about``: of the newest change there ever was
 
@@ -102,20 +100,8 @@ class CatalogueLog:
         return len(changes)
 
 
-class CatalogueStore:
+class CatalogueStore(LmdbPart):
     """What an ``LmdbStore`` knows of changes of the catalogue."""
-
-    _databases: dict[bytes, lmdb._Database]
-    _alone: threading.RLock
-
-    def _open_databases(self) -> None:
-        raise NotImplementedError
-
-    def _begin(self, write: bool = False) -> Transaction:
-        raise NotImplementedError
-
-    def _written(self, work: Callable[[Transaction], T]) -> T:
-        raise NotImplementedError
 
     @property
     def _catalogue(self) -> CatalogueLog:

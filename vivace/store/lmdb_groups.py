@@ -8,11 +8,9 @@ out in ms, how often]``.
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TypeVar
 
 import lmdb
 import msgpack
@@ -20,8 +18,8 @@ import msgpack
 from vivace.store.event_groups import Missed, check_name, no_such_group
 from vivace.store.interface import Delivery, GroupState
 from vivace.store.lmdb_log import NOBODY, EventLog, Record, Transaction, number_key
+from vivace.store.lmdb_part import LmdbPart
 
-T = TypeVar("T")
 GROUPS, OPEN = b"groups", b"open"
 _DIGEST_BYTES = 16
 
@@ -122,24 +120,8 @@ class Groups:
         return GroupState(group, delivered, len(numbers), ahead, missed, min(numbers) - 1 if numbers else delivered)
 
 
-class GroupStore:
+class GroupStore(LmdbPart):
     """What an ``LmdbStore`` knows of groups of readers."""
-
-    _databases: dict[bytes, lmdb._Database]
-    _alone: threading.RLock
-
-    def _open_databases(self) -> None:
-        raise NotImplementedError
-
-    def _begin(self, write: bool = False) -> Transaction:
-        raise NotImplementedError
-
-    def _written(self, work: Callable[[Transaction], T]) -> T:
-        raise NotImplementedError
-
-    @property
-    def _log(self) -> EventLog:
-        raise NotImplementedError
 
     @cached_property
     def _missed(self) -> Missed:
