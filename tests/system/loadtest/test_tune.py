@@ -9,8 +9,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from loadtest.tune.space import Objective, Trial, trials, untuned
-from loadtest.tune.tune import tune
+from loadtest.tune.space import KNOBS, Objective, Trial, trials, untuned
+from loadtest.tune.tune import publish, tune
 from preprocessing.requests import recorded, requests_of
 from serving.launcher import TritonServer
 from serving.repository import served_from
@@ -44,20 +44,25 @@ def test_a_search_on_the_live_server(own):
     objective = Objective(95, 900, 0.5)  # just below what a queue refuses: any machine has a rate for it
     found = tune(own, objective, "tuned", 600, quiet, quiet, space, seconds=0.5)
     chosen = found["chosen"]
-    assert chosen["qps"] > 0 and chosen["trial"]["layout"] == "fused" and chosen["trial"]["ranked"] == 20
-    assert found["untuned"] and found["configurations"] == 2 and set(found["worth"]) >= {"batch", "ranked"}
+    start, trial, tried = asdict(untuned(own)), chosen["trial"], trials(space, own)
+    assert Trial(**trial) in [untuned(own), *tried]  # which of them is the quickest is the machine's affair
+    assert chosen["qps"] >= 0.9 * max(row["qps"] for row in found["trials"]) > 0  # the two best run in turns
+    assert found["untuned"] and found["configurations"] == len(tried) == 2
+    assert set(found["worth"]) == {knob for knob in KNOBS if trial[knob] != start[knob]}
     page = (own / "tuning" / "tuned.html").read_text()
     assert "times the untuned" in page and "on validation requests alone" in page and found["judged_on"] == "valid"
 
     again = tune(own, objective, "tuned", 0, quiet, quiet, space, seconds=0.5)  # no budget: only the log
     assert again == found and found["runs"] > 0  # of its log, without another run
 
-    options = on_free_ports(served_from(own, "tuned") / "model_repository", profile="tuned")
+    twenty = {**found, "chosen": {**chosen, "trial": asdict(tried[1])}}
+    publish(own, "twenty", twenty, found["limits"])
+    options = on_free_ports(served_from(own, "twenty") / "model_repository", profile="twenty")
     requests = requests_of(recorded(own, "valid"))[:40]
     assert all(request.types and request.context for request in requests)  # as the models read them
     with TritonServer(options) as server, PatientClient(f"{server.host}:{server.grpc_port}") as client:
         answers = [client.recommend("", r.history, 10, context=r.context).items for r in requests]
-    key = json.dumps(["quality", "valid", asdict(Trial(**chosen["trial"]).answer)])[:-1]
+    key = json.dumps(["quality", "valid", asdict(tried[1].answer)])[:-1]
     journal = [json.loads(line) for line in (own / "tuning" / "quality.jsonl").read_text().splitlines()]
     judged = next(e["value"] for e in journal if e["key"].startswith(key))[:40]
     targets = [request.target for request in requests]
