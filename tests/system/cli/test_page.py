@@ -253,8 +253,11 @@ def test_an_operator_sees_load_come_and_go_and_changes_nothing_without_the_key(p
     assert other[0] == 409 and "goes on already" in other[1]
     page.click("text=Stop")
     expect(page.locator("#operations")).to_contain_text("Stopped.")
-    body = wait_until(lambda: load_alone(url), "a load of its own")
-    assert json.loads(body.strip().split("data: ")[-1])["answered"] == 5
+
+    def answered() -> int:  # fewer where a queue of a busy machine refuses
+        return json.loads((load_alone(url) or "{}").strip().split("data: ")[-1]).get("answered", 0)
+
+    wait_until(lambda: answered() == 5, "a load of its own")
     for path, broken in itertools.product(
         ("/api/load", "/api/rollout", "/api/recommend"), ("{", "null", "[" * 100_000)
     ):

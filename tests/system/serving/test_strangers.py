@@ -280,8 +280,10 @@ def test_connections_that_say_nothing_take_nobodys_place(door, connect, which):
 
 def test_idle_connections_fill_a_port_for_a_while_only(door, connect):
     port = door.options.http_port
-    held = connect(port, 4)
-    for connection in held:
+    held = []
+    for _ in range(4):
+        (connection,) = connect(port, 1)
+        held.append(connection)
         connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 404")
     with contextlib.suppress(ConnectionError):
