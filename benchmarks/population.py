@@ -200,7 +200,8 @@ class Experiments:
                                   TIME: requests[TIME].to_numpy().repeat(PLACES)})  # fmt: skip
             for field in JOINED:
                 if field.name not in frame:
-                    frame[field.name] = "" if pa.types.is_string(field.type) else 1
+                    filler = None if pa.types.is_list(field.type) else 1
+                    frame[field.name] = "" if pa.types.is_string(field.type) else filler
             parts.append(pa.Table.from_pandas(frame, JOINED, preserve_index=False))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "joined.parquet"
