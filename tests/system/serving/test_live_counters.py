@@ -121,9 +121,9 @@ def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root,
     if kind != "exact":
         own, repository = searchable[0], searchable[1][kind]
     rising, pushed, more = (_rare(features, taken=place + i) for i in (0, 3, 6))
-    profile, user = "fused" if kind == "index" else "", min(users_of_data(root))
+    user, how = min(users_of_data(root)), {"suspects": becomes, "shard_wait_ms": 5000}  # the machine may be busy
     with (
-        service(on_free_ports(repository, profile=profile, suspects=becomes), quiet) as (server, _),
+        service(on_free_ports(repository, profile="fused" * (kind == "index"), **how), quiet) as (server, _),
         PatientClient(f"{server.host}:{server.grpc_port}") as client,
     ):
         assert rising not in client.recommend("nobody", top_k=10).items
