@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -25,7 +26,17 @@ from serving.releases import put_in_use
 from serving.rollout import Rollout
 from serving.runtime.team_draft import draft
 from serving.wheel import ServerError
-from tests.support import LOGS, NOON, PATIENCE_S, PatientClient, logged, on_free_ports, quiet, wait_until
+from tests.support import (
+    LOGS,
+    NOON,
+    PATIENCE_S,
+    PatientClient,
+    logged,
+    on_free_ports,
+    quiet,
+    wait_until,
+    waited_too_long,
+)
 from tests.system.serving.test_publish import answer, items_of, newest, other_values, ports_of
 from tests.system.serving.test_versions import HISTORY, as_served, publish_with_other_items
 from vivace.impressions.files import DRAFTED_FROM
@@ -83,7 +94,8 @@ class Visitors:
 
 
 def over_json(port: int, user: str, escaped: bool, **parameters: str) -> tuple[list[str], str]:
-    """(items, header of the variant) of a call in plain JSON by someone who says that he is on trial."""
+    """(items, header of the variant) of a call in plain JSON by someone who says that he is on trial; asked again where
+    a queue refused."""
     inputs = [
         {"name": name, "datatype": kind, "shape": shape, "data": data}
         for name, kind, shape, data in (
@@ -95,9 +107,13 @@ def over_json(port: int, user: str, escaped: bool, **parameters: str) -> tuple[l
     body = json.dumps({"inputs": inputs, "parameters": parameters}, ensure_ascii=escaped).encode()
     headers = {"x-vivace-variant": "trial", "x-vivace-rollout": "4294967296 mine"}
     asked = urllib.request.Request(f"http://127.0.0.1:{port}/v2/models/recommend/infer", body, headers)
-    with urllib.request.urlopen(asked, timeout=PATIENCE_S) as got:
-        outputs = {o["name"]: o["data"] for o in json.load(got)["outputs"]}
-        return outputs["ITEM_ID"], got.headers.get("x-vivace-variant", "")
+    while True:
+        try:
+            with urllib.request.urlopen(asked, timeout=PATIENCE_S) as got:
+                outputs = {o["name"]: o["data"] for o in json.load(got)["outputs"]}
+                return outputs["ITEM_ID"], got.headers.get("x-vivace-variant", "")
+        except urllib.error.HTTPError as error:
+            assert waited_too_long(text := error.read().decode()), text
 
 
 def test_a_share_of_the_users_gets_it_and_nobody_notices_its_death(two):
