@@ -71,11 +71,11 @@ class Recommender:
             ids, values = self.ranking(inputs[0], *self.retrieval(*given), *inputs[self.shapes.passed_on :])
         ids_BN = ids.numpy()
         for row in without_history(inputs[0].numpy()):
-            rising = [] if request.rising_BM is None else request.rising_BM[row].numpy()
+            rising = NO_IDS if request.rising_BM is None else request.rising_BM[row].numpy()
             ids_BN[row] = self._popular(ids_BN[row], inputs[1][row].numpy(), rising)
         return ids_BN, values.numpy()[:, 0]
 
-    def _popular(self, ids_N: np.ndarray, taken_V: np.ndarray, rising: Sequence[int] | np.ndarray) -> np.ndarray:
+    def _popular(self, ids_N: np.ndarray, taken_V: np.ndarray, rising: np.ndarray) -> np.ndarray:
         """What someone without a history is recommended, ids int64 [N], equally popular items by id, as ONNX Runtime
         gives them: of equal values ``torch.topk`` takes any. ``ids_N``: the same with any of them."""
         first = ids_N[np.isin(ids_N, rising) & (ids_N != contract.PADDING_ID)]
