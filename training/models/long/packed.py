@@ -55,7 +55,8 @@ class Packed:
         answers = []
         for place_GT, there_GT in self.groups:
             of_group = F.embedding(place_GT, x_PSAH.flatten(1)).unflatten(2, x_PSAH.shape[1:]).permute(2, 0, 3, 1, 4)
-            a_GATH = F.scaled_dot_product_attention(*of_group, is_causal=True, scale=scale)
+            q_GATH, k_GATH, v_GATH = of_group
+            a_GATH = F.scaled_dot_product_attention(q_GATH, k_GATH, v_GATH, is_causal=True, scale=scale)
             answers.append(a_GATH.transpose(1, 2)[there_GT])
         a_PAH = torch.cat(answers)[self.back_P]
         return a_PAH.transpose(0, 1)[None]
