@@ -23,13 +23,16 @@ class Packed:
     """How the rows of ``known_BT`` (bool, False where padded) lie end to end."""
 
     def __init__(self, known_BT: Tensor) -> None:
-        self.known_BT = known_BT
+        self.shape = known_BT.shape
+        self.event_P = known_BT.flatten().nonzero()[:, 0]
         lengths_B = known_BT.sum(1)
         first_B = lengths_B.cumsum(0) - lengths_B
-        self.groups = [self._group(first_B[rows], lengths_B[rows]) for rows in like_rows(lengths_B)]
-        place_P = torch.cat([place_GT[there_GT] for place_GT, there_GT in self.groups])
-        self.back_P = torch.empty_like(place_P)
-        self.back_P[place_P] = torch.arange(len(place_P), device=place_P.device)
+        groups = [self._group(first_B[rows], lengths_B[rows]) for rows in like_rows(lengths_B)]
+        self.places = [place_GT for place_GT, _ in groups]
+        there = torch.cat([there_GT.flatten() for _, there_GT in groups])
+        of_groups = torch.cat([place_GT.flatten() for place_GT in self.places])
+        self.grouped_P = torch.empty_like(self.event_P)  # where each event stands in the groups laid end to end
+        self.grouped_P[of_groups[there]] = there.nonzero()[:, 0]
 
     @staticmethod
     def _group(first_G: Tensor, lengths_G: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,25 +44,25 @@ class Packed:
 
     def pack(self, x_BTD: Tensor) -> Tensor:
         """[1, P, D] of rows [B, T, D]."""
-        return x_BTD[self.known_BT][None]
+        return x_BTD.flatten(0, 1).index_select(0, self.event_P)[None]
 
     def unpack(self, x_1PD: Tensor) -> Tensor:
         """[B, T, D] of [1, P, D], zero where padded."""
-        rows_BTD = x_1PD.new_zeros(*self.known_BT.shape, x_1PD.shape[2])
-        return rows_BTD.masked_scatter(self.known_BT[..., None], x_1PD)
+        rows = x_1PD.new_zeros(self.shape.numel(), x_1PD.shape[2])
+        return rows.index_copy(0, self.event_P, x_1PD[0]).unflatten(0, self.shape)
 
     @torch.compiler.disable  # groups differ from batch to batch
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Causal attention within each row, [1, A, P, H] of q, k, v [1, A, P, H]."""
         x_PSAH = torch.stack([q[0], k[0], v[0]]).permute(2, 0, 1, 3)
-        answers = []
-        for place_GT, there_GT in self.groups:
-            of_group = F.embedding(place_GT, x_PSAH.flatten(1)).unflatten(2, x_PSAH.shape[1:]).permute(2, 0, 3, 1, 4)
-            q_GATH, k_GATH, v_GATH = of_group
+        x_PE, answers = x_PSAH.flatten(1), []
+        for place_GT in self.places:
+            of_group = x_PE.index_select(0, place_GT.flatten()).view(*place_GT.shape, *x_PSAH.shape[1:])
+            q_GATH, k_GATH, v_GATH = of_group.permute(2, 0, 3, 1, 4)
             a_GATH = F.scaled_dot_product_attention(q_GATH, k_GATH, v_GATH, is_causal=True, scale=scale)
-            answers.append(a_GATH.transpose(1, 2)[there_GT])
-        a_PAH = torch.cat(answers)[self.back_P]
-        return a_PAH.transpose(0, 1)[None]
+            answers.append(a_GATH.transpose(1, 2).flatten(0, 1).flatten(1))
+        a_PE = torch.cat(answers).index_select(0, self.grouped_P)
+        return a_PE.view(1, -1, *q.shape[1::2]).transpose(1, 2)
 
 
 def like_rows(lengths_B: Tensor) -> list[Tensor]:
