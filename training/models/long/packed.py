@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PADDED = 0.05  # share of padding from which packing is worth its gathering
+PADDED = 0.2  # share of padding from which packing is worth its gathering
 LIKE = 0.75  # rows of a group are at least so long, by its longest
 SHORT = 64  # events below which rows are alike: there a call costs more than the filling up
 
