@@ -53,8 +53,8 @@ def only_shown(files: list[Path], schema: DataSchema, read: int) -> str:
     came = ", ".join(f"{kind!r} ({count:,})" for kind, count in kinds.most_common(5))
     return (
         f"expected events that people did, got of {read:,} rows only types that shown_types names: {came}; it names "
-        f"{list(schema.shown_types)}. Nothing is learned from what was only shown: take the types that people did, such "
-        "as a click, out of shown_types, or add the files that hold them to [interactions]"
+        f"{list(schema.shown_types)}. Nothing is learned from what was only shown: take the types that people did, "
+        "such as a click, out of shown_types, or add the files that hold them to [interactions]"
     )
 
 
