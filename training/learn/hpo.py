@@ -70,6 +70,8 @@ def check_values(name: str, values: Any, preset: Preset) -> None:
                 f'[value, ..., "choice"], got {values!r}'
             )
     kind = values[-1] if isinstance(values[-1], str) else ""
+    if kind != "choice" and any(isinstance(value, bool) for value in values):
+        raise ValueError(f"hyper-parameter space: {name}: expected numbers as ends of a range, got {values!r}")
     ends = values[:-1] if kind in ("choice", "int") else [float(end) for end in values[:2]]  # as they are drawn
     for end in ends:
         try:

@@ -156,7 +156,12 @@ def test_a_preset_file_is_refused_by_name(text, named, tmp_path):
 def test_a_search_draws_only_what_its_preset_takes():
     assert default_space(shop()) == SPACE
     assert set(SPACE) - set(default_space(PRESETS["news"]())) == {"retrieval.label_smoothing"}
-    for values, message in (([1, 3], "whole number"), ([1, 2**30, "int"], "x <= "), ([1, 2, 0, "choice"], "got 0")):
+    for values, message in (
+        ([1, 3], "whole number"),
+        ([1, 2**30, "int"], "x <= "),
+        ([1, 2, 0, "choice"], "got 0"),
+        ([False, True], "numbers"),
+    ):
         with pytest.raises(ValueError, match=f"hyper-parameter space: encoder.layers .*{message}"):
             check_values("encoder.layers", values, shop())
 
