@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import reprlib
 import sys
 from collections.abc import Mapping
@@ -52,11 +51,6 @@ Positive = Annotated[float, Range(0, 1e9, above=True)]
 """A number above 0."""
 
 
-@functools.cache
-def _annotations(of: type) -> dict[str, Any]:
-    return get_type_hints(of, include_extras=True)
-
-
 def _check_number(where: str, value: Any, annotation: Any, within: Range | None) -> None:
     kind, words = _KINDS[annotation]
     is_bool = isinstance(value, bool) and annotation is not bool  # True is an int to Python
@@ -75,7 +69,7 @@ def check_fields(config: Any, options: Mapping[str, str] | None = None) -> None:
 
     Raises ValueError that names the field (or the option of the command line that set it, by ``options``), what it may
     be and what came."""
-    for name, annotation in _annotations(type(config)).items():
+    for name, annotation in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         where = (options or {}).get(name, f"{type(config).__name__}.{name}")
         within = None
