@@ -89,7 +89,7 @@ def report(
 ) -> None:
     from loadtest.reports import experiment as pages
     from loadtest.reports.html import table
-    from training.judge.drafts import teams
+    from training.judge.clicks.drafts import teams
     from training.judge.experiment import evidence, shown_rows
     from vivace.sequential import Plan
 
