@@ -54,6 +54,13 @@ def previous_items(users: np.ndarray, ids: np.ndarray, entry: np.ndarray) -> np.
     return np.where(entry, PADDING_ID, before)
 
 
+def first_times(users: np.ndarray, times_ms: np.ndarray) -> dict[int, int]:
+    """When the first event of each user came, in ms; of events int64 [n] in any order."""
+    order = np.argsort(times_ms, kind="stable")
+    whose, first = np.unique(users[order], return_index=True)
+    return dict(zip(whose.tolist(), times_ms[order][first].tolist(), strict=True))
+
+
 class FreshPlaces:
     """Where fresh items are counted: in the ``room`` last places of a table of ``items`` others. Once they are taken,
     the item that was counted first gives up its place."""
@@ -250,15 +257,23 @@ class Stream:
         times_ms: np.ndarray,
         context: np.ndarray,
         limits: CountLimits | None = None,
+        seen: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Stream:
-        """``limits``: what does not count by them is left out, after it has said whether others begin a visit."""
+        """``limits``: what does not count by them is left out, after it has said whether others begin a visit.
+        ``seen``: other events of users, (numbers int64 [m], times in ms int64 [m]) in any order, that say when a user
+        came first and nothing else, such as impressions."""
         begins = entries(users, times_ms)
         stream = cls(ids, times_ms, begins, context, previous_items(users, ids, begins))
         if limits is None or limits.none:
             return stream
+        limiter = Limiter(limits)
+        if limits.newcomers:  # by every event, as beside a server: those of unknown items and suspect ones too
+            more = seen or (users[:0], times_ms[:0])
+            came = first_times(np.concatenate([users, more[0]]), np.concatenate([times_ms, more[1]]))
+            limiter.meet(came, 0)
         known = np.flatnonzero(ids >= FIRST_ID)
         rows = (x[known].tolist() for x in (users, ids, times_ms))
-        return stream[known[Limiter(limits).mask(*rows)]]
+        return stream[known[limiter.mask(*rows)]]
 
     def __getitem__(self, rows: slice | np.ndarray) -> Stream:
         return Stream(*(getattr(self, f.name)[rows] for f in fields(self)))
