@@ -160,7 +160,7 @@ class LiveTable:
         self.pairs.count(now_ms)
         level_ms, counters = LIVE_HALF_LIVES_MS[FIRST_LEVEL], (self.every, self.entry)
         every_V, entry_V = (c.every(now_ms, level_ms) for c in counters)
-        counted, score_V = np.flatnonzero(every_V), np.zeros(len(every_V))  # an entry is an event too
+        counted, score_V = np.flatnonzero(every_V > 0), np.zeros(len(every_V))  # an entry is an event too
         score_V[counted] = np.log1p(every_V[counted]) + np.log1p(entry_V[counted])
         total_C = np.concatenate([c.totals(now_ms) for c in counters])
         (known, fresh), v = self._widths, self.items
