@@ -38,8 +38,12 @@ class _Waiting:
         if self._new:
             ids = np.concatenate([self._ids, *(ids for ids, _ in self._new)])
             times = np.concatenate([self._times, *(times for _, times in self._new)])
-            order = np.argsort(times, kind="stable")
-            self._ids, self._times, self._new = ids[order], times[order], []
+            if (times[1:] < times[:-1]).any():
+                order = np.argsort(times, kind="stable")
+                ids, times = ids[order], times[order]
+            self._ids, self._times, self._new = ids, times, []
+        if not len(self._times) or self._times[0] >= now_ms:
+            return self._ids[:0], self._times[:0]
         stop = int(np.searchsorted(self._times, now_ms, side="left"))
         taken = self._ids[:stop], self._times[:stop]
         self._ids, self._times = self._ids[stop:], self._times[stop:]
@@ -75,10 +79,10 @@ class _Counts:
         return self._waiting.before(now_ms)
 
 
-def _largest(counts_V: np.ndarray, n: int) -> np.ndarray:
+def largest(counts_V: np.ndarray, n: int) -> np.ndarray:
     """Ids int64 [<= n] of the largest counts above 0, largest first; equal ones by id."""
     counted = np.flatnonzero(counts_V > 0)
-    if len(counted) > n:  # all that equal the n-th stay, for the smaller ids among them to be found
+    if 0 < n < len(counted):  # all that equal the n-th stay, for the smaller ids among them to be found
         least = np.partition(counts_V[counted], len(counted) - n)[len(counted) - n]
         counted = counted[counts_V[counted] >= least]
     order = np.argsort(-counts_V[counted], kind="stable")
@@ -109,6 +113,7 @@ class LiveCounts(_Counts):
         self._sums = np.zeros((len(half_lives_ms), BLOCKS, items), np.int64)  # block b at b modulo BLOCKS
         self._all = [[0] * BLOCKS for _ in half_lives_ms]  # the same of all items, of any size
         self._newest: list[int | None] = [None] * len(half_lives_ms)  # block
+        self._scaled: tuple[tuple[int | None, ...], np.ndarray] = ((), np.empty(0))  # the scales of a moment
 
     def _count(self, now_ms: int) -> None:
         ids, times = self._pass(now_ms)
@@ -143,19 +148,21 @@ class LiveCounts(_Counts):
 
     def _scales(self, now_ms: int) -> np.ndarray:
         """What the sums of each block are worth at a moment, float64 [L, BLOCKS]."""
-        scales = np.zeros((len(self.half_lives_ms), BLOCKS))
+        of = (now_ms, *self._newest)
+        if self._scaled[0] == of:
+            return self._scaled[1]
+        scales = np.full((len(self.half_lives_ms), BLOCKS), -np.inf)  # nothing
         for number, (half_life, newest) in enumerate(zip(self.half_lives_ms, self._newest, strict=True)):
-            blocks = () if newest is None else range(newest - BLOCKS + 1, newest + 1)
-            for block in blocks:
+            for block in () if newest is None else range(newest - BLOCKS + 1, newest + 1):
                 scales[number, block % BLOCKS] = -(now_ms - block * BLOCK * half_life) / half_life - FRACTION_BITS
-        counted = np.array([newest is not None for newest in self._newest])
-        return np.where(counted[:, None], np.exp2(scales), 0.0)
+        self._scaled = of, np.exp2(scales)
+        return self._scaled[1]
 
     def totals(self, now_ms: int) -> np.ndarray:
         """Decayed counts float64 [L] of all items together."""
         self._count(now_ms)
-        scales = self._scales(now_ms).tolist()
-        return np.array([sum(n * scale for n, scale in zip(*of, strict=True)) for of in zip(self._all, scales)])
+        levels = zip(self._all, self._scales(now_ms).tolist(), strict=True)
+        return np.array([sum(n * scale for n, scale in zip(sums, of, strict=True)) for sums, of in levels])
 
     def forget(self, ids: np.ndarray) -> None:
         """Sets what was counted of items int64 [n] to nothing."""
@@ -186,7 +193,7 @@ class LiveCounts(_Counts):
 
     def top(self, n: int, now_ms: int, half_life_ms: int) -> np.ndarray:
         """Ids int64 [<= n] of what is clicked most, best first; equal ones by id."""
-        return _largest(self.every(now_ms, half_life_ms), n)
+        return largest(self.every(now_ms, half_life_ms), n)
 
 
 class WindowCounts(_Counts):
@@ -212,4 +219,4 @@ class WindowCounts(_Counts):
 
     def top(self, n: int, now_ms: int) -> np.ndarray:
         """Ids int64 [<= n] of what is clicked most, best first; equal ones by id."""
-        return _largest(self.every(now_ms), n)
+        return largest(self.every(now_ms), n)

@@ -53,7 +53,7 @@ class PairCounts:
         event, kind = np.nonzero(counted_NK)
         for items in (ids[event], TOTAL):  # of all kinds at once: a server counts a few events at a time
             places = self._places(kind, values_NK[event, kind], items)
-            self._counts.add(places.ravel(), np.tile(times_ms[event], DEPTH))
+            self._counts.add(places.T.ravel(), np.repeat(times_ms[event], DEPTH))
 
     def count(self, now_ms: int) -> None:
         """Counts all events before ``now_ms``."""

@@ -164,13 +164,13 @@ def test_who_has_a_history_is_no_newcomer_whatever_its_events_claim(tmp_path, st
 
 def test_newcomers_count_no_more_live_than_in_a_replay(tmp_path, store, monkeypatch):
     """Who came first is told by all events of the log, in training as beside a server: by those of items that nobody
-    knows, by impressions, and by those that are suspect. Planted in both: for the limiter alone its users came later."""
+    knows, by impressions, and by those that are suspect."""
     rng, now = np.random.default_rng(6), int(time.time() * 1000) + HOUR  # the feed has looked at its start
     shapes = replace(SHAPES, newcomers=0.5, same_item_s=600, minute_events=3)
     log = {(now - 4 * MINUTE * int(rng.integers(10, 30)), n, "x" if n % 2 else "0", n % 2 == 0) for n in range(90)}
     log |= {(now - HOUR, 90 + n // 4, f"x{n}", False) for n in range(40)}  # four in a minute are suspect
-    draws = ((now - MINUTE * int(rng.integers(1, 20)), int(rng.integers(130)), int(rng.integers(3))) for _ in range(200))
-    log = sorted(log | {(at, user, str(item), False) for at, user, item in draws})
+    clicks = zip(*(rng.integers(*of, 200).tolist() for of in ((1, 20), (0, 130), (0, 3))), strict=True)
+    log = sorted(log | {(now - MINUTE * at, user, str(item), False) for at, user, item in clicks})
     for at, events in groupby(log, itemgetter(0)):
         monkeypatch.setattr("vivace.store.lmdb_store._now_ms", lambda at=at: at)
         store.append([Event(f"u{user}", item, "seen" if shown else "click", at, shown=shown)
