@@ -5,15 +5,17 @@
 Users of the synthetic shop click by its own taste and by the place (``simulated_users``). The control and versions
 whose true CTR is 3 % better and 3 % worse are put to them for two weeks, and ``training.judge`` decides at a look every
 hour. Each seed draws other users, arms and clicks. Checked are: A/B (``experiment.looks``), the same with two equal
-arms, interleaving (``serving.runtime.team_draft``), the position bias (``places.examined``), and the doubly robust
-estimate of a version that nobody saw (``counterfactual``). The first seed also goes through a file
-(``experiment.evidence``), which has to say the same. The last line of stdout is one JSON object.
+arms, interleaving (``serving.runtime.team_draft``, judged by ``training.judge.drafts``: by CTR, and by requests won),
+the position bias (``places.examined``), and the doubly robust estimate of a version that nobody saw
+(``counterfactual``). The first seed also goes through a file (``experiment.evidence``), which has to say the same. The
+last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,12 +31,13 @@ from loadtest.reports.record import record_line
 from preprocessing.readers.shop import Shop, ShopConfig
 from serving.runtime.team_draft import draft, winner
 from training.judge.counterfactual import UNIT, counterfactual
+from training.judge.drafts import credits_of, looked_at
 from training.judge.experiment import CTR, evidence, looks
 from training.judge.places import examined
 from vivace.columns import CLICKED, ITEM, POSITION, TIME
 from vivace.impressions.files import REQUEST_ID
 from vivace.impressions.joined import JOINED, PROPENSITY
-from vivace.sequential import Comparison, Plan, Rate, compare, preferred
+from vivace.sequential import Comparison, Plan, Preference, Rate, compare, drafted, preferred
 
 HOURS, DAYS = 24 * 14, 14
 NOISE = 1.5  # of the control's errors
@@ -95,25 +98,38 @@ class Experiments:
         usual = any(abs(np.log1p(c.lift)) > 1.96 * _error(c, self.plan) for c in judged)
         return any(c.differs for c in seen), usual
 
-    def interleaved(self, seed: int, people: int, control: Version, version: Version) -> tuple[str, int]:
-        """The same by team draft of two versions, for everyone."""
+    def interleaved(
+        self, seed: int, people: int, control: Version, version: Version, looked_at_K: np.ndarray
+    ) -> dict[str, tuple[str, int]]:
+        """The same by team draft of two versions, for everyone: by what clicks say of CTR ("lift"), and by the requests
+        that a version won ("won")."""
         rng, population = np.random.default_rng([seed, 2]), self.population
         visits = population.visits(rng, people, HOURS)
-        won, decided = np.zeros(people), np.zeros(people)
+        sums = {name: (np.zeros(people), np.zeros(people)) for name in ("lift", "won")}
+        judge: dict[str, Callable[..., Comparison | Preference]] = {"lift": drafted, "won": preferred}
+        out: dict[str, tuple[str, int]] = {}
         ends = np.searchsorted(visits.time_ms, np.arange(1, HOURS + 1) * HOUR_MS)
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             hour = visits.take(np.arange(start, end))
-            rankings = zip(hour.shown(control).tolist(), hour.shown(version).tolist(), strict=True)
+            rankings = list(zip(hour.shown(control).tolist(), hour.shown(version).tolist(), strict=True))
             drafts = [draft(a, b, PLACES, f"{seed}-{start + i}") for i, (a, b) in enumerate(rankings)]
             clicked = population.clicks(rng, hour, np.array([d.items for d in drafts]).reshape(-1, PLACES))
-            for person, d, row in zip(hour.person, drafts, clicked.tolist(), strict=True):
+            for person, d, of, row in zip(hour.person, drafts, rankings, clicked.tolist(), strict=True):
+                if not any(row):
+                    continue
                 winning = winner(d.credited("ab"), row, "a")
-                won[person] += winning > 0
-                decided[person] += winning != 0
-            preference = preferred(won, decided, self.plan)
-            if preference.differs:
-                return preference.verdict, int(end) * PLACES
-        return UNDECIDED, len(visits) * PLACES
+                sums["won"][0][person] += winning > 0
+                sums["won"][1][person] += winning != 0
+                credit = credits_of(*of, looked_at_K)
+                sums["lift"][0][person] += sum(credit[item] for item, click in zip(d.items, row, strict=True) if click)
+                sums["lift"][1][person] += sum(row)
+            for name in sums.keys() - out.keys():
+                seen = judge[name](*sums[name], self.plan)
+                if seen.differs:
+                    out[name] = seen.verdict, int(end) * PLACES
+            if len(out) == len(sums):
+                break
+        return {name: out.get(name, (UNDECIDED, len(visits) * PLACES)) for name in sums}
 
     def places(self, seed: int, people: int, by_moment: bool) -> np.ndarray:
         """How often each place is looked at, beside what was planted: 1 is right; float64 [K]. The ranker is trained
@@ -184,7 +200,8 @@ class Experiments:
                                   TIME: requests[TIME].to_numpy().repeat(PLACES)})  # fmt: skip
             for field in JOINED:
                 if field.name not in frame:
-                    frame[field.name] = "" if pa.types.is_string(field.type) else 1
+                    filler = None if pa.types.is_list(field.type) else 1
+                    frame[field.name] = "" if pa.types.is_string(field.type) else filler
             parts.append(pa.Table.from_pandas(frame, JOINED, preserve_index=False))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "joined.parquet"
@@ -244,7 +261,10 @@ def main(
     equal = np.array([e.equal(s, n) for s in range(seeds)])
     aa = {"called": int(equal[:, 0].sum()), "by_a_usual_interval": int(equal[:, 1].sum()), "of": seeds}
     _say(began, "A/A", aa)
-    interleaving = {how: interleaved(e, shared, seeds, round(n * share), ab) for how, shared in ALIKE.items()}
+    looked_at_K = looked_at(e.places(0, n, by_moment=True) * EXAMINED)  # of a log of before, as long as the A/B's
+    interleaving = {
+        how: interleaved(e, shared, seeds, round(n * share), ab, looked_at_K) for how, shared in ALIKE.items()
+    }
     _say(began, "interleaving", interleaving)
     places = {
         how: np.round([e.places(s, place_people, by_moment) for s in range(place_seeds)], 3)
@@ -262,25 +282,32 @@ def main(
     print(
         record_line(
             "population", seeds=seeds, effect=plan.effect, alpha=plan.alpha, power=power, seconds=seconds, **result,
-            ab=ab, aa=aa, interleaving=interleaving, places={k: v.tolist() for k, v in places.items()},
+            ab=ab, aa=aa, looked_at=looked_at_K.round(4).tolist(),
+            interleaving=interleaving, places={k: v.tolist() for k, v in places.items()},
             doubly_robust=estimates,
         )
     )  # fmt: skip
 
 
-def interleaved(e: Experiments, shared: float, seeds: int, people: int, ab: dict[str, Any]) -> dict[str, Any]:
+def interleaved(
+    e: Experiments, shared: float, seeds: int, people: int, ab: dict[str, Any], looked_at_K: np.ndarray
+) -> dict[str, Any]:
     """Outcomes with versions that share so much of their errors, beside those of the A/B: items shown until the
     decision, at the median and where 95 % of the seeds have one."""
     control, better, worse = e.versions(shared)
-    figures: dict[str, Any] = {"overlap@10": e.population.overlap(control, better)}
-    for right, version in (("better", better), ("worse", worse)):
-        of = decided([e.interleaved(s, people, control, version) for s in range(seeds)], right)
-        beside = {what: of["shown"][what] / ab[right]["shown"][what] for what in ("median", "p95")}
-        figures[right] = of | {"shown_beside_ab": beside}
     equal = e.population.version_of(BETTER, control.ctr, shared)
-    figures["equal_called"] = sum(
-        e.interleaved(s, people, control, equal)[0] != UNDECIDED for s in range(seeds)
-    )  # fmt: skip
+    outcomes = {
+        right: [e.interleaved(s, people, control, version, looked_at_K) for s in range(seeds)]
+        for right, version in (("better", better), ("worse", worse), ("equal", equal))
+    }
+    figures: dict[str, Any] = {"overlap@10": e.population.overlap(control, better)}
+    for how in ("lift", "won"):
+        figures[how] = {}
+        for right in ("better", "worse"):
+            of = decided([outcome[how] for outcome in outcomes[right]], right)
+            beside = {what: of["shown"][what] / ab[right]["shown"][what] for what in ("median", "p95")}
+            figures[how][right] = of | {"shown_beside_ab": beside}
+        figures[how]["equal_called"] = sum(outcome[how][0] != UNDECIDED for outcome in outcomes["equal"])
     return figures
 
 

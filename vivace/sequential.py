@@ -145,6 +145,19 @@ def compare(control: Rate, treatment: Rate, plan: Plan) -> Comparison:
     return Comparison(math.expm1(difference), low, high, plan.p_value(difference, variance), needed)
 
 
+def drafted(net: np.ndarray, clicks: np.ndarray, plan: Plan) -> Comparison:
+    """One interleaved version beside another. ``net``: of each user the clicks by which it is ahead, by estimate, and
+    ``clicks`` those on the drafts, float [users]. Their ratio is the difference of two CTRs over their mean, which is
+    the logarithm of their ratio but for its cube / 12. UNKNOWN where too few users clicked."""
+    rate = Rate.of(net, clicks)
+    if rate.users < LEAST_USERS or rate.variance <= 0:
+        return UNKNOWN
+    radius = plan.radius(rate.variance)
+    needed = max(0, math.ceil(rate.users * (plan.information * rate.variance - 1)))
+    low, high = (math.expm1(min(rate.value + side, 700.0)) for side in (-radius, radius))
+    return Comparison(math.expm1(rate.value), low, high, plan.p_value(rate.value, rate.variance), needed)
+
+
 @dataclass(frozen=True)
 class Preference:
     """Of the requests that either of two interleaved versions won, the share that the one on trial did. ``low`` and

@@ -10,7 +10,8 @@ from typing import Any
 
 from loadtest.reports.html import drawn, image, page, table
 from training.judge.counterfactual import Counterfactual
-from training.judge.experiment import CTR, Evidence, Teams
+from training.judge.drafts import Teams
+from training.judge.experiment import CTR, Evidence
 from vivace.contract import TRIAL
 from vivace.sequential import Comparison, Plan, Preference
 
@@ -19,7 +20,8 @@ HOW = (
     "A verdict is of one figure; CTR is the one that the plan is for."
 )
 TEAM_WORDS = (
-    "Interleaved: a request with more clicks on one version's items is won by it, a tie counts for none; the arm "
+    "Interleaved: CTR is what the clicks on drafts say of both rankings alone, and the figure to go by. A request with "
+    "more clicks on one version's items is won by it, a tie counts for none. The arm "
     f'"{TRIAL}" above was shown drafts of both, so its CTR is of the two together.'
 )
 
@@ -95,17 +97,19 @@ def needed(c: Comparison | Preference) -> str:
 
 
 def team_rows(of: Sequence[Teams]) -> tuple[list[str], list[list[str]]]:
-    """(header, a row for each two versions that were interleaved)."""
+    """(header, two rows for each two versions that were interleaved: CTR, and the requests that were won)."""
     header = [
-        "version", "beside", "users", "requests", "with clicks", "with a winner", "won", "interval", "p", "verdict",
+        "version", "beside", "users", "requests", "with clicks", "figure", "", "interval", "p", "verdict",
         "users needed",
     ]  # fmt: skip
     rows = []
     for t in of:
-        p, known = t.preference, math.isfinite(t.preference.share)
+        c, p, known = t.lift, t.preference, math.isfinite(t.preference.share)
+        head = [t.tried, t.served, f"{t.users:,}", f"{t.requests:,}", f"{t.clicked:,}"]
+        rows.append([*head, CTR, per_cent(c.lift), interval(c), chance(c.p_value), verdict(c), needed(c)])
         rows.append(
-            [t.tried, t.served, f"{t.users:,}", f"{t.requests:,}", f"{t.clicked:,}", f"{t.decided:,}",
-             f"{p.share:.1%}" if known else "–", f"{p.low:.1%} to {p.high:.1%}" if known else "–", chance(p.p_value),
+            ["", "", "", "", "", f"won, of {t.decided:,}", f"{p.share:.1%}" if known else "–",
+             f"{p.low:.1%} to {p.high:.1%}" if known else "–", chance(p.p_value),
              p.verdict if known else "too few users with a winner yet", needed(p)]
         )  # fmt: skip
     return header, rows

@@ -22,7 +22,7 @@ import msgpack
 import numpy as np
 
 from vivace.contract import STATUS_ERROR
-from vivace.impressions.queue import Viewer, row_ids
+from vivace.impressions.queue import Drafts, Viewer, row_ids
 
 ENVIRONMENT = "VIVACE_ANSWERS"  # what a server tells its workers: JSON of ``Listener``
 LOOK_S, HAND_OVER_S = 1.0, 0.25
@@ -85,7 +85,7 @@ class AnswerSamples:
 
     def put(
         self, request_id: str, rows: Sequence[Viewer | bytes | None], items_BK: np.ndarray, scores_BK: np.ndarray,
-        statuses: Sequence[bytes], made_ms: float, teams_BK: np.ndarray | None,
+        statuses: Sequence[bytes], made_ms: float, drafts: Drafts | None,
     ) -> None:  # fmt: skip
         """One request's answer: as ``vivace.impressions.queue.Shown``."""
         ids = row_ids(request_id, len(rows)) if request_id else [""] * len(rows)
@@ -98,7 +98,7 @@ class AnswerSamples:
             user, _, _, began_ms, session = msgpack.unpackb(viewer) if isinstance(viewer, bytes) else viewer
             items = [item.decode("utf-8", "replace") for item in items_BK[row, :SHOWN].tolist() if item]
             score = float(scores_BK[row, 0]) if items else 0.0
-            teams = [] if teams_BK is None else teams_BK[row, : len(items)].tolist()
+            teams = [] if drafts is None else drafts.teams_BK[row, : len(items)].tolist()
             self._waiting.append(Answer(ids[row], user or session, made_ms - began_ms, items, score, teams))
 
     def hand_over(self, at_once: bool = False) -> None:

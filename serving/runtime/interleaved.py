@@ -19,6 +19,7 @@ from serving.runtime.ruled import Rules
 from serving.runtime.stages import Row
 from serving.runtime.team_draft import draft
 from vivace import contract
+from vivace.impressions.queue import Drafts
 from vivace.store.interface import ServingStore
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ class Interleaved:
 
     def drafted(
         self, served: Sequence[np.ndarray], tried: Sequence[np.ndarray], row_ids: Sequence[str]
-    ) -> tuple[list[np.ndarray], np.ndarray]:
+    ) -> tuple[list[np.ndarray], Drafts]:
         """Of the answers of both to one request, each ITEM_ID (object [B, K]), SCORE and the heads (float32 [B, K]):
-        what is shown, in the same order and types, and the version that each click speaks for, object of str [B, K]."""
+        what is shown, in the same order and types, and what is to be known of it when it is clicked."""
         both = (served, tried)
         rankings = [[[item for item in row if item] for row in of[0].tolist()] for of in both]
         shown = max(of[0].shape[1] for of in both)
@@ -90,7 +91,7 @@ class Interleaved:
             for value, *of_both in zip(values, served[1:], tried[1:], strict=True):
                 picks = zip(drafted.teams, drafted.places, strict=True)
                 value[row, :count] = [of_both[team][row, place] for team, place in picks]
-        return [items, *values], teams
+        return [items, *values], Drafts(teams, (served[0], tried[0]))
 
 
 def both_statuses(tried_B: np.ndarray, served_B: np.ndarray) -> np.ndarray:

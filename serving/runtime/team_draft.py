@@ -9,6 +9,7 @@ favoured.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -53,6 +54,29 @@ def draft(first: Sequence[Item], second: Sequence[Item], count: int, request_id:
     while len(drafted.items) < count and _round(drafted, rankings, at, taken, 0, count):
         pass  # what is left of one of them
     return drafted
+
+
+def chances(first: Sequence[Item], second: Sequence[Item], count: int) -> dict[Item, list[float]]:
+    """How likely ``draft`` shows each item at each place over all coins, [count] of each item that it may show. Coins
+    that leave the same items to be drafted are gone on with together, which are most."""
+    rankings, tossed = (first, second), -(-count // 2) or 1
+    out: dict[Item, list[float]] = {}
+    likely: dict[frozenset[Item], float] = {frozenset(): 1.0}
+    for number in itertools.count():
+        after: dict[frozenset[Item], float] = {}
+        coin = (0, 1) if number < tossed else (0,)
+        for (taken, chance), begins in itertools.product(likely.items(), coin):
+            picked, now_taken = Draft[Item]([], [], [], []), set(taken)
+            if not _round(picked, rankings, [0, 0], now_taken, begins, count - len(taken)):
+                continue
+            key = frozenset(now_taken)
+            after[key] = after.get(key, 0.0) + chance / len(coin)
+            for place, item in enumerate(picked.items, len(taken)):
+                out.setdefault(item, [0.0] * count)[place] += chance / len(coin)
+        if not after:
+            return out
+        likely = after
+    raise AssertionError  # a draft ends
 
 
 def _round(

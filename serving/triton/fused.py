@@ -31,7 +31,7 @@ from serving.triton.graph_model import answer, each_by_itself, failure, hopeless
 from serving.triton.grown import GrownCounts
 from serving.triton.stage import Counts, ParsedRequest, Stage, refused, search_options, strings
 from vivace import contract
-from vivace.impressions.queue import row_ids, usable_id
+from vivace.impressions.queue import Drafts, row_ids, usable_id
 from vivace.impressions.samples import writer_of_worker
 
 WAY_BACK_MS = 10  # from the answer to the client where processors are short
@@ -244,18 +244,18 @@ class RecommendModel(Stage):
                 )  # fmt: skip
             values = self.pipeline.respond(ranked, of_ranked, top_k, status[:, 0])
             count_answer(self.drift, request.itself, values, told_B, queried)
-            request_id, teams_BK = "", None
+            request_id, drafted = "", None
             if drafts and self.interleaved is not None:
                 by_served = self.interleaved.business
                 ids, of_ids, of_served_B = by_served(served[0][start:stop], served[1][start:stop], *ruled_by)
                 beside = self.interleaved.pipeline.respond(ids, of_ids, top_k, status[:, 0])
                 told_B = both_rules(told_B, of_served_B)
                 request_id = usable_id(impressions.id_of(request.request))
-                values, teams_BK = self.interleaved.drafted(beside, values, row_ids(request_id, len(request.rows)))
+                values, drafted = self.interleaved.drafted(beside, values, row_ids(request_id, len(request.rows)))
             if self.pipeline.search is not None:
                 values.append(strings(request.understood))
             values.append(told_B[:, None])
-            self._shown(batch, request, values, request_id, teams_BK, propensities)
+            self._shown(batch, request, values, request_id, drafted, propensities)
             if self.answers is not None and len(request.rows) == 1:
                 batch.answers[request.place] = values
             batch.answer(request, answer(request.request, self.outputs, values))
@@ -263,10 +263,10 @@ class RecommendModel(Stage):
 
     def _shown(
         self, batch: Batch, request: ParsedRequest, values: list[np.ndarray], request_id: str = "",
-        teams_BK: np.ndarray | None = None, propensities_BK: np.ndarray | None = None,
+        drafted: Drafts | None = None, propensities_BK: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """Puts what a request is answered among the impressions: see ``Impressions.put``."""
         if self.impressions:
             viewers = impressions.viewers(request, batch.began_ms)
             shown = (values[0], values[1], values[-1][:, 0])
-            self.impressions.put(request.request, viewers, *shown, request_id, teams_BK, propensities_BK)
+            self.impressions.put(request.request, viewers, *shown, request_id, drafted, propensities_BK)

@@ -18,7 +18,7 @@ import triton_python_backend_utils as pb_utils
 from serving.runtime.answer_samples import ENVIRONMENT as ANSWERS, AnswerSamples
 from serving.triton.stage import Counts, ParsedRequest, strings
 from vivace.contract import MAX_PARAMETER_ID_BYTES, SESSION, SHOWN_TO, UNLOGGED
-from vivace.impressions.queue import ENVIRONMENT, Viewer, packed_viewer, queue_of_worker
+from vivace.impressions.queue import ENVIRONMENT, Drafts, Viewer, packed_viewer, queue_of_worker
 
 
 def is_on() -> bool:
@@ -81,23 +81,23 @@ class Impressions:
 
     def put(
         self, request: Any, rows: Sequence[Viewer | bytes | None], items_BK: np.ndarray, scores_BK: np.ndarray,
-        status_B: np.ndarray, request_id: str = "", teams_BK: np.ndarray | None = None,
+        status_B: np.ndarray, request_id: str = "", drafts: Drafts | None = None,
         propensities_BK: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """The answer to a request: ``viewers`` or SHOWN_TO, ITEM_ID, SCORE and STATUS of its rows; its id, if it is at
-        hand; the version that picked each item, where two were interleaved; the chance of what is shown, where
-        something explores."""
+        hand; what was drafted, where two versions were interleaved; the chance of what is shown, where something
+        explores."""
         request_id = request_id or id_of(request)
         if request_id == UNLOGGED:
             return
         made_ms = time.time() * 1000
         if self._samples.on():
-            self._samples.put(request_id, rows, items_BK, scores_BK, status_B.tolist(), made_ms, teams_BK)
+            self._samples.put(request_id, rows, items_BK, scores_BK, status_B.tolist(), made_ms, drafts)
         if self._queue is None:
             return
         # scores are a view of Triton's memory, which goes with the answer
         self._queue.put(
-            (request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), made_ms, teams_BK, propensities_BK)
+            (request_id, rows, items_BK, scores_BK.copy(), status_B.tolist(), made_ms, drafts, propensities_BK)
         )
 
     def hand_over(self) -> None:

@@ -16,13 +16,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from serving.rollout_steps import RolloutSteps
-from serving.runtime.team_draft import winner
 from training.judge.places import examined_in
 from vivace.columns import CLICKED, ITEM, POSITION, TIME, USER
 from vivace.contract import SESSION, TRIAL
-from vivace.impressions.files import LATENCY, MODEL_VERSION, REQUEST_ID, TEAM, VARIANT
+from vivace.impressions.files import LATENCY, REQUEST_ID, VARIANT
 from vivace.impressions.joined import PROPENSITY
-from vivace.sequential import Comparison, Plan, Preference, Rate, compare, preferred
+from vivace.sequential import Comparison, Plan, Rate, compare
 
 ARMS = ("variant", "model_version")  # columns of the joined log that may make the arms
 CTR, NDCG = "CTR", "NDCG of clicks"
@@ -129,10 +128,10 @@ def _of_requests(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     sums[GAIN] = sums[GAIN] / ideal[sums[CLICKS].astype(int)]
     sums[CLICKED_REQUESTS] = (sums[CLICKS] > 0).astype(float)
     sums = sums.reset_index()
-    return sums.assign(**{UNIT: _units(sums)})
+    return sums.assign(**{UNIT: units_of(sums)})
 
 
-def _units(frame: pd.DataFrame) -> np.ndarray:
+def units_of(frame: pd.DataFrame) -> np.ndarray:
     """Whom randomness goes by: the user, the session of someone anonymous, or else the request; object [rows]."""
     anonymous = np.where(frame[SESSION] == "", "\0\0" + frame[REQUEST_ID], "\0" + frame[SESSION])
     return np.where(frame[USER] == "", anonymous, frame[USER])  # no user's id starts so
@@ -225,55 +224,10 @@ def looks(control: pd.DataFrame, treatment: pd.DataFrame, plan: Plan, count: int
     return out
 
 
-@dataclass(frozen=True)
-class Teams:
-    """Two versions whose rankings were interleaved: ``tried``, the one on trial, beside ``served``. ``decided``:
-    requests in which more of one's items were clicked than of the other's; ``preference``: of these."""
-
-    served: str
-    tried: str
-    users: int
-    requests: int
-    clicked: int
-    decided: int
-    preference: Preference
-
-
-def teams(file: Path, plan: Plan, top_k: int = 10) -> list[Teams]:
-    """What the clicks on interleaved answers say, of each two versions in a joined log; none where nothing was
-    interleaved. A click on one of the first ``top_k`` places counts for the version that picked the item, where the
-    draft tells them apart."""
-    if TEAM not in pq.read_schema(file).names:  # joined before there were teams
-        return []
-    columns = [REQUEST_ID, USER, SESSION, MODEL_VERSION, CLICKED, TEAM]
-    chosen = [(TEAM, "!=", ""), (POSITION, "<=", top_k)]
-    frame = pq.read_table(file, columns=columns, filters=chosen).to_pandas()
-    served = frame[TEAM].where(frame[TEAM] != frame[MODEL_VERSION]).groupby(frame[REQUEST_ID]).first()
-    # where all items are of the version on trial, as of a TOP_K of 1, its neighbours in the log name the served one
-    frame["served"] = frame[REQUEST_ID].map(served).groupby(frame[MODEL_VERSION]).transform(lambda s: s.ffill().bfill())
-    return [
-        _teams(str(of_versions["served"].iloc[0]), str(of_versions[MODEL_VERSION].iloc[0]), of_versions, plan)
-        for _, of_versions in frame.groupby(["served", MODEL_VERSION], sort=True)
-    ]
-
-
-def _teams(served: str, tried: str, frame: pd.DataFrame, plan: Plan) -> Teams:
-    frame = frame.assign(**{UNIT: _units(frame)})
-    clicked = frame[frame.groupby(REQUEST_ID)[CLICKED].transform("any")]
-    winners = {request: winner(of[TEAM], of[CLICKED], served) for request, of in clicked.groupby(REQUEST_ID)}
-    units = clicked.groupby(REQUEST_ID)[UNIT].first()
-    won = pd.Series(winners, dtype=int).to_frame("winner").assign(**{UNIT: units})
-    won = won[won["winner"] != 0]
-    of_units = (won["winner"] > 0).groupby(won[UNIT]).agg(["sum", "size"])
-    preference = preferred(of_units["sum"].to_numpy(float), of_units["size"].to_numpy(float), plan)
-    users, requests = frame[UNIT].nunique(), frame[REQUEST_ID].nunique()
-    return Teams(served, tried, users, requests, len(winners), len(won), preference)
-
-
 def shown_rows(file: Path, by: str, arm: str) -> pd.DataFrame:
     """The rows of one arm as ``counterfactual`` reads them. Raises ValueError where there are none."""
     columns = [REQUEST_ID, USER, SESSION, ITEM, POSITION, CLICKED, PROPENSITY, by]
     frame = pq.read_table(file, columns=columns, filters=[(by, "=", arm)]).to_pandas()
     if not len(frame):
         raise ValueError(f"{file}: expected rows of {by} {arm!r}, got none")
-    return frame.assign(**{UNIT: _units(frame)})
+    return frame.assign(**{UNIT: units_of(frame)})

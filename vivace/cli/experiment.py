@@ -89,14 +89,16 @@ def report(
 ) -> None:
     from loadtest.reports import experiment as pages
     from loadtest.reports.html import table
-    from training.judge.experiment import evidence, shown_rows, teams
+    from training.judge.drafts import teams
+    from training.judge.experiment import evidence, shown_rows
     from vivace.sequential import Plan
 
     run = find_run(artifacts, name)
     file = joined_log(run, joined)
     plan, steps = Plan(effect, alpha, power), None if all_users else _steps(run, file, by)
     with console.status("counting"):
-        seen, interleaved = evidence(file, plan, by, control, top_k, steps), teams(file, plan, top_k)
+        seen = evidence(file, plan, by, control, top_k, steps)
+        interleaved = teams(file, plan, seen.examined)
     say(f"{pages.when(seen.began_ms)} to {pages.when(seen.ended_ms)}; {pages.plan_words(seen.plan)}")
     _print(*pages.arm_rows(seen))
     if seen.crossed:

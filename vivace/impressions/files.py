@@ -32,6 +32,7 @@ REQUEST_ID, CONTEXT = "request_id", "context"
 ITEMS, SCORES, PROPENSITIES = "items", "scores", "propensities"
 VARIANT, MODEL_VERSION, LATENCY, STATUS = "variant", "model_version", "latency_ms", "status"
 TEAM = "team"
+DRAFTED_FROM = ("served_ranking", "tried_ranking")  # team 0 and 1
 
 
 def _list(values: pa.DataType) -> pa.DataType:
@@ -54,6 +55,7 @@ SCHEMA = pa.schema(
         (LATENCY, pa.float32()),  # from the first stage's begin to the answer
         (STATUS, pa.string()),
         (TEAM, _list(pa.string())),  # version that a click on this item speaks for; "" for none
+        *((name, _list(pa.string())) for name in DRAFTED_FROM),  # items that a draft was made of; empty where none was
     ]
 )
 SUFFIX, PARTIAL = ".parquet", ".partial"
@@ -62,12 +64,16 @@ KEPT_FORGOTTEN_MS = DAY_MS  # far longer than a row waits to be written
 
 
 def completed(table: pa.Table) -> pa.Table:
-    """What a file holds as ``SCHEMA``: one that was written before versions were interleaved names no team."""
+    """What a file holds as ``SCHEMA``: one that was written before versions were interleaved names no team, and one
+    before rankings were kept has none."""
+    starts = pa.array(np.zeros(len(table) + 1), pa.int32())
     if TEAM not in table.column_names:
-        items = table[ITEMS].combine_chunks()
-        none = pa.repeat("", len(items.flatten()))
-        starts = np.concatenate([[0], np.cumsum(pc.list_value_length(items).to_numpy(zero_copy_only=False))])
-        table = table.append_column(TEAM, pa.ListArray.from_arrays(pa.array(starts, pa.int32()), none))
+        lengths = pc.list_value_length(table[ITEMS].combine_chunks()).to_numpy(zero_copy_only=False)
+        ends = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        table = table.append_column(TEAM, pa.ListArray.from_arrays(ends, pa.repeat("", int(lengths.sum()))))
+    for name in DRAFTED_FROM:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.ListArray.from_arrays(starts, pa.array([], pa.string())))
     return table.select(SCHEMA.names).cast(SCHEMA)
 
 

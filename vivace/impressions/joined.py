@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from vivace.columns import CLICKED, EVENT, ITEM, POSITION
 from vivace.impressions.files import (
     CONTEXT,
+    DRAFTED_FROM,
     ITEMS,
     LATENCY,
     MODEL_VERSION,
@@ -51,6 +52,7 @@ JOINED = pa.schema(
         (EVENT, pa.string()),  # type of the first; null where there is none
         (EVENT_TIME, pa.int64()),  # and when it was, Unix ms
         (TEAM, pa.string()),  # version that a click on it speaks for; "" for none
+        *(SCHEMA.field(name) for name in DRAFTED_FROM),  # at the first place of a draft; null elsewhere
     ]
 )
 LOG_EVENTS = 5_000_000  # of the store's log that are looked at, the newest
@@ -102,7 +104,10 @@ class Events:
         scores, propensities, teams = (
             pc.list_flatten(table[name].combine_chunks()) for name in (SCORES, PROPENSITIES, TEAM)
         )
-        own = [items, position, scores, propensities, clicked, kinds, times, teams]
+        drafted = pc.list_value_length(table[DRAFTED_FROM[0]].combine_chunks()).to_numpy(zero_copy_only=False) > 0
+        told = pa.array(parents.to_numpy(), mask=(position != 1) | ~drafted[parents.to_numpy()])
+        rankings = [table[name].combine_chunks().take(told) for name in DRAFTED_FROM]
+        own = [items, position, scores, propensities, clicked, kinds, times, teams, *rankings]
         typed = [
             column if isinstance(column, pa.Array | pa.ChunkedArray) else pa.array(column, field.type)
             for column, field in zip(own, list(JOINED)[len(OF_REQUEST) :], strict=True)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -90,6 +90,15 @@ def row_ids(request_id: str, rows: int) -> list[str]:
     return [request_id] if rows == 1 else [f"{request_id}/{row}" for row in range(rows)]
 
 
+class Drafts(NamedTuple):
+    """What two versions' rankings made of a request. ``teams_BK``: of each item shown the version that a click on it
+    speaks for, object of str [B, K], "" for none; ``rankings``: ITEM_ID of the served version and of the one on trial,
+    object [B, K] each, b"" behind the last."""
+
+    teams_BK: np.ndarray
+    rankings: tuple[np.ndarray, np.ndarray]
+
+
 Shown = tuple[
     str,
     Sequence[Viewer | bytes | None],
@@ -97,12 +106,12 @@ Shown = tuple[
     np.ndarray,
     list[bytes],
     float,
-    np.ndarray | None,
+    Drafts | None,
     np.ndarray | None,
 ]
 """Request id; of each row whom it is for, or that packed; ITEM_ID object [B, K]; SCORE float32 [B, K]; STATUS; Unix ms
-of the answer; of each item the version that picked it, object of str [B, K], None where no two were interleaved; the
-chance of what is shown float32 [B, K], None where there is none in it."""
+of the answer; what was interleaved, None where nothing was; the chance of what is shown float32 [B, K], None where
+there is none in it."""
 
 
 class ImpressionQueue:
@@ -194,7 +203,7 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     """Requests as rows of ``files.SCHEMA``; rows that are for nobody are left out."""
     import pyarrow as pa  # a server without impressions does without
 
-    from vivace.impressions.files import ITEMS, PROPENSITIES, SCHEMA, SCORES, TEAM
+    from vivace.impressions.files import DRAFTED_FROM, ITEMS, PROPENSITIES, SCHEMA, SCORES, TEAM
 
     heads: list[tuple[Any, ...]] = []
     items: list[bytes] = []
@@ -202,7 +211,8 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     teams: list[str] = []
     chances: list[np.ndarray] = []
     ends = [0]
-    for request_id, rows, items_BK, scores_BK, statuses, made_ms, teams_BK, propensities_BK in taken:
+    rankings: list[list[list[bytes]]] = [[], []]
+    for request_id, rows, items_BK, scores_BK, statuses, made_ms, drafts, propensities_BK in taken:
         for row, id_ in enumerate(row_ids(request_id, len(rows))):
             viewer = rows[row]
             if not viewer:
@@ -211,7 +221,9 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
             shown = [item for item in items_BK[row].tolist() if item]
             items += shown
             scores.append(scores_BK[row, : len(shown)])
-            teams += [""] * len(shown) if teams_BK is None else teams_BK[row, : len(shown)].tolist()
+            teams += [""] * len(shown) if drafts is None else drafts.teams_BK[row, : len(shown)].tolist()
+            for team, of_team in enumerate(rankings):
+                of_team.append([] if drafts is None else [item for item in drafts.rankings[team][row].tolist() if item])
             certain_K = np.ones(len(shown), np.float32)
             chances.append(certain_K if propensities_BK is None else propensities_BK[row, : len(shown)])
             ends.append(len(items))
@@ -231,7 +243,8 @@ def table_of(taken: list[Shown], variant: str, model_version: str) -> pa.Table:
     constants = [pa.repeat(pa.scalar(text), len(heads)) for text in (variant, model_version)]
     named = zip((ITEMS, SCORES, PROPENSITIES, TEAM), lists, strict=True)
     *lists, team = [array.cast(SCHEMA.field(name).type) for name, array in named]
-    columns = [*of_viewers, *lists, *constants, latencies, status_column, team]
+    drafted = [pa.array(of, SCHEMA.field(name).type) for name, of in zip(DRAFTED_FROM, rankings, strict=True)]
+    columns = [*of_viewers, *lists, *constants, latencies, status_column, team, *drafted]
     typed = [c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
     return pa.Table.from_arrays(typed, schema=SCHEMA)
 

@@ -28,6 +28,7 @@ from serving.wheel import ServerError
 from tests.support import LOGS, PATIENCE_S, PatientClient, logged, on_free_ports, quiet, wait_until
 from tests.system.serving.test_publish import NOON, answer, items_of, newest, other_values, ports_of
 from tests.system.serving.test_versions import HISTORY, as_served, publish_with_other_items
+from vivace.impressions.files import DRAFTED_FROM
 from vivace.run import Run
 
 USERS = [f"visitor {n}" for n in range(30)] + ["ünïcode-ß", "日本", "😀 smile", 'quote"d\\']
@@ -162,6 +163,7 @@ def test_its_users_get_drafts_of_both_versions_and_the_log_names_the_teams(two):
             assert got.heads["click"] == pytest.approx(of, abs=1e-4)
         row = logged(run.root, got.request_id)
         assert row["team"] == drafted.credited("12")
+        assert [row[name] for name in DRAFTED_FROM] == [list(both[0]), both[1]]
         assert (row["items"], row["variant"], row["model_version"]) == (got.items, "trial", "2")
         other = next(user for user in USERS if user not in users)
         assert logged(run.root, grpc.recommend(other, HISTORY, 5).request_id)["team"] == [""] * 5

@@ -15,6 +15,7 @@ from serving.door.rollout import Split
 from serving.judgement import Plan, disliked, unlike
 from serving.runtime.answer_samples import MOST, AnswerSamples, Listener
 from tests.support import wait_until
+from vivace.impressions.queue import Drafts
 from vivace.sequential import Plan as ClickPlan, Rate, compare, preferred
 from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
@@ -41,7 +42,7 @@ def listening(tmp_path):
 def put(sampler: AnswerSamples, request_id: str, who: str, items: str, score: float, teams: str = "") -> None:
     """One answer, handed over at once."""
     shown = np.array([[i.encode() for i in items] or [b""]], object)
-    of = np.array([list(teams)], object) if teams else None
+    of = Drafts(np.array([list(teams)], object), (shown, shown)) if teams else None
     row = (who, "", b"", 1_000.0, "")
     sampler.put(request_id, [row], shown, np.full(shown.shape, score, np.float32), [b"ok"], 1_004.0, of)
     sampler.hand_over(at_once=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serving.runtime.interleaved import both_rules
-from serving.runtime.team_draft import coins, draft, winner
+from serving.runtime.team_draft import chances, coins, draft, winner
 
 
 def test_a_draft_by_hand():
@@ -86,6 +86,20 @@ def test_clicks_by_chance_speak_for_no_team_whatever_the_rankings(second):
     for place in range(5):
         lead = [(2 * d.teams[place] - 1) * d.tells[place] for d in of_coins.values()]
         assert sum(lead) == 0, (place, lead)
+
+
+@pytest.mark.parametrize(
+    ("second", "count"), [("bcxyz", 5), ("axbyc", 5), ("xabcy", 6), ("abxcd", 5), ("ab", 5), ("", 5), ("dcxba", 1)]
+)
+def test_chances_are_those_of_all_coins(second, count):
+    first = list("abxcd")
+    of_coins = {tuple(coins(f"r{n}", 3)): draft(first, list(second), count, f"r{n}").items for n in range(400)}
+    assert len(of_coins) == 8
+    expected = {item: [0.0] * count for items in of_coins.values() for item in items}
+    for items in of_coins.values():
+        for place, item in enumerate(items):
+            expected[item][place] += 1 / 8
+    assert chances(first, list(second), count) == expected
 
 
 def test_who_got_more_clicks_wins_and_a_tie_says_nothing():

@@ -10,8 +10,11 @@ import pytest
 from loadtest.reports.experiment import arm_rows, team_rows, write
 from serving.door.rollout import Split
 from serving.rollout_steps import RolloutSteps
+from serving.runtime.team_draft import coins, draft
 from training.judge import experiment
+from training.judge.drafts import credits_of, looked_at, teams
 from training.judge.experiment import CTR, NDCG, evidence
+from vivace.impressions.files import DRAFTED_FROM
 from vivace.impressions.joined import JOINED
 from vivace.sequential import Plan
 
@@ -93,15 +96,67 @@ def test_teams_by_hand(tmp_path):
         ("r5", "u3", 5, "trial", "x", 1, False, "2"), ("r5", "u3", 5, "trial", "y", 3, True, "1"),  # too far down
         ("r6", "u4", 6, "", "x", 1, True),  # of the served version alone
     ])  # fmt: skip
-    (seen,) = experiment.teams(file, Plan(), top_k=2)
+    unknown = [math.nan] * 2
+    (seen,) = teams(file, Plan(), unknown)
     assert (seen.served, seen.tried, seen.users, seen.requests, seen.clicked, seen.decided) == ("1", "2", 4, 6, 4, 3)
     assert math.isnan(seen.preference.share) and not seen.preference.differs  # three users say nothing
-    assert experiment.teams(log(tmp_path / "other.parquet", [("r", "u", 0, "", "x", 1, True)]), Plan()) == []
+    assert teams(log(tmp_path / "other.parquet", [("r", "u", 0, "", "x", 1, True)]), Plan(), unknown) == []
     old = pq.read_table(file).drop_columns(["team"])
     pq.write_table(old, tmp_path / "old.parquet")
-    assert experiment.teams(tmp_path / "old.parquet", Plan()) == []
-    header, (row,) = team_rows([seen])
-    assert len(header) == len(row) and row[-2] == "too few users with a winner yet"
+    assert teams(tmp_path / "old.parquet", Plan(), unknown) == []
+    header, (ctr, won) = team_rows([seen])
+    assert len(header) == len(ctr) == len(won) and won[-2] == "too few users with a winner yet"
+    assert ctr[-2] == "too few users or clicks yet"  # nor were the rankings logged
+
+
+def test_a_lift_by_hand(tmp_path):
+    """Each of 200 users is shown a draft of ab and ba once, the same number each way, and clicks one item."""
+    rows, of_draft = [], {}
+    for number in range(200):
+        items, picked = ("ab", "12") if number % 2 else ("ba", "21")
+        clicked = "b" if number % 10 < 6 else "a"
+        of_draft[f"r{number}"] = (["a", "b"], ["b", "a"])
+        rows += [(f"r{number}", f"u{number}", 0, "trial", item, place, item == clicked, team)
+                 for place, (item, team) in enumerate(zip(items, picked, strict=True), 1)]  # fmt: skip
+    table = pq.read_table(log(tmp_path / "log.parquet", rows))
+    ids, places = (table[name].to_pylist() for name in ("request_id", "position"))
+    first = [of_draft[id_] if place == 1 else (None, None) for id_, place in zip(ids, places, strict=True)]
+    for name, rankings in zip(DRAFTED_FROM, zip(*first, strict=True), strict=True):
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(name), pa.array(rankings, table.schema.field(name).type))
+    pq.write_table(table, tmp_path / "drafted.parquet")
+    (seen,) = teams(tmp_path / "drafted.parquet", Plan(effect=0.1), [1.0, 0.5])
+    # either item is looked at .75 times a draft, and .5 more by the version that has it first: 2/3 of a click
+    assert seen.lift.lift == pytest.approx(math.expm1(2 / 3 * (0.6 - 0.4))) and seen.preference.share == 0.6
+    variance = (2 / 3) ** 2 * (1 - 0.2**2) / 199
+    radius = Plan(effect=0.1).radius(variance)
+    assert seen.lift.high == pytest.approx(math.expm1(2 / 15 + radius)) and seen.lift.verdict == "no difference seen"
+
+
+@pytest.mark.parametrize("second", ["bcxyz", "axbyc", "abxcd", "vwxyz", "dcxba", "ab", "bxcdy"])
+def test_credits_are_of_what_either_ranking_would_have_shown(second):
+    first, second, looked = list("abxcd"), list(second), np.array([1.0, 0.6, 0.5, 0.3, 0.2])
+    credit = credits_of(first, second, looked)
+    of_coins = {tuple(coins(f"r{n}", 3)): draft(first, second, 5, f"r{n}").items for n in range(400)}
+
+    def told(attraction) -> float:
+        """Clicks by which the second is ahead, in expectation over coins and clicks."""
+        return sum(
+            looked[place] * attraction(item) * credit[item]
+            for items in of_coins.values() for place, item in enumerate(items)
+        ) / len(of_coins)  # fmt: skip
+
+    assert told(lambda item: 0.1) == pytest.approx(0, abs=1e-12)  # clicks by chance prefer neither
+    assert credits_of(second, first, looked) == pytest.approx({item: -value for item, value in credit.items()})
+    if len(credit) == len({*first, *second}) and len(second) == 5:  # all may be shown: the true difference
+        appeal = {item: 0.1 + 0.05 * number for number, item in enumerate(sorted(credit))}
+        truth = sum(look * (appeal[b] - appeal[a]) for look, a, b in zip(looked, first, second, strict=True))
+        assert told(appeal.get) == pytest.approx(truth)
+
+
+def test_places_of_which_the_log_says_too_little_are_taken_as_by_ndcg():
+    assert looked_at([1.0, math.nan]).tolist() == [1.0, 1 / math.log2(3)]
+    assert looked_at([1.0, -0.1]).tolist() == [1.0, 0.01]
 
 
 def test_a_better_arm_is_called_and_drawn(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from vivace.columns import CLICKED, ITEM, POSITION
 from vivace.impressions import files, joined
 from vivace.impressions.files import REQUEST_ID, SCHEMA, USER, Part, forget, parts, tidy
-from vivace.impressions.queue import ImpressionOptions, ImpressionQueue, packed_viewer, row_ids, table_of
+from vivace.impressions.queue import Drafts, ImpressionOptions, ImpressionQueue, packed_viewer, row_ids, table_of
 from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
 
@@ -22,12 +22,12 @@ DAY_MS = 86_400_000
 NOW_MS = 1_800_000_000_000
 
 
-def shown(request_id: str, *users: str, items=((b"x", b"y"),), made_ms: float = NOW_MS, teams=None):
+def shown(request_id: str, *users: str, items=((b"x", b"y"),), made_ms: float = NOW_MS, drafts=None):
     """One request of a row a user, as a stage puts it into the queue."""
     rows = [packed_viewer((user, "", b'{"device": "phone"}', made_ms - 4, "" if user else "s")) for user in users]
     scores = np.linspace(2, 1, len(items[0]) * len(rows), dtype=np.float32).reshape(len(rows), -1)
     shown_items = np.array(items, object).reshape(len(rows), -1)
-    return request_id, rows, shown_items, scores, [b"ok"] * len(rows), made_ms, teams, None
+    return request_id, rows, shown_items, scores, [b"ok"] * len(rows), made_ms, drafts, None
 
 
 def rows_of(folder):
@@ -42,6 +42,7 @@ def test_a_request_becomes_a_row():
         "context": '{"device": "phone"}', "query": "",
         "items": ["x", "y"], "scores": [2.0, 1.0], "propensities": [1.0, 1.0], "variant": "b", "model_version": "7",
         "latency_ms": 4.0, "status": "ok", "team": ["", ""],
+        "served_ranking": [], "tried_ranking": [],
     }  # fmt: skip
     assert (second["request_id"], third["request_id"]) == ("r2/0", "r2/1")
     assert (third["user_id"], third["session"]) == ("", "s")
@@ -111,7 +112,7 @@ def test_days_that_are_over_become_one_file_and_old_ones_go(tmp_path):
 
 
 def _as_written_before_there_were_teams(path):
-    pq.write_table(pq.read_table(path).drop_columns(["team"]), path)
+    pq.write_table(pq.read_table(path).drop_columns(["team", *files.DRAFTED_FROM]), path)
 
 
 def test_a_merge_that_was_killed_leaves_each_row_once(tmp_path):
@@ -129,8 +130,9 @@ def test_a_merge_that_was_killed_leaves_each_row_once(tmp_path):
 
 def test_a_click_joins_what_it_was_of(tmp_path):
     part = Part(tmp_path / "log")
-    teams = np.array([["6", "7"]], object)
-    part.write(table_of([shown("r1", "u", teams=teams), shown("empty", "w", items=((b"",),))], "b", "7"))
+    rankings = (np.array([[b"x", b"q"]], object), np.array([[b"y", b""]], object))
+    drafts = Drafts(np.array([["6", "7"]], object), rankings)
+    part.write(table_of([shown("r1", "u", drafts=drafts), shown("empty", "w", items=((b"",),))], "b", "7"))
     part.write(table_of([shown("r2", "v")], "b", "7"))
     _as_written_before_there_were_teams(parts(tmp_path / "log")[1])
     store = LmdbStore(tmp_path / "store")
@@ -143,11 +145,12 @@ def test_a_click_joins_what_it_was_of(tmp_path):
     out = tmp_path / "joined.parquet"
     counts = joined.join(tmp_path / "log", store, out)
     assert (counts.requests, counts.empty, counts.shown, counts.clicked, counts.strays) == (3, 1, 4, 1, 1)
-    columns = [REQUEST_ID, ITEM, POSITION, CLICKED, "event_type", "event_ms", "team"]
+    columns = [REQUEST_ID, ITEM, POSITION, CLICKED, "event_type", "event_ms", "team", *files.DRAFTED_FROM]
     rows = [tuple(row.values()) for row in pq.read_table(out).select(columns).to_pylist()]
     assert rows == [
-        ("r1", "x", 1, False, None, None, "6"), ("r1", "y", 2, True, "view", 5, "7"),
-        ("r2", "x", 1, False, None, None, ""), ("r2", "y", 2, False, None, None, ""),
+        ("r1", "x", 1, False, None, None, "6", ["x", "q"], ["y"]),
+        ("r1", "y", 2, True, "view", 5, "7", None, None),
+        ("r2", "x", 1, False, None, None, "", None, None), ("r2", "y", 2, False, None, None, "", None, None),
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"--event buyy: no event .* there are: "):
         joined.join(tmp_path / "log", store, out, types=["buyy"])
