@@ -31,9 +31,9 @@ from loadtest.reports.record import record_line
 from preprocessing.readers.shop import Shop, ShopConfig
 from serving.runtime.team_draft import draft, winner
 from training.judge.clicks.drafts import credits_of, looked_at
+from training.judge.clicks.experiment import CTR, evidence, looks
 from training.judge.clicks.places import examined
 from training.judge.counterfactual import UNIT, counterfactual
-from training.judge.experiment import CTR, evidence, looks
 from vivace.columns import CLICKED, ITEM, POSITION, TIME
 from vivace.impressions.files import REQUEST_ID
 from vivace.impressions.joined import JOINED, PROPENSITY
