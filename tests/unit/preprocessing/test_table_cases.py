@@ -305,7 +305,16 @@ WRONG = {
     "slash": (HEAD + 'context = ["a/b"]\n', 'column \'a/b\'.*rename = { "a/b" = "a_b" }'),
     "not a table": ("interactions = 3\n", r"expected a table \[interactions\]"),
     "weights": (HEAD + 'event_type = "e"\n[interactions.weights]\nview = true\n', "weights: expected numbers"),
-}
+    **{
+        f"head {number:.9}": (HEAD + f"[heads]\nclick = {number}\n", message)
+        for number, message in (
+            ("nan", r"heads: expected numbers from -1e\+15 to 1e\+15, got"), ("-inf", "heads: expected numbers"),
+            ("1e30", "heads: expected numbers"), (f"1{'0' * 400}", "heads: expected numbers"),
+            (f"1{'0' * 5000}", "not TOML: .*digits"), ("0\nclick = 1", "not TOML: .*overwrite"),
+            ("[" * 100_000, "not TOML"),
+        )
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", WRONG)
