@@ -106,7 +106,7 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self.log = options.log
         self._log_start = 0  # where this server's own lines begin
-        self._launched, self._one_by_one = 0.0, False  # whether a start crashed: then models are loaded in turns
+        self._launched, self._crashed = 0.0, False  # whether a start crashed
 
     # -- life --------------------------------------------------------------------------------------
     def __enter__(self) -> TritonServer:
@@ -135,7 +135,6 @@ class TritonServer:
             "--metrics-config=summary_quantiles=0.5:0.01,0.95:0.002,0.99:0.001",
             "--exit-timeout-secs=5",
             "--disable-auto-complete-config",
-            *(["--model-load-thread-count=1"] if self._one_by_one else []),
         ]
         if o.profile:
             command.append(f"--model-config-name={o.profile}")
@@ -249,7 +248,7 @@ class TritonServer:
 
     def _launch_first(self) -> None:
         """Again where Triton 2.51 crashed, as one start of some hundred does on a busy machine: a worker that gets no
-        processor for a second is given up, and to free its memory ends the server. Again models are loaded in turns."""
+        processor for a second is given up, and freeing its memory ends the server. Again it does not stand aside."""
         for tries in range(TRIES):
             try:
                 return self._launch()
@@ -282,7 +281,7 @@ class TritonServer:
         dead: dict[int, float] = {}  # and since when
         while not self.ready():
             if self._process.poll() is not None:
-                self._one_by_one = True
+                self._crashed = True
                 raise ServerError(f"tritonserver {self.end()} while starting\n{self.log_tail()}")
             now = living_workers(self.pid)
             seen |= now
@@ -293,7 +292,7 @@ class TritonServer:
                 )
             if time.monotonic() > deadline:
                 raise ServerError(f"tritonserver was not ready after {wait_s:.0f} s\n{self.log_tail()}")
-            if idle and time.time() - self._launched > IDLE_S:
+            if idle and (self._crashed or time.time() - self._launched > IDLE_S):
                 idle = step_closer(self.pid)
             time.sleep(0.05)
         if idle:
