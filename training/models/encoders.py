@@ -8,7 +8,6 @@ Axis legend: B requests, T history events, D width, A attention heads, R buckets
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.models.long.attention import LONG, biased_attention, eager, earlier, time_bucket, turned
+from training.models.long.attention import LONG, biased_attention, distance_buckets, eager, earlier, time_bucket, turned
+from training.models.long.packed import Packed, packed
 from vivace.checks import Positive, Share, Size, SizeOrNone, check_fields
 from vivace.windows import Window
 
@@ -155,16 +155,6 @@ def mask_value(dtype: torch.dtype) -> float:
     return MASKED if dtype != torch.float16 else -(2.0**14)
 
 
-def distance_buckets(length: int, buckets: int = BUCKETS) -> Tensor:
-    """Bucket of each distance between two events, int64 [length]: exact for the first half of the buckets, then
-    logarithmic up to ``length`` (Raffel et al. 2020, T5)."""
-    distance = torch.arange(length)
-    exact = buckets // 2
-    spread = math.log(max(length, exact + 1) / exact)
-    far = exact + (torch.log(distance.clamp_min(1) / exact) / spread * (buckets - exact)).long()
-    return torch.where(distance < exact, distance, far.clamp_max(buckets - 1))
-
-
 class RelativeBias(nn.Module):
     """Learned bias of each head by bucketed distance; zero before training. ``causal``: what stands above the diagonal
     is masked, so it may be anything."""
@@ -175,7 +165,7 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.causal = causal
         self.bias_RA = nn.Parameter(torch.zeros(BUCKETS, heads))
-        self.register_buffer("buckets_T", distance_buckets(length), persistent=False)
+        self.register_buffer("buckets_T", distance_buckets(length, BUCKETS), persistent=False)
 
     def by_distance(self) -> Tensor:
         """The bias of each distance, float32 [length, A]."""
@@ -261,13 +251,15 @@ class AttentionBlock(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None, newest: int = 0,
-        times_BT: Tensor | None = None,
+        times_BT: Tensor | None = None, rows: Packed | None = None,
     ) -> Tensor:  # fmt: skip
         t = x_BTD.shape[1]
         qkv = self.qkv(self.norm_attention(x_BTD)).view(-1, t, 3, self.heads, self.of_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         # no dropout inside attention: slow on CPU
-        if mask is None and (self.relative is not None or self.time is not None):
+        if rows is not None:
+            a = rows.attend(q, k, v, self.of_head**-0.5)
+        elif mask is None and (self.relative is not None or self.time is not None):
             a = self._within_kernel(q, k, v, times_BT)
         else:
             mask = self._biased(mask, t, buckets_BTT)
@@ -306,7 +298,12 @@ class Attention(nn.Module):
         return x_BTD
 
     def _long(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None) -> Tensor:
-        """The same of long histories, by rows that are turned (``long.attention``)."""
+        """The same of long histories, by rows that are packed or turned (``long.packed``, ``long.attention``)."""
+        if not self.biased and (rows := packed(known_BT)) is not None:
+            x_1PD = rows.pack(x_BTD)
+            for block in self.blocks:
+                x_1PD = block(x_1PD, None, None, rows=rows)
+            return rows.unpack(x_1PD)
         x_BTD, t = turned(x_BTD, known_BT), x_BTD.shape[1]
         times_BT = None if times_BT is None else turned(times_BT, known_BT)
         flexible = x_BTD.is_cuda and self.biased
