@@ -203,6 +203,13 @@ class Pipeline:
         share = self.ranked // FEWER if level == Level.FEWER else self.ranked
         return min(self.shapes.proposed, max(share, top_k))
 
+    def count_of(self, rows: Sequence[Row], level: Level = Level.FULL) -> int:
+        """How many candidates of ``rows`` are ranked at once. Beside a query it is all but under load, whatever a
+        profile ranks: place and score in the whole list are what the search ranker learned from."""
+        if level == Level.FULL and self.search is not None and any(row.query for row in rows):
+            return self.shapes.proposed
+        return self.count_to_rank(max(row.top_k for row in rows), level)
+
     def warm(self, rows: int) -> Iterator[tuple[Level, float]]:
         """Answers ``rows`` at once at each level, as long histories as are read: (level, seconds it took). What memory
         the largest batch needs is then there before the first request."""
@@ -237,5 +244,5 @@ class Pipeline:
         retrieved = self.retrieve(inputs)
         if level == Level.RETRIEVED:
             return self.retrieved(inputs[0], retrieved), list(inputs), status
-        count = self.count_to_rank(max(row.top_k for row in rows), level)
+        count = self.count_of(rows, level)
         return self.rank(inputs[0], retrieved, count), list(inputs), status

@@ -162,7 +162,7 @@ class RecommendModel(Stage):
                 )
                 if not batch.requests:
                     return
-                ranked_count = self.pipeline.count_to_rank(max(row.top_k for row in batch.rows), level)
+                ranked_count = self.pipeline.count_of(batch.rows, level)
                 ranked_BN, values_BCN = self.pipeline.rank(history_BT, retrieved, ranked_count)
         ranked_BN, values_BCN = self._search(batch, history_BT, ranked_BN, values_BCN)
         served = self._served_beside(batch, level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -29,6 +30,8 @@ from search.online import (
 )
 from search.published import FOLDER
 from serving.launcher import TritonServer
+from serving.runtime.pipeline import Pipeline
+from serving.runtime.stages import Row
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, wait_until
 from training.compile.compiler import compile_models
 from training.models.text_encoder import TextConfig
@@ -42,6 +45,7 @@ from vivace.context import clock
 from vivace.manifest import read_manifest
 from vivace.onnx_session import open_session
 from vivace.run import Run
+from vivace.store.lmdb_store import LmdbStore
 
 SEED = 3
 
@@ -213,6 +217,22 @@ def test_search_learns_from_what_is_served(server, searchable, lists, kind):
             scores = open_session(searchable / FOLDER / RANKER).run(None, {"FEATURES": x_NX[None]})[0][0]
             expected = dict(zip(taught.ids[i].tolist(), scores.tolist(), strict=True))
             assert [expected[names[item]] for item in answer.items] == pytest.approx(list(answer.scores), abs=1e-3)
+
+
+def test_beside_a_query_all_is_ranked_whatever_a_profile_ranks(searchable, lists, tmp_path):
+    """Else the search ranker would read other places and scores than it learned from."""
+    _, histories, _, queries = lists
+    shutil.copytree(searchable / "feature_store", tmp_path / "store")
+    history = [item for item, *_ in histories["known"]]
+    with contextlib.closing(LmdbStore(tmp_path / "store", readonly=True)) as store:
+        few, whole = (Pipeline.published(searchable, store, ranked=n) for n in (10, 0))
+        for row in (Row("", history, 5, queries[0]), Row("", history, 5)):
+            answers = []
+            for pipeline in (few, whole):
+                ranked, inputs, _ = pipeline([row])
+                answers.append(pipeline.searched([row.query], [SearchOptions()], inputs[0], ranked)[0])
+            same = answers[0][0].shape == answers[1][0].shape and (answers[0][1] == answers[1][1]).all()
+            assert same == bool(row.query)
 
 
 def catalogue_names(searchable) -> list[str]:
