@@ -102,7 +102,11 @@ def test_training_measures_both_kinds_of_queries_and_what_diversity_costs(search
         assert kind["gain"] == pytest.approx(kind["with_history"] - kind["ranked"])
         assert kind["gain_interval"][0] <= kind["gain"] <= kind["gain_interval"][1]
     log = found["log"]
-    assert log["searches"] > 20 and log["over_shown"] == pytest.approx(log["with_history"] - log["shown"])
+    assert (
+        log["searches"] > 20
+        and log["in_hindsight"] > 5
+        and log["over_shown"] == pytest.approx(log["with_history"] - log["shown"])
+    )
     assert all(0 < log[name] <= 1 for name in ("shown", "fused", "ranked", "with_history"))
     assert log["seen"][0] == 1 and np.mean(log["seen"][:3]) > np.mean(log["seen"][5:])  # they look at 1/place
     whole = sum(k["requests"] * k["with_history"] for k in kinds.values()) / sum(k["requests"] for k in kinds.values())
