@@ -98,7 +98,8 @@ def judged_log(log: SearchLog, requests: SearchRequests, ranker: Ensemble) -> di
     shown, fused, without, with_history = (np.array(v) for v in orders.values())
     gain = with_history - shown
     return {
-        "searches": len(gain), "in_hindsight": int(requests.hindsight.sum()), "shown": float(shown.mean()), "fused": float(fused.mean()),
+        "searches": len(gain), "in_hindsight": int(requests.hindsight.sum()),
+        "shown": float(shown.mean()), "fused": float(fused.mean()),
         "ranked": float(without.mean()), "with_history": float(with_history.mean()),
         "over_shown": float(gain.mean()), "over_shown_interval": bootstrap(gain),
     }  # fmt: skip
