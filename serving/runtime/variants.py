@@ -107,7 +107,7 @@ class Variants:
         self._base, (self.status,) = pipeline.transform([row], self._known)  # inputs of retrieval and ranking
         self._found: SearchResult | None = None
         if row.query and pipeline.search is not None:
-            self._found = pipeline.search([row.query], [options], [self._base[0][0]])[0]
+            self._found = pipeline.search([row.query], [options], pipeline.unwanted([row], [options], self._known))[0]
         self.parts += self._others()
 
     def __getitem__(self, left: Left) -> Answer:

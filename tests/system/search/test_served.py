@@ -370,7 +370,9 @@ def test_what_is_put_in_is_found_by_its_words_within_a_second_and_what_is_taken_
         assert answer.items == [new] and "lexical" in answer.understood["found_by"][new]
         others = [item for item in client.recommend("", [], 20, "kettle").items if item != new]
         assert set(others[:3]) <= set(before)
-        assert client.recommend("", [new], 5, "zanzibar", filters={"seen": False}).status == "ok"
+        history = [new, *before[:3], *[before[4]] * 30]  # more events than models read
+        unseen = client.recommend("", history, 100, "zanzibar kettle", filters={"seen": False}).items
+        assert not {*history} & {*unseen} and {before[3], *before[5:]} <= {*unseen}
         assert len(client.recommend("", [], 5, "zanzibar kettle", diversity=0.5).items) == 5
 
         time.sleep(0.5)
