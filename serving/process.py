@@ -107,7 +107,7 @@ def step_closer(server: int) -> bool:
     """A server that stepped aside gets a quarter of what another one gets, however busy that is. Always False: it no
     longer stands aside."""
     nice = os.getpriority(os.PRIO_PROCESS, 0) + _ASIDE
-    _schedule(dict.fromkeys([server, *living_workers(server)], nice))
+    _schedule({server: nice} | dict.fromkeys(living_workers(server), nice + _WORKER_NICENESS))
     return False
 
 
