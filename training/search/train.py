@@ -254,12 +254,11 @@ def _train_encoder(
 def _train_ranker(
     teachers: Sequence[tuple[SearchRequests, list[float]]], config: SearchTraining, seed: int
 ) -> Ensemble:
-    """Learned from requests, each with what it weighs among those of its kind. Those whose answer the recommendation
-    has learned teach as those of someone unknown: else the ranker would trust it too much."""
+    """Learned from requests, each with what it weighs among those of its kind."""
     rng = np.random.default_rng(seed)
     lists, gains, weights = [], [], list[float]()
     for requests, kind_weights in teachers:
-        blind = (rng.random(len(kind_weights)) < BLIND) | requests.hindsight
+        blind = rng.random(len(kind_weights)) < BLIND
         lists += [requests.without_history(i) if blind[i] else requests.with_history(i) for i in requests.places]
         gains += [requests.gains(i) for i in requests.places]
         weights += [w / float(np.mean(kind_weights)) for w in kind_weights]
