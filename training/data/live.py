@@ -33,6 +33,8 @@ from vivace.limits import CountLimits
 from vivace.live import VISIT_GAP_MS, LiveTable
 from vivace.live_shown import ShownStream
 
+FED_AT_ONCE = 4_096  # events of a log that are put into the table together
+REQUESTS = 256  # that are seen together at most
 STEP_MS = 5_000  # requests of so long see the same counts, those at its beginning: a server's are no fresher by much
 
 
@@ -105,20 +107,24 @@ class LiveAt:
         table = LiveTable(features.item_count(), rising, counted, shown=shown)
         self.ids = np.zeros((len(moments_R), rising), np.int32)
         self.features = np.zeros((len(moments_R), rising, live_features(counted, shown)), np.float16)
-        fed, fed_shown, step, rows = 0, 0, -1, table.rows(0)
-        for request in np.argsort(moments_R, kind="stable"):
-            moment = int(moments_R[request])
-            if moment // STEP_MS != step:
-                step = moment // STEP_MS
-                until = step * STEP_MS
-                stop = int(np.searchsorted(stream.times_ms, until))
+        order = np.argsort(moments_R, kind="stable")
+        steps = moments_R[order] // STEP_MS
+        fed, fed_shown = 0, 0
+        for of_step in np.split(order, np.flatnonzero(np.diff(steps)) + 1) if len(order) else ():
+            until = int(moments_R[of_step[0]]) // STEP_MS * STEP_MS
+            # events of later wait in the table: many at once cost less than a few at a time
+            if fed < (stop := int(np.searchsorted(stream.times_ms, until))):
+                stop = max(stop, fed + FED_AT_ONCE)
                 stream[fed:stop].into(table)
-                stop_shown = int(np.searchsorted(impressions.times_ms, until))
-                table.add_shown(impressions.ids[fed_shown:stop_shown], impressions.times_ms[fed_shown:stop_shown])
-                fed, fed_shown, rows = stop, stop_shown, table.rows(until)
-            without = None if own is None else own.before(int(request), moment - VISIT_GAP_MS, step * STEP_MS)
-            of_request = rows.of(context_RC[request : request + 1], newest_R[request : request + 1], without)
-            self.ids[request], self.features[request] = (x[0] for x in of_request)
+                fed = min(stop, len(stream))
+            if fed_shown < (stop := int(np.searchsorted(impressions.times_ms, until))):
+                stop = max(stop, fed_shown + FED_AT_ONCE)
+                table.add_shown(impressions.ids[fed_shown:stop], impressions.times_ms[fed_shown:stop])
+                fed_shown = min(stop, len(impressions))
+            rows = table.rows(until)
+            for requests, without in _alike(of_step, moments_R, own, until):
+                of_requests = rows.of(context_RC[requests], newest_R[requests], without)
+                self.ids[requests], self.features[requests] = of_requests
 
     @classmethod
     def of_part(
@@ -170,6 +176,21 @@ class LiveAt:
             rising_BM=torch.from_numpy(self.ids[numbers].astype(np.int64)),
             live_BMF=torch.from_numpy(self.features[numbers].astype(np.float32)),
         )
+
+
+def _alike(
+    requests: np.ndarray, moments_R: np.ndarray, own: _OfUsers | None, until_ms: int
+) -> Iterator[tuple[np.ndarray, ShownStream | None]]:
+    """The requests int64 [n] of a step in groups of which the same impressions do not count: (their numbers, those)."""
+    if own is None:
+        yield from ((requests[n : n + REQUESTS], None) for n in range(0, len(requests), REQUESTS))
+        return
+    without = [own.before(int(r), int(moments_R[r]) - VISIT_GAP_MS, until_ms) for r in requests]
+    nothing = requests[[not len(shown) for shown in without]]
+    yield from ((nothing[n : n + REQUESTS], None) for n in range(0, len(nothing), REQUESTS))
+    for request, shown in zip(requests, without, strict=True):
+        if len(shown):
+            yield np.array([request]), shown
 
 
 class _OfUsers:
