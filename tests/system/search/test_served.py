@@ -204,7 +204,8 @@ def test_search_learns_from_what_is_served(server, searchable, lists, kind):
     """Features of one list: as they teach the search ranker, and by what the server recommends beside the query; then
     the scores that the server gives it. Someone of whom nothing is known is recommended what is popular."""
     kinds, histories, taught, queries = lists
-    i, names = list(kinds).index(kind), {n: k for k, n in enumerate(["", "", "", *catalogue_names(searchable)])}
+    i, items = list(kinds).index(kind), read_catalogue(searchable / FOLDER).items
+    names = {item: n for n, item in enumerate(items, contract.FIRST_ID)}
     asks = [(kinds[kind], histories[kind], taught.with_history(i))]
     if not histories[kind]:  # what teaches a share of the lists of everybody
         asks.append((kinds[kind], [], taught.without_history(i)))
@@ -237,10 +238,6 @@ def test_beside_a_query_all_is_ranked_whatever_a_profile_ranks(searchable, lists
                 answers.append(pipeline.searched([row.query], [SearchOptions()], inputs[0], ranked)[0])
             same = answers[0][0].shape == answers[1][0].shape and (answers[0][1] == answers[1][1]).all()
             assert same == bool(row.query)
-
-
-def catalogue_names(searchable) -> list[str]:
-    return read_catalogue(searchable / FOLDER).items
 
 
 def test_filters_narrow_and_diversity_spreads_the_answer(client, titles):
