@@ -22,8 +22,8 @@ def test_each_step_costs_its_own_time_alone(tmp_path, monkeypatch):
 
     steps = [
         ("hangs", 1.0, python(HANGS)),
-        ("fails", 5.0, python("raise SystemExit('no such card')")),
-        ("works", 5.0, python(WRITES.replace("{path}", str(tmp_path / "works.json")))),
+        ("fails", 15.0, python("raise SystemExit('no such card')")),
+        ("works", 15.0, python(WRITES.replace("{path}", str(tmp_path / "works.json")))),
         ("late", 5.0, python("pass")),
     ]
     known: list[list[str]] = []
@@ -56,7 +56,8 @@ def test_what_runs_beside_a_step_ends_with_it_and_keeps_its_figures(tmp_path):
     figures = WRITES.replace("{path}", str(tmp_path / "sleeps.json"))
     code = f"import os, time; open(r'{tmp_path}/pid', 'w').write(str(os.getpid())); {figures}; time.sleep(99)"
     sleeper = [sys.executable, "-c", code.replace("{", "{{").replace("}", "}}")]
-    steps = [("step", 5.0, [sys.executable, "-c", "import time; time.sleep(1.5)"])]
+    waits = f"import pathlib, time\nwhile not list(pathlib.Path(r'{tmp_path}').glob('sleeps.json')): time.sleep(0.05)"
+    steps = [("step", 50.0, [sys.executable, "-c", waits])]
     results = run.run_steps(steps, tmp_path, 60.0, lambda _: None, {"step": ("sleeps", sleeper)})
     assert results["step"]["outcome"] == "ok"
     assert results["sleeps"]["outcome"] == "beside step" and results["sleeps"]["rows"] == [1]

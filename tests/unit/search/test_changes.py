@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 
+from search import changes
 from search.changes import ChangingIndex
 from search.data import Catalogue
 from search.features import features
@@ -94,7 +93,8 @@ def test_weights_are_those_of_an_index_that_had_the_row(catalogue, base, index, 
         np.testing.assert_array_equal(a[: b.shape[0], : b.shape[1]].toarray(), b.toarray())
 
 
-def test_another_row_takes_the_place_of_the_old_and_what_is_taken_out_is_shut_at_once(index, live):
+def test_another_row_takes_the_place_of_the_old_and_what_is_taken_out_is_shut_at_once(index, live, monkeypatch):
+    monkeypatch.setattr(changes, "LEAST_S", 3600.0)
     live.put("sku0", FIRST_ID, {"title": "purple shoe", "colour": "purple", "price": 99.0})
     index.refresh()
     assert "sku0" not in found(index, "red") and found(index, "purple") == ["sku0"]
@@ -103,7 +103,8 @@ def test_another_row_takes_the_place_of_the_old_and_what_is_taken_out_is_shut_at
     live.put("sku1", FIRST_ID + 1, None)
     assert not index.refresh()  # too soon for another index
     assert found(index, "purple") == [] and "sku1" not in found(index, "blue shoe")
-    time.sleep(0.25)
+    monkeypatch.setattr(changes, "LEAST_S", 0.0)
+    monkeypatch.setattr(changes, "SHARE", 0.0)
     live.put("sku1", FIRST_ID + 1, {"title": "blue shoe", "colour": "blue", "price": 1.0})
     assert index.refresh() and "sku1" in found(index, "blue shoe")
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import lmdb
 import pytest
@@ -142,10 +141,11 @@ while True:
 def test_what_was_acknowledged_outlives_a_kill(tmp_path):
     LmdbStore(tmp_path).close()
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline()
-    time.sleep(0.3)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(20)]
     os.kill(process.pid, signal.SIGKILL)
-    acknowledged = [line for line in process.stdout.read().splitlines() if len(line.split()) == 2]
+    lines += process.stdout.read().splitlines()
+    acknowledged = [line for line in lines if len(line.split()) == 2]
     process.wait()
     last = int(acknowledged[-1].split()[0])
     store = LmdbStore(tmp_path)
