@@ -5,7 +5,8 @@
 Batches are those of a training epoch (``training.data.batches``): windows sorted by length within a pool. Counted are
 the share of the places that are padded, and of the pairs of places that attention would look at. Timed is the processor
 time with packing (``training.models.long.packed``) and without, in turns: of loss and gradients over such batches, and
-of encoding a batch of test requests in the order of the log, width by ``--width``. Use one thread (OMP_NUM_THREADS=1). The last line of stdout is one JSON object.
+of encoding a batch of test requests in the order of the log, width by ``--width``. Use one thread (OMP_NUM_THREADS=1).
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
