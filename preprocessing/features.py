@@ -84,7 +84,12 @@ class Features:
         events = self.events()
         context = [events[columns.categoricals[i]] for i in columns.counted]
         context_NC = np.stack(context, 1) if context else np.empty((len(events[contract.ITEM]), 0), np.int64)
-        return Stream.of(events[contract.USER], events[contract.ITEM], events[contract.TIME], context_NC, limits)
+        users, ids, times_ms = (events[name] for name in (contract.USER, contract.ITEM, contract.TIME))
+        seen = None
+        if limits is not None and limits.newcomers and (path := self.folder / SHOWN_FILE).exists():
+            table = pq.read_table(path, columns=[contract.USER, contract.TIME])
+            seen = table[contract.USER].to_numpy(), table[contract.TIME].to_numpy()
+        return Stream.of(users, ids, times_ms, context_NC, limits, seen)
 
     def has_shown(self) -> bool:
         """Whether the log says what was shown."""

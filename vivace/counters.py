@@ -20,6 +20,7 @@ from vivace.contract import FIRST_ID
 BLOCK = 20  # half-lives; an event counts at least as long after its own, then less than 1e-6
 FRACTION_BITS = 16  # of a weight: 1 event is right to 1e-5; an item may have 2^27 events within a block
 BLOCKS = 2  # that are kept: the newest and the one before it
+AT_ONCE = 1 << 16  # events that are weighed at once
 
 
 class _Waiting:
@@ -37,8 +38,12 @@ class _Waiting:
         if self._new:
             ids = np.concatenate([self._ids, *(ids for ids, _ in self._new)])
             times = np.concatenate([self._times, *(times for _, times in self._new)])
-            order = np.argsort(times, kind="stable")
-            self._ids, self._times, self._new = ids[order], times[order], []
+            if (times[1:] < times[:-1]).any():
+                order = np.argsort(times, kind="stable")
+                ids, times = ids[order], times[order]
+            self._ids, self._times, self._new = ids, times, []
+        if not len(self._times) or self._times[0] >= now_ms:
+            return self._ids[:0], self._times[:0]
         stop = int(np.searchsorted(self._times, now_ms, side="left"))
         taken = self._ids[:stop], self._times[:stop]
         self._ids, self._times = self._ids[stop:], self._times[stop:]
@@ -74,14 +79,21 @@ class _Counts:
         return self._waiting.before(now_ms)
 
 
-def _largest(counts_V: np.ndarray, n: int) -> np.ndarray:
+def largest(counts_V: np.ndarray, n: int) -> np.ndarray:
     """Ids int64 [<= n] of the largest counts above 0, largest first; equal ones by id."""
     counted = np.flatnonzero(counts_V > 0)
-    if len(counted) > n:  # all that equal the n-th stay, for the smaller ids among them to be found
+    if 0 < n < len(counted):  # all that equal the n-th stay, for the smaller ids among them to be found
         least = np.partition(counts_V[counted], len(counted) - n)[len(counted) - n]
         counted = counted[counts_V[counted] >= least]
     order = np.argsort(-counts_V[counted], kind="stable")
     return counted[order][:n]
+
+
+def _decayed(sums: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """float64 [L, ...] of sums of blocks int64 [L, BLOCKS, ...] and what they are worth, float64 [L, BLOCKS]."""
+    scales = scales.reshape(*scales.shape, *(1,) * (sums.ndim - 2))
+    decayed: np.ndarray = sums[:, 0] * scales[:, 0] + sums[:, 1] * scales[:, 1]
+    return decayed
 
 
 class LiveCounts(_Counts):
@@ -97,25 +109,31 @@ class LiveCounts(_Counts):
         if not half_lives_ms or min(half_lives_ms) < 1:
             raise ValueError(f"half_lives_ms: expected positive numbers of ms, got {half_lives_ms}")
         self.half_lives_ms = tuple(int(h) for h in half_lives_ms)
+        self._half_lives_L = np.array(self.half_lives_ms, np.int64)
         self._sums = np.zeros((len(half_lives_ms), BLOCKS, items), np.int64)  # block b at b modulo BLOCKS
         self._all = [[0] * BLOCKS for _ in half_lives_ms]  # the same of all items, of any size
         self._newest: list[int | None] = [None] * len(half_lives_ms)  # block
+        self._scaled: tuple[tuple[int | None, ...], np.ndarray] = ((), np.empty(0))  # the scales of a moment
 
     def _count(self, now_ms: int) -> None:
         ids, times = self._pass(now_ms)
-        if not len(ids):
-            return
-        for number, half_life in enumerate(self.half_lives_ms):
-            block, rest_ms = np.divmod(times, half_life * BLOCK)
-            self._turn(number, int(block[-1]))
-            newest = self._newest[number]
-            assert newest is not None
-            kept = block > newest - BLOCKS
-            weight = np.rint(np.exp2(rest_ms[kept] / half_life + FRACTION_BITS)).astype(np.int64)
-            places = block[kept] % BLOCKS
-            np.add.at(self._sums[number], (places, ids[kept]), weight)
-            for place in range(BLOCKS):
-                self._all[number][place] += int(weight[places == place].sum())
+        for start in range(0, len(ids), AT_ONCE):
+            self._weigh(ids[start : start + AT_ONCE], times[start : start + AT_ONCE])
+
+    def _weigh(self, ids_n: np.ndarray, times_n: np.ndarray) -> None:
+        """Adds events in order of time, for all half-lives at once."""
+        half_lives_L1, levels_L1 = self._half_lives_L[:, None], np.arange(len(self.half_lives_ms))[:, None]
+        block_Ln, rest_Ln = np.divmod(times_n, half_lives_L1 * BLOCK)
+        for number, block in enumerate(block_Ln[:, -1].tolist()):
+            self._turn(number, block)
+        weight_Ln = np.rint(np.exp2(rest_Ln / half_lives_L1 + FRACTION_BITS)).astype(np.int64)
+        weight_Ln *= block_Ln > np.array(self._newest, np.int64)[:, None] - BLOCKS
+        row_Ln = levels_L1 * BLOCKS + block_Ln % BLOCKS
+        np.add.at(self._sums.reshape(-1), (row_Ln * self.items + ids_n).ravel(), weight_Ln.ravel())
+        added = np.zeros(len(self._all) * BLOCKS, np.int64)
+        np.add.at(added, row_Ln.ravel(), weight_Ln.ravel())
+        for row, count in enumerate(added.tolist()):
+            self._all[row // BLOCKS][row % BLOCKS] += count
 
     def _turn(self, number: int, block: int) -> None:
         """Makes ``block`` the newest, if it is newer, and forgets those it leaves behind."""
@@ -128,27 +146,23 @@ class LiveCounts(_Counts):
             self._all[number][gone % BLOCKS] = 0
         self._newest[number] = block
 
-    def _decayed(self, number: int, ids: np.ndarray | slice, now_ms: int) -> np.ndarray:
-        sums = self._sums[number][:, ids]
-        total = np.zeros(sums.shape[1:])
-        for place, scale in self._scales(number, now_ms):
-            total += sums[place] * scale
-        return total
-
-    def _scales(self, number: int, now_ms: int) -> list[tuple[int, float]]:
-        """(place of a block's sums, what they are worth at a moment) of each block that counts."""
-        half_life, newest = self.half_lives_ms[number], self._newest[number]
-        blocks = () if newest is None else range(newest - BLOCKS + 1, newest + 1)
-        halvings = [(block, (now_ms - block * BLOCK * half_life) / half_life) for block in blocks]
-        return [(block % BLOCKS, float(np.exp2(-passed - FRACTION_BITS))) for block, passed in halvings]
+    def _scales(self, now_ms: int) -> np.ndarray:
+        """What the sums of each block are worth at a moment, float64 [L, BLOCKS]."""
+        of = (now_ms, *self._newest)
+        if self._scaled[0] == of:
+            return self._scaled[1]
+        scales = np.full((len(self.half_lives_ms), BLOCKS), -np.inf)  # nothing
+        for number, (half_life, newest) in enumerate(zip(self.half_lives_ms, self._newest, strict=True)):
+            for block in () if newest is None else range(newest - BLOCKS + 1, newest + 1):
+                scales[number, block % BLOCKS] = -(now_ms - block * BLOCK * half_life) / half_life - FRACTION_BITS
+        self._scaled = of, np.exp2(scales)
+        return self._scaled[1]
 
     def totals(self, now_ms: int) -> np.ndarray:
         """Decayed counts float64 [L] of all items together."""
         self._count(now_ms)
-        scales = [self._scales(number, now_ms) for number in range(len(self.half_lives_ms))]
-        return np.array([
-            sum(self._all[number][place] * scale for place, scale in of) for number, of in enumerate(scales)
-        ])  # fmt: skip
+        levels = zip(self._all, self._scales(now_ms).tolist(), strict=True)
+        return np.array([sum(n * scale for n, scale in zip(sums, of, strict=True)) for sums, of in levels])
 
     def forget(self, ids: np.ndarray) -> None:
         """Sets what was counted of items int64 [n] to nothing."""
@@ -160,21 +174,26 @@ class LiveCounts(_Counts):
     def at(self, ids: np.ndarray, now_ms: int) -> np.ndarray:
         """Decayed counts float64 [..., L] of items [...] by the events before ``now_ms``."""
         self._count(now_ms)
-        ids = np.asarray(ids)
-        return np.stack([self._decayed(n, ids, now_ms) for n in range(len(self.half_lives_ms))], axis=-1)
+        return self.counted(ids, now_ms)
 
     def counted(self, ids: np.ndarray, now_ms: int) -> np.ndarray:
         """The same by the events that were counted so far: it counts none itself, so that another thread may ask."""
-        return np.stack([self._decayed(n, ids, now_ms) for n in range(len(self.half_lives_ms))], axis=-1)
+        ids = np.asarray(ids)
+        counts = _decayed(self._sums.take(ids, axis=2), self._scales(now_ms))
+        moved: np.ndarray = np.moveaxis(counts, 0, -1)
+        return moved
 
     def every(self, now_ms: int, half_life_ms: int) -> np.ndarray:
         """Decayed count float64 [V] of every item; the special ids have 0."""
         self._count(now_ms)
-        return self._decayed(self.half_lives_ms.index(half_life_ms), slice(None), now_ms)
+        number = self.half_lives_ms.index(half_life_ms)
+        of_level = slice(number, number + 1)
+        counts: np.ndarray = _decayed(self._sums[of_level], self._scales(now_ms)[of_level])[0]
+        return counts
 
     def top(self, n: int, now_ms: int, half_life_ms: int) -> np.ndarray:
         """Ids int64 [<= n] of what is clicked most, best first; equal ones by id."""
-        return _largest(self.every(now_ms, half_life_ms), n)
+        return largest(self.every(now_ms, half_life_ms), n)
 
 
 class WindowCounts(_Counts):
@@ -200,4 +219,4 @@ class WindowCounts(_Counts):
 
     def top(self, n: int, now_ms: int) -> np.ndarray:
         """Ids int64 [<= n] of what is clicked most, best first; equal ones by id."""
-        return _largest(self.every(now_ms), n)
+        return largest(self.every(now_ms), n)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from vivace.contract import FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, MAX_FRESH, PADDING_ID
-from vivace.counters import LiveCounts
+from vivace.counters import LiveCounts, largest
 from vivace.limits import CountLimits, Limiter
 from vivace.live_moment import MomentRows, PairCounts
 from vivace.live_shown import KEPT_MS as KEPT_MS, ShownMoment
@@ -52,6 +52,13 @@ def previous_items(users: np.ndarray, ids: np.ndarray, entry: np.ndarray) -> np.
     before = np.full(len(users), PADDING_ID, np.int64)
     before[order[1:]] = ids[order[:-1]]
     return np.where(entry, PADDING_ID, before)
+
+
+def first_times(users: np.ndarray, times_ms: np.ndarray) -> dict[int, int]:
+    """When the first event of each user came, in ms; of events int64 [n] in any order."""
+    order = np.argsort(times_ms, kind="stable")
+    whose, first = np.unique(users[order], return_index=True)
+    return dict(zip(whose.tolist(), times_ms[order][first].tolist(), strict=True))
 
 
 class FreshPlaces:
@@ -146,20 +153,24 @@ class LiveTable:
 
     def rows(self, now_ms: int) -> MomentRows:
         """The same, to be seen in the context of requests."""
-        return self.moment(now_ms)[0]
+        score_V, total_C = self._scores(now_ms)
+        known = self._widths[0]
+        return self._rows(largest(score_V[: self.items], known), known, total_C, score_V, now_ms)
 
     def moment(self, now_ms: int) -> tuple[MomentRows, MomentRows]:
         """The same of the items that the tables know, and of fresh ones."""
+        (_, fresh), v = self._widths, self.items
+        of_known, (score_V, total_C) = self.rows(now_ms), self._scores(now_ms)
+        return of_known, self._rows(v + largest(score_V[v:], fresh), fresh, total_C, score_V, now_ms)
+
+    def _scores(self, now_ms: int) -> tuple[np.ndarray, np.ndarray]:
+        """(what orders all items, float64 [V], counts of all together, [all | entries] by half-life)."""
         self.pairs.count(now_ms)
         level_ms, counters = LIVE_HALF_LIVES_MS[FIRST_LEVEL], (self.every, self.entry)
         every_V, entry_V = (c.every(now_ms, level_ms) for c in counters)
-        counted, score_V = np.flatnonzero(every_V), np.zeros(len(every_V))  # an entry is an event too
+        counted, score_V = np.flatnonzero(every_V > 0), np.zeros(len(every_V))  # an entry is an event too
         score_V[counted] = np.log1p(every_V[counted]) + np.log1p(entry_V[counted])
-        total_C = np.concatenate([c.totals(now_ms) for c in counters])
-        (known, fresh), v = self._widths, self.items
-        of_known = self._rows(_best(score_V[:v], known), known, total_C, score_V, now_ms)
-        of_fresh = self._rows(v + _best(score_V[v:], fresh), fresh, total_C, score_V, now_ms)
-        return of_known, of_fresh
+        return score_V, np.concatenate([c.totals(now_ms) for c in counters])
 
     def _rows(
         self, places: np.ndarray, width: int, total_C: np.ndarray, score_V: np.ndarray, now_ms: int
@@ -193,17 +204,6 @@ class LiveTable:
         clicks_ML[: len(places)] = counts_CM[:levels].T
         shown_ML[: len(places)] = self.shown.at(places, now_ms)
         return ShownMoment(ids, clicks_ML, shown_ML, total_C[:levels], self.shown.totals(now_ms), now_ms)
-
-
-def _best(score_V: np.ndarray, count: int) -> np.ndarray:
-    """Places int64 [<= count] of the largest scores above 0, largest first, equal ones by place."""
-    count = min(count, len(score_V))
-    if not count:
-        return np.empty(0, np.int64)
-    chosen = np.argpartition(-score_V, count - 1)[:count]
-    chosen = chosen[score_V[chosen] > 0]
-    best: np.ndarray = chosen[np.lexsort((chosen, -score_V[chosen]))]
-    return best
 
 
 def order_of(features: np.ndarray, columns: int) -> np.ndarray:
@@ -250,15 +250,23 @@ class Stream:
         times_ms: np.ndarray,
         context: np.ndarray,
         limits: CountLimits | None = None,
+        seen: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Stream:
-        """``limits``: what does not count by them is left out, after it has said whether others begin a visit."""
+        """``limits``: what does not count by them is left out, after it has said whether others begin a visit.
+        ``seen``: other events of users, (numbers int64 [m], times in ms int64 [m]) in any order, that say when a user
+        came first and nothing else, such as impressions."""
         begins = entries(users, times_ms)
         stream = cls(ids, times_ms, begins, context, previous_items(users, ids, begins))
         if limits is None or limits.none:
             return stream
+        limiter = Limiter(limits)
+        if limits.newcomers:  # by every event, as beside a server: those of unknown items and suspect ones too
+            more = seen or (users[:0], times_ms[:0])
+            came = first_times(np.concatenate([users, more[0]]), np.concatenate([times_ms, more[1]]))
+            limiter.meet(came, 0)
         known = np.flatnonzero(ids >= FIRST_ID)
         rows = (x[known].tolist() for x in (users, ids, times_ms))
-        return stream[known[Limiter(limits).mask(*rows)]]
+        return stream[known[limiter.mask(*rows)]]
 
     def __getitem__(self, rows: slice | np.ndarray) -> Stream:
         return Stream(*(getattr(self, f.name)[rows] for f in fields(self)))

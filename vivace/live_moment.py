@@ -35,15 +35,14 @@ class PairCounts:
         self.columns = columns
         self._counts = LiveCounts(FIRST_ID + DEPTH * SLOTS, (HALF_LIFE_MS,))
 
-    def _places(self, kind: int | np.ndarray, values: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Places int64 [..., DEPTH] of pairs of values, of a kind each, and items int64 [...]."""
-        values, items = np.broadcast_arrays(values, items)
+    def _places(self, kinds: np.ndarray, values: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Places int64 [DEPTH, ...] of pairs of values, of a kind each, and items: int64 that broadcast to [...]."""
         with np.errstate(over="ignore"):
-            of_kind = (np.asarray(kind) + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            key = _mixed(values.astype(np.uint64) + of_kind)
-            key = _mixed(key ^ items.astype(np.uint64))
-        halves = np.stack([key & np.uint64(SLOTS - 1), (key >> np.uint64(32)) & np.uint64(SLOTS - 1)], -1)
-        return halves.astype(np.int64) + np.arange(DEPTH) * SLOTS + FIRST_ID
+            of_kind = (kinds + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            key = _mixed(_mixed(values.astype(np.uint64) + of_kind) ^ items.astype(np.uint64))
+        halves = np.stack([key, key >> np.uint64(32)]) & np.uint64(SLOTS - 1)
+        starts = FIRST_ID + SLOTS * np.arange(DEPTH).reshape(-1, *(1,) * key.ndim)
+        return halves.astype(np.int64) + starts
 
     def add(self, ids: np.ndarray, times_ms: np.ndarray, context_NC: np.ndarray, previous_N: np.ndarray) -> None:
         """Events of items int64 [N] at Unix times in ms int64 [N], in a context of ids [N, C], after the items
@@ -54,20 +53,21 @@ class PairCounts:
         event, kind = np.nonzero(counted_NK)
         for items in (ids[event], TOTAL):  # of all kinds at once: a server counts a few events at a time
             places = self._places(kind, values_NK[event, kind], items)
-            self._counts.add(places.ravel(), np.repeat(times_ms[event], DEPTH))
+            self._counts.add(places.T.ravel(), np.repeat(times_ms[event], DEPTH))
 
     def count(self, now_ms: int) -> None:
         """Counts all events before ``now_ms``."""
         self._counts.at(TOTAL + FIRST_ID, now_ms)
 
-    def features(self, kind: int, value: int, ids_M: np.ndarray, now_ms: int) -> np.ndarray:
-        """float32 [M, 2]: log1p of the count of each item with the value, and the logarithm of its share of all counts
-        with it, by the events that ``count`` took."""
-        of = np.array([value], np.int64)
-        count_M = self._counts.counted(self._places(kind, of, ids_M), now_ms)[..., 0].min(-1)
-        total = self._counts.counted(self._places(kind, of, TOTAL), now_ms)[..., 0].min()
-        share_M = np.log((count_M + FLOOR) / (total + 1))
-        return np.stack([np.log1p(count_M), share_M], 1).astype(np.float32)
+    def features(self, kinds_P: np.ndarray, values_P: np.ndarray, ids_M: np.ndarray, now_ms: int) -> np.ndarray:
+        """float32 [P, M, 2] of values int64 [P], of a kind each: log1p of the count of each item with the value, and
+        the logarithm of its share of all counts with it, by the events that ``count`` took."""
+        items = np.concatenate([ids_M, TOTAL])
+        places = self._places(kinds_P[:, None], values_P[:, None], items)
+        counts_PM = self._counts.counted(places, now_ms)[..., 0].min(0)
+        count_PM, total_P1 = counts_PM[:, :-1], counts_PM[:, -1:]
+        share_PM = np.log((count_PM + FLOOR) / (total_P1 + 1))
+        return np.stack([np.log1p(count_PM), share_PM], -1).astype(np.float32)
 
 
 class MomentRows:
@@ -88,13 +88,18 @@ class MomentRows:
         self._pairs, self.ids, self.base, self._score, self._now_ms = pairs, ids_M, base_MF, score_M, now_ms
         self._known, self._shown = ids_M >= FIRST_ID, shown
         self._shown_MS = self._of_shown(None)
-        self._of: dict[tuple[int, int], np.ndarray] = {}
+        self._of: dict[tuple[int, int], np.ndarray] = {}  # float32 [M, 2] by kind and value
+        self._nothing = np.zeros((len(ids_M), 2), np.float32)
 
-    def _features(self, kind: int, value: int) -> np.ndarray:
-        if (kind, value) not in self._of:
-            features = self._pairs.features(kind, value, self.ids, self._now_ms)
-            self._of[kind, value] = np.where(self._known[:, None], features, np.float32(0))
-        return self._of[kind, value]
+    def _features(self, pairs: list[tuple[int, int]]) -> np.ndarray:
+        """float32 [n, M, 2] of (kind, value); 0 after no item."""
+        after = self._pairs.columns
+        missing = [p for p in dict.fromkeys(pairs) if p not in self._of and (p[0] < after or p[1] >= FIRST_ID)]
+        if missing:
+            kinds_P, values_P = np.array(missing, np.int64).T
+            features = self._pairs.features(kinds_P, values_P, self.ids, self._now_ms)
+            self._of.update(zip(missing, np.where(self._known[:, None], features, np.float32(0)), strict=True))
+        return np.array([self._of.get(pair, self._nothing) for pair in pairs])
 
     def _of_shown(self, without: ShownStream | None) -> np.ndarray:
         if self._shown is None:
@@ -108,20 +113,18 @@ class MomentRows:
         event is ``newest_B`` (PADDING_ID: none); most clicked first, in the request's context. ``without``: impressions
         that do not count for these requests."""
         columns, shown_MS = self._pairs.columns, self._shown_MS if without is None else self._of_shown(without)
-        rows, base = len(newest_B), self.base.shape[1]
-        after = base + 2 * columns
-        out = np.empty((rows, len(self.ids), after + 2 + shown_MS.shape[1]), np.float32)
-        out[..., :base], out[..., after + 2 :] = self.base, shown_MS
+        rows, items, base, kinds = len(newest_B), len(self.ids), self.base.shape[1], columns + 1
+        values_BK = np.concatenate([context_BC, newest_B[:, None]], 1).tolist()
+        pairs = self._features([pair for values in values_BK for pair in enumerate(values)])
+        pairs_BKM2 = pairs.reshape(rows, kinds, items, 2)
+        out = np.empty((rows, items, base + 2 * kinds + shown_MS.shape[1]), np.float32)
+        out[..., :base], out[..., base + 2 * kinds :] = self.base, shown_MS
+        out[..., base : base + 2 * kinds] = pairs_BKM2.transpose(0, 2, 1, 3).reshape(rows, items, 2 * kinds)
         ids = np.repeat(self.ids[None], rows, 0)
-        for row in range(rows):
-            score_M = self._score.copy()
-            for kind in range(columns):
-                features = self._features(kind, int(context_BC[row, kind]))
-                out[row, :, base + 2 * kind : base + 2 * kind + 2] = features
-                score_M += features[:, 0]
-            newest = int(newest_B[row])
-            out[row, :, after : after + 2] = self._features(columns, newest) if newest >= FIRST_ID else 0
-            if columns:
-                order = np.argsort(-score_M, kind="stable")
-                ids[row], out[row] = ids[row][order], out[row][order]
-        return ids, out
+        if not columns:
+            return ids, out
+        score_BM = np.repeat(self._score[None], rows, 0)
+        for kind in range(columns):
+            score_BM += pairs_BKM2[:, kind, :, 0]
+        order_BM = np.argsort(-score_BM, axis=1, kind="stable")
+        return np.take_along_axis(ids, order_BM, 1), np.take_along_axis(out, order_BM[..., None], 1)

@@ -33,6 +33,8 @@ from vivace.limits import CountLimits
 from vivace.live import VISIT_GAP_MS, LiveTable
 from vivace.live_shown import ShownStream
 
+FED_AT_ONCE = 4_096  # events of a log that are put into the table together
+REQUESTS = 256  # that are seen together at most
 STEP_MS = 5_000  # requests of so long see the same counts, those at its beginning: a server's are no fresher by much
 
 
@@ -105,20 +107,24 @@ class LiveAt:
         table = LiveTable(features.item_count(), rising, counted, shown=shown)
         self.ids = np.zeros((len(moments_R), rising), np.int32)
         self.features = np.zeros((len(moments_R), rising, live_features(counted, shown)), np.float16)
-        fed, fed_shown, step, rows = 0, 0, -1, table.rows(0)
-        for request in np.argsort(moments_R, kind="stable"):
-            moment = int(moments_R[request])
-            if moment // STEP_MS != step:
-                step = moment // STEP_MS
-                until = step * STEP_MS
-                stop = int(np.searchsorted(stream.times_ms, until))
+        order = np.argsort(moments_R, kind="stable")
+        steps = moments_R[order] // STEP_MS
+        fed, fed_shown = 0, 0
+        for of_step in np.split(order, np.flatnonzero(np.diff(steps)) + 1) if len(order) else ():
+            until = int(moments_R[of_step[0]]) // STEP_MS * STEP_MS
+            # events of later wait in the table: many at once cost less than a few at a time
+            if fed < (stop := int(np.searchsorted(stream.times_ms, until))):
+                stop = max(stop, fed + FED_AT_ONCE)
                 stream[fed:stop].into(table)
-                stop_shown = int(np.searchsorted(impressions.times_ms, until))
-                table.add_shown(impressions.ids[fed_shown:stop_shown], impressions.times_ms[fed_shown:stop_shown])
-                fed, fed_shown, rows = stop, stop_shown, table.rows(until)
-            without = None if own is None else own.before(int(request), moment - VISIT_GAP_MS, step * STEP_MS)
-            of_request = rows.of(context_RC[request : request + 1], newest_R[request : request + 1], without)
-            self.ids[request], self.features[request] = (x[0] for x in of_request)
+                fed = min(stop, len(stream))
+            if fed_shown < (stop := int(np.searchsorted(impressions.times_ms, until))):
+                stop = max(stop, fed_shown + FED_AT_ONCE)
+                table.add_shown(impressions.ids[fed_shown:stop], impressions.times_ms[fed_shown:stop])
+                fed_shown = min(stop, len(impressions))
+            rows = table.rows(until)
+            for requests, without in _alike(of_step, moments_R, own, until):
+                of_requests = rows.of(context_RC[requests], newest_R[requests], without)
+                self.ids[requests], self.features[requests] = of_requests
 
     @classmethod
     def of_part(
@@ -130,26 +136,33 @@ class LiveAt:
         limits: CountLimits | None = None,
         shown: bool = False,
         most: int | None = None,
+        nobody: bool = False,
     ) -> LiveAt:
         """``part``: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
         ``shown``: whether the counters say how often items were shown. ``most``: only of its first requests, so
-        many."""
+        many. ``nobody``: of someone unknown at the same moments, without history or context."""
         files, columns = features.files(part), columns or ContextColumns()
         moments = [pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files]
         names = [target_column(columns.categoricals[i]) for i in columns.counted]
         moments_R = np.concatenate([np.empty(0, np.int64), *moments])[:most]
         context_RC, newest_R = _context(files, names)[:most], _newest(files)[:most]
+        if nobody:
+            context_RC, newest_R = np.full_like(context_RC, NULL_ID), np.full_like(newest_R, PADDING_ID)
         impressions = features.shown(limits) if shown else None
         own = None if impressions is None else _OfUsers(impressions, files)
         return cls(features, moments_R, context_RC, newest_R, rising, columns, limits, impressions, own)
 
     @classmethod
     def of_histories(
-        cls, features: Features, moments_R: np.ndarray, histories: Sequence[np.ndarray], tensors: StageTensors
-    ) -> LiveAt:
-        """At moments int64 [R] after ``histories`` of ids int64 [n], in a context of which nothing is known."""
+        cls, features: Features, moments_R: np.ndarray, histories: Sequence[np.ndarray], tensors: StageTensors,
+        context_RC: np.ndarray | None = None,
+    ) -> LiveAt:  # fmt: skip
+        """At moments int64 [R] after ``histories`` of ids int64 [n], in contexts of ids int64 [R, all columns] (None:
+        nothing is known of them)."""
         columns = features.context if tensors.counted else ContextColumns()
-        context_RC = np.full((len(histories), len(columns.counted)), NULL_ID)
+        if context_RC is None:
+            context_RC = np.full((len(histories), len(columns.categoricals)), NULL_ID)
+        context_RC = context_RC[:, columns.counted]
         newest_R = np.array([history[-1] if len(history) else PADDING_ID for history in histories], np.int64)
         limits = CountLimits.of(tensors)
         impressions = features.shown(limits) if tensors.shown else None
@@ -163,6 +176,21 @@ class LiveAt:
             rising_BM=torch.from_numpy(self.ids[numbers].astype(np.int64)),
             live_BMF=torch.from_numpy(self.features[numbers].astype(np.float32)),
         )
+
+
+def _alike(
+    requests: np.ndarray, moments_R: np.ndarray, own: _OfUsers | None, until_ms: int
+) -> Iterator[tuple[np.ndarray, ShownStream | None]]:
+    """The requests int64 [n] of a step in groups of which the same impressions do not count: (their numbers, those)."""
+    if own is None:
+        yield from ((requests[n : n + REQUESTS], None) for n in range(0, len(requests), REQUESTS))
+        return
+    without = [own.before(int(r), int(moments_R[r]) - VISIT_GAP_MS, until_ms) for r in requests]
+    nothing = requests[[not len(shown) for shown in without]]
+    yield from ((nothing[n : n + REQUESTS], None) for n in range(0, len(nothing), REQUESTS))
+    for request, shown in zip(requests, without, strict=True):
+        if len(shown):
+            yield np.array([request]), shown
 
 
 class _OfUsers:
@@ -200,15 +228,16 @@ def _newest(files: list[Path]) -> np.ndarray:
 
 
 def with_live(
-    requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors, most: int | None = None
-) -> Iterator[Requests]:
+    requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors, most: int | None = None,
+    nobody: bool = False,
+) -> Iterator[Requests]:  # fmt: skip
     """Requests of a part, in the order of its files, with what was rising; as they are where the ranker reads no live
-    counters. ``most``: how many they are at most."""
+    counters. ``most``: how many they are at most; ``nobody``: as ``LiveAt.of_part`` has it."""
     if not tensors.rising:
         yield from requests
         return
     columns = features.context if tensors.counted else None
     limits = CountLimits.of(tensors)
-    live = LiveAt.of_part(features, part, tensors.rising, columns, limits, tensors.shown, most)
+    live = LiveAt.of_part(features, part, tensors.rising, columns, limits, tensors.shown, most, nobody)
     for request in requests:
         yield live.of(request)

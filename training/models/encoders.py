@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from training.models.long.attention import LONG, biased_attention, distance_buckets, eager, earlier, time_bucket, turned
 from training.models.long.packed import Packed, packed
-from vivace.checks import check_fields, check_minimum, check_positive, check_shares
+from vivace.checks import Positive, Share, Size, SizeOrNone, check_fields
 from vivace.windows import Window
 
 MASKED = -1e9  # finite, so that a row whose keys are all padding stays a number
@@ -29,20 +29,20 @@ Family = Literal["sasrec", "hstu", "bert4rec", "gru", "lstm"]
 class EncoderConfig:
     """Shape of the history encoder."""
 
-    width: int = 64
+    width: Size = 64
     """D, of item embeddings and states; a multiple of ``heads``."""
-    layers: int = 2
+    layers: Size = 2
     """Blocks of the encoder."""
-    heads: int = 2
+    heads: Size = 2
     """Attention heads of a block."""
-    history: int = 200
+    history: Size = 200
     """T, the newest events that are read."""
-    reads: int = 0
+    reads: SizeOrNone = 0
     """Newest events of the ``history`` that the encoder reads (0: all). The older ones are for the ranker to choose
     from (``RankerConfig.nearest``), so a long history costs no attention of its square."""
-    dropout: float = 0.2
+    dropout: Share = 0.2
     """Probability, 0 <= p < 1."""
-    ffn_factor: int = 4
+    ffn_factor: Size = 4
     """Channels of the feed-forward layer, in widths."""
     family: Family = "sasrec"
     """"sasrec" causal attention (Kang & McAuley 2018), "hstu" pointwise gated attention (Zhai et al. 2024), "bert4rec"
@@ -54,7 +54,7 @@ class EncoderConfig:
     """"slots": a learned embedding by place from the newest event; each new event moves all others. "none": only
     relative distance and time speak of order, so what is worked out of earlier events stays as it is when a history
     grows, and can be kept (``serving.runtime.state_cache``). For hstu, and sasrec with ``position_bias`` "relative"."""
-    slide: int = 1
+    slide: Size = 1
     """Events of a window's oldest part among which one is chosen to start at, where a history is longer than
     ``history`` (``vivace.windows``): above 1 its start stays while the history grows by about half as many; for
     ``positions`` "none"."""
@@ -68,26 +68,26 @@ class EncoderConfig:
     features, where a log has any. Not for bert4rec."""
     attributes: bool = False
     """Categorical and continuous attributes of an item join its embedding."""
-    text_tokens: int = 0
+    text_tokens: SizeOrNone = 0
     """Words of an item's text that its embedding sums (0: none)."""
     text_encoder: bool = False
     """The vector that the pretrained text encoder made of an item joins (``training.models.text_encoder``)."""
-    adapter: int = 0
+    adapter: SizeOrNone = 0
     """Width of the bottleneck after each attention block, for fine-tuning a frozen encoder (0: none)."""
-    id_dropout: float = 0.0
+    id_dropout: Share = 0.0
     """Share of the items that a training step knows by attributes and text alone, so that those learn to speak for new
     items (DropoutNet, Volkovs et al. 2017); 0 <= p < 1."""
-    neighbours: int = 0
+    neighbours: SizeOrNone = 0
     """Items that are kept of each item's co-occurrence in sessions, for a memory beside the encoder
     (``session_memory``; 0: none). For logs whose items may come again."""
     neighbours_by: Literal["sessions", "linear"] = "sessions"
     """"sessions": an item's neighbours are those of the sessions that have it; "linear": those of a linear autoencoder
     of whole histories (EASE, Steck 2019), for small logs of steady taste."""
-    neighbours_ridge: float = 300.0
+    neighbours_ridge: Positive = 300.0
     """Penalty of that autoencoder's weights."""
-    head_width: int = 0
+    head_width: SizeOrNone = 0
     """Width of an attention head after pruning (0: width / heads)."""
-    ffn_width: int = 0
+    ffn_width: SizeOrNone = 0
     """Channels of the feed-forward layer after pruning (0: ffn_factor x width)."""
 
     @property
@@ -102,10 +102,6 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_minimum(self, 1, "width", "layers", "heads", "history", "ffn_factor")
-        check_minimum(self, 0, "reads", "text_tokens", "adapter", "neighbours", "head_width", "ffn_width")
-        check_shares(self, "dropout", "id_dropout")
-        check_positive(self, "neighbours_ridge")
         if self.time_bias and self.family in ("gru", "lstm"):
             raise ValueError(f"EncoderConfig.time_bias is for attention, got the {self.family!r} family")
         self._check_positions()
@@ -130,7 +126,6 @@ class EncoderConfig:
         if self.reads and (self.grows or self.neighbours):
             other = "positions 'none'" if self.grows else f"neighbours {self.neighbours}"
             raise ValueError(f"EncoderConfig.reads {self.reads} does not go with encoder.{other}; leave one out")
-        check_minimum(self, 1, "slide")
         relative = self.family == "hstu" or (self.family == "sasrec" and self.position_bias == "relative")
         if self.grows and not relative:
             raise ValueError(

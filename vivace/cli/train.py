@@ -85,6 +85,7 @@ def train(
     from training.learn.ranker import train_ranker
     from training.learn.retriever import train_retrieval
     from training.models.adapters import Adaptation
+    from training.models.task_heads import check_weighting
 
     log = shown_log(run, joined, impressions)
     adaptation = Adaptation(method=adapt, rank=rank)  # type: ignore[arg-type]  # refused where it is none
@@ -92,6 +93,7 @@ def train(
     with distributed.group() as world:
         sizes = with_overrides(chosen_preset(preset, run.root, recorded=False), epochs, loss)
         features = Features(run.features)
+        check_weighting(sizes.ranking.weighting, len(features.schema.heads))
         check_live(features, sizes.ranker.rising, control, sizes.ranker.shown_rates)  # before the retriever's minutes
         with exclusive(run.root) if world.first else contextlib.nullcontext():
             if table:
@@ -124,8 +126,8 @@ def shown_log(run: Run, joined: Path | None, wanted: bool) -> Any:
     import numpy as np
 
     from training.data.shown import ShownLog
-    from training.judge.experiment import shadows
-    from training.judge.places import examined_in
+    from training.judge.clicks.experiment import shadows
+    from training.judge.clicks.places import examined_in
     from vivace.contract import MAX_TOP_K
 
     file = joined_log(run, joined)

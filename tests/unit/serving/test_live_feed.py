@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from vivace.store.lmdb_store import LmdbStore
 
 SHAPES = StageTensors(history=8, candidates=4, items=FIRST_ID + 6, width=4, rising=4)
 HOUR = 3_600_000
+MINUTE = 60_000
 
 
 def _ids(items):
@@ -157,6 +160,34 @@ def test_who_has_a_history_is_no_newcomer_whatever_its_events_claim(tmp_path, st
     rising, features = feed.rows(None, np.zeros(1, np.int64))
     counts = dict(zip(rising[0].tolist(), np.expm1(features[0, :, 4]).round().tolist(), strict=True))  # of 12 hours
     assert counts[FIRST_ID + 2] == 20 and counts[FIRST_ID + 1] == FREE
+
+
+def test_newcomers_count_no_more_live_than_in_a_replay(tmp_path, store, monkeypatch):
+    """Who came first is told by all events of the log, in training as beside a server: by those of items that nobody
+    knows, by impressions, and by those that are suspect."""
+    rng, now = np.random.default_rng(6), int(time.time() * 1000) + HOUR  # the feed has looked at its start
+    shapes = replace(SHAPES, newcomers=0.5, same_item_s=600, minute_events=3)
+    log = {(now - 4 * MINUTE * int(rng.integers(10, 30)), n, "x" if n % 2 else "0", n % 2 == 0) for n in range(90)}
+    log |= {(now - HOUR, 90 + n // 4, f"x{n}", False) for n in range(40)}  # four in a minute are suspect
+    clicks = zip(*(rng.integers(*of, 200).tolist() for of in ((1, 20), (0, 130), (0, 3))), strict=True)
+    log = sorted(log | {(now - MINUTE * at, user, str(item), False) for at, user, item in clicks})
+    for at, events in groupby(log, itemgetter(0)):
+        monkeypatch.setattr("vivace.store.lmdb_store._now_ms", lambda at=at: at)
+        store.append([Event(f"u{user}", item, "seen" if shown else "click", at, shown=shown)
+                      for _, user, item, shown in events])  # fmt: skip
+    Stream.of(*(np.empty(0, np.int64),) * 3, np.empty((0, 0), np.int64)).save(tmp_path / "recent.npz")
+    feed = LiveFeed(tmp_path / "recent.npz", store, _ids, shapes, start=False)
+    feed.refresh(now)
+    times, users, items, shown = (np.array(column) for column in zip(*log, strict=True))
+    clicks = (users[~shown], _ids(items[~shown]), times[~shown], np.empty(((~shown).sum(), 0), np.int64))
+    counts = []
+    for seen in ((users[shown], times[shown]), None):
+        table = LiveTable(SHAPES.items, SHAPES.rising)
+        Stream.of(*clicks, CountLimits.of(shapes), seen).into(table)
+        counts.append(table.at(now))
+    for replayed, live in zip(counts[0], feed.rows(None, np.zeros(1, np.int64)), strict=True):
+        np.testing.assert_array_equal(live[0][..., : replayed.shape[-1]], replayed)
+    assert np.expm1(counts[0][1][:, 4]).sum() > np.expm1(counts[1][1][:, 4]).sum() + 5  # what impressions say matters
 
 
 def test_a_clock_that_is_set_back_stops_nothing(tmp_path, store):

@@ -22,7 +22,19 @@ from training.models.ranking import RankerConfig
 from training.models.retrieval import EXCLUDED, propose
 from training.presets import Preset
 from training.scoring import behind_rising
-from vivace.contract import FIRST_ID, ITEM, LIVE_FEATURES, LIVE_HALF_LIVES_MS, PADDING_ID, TARGET_TIME, TIME, USER
+from vivace.context import ContextColumns
+from vivace.contract import (
+    FIRST_ID,
+    ITEM,
+    LIVE_FEATURES,
+    LIVE_HALF_LIVES_MS,
+    PADDING_ID,
+    TARGET_TIME,
+    TIME,
+    USER,
+    target_column,
+)
+from vivace.limits import CountLimits
 from vivace.live import VISIT_GAP_MS, LiveTable, Stream
 from vivace.live_shown import ShownStream
 
@@ -135,6 +147,42 @@ def test_a_request_sees_what_was_shown_before_it_and_not_its_own_page(tmp_path):
     np.testing.assert_array_equal(rows([*before, *planted]), without)
     assert np.expm1(without[-1]) == pytest.approx(3, abs=0.15)
     assert (rows([*before, ("dan", moment - 60_000)]) > without).all()  # another's page is counted
+
+
+def test_requests_of_one_moment_see_together_what_each_sees_alone(tmp_path, monkeypatch):
+    """All bits of all features, with a context, limits and impressions: of a table that holds the past alone."""
+    monkeypatch.setattr("training.data.live.FED_AT_ONCE", 50)  # so that much of the log waits in the table
+    monkeypatch.setattr("training.data.live.REQUESTS", 2)
+    rng, limits, count = np.random.default_rng(8), CountLimits(600_000, newcomers=2.0), 40
+    times, users = START + np.sort(rng.integers(0, 3_600_000, 900)), rng.integers(0, 60, 900)
+    ids, context = rng.integers(1, FIRST_ID + 30, 900), rng.integers(1, 5, (900, 2))
+    names = np.array([f"u{n}" for n in range(600)], object)
+    stream = Stream.of(user_hash(names[users]), ids, times, context, limits)
+    shown = ShownStream(user_hash(names[rng.integers(0, 600, 900)]), rng.integers(FIRST_ID, FIRST_ID + 30, 900), times)
+    moments = START + 1_200_000 + rng.integers(0, 8, count) * (STEP_MS * 40) + rng.integers(0, STEP_MS, count)
+    asking, newest = rng.integers(0, 60, count), rng.integers(0, FIRST_ID + 30, count)
+    of_request = rng.integers(1, 5, (count, 2))
+    columns = ContextColumns(("a", "b"), sizes=(5, 5))
+    table = {TARGET_TIME: moments, ITEM: [[int(n)] for n in newest], USER: names[asking]}
+    table |= {target_column(name): of_request[:, n] for n, name in enumerate(columns.categoricals)}
+    pq.write_table(pa.table(table), tmp_path / "part.parquet")
+    features = SimpleNamespace(
+        files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 30,
+        stream=lambda columns, limits: stream, shown=shown.limited,
+    )  # fmt: skip
+    live, kept, own_pages = LiveAt.of_part(features, "test", 12, columns, limits, shown=True), shown.limited(limits), 0
+    for request, moment in enumerate(moments.tolist()):
+        until = moment // STEP_MS * STEP_MS
+        past, seen = stream[stream.times_ms < until], kept[kept.times_ms < until]
+        alone = LiveTable(FIRST_ID + 30, 12, 2, shown=True)
+        past.into(alone)
+        alone.add_shown(seen.ids, seen.times_ms)
+        own = seen[(seen.users == user_hash(names[asking])[request]) & (seen.times_ms >= moment - VISIT_GAP_MS)]
+        own_pages += bool(len(own))
+        row = alone.rows(until).of(of_request[request : request + 1], newest[request : request + 1], own)
+        np.testing.assert_array_equal(live.ids[request], row[0][0])
+        np.testing.assert_array_equal(live.features[request], row[1][0].astype(np.float16))
+    assert count // 4 < own_pages < count and len(np.unique(moments // STEP_MS)) <= 8 < len(past) < len(stream) < 900
 
 
 def test_a_log_without_times_or_validation_is_refused(tmp_path):

@@ -106,7 +106,8 @@ def test_counts_by_context_and_after_an_item_are_those_counted_by_hand():
         return np.stack([np.log1p(counts), np.log((counts + 0.1) / (weight[with_value].sum() + 1))], 1)
 
     for kind, value, rows in ((0, 3, context[:, 0] == 3), (1, 3, context[:, 1] == 3), (2, 7, previous == 7)):
-        np.testing.assert_allclose(pairs.features(kind, value, items, now), by_hand(rows), atol=1e-3)
+        features = pairs.features(np.array([kind]), np.array([value]), items, now)
+        np.testing.assert_allclose(features[0], by_hand(rows), atol=1e-3)
 
 
 def test_each_context_has_an_order_of_its_own():
