@@ -103,7 +103,7 @@ class LiveAt:
         columns = columns or ContextColumns()
         counted, shown = len(columns.counted), impressions is not None
         impressions = impressions or ShownStream.none()
-        stream = features.stream(columns, limits)
+        stream = features.stream(columns, limits, int(moments_R.max(initial=0)))
         table = LiveTable(features.item_count(), rising, counted, shown=shown)
         self.ids = np.zeros((len(moments_R), rising), np.int32)
         self.features = np.zeros((len(moments_R), rising, live_features(counted, shown)), np.float16)
