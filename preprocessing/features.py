@@ -78,9 +78,7 @@ class Features:
         table = pq.read_table(self.folder / EVENTS_FILE)
         return {name: table[name].to_numpy() for name in table.column_names}
 
-    def stream(
-        self, columns: ContextColumns, limits: CountLimits | None = None, until_ms: int | None = None
-    ) -> Stream:
+    def stream(self, columns: ContextColumns, limits: CountLimits | None = None, until_ms: int | None = None) -> Stream:
         """The same as live counters take them, with the context of the columns that they go by; of each user as much
         as ``limits`` allow. ``until_ms``: events before that time alone; those of later change nothing of them."""
         events = self.events()
