@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -109,16 +110,23 @@ class Events:
         }  # fmt: skip
 
 
-class Load:
-    """One run of open load in a thread of its own. ``records``: as
-    ``generator.offer`` gives them, and WRONG for an answer with other items than expected whose STATUS names no reason;
-    ``wrong``: those answers and what was expected; ``without_store``: how many say that the store is away;
-    ``refusals``: what callers were told."""
+@dataclass
+class Outcome:
+    """What callers saw in one run. ``records``: as ``generator.offer`` gives them, and WRONG for an answer with other
+    items than expected whose STATUS names no reason; ``wrong``: those answers and what was expected;
+    ``without_store``: how many say that the store is away; ``refusals``: what callers were told."""
+
+    records: list[Any] = field(default_factory=list)
+    wrong: list[tuple[bytes, tuple[bytes, ...]]] = field(default_factory=list)
+    without_store: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+
+
+class Load(Outcome):
+    """One run of open load in a thread of its own."""
 
     def __init__(self, url: str, sent: list[bytes], expected: list[tuple[bytes, ...]], due_s: np.ndarray) -> None:
-        self.records: list[Any] = []
-        self.wrong: list[tuple[bytes, tuple[bytes, ...]]] = []
-        self.without_store, self.refusals = 0, Counter[str]()
+        super().__init__()
         self.due_s = due_s
         self._right, self._sent = dict(zip(sent, expected, strict=True)), sent
         self._thread = threading.Thread(target=lambda: complete(self._go(url)))
@@ -154,7 +162,7 @@ class Load:
         self._thread.join()
 
 
-def figures(load: Load, slo_ms: float, at_s: float, window_s: float) -> dict[str, Any]:
+def figures(load: Outcome, slo_ms: float, at_s: float, window_s: float) -> dict[str, Any]:
     """Of one run with a fault at ``at_s``, whose window is not judged: latencies in ms from the moment due, and how
     long after the fault the last answer that was late, refused or wrong was due."""
     records = load.records

@@ -27,6 +27,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,8 +48,9 @@ from benchmarks.fault_kinds import (
     filled,
     wait_well,
 )
-from benchmarks.fault_load import Events, Load, answers_of, figures
+from benchmarks.fault_load import Events, Outcome, answers_of, figures
 from benchmarks.knees import seek
+from benchmarks.load_process import LoadProcess
 from benchmarks.local_valkey import ValkeyServer
 from loadtest.generate.arrivals import due_times
 from loadtest.generate.generator import messages, run as offered
@@ -70,14 +72,14 @@ NONE = "none"
 console = Console(width=160)
 
 
-def one_fault(fault: Fault, load: Load, events: Events, slo_ms: float) -> dict[str, Any]:
+def one_fault(fault: Fault, load: AbstractContextManager[Outcome], events: Events, slo_ms: float) -> dict[str, Any]:
     """Figures of a run in which the fault comes after ``AT_S``."""
     began = time.monotonic()
-    with load:
+    with load as outcome:
         time.sleep(AT_S + 0.05)
         at = time.monotonic()
         fault.do()
-    row = figures(load, slo_ms, AT_S, fault.window_s)
+    row = figures(outcome, slo_ms, AT_S, fault.window_s)
     return row | {"events": events.since(began, at), "window_s": fault.window_s}
 
 
@@ -97,14 +99,14 @@ class Trial:
     ) -> tuple[dict[str, dict[str, Any]], Events]:
         """Figures of each fault at a server's addresses, and the events of all. ``well`` waits until all is well."""
         rows = {}
-        with Load(grpc, self.sent, expected, due_times("poisson", self.rate, WARM_S, self.seed + 1)):
-            pass
-        with Events(http) as events:
+        with LoadProcess(grpc, self.sent, expected) as load, Events(http) as events:
+            with load.run(due_times("poisson", self.rate, WARM_S, self.seed + 1)):
+                pass
             for name, fault in kinds.items():
                 if self.only and not name.startswith(self.only):
                     continue
                 due_s = due_times("poisson", self.rate, self.seconds, self.seed)
-                rows[name] = one_fault(fault, Load(grpc, self.sent, expected, due_s), events, self.slo_ms)
+                rows[name] = one_fault(fault, load.run(due_s), events, self.slo_ms)
                 console.print(name, rows[name])
                 well()
         return rows, events

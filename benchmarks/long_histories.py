@@ -1,13 +1,16 @@
-"""What the length of a history is worth on a log whose users come back to what they liked long ago, and what it costs.
+"""What the length of a history is worth, and what it costs: on a log whose users come back to what they liked long ago,
+or on ML-1M.
 
-    python -m benchmarks.long_histories --artifacts artifacts/long --out docs/benchmarks/long_histories.json
+    python -m benchmarks.long_histories --artifacts artifacts/long --stochastic 1.6 --out docs/benchmarks/long.json
+    python -m benchmarks.long_histories --artifacts artifacts/ml --data ml-1m-benchmark --path /folder/of/ml-1m
 
-Prepares the made-up shop with ``long_taste`` (once), trains a small retriever and ranker for each length; then rankers
-over the retrievers of short histories that choose among the older events too (``RankerConfig.nearest``), by candidate
-and by request. Judged on the test requests like any run: NDCG@10 over all items, seen ones not left out, with 95 %
-bootstrap intervals over users. The cost is the processor time of retrieval and ranking, one request at a time, as
-exported graphs in this process with one thread, in turns. What is there is not made again; give it one core
-(OMP_NUM_THREADS=1). The last line of stdout is one JSON object.
+Prepares the log (once), trains a small retriever and ranker for each length; then rankers over the retrievers of short
+histories that choose among the older events too (``RankerConfig.nearest``), by candidate and by request; with
+``--stochastic`` the longest once more. Judged on the test requests like any run: NDCG@10 over all items, of ML-1M less
+those seen, with 95 % bootstrap intervals over users. The cost is the processor time of retrieval and ranking, one
+request at a time, as exported graphs in this process with one thread, in turns. Models and ranks that are there are not
+made again, and ``--out`` is written after each form; give it one core (OMP_NUM_THREADS=1). The last line of stdout is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ from benchmarks.turns import in_turns, spread, with_spread
 from loadtest.reports.record import record_line
 from preprocessing.features import Features
 from preprocessing.prepare import PrepareConfig, prepare
-from preprocessing.readers.shop import Shop, ShopConfig
+from preprocessing.readers import SHOP, open_source
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.onnx_export import RANKING_AXES, RETRIEVAL_AXES, example_requests, export, names_of
+from training.data.rows import values_a_row
 from training.intervals import bootstrap, ndcg_of
 from training.judge.evaluate import Models
 from training.learn.ranker import train_ranker
@@ -43,6 +47,23 @@ from vivace.onnx_session import open_session, session_options
 from vivace.run import RANKING, Run
 
 SEED, CHOSEN, EVENTS_A_STEP, TIMED = 7, 20, 3_200, 40
+OF_SHOP = {"users": 500, "items": 1_000, "events": 500_000, "long_taste": 0.6}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prepared log and how much is learned from it: ``past_events`` and ``candidates`` of the rankers."""
+
+    features: Features
+    artifacts: Path
+    epochs: int
+    past_events: int
+    candidates: int
+
+    @property
+    def events_a_user(self) -> float:
+        """Mean number of training events."""
+        return values_a_row(self.features.files("train"), [contract.ITEM])
 
 
 @dataclass(frozen=True)
@@ -62,21 +83,21 @@ class Form:
             return f"{self.history}-stochastic"
         return f"{self.reads}+{self.nearest}-of-{self.history}-by-{self.to}" if self.nearest else str(self.history)
 
-    def preset(self, epochs: int) -> Preset:
-        """Small, so that a core trains it in minutes."""
-        step = max(3, EVENTS_A_STEP // (self.reads or self.history))
+    def preset(self, task: Task) -> Preset:
+        """Small, so that a core trains it in minutes; about as many events a step whatever the length."""
+        step = max(3, int(EVENTS_A_STEP // min(self.reads or self.history, task.events_a_user)))
         return Preset(
             encoder=EncoderConfig(
                 width=32, layers=2, heads=2, history=self.history, reads=self.reads, ffn_factor=2, context=False
             ),
             retrieval=RetrievalTraining(
-                epochs=epochs, batch_size=step, ema=0.99, probe_users=0, stochastic_length=self.stochastic
+                epochs=task.epochs, batch_size=step, ema=0.99, probe_users=0, stochastic_length=self.stochastic
             ),
             ranker=RankerConfig(
-                candidates=50, experts=2, expert_width=32, nearest=self.nearest, nearest_to=self.to
+                candidates=task.candidates, experts=2, expert_width=32, nearest=self.nearest, nearest_to=self.to
             ),
             ranking=RankerTraining(
-                epochs=6, batch_size=64, past_events=5, held_out=0.2, learning_rate=4e-3, patience=3
+                epochs=6, batch_size=64, past_events=task.past_events, held_out=0.2, learning_rate=4e-3, patience=3
             ),
         )  # fmt: skip
 
@@ -91,34 +112,42 @@ def forms_of(lengths: list[int], stochastic: float) -> list[Form]:
     return [*whole_and_chosen, Form(longest), Form(longest, short[0], CHOSEN, "request"), *last]
 
 
-def trained(form: Form, features: Features, artifacts: Path, epochs: int) -> dict[str, float]:
+def trained(form: Form, task: Task) -> dict[str, float]:
     """Seconds of both trainings; the retriever of a form that chooses is that of the history that it reads."""
-    root, chosen = artifacts / form.name, form.preset(epochs)
-    run, say = Run(root, features.folder), lambda line: typer.echo(f"{form.name}: {line}")
+    root, chosen = task.artifacts / form.name, form.preset(task)
+    run, say = Run(root, task.features.folder), lambda line: typer.echo(f"{form.name}: {line}")
     if form.nearest:
         if not run.retrieval.exists():
-            shutil.copytree(Run(artifacts / str(form.reads)).retrieval, run.retrieval)
+            shutil.copytree(Run(task.artifacts / str(form.reads)).retrieval, run.retrieval)
         of_retriever = json.loads((run.retrieval / "manifest.json").read_text())
     else:
-        of_retriever = train_retrieval(features, chosen, root, SEED, say, quiet=True)
-    of_ranker = train_ranker(features, chosen, root, SEED, say, quiet=True)
+        of_retriever = train_retrieval(task.features, chosen, root, SEED, say, quiet=True)
+    of_ranker = train_ranker(task.features, chosen, root, SEED, say, quiet=True)
     return {"retriever_s": of_retriever["seconds"], "ranker_s": of_ranker["seconds"]}
 
 
-def ranks_of(form: Form, features: Features, artifacts: Path, epochs: int) -> dict[str, np.ndarray]:
-    """Ranks int64 of all test requests' targets."""
-    models = Models(features, form.preset(epochs), artifacts / form.name, [RANKING])
-    out: dict[str, list[np.ndarray]] = {"retrieval": [], "ranked": []}
+def ranks_of(form: Form, task: Task) -> dict[str, np.ndarray]:
+    """Ranks int64 [R] of all test requests' targets, and ``events``, how many there are in each history; kept beside
+    the models."""
+    run = Run(task.artifacts / form.name, task.features.folder)
+    kept = run.root / f"ranks-{run.key(RANKING)}.npz"
+    if kept.exists():
+        return dict(np.load(kept))
+    models = Models(task.features, form.preset(task), run.root, [RANKING])
+    out: dict[str, list[np.ndarray]] = {"retrieval": [], "ranked": [], "events": []}
     for request in models.requests("test"):
         proposed = models.retrieve(request)
         out["retrieval"].append(proposed.rank_B.numpy())
         out["ranked"].append(models.ranked(request, proposed, models.logits(request, proposed)).numpy())
-    return {name: np.concatenate(parts) for name, parts in out.items()}
+        out["events"].append(np.array([len(h) for h in request.histories]))
+    ranks = {name: np.concatenate(parts) for name, parts in out.items()}
+    np.savez(kept, **ranks)
+    return ranks
 
 
-def served(form: Form, features: Features, artifacts: Path, epochs: int) -> Callable[[int], tuple[float, float]]:
+def served(form: Form, task: Task) -> Callable[[int], tuple[float, float]]:
     """Processor ms of (retrieval, ranking) of a request by its number, by the exported graphs."""
-    root, chosen = artifacts / form.name, form.preset(epochs)
+    features, root, chosen = task.features, task.artifacts / form.name, form.preset(task)
     s, run = shapes(chosen, features), Run(root, features.folder)
     retriever, ranker = load_retrieval(features, chosen, root).cpu(), load_ranker(features, chosen, root).cpu()
     example = example_requests(features, chosen)
@@ -146,9 +175,9 @@ def served(form: Form, features: Features, artifacts: Path, epochs: int) -> Call
     return once
 
 
-def costs(forms: list[Form], features: Features, artifacts: Path, epochs: int, turns: int) -> dict[str, Any]:
+def costs(forms: list[Form], task: Task, turns: int) -> dict[str, Any]:
     """Processor ms a request of each form: the median over turns of a turn's medians."""
-    calls = {form.name: served(form, features, artifacts, epochs) for form in forms}
+    calls = {form.name: served(form, task) for form in forms}
     ms: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _, name in in_turns(turns, list(calls)):
         each = [calls[name](number) for number in range(TIMED)]
@@ -159,70 +188,78 @@ def costs(forms: list[Form], features: Features, artifacts: Path, epochs: int, t
     }
 
 
-def judged(ranks: dict[str, dict[str, np.ndarray]], against: str) -> dict[str, Any]:
-    """NDCG@10 and HR@10 with intervals, and the paired difference of the ranked from those of ``against``."""
-    out: dict[str, Any] = {}
-    for name, of_form in ranks.items():
-        row = {}
-        for stage, rank in of_form.items():
-            ndcg = ndcg_of(rank)
-            row[stage] = {
-                "NDCG@10": float(ndcg.mean()),
-                "interval": bootstrap(ndcg),
-                "HR@10": float((rank < 10).mean()),
-            }
-        apart = ndcg_of(of_form["ranked"]) - ndcg_of(ranks[against]["ranked"])
-        out[name] = row | {"ranked_difference": [float(apart.mean()), *bootstrap(apart)]}
-    return out
+def judged(ranks: dict[str, np.ndarray], against: dict[str, np.ndarray], long: int) -> dict[str, Any]:
+    """NDCG@10 and HR@10 with intervals, of all and of the users of more than ``long`` events; and by stage the paired
+    difference from ``against``."""
+    row: dict[str, Any] = {"requests": len(ranks["events"])}
+    for stage in ("retrieval", "ranked"):
+        rank, ndcg = ranks[stage], ndcg_of(ranks[stage])
+        apart, of_long = ndcg - ndcg_of(against[stage]), ranks["events"] > long
+        row[stage] = {"NDCG@10": float(ndcg.mean()), "interval": bootstrap(ndcg), "HR@10": float((rank < 10).mean())}
+        row[f"{stage}_difference"] = [float(apart.mean()), *bootstrap(apart)]
+        if of_long.any():
+            differs = [float(apart[of_long].mean()), *bootstrap(apart[of_long])]
+            row[f"{stage}_of_long"] = {"users": int(of_long.sum()), "NDCG@10": float(ndcg[of_long].mean()),
+                                       "difference": differs}  # fmt: skip
+    return row
 
 
 def line(name: str, row: dict[str, Any]) -> str:
     """A row of the table of docs/results.md."""
     cells = [f"{row[s]['NDCG@10']:.4f} ({row[s]['interval'][0]:.3f} to {row[s]['interval'][1]:.3f})"
              for s in ("retrieval", "ranked")]  # fmt: skip
-    mean, low, high = row["ranked_difference"]
-    ms = [with_spread(row[f"{s}_ms"], 2) for s in ("retrieval", "ranking")]
+    apart = ["{:+.4f} ({:+.3f} to {:+.3f})".format(*row[f"{s}_difference"]) for s in ("retrieval", "ranked")]
+    ms = [with_spread(row[f"{s}_ms"], 2) if f"{s}_ms" in row else "" for s in ("retrieval", "ranking")]
     seconds = f"{row['retriever_s']:.0f} + {row['ranker_s']:.0f}"
-    return "| " + " | ".join([name, *cells, f"{mean:+.4f} ({low:+.3f} to {high:+.3f})", *ms, seconds]) + " |"
+    return "| " + " | ".join([name, *cells, *apart, *ms, seconds]) + " |"
 
 
 def main(
-    artifacts: Annotated[Path, typer.Option(help="folder of the data and the runs")],
+    artifacts: Annotated[Path, typer.Option(help="folder of the data and the runs, one for each --data")],
+    data: Annotated[str, typer.Option(help="shop, or another data set of 'vivace prepare'")] = SHOP,
+    path: Annotated[Path | None, typer.Option(help="of a data set that is no shop: its folder")] = None,
     lengths: Annotated[str, typer.Option(help="events of a history, by commas")] = "50,200,1000",
-    users: Annotated[int, typer.Option(help="of the shop", min=1)] = 500,
-    items: Annotated[int, typer.Option(help="of the shop", min=40)] = 1_000,
-    events: Annotated[int, typer.Option(help="of the shop, about", min=1)] = 500_000,
-    long_taste: Annotated[float, typer.Option(help="share of the views that it decides")] = 0.6,
+    users: Annotated[int | None, typer.Option(help="of the shop, 500 by default", min=1)] = None,
+    items: Annotated[int | None, typer.Option(help="of the shop, 1,000 by default", min=40)] = None,
+    events: Annotated[int | None, typer.Option(help="of the shop, about; 500,000 by default", min=1)] = None,
+    long_taste: Annotated[float | None, typer.Option(help="share of the shop's views that it decides; .6")] = None,
     epochs: Annotated[int, typer.Option(help="of the retrievers", min=1)] = 4,
     stochastic: Annotated[float, typer.Option(help="train the longest with this alpha as well (0: do not)")] = 0.0,
-    turns: Annotated[int, typer.Option(help="of the timing", min=1)] = 5,
+    turns: Annotated[int, typer.Option(help="of the timing (0: none)", min=0)] = 5,
     out: Annotated[Path | None, typer.Option(help="JSON of all figures")] = None,
 ) -> None:
     torch.set_num_threads(1)
-    shop = Shop(ShopConfig(users=users, items=items, events=events, long_taste=long_taste))
-    prepare(shop, PrepareConfig(), artifacts / "long", SEED, typer.echo)
-    features, sizes = Features(artifacts / "long" / "features"), [int(n) for n in lengths.split(",")]
-    forms = forms_of(sizes, stochastic)
-    seconds = {form.name: trained(form, features, artifacts, epochs) for form in forms}
-    ranks = {form.name: ranks_of(form, features, artifacts, epochs) for form in forms}
-    of_quality, of_cost = judged(ranks, str(sizes[0])), costs(forms, features, artifacts, epochs, turns)
-    rows = {name: seconds[name] | of_quality[name] | of_cost[name] for name in ranks}
-    head = ("history", "retrieval NDCG@10", "ranked NDCG@10", f"ranked - that of {sizes[0]}", "retrieval, ms",
-            "ranking, ms", "trained in s")  # fmt: skip
+    given = {"users": users, "items": items, "events": events, "long_taste": long_taste}
+    size = {name: value for name, value in given.items() if value is not None}
+    if data != SHOP and size:
+        raise ValueError(f"--data {data}: {', '.join(size)} are of the shop; leave them out")
+    sizes = sorted({int(n) for n in lengths.split(",")})
+    if len(sizes) < 2:
+        raise ValueError(f"--lengths: expected two at least, such as 50,200, got {lengths!r}")
+    size = OF_SHOP | size if data == SHOP else {}
+    prepare(open_source(data, path, size), PrepareConfig(), artifacts / "long", SEED, typer.echo)
+    past_events, candidates = (5, 50) if data == SHOP else (0, 100)
+    task = Task(Features(artifacts / "long" / "features"), artifacts, epochs, past_events, candidates)
+    forms, rows = forms_of(sizes, stochastic), dict[str, Any]()
+    figures: dict[str, Any] = {"data": data, **size, "epochs": epochs, "long": sizes[-2:][0], "rows": rows}
+
+    def write() -> None:
+        if out is not None:
+            out.write_text(json.dumps(figures, indent=1) + "\n")
+
+    for form in forms:
+        seconds = trained(form, task)
+        rows[form.name] = seconds | judged(ranks_of(form, task), ranks_of(forms[0], task), figures["long"])
+        write()
+    for name, ms in (costs(forms, task, turns) if turns else {}).items():
+        rows[name] |= ms
+    write()
+    head = ("history", "retrieval NDCG@10", "ranked NDCG@10", f"retrieval - that of {sizes[0]}", "ranked, so",
+            "retrieval, ms", "ranking, ms", "trained in s")  # fmt: skip
     typer.echo("| " + " | ".join(head) + " |")
-    typer.echo("|---|---|---|---|---|---|---|")
+    typer.echo("|" + "---|" * len(head))
     for name, row in rows.items():
         typer.echo(line(name, row))
-    figures = {
-        "users": users,
-        "items": items,
-        "events": events,
-        "long_taste": long_taste,
-        "epochs": epochs,
-        "rows": rows,
-    }
-    if out is not None:
-        out.write_text(json.dumps(figures, indent=1) + "\n")
     typer.echo(record_line("long_histories", figures=figures))
 
 

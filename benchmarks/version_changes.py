@@ -7,7 +7,8 @@ version and back again, ``--changes`` times in all. Each change begins a part of
 is over is the comparison, so both are measured in turns. The other version is the served one once more, so every answer
 is compared with that before the first change; at the end scores are compared too, bit for bit. Memory is that of all
 processes of the fleet (PSS), at rest: before, when the first server has answered the recorded requests as each new one
-does, after two changes and after all. It works on a copy of the run. The last line of stdout is one JSON object.
+does, after two changes and after all. The load comes from a process of its own. It works on a copy of the run. The last
+line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from rich.console import Console
 from tritonclient.grpc import service_pb2
 
 from benchmarks.fault_kinds import copy_of, published_again, wait_well
-from benchmarks.fault_load import TIMEOUT_S, WRONG, Load, items_of
+from benchmarks.fault_load import TIMEOUT_S, WRONG, items_of
+from benchmarks.load_process import LoadProcess
 from loadtest.generate.arrivals import due_times
 from loadtest.generate.generator import METHOD, messages
 from loadtest.generate.local_server import on_free_ports
@@ -74,7 +76,7 @@ def main(
         copy = copy_of(run, Path(folder) / "run")
         sent = list(dict.fromkeys(messages(root)))[:200]
         options = on_free_ports(copy.repository, profile, copy.server_log, guard=True)
-        with Fleet(options, lambda text: None) as fleet:
+        with Fleet(options, lambda text: None) as fleet, contextlib.ExitStack() as stack:
             wait_well(fleet)
             server = fleet.replicas[0].server
             url = f"{server.address}:{server.grpc_port}"
@@ -82,7 +84,8 @@ def main(
                 method = channel.unary_unary(METHOD)
                 raw = [method(body, timeout=TIMEOUT_S) for body in sent]
             expected = [items_of(answer) for answer in raw]
-            with Load(url, sent, expected, due_times("poisson", qps, part, seed)):
+            load_process = stack.enter_context(LoadProcess(url, sent, expected))
+            with load_process.run(due_times("poisson", qps, part, seed)):
                 pass
             accept, took_s = Acceptance(recorded_calls(copy)), list[float]()
             accept(server, server)
@@ -90,7 +93,7 @@ def main(
             versions = (published_again(copy), first)
             beside, between = list[Any](), list[Any]()
             for change in range(changes):
-                with Load(url, sent, expected, due_times("poisson", qps, part, seed + change)) as load:
+                with load_process.run(due_times("poisson", qps, part, seed + change)) as load:
                     began = time.monotonic()
                     fleet.serve(versions[change % 2], accept, lambda text: None)
                     took_s.append(time.monotonic() - began)

@@ -50,7 +50,7 @@ from preprocessing.readers.base import Chunk, SearchSource, Source, UserSource
 from preprocessing.readers.tables import Tables
 from preprocessing.rejects import Rejects
 from preprocessing.sequences import write_requests
-from preprocessing.shown import of_partitions, shown_apart, write_shown
+from preprocessing.shown import of_partitions, only_shown, shown_apart, write_shown
 from preprocessing.splits import LEAVE_ONE_OUT, SplitConfig, Ties, TimeSample, mark
 from preprocessing.workflow import (
     VocabularyConfig,
@@ -157,11 +157,12 @@ def _ingest(
             say(f"read {rejects.read['interactions']:,} rows, rejected {sum(rejects.counts.values()):,}")
     files, shown_files, read = partitions.close(), impressions.close(), rejects.read["interactions"]
     rejects.refuse_nearly_all("interactions", EVENT_HINTS)
+    if not files and shown_files:
+        raise ValueError(f"interactions: {only_shown(shown_files, source.schema, read)}")
     if not files:
-        none = "no good row but those of shown_types" if shown_files else "no good row"
-        raise ValueError(
-            f"interactions: {none} in {read:,}; rejected {rejects.summary()}; see {rejects.path} and the mapping"
-        )
+        why = ", ".join(f"{reason} {n:,}" for reason, n in rejects.summary().items())
+        refused = f"rejected {why}; see {rejects.path} and the mapping" if why else "the files of the mapping are empty"
+        raise ValueError(f"interactions: expected rows of events, got no good row in {read:,}; {refused}")
     return files, shown_files, times
 
 

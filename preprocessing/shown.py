@@ -6,6 +6,7 @@ Needs no NVTabular.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,6 +43,19 @@ def of_partitions(files: list[Path], items: pd.Index, rejects: Rejects) -> pd.Da
     """``impressions`` of files of raw rows that each have whole users; a row that is there twice counts once."""
     parts = [impressions(drop_duplicates(pd.read_parquet(file), rejects), items) for file in files]
     return pd.concat(parts) if parts else impressions(pd.DataFrame(columns=RAW), items)
+
+
+def only_shown(files: list[Path], schema: DataSchema, read: int) -> str:
+    """Why a log of ``read`` rows teaches nothing whose good ones, in ``files``, were all only shown; what to do."""
+    kinds = Counter[str]()
+    for file in files:
+        kinds.update(pq.read_table(file, columns=[EVENT])[EVENT].to_pylist())
+    came = ", ".join(f"{kind!r} ({count:,})" for kind, count in kinds.most_common(5))
+    return (
+        f"expected events that people did, got of {read:,} rows only types that shown_types names: {came}; it names "
+        f"{list(schema.shown_types)}. Nothing is learned from what was only shown: take the types that people did, "
+        "such as a click, out of shown_types, or add the files that hold them to [interactions]"
+    )
 
 
 def write_shown(parts: Iterable[pd.DataFrame], path: Path) -> int:

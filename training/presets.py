@@ -2,54 +2,54 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import reduce
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 from preprocessing.caps import LearningCaps
 from preprocessing.features import Features
 from training.models.ranking import RankerConfig
 from training.models.retrieval import EncoderConfig
 from training.models.task_heads import check_weighting
+from training.preset_files import files_of
+from training.preset_rules import check_read
 from vivace import contract
-from vivace.checks import check_fields, check_minimum, check_positive, check_shares
+from vivace.checks import Amount, Positive, Range, Share, Size, Whole, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalTraining:
     """How the retriever learns."""
 
-    epochs: int = 16
+    epochs: Size = 16
     """Passes over the training windows at most."""
-    batch_size: int = 64
+    batch_size: Size = 64
     """Windows a step, of all processes together."""
-    learning_rate: float = 4e-3
+    learning_rate: Positive = 4e-3
     """Peak of the schedule."""
-    weight_decay: float = 0.0
+    weight_decay: Amount = 0.0
     """Of AdamW, on matrices of layers."""
-    warmup_steps: int = 100
+    warmup_steps: Whole = 100
     """Steps until the peak, at most a tenth of all."""
     loss: Literal["full", "sampled", "gbce"] = "full"
     """"full": softmax over all items; "sampled": softmax over negatives drawn by popularity, with the logQ correction
     (Yi et al. 2019); "gbce": calibrated binary cross-entropy over uniform negatives (Petrov & Macdonald 2023)."""
-    negatives: int = 2048
+    negatives: Size = 2048
     """Negatives shared by a batch, for "sampled" and "gbce"."""
-    negative_power: float = 0.75
+    negative_power: Annotated[float, Range(0, 10)] = 0.75
     """"sampled" draws by popularity to this power."""
-    calibration: float = 0.75
+    calibration: Annotated[float, Range(0, 1)] = 0.75
     """t of "gbce", 0 (none) to 1."""
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     """Share of the target's probability spread over all items, for "full"; 0 <= x < 1 (Szegedy et al. 2016)."""
-    ema: float = 0.999
+    ema: Share = 0.999
     """Decay a step of the average of the weights, which is what is kept (0: the weights themselves)."""
     random_offset: bool = True
     """Long sequences are cut into windows at another place each epoch."""
     start: Literal["cooccurrence", "random"] = "cooccurrence"
     """Item embeddings start from the training data's co-occurrence and biases from its popularity, or at random."""
-    stochastic_length: float = 0.0
+    stochastic_length: Annotated[float, Range(0, 2, below=True)] = 0.0
     """Windows of more than history ** (x / 2) events are cut to so many, at random and the more often the longer they
     are (HSTU's alpha, Zhai et al. 2024: 1 < x < 2; 0: never). A step of 1,000 events and 1.6 reads 251 of most."""
     shard_reading: bool = False
@@ -64,34 +64,31 @@ class RetrievalTraining:
     expect. "graph": half that mean, half what is learned of their attributes and words (``data.item_relations``)."""
     tower: str = "minilm"
     """For "tower": its name, folder or Hugging Face name (``training.text.tower``)."""
-    new_item_boost: float = 0.0
+    new_item_boost: Annotated[float, Range(-1000, 1000)] = 0.0
     """Added to the bias of items without a training event: above 0 they are shown more, at the cost of the others."""
-    adversarial: float = 0.0
+    adversarial: Amount = 0.0
     """How far, in mean lengths of an item embedding, FGM moves the embeddings for a second loss (0: none)."""
-    adversarial_weight: float = 1.0
+    adversarial_weight: Amount = 1.0
     """Of that second loss."""
-    day_events: int = 0
+    day_events: Whole = 0
     """Of a user's events of a day, what is learned from, by the ranker's counters too (0: all)."""
-    same_item_s: int = 0
+    same_item_s: Whole = 0
     """Of a user's events on one item within so many seconds one is learned from, so too (0: each)."""
-    mask_share: float = 0.3
+    mask_share: Share = 0.3
     """Items hidden in a window, for the bert4rec family; 0 <= x < 1."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Largest norm of the gradient."""
-    patience: int = 3
+    patience: Whole = 3
     """Epochs without a smaller loss of the probe users before training stops (0: never)."""
-    probe_users: int = 512
+    probe_users: Whole = 512
     """Users whose last training event is held back for early stopping; the validation event is not touched."""
-    checkpoint_s: float = 30.0
+    checkpoint_s: Amount = 30.0
     """Seconds between checkpoints."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_minimum(self, 1, "epochs", "batch_size", "negatives")
-        check_minimum(self, 0, "weight_decay", "warmup_steps", "adversarial", "patience", "probe_users", "checkpoint_s")
-        check_minimum(self, 0, "day_events", "same_item_s")
-        check_positive(self, "learning_rate", "clip_norm")
-        check_shares(self, "label_smoothing", "ema", "mask_share")
+        if not self.tower.strip():
+            raise ValueError(f"RetrievalTraining.tower: expected a name or a folder, got {self.tower!r}")
         if self.label_smoothing and self.loss != "full":
             raise ValueError(f"RetrievalTraining.label_smoothing is for loss 'full', got {self.loss!r}")
         if self.stochastic_length and not 1 < self.stochastic_length < 2:
@@ -109,32 +106,28 @@ class RetrievalTraining:
 class RankerTraining:
     """How the ranker learns, on the validation events of all users but those held out."""
 
-    epochs: int = 4
+    epochs: Size = 4
     """Passes over the requests at most."""
-    batch_size: int = 64
+    batch_size: Size = 64
     """Requests a step."""
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """Peak of the schedule."""
-    weight_decay: float = 0.01
+    weight_decay: Amount = 0.01
     """Of AdamW, on matrices of layers."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Largest norm of the gradient."""
-    held_out: float = 0.1
+    held_out: Share = 0.1
     """Share of the users kept for early stopping and calibration, 0 <= x < 1."""
-    patience: int = 2
+    patience: Whole = 2
     """Epochs without a smaller loss of the held-out users before training stops (0: never)."""
     weighting: str = "static"
     """Of the task losses: "static", "uncertainty", "gradnorm", or "only-1" for head 1 alone (``TaskWeights``)."""
-    past_events: int = 0
+    past_events: Whole = 0
     """The last training events of each user that are predicted as well, before the validation events in each epoch. The
     retriever and the counters have seen those, so on a sparse log they teach the ranker to trust them too much."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_minimum(self, 1, "epochs", "batch_size")
-        check_minimum(self, 0, "weight_decay", "patience", "past_events")
-        check_positive(self, "learning_rate", "clip_norm")
-        check_shares(self, "held_out")
         check_weighting(self.weighting)
 
 
@@ -152,6 +145,7 @@ class Preset:
     """Training of the ranker."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.retrieval.stochastic_length and self.encoder.family == "bert4rec":
             raise ValueError("Preset: retrieval.stochastic_length is for encoders that predict the next event")
         self._check_nearest()
@@ -355,32 +349,38 @@ def from_json(record: dict[str, Any]) -> Preset:
     )
 
 
+def flat(preset: Preset) -> dict[str, Any]:
+    """All values of a preset by dotted name, such as "encoder.dropout"."""
+    return {f"{part}.{name}": value for part, values in asdict(preset).items() for name, value in values.items()}
+
+
 def with_values(preset: Preset, values: dict[str, Any]) -> Preset:
-    """``preset`` with values by dotted name, such as "encoder.dropout". Raises ValueError for a name it lacks."""
-    parts: dict[str, dict[str, Any]] = {}
+    """``preset`` with values by dotted name, such as "encoder.dropout". Raises ValueError for a name it lacks, for a
+    value that its field does not take, and for one that nothing reads (``preset_rules``)."""
+    parts, names = dict[str, dict[str, Any]](), flat(preset)
     for name, value in values.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1) or ["encoder.dropout"]
+            raise ValueError(f"{name}: no such field of a preset; expected for example {near[0]!r}")
         part, _, key = name.partition(".")
-        known = part in {f.name for f in fields(preset)} and key in {f.name for f in fields(getattr(preset, part))}
-        if not known:
-            raise ValueError(f"{name}: no such field of a preset; expected for example 'encoder.dropout'")
         parts.setdefault(part, {})[key] = value
     # all at once: sizes must fit each other, not those before
-    return replace(preset, **{part: replace(getattr(preset, part), **changed) for part, changed in parts.items()})
+    changed = replace(preset, **{part: replace(getattr(preset, part), **of) for part, of in parts.items()})
+    check_read(flat(changed), flat(Preset()), values)
+    return changed
 
 
 def preset(name: str) -> Preset:
     """A preset by name, or by the path of a JSON file: {"preset": "cpu", "encoder.width": 128, ...}. Raises ValueError
-    for an unknown name, of the preset or of a field."""
-    changes = dict[Path, Any]()
-    while name.endswith(".json"):
-        if (file := Path(name).resolve()) in changes:
-            raise ValueError(f'--preset: {name} builds on itself; name one of {sorted(PRESETS)} under "preset"')
-        changes[file] = values = json.loads(file.read_text())
-        if not isinstance(values, dict) or not isinstance(name := values.pop("preset", "cpu"), str):
-            raise ValueError(f'--preset: {file}: expected a JSON object such as {{"preset": "cpu"}}')
-    if name not in PRESETS:
-        raise ValueError(f"--preset: expected one of {sorted(PRESETS)} or a JSON file, got {name!r}")
-    return reduce(with_values, reversed(changes.values()), PRESETS[name]())
+    for an unknown name, of the preset or of a field, and for values as in ``with_values``, with the file."""
+    base, changes = files_of(name, PRESETS)
+    chosen = PRESETS[base]()
+    for file, values in changes:
+        try:
+            chosen = with_values(chosen, values)
+        except ValueError as error:
+            raise ValueError(f"--preset: {file}: {error}") from None
+    return chosen
 
 
 def shapes(preset: Preset, features: Features) -> contract.StageTensors:

@@ -26,12 +26,13 @@ LIST_SEPARATORS = {"|": 0.25, ";": 0.5, ",": 0.5}  # with the share of a column'
 YEAR_1990_MS, YEAR_2100_MS = 631_152_000_000, 4_102_444_800_000
 LEFT_OUT = "# left out: "  # begins a line on a column of which the mapping says nothing, with the reason
 SESSION = "session"  # in the name of the column of users: the log is one of sessions
-_USER = ("user", "visitor", "customer", "member", "client", "session", "account", "uid")
+_USER = ("user", "visitor", "customer", "member", "client", "reader", "listener", "viewer", "session", "account", "uid")
 _ITEM = ("item", "product", "article", "sku", "asin", "movie", "track", "song", "book", "video", "content", "iid")
 _TIME = ("timestamp", "time", "date", "ts", "created", "at", "when")
 _EVENT = ("event", "behavior", "behaviour", "action", "activity")
-_WEIGHT = ("rating", "stars", "score", "weight", "quantity", "clicked")
-_TITLE = ("title", "name", "label")
+_WEIGHT = ("rating", "stars", "score", "weight", "quantity", "clicked", "dwell", "duration", "watched", "listened")
+_AFTER = (*_WEIGHT, "liked", "scroll", "elapsed", "spent", "revenue")  # known when the event is over
+_TITLE = ("title", "headline", "name", "label")
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,13 @@ def _decimal(values: list[str], sign: str) -> bool:
     return any(sign in value for value in values) and all(number.fullmatch(value) for value in values)
 
 
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower())
+
+
 def _guess(names: list[str], words: tuple[str, ...], fits: Callable[[str], bool] = lambda name: True) -> str | None:
     """The column whose name is, or has as a part, one of ``words``: the first word that fits decides."""
-    parts = {n: re.split(r"[^a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", n).lower()) for n in names}
+    parts = {n: _words(n) for n in names}
     for match in (lambda n, w: n.lower() == w, lambda n, w: w in parts[n], lambda n, w: len(w) > 3 and w in n.lower()):
         for word in words:
             for name in names:
@@ -209,10 +214,14 @@ def _interactions(sample: Sample, item_hint: str | None, folder: Path) -> list[s
     elif weight:
         out += [_key("weight", weight, "how much the event says")]
     rest = [n for n in names if n not in (user, item, when, event, weight)]
-    if rest:
+    later = [n for n in rest if set(_words(n)) & set(_AFTER)]
+    before = [n for n in rest if n not in later]
+    if before:
         at = out.index("") if "" in out else len(out)
-        out.insert(at, f"# context = {_toml(rest)}  # columns of the event that may matter, as categories")
-    return [*out, *(_left_out(name, "take it in by the line 'context' if it matters") for name in rest)]
+        out.insert(at, f"# context = {_toml(before)}  # columns of the event that may matter, as categories")
+    reasons = {n: "take it in by the line 'context' if it matters" for n in before}
+    reasons |= dict.fromkeys(later, "known only after the event, as it looks, so no request could say it")
+    return [*out, *(_left_out(name, reasons[name]) for name in rest)]
 
 
 def _items(sample: Sample, item: str, folder: Path) -> list[str]:

@@ -137,26 +137,33 @@ class LiveAt:
         limits: CountLimits | None = None,
         shown: bool = False,
         most: int | None = None,
+        nobody: bool = False,
     ) -> LiveAt:
         """``part``: "valid" or "test"; requests made of training events have none, as a retriever has learned those.
         ``shown``: whether the counters say how often items were shown. ``most``: only of its first requests, so
-        many."""
+        many. ``nobody``: of someone unknown at the same moments, without history or context."""
         files, columns = features.files(part), columns or ContextColumns()
         moments = [pq.read_table(f, columns=[TARGET_TIME])[TARGET_TIME].to_numpy() for f in files]
         names = [target_column(columns.categoricals[i]) for i in columns.counted]
         moments_R = np.concatenate([np.empty(0, np.int64), *moments])[:most]
         context_RC, newest_R = _context(files, names)[:most], _newest(files)[:most]
+        if nobody:
+            context_RC, newest_R = np.full_like(context_RC, NULL_ID), np.full_like(newest_R, PADDING_ID)
         impressions = features.shown(limits) if shown else None
         own = None if impressions is None else _OfUsers(impressions, files)
         return cls(features, moments_R, context_RC, newest_R, rising, columns, limits, impressions, own)
 
     @classmethod
     def of_histories(
-        cls, features: Features, moments_R: np.ndarray, histories: Sequence[np.ndarray], tensors: StageTensors
-    ) -> LiveAt:
-        """At moments int64 [R] after ``histories`` of ids int64 [n], in a context of which nothing is known."""
+        cls, features: Features, moments_R: np.ndarray, histories: Sequence[np.ndarray], tensors: StageTensors,
+        context_RC: np.ndarray | None = None,
+    ) -> LiveAt:  # fmt: skip
+        """At moments int64 [R] after ``histories`` of ids int64 [n], in contexts of ids int64 [R, all columns] (None:
+        nothing is known of them)."""
         columns = features.context if tensors.counted else ContextColumns()
-        context_RC = np.full((len(histories), len(columns.counted)), NULL_ID)
+        if context_RC is None:
+            context_RC = np.full((len(histories), len(columns.categoricals)), NULL_ID)
+        context_RC = context_RC[:, columns.counted]
         newest_R = np.array([history[-1] if len(history) else PADDING_ID for history in histories], np.int64)
         limits = CountLimits.of(tensors)
         impressions = features.shown(limits) if tensors.shown else None
@@ -222,15 +229,16 @@ def _newest(files: list[Path]) -> np.ndarray:
 
 
 def with_live(
-    requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors, most: int | None = None
-) -> Iterator[Requests]:
+    requests: Iterable[Requests], features: Features, part: str, tensors: StageTensors, most: int | None = None,
+    nobody: bool = False,
+) -> Iterator[Requests]:  # fmt: skip
     """Requests of a part, in the order of its files, with what was rising; as they are where the ranker reads no live
-    counters. ``most``: how many they are at most."""
+    counters. ``most``: how many they are at most; ``nobody``: as ``LiveAt.of_part`` has it."""
     if not tensors.rising:
         yield from requests
         return
     columns = features.context if tensors.counted else None
     limits = CountLimits.of(tensors)
-    live = LiveAt.of_part(features, part, tensors.rising, columns, limits, tensors.shown, most)
+    live = LiveAt.of_part(features, part, tensors.rising, columns, limits, tensors.shown, most, nobody)
     for request in requests:
         yield live.of(request)

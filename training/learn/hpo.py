@@ -22,7 +22,8 @@ from training.checkpoints import load_retrieval
 from training.data import batches
 from training.learn.retriever import train_retrieval
 from training.metrics import metrics
-from training.presets import Preset, with_values
+from training.preset_rules import unread
+from training.presets import Preset, flat, with_values
 from training.scoring import SCORED, scored
 from vivace.manifest import Progress, read_manifest, write_text
 from vivace.run import Run
@@ -68,10 +69,33 @@ def check_values(name: str, values: Any, preset: Preset) -> None:
                 f'hyper-parameter space: {name}: expected [low, high], [low, high, "log"], [low, high, "int"] or '
                 f'[value, ..., "choice"], got {values!r}'
             )
-    try:
-        with_values(preset, {name: values[0]})
-    except TypeError as error:
-        raise ValueError(f"hyper-parameter space: {name}: {values[0]!r} is not a value of it ({error})") from None
+    kind = values[-1] if isinstance(values[-1], str) else ""
+    if kind != "choice" and any(isinstance(value, bool) for value in values):
+        raise ValueError(f"hyper-parameter space: {name}: expected numbers as ends of a range, got {values!r}")
+    ends = values[:-1] if kind in ("choice", "int") else [float(end) for end in values[:2]]  # as they are drawn
+    for end in ends:
+        try:
+            with_values(preset, {name: end})
+        except ValueError as error:
+            raise ValueError(f"hyper-parameter space: {name} {values}: {error}") from None
+
+
+def default_space(preset: Preset) -> dict[str, list[Any]]:
+    """SPACE without what ``preset`` does not take, such as label smoothing where its loss has none."""
+    space = dict(SPACE)
+    for name, values in SPACE.items():
+        try:
+            check_values(name, values, preset)
+        except ValueError:
+            del space[name]
+    return space
+
+
+def drawn(trial: optuna.Trial, space: dict[str, list], preset: Preset) -> Preset:
+    """``preset`` with a value for each name of ``space``, but those that nothing reads beside the others."""
+    values = suggest(trial, space)
+    whole = flat(preset) | values
+    return with_values(preset, {name: value for name, value in values.items() if unread(name, whole) is None})
 
 
 def check_space(study: optuna.Study, space: dict[str, list], preset: Preset, folder: Path) -> None:
@@ -113,7 +137,7 @@ def optimize(
 ) -> optuna.Study:
     """Runs ``trials`` more trials of the study in ``root/optimized``; writes best.json and two plots."""
     folder = Run(root).optimized
-    searched: dict[str, list[Any]] = space or SPACE
+    searched: dict[str, list[Any]] = space or default_space(preset)
     folder.mkdir(parents=True, exist_ok=True)
     prepared = read_manifest(features.folder, "vivace prepare")["key"]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -129,7 +153,7 @@ def optimize(
     check_space(study, searched, preset, folder)
 
     def objective(trial: optuna.Trial) -> float:
-        chosen = with_values(preset, suggest(trial, searched))
+        chosen = drawn(trial, searched, preset)
         trial_root = folder / f"trial-{trial.number}"
         train_retrieval(features, chosen, trial_root, seed, say, quiet=True, on_epoch=_pruner(trial))
         value = validation_ndcg(features, chosen, trial_root)

@@ -8,7 +8,6 @@ Axis legend: B requests, T history events, D width, A attention heads, R buckets
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.models.long.attention import LONG, biased_attention, eager, earlier, time_bucket, turned
-from vivace.checks import check_fields, check_minimum, check_positive, check_shares
+from training.models.long.attention import LONG, biased_attention, distance_buckets, eager, earlier, time_bucket, turned
+from training.models.long.packed import Packed, packed
+from vivace.checks import Positive, Share, Size, SizeOrNone, check_fields
 from vivace.windows import Window
 
 MASKED = -1e9  # finite, so that a row whose keys are all padding stays a number
@@ -29,20 +29,20 @@ Family = Literal["sasrec", "hstu", "bert4rec", "gru", "lstm"]
 class EncoderConfig:
     """Shape of the history encoder."""
 
-    width: int = 64
+    width: Size = 64
     """D, of item embeddings and states; a multiple of ``heads``."""
-    layers: int = 2
+    layers: Size = 2
     """Blocks of the encoder."""
-    heads: int = 2
+    heads: Size = 2
     """Attention heads of a block."""
-    history: int = 200
+    history: Size = 200
     """T, the newest events that are read."""
-    reads: int = 0
+    reads: SizeOrNone = 0
     """Newest events of the ``history`` that the encoder reads (0: all). The older ones are for the ranker to choose
     from (``RankerConfig.nearest``), so a long history costs no attention of its square."""
-    dropout: float = 0.2
+    dropout: Share = 0.2
     """Probability, 0 <= p < 1."""
-    ffn_factor: int = 4
+    ffn_factor: Size = 4
     """Channels of the feed-forward layer, in widths."""
     family: Family = "sasrec"
     """"sasrec" causal attention (Kang & McAuley 2018), "hstu" pointwise gated attention (Zhai et al. 2024), "bert4rec"
@@ -54,7 +54,7 @@ class EncoderConfig:
     """"slots": a learned embedding by place from the newest event; each new event moves all others. "none": only
     relative distance and time speak of order, so what is worked out of earlier events stays as it is when a history
     grows, and can be kept (``serving.runtime.state_cache``). For hstu, and sasrec with ``position_bias`` "relative"."""
-    slide: int = 1
+    slide: Size = 1
     """Events of a window's oldest part among which one is chosen to start at, where a history is longer than
     ``history`` (``vivace.windows``): above 1 its start stays while the history grows by about half as many; for
     ``positions`` "none"."""
@@ -68,26 +68,26 @@ class EncoderConfig:
     features, where a log has any. Not for bert4rec."""
     attributes: bool = False
     """Categorical and continuous attributes of an item join its embedding."""
-    text_tokens: int = 0
+    text_tokens: SizeOrNone = 0
     """Words of an item's text that its embedding sums (0: none)."""
     text_encoder: bool = False
     """The vector that the pretrained text encoder made of an item joins (``training.models.text_encoder``)."""
-    adapter: int = 0
+    adapter: SizeOrNone = 0
     """Width of the bottleneck after each attention block, for fine-tuning a frozen encoder (0: none)."""
-    id_dropout: float = 0.0
+    id_dropout: Share = 0.0
     """Share of the items that a training step knows by attributes and text alone, so that those learn to speak for new
     items (DropoutNet, Volkovs et al. 2017); 0 <= p < 1."""
-    neighbours: int = 0
+    neighbours: SizeOrNone = 0
     """Items that are kept of each item's co-occurrence in sessions, for a memory beside the encoder
     (``session_memory``; 0: none). For logs whose items may come again."""
     neighbours_by: Literal["sessions", "linear"] = "sessions"
     """"sessions": an item's neighbours are those of the sessions that have it; "linear": those of a linear autoencoder
     of whole histories (EASE, Steck 2019), for small logs of steady taste."""
-    neighbours_ridge: float = 300.0
+    neighbours_ridge: Positive = 300.0
     """Penalty of that autoencoder's weights."""
-    head_width: int = 0
+    head_width: SizeOrNone = 0
     """Width of an attention head after pruning (0: width / heads)."""
-    ffn_width: int = 0
+    ffn_width: SizeOrNone = 0
     """Channels of the feed-forward layer after pruning (0: ffn_factor x width)."""
 
     @property
@@ -102,10 +102,6 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_minimum(self, 1, "width", "layers", "heads", "history", "ffn_factor")
-        check_minimum(self, 0, "reads", "text_tokens", "adapter", "neighbours", "head_width", "ffn_width")
-        check_shares(self, "dropout", "id_dropout")
-        check_positive(self, "neighbours_ridge")
         if self.time_bias and self.family in ("gru", "lstm"):
             raise ValueError(f"EncoderConfig.time_bias is for attention, got the {self.family!r} family")
         self._check_positions()
@@ -130,7 +126,6 @@ class EncoderConfig:
         if self.reads and (self.grows or self.neighbours):
             other = "positions 'none'" if self.grows else f"neighbours {self.neighbours}"
             raise ValueError(f"EncoderConfig.reads {self.reads} does not go with encoder.{other}; leave one out")
-        check_minimum(self, 1, "slide")
         relative = self.family == "hstu" or (self.family == "sasrec" and self.position_bias == "relative")
         if self.grows and not relative:
             raise ValueError(
@@ -160,16 +155,6 @@ def mask_value(dtype: torch.dtype) -> float:
     return MASKED if dtype != torch.float16 else -(2.0**14)
 
 
-def distance_buckets(length: int, buckets: int = BUCKETS) -> Tensor:
-    """Bucket of each distance between two events, int64 [length]: exact for the first half of the buckets, then
-    logarithmic up to ``length`` (Raffel et al. 2020, T5)."""
-    distance = torch.arange(length)
-    exact = buckets // 2
-    spread = math.log(max(length, exact + 1) / exact)
-    far = exact + (torch.log(distance.clamp_min(1) / exact) / spread * (buckets - exact)).long()
-    return torch.where(distance < exact, distance, far.clamp_max(buckets - 1))
-
-
 class RelativeBias(nn.Module):
     """Learned bias of each head by bucketed distance; zero before training. ``causal``: what stands above the diagonal
     is masked, so it may be anything."""
@@ -180,7 +165,7 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.causal = causal
         self.bias_RA = nn.Parameter(torch.zeros(BUCKETS, heads))
-        self.register_buffer("buckets_T", distance_buckets(length), persistent=False)
+        self.register_buffer("buckets_T", distance_buckets(length, BUCKETS), persistent=False)
 
     def by_distance(self) -> Tensor:
         """The bias of each distance, float32 [length, A]."""
@@ -266,13 +251,15 @@ class AttentionBlock(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, mask: Tensor | None, buckets_BTT: Tensor | None, newest: int = 0,
-        times_BT: Tensor | None = None,
+        times_BT: Tensor | None = None, rows: Packed | None = None,
     ) -> Tensor:  # fmt: skip
         t = x_BTD.shape[1]
         qkv = self.qkv(self.norm_attention(x_BTD)).view(-1, t, 3, self.heads, self.of_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         # no dropout inside attention: slow on CPU
-        if mask is None and (self.relative is not None or self.time is not None):
+        if rows is not None:
+            a = rows.attend(q, k, v, self.of_head**-0.5)
+        elif mask is None and (self.relative is not None or self.time is not None):
             a = self._within_kernel(q, k, v, times_BT)
         else:
             mask = self._biased(mask, t, buckets_BTT)
@@ -311,7 +298,12 @@ class Attention(nn.Module):
         return x_BTD
 
     def _long(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None) -> Tensor:
-        """The same of long histories, by rows that are turned (``long.attention``)."""
+        """The same of long histories, by rows that are packed or turned (``long.packed``, ``long.attention``)."""
+        if not self.biased and (rows := packed(known_BT)) is not None:
+            x_1PD = rows.pack(x_BTD)
+            for block in self.blocks:
+                x_1PD = block(x_1PD, None, None, rows=rows)
+            return rows.unpack(x_1PD)
         x_BTD, t = turned(x_BTD, known_BT), x_BTD.shape[1]
         times_BT = None if times_BT is None else turned(times_BT, known_BT)
         flexible = x_BTD.is_cuda and self.biased

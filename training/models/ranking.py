@@ -26,7 +26,7 @@ from training.models.item_table import ItemTables, list_mean
 from training.models.long.nearest import NearestEvents, attend_both
 from training.models.retrieval import EXCLUDED, MASKED, RetrievalModel, score_parts
 from training.models.task_heads import TaskWeights
-from vivace.checks import check_fields, check_minimum, check_shares
+from vivace.checks import Amount, Share, Size, SizeOrNone, Whole, check_fields
 from vivace.contract import FIRST_ID, PADDING_ID, live_features
 
 LIVE_RETRIEVAL_SCALE = 0.1  # of the retriever's score at first, where counts of now are at hand
@@ -40,40 +40,40 @@ MIXTURES: tuple[Mixture, ...] = get_args(Mixture)
 class RankerConfig:
     """Shape of the ranker."""
 
-    candidates: int = 100
+    candidates: Size = 100
     """N, items of the retriever that are ordered anew."""
-    memory: int = 0
+    memory: SizeOrNone = 0
     """Newest encoded events that the candidates attend to (0: all)."""
-    nearest: int = 0
+    nearest: SizeOrNone = 0
     """K, of the events before those, that the candidates attend to as well: the nearest by item vectors (0: none)."""
     nearest_to: Literal["candidate", "request"] = "candidate"
     """Each "candidate" has K of its own (TransAct V2, Xia et al. 2025), or the "request" has K, nearest to any."""
-    heads: int = 4
+    heads: Size = 4
     """Attention heads from candidates to events."""
-    experts: int = 3
+    experts: Size = 3
     """Experts of the mixture, all or those in common ("ple")."""
-    expert_width: int = 64
+    expert_width: Size = 64
     """Width of an expert."""
-    dropout: float = 0.2
+    dropout: Share = 0.2
     """Probability, 0 <= p < 1."""
-    lags: int = 10
+    lags: Size = 10
     """L, newest events whose co-occurrence with a candidate is a feature each."""
-    followers: int = 64
+    followers: Size = 64
     """K, items of the co-occurrence table kept for each item."""
     mixture: Mixture = "mmoe"
     """How the task heads share: "mmoe" a gate each over common experts (Ma et al. 2018), "ple" experts of their own
     beside common ones in two layers (Tang et al. 2020), "shared" one common layer."""
 
-    rising: int = 0
+    rising: SizeOrNone = 0
     """M, items that are clicked most at the moment of the request: they join the candidates, and the ranker reads their
     live counts (0: no live counters)."""
     by_context: bool = True
     """Live counts by the categorical columns of the context too, where the log has any."""
-    rising_same_item_s: int = 0
+    rising_same_item_s: Whole = 0
     """A user's events on one item within so many seconds count once (0: each; ``vivace.limits``)."""
-    rising_user_events: int = 0
+    rising_user_events: Whole = 0
     """The most of a user's events that count within ten minutes (0: all)."""
-    rising_newcomers: float = 0.0
+    rising_newcomers: Amount = 0.0
     """Events of newcomers on an item that count for each one of others, beside five (0: all)."""
     shown_rates: bool = False
     """Beside the live counts, how often an item was shown and which share took it (``vivace.live_shown``)."""
@@ -82,11 +82,6 @@ class RankerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_minimum(self, 1, "candidates", "heads", "experts", "expert_width", "lags", "followers")
-        check_minimum(
-            self, 0, "memory", "nearest", "rising", "rising_same_item_s", "rising_user_events", "rising_newcomers"
-        )
-        check_shares(self, "dropout")
 
 
 class RankingModel(nn.Module):

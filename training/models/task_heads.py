@@ -13,10 +13,13 @@ from torch import Tensor, nn
 WEIGHTINGS = ("static", "uncertainty", "gradnorm")
 
 
-def check_weighting(weighting: str) -> None:
-    """Raises ValueError for a weighting that no number of heads has."""
-    if weighting not in WEIGHTINGS and not re.fullmatch(r"only-\d+", weighting):
-        raise ValueError(f"weighting: expected one of {list(WEIGHTINGS)} or only-<number of a head>, got {weighting!r}")
+def check_weighting(weighting: str, heads: int = 0) -> None:
+    """Raises ValueError for a weighting that no number of heads has, or not ``heads`` of them (0: any number)."""
+    alone = re.fullmatch(r"only-(0|[1-9][0-9]{0,2})", weighting)
+    if weighting in WEIGHTINGS or (alone and (not heads or int(alone[1]) < heads)):
+        return
+    numbers = f"only-0 to only-{heads - 1}, of {heads} heads" if heads else "only-<number of a head>"
+    raise ValueError(f"RankerTraining.weighting: expected one of {list(WEIGHTINGS)} or {numbers}, got {weighting!r}")
 
 
 class TaskWeights(nn.Module):
@@ -34,9 +37,8 @@ class TaskWeights(nn.Module):
 
     def __init__(self, tasks: int, weighting: str = "static", alpha: float = 0.5, rate: float = 0.025) -> None:
         super().__init__()
+        check_weighting(weighting, tasks)
         alone = [f"only-{i}" for i in range(tasks)]
-        if weighting not in (*WEIGHTINGS, *alone):
-            raise ValueError(f"weighting: expected one of {[*WEIGHTINGS, *alone]}, got {weighting!r}")
         self.weighting, self.alpha, self.rate = weighting, alpha, rate
         self.log_variance = nn.Parameter(torch.zeros(tasks), requires_grad=weighting == "uncertainty")
         first = torch.full((tasks,), 0.5)

@@ -15,6 +15,7 @@ from search.online import SearchResult
 from training.metrics import bootstrap
 from training.search.evaluate import ndcg
 from training.search.ranker import Ensemble
+from training.search.recommender import Recommended
 from vivace import contract
 
 DIVERSITIES = (0.0, 0.25, 0.5, 0.75)
@@ -22,29 +23,32 @@ DIVERSITIES = (0.0, 0.25, 0.5, 0.75)
 
 @dataclass
 class SearchRequests:
-    """Requests with a query: what the history recommends and what the query found. ``gained``: gain by item id."""
+    """Requests with a query: what is recommended beside it and what the query found. ``gained``: gain by item id."""
 
     gained: list[dict[int, float]]
     ids: list[np.ndarray]
     features: list[np.ndarray]
-    ranked: list[np.ndarray]
-    scores: list[np.ndarray]
+    recommended: Recommended
 
     @classmethod
     def of(
-        cls,
-        gained: list[dict[int, float]],
-        results: Sequence[SearchResult],
-        ranked_BM: np.ndarray,
-        scores_BM: np.ndarray,
+        cls, gained: list[dict[int, float]], results: Sequence[SearchResult], recommended: Recommended
     ) -> SearchRequests:
         ids, features, _ = zip(*results, strict=True)
-        return cls(gained, list(ids), list(features), list(ranked_BM), list(scores_BM))
+        return cls(gained, list(ids), list(features), recommended)
 
     def with_history(self, i: int) -> np.ndarray:
+        """Features float32 [N, X] as a server works them out for the request's user."""
+        return self._beside(i, self.recommended.ids, self.recommended.scores)
+
+    def without_history(self, i: int) -> np.ndarray:
+        """The same for someone unknown, beside whose query a server recommends what is popular."""
+        return self._beside(i, self.recommended.ids_of_nobody, self.recommended.scores_of_nobody)
+
+    def _beside(self, i: int, ids_BM: np.ndarray, scores_BM: np.ndarray) -> np.ndarray:
         if not len(self.ids[i]):  # a logged query without a word
             return self.features[i]
-        return personal(self.features[i], self.ids[i], self.ranked[i], self.scores[i])[0]
+        return personal(self.features[i], self.ids[i], ids_BM[i], scores_BM[i])[0]
 
     @property
     def places(self) -> range:
@@ -93,7 +97,8 @@ def judged_log(log: SearchLog, requests: SearchRequests, ranker: Ensemble) -> di
 def order_of(requests: SearchRequests, ranker: Ensemble, i: int, history: bool) -> np.ndarray:
     if not len(requests.ids[i]):
         return np.empty(0, int)
-    return np.argsort(-ranker.score(requests.with_history(i) if history else requests.features[i]), kind="stable")
+    features_NX = requests.with_history(i) if history else requests.without_history(i)
+    return np.argsort(-ranker.score(features_NX), kind="stable")
 
 
 def diversity_costs(requests: SearchRequests, ranker: Ensemble, vectors_VE: np.ndarray) -> dict[str, dict[str, float]]:

@@ -43,7 +43,7 @@ from training.presets import Preset
 from training.search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
 from training.search.judging import SearchRequests, diversity_costs, judged_log, kinds_of
 from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
-from training.search.recommender import Recommender
+from training.search.recommender import Recommended, Recommender, without_user
 from training.search.tower import OURS, TowerEncoder
 from training.text.tower import TextTower
 from vivace import contract
@@ -53,7 +53,8 @@ from vivace.run import FEATURES, RANKING, RETRIEVAL, Run
 
 OPSET = 17
 BATCH = 64
-BLIND = 0.3  # share of the requests that teach without a history: a query of someone unknown
+LESSONS = 2  # how the ranker is taught: a search that was taught otherwise is trained again
+BLIND = 0.3  # share of the requests that teach as those of someone unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,36 +174,36 @@ class SearchStudy:
         """Requests of "valid" or "test" with a query made of the target; whether it was made of attributes alone, bool
         [requests]. Raises ValueError where there is none."""
         rng = np.random.default_rng([self.seed, len(part)])
-        parts, results = list[tuple[np.ndarray, ...]](), list[SearchResult]()
+        parts, results = list[tuple[np.ndarray, np.ndarray, Recommended]](), list[SearchResult]()
         chosen = self._first_requests(part)
-        live = with_live(chosen, self.features, part, self.recommend.shapes, sum(len(r.histories) for r in chosen))
-        for request in live:
+        of_part = self.features, part, self.recommend.shapes, sum(len(r.histories) for r in chosen)
+        of_nobody = with_live(map(without_user, chosen), *of_part, nobody=True)
+        for request, nobody in zip(with_live(chosen, *of_part), of_nobody, strict=True):
             real = (request.target_B >= contract.FIRST_ID).numpy()
-            ranked, scores = self.recommend(request)
             targets = request.target_B.numpy()[real]
             by_attributes = rng.random(len(targets)) < 0.5
             makers = [self.questions.by_attributes if b else self.questions for b in by_attributes]
             queries = [make(int(t) - contract.FIRST_ID, rng) for make, t in zip(makers, targets, strict=True)]
             queries = [with_typos(q, self.config.typos, int(rng.integers(1 << 31))) for q in queries]
             results += self.search(queries, [SearchOptions()] * len(queries))
-            parts.append((by_attributes, targets, ranked[real], scores[real]))
+            parts.append((by_attributes, targets, self.recommend.beside(request, nobody).take(real)))
         if not parts:
             raise ValueError(f"search: no {part} request whose item is in the vocabulary")
-        by_attributes, targets, ranked, scores = (np.concatenate(v) for v in zip(*parts, strict=True))
-        gained = [{t: 1.0} for t in targets.tolist()]
-        return SearchRequests.of(gained, results, ranked, scores), by_attributes
+        by_attributes, targets, recommended = zip(*parts, strict=True)
+        gained = [{t: 1.0} for t in np.concatenate(targets).tolist()]
+        requests = SearchRequests.of(gained, results, Recommended.together(recommended))
+        return requests, np.concatenate(by_attributes)
 
     def logged_requests(self, log: SearchLog, seen: np.ndarray) -> SearchRequests:
         """The lists of ``log`` as they would be found now, with what the users' histories recommended then. ``seen``:
         chance that each position was looked at."""
         users, times = log.column(contract.USER), log.column(contract.TIME)
-        queries, recommended, results = log.column(contract.QUERY_TEXT), [], list[SearchResult]()
-        for request in self.recommend.requests_before(users, times, BATCH):
+        queries, recommended, results = log.column(contract.QUERY_TEXT), list[Recommended](), list[SearchResult]()
+        for request, nobody in self.recommend.requests_before(users, times, BATCH):
             part_queries = queries[len(results) : len(results) + len(request.histories)]
             results += self.search(part_queries, [SearchOptions()] * len(part_queries))
-            recommended.append(self.recommend(request))
-        ranked, scores = (np.concatenate(v) for v in zip(*recommended, strict=True))
-        return SearchRequests.of(log.gains(seen), results, ranked, scores)
+            recommended.append(self.recommend.beside(request, nobody))
+        return SearchRequests.of(log.gains(seen), results, Recommended.together(recommended))
 
     def judge(self, ranker: Ensemble, vectors_VE: np.ndarray) -> dict[str, Any]:
         """Figures on the test requests."""
@@ -257,7 +258,7 @@ def _train_ranker(
     lists, gains, weights = [], [], list[float]()
     for requests, kind_weights in teachers:
         blind = rng.random(len(kind_weights)) < BLIND
-        lists += [requests.features[i] if blind[i] else requests.with_history(i) for i in requests.places]
+        lists += [requests.without_history(i) if blind[i] else requests.with_history(i) for i in requests.places]
         gains += [requests.gains(i) for i in requests.places]
         weights += [w / float(np.mean(kind_weights)) for w in kind_weights]
     return train_search_ranker(lists, gains, config.ranker, seed, weights)
@@ -270,7 +271,7 @@ def train_search(
     """Trains unless it is there; returns the manifest."""
     run = Run(root, features.folder)
     inputs = {name: run.key(name) for name in (FEATURES, RETRIEVAL, RANKING)}
-    step = Step(run.search, "train search", asdict(config) | {"layout": LAYOUT}, seed, inputs)
+    step = Step(run.search, "train search", asdict(config) | {"layout": LAYOUT, "lessons": LESSONS}, seed, inputs)
     if (manifest := step.finished(say, "search is there")) is not None:
         return manifest
     started = time.monotonic()

@@ -46,7 +46,7 @@ def _answers(run: Run, server: TritonServer, search: bool) -> None:
     with VivaceClient(f"{server.host}:{server.grpc_port}") as client:
         if run.shapes().rising and is_over(features):
             say("live counters count what is clicked now, and this log is over: its last events are sent once more")
-            say(f"sent {send_again(features, client):,} events, by readers named log-…")
+            say(f"sent {send_again(features, client):,} events, by readers named log-…; again today they count once")
         columns = [contract.USER, contract.ITEM, contract.TARGET]
         for user, history, target in sample.head(2)[columns].itertuples(index=False):
             answer = client.recommend(user, list(history), 5)

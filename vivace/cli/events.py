@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import signal
 import sys
 import time
@@ -63,6 +64,18 @@ def _stopped_by_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _reader_gone() -> bool:
+    """Whether whoever reads standard output through a pipe has closed it: there may be no event for hours whose
+    writing would tell."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # not a file of the system's
+        return False
+    poll = select.poll()
+    poll.register(output, 0)  # errors alone, which need not be asked for
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
 def _say_missed(store: ServingStore, group: str, said: int) -> int:
     """Says how many events the group has missed, where they are more than were ``said``; how many."""
     try:
@@ -88,7 +101,7 @@ def as_line(delivery: Delivery) -> str:
 @events.command(
     help="Write live events to standard output as they come, a line of JSON each. Several that name the same --group "
     "share them; each event is acknowledged when it is written, and comes again to another of the group where its "
-    "reader died before: at least once. 'number' tells one that came before. Ctrl-C or SIGTERM ends it."
+    "reader died before: at least once. 'number' tells one that came before. Ctrl-C, SIGTERM or a closed pipe ends it."
 )
 def follow(
     group: Annotated[str, typer.Option("--group", help="of readers that share the events; made where it is new")],
@@ -115,7 +128,14 @@ def follow(
                 f"vivace: the group {group!r} is there and goes on where it is; 'vivace events drop' removes it"
             )
         for batch in followed(
-            opened, group, consumer, after=begin, most=most, idle_s=idle_s, stop=lambda: bool(stop), once=once
+            opened,
+            group,
+            consumer,
+            after=begin,
+            most=most,
+            idle_s=idle_s,
+            stop=lambda: bool(stop) or _reader_gone(),
+            once=once,
         ):
             sys.stdout.buffer.write("".join(f"{as_line(delivery)}\n" for delivery in batch).encode())
             sys.stdout.buffer.flush()

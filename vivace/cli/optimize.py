@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +53,11 @@ def optimize(
 
 
 def write_best(path: Path, sizes: Any, values: dict[str, Any]) -> Path:
-    """Writes ``sizes`` with the best values as a JSON file that --preset takes."""
-    record = {f"{part}.{key}": value for part, fields in asdict(sizes).items() for key, value in fields.items()}
-    write_text(path, json.dumps(record | values, indent=2))
+    """Writes ``sizes`` with the best values as a JSON file that --preset takes: all but those that nothing reads."""
+    from training.preset_rules import unread
+    from training.presets import flat
+
+    whole = flat(sizes) | values
+    record = {name: value for name, value in whole.items() if unread(name, whole) is None}
+    write_text(path, json.dumps(record, indent=2))
     return path

@@ -142,10 +142,7 @@ def chosen_preset(name: str, root: Path, recorded: bool = True) -> Any:
     if not name and run.has(FEATURES):
         name, why = suited(sizes_of(Features(run.features)))
         say(f"preset {name}: {why}; --preset takes another")
-    try:
-        return preset(name or "cpu")
-    except TypeError as error:
-        raise typer.BadParameter(f"{name}: a value of the wrong type ({error})", param_hint="--preset") from None
+    return preset(name or "cpu")
 
 
 def track(wandb: bool) -> None:

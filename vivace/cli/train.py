@@ -85,6 +85,7 @@ def train(
     from training.learn.ranker import train_ranker
     from training.learn.retriever import train_retrieval
     from training.models.adapters import Adaptation
+    from training.models.task_heads import check_weighting
 
     log = shown_log(run, joined, impressions)
     adaptation = Adaptation(method=adapt, rank=rank)  # type: ignore[arg-type]  # refused where it is none
@@ -92,6 +93,7 @@ def train(
     with distributed.group() as world:
         sizes = with_overrides(chosen_preset(preset, run.root, recorded=False), epochs, loss)
         features = Features(run.features)
+        check_weighting(sizes.ranking.weighting, len(features.schema.heads))
         check_live(features, sizes.ranker.rising, control, sizes.ranker.shown_rates)  # before the retriever's minutes
         with exclusive(run.root) if world.first else contextlib.nullcontext():
             if table:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import typer
 
 from vivace.manifest import CHECKOUT
+from vivace.strict_json import strict_json
 
 
 @functools.cache
@@ -160,8 +160,8 @@ def json_object(text: str) -> dict[str, Any] | None:
     if isinstance(text, dict) or not text:
         return text or None
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = strict_json(text)
+    except ValueError as error:
         raise typer.BadParameter(f"not JSON: {error}; got {text!r}") from None
     if not isinstance(value, dict):
         raise typer.BadParameter(f"expected a JSON object in braces, got {text!r}")
@@ -171,7 +171,7 @@ def json_object(text: str) -> dict[str, Any] | None:
 def json_file(path: Path, flag: str) -> dict[str, Any]:
     """The JSON object in a file that ``flag`` names. Raises BadParameter."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = strict_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=flag) from None
     except ValueError as error:

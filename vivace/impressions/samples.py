@@ -21,8 +21,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 ENVIRONMENT = "VIVACE_PARITY"  # what a server tells its workers: JSON of ``SampleOptions``
-SUFFIX, PARTIAL, RESULT = ".jsonl", ".partial", "result.json"
+SUFFIX, PARTIAL, RESULT, TURN = ".jsonl", ".partial", "result.json", "turn.json"
 WAITING, MOST_FILES, KEPT_S = 200, 500, 86_400
+LATE_S = 30.0  # after which a worker whose turn it was is taken for gone
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,25 @@ class SampleWriter:
 
     def _run(self) -> None:
         over = False
+        self._say_turn()
         while not over:
             over = self._closing.wait(self.options.seconds)
             try:
                 self._write()
             except OSError as error:  # such as a disk that is full: answers go on
                 log.warning("samples: not written: %s", error)
+            self._say_turn()
+
+    def _say_turn(self) -> None:
+        """Leaves word of when the next turn is (``next_turn_s``)."""
+        folder = Path(self.options.folder)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            partial = folder / f"{self._process}{PARTIAL}"
+            partial.write_text(json.dumps({"seconds": self.options.seconds}))
+            os.replace(partial, folder / TURN)
+        except OSError as error:
+            log.warning("samples: %s not written: %s", folder / TURN, error)
 
     def _write(self) -> None:
         taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
@@ -116,6 +130,16 @@ def write(path: Path, samples: list[Sample]) -> None:
 def files(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def next_turn_s(folder: Path) -> float | None:
+    """Seconds until every worker of the server has written the samples that wait; None where no server samples."""
+    try:
+        word = folder / TURN
+        left = word.stat().st_mtime + float(json.loads(word.read_text())["seconds"]) - time.time()
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if left < -LATE_S else max(left, 0.0)
 
 
 def read(folder: Path) -> Iterator[tuple[Path, list[Sample]]]:

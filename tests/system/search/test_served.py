@@ -15,7 +15,18 @@ from tritonclient.utils import InferenceServerException
 
 from benchmarks.fuzz_search import Fuzz
 from preprocessing.requests import recorded
-from search.online import QuerySearch, SearchOptions, SearchRanking, pack, searchable as has_words, unpack
+from search.features import personal
+from search.log import SearchLog
+from search.online import (
+    RANKER,
+    QuerySearch,
+    SearchOptions,
+    SearchRanking,
+    pack,
+    read_catalogue,
+    searchable as has_words,
+    unpack,
+)
 from search.published import FOLDER
 from serving.launcher import TritonServer
 from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, wait_until
@@ -24,10 +35,12 @@ from training.models.text_encoder import TextConfig
 from training.presets import tiny
 from training.search.encoder import SearchEncoderConfig
 from training.search.ranker import SearchRankerConfig
-from training.search.train import SearchTraining, train_search
+from training.search.train import SearchStudy, SearchTraining, catalogue_of, train_search
 from vivace import contract
 from vivace.client import VivaceError
+from vivace.context import clock
 from vivace.manifest import read_manifest
+from vivace.onnx_session import open_session
 from vivace.run import Run
 
 SEED = 3
@@ -143,6 +156,67 @@ def test_the_answer_is_that_of_the_functions(client, searchable):
     assert sorted(alone.items) != [] and not np.allclose(
         alone.scores, client.recommend(user, history, 10, "oak lamp").scores
     )
+
+
+MOMENT_MS = 1_790_000_000_000  # after the log: every training event of a user lies before it
+
+
+@pytest.fixture(scope="module")
+def lists(searchable, features):
+    """One logged search of each kind of user by name, with its features as they teach the search ranker: (kinds, users'
+    HISTORY, the study's requests)."""
+    files = pd.read_parquet(features.folder / "train")
+    long, short = (files.iloc[n] for n in (int(files[contract.ITEM].map(len).argmax()), 0))
+    kinds = {"anonymous": "", "unknown": "nobody has this name", "known": short[contract.USER], "long": long.iloc[0]}
+    log = pd.DataFrame({
+        contract.SEARCH: list(kinds), contract.USER: list(kinds.values()), contract.TIME: MOMENT_MS,
+        contract.QUERY_TEXT: ["oak lamp", "kettle", "alto mug", "linen"], contract.ITEM: contract.FIRST_ID,
+        contract.POSITION: 1, contract.CLICKED: True,
+    })  # fmt: skip
+    study = SearchStudy(
+        type(features)(searchable / "features"), tiny(), searchable, searchable / FOLDER, catalogue_of(features),
+        SearchTraining(), SEED,
+    )  # fmt: skip
+    names, types = features.items()[contract.ITEM].tolist(), event_names(features)
+    histories = {"anonymous": [], "unknown": []}
+    for kind, row in (("known", short), ("long", long)):
+        events = zip(row[contract.ITEM], row[contract.EVENT], row[contract.TIME], strict=True)
+        histories[kind] = [(names[i - contract.FIRST_ID], types[t], int(ms)) for i, t, ms in events]
+    return kinds, histories, study.logged_requests(SearchLog.of(log), np.ones(1)), log[contract.QUERY_TEXT].tolist()
+
+
+def event_names(features) -> list[str]:
+    """Names of event types by id, "" for the special ones."""
+    words = pd.read_parquet(features.folder / "workflow" / "categories" / f"unique.{contract.EVENT}.parquet")
+    return ["", "", "", *words[contract.EVENT].dropna().tolist()]
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "unknown", "known", "long"])
+def test_search_learns_from_what_is_served(server, searchable, lists, kind):
+    """Features of one list: as they teach the search ranker, and by what the server recommends beside the query; then
+    the scores that the server gives it. Someone of whom nothing is known is recommended what is popular."""
+    kinds, histories, taught, queries = lists
+    i, names = list(kinds).index(kind), {n: k for k, n in enumerate(["", "", "", *catalogue_names(searchable)])}
+    asks = [(kinds[kind], histories[kind], taught.with_history(i))]
+    if not histories[kind]:  # what teaches a share of the lists of everybody
+        asks.append((kinds[kind], [], taught.without_history(i)))
+    hour, weekday = (int(x[0]) for x in clock(np.array([MOMENT_MS]), "UTC").values())
+    moment = {"hour": hour, "weekday": weekday}
+    with PatientClient(f"{server.host}:{server.grpc_port}") as client:
+        for user, history, x_NX in asks:
+            plain = client.recommend(user, history, contract.MAX_TOP_K, context=moment)
+            ranked = np.array([names[item] for item in plain.items])
+            served_NX, at_N = personal(taught.features[i], taught.ids[i], ranked, np.array(plain.scores, np.float32))
+            assert (at_N >= 0).sum() > 3, "too few of the list are recommended to tell anything"
+            np.testing.assert_allclose(served_NX, x_NX, atol=2e-4)
+            answer = client.recommend(user, history, contract.MAX_TOP_K, queries[i], context=moment)
+            scores = open_session(searchable / FOLDER / RANKER).run(None, {"FEATURES": x_NX[None]})[0][0]
+            expected = dict(zip(taught.ids[i].tolist(), scores.tolist(), strict=True))
+            assert [expected[names[item]] for item in answer.items] == pytest.approx(list(answer.scores), abs=1e-3)
+
+
+def catalogue_names(searchable) -> list[str]:
+    return read_catalogue(searchable / FOLDER).items
 
 
 def test_filters_narrow_and_diversity_spreads_the_answer(client, titles):

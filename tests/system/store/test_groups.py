@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from typer.testing import CliRunner
 
-from tests.support import vivace, wait_until
+from tests.support import PATIENCE_S, vivace, wait_until
 from vivace.cli.main import app
 from vivace.manifest import CHECKOUT
 from vivace.store.event_groups import follow
@@ -166,3 +166,35 @@ def test_the_command_follows_and_a_copy_goes_on_where_the_group_was(tmp_path, se
     wrong = here.invoke(app, ["events", "drop", "dwh", "--store", url])
     assert wrong.exit_code == 2 and "expected a group there is (none)" in wrong.output, wrong
     shared.close()
+
+
+def test_a_closed_pipe_ends_the_command_before_the_next_event_comes(tmp_path):
+    folder = tmp_path / "artifacts" / "shop" / "feature_store"
+    (folder.parent / "model_repository").mkdir(parents=True)
+    store = LmdbStore(folder)
+    store.append([Event("u", str(n), "view", n + 1) for n in range(3)])
+    command = [
+        sys.executable,
+        "-m",
+        "vivace.cli.main",
+        "events",
+        "follow",
+        "--name",
+        "shop",
+        "--from-start",
+        "--group",
+        "g",
+    ]
+    with subprocess.Popen(
+        [*command, "--artifacts", str(tmp_path / "artifacts")], cwd=CHECKOUT, stdout=subprocess.PIPE
+    ) as reader:
+        try:
+            assert reader.stdout is not None
+            assert json.loads(reader.stdout.readline())["number"] == 1
+            wait_until(lambda: store.groups()[0].open == 0, "the batch acknowledged")
+            assert reader.poll() is None, "it waits for events"
+            reader.stdout.close()
+            assert reader.wait(PATIENCE_S) == 0
+        finally:
+            reader.kill()
+    store.close()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from tests.support import wait_until
 from vivace.cli import main
 from vivace.cli.runs import find_run, joined_log, mark_prepared, say_next, steps_follow
 from vivace.impressions.files import REQUEST_ID
+from vivace.impressions.samples import TURN, SampleOptions, SampleWriter
 from vivace.manifest import MANIFEST
 from vivace.run import Run
 
@@ -106,3 +109,16 @@ def test_a_joined_log_is_named_where_it_is_not_there_or_another_file(artifacts):
             joined_log(run, file)
     pq.write_table(pa.table({REQUEST_ID: ["r"]}), artifacts / "x.parquet")
     assert joined_log(run, artifacts / "x.parquet") == artifacts / "x.parquet"
+
+
+def test_parity_says_when_a_sample_comes(artifacts):
+    look = ["parity", "--name", "a", "--artifacts", str(artifacts)]
+    out = RUNNER.invoke(main.app, look)
+    assert out.exit_code == 1 and "no sample yet" in out.stderr and "vivace serve --name a" in out.stderr, out.output
+    writer = SampleWriter(SampleOptions(str(artifacts / "a" / "parity"), 0.01))
+    wait_until((artifacts / "a" / "parity" / TURN).exists, "word of the first turn")
+    out = RUNNER.invoke(main.app, look)
+    assert out.exit_code == 0 and re.search(
+        r"no sample waits; .* written within \d+ s", " ".join(out.stdout.split())
+    ), out.output
+    writer.close()

@@ -137,3 +137,17 @@ def test_the_mappings_of_each_domain_in_the_docs_are_some(tmp_path):
     assert [s.unknown_items for s in schemas] == ["reject", "keep", "reject"]
     assert schemas[0].item_continuous == ("price",) and schemas[2].item_lists == ("tags",)
     assert [len(s.context_categoricals) for s in schemas] == [3, 3, 0]
+
+
+def test_a_news_log_is_known_and_what_is_known_after_an_event_is_no_context(tmp_path):
+    """The columns of docs/domains.md's news mapping, and a log that says what was done as well."""
+    write(tmp_path, "c.csv", "reader,article,ts,dwell_s,device\nr1,A,1700000000000,12.5,tv\nr2,B,1700000001000,,tv\n")
+    write(tmp_path, "a.csv", "article,section,section_name,headline\nA,s,Sport,Goal\nB,s,Sport,Rain\n")
+    text = draft(tmp_path / "c.csv", tmp_path / "a.csv", tmp_path)
+    for line in ('user = "reader"', 'item = "article"', 'time_unit = "ms"', 'weight = "dwell_s"', 'title = "headline"'):
+        assert line in text, text
+    assert '# context = ["device"]' in text
+    write(tmp_path, "c.csv", "reader,article,ts,event,dwellSeconds,device\nr1,A,1700000000000,read,12.5,tv\n")
+    text = draft(tmp_path / "c.csv", None, tmp_path)
+    assert 'event_type = "event"' in text and '# context = ["device"]' in text and "weight =" not in text
+    assert '# left out: "dwellSeconds": known only after the event' in text

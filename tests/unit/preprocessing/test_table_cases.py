@@ -386,6 +386,15 @@ def test_labels_that_would_all_be_zero_are_refused_and_one_silent_head_is_said(t
     assert results["notes"] == ["head 'buy': no event has a weight of 3 or more, so all its labels are 0"]
 
 
+def test_a_log_of_what_was_only_shown_is_refused_with_the_types_that_came(tmp_path):
+    kinds = ["seen", "seen", "seen", "below", "seen", "below"]
+    lines = [f"{line},{kind}" for line, kind in zip(EVENTS.splitlines()[1:], kinds, strict=True)]
+    keys = 'event_type = "act"\nshown_types = ["seen", "below", "past"]\n'
+    came = r"of 6 rows only .*: 'seen' \(4\), 'below' \(2\); it names \['seen', 'below', 'past'\]\. .*"
+    with pytest.raises(ValueError, match=f"{came}out of shown_types"):
+        _prepared(tmp_path, "\n".join(["user,item,ts,act", *lines]), keys=keys)
+
+
 def test_a_wrong_unit_is_doubted(tmp_path):
     results = _prepared(tmp_path, EVENTS, keys='time_unit = "ms"')
     assert "lie in 1970 (the median is 1970-01-20)" in results["notes"][0]

@@ -16,7 +16,9 @@ from training.learn.objectives import log_expected_counts, retrieval_loss, witho
 from training.models import encoders
 from training.models.encoders import BUCKETS, EncoderConfig, TimeBias, time_buckets
 from training.models.item_table import ItemTables
+from training.models.long import packed as packing
 from training.models.long.attention import biased_attention, turned
+from training.models.long.packed import SHORT, like_rows, packed
 from training.models.ranking import RankerConfig, RankingGraph, RankingModel
 from training.models.retrieval import EXCLUDED, RetrievalModel
 from training.presets import RetrievalTraining, preset, recorded_fields, with_values
@@ -63,6 +65,35 @@ def test_attention_without_a_mask_is_that_with_one(monkeypatch, more):
     torch.testing.assert_close(encoded[0][0], encoded[T][0], atol=1e-5, rtol=1e-4)
     for grown, masked in zip(encoded[0][1], encoded[T][1], strict=True):
         torch.testing.assert_close(grown, masked, atol=1e-3, rtol=1e-3)
+
+
+def test_rows_of_like_length_go_together():
+    lengths = torch.tensor([0, 90, 1000, 3, 700, 0, 800, SHORT])
+    assert [lengths[rows].tolist() for rows in like_rows(lengths)] == [[1000, 800], [700], [90], [SHORT, 3]]
+    assert packed(torch.ones(3, 5, dtype=torch.bool)) is None and packed(torch.zeros(3, 5, dtype=torch.bool)) is None
+
+
+def test_packed_rows_learn_what_padded_ones_do(monkeypatch):
+    """The loss and its gradients, of rows of every group, with and without padding in each layer."""
+    torch.manual_seed(8)
+    model = RetrievalModel(EncoderConfig(width=16, history=T, dropout=0.0), ITEMS, torch.ones(ITEMS))
+    loss = retrieval_loss(model, RetrievalTraining(), log_expected_counts(torch.ones(ITEMS), RetrievalTraining()))
+    windows = torch.randint(FIRST_ID, ITEMS, (6, T + 1))
+    for row, events in enumerate((T + 1, 9, 8, 4, 2, 0)):
+        windows[row, : T + 1 - events] = PADDING_ID
+    monkeypatch.setattr(packing, "SHORT", 4)
+    assert len(like_rows((windows[:, :-1] != PADDING_ID).sum(1))) == 3
+    by_way = {}
+    for way, limit, padded in (("masked", T, 0.0), ("turned", 0, 1.0), ("packed", 0, 0.0)):
+        monkeypatch.setattr(encoders, "LONG", limit)
+        monkeypatch.setattr(packing, "PADDED", padded)
+        model.zero_grad()
+        value, terms = loss(windows)
+        value.backward()
+        by_way[way] = value.detach(), terms, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        assert torch.isfinite(value)
+    for way in ("masked", "turned"):
+        torch.testing.assert_close(by_way["packed"], by_way[way], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*:UserWarning")

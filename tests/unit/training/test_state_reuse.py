@@ -17,7 +17,8 @@ from serving.runtime.grown import GROWN, HIT, MISSED, GrownRetrieval
 from serving.runtime.state_cache import BLOCK, MOST_NEW, StateMemory, keys_of
 from training.compile import onnx_export
 from training.compile.onnx_export import check_steps, export, export_steps, names_of
-from training.models.encoders import EncoderConfig, RelativeBias, distance_buckets
+from training.models.encoders import BUCKETS, EncoderConfig, RelativeBias
+from training.models.long.attention import distance_buckets
 from training.models.retrieval import EncoderStep, RetrievalGraph, RetrievalModel, states_of_event
 from training.presets import recorded_fields
 from vivace import contract, windows
@@ -306,7 +307,7 @@ def test_a_sliding_window_stays_while_a_history_grows():
 def test_the_bias_of_two_events_is_that_of_their_distance(causal):
     bias = RelativeBias(2, 40, causal)
     torch.nn.init.normal_(bias.bias_RA)
-    bucket_of = distance_buckets(40).tolist()
+    bucket_of = distance_buckets(40, BUCKETS).tolist()
     assert bucket_of[:17] == [*range(17)] and bucket_of[-1] == 31 and sorted(bucket_of) == bucket_of
     for t in (1, 2, 17, 40):
         got = bias(t)

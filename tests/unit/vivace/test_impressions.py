@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.support import wait_until
 from vivace.columns import CLICKED, ITEM, POSITION
 from vivace.impressions import files, joined
 from vivace.impressions.files import REQUEST_ID, SCHEMA, USER, Part, forget, parts, tidy
 from vivace.impressions.queue import Drafts, ImpressionOptions, ImpressionQueue, packed_viewer, row_ids, table_of
+from vivace.impressions.samples import LATE_S, TURN, SampleOptions, SampleWriter, next_turn_s
 from vivace.store.interface import Event
 from vivace.store.lmdb_store import LmdbStore
 
@@ -186,3 +188,17 @@ def test_a_writer_that_is_killed_leaves_whole_files_without_a_gap(tmp_path):
     assert len(ids) >= 300 and ids == [f"r{number}" for number in range(len(ids))]
     tidy(tmp_path, days=0)
     assert not list(tmp_path.glob("*.partial"))  # what it was writing
+
+
+def test_when_the_next_samples_come_is_known_before_the_first(tmp_path):
+    folder = tmp_path / "parity"
+    assert next_turn_s(folder) is None
+    writer = SampleWriter(SampleOptions(str(folder), 0.01, seconds=60.0))
+    wait_until(lambda: next_turn_s(folder) is not None, "word of the first turn")
+    left = next_turn_s(folder)
+    assert left is not None and 0 < left <= 60
+    writer.close()
+    assert [file.name for file in folder.iterdir()] == [TURN] and (folder.stat().st_mode & 0o777) == 0o700
+    late = time.time() - 60 - LATE_S - 1  # the server ended long ago
+    os.utime(folder / TURN, (late, late))
+    assert next_turn_s(folder) is None

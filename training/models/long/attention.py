@@ -31,6 +31,16 @@ def earlier(t: int, device: torch.device) -> Tensor:
     return place_T[:, None] >= place_T[None]
 
 
+def distance_buckets(length: int, buckets: int) -> Tensor:
+    """Bucket of each distance between two events, int64 [length]: exact for the first half of the buckets, then
+    logarithmic up to ``length`` (Raffel et al. 2020, T5)."""
+    distance = torch.arange(length)
+    exact = buckets // 2
+    spread = math.log(max(length, exact + 1) / exact)
+    far = exact + (torch.log(distance.clamp_min(1) / exact) / spread * (buckets - exact)).long()
+    return torch.where(distance < exact, distance, far.clamp_max(buckets - 1))
+
+
 def time_bucket(newer: Tensor, older: Tensor, buckets: int) -> Tensor:
     """Bucket of the whole seconds between two times in ms, int64: see ``encoders.time_buckets``."""
     seconds = torch.div((newer - older).abs(), 1000, rounding_mode="floor")
