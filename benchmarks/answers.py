@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vivace.contract import HOUR, WEEKDAY
+
+NO_CLOCK = {HOUR: None, WEEKDAY: None}  # CONTEXT of a request whose answer must not change with the hour
 TIE = 1e-4  # scores nearer than this are a tie: float32 sums in another order differ by about 1e-5
 
 

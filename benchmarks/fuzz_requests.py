@@ -32,6 +32,7 @@ import numpy as np
 import psutil
 import typer
 
+from benchmarks.answers import NO_CLOCK
 from benchmarks.deaths import lost_events
 from benchmarks.hostile import over_grpc, over_http, over_http2
 from loadtest.generate.local_server import on_free_ports
@@ -72,7 +73,7 @@ class Neighbours:
         self.acknowledged: dict[str, list[str]] = {}
         self.unknown: dict[str, list[str]] = {}
         with self.client("grpc") as client:
-            self.expected = [client.recommend(history=h, top_k=10) for h in histories]
+            self.expected = [client.recommend(history=h, top_k=10, context=NO_CLOCK) for h in histories]
 
     def client(self, protocol: str) -> VivaceClient:
         port = self.server.grpc_port if protocol == "grpc" else self.server.http_port
@@ -89,7 +90,7 @@ class Neighbours:
                 n = rng.randrange(len(self.histories))
                 started = time.perf_counter()
                 try:
-                    answer = client.recommend(history=self.histories[n], top_k=10)
+                    answer = client.recommend(history=self.histories[n], top_k=10, context=NO_CLOCK)
                 except VivaceError as error:
                     self.fault(f"{protocol}: {error}")
                     continue

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.answers import agreement
+from benchmarks.answers import NO_CLOCK, agreement
 from loadtest.generate.local_server import grpc_address, on_free_ports
 from loadtest.reports.record import record_line
 from preprocessing.features import Features
@@ -34,7 +34,6 @@ from vivace.client import AsyncVivaceClient, Recommendation
 from vivace.run import Run
 
 CONCURRENCY = 32
-NO_CLOCK = {contract.HOUR: None, contract.WEEKDAY: None}  # else a run that reads them takes those of the moment
 
 
 @dataclass(frozen=True)

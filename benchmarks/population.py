@@ -5,7 +5,7 @@
 Users of the synthetic shop click by its own taste and by the place (``simulated_users``). The control and versions
 whose true CTR is 3 % better and 3 % worse are put to them for two weeks, and ``training.judge`` decides at a look every
 hour. Each seed draws other users, arms and clicks. Checked are: A/B (``experiment.looks``), the same with two equal
-arms, interleaving (``serving.runtime.team_draft``, judged by ``training.judge.drafts``: by CTR, and by requests won),
+arms, interleaving (``serving.runtime.team_draft``, judged by ``clicks.drafts``: by CTR, and by requests won),
 the position bias (``places.examined``), and the doubly robust estimate of a version that nobody saw
 (``counterfactual``). The first seed also goes through a file (``experiment.evidence``), which has to say the same. The
 last line of stdout is one JSON object.
@@ -30,10 +30,10 @@ from benchmarks.simulated_users import EXAMINED, HOUR_MS, PLACES, SHARED, Popula
 from loadtest.reports.record import record_line
 from preprocessing.readers.shop import Shop, ShopConfig
 from serving.runtime.team_draft import draft, winner
+from training.judge.clicks.drafts import credits_of, looked_at
+from training.judge.clicks.experiment import CTR, evidence, looks
+from training.judge.clicks.places import examined
 from training.judge.counterfactual import UNIT, counterfactual
-from training.judge.drafts import credits_of, looked_at
-from training.judge.experiment import CTR, evidence, looks
-from training.judge.places import examined
 from vivace.columns import CLICKED, ITEM, POSITION, TIME
 from vivace.impressions.files import REQUEST_ID
 from vivace.impressions.joined import JOINED, PROPENSITY

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from preprocessing.readers.shop import DAY_PARTS, DEVICES, Shop
-from training.judge.experiment import CLICKS, SHOWN, UNIT
+from training.judge.clicks.experiment import CLICKS, SHOWN, UNIT
 from vivace.columns import TIME
 
 PLACES, CANDIDATES, MOMENTS = 10, 30, 2
@@ -134,5 +134,5 @@ class Visits:
 
 
 def arm(visits: Visits, clicked_RK: np.ndarray) -> pd.DataFrame:
-    """Requests as ``training.judge.experiment.looks`` reads an arm's."""
+    """Requests as ``training.judge.clicks.experiment.looks`` reads an arm's."""
     return pd.DataFrame({UNIT: visits.person, TIME: visits.time_ms, CLICKS: clicked_RK.sum(1), SHOWN: PLACES})

@@ -13,7 +13,8 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from vivace.client import AsyncVivaceClient, VivaceError
+from benchmarks.answers import NO_CLOCK
+from vivace.client import AsyncVivaceClient, Recommendation, VivaceError
 from vivace.client_request import request_tensors
 
 CANCELLED, MALFORMED, APPENDS = 0.05, 0.02, 0.08
@@ -47,6 +48,7 @@ class Calls:
         self._seconds: list[float] = []
         self._before: Counter[str] = Counter()
         self._usual_s = 0.005
+        self._context: dict[str, None] | None = NO_CLOCK
 
     async def learn(self) -> None:
         """Opens the connections and keeps the answer of each history."""
@@ -56,8 +58,10 @@ class Calls:
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._infer = self._channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         self._turns = {user: asyncio.Lock() for user in self.acknowledged}
+        first = await self._ask("grpc", self.histories[0])
+        self._context = None if "no column" in first.status else NO_CLOCK  # a run without a clock says so
         for n, history in enumerate(self.histories):
-            self.answers[n] = (await self._clients["grpc"].recommend(history=history, top_k=10)).items
+            self.answers[n] = (await self._ask("grpc", history)).items
         self._message = service_pb2.ModelInferRequest(model_name="recommend")
         for tensor, value in request_tensors(history=self.histories[0], top_k=10):
             item = self._message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=list(value.shape))
@@ -85,10 +89,14 @@ class Calls:
         self.totals[what] += 1
         self.errors[f"{what}: {str(error)[:110]}"] += 1
 
+    async def _ask(self, protocol: str, history: list[str]) -> Recommendation:
+        """The same answer at any hour."""
+        return await self._clients[protocol].recommend(history=history, top_k=10, context=self._context)
+
     async def _recommend(self, protocol: str) -> None:
         n, started = self._rng.randrange(len(self.histories)), time.perf_counter()
         try:
-            answer = await self._clients[protocol].recommend(history=self.histories[n], top_k=10)
+            answer = await self._ask(protocol, self.histories[n])
         except (VivaceError, aiohttp.ClientError, TimeoutError) as error:
             return self._failed("refused", error)
         seconds = time.perf_counter() - started

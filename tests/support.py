@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import tritonclient.grpc as grpcclient
 
@@ -24,6 +27,7 @@ from vivace.manifest import CHECKOUT
 
 AT_ONCE = 30  # rows of a request
 T = TypeVar("T")
+NOON = {"hour": "12", "weekday": "2"}  # for answers that are compared: the models read the clock
 LOGS: dict[str, Any] = {"impressions": True, "impressions_every_s": 1.0, "variant": "b"}  # options of a server
 PATIENCE_S = 180.0  # far beyond what any machine takes: who waits so long has failed
 WAITED_TOO_LONG = ("timeout expired", "exceeds maximum queue size")  # Triton's words where a queue refuses
@@ -47,6 +51,53 @@ def wait_until(condition: Callable[[], T], expected: str, every_s: float = 0.05)
         assert time.monotonic() < deadline, f"expected {expected} within {PATIENCE_S:.0f} s, got {value!r}"
         time.sleep(every_s)
     return value
+
+
+class Second:
+    """A second, or ``length_s``, of a server's own time, from now on: within it all its processes count what was
+    appended. Not counted is what they spent ready to run while other jobs had the cores."""
+
+    def __init__(self, server: Any, length_s: float = 1.0) -> None:
+        self._pid, self._length_s = server.pid, length_s
+        self._began, self._waited_ns = time.monotonic(), _waited_ns(server.pid)
+
+    def left_s(self) -> float:
+        waited = _waited_ns(self._pid)
+        longest_ns = max((ns - self._waited_ns.get(pid, 0) for pid, ns in waited.items()), default=0)
+        return self._length_s + longest_ns / 1e9 - (time.monotonic() - self._began)
+
+    def pass_by(self) -> None:
+        """Returns when it is over."""
+        while (left_s := self.left_s()) > 0:
+            time.sleep(left_s)
+
+    def shows(self, ask: Callable[[], T], right: Callable[[T], bool], expected: str) -> T:
+        """The first answer that is ``right``; AssertionError where one that was asked for when the time was over is
+        not."""
+        while True:
+            left_s = self.left_s()
+            if right(answer := ask()):
+                return answer
+            assert left_s > 0, f"expected {expected} after {self._length_s:g} s, got {answer!r}"
+
+
+def _waited_ns(pid: int) -> dict[int, int]:
+    """How long the threads of a process, and of each below it, were ready and had no core, by its pid."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    waited = dict.fromkeys((process.pid for process in family), 0)
+    for member in waited:
+        for task in Path(f"/proc/{member}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):  # one that ended
+                waited[member] += int(task.read_text().split()[1])
+    return waited
+
+
+def heard(connection: socket.socket, words: bytes) -> bytes:
+    """What comes until ``words`` are in it, or to its end: an answer may come in pieces."""
+    answer = b""
+    while words not in answer and (part := connection.recv(1 << 16)):
+        answer += part
+    return answer
 
 
 def on_free_ports(repository: Path, **more: Any) -> ServerOptions:
@@ -92,6 +143,9 @@ def waited_too_long(error: Exception | str) -> bool:
 
 
 def in_a_hurry(answer: object) -> bool:
+    """Whether an answer, or one of a list, was shortened because the machine is busy."""
+    if isinstance(answer, list):
+        return any(map(in_a_hurry, answer))
     return isinstance(answer, Recommendation) and IN_A_HURRY in answer.status
 
 

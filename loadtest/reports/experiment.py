@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.reports.html import drawn, image, page, table
+from training.judge.clicks.drafts import Teams
+from training.judge.clicks.experiment import CTR, Evidence
 from training.judge.counterfactual import Counterfactual
-from training.judge.drafts import Teams
-from training.judge.experiment import CTR, Evidence
 from vivace.contract import TRIAL
 from vivace.sequential import Comparison, Plan, Preference
 

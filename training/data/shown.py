@@ -48,8 +48,8 @@ LEARNED = "before an event that the retriever has learned"  # its score of what 
 @dataclass(frozen=True)
 class ShownLog:
     """A file of ``vivace experiment impressions``. ``examined``: how often each place is looked at beside the first,
-    float64 [K] (``training.judge.places``), NaN where the log does not say: then as the place before. ``unseen``:
-    requests whose answers by the version on trial nobody saw."""
+    float64 [K] (``training.judge.clicks.places``), NaN where the log does not say: then as the place before.
+    ``unseen``: requests whose answers by the version on trial nobody saw."""
 
     file: Path
     examined: np.ndarray

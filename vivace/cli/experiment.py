@@ -17,6 +17,7 @@ from vivace.run import Run
 
 JOINED = "file of 'vivace experiment impressions'; artifacts/RUN/impressions.parquet if empty"
 Joined = Annotated[Path | None, typer.Option(help=JOINED)]
+By = Annotated[str, choice("--by", values_of("training.judge.clicks.experiment:ARMS"), "what makes the arms")]
 experiment = typer.Typer(no_args_is_help=True)
 
 EventTypes = Annotated[
@@ -63,7 +64,9 @@ def report(
     name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     joined: Joined = None,
-    by: Annotated[str, choice("--by", values_of("training.judge.experiment:ARMS"), "what makes the arms")] = "variant",
+    by: Annotated[
+        str, choice("--by", values_of("training.judge.clicks.experiment:ARMS"), "what makes the arms")
+    ] = "variant",
     control: Annotated[str, typer.Option(help="the arm that others stand beside; the first by name if empty")] = "",
     top_k: Annotated[int, typer.Option(help="places of a request that count", min=1, max=100)] = 10,
     effect: Annotated[
@@ -89,8 +92,8 @@ def report(
 ) -> None:
     from loadtest.reports import experiment as pages
     from loadtest.reports.html import table
-    from training.judge.drafts import teams
-    from training.judge.experiment import evidence, shown_rows
+    from training.judge.clicks.drafts import teams
+    from training.judge.clicks.experiment import evidence, shown_rows
     from vivace.sequential import Plan
 
     run = find_run(artifacts, name)
@@ -138,13 +141,15 @@ def uplift(
     name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     joined: Joined = None,
-    by: Annotated[str, choice("--by", values_of("training.judge.experiment:ARMS"), "what makes the arms")] = "variant",
+    by: Annotated[
+        str, choice("--by", values_of("training.judge.clicks.experiment:ARMS"), "what makes the arms")
+    ] = "variant",
     arm: Annotated[str, typer.Option(help="whose rows count, by its name")] = "",
     least: Annotated[int, typer.Option(help="times that an item must have been shown", min=2)] = 30,
     most: Annotated[int, typer.Option(help="items of each end that are printed", min=1)] = 10,
     out: Annotated[Path | None, typer.Option(help="Parquet of all items, if any", dir_okay=False)] = None,
 ) -> None:
-    from training.judge.experiment import shown_rows
+    from training.judge.clicks.experiment import shown_rows
     from training.judge.uplift import uplift as estimated
 
     run = find_run(artifacts, name)
@@ -175,7 +180,7 @@ def uplift(
 def _steps(run: Run, file: Path, by: str) -> Any:
     """Of the run's newest rollout, ``RolloutSteps``, where it made the arms of the log; else None."""
     from serving.rollout_steps import RolloutSteps
-    from training.judge.experiment import arms_in
+    from training.judge.clicks.experiment import arms_in
     from vivace.contract import TRIAL
     from vivace.impressions.files import VARIANT
 

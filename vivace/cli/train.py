@@ -126,8 +126,8 @@ def shown_log(run: Run, joined: Path | None, wanted: bool) -> Any:
     import numpy as np
 
     from training.data.shown import ShownLog
-    from training.judge.experiment import shadows
-    from training.judge.places import examined_in
+    from training.judge.clicks.experiment import shadows
+    from training.judge.clicks.places import examined_in
     from vivace.contract import MAX_TOP_K
 
     file = joined_log(run, joined)

@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from serving.start_checks import free_port
 from serving.status import start_status_page
-from tests.support import wait_until
+from tests.support import PatientClient, wait_until
 from vivace import contract
 from vivace.cli.page import judged, watch
 from vivace.cli.page.app import answered, make_app
@@ -29,7 +29,6 @@ from vivace.cli.page.catalogue import Catalogue
 from vivace.cli.page.load import Load
 from vivace.cli.page.operations import Operations
 from vivace.cli.page.served import Served
-from vivace.client import VivaceClient
 from vivace.run import Run
 
 CHROMIUM = shutil.which("chromium")
@@ -179,7 +178,7 @@ def test_a_what_if_changes_the_answer_and_nothing_that_is_stored(page, served, r
     assert page.locator(".history li").first.locator(".tag").inner_text() == "buy"
     edited = items_of(page)
     assert answered[3] not in edited and edited != answered
-    with VivaceClient(f"127.0.0.1:{served[0].grpc_port}") as client:
+    with PatientClient(f"127.0.0.1:{served[0].grpc_port}") as client:
         assert client.recommend(user, top_k=12).items == answered
     with redrawn(page):
         page.click("text=Back to what is stored")
@@ -222,7 +221,7 @@ def test_a_visitor_who_is_stored_by_keyboard_alone(page, served):
     page.keyboard.press("Enter")
     expect(page.locator(".who")).to_contain_text(f"1 stored events of {user}")
     expect(page.locator(".status")).to_contain_text("Answered in full")
-    with VivaceClient(f"127.0.0.1:{served[0].grpc_port}") as client:
+    with PatientClient(f"127.0.0.1:{served[0].grpc_port}") as client:
         assert first not in client.recommend(user, top_k=12).items
     focused = "selector => Boolean(document.activeElement.closest(selector))"
     assert page.evaluate(focused, ".cards button"), "the item is gone, and the keyboard goes on beside it"
@@ -254,8 +253,11 @@ def test_an_operator_sees_load_come_and_go_and_changes_nothing_without_the_key(p
     assert other[0] == 409 and "goes on already" in other[1]
     page.click("text=Stop")
     expect(page.locator("#operations")).to_contain_text("Stopped.")
-    body = wait_until(lambda: load_alone(url), "a load of its own")
-    assert json.loads(body.strip().split("data: ")[-1])["answered"] == 5
+
+    def answered() -> int:  # fewer where a queue of a busy machine refuses
+        return json.loads((load_alone(url) or "{}").strip().split("data: ")[-1]).get("answered", 0)
+
+    wait_until(lambda: answered() == 5, "a load of its own")
     for path, broken in itertools.product(
         ("/api/load", "/api/rollout", "/api/recommend"), ("{", "null", "[" * 100_000)
     ):

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ class Engine:
         done = subprocess.run(["docker", *arguments], env=self.environment, capture_output=True, text=True)
         assert not done.returncode, f"docker {' '.join(arguments)}: {done.stderr}"
         return done.stdout
+
+    def last_words(self) -> str:
+        """What containers that are not running wrote last."""
+        ended = self.docker("ps", "-a", "--filter", "status=exited", "--format", "{{.Names}}").split()
+        logs = (["docker", "logs", "--tail", "10", name] for name in ended)
+        run = partial(subprocess.run, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return "\n".join(f"{log[-1]}: {run(log).stdout.decode()}" for log in logs)
 
     def inspect(self, container: str) -> dict[str, Any]:
         described: dict[str, Any] = json.loads(self.docker("inspect", container))[0]

@@ -17,7 +17,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +53,8 @@ class Stack:
             ["docker-compose", "--project-name", "vivace-test", *arguments],
             cwd=self.checkout, env=self.engine.environment | variables, capture_output=True, text=True,
         )  # fmt: skip
-        assert not done.returncode, f"docker-compose {' '.join(arguments)}: {done.stderr}\n{self._last_words()}"
+        assert not done.returncode, f"docker-compose {' '.join(arguments)}: {done.stderr}\n{self.engine.last_words()}"
         return done.stdout
-
-    def _last_words(self) -> str:
-        """What containers that are not running wrote last."""
-        ended = self.engine.docker("ps", "-a", "--filter", "status=exited", "--format", "{{.Names}}").split()
-        logs = (["docker", "logs", "--tail", "10", name] for name in ended)
-        run = partial(subprocess.run, env=self.engine.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return "\n".join(f"{log[-1]}: {run(log).stdout.decode()}" for log in logs)
 
     def container(self, service: str) -> dict[str, Any]:
         return self.engine.inspect(self.compose("--profile", "page", "ps", "-q", service).strip())

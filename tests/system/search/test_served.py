@@ -29,7 +29,7 @@ from search.online import (
 )
 from search.published import FOLDER
 from serving.launcher import TritonServer
-from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, wait_until
+from tests.support import PATIENCE_S, PatientClient, Second, on_free_ports, quiet, wait_until
 from training.compile.compiler import compile_models
 from training.models.text_encoder import TextConfig
 from training.presets import tiny
@@ -339,9 +339,9 @@ def test_what_is_put_in_is_found_by_its_words_within_a_second_and_what_is_taken_
     with PatientClient(place) as client:
         answered = client.recommend("", [], 20, "kettle")
         before = answered.items
-        sent = time.monotonic()
+        second = Second(server)
         assert client.upsert_items([row]) == ["ok"]
-        assert client.recommend("", [], 5, "zanzibar").items[0] == new and time.monotonic() - sent < 1.0
+        assert client.recommend("", [], 5, "zanzibar").items[0] == new and second.left_s() > 0
         answer = client.recommend("", [], 20, "kettle", filters=dear)
         assert answer.items == [new] and "lexical" in answer.understood["found_by"][new]
         others = [item for item in client.recommend("", [], 20, "kettle").items if item != new]
@@ -357,9 +357,12 @@ def test_what_is_put_in_is_found_by_its_words_within_a_second_and_what_is_taken_
         assert new not in gone and before[0] not in gone and gone
         raw = pd.read_parquet(features.folder / "catalogue.parquet").set_index("item_id").loc[before[0]]
         client.upsert_items([{"item_id": before[0], **json.loads(raw.to_json())}])
-        wait_until(lambda: before[0] in client.recommend("", [], 20, "kettle").items, "the item back")
-        again = client.recommend("", [], 20, "kettle")  # a row as it was compiled is no change
-        assert (again.items, list(again.scores)) == (before, list(answered.scores))
+
+        def as_before() -> bool:  # a row as it was compiled is no change
+            again = client.recommend("", [], 20, "kettle")
+            return (again.items, list(again.scores)) == (before, list(answered.scores))
+
+        wait_until(lambda: all(as_before() for _ in range(8)), "the item back, in every process")
 
 
 def test_an_answer_to_a_query_is_explained_by_what_matches(client):

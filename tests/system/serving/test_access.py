@@ -8,6 +8,7 @@ import http.client
 import socket
 import ssl
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.support import PATIENCE_S, on_free_ports, quiet, wait_until
 from vivace.client import AsyncVivaceClient, VivaceClient, VivaceError
 
 PROTOCOLS = ["grpc", "http"]
+FLOOD_RATE = 5  # calls a second that a key may make
 HISTORY = ["sku-00001", "sku-00002"]
 
 
@@ -66,7 +68,7 @@ def shop(root, tmp_path_factory):
         wait_until(lambda: server.door.told_ready, "a server that is ready, as its own questions are answered")
         ports = {"grpc": server.grpc_port, "http": server.http_port}
         yield Shop(ports, keys, file, certificate, cert)
-        assert watchdog.health.ready, watchdog.health.faults
+        wait_until(lambda: watchdog.health.ready, "a server that is well after all of it")
 
 
 REFUSED = {
@@ -166,7 +168,7 @@ def alone(tmp_path_factory):
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     keys = {f"of {n} bytes": "k" * n for n in (1, 54, 55, 56, 63, 64, 65, 119, 120, 200)} | {"known": "good"}
     file.write_text("".join(f'k{n} = {{ sha256 = "{digest(key)}" }}\n' for n, key in enumerate(keys.values())))
-    keys |= {name: add_key(file, name, rate=rate)[1] for name, rate in (("flood", 5), ("polite", 1000))}
+    keys |= {name: add_key(file, name, rate=rate)[1] for name, rate in (("flood", FLOOD_RATE), ("polite", 1000))}
     with door(tmp_path_factory, AccessOptions(keys=file)) as running:
         yield running, file, keys
 
@@ -216,8 +218,10 @@ def test_headers_of_our_own_open_nothing(alone):
 def test_a_flood_is_limited_and_a_polite_key_is_not(alone):
     running, _, keys = alone
     port = running.options.http_port
+    began = time.monotonic()
     flood = [asked(port, "/nowhere", f"Bearer {keys['flood']}") for _ in range(40)]
-    assert {status for status, _ in flood} == {404, 429} and sum(s == 429 for s, _ in flood) > 20
+    most = FLOOD_RATE * (2 + time.monotonic() - began)  # of each second that it touched
+    assert {status for status, _ in flood} == {404, 429} and sum(s == 404 for s, _ in flood) <= most
     assert any("more calls a second than it has" in text for _, text in flood)
     assert {asked(port, "/nowhere", f"Bearer {keys['polite']}")[0] for _ in range(40)} == {404}
     channel = grpc.insecure_channel(f"127.0.0.1:{running.options.grpc_port}")
@@ -233,8 +237,15 @@ def test_a_flood_is_limited_and_a_polite_key_is_not(alone):
 
 
 def test_probes_need_no_key_but_have_a_limit(alone):
-    answers = [asked(alone[0].options.http_port, "/v2/health/ready?x=1")[0] for _ in range(4 * PROBES_RATE)]
-    assert set(answers) == {503, 429}, "not ready, and not for everybody at once"
+    answers, port = set(), alone[0].options.http_port
+    with ThreadPoolExecutor(8) as pool:
+
+        def both() -> bool:  # a second has so many more than are let through, however slow the machine is
+            answers.update(pool.map(lambda _: asked(port, "/v2/health/ready?x=1")[0], range(4 * PROBES_RATE)))
+            return answers >= {503, 429}
+
+        wait_until(both, "not ready, and not for everybody at once")
+    assert answers == {503, 429}
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")

@@ -4,6 +4,7 @@ requests are computed once, and two servers over one Valkey answer from each oth
 from __future__ import annotations
 
 import re
+import time
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,10 @@ import pytest
 from benchmarks.local_valkey import ValkeyServer, stopped
 from serving.launcher import TritonServer
 from serving.runtime import moment
+from serving.runtime.answer_memory import CLAIM_S
 from serving.runtime.cache_settings import CacheSettings
 from serving.runtime.stages import FeatureTransform, Row
-from tests.support import PatientClient, on_free_ports, own_copy, quiet, users_of_data, wait_until
+from tests.support import NOON, PatientClient, on_free_ports, own_copy, quiet, users_of_data, wait_until
 from vivace.client import Recommendation
 from vivace.contract import FEATURE_TRANSFORM
 from vivace.run import Run
@@ -28,7 +30,6 @@ from vivace.store.remote.store import ValkeyStore
 
 LINE = re.compile(r'vivace_answer_cache_total\{[^}]*result="(\w+)"[^}]*\} (\d+)')
 CACHE = CacheSettings(8 << 20, 600.0)
-NOON = {"hour": "12", "weekday": "2"}  # counts stay what they are where the hour changes meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +109,13 @@ def test_a_hit_is_the_computed_answer_and_no_append_or_change_is_missed(own_root
         assert client.recommend("", ["no such item"], 7, context=NOON).status.startswith("degraded")
         counted.more(memory=1, miss=1 + 4)
 
-        many = 64
+        many, began = 64, time.monotonic()
         with ThreadPoolExecutor(many) as pool:
             answers = list(pool.map(lambda _: client.recommend(users[1], top_k=9, context=NOON), range(many)))
         assert all(same(answers[0], answer) for answer in answers)
-        wait_until(lambda: sum(counted.ask().values()) == sum(counted.expected.values()) + many, f"{many} more")
-        assert counts(server)["miss"] == counted.expected["miss"] + 1
+        once = 1 + (time.monotonic() - began) / CLAIM_S  # who takes longer to compute it is no longer waited for
+        wait_until(lambda: sum(counted.ask().values()) >= sum(counted.expected.values()) + many, f"{many} more")
+        assert counts(server)["miss"] <= counted.expected["miss"] + once
         file = Path(server.options.answer_cache.path)
         assert file.exists()
     assert not file.exists()
@@ -140,7 +142,7 @@ def test_two_servers_over_one_valkey_share_answers_and_neither_is_old(own_root, 
         shared = life.enter_context(ValkeyServer(tmp_path / "valkey"))
         with end_of(Run(own_root).feature_store) as own, end_of(shared.url) as target:
             copy(own, target, False, quiet)
-        store = f"{shared.url}?limit_ms=300"
+        store = f"{shared.url}?limit_ms=2000&write_ms=20000"  # all but the last lines is not about time
         servers = [life.enter_context(server_of(own_root, store=store, log=tmp_path / f"{n}.log")) for n in "ab"]
         a, b = (life.enter_context(PatientClient(f"{s.host}:{s.grpc_port}")) for s in servers)
         users = users[2:]

@@ -16,7 +16,7 @@ import tritonclient.http as httpclient
 
 from loadtest.generate.statistics import largest_batches
 from preprocessing.requests import recorded
-from tests.support import PatientClient, patient, patient_async_client, patiently
+from tests.support import NOON, PatientClient, patient, patient_async_client, patiently
 from vivace import contract
 from vivace.client import VivaceError, read_answer
 from vivace.client_request import request_tensors
@@ -171,14 +171,14 @@ def test_batch_equals_single_and_batches_are_formed(served, requests):
     url = f"{server.host}:{server.grpc_port}"
     chosen = requests[:64]
     with PatientClient(url) as client:
-        alone = [client.recommend(u, h, 10) for u, h in chosen]
+        alone = [client.recommend(u, h, 10, context=NOON) for u, h in chosen]
 
     async def together():
         async with patient_async_client(url) as client:
             calls = []
             for i, (user, history) in enumerate(chosen):
                 for top_k in (10, 0) if i % 8 == 0 else (10,):
-                    calls.append(patiently(partial(client.recommend, user, history, top_k)))
+                    calls.append(patiently(partial(client.recommend, user, history, top_k, context=NOON)))
             return await asyncio.gather(*calls, return_exceptions=True)
 
     def batched() -> bool:

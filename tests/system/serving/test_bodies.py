@@ -37,12 +37,14 @@ class Tripwire:
             threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it is closed
             while True:
                 connection, _ = listener.accept()
-                if not (begin := connection.recv(100)).startswith(b"GET /v2/health/live "):  # the door's own question
+                begin = b""
+                with contextlib.suppress(ConnectionError), connection:
+                    begin = connection.recv(100)
+                if begin and not begin.startswith(b"GET /v2/health/live "):  # the door's own question
                     self.arrived.append(begin)
-                connection.close()
 
     def close(self) -> None:
         for listener in self._listening:

@@ -31,8 +31,13 @@ def metric(fleet, name: str, **labels: str) -> dict[str, float]:
 def test_calls_are_counted_by_time_and_code(fleet, protocol):
     server = fleet.replicas[0].server
     of = {"model": "append_event", "protocol": protocol}  # which nobody calls but this test
-    before = metric(fleet, "vivace_request_seconds_bucket", **of)
     codes = metric(fleet, "vivace_requests_total", **of)
+
+    def told() -> dict[str, float] | None:  # every five seconds, of all calls before this test
+        buckets = metric(fleet, "vivace_request_seconds_bucket", **of)
+        return buckets if buckets["+Inf"] >= sum(codes.values()) else None
+
+    before = wait_until(told, "a histogram of the calls before")
     assert [float(bound) for bound in before] == list(BOUNDS)
     port = server.grpc_port if protocol == "grpc" else server.http_port
     took_s = []

@@ -21,9 +21,15 @@ COUNTED = 360
 
 def from_now_on(fleet) -> Drift:
     """Counts requests from here on alone."""
-    drift = Drift(fleet.counting)
-    time.sleep(TURN_S + 0.2)  # what waits in the workers is counted
-    drift.look(0.0)
+    drift, seen = Drift(fleet.counting), list[dict]()
+
+    def nothing_more() -> bool:
+        """What waits in the workers is counted: a turn of theirs brings no more."""
+        drift.look(0.0)
+        seen.append({row["feature"]: row["requests"] for row in drift.report(now_s=0.0)[0]["features"]})
+        return len(seen) > 1 and seen[-1] == seen[-2]
+
+    wait_until(nothing_more, "workers that count no more", every_s=TURN_S + 0.2)
     return drift
 
 
@@ -32,7 +38,7 @@ def rows_of(drift: Drift, requests: int) -> dict:
         drift.look(time.time())
         (report,) = drift.report()
         rows = {row["feature"]: row for row in report["features"]} | {"clicked": report["clicked"]}
-        return rows if min(rows[f]["requests"] for f in ("history length", "score")) >= requests else {}
+        return rows if min(row["requests"] for row in report["features"]) >= requests else {}
 
     return wait_until(look, f"{requests} requests counted", every_s=0.2)
 

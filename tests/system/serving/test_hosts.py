@@ -11,7 +11,7 @@ import pytest
 
 from serving.door.endpoints import RECOMMEND
 from serving.door.hosts import Upstream, parse_hosts
-from serving.door.options import AccessOptions
+from serving.door.options import AccessOptions, DoorOptions
 from serving.door.process import Door
 from serving.door.tls import make_pair
 from serving.hosts import HostsDoor, HostsDoorOptions
@@ -58,7 +58,8 @@ def test_calls_are_answered_by_whoever_speaks(host, silent, pair):
     with HostsDoor(options, told.append) as door:
         o = door.options
         wait_until(lambda: (door.look(), list(door.well.values()))[1] == [False, True], "one that is well")
-        assert told == [f"127.0.0.1:{silent}: no answer in 1 s; others are asked"]
+        of_silent = [line for line in told if line.startswith(f"127.0.0.1:{silent}:")]
+        assert of_silent == [f"127.0.0.1:{silent}: no answer in 1 s; others are asked"]
         began = time.monotonic()
         for protocol, port in (("grpc", o.grpc_port), ("http", o.http_port)):
             with PatientClient(f"127.0.0.1:{port}", protocol) as client:
@@ -96,16 +97,18 @@ def test_a_users_calls_go_to_one_server_and_users_to_all(host, pair):
                 PatientClient(f"127.0.0.1:{o.grpc_port}") as grpc,
                 PatientClient(f"127.0.0.1:{o.http_port}", "http") as http,
             ):
-                strays, before = 0, calls_of(door)
+                strays, slow, before = 0, 0, calls_of(door)
                 taken = dict.fromkeys(before, 0)
                 for user in users:
                     for client in (grpc, http, grpc, http):
+                        began = time.monotonic()
                         client.recommend(user, history=HISTORY, top_k=5)
+                        slow += time.monotonic() - began >= DoorOptions.try_s
                     after = calls_of(door)
                     sent = {address: after[address] - before[address] for address in after}
                     strays, before = strays + min(sent.values()), after
                     taken[max(sent, key=sent.__getitem__)] += 1
-    assert strays <= 2, "but for what was slow and asked of another as well"
+    assert strays <= 2 + slow, "but for what was slow and asked of another as well"
     assert min(taken.values()) >= 1 and sum(taken.values()) == len(users)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tritonclient.grpc as grpcclient
 
-from tests.support import logged, patient, wait_until
+from tests.support import PatientClient, logged, patient, wait_until
 from vivace import contract
 from vivace.client import inputs_of
 from vivace.client_request import request_tensors
@@ -66,6 +66,12 @@ def test_rows_of_a_request_are_logged_apart_and_what_the_server_asks_itself_is_n
     assert len(rows[0]["request_id"]) == 32  # made, so that it is counted
     ids = [i for path in parts(root / "impressions") for i in pq.read_table(path)["request_id"].to_pylist()]
     assert contract.UNLOGGED not in ids and "of two/1" not in ids  # nobody was shown anything
-    page = urllib.request.urlopen(f"http://{server.host}:{server.metrics_port}/metrics").read().decode()
-    assert 'vivace_impressions_total{how="written"}' in page
+
+    def counted() -> str:  # handed on with later requests
+        with PatientClient(f"{server.host}:{server.grpc_port}") as client:
+            client.recommend("no id", top_k=3)
+        page = urllib.request.urlopen(f"http://{server.host}:{server.metrics_port}/metrics").read().decode()
+        return page if 'vivace_impressions_total{how="written"}' in page else ""
+
+    page = wait_until(counted, "requests that were written, on the page of metrics", every_s=0.3)
     assert 'vivace_impressions_total{how="dropped"}' not in page

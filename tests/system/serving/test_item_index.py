@@ -15,7 +15,7 @@ from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers.shop import Shop, ShopConfig
 from serving.runtime.item_index import IndexedRetrieval
 from serving.service import service
-from tests.support import PatientClient, on_free_ports, quiet
+from tests.support import NOON, PatientClient, on_free_ports, quiet
 from training.checkpoints import load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.engine import Engine
@@ -46,13 +46,13 @@ def test_the_live_ensemble_answers_as_the_exact_one(features, root, served, inde
     store.close()
     exact, _ = served
     with PatientClient(f"{exact.host}:{exact.grpc_port}") as client:
-        expected = [client.recommend(u, top_k=10) for u in [*users, ""]]
+        expected = [client.recommend(u, top_k=10, context=NOON) for u in [*users, ""]]
     options = on_free_ports(own / "model_repository")
     with (
         service(options, quiet) as (server, _),
         PatientClient(f"{server.host}:{server.grpc_port}") as client,
     ):
-        got = [client.recommend(u, top_k=10) for u in [*users, ""]]
+        got = [client.recommend(u, top_k=10, context=NOON) for u in [*users, ""]]
     shared = [len(set(a.items) & set(b.items)) / 10 for a, b in zip(expected, got, strict=True)]
     assert np.mean(shared) > 0.97
     assert list(got[-1].items) == list(expected[-1].items)  # nobody's history: the most popular

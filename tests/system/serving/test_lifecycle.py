@@ -132,10 +132,9 @@ def test_a_closed_terminal_cleans_up_and_a_kill_is_swept_by_the_next_start(root,
         segments = segments_of(process)
         assert segments and list(tmp_path.glob(f"{LEFTOVER}*"))
         below = psutil.Process(process.pid).children(recursive=True)
-        for child in below:  # the supervisor first, then all at once: nobody can clean up
-            if child.name().startswith("tritonserver"):
-                process.kill()
-                child.kill()
+        servers = [child for child in below if child.is_running() and child.name().startswith("tritonserver")]
+        for each in (process, *servers):  # the supervisor first, then all at once: nobody can clean up
+            each.kill()
     left = set(tmp_path.glob(f"{LEFTOVER}*"))
     assert left and any(path.exists() for path in segments)
     with serving(root, tmp_path) as process:
@@ -185,7 +184,13 @@ def test_a_server_that_crashes_while_it_starts_is_started_again(root):
 
 
 def test_what_a_killed_server_made_elsewhere_goes_too(root):
-    ours = lambda: {p for p in Path("/tmp").glob("python_env_*") if p.stat().st_uid == os.getuid()}  # noqa: E731
+    def ours() -> dict[Path, float]:
+        """When each was made; those of other servers may go meanwhile."""
+        made = {}
+        for path in Path("/tmp").glob("python_env_*"):
+            with contextlib.suppress(FileNotFoundError):
+                made |= {path: stat.st_ctime} if (stat := path.stat()).st_uid == os.getuid() else {}
+        return made
 
     def beside(server: TritonServer) -> bool:
         """Whether another tritonserver started at about that time, whose folder it might be."""
@@ -195,10 +200,10 @@ def test_what_a_killed_server_made_elsewhere_goes_too(root):
 
     for _ in range(4):
         with TritonServer(on_free_ports(root / "model_repository")) as server:
-            made, disturbed = {p for p in ours() if server._launched <= p.stat().st_ctime}, beside(server)
+            made, disturbed = {p for p, at in ours().items() if server._launched <= at}, beside(server)
             os.kill(server.pid, signal.SIGKILL)
         if not (disturbed or beside(server)):
-            assert made and not made & ours()
+            assert made and not made & ours().keys()
             return
         time.sleep(MAKES_S / 2)
     pytest.skip("tritonservers of others started all the while")

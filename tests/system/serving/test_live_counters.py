@@ -26,7 +26,17 @@ from serving.runtime.pipeline import Pipeline
 from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import FeatureTransform, ItemVocabulary, Row
 from serving.service import service
-from tests.support import PATIENCE_S, PatientClient, on_free_ports, quiet, untouched_store, users_of_data, wait_until
+from tests.support import (
+    NOON,
+    PATIENCE_S,
+    PatientClient,
+    Second,
+    on_free_ports,
+    quiet,
+    untouched_store,
+    users_of_data,
+    wait_until,
+)
 from training.checkpoints import load_ranker, load_retrieval
 from training.compile.compiler import CompileConfig, compile_models
 from training.compile.engine import Engine
@@ -111,13 +121,12 @@ def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root,
     if kind != "exact":
         own, repository = searchable[0], searchable[1][kind]
     rising, pushed, more = (_rare(features, taken=place + i) for i in (0, 3, 6))
-    profile, user = "fused" if kind == "index" else "", min(users_of_data(root))
+    user, how = min(users_of_data(root)), {"suspects": becomes, "shard_wait_ms": 5000}  # the machine may be busy
     with (
-        service(on_free_ports(repository, profile=profile, suspects=becomes), quiet) as (server, _),
+        service(on_free_ports(repository, profile="fused" * (kind == "index"), **how), quiet) as (server, _),
         PatientClient(f"{server.host}:{server.grpc_port}") as client,
     ):
-        before = client.recommend("nobody", top_k=10)
-        assert rising not in before.items
+        assert rising not in client.recommend("nobody", top_k=10).items
         query = features.items().set_index("item_id")["title"][rising] if own != live_root else ""
         found = client.recommend("nobody", top_k=100, query=query) if query else None
         for _ in range(FLOOR):  # one account, whose clicks on an item count once
@@ -125,10 +134,8 @@ def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root,
         _suspected(client, f"mallory {kind}", more, becomes)
         for n in range(40 + 20 * place):  # more than the other kinds left in the store
             client.append(f"crowd {kind} {n}", rising)
-        appended = time.monotonic()
-        # a cold user gets what is clicked most now, before what was popular in training
-        while (items := list(client.recommend("nobody", top_k=10).items))[0] != rising:
-            assert time.monotonic() - appended < 1.0, f"{rising} is not first after a second: {items}"
+        # to a cold user, before what was popular in training
+        _risen(server, client, lambda items: items[0] == rising, f"{rising} first")
         everyone = client.recommend("nobody", top_k=100).items
         assert pushed in everyone and more not in everyone  # the one rises, behind what a crowd clicked
         right = {"kept": becomes == "keep", "refused": becomes == "refuse"}
@@ -137,12 +144,14 @@ def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root,
             client.append(f"crowd {kind} 0", rising)
             return _suspect_events(server) == right
 
-        wait_until(told, "the count of suspect events")
+        wait_until(told, "the count of suspect events", every_s=0.3)  # or the asker himself is suspect
         assert rising in client.recommend(user, top_k=100).items
         assert rising not in client.recommend(f"crowd {kind} 0", top_k=100).items  # who has seen it
         if found is not None:
             _searches_the_present(client, searchable[0], found, query, rising, user)
-        _new_item_rises(client, f"new-{kind}", str(features.items()["title"].tolist()[7]), f"crowd {kind}", user)
+        _new_item_rises(
+            server, client, f"new-{kind}", str(features.items()["title"].tolist()[7]), f"crowd {kind}", user
+        )
 
         run = Run(live_root)
         version = run.repository / FEATURE_TRANSFORM / str(run.version())
@@ -150,9 +159,9 @@ def test_what_is_appended_is_rising_within_a_second(live_root, searchable, root,
         store = LmdbStore(tmp_path / "feature_store", readonly=True)
         transform = FeatureTransform(version / "transform.onnx", store, run.shapes())
         histories = [names[i : i + 5] for i in range(0, 60, 3)]
-        served = [client.recommend("", history, 20) for history in histories]
+        served = [client.recommend("", history, 20, context=NOON) for history in histories]
         client.remove_items([f"new-{kind}"])
-    inputs = [torch.from_numpy(x) for x in transform([Row("", history, 20) for history in histories])[0]]
+    inputs = [torch.from_numpy(x) for x in transform([Row("", h, 20, context=NOON) for h in histories])[0]]
     rising_BM, live_BMF = inputs[-2:]
     assert int((rising_BM[0] >= FIRST_ID).sum()) >= 1 and live_BMF.shape[2] == live_features(2)  # device, sensitivity
     first = RetrievalGraph(load_retrieval(features, PRESET, live_root), CANDIDATES, rising=RISING)
@@ -181,13 +190,18 @@ def _suspected(client, mallory: str, item: str, becomes: str) -> None:
     assert kept == FLOOR + 1 and "not counted for others: more than 30 events" in kept.status
 
 
-def _new_item_rises(client, new: str, title: str, crowd: str, user: str) -> None:
+def _risen(server, client, right, expected: str) -> None:
+    """Waits for the answer, and then for the other processes."""
+    second = Second(server)
+    second.shows(lambda: list(client.recommend("nobody", top_k=10).items), right, expected)
+    second.pass_by()
+
+
+def _new_item_rises(server, client, new: str, title: str, crowd: str, user: str) -> None:
     assert client.upsert_items([{"item_id": new, "title": title}]) == ["ok"]
     for n in range(20):  # fewer than of the other one
         client.append(f"{crowd} {n}", new)
-    appended = time.monotonic()
-    while new not in (items := list(client.recommend("nobody", top_k=10).items))[1:3]:  # behind rising ones alone
-        assert time.monotonic() - appended < 1.0, f"{new} is not among the first after a second: {items}"
+    _risen(server, client, lambda items: new in items[1:3], f"{new} behind rising ones alone")
     assert new in client.recommend(user, top_k=100).items
     assert new not in client.recommend(f"{crowd} 0", top_k=100).items
     client.remove_items([new])
@@ -320,9 +334,9 @@ def test_deaths_lose_no_counted_event(live_root, features, tmp_path):
     ):
         for n in range(150):
             if n in (30, 70, 110):
-                workers = {model: pid for pid, model in watchdog.workers().items()}
-                for model in {APPEND_EVENT, FEATURE_TRANSFORM} & workers.keys():
-                    os.kill(workers[model], signal.SIGKILL)
+                for pid, model in watchdog.workers().items():
+                    if model in (APPEND_EVENT, FEATURE_TRANSFORM):
+                        os.kill(pid, signal.SIGKILL)
             event_id, deadline = f"death {n}", time.monotonic() + PATIENCE_S
             while True:
                 try:
@@ -383,7 +397,5 @@ def test_an_answer_that_counters_change_is_no_fault(live_root):
         wait_until(lambda: watchdog.health.ready, "ready")
         canary = watchdog.health.canary
         other = canary.expected = canary.expected[::-1]
-        asked = time.monotonic()
         wait_until(lambda: canary.expected is not other, "the canary asks again")
-        assert watchdog.health.ready and time.monotonic() - asked < 10
-        assert canary.fault == ""
+        assert watchdog.health.ready and canary.fault == ""

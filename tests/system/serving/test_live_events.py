@@ -13,6 +13,7 @@ from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.readers.shop import Shop, ShopConfig
 from serving.launcher import TritonServer
 from serving.server_options import ServerOptions
+from tests.support import PatientClient
 from vivace import contract
 from vivace.client import VivaceClient
 from vivace.run import Run
@@ -71,7 +72,7 @@ def test_what_was_appended_outlives_a_prepare_beside_the_server_and_a_kill(root,
         shutil.copytree(root / part, run.root / part)
     users = ("user-00001", "newcomer")
     (old,) = events_of(run, users[0])
-    with serve(run) as server, VivaceClient(f"{server.host}:{server.grpc_port}") as client:
+    with serve(run) as server, PatientClient(f"{server.host}:{server.grpc_port}") as client:
         assert [client.append(user, "before", "view") for user in users] == [len(old) + 1, 1]
         with Clicks(server, users) as clicks:
             while not clicks.items and clicks.problem is None:
@@ -93,7 +94,7 @@ def test_what_was_appended_outlives_a_prepare_beside_the_server_and_a_kill(root,
     assert newcomer == live
     assert known[-len(live) :] == live and len(known) == after[0]
     assert known[: -len(live)] and known[: -len(live)] != old  # the new data's
-    with serve(run) as server, VivaceClient(f"{server.host}:{server.grpc_port}") as client:
+    with serve(run) as server, PatientClient(f"{server.host}:{server.grpc_port}") as client:
         assert [client.append(user, "again", "view") for user in users] == [length + 1 for length in after]
         assert client.recommend("newcomer", top_k=3).items
     assert events_of(run, *users) == [[*known, "again"], [*newcomer, "again"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 from serving.service import service
-from tests.support import PATIENCE_S, on_free_ports, quiet, waited_too_long
+from tests.support import PATIENCE_S, on_free_ports, patient, quiet, waited_too_long
 from vivace import contract
 from vivace.client import inputs_of, read_answer
 from vivace.client_request import request_tensors
@@ -56,7 +57,8 @@ def test_a_bad_request_fails_alone(server, name):
     inputs, more = BAD[name]
     address = f"{server.host}:{server.grpc_port}"
     with grpcclient.InferenceServerClient(address) as client:
-        expected = read_answer(client.infer(contract.ENSEMBLE, GOOD, client_timeout=PATIENCE_S)).items
+        ask = partial(client.infer, contract.ENSEMBLE, GOOD, client_timeout=PATIENCE_S)
+        expected = read_answer(patient(ask)).items
     failures: list[str] = []
     leaks: list[str] = []
     answered: list[list[str]] = []

@@ -12,7 +12,7 @@ from preprocessing.requests import recorded
 from serving.launcher import TritonServer
 from serving.server_options import ServerOptions
 from serving.wheel import ServerError
-from tests.support import PatientClient, on_free_ports, quiet
+from tests.support import NOON, PatientClient, on_free_ports, quiet
 from training.compile.compiler import CompileConfig, compile_models
 from training.presets import tiny
 from vivace import contract
@@ -36,7 +36,7 @@ def options(root: Path, profile: str) -> ServerOptions:
 def answers(host: str, root: Path) -> list[Recommendation]:
     histories = recorded(root)[contract.ITEM].tolist()[:30]
     with PatientClient(host) as client:
-        return [client.recommend("", list(h), 10) for h in histories]
+        return [client.recommend("", list(h), 10, context=NOON) for h in histories]
 
 
 def same(a: list[Recommendation], b: list[Recommendation], tolerance: float) -> None:

@@ -23,7 +23,7 @@ from serving.control import running_servers
 from serving.fleet import Fleet
 from serving.releases import publishing, put_in_use, releases, seal
 from serving.wheel import ServerError
-from tests.support import PATIENCE_S, PatientClient, on_free_ports, own_copy, quiet, vivace, wait_until
+from tests.support import NOON, PATIENCE_S, PatientClient, on_free_ports, own_copy, quiet, vivace, wait_until
 from tests.system.serving.test_lifecycle import serving
 from tests.system.serving.test_versions import HISTORY, publish_with_other_items, run
 from vivace import contract
@@ -31,7 +31,6 @@ from vivace.manifest import CHECKOUT
 from vivace.run import Run
 
 __all__ = ["run"]  # the fixture
-NOON = {"hour": "12", "weekday": "2"}  # the models read the clock, and a test may run over the hour
 
 
 class Callers:

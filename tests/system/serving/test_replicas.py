@@ -7,15 +7,17 @@ import signal
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.acceptance import Acceptance
+from serving.door.options import DoorOptions
 from serving.fleet import Fleet
 from serving.releases import put_in_use
 from serving.wheel import ServerError
-from tests.support import PatientClient, on_free_ports, own_copy, quiet, wait_until
+from tests.support import PatientClient, Second, on_free_ports, own_copy, quiet, wait_until
 from tests.system.serving.test_publish import Callers, answer, newest, ports_of
 from tests.system.serving.test_versions import HISTORY, publish_with_other_items
 from vivace import contract
@@ -49,8 +51,12 @@ def test_the_calls_of_one_channel_are_spread(fleet):
     before = executed(fleet)
     with PatientClient(f"127.0.0.1:{ports_of(fleet)['grpc']}") as client, ThreadPoolExecutor(64) as pool:
         list(pool.map(lambda _: client.recommend(history=HISTORY, top_k=5), range(1600)))
-    counts = [after - b for after, b in zip(executed(fleet), before, strict=True)]
-    assert sum(counts) >= 1600 and max(counts) <= 1.5 * sum(counts) / len(counts), counts  # on a busy machine
+
+    def counts() -> list[float]:
+        return [after - b for after, b in zip(executed(fleet), before, strict=True)]
+
+    wait_until(lambda: sum(counts()) >= 1600, "1,600 calls on the page")  # a moment after the answer
+    assert min(counts()) >= 0.1 * sum(counts()), counts()  # where one is slower, the other is given more
 
 
 def test_a_server_that_is_killed_costs_nobody_an_answer(fleet):
@@ -72,11 +78,19 @@ def test_a_server_that_hangs_is_left_out_within_two_seconds(fleet):
     with PatientClient(f"127.0.0.1:{ports_of(fleet)['grpc']}") as client:
         os.kill(server.pid, signal.SIGSTOP)
         try:
-            time.sleep(2.0)
-            began = time.monotonic()
+            left_out = Second(fleet.door, 2.0)
+            clusters = partial(fleet.door.ask, "GET", "/clusters")
+            left_out.shows(clusters, lambda page: "/failed_active_hc" in page, "a server that is left out")
+
+            def took_s(_: int) -> float:
+                began = time.monotonic()
+                client.recommend(history=HISTORY, top_k=5)
+                return time.monotonic() - began
+
             with ThreadPoolExecutor(8) as pool:
-                list(pool.map(lambda _: client.recommend(history=HISTORY, top_k=5), range(80)))
-            assert time.monotonic() - began < 5.0, "no call waits for it"
+                wait_until(
+                    lambda: max(pool.map(took_s, range(80))) < DoorOptions.try_s, "80 calls that wait for nobody"
+                )
         finally:
             os.kill(server.pid, signal.SIGCONT)
     wait_until(lambda: all(r.watchdog.health.ready for r in fleet.replicas), "two ready servers")

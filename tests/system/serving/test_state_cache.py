@@ -12,7 +12,7 @@ from loadtest.generate.statistics import cache_counts
 from serving.launcher import TritonServer
 from serving.repository import PROFILES, model_configs
 from serving.watchdog import question
-from tests.support import PatientClient, on_free_ports, users_of_data
+from tests.support import NOON, PatientClient, on_free_ports, users_of_data, wait_until
 from vivace import contract
 from vivace.store.lmdb_store import LmdbStore
 
@@ -27,7 +27,7 @@ def test_only_a_new_event_pays_the_encoder(root, tmp_path, served):
     store.close()
     plain, _ = served
     with PatientClient(f"{plain.host}:{plain.grpc_port}") as client:
-        expected = [client.recommend(u, top_k=10) for u in users]
+        expected = [client.recommend(u, top_k=10, context=NOON) for u in users]
     options = on_free_ports(tmp_path / "model_repository", cache_bytes=64 << 20, profile="cached")
     with (
         TritonServer(options) as server,  # no watchdog: its questions would count
@@ -35,16 +35,16 @@ def test_only_a_new_event_pays_the_encoder(root, tmp_path, served):
         grpcclient.InferenceServerClient(f"{server.host}:{server.grpc_port}") as inner,
     ):
 
-        def counts() -> tuple[int, int]:
-            return cache_counts(inner)
+        def counted(hits: int, misses: int) -> None:  # a moment after the answer
+            wait_until(lambda: cache_counts(inner) == (hits, misses), f"{hits} hits, {misses} misses")
 
-        first = [client.recommend(u, top_k=10) for u in users]
-        assert counts() == (0, len(users))
-        again = [client.recommend(u, top_k=5) for u in users]  # another TOP_K is the same state
-        assert counts() == (len(users), len(users))
+        first = [client.recommend(u, top_k=10, context=NOON) for u in users]
+        counted(0, len(users))
+        again = [client.recommend(u, top_k=5, context=NOON) for u in users]  # another TOP_K is the same state
+        counted(len(users), len(users))
         client.append(users[0], expected[0].items[0])
-        moved = client.recommend(users[0], top_k=10)
-        assert counts() == (len(users), len(users) + 1)
+        moved = client.recommend(users[0], top_k=10, context=NOON)
+        counted(len(users), len(users) + 1)
         assert expected[0].items[0] not in moved.items  # seen now
     for a, b, d in zip(expected, first, again, strict=True):
         assert list(a.items) == list(b.items) and list(d.items) == list(a.items)[:5]

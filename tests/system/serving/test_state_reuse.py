@@ -24,7 +24,7 @@ from serving.runtime.pipeline import Pipeline
 from serving.runtime.stages import Row
 from serving.start_checks import check_state_cache
 from serving.wheel import ServerError
-from tests.support import PatientClient, on_free_ports, quiet, recommend_rows, untouched_store, wait_until
+from tests.support import NOON, PatientClient, on_free_ports, quiet, recommend_rows, untouched_store, wait_until
 from training.compile.compiler import compile_models
 from training.learn.ranker import train_ranker
 from training.learn.retriever import train_retrieval
@@ -34,7 +34,6 @@ from vivace.client_request import request_tensors
 from vivace.run import Run
 from vivace.store.lmdb_store import LmdbStore
 
-NOON = {"hour": "12", "weekday": "2"}  # the models read the clock, and a test may run over the hour
 TOP_K, USERS, APPENDED = 100, 24, 3
 SCORES = 1e-4  # absolute, float32 logits: sums in another order, through both models
 ROOM = StateSettings(1 << 19)

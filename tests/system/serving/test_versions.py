@@ -13,7 +13,7 @@ import pytest
 from serving.launcher import TritonServer
 from serving.releases import DamagedError, publishing
 from serving.service import service
-from tests.support import PatientClient, on_free_ports, quiet, wait_until
+from tests.support import NOON, PatientClient, on_free_ports, quiet, wait_until
 from vivace import contract
 from vivace.run import Run
 
@@ -51,20 +51,20 @@ def publish_with_other_items(run: Run) -> None:
 def test_a_worker_that_dies_after_a_publish_comes_back_as_it_was(run):
     with service(on_free_ports(run.repository, guard=True), quiet) as (server, watchdog):
         client = PatientClient(f"{server.host}:{server.grpc_port}")
-        expected = client.recommend(history=HISTORY, top_k=5).items
+        expected = client.recommend(history=HISTORY, top_k=5, context=NOON).items
         for _ in range(3):  # more than are kept: what is served stays all the same
             publish_with_other_items(run)
         restarts = watchdog.metrics.restarts.labels(contract.RESPONSE)._value
         (worker,) = [pid for pid, model in watchdog.workers().items() if model == contract.RESPONSE]
         os.kill(worker, signal.SIGKILL)
         wait_until(lambda: restarts.get() >= 1, "a new worker")
-        assert client.recommend(history=HISTORY, top_k=5).items == expected
+        assert client.recommend(history=HISTORY, top_k=5, context=NOON).items == expected
         os.kill(server.pid, signal.SIGKILL)
-        assert client.recommend(history=HISTORY, top_k=5).items == expected
+        assert client.recommend(history=HISTORY, top_k=5, context=NOON).items == expected
         client.close()
     with TritonServer(on_free_ports(run.repository)) as server:  # started anew: the newest
         client = PatientClient(f"{server.host}:{server.grpc_port}")
-        assert client.recommend(history=HISTORY, top_k=5).items != expected
+        assert client.recommend(history=HISTORY, top_k=5, context=NOON).items != expected
         client.close()
 
 

@@ -31,8 +31,8 @@ def test_one_node_of_a_cluster_is_named_as_such(nodes):
 
 
 def test_an_append_waits_for_replicas_of_each_node_that_has_part_of_it(nodes):
-    store = ValkeyStore(f"{nodes[0].url}?limit_ms=2000&write_ms=600&cluster=1&replicas=1&prefix=waits")
-    with pytest.raises(StoreUnreachableError, match="0 of 1 replicas have it after 300 ms"):  # one node has one
+    store = ValkeyStore(f"{nodes[0].url}?limit_ms=2000&write_ms=2000&cluster=1&replicas=1&prefix=waits")
+    with pytest.raises(StoreUnreachableError, match="0 of 1 replicas have it after 1000 ms"):  # one node has one
         store.append([Event(user, "a") for user in USERS])
     store.close()
 

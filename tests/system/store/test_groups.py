@@ -109,7 +109,7 @@ from vivace.store.event_groups import follow
 from vivace.store.opening import open_store
 from vivace.store.remote import groups
 store = open_store(Path(sys.argv[1]), url=sys.argv[2])
-for batch in follow(store, "g", most=7, idle_s=1.0):
+for batch in follow(store, "g", most=7, idle_s=2.0):
     for delivery in batch:
         print(delivery.event.item_id, flush=True)
         time.sleep(float(sys.argv[3]))

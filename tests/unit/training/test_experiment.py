@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from training.judge.clicks.places import examined, examined_in
 from training.judge.counterfactual import UNIT, counterfactual
-from training.judge.places import examined, examined_in
 from vivace.columns import CLICKED, ITEM, POSITION, TIME, USER
 from vivace.impressions.files import CONTEXT, QUERY, REQUEST_ID, VARIANT
 from vivace.impressions.joined import PROPENSITY

@@ -11,9 +11,9 @@ from loadtest.reports.experiment import arm_rows, team_rows, write
 from serving.door.rollout import Split
 from serving.rollout_steps import RolloutSteps
 from serving.runtime.team_draft import coins, draft
-from training.judge import experiment
-from training.judge.drafts import credits_of, looked_at, teams
-from training.judge.experiment import CTR, NDCG, evidence
+from training.judge.clicks import experiment
+from training.judge.clicks.drafts import credits_of, looked_at, teams
+from training.judge.clicks.experiment import CTR, NDCG, evidence
 from vivace.impressions.files import DRAFTED_FROM
 from vivace.impressions.joined import JOINED
 from vivace.sequential import Plan

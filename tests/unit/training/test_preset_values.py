@@ -162,7 +162,7 @@ def test_a_search_draws_only_what_its_preset_takes():
         ([1, 2, 0, "choice"], "got 0"),
         ([False, True], "numbers"),
     ):
-        with pytest.raises(ValueError, match=f"hyper-parameter space: encoder.layers .*{message}"):
+        with pytest.raises(ValueError, match=f"hyper-parameter space: encoder.layers.*{message}"):
             check_values("encoder.layers", values, shop())
 
 

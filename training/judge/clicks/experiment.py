@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from serving.rollout_steps import RolloutSteps
-from training.judge.places import examined_in
+from training.judge.clicks.places import examined_in
 from vivace.columns import CLICKED, ITEM, POSITION, TIME, USER
 from vivace.contract import SESSION, TRIAL
 from vivace.impressions.files import LATENCY, REQUEST_ID, VARIANT

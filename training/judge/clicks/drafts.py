@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from serving.runtime.team_draft import chances, winner
-from training.judge.experiment import UNIT, units_of
+from training.judge.clicks.experiment import UNIT, units_of
 from vivace.columns import CLICKED, ITEM, POSITION, USER
 from vivace.contract import SESSION
 from vivace.impressions.files import DRAFTED_FROM, MODEL_VERSION, REQUEST_ID, TEAM
