@@ -2,9 +2,9 @@
 
     python -m benchmarks.live_features artifacts/news48 --requests 6398
 
-Processor time of the stream of events that count, by the limits of preset ``news-live``, and of the features of the
-test requests with that stream; no model is needed. One process. The last line of stdout is one JSON object, with a digest of all
-features, so that two versions can be held beside each other.
+Processor time of the stream of events that count, by the limits of ``news-live``, and of the features of the test
+requests with that stream; no model is needed. One process. The last line of stdout is one JSON object, with a digest of
+all features, so that two versions can be held beside each other.
 """
 
 from __future__ import annotations
