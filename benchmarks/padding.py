@@ -4,13 +4,15 @@
 
 Batches are those of a training epoch (``training.data.batches``): windows sorted by length within a pool. Counted are
 the share of the places that are padded, and of the pairs of places that attention would look at. Timed is the processor
-time of loss and gradients over the same batches, width by ``--width``, with packing (``training.models.long.packed``)
-and without, in turns. Use one thread (OMP_NUM_THREADS=1). The last line of stdout is one JSON object.
+time with packing (``training.models.long.packed``) and without, in turns: of loss and gradients over such batches, and
+of encoding a batch of test requests in the order of the log, width by ``--width``. Use one thread (OMP_NUM_THREADS=1).
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from benchmarks.turns import in_turns, spread, with_spread
 from loadtest.reports.record import record_line
 from preprocessing.features import Features
-from training.data.batches import training_batches
+from training.data.batches import requests, training_batches
 from training.data.counters import popularity
 from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.models.long import packed
@@ -45,26 +47,46 @@ def counted(batches: list[Tensor]) -> dict[str, Any]:
     return {"steps": len(batches), "windows": windows, "events": events} | shares
 
 
-def timed(batches: list[Tensor], features: Features, length: int, width: int, turns: int) -> dict[str, Any]:
-    """Processor ms of a step of each way, and their ratio by turn."""
+def small_model(features: Features, length: int, width: int) -> RetrievalModel:
+    """An untrained retriever of two layers."""
     popularity_V = torch.tensor(popularity(features.files("train"), features.item_count()))
     torch.manual_seed(SEED)
-    model = RetrievalModel(EncoderConfig(width=width, history=length, context=False), len(popularity_V), popularity_V)
-    training = RetrievalTraining()
-    loss, share = retrieval_loss(model, training, log_expected_counts(popularity_V, training)), packed.PADDED
-    ms: dict[str, list[float]] = {"packed": [], "padded": []}
+    return RetrievalModel(EncoderConfig(width=width, history=length, context=False), len(popularity_V), popularity_V)
+
+
+def in_both_ways(step: Callable[[], object], turns: int) -> dict[str, Any]:
+    """Processor ms of ``step`` with packing and without, and their ratio by turn."""
+    share, ms = packed.PADDED, {"packed": list[float](), "padded": list[float]()}
     try:
         for _, way in in_turns(turns, list(ms)):
             packed.PADDED = share if way == "packed" else NEVER
             began = time.process_time()
-            for batch in batches:
-                model.zero_grad()
-                loss(batch)[0].backward()
-            ms[way].append((time.process_time() - began) * 1000 / len(batches))
+            step()
+            ms[way].append((time.process_time() - began) * 1000)
     finally:
         packed.PADDED = share
     ratio = [a / b for a, b in zip(ms["packed"], ms["padded"], strict=True)]
     return {f"{way}_ms": spread(of_way) for way, of_way in ms.items()} | {"ratio": spread(ratio)}
+
+
+def of_training(batches: list[Tensor], model: RetrievalModel, turns: int) -> dict[str, Any]:
+    """Of loss and gradients over ``batches``."""
+    training = RetrievalTraining()
+    loss = retrieval_loss(model, training, log_expected_counts(model.popularity, training))
+
+    def step() -> None:
+        for batch in batches:
+            model.zero_grad()
+            loss(batch)[0].backward()
+
+    return in_both_ways(step, turns)
+
+
+def of_requests(history_BT: Tensor, model: RetrievalModel, turns: int) -> dict[str, Any]:
+    """Of encoding requests in the order of the log, as a ranker's training and evaluation do."""
+    padded = float((history_BT == PADDING_ID).float().mean())
+    with torch.no_grad():
+        return {"padded": padded} | in_both_ways(lambda: model.eval().encode(history_BT), turns)
 
 
 def main(
@@ -81,10 +103,16 @@ def main(
         read = list(training_batches(data.files("train"), length, batch, SEED, 1, random_offset=True))
         row = counted(read)
         line = f"{length}: {row['padded']:.1%} of the places, {row['padded_pairs']:.1%} of the pairs padded"
-        if timed_steps and length > LONG:  # shorter ones are never packed
-            row |= timed(read[:timed_steps], data, length, width, turns)
-            line += f"; a step packed takes {with_spread(row['ratio'], 2)} of the time"
-            line += f"; padded it takes {with_spread(row['padded_ms'])} ms"
+        model = small_model(data, length, width)
+        if length > LONG:  # shorter ones are never packed
+            history_BT = next(requests(data.files("test"), [], length, batch)).history_BT
+            row["requests"] = of_requests(history_BT, model, turns)
+            line += "; requests: {:.1%}, packed {} of the time".format(
+                row["requests"]["padded"], with_spread(row["requests"]["ratio"], 2)
+            )
+            if timed_steps:
+                row["training"] = of_training(read[:timed_steps], model, turns)
+                line += f"; steps: packed {with_spread(row['training']['ratio'], 2)} of the time"
         rows[str(length)] = row
         typer.echo(line)
     typer.echo(record_line("padding", figures={"batch": batch, "width": width, "rows": rows}))

@@ -124,7 +124,7 @@ def text(array: pa.Array, where: str) -> pa.Array:
 
 def _advice(kind: pa.DataType) -> str:
     if is_list(kind):
-        return "give one value a row, such as the first, or the values joined to one text"
+        return "an item's column of several values goes under lists, not categorical; others have one value a row"
     return "give its parts as columns of their own"
 
 

@@ -78,10 +78,12 @@ class Features:
         table = pq.read_table(self.folder / EVENTS_FILE)
         return {name: table[name].to_numpy() for name in table.column_names}
 
-    def stream(self, columns: ContextColumns, limits: CountLimits | None = None) -> Stream:
+    def stream(self, columns: ContextColumns, limits: CountLimits | None = None, until_ms: int | None = None) -> Stream:
         """The same as live counters take them, with the context of the columns that they go by; of each user as much
-        as ``limits`` allow."""
+        as ``limits`` allow. ``until_ms``: events before that time alone; those of later change nothing of them."""
         events = self.events()
+        stop = None if until_ms is None else int(np.searchsorted(events[contract.TIME], until_ms))
+        events = {name: values[:stop] for name, values in events.items()}
         context = [events[columns.categoricals[i]] for i in columns.counted]
         context_NC = np.stack(context, 1) if context else np.empty((len(events[contract.ITEM]), 0), np.int64)
         users, ids, times_ms = (events[name] for name in (contract.USER, contract.ITEM, contract.TIME))

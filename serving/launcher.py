@@ -62,6 +62,7 @@ RESTRICTED = "model-repository,shared-memory,model-config,logging,trace,statisti
 KEY_HEADER = "vivace-key"
 LOCK_LOST = "boost::interprocess::lock_exception"
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+TRIES = 5  # of a first start that crashes
 UNNOTICED_S = 2.0  # a starting server that has not noticed for so long that a worker ended waits for it for ever
 
 
@@ -105,7 +106,7 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self.log = options.log
         self._log_start = 0  # where this server's own lines begin
-        self._launched = 0.0
+        self._launched, self._crashed = 0.0, False  # whether a start crashed
 
     # -- life --------------------------------------------------------------------------------------
     def __enter__(self) -> TritonServer:
@@ -246,14 +247,14 @@ class TritonServer:
             step_forward(self.pid)
 
     def _launch_first(self) -> None:
-        """Again where Triton 2.51 crashed, as one start of some hundred does on a busy machine: by a lock of its shared
-        memory that it lost, or in its own memory."""
-        for tries in range(3):
+        """Again where Triton 2.51 crashed, as one start of some hundred does on a busy machine: a worker that gets no
+        processor for a second is given up, and freeing its memory ends the server. Again it does not stand aside."""
+        for tries in range(TRIES):
             try:
                 return self._launch()
             except ServerError as error:
                 crashed = self._process is not None and -(self._process.returncode or 0) in CRASHES
-                if tries == 2 or not (crashed or LOCK_LOST in str(error)):
+                if tries + 1 == TRIES or not (crashed or LOCK_LOST in str(error)):
                     raise
                 log.warning("tritonserver %s while starting; starting it again", self.end())
                 self._end_process()
@@ -280,6 +281,7 @@ class TritonServer:
         dead: dict[int, float] = {}  # and since when
         while not self.ready():
             if self._process.poll() is not None:
+                self._crashed = True
                 raise ServerError(f"tritonserver {self.end()} while starting\n{self.log_tail()}")
             now = living_workers(self.pid)
             seen |= now
@@ -290,7 +292,7 @@ class TritonServer:
                 )
             if time.monotonic() > deadline:
                 raise ServerError(f"tritonserver was not ready after {wait_s:.0f} s\n{self.log_tail()}")
-            if idle and time.time() - self._launched > IDLE_S:
+            if idle and (self._crashed or time.time() - self._launched > IDLE_S):
                 idle = step_closer(self.pid)
             time.sleep(0.05)
         if idle:

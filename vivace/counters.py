@@ -148,15 +148,16 @@ class LiveCounts(_Counts):
 
     def _scales(self, now_ms: int) -> np.ndarray:
         """What the sums of each block are worth at a moment, float64 [L, BLOCKS]."""
-        of = (now_ms, *self._newest)
-        if self._scaled[0] == of:
-            return self._scaled[1]
+        of, (known, of_known) = (now_ms, *self._newest), self._scaled  # read once: another thread may replace it
+        if known == of:
+            return of_known
         scales = np.full((len(self.half_lives_ms), BLOCKS), -np.inf)  # nothing
         for number, (half_life, newest) in enumerate(zip(self.half_lives_ms, self._newest, strict=True)):
             for block in () if newest is None else range(newest - BLOCKS + 1, newest + 1):
                 scales[number, block % BLOCKS] = -(now_ms - block * BLOCK * half_life) / half_life - FRACTION_BITS
-        self._scaled = of, np.exp2(scales)
-        return self._scaled[1]
+        worth: np.ndarray = np.exp2(scales)
+        self._scaled = of, worth
+        return worth
 
     def totals(self, now_ms: int) -> np.ndarray:
         """Decayed counts float64 [L] of all items together."""

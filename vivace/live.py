@@ -153,15 +153,18 @@ class LiveTable:
 
     def rows(self, now_ms: int) -> MomentRows:
         """The same, to be seen in the context of requests."""
-        score_V, total_C = self._scores(now_ms)
-        known = self._widths[0]
-        return self._rows(largest(score_V[: self.items], known), known, total_C, score_V, now_ms)
+        return self._of_known(*self._scores(now_ms), now_ms)
 
     def moment(self, now_ms: int) -> tuple[MomentRows, MomentRows]:
         """The same of the items that the tables know, and of fresh ones."""
         (_, fresh), v = self._widths, self.items
-        of_known, (score_V, total_C) = self.rows(now_ms), self._scores(now_ms)
-        return of_known, self._rows(v + largest(score_V[v:], fresh), fresh, total_C, score_V, now_ms)
+        score_V, total_C = self._scores(now_ms)
+        of_fresh = self._rows(v + largest(score_V[v:], fresh), fresh, total_C, score_V, now_ms)
+        return self._of_known(score_V, total_C, now_ms), of_fresh
+
+    def _of_known(self, score_V: np.ndarray, total_C: np.ndarray, now_ms: int) -> MomentRows:
+        known = self._widths[0]
+        return self._rows(largest(score_V[: self.items], known), known, total_C, score_V, now_ms)
 
     def _scores(self, now_ms: int) -> tuple[np.ndarray, np.ndarray]:
         """(what orders all items, float64 [V], counts of all together, [all | entries] by half-life)."""

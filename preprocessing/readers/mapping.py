@@ -22,7 +22,9 @@ from vivace.contract import DataSchema, TaskHead
 
 INTERACTIONS, ITEMS, USERS, SEARCHES = "interactions", "items", "users", "searches"
 FORM = ("delimiter", "encoding", "quote", "decimal", "time_zone", "missing")
-TEXT, TEXTS, BOOLEAN, NUMBERS, NAMES = "a text", "a text or a list of texts", "true or false", "numbers", "texts"
+MOST = 1e15  # of a number, either way: beyond it float64 no longer knows hundredths
+TEXT, TEXTS, BOOLEAN, NAMES = "a text", "a text or a list of texts", "true or false", "texts"
+NUMBERS = f"numbers from {-MOST:g} to {MOST:g}"
 GROUPS = "a list of lists of texts"
 TEXT_EACH = "a text, or a text for each column of lists"
 _FORM = {"delimiter": TEXT, "encoding": TEXT, "quote": TEXT, "decimal": TEXT, "time_zone": TEXT, "missing": TEXTS}
@@ -163,10 +165,10 @@ def read_mapping(path: Path) -> Mapping:
         raise ValueError(f"mapping: {path} is a folder; --path names the TOML file in it")
     try:
         keys: dict[str, Any] = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8, byte {error.start} is not; save the mapping as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # of TOML, of a number of thousands of digits, nested without end
+        raise ValueError(f"{path}: not TOML: {error}") from None
     for section, kinds in _KEYS.items():
         if section == "" or section in keys:
             _check_keys(path, section, keys.get(section, {}) if section else keys, kinds)
@@ -199,7 +201,7 @@ def _check_keys(path: Path, section: str, keys: Any, kinds: dict[str, str]) -> N
 
 
 def _is(value: Any, kind: str) -> bool:
-    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)  # noqa: E731
+    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= MOST  # noqa: E731
     if kind == BOOLEAN:
         return isinstance(value, bool)
     if kind == NUMBERS:

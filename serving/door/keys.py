@@ -89,7 +89,7 @@ def read_keys(path: Path) -> list[Key]:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise KeysError(f"{path}: cannot be read: {error.strerror}; 'vivace keys add NAME --file' makes one") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of a number of thousands of digits
         raise KeysError(f"{path}: expected TOML, one key a line: {error}") from None
     keys: list[Key] = []
     for name, entry in entries.items():

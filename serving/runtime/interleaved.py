@@ -63,10 +63,11 @@ class Interleaved:
         self, rows: Sequence[Row], options: Sequence[SearchOptions | None], level: Level
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids int64 [B, N], values float32 [B, C, N], status object [B]) as the served version answers the rows."""
-        (ids_BN, values_BCN), inputs, statuses = self.pipeline(rows, level)
+        (ids_BN, values_BCN), _, statuses = self.pipeline(rows, level)
         if self.pipeline.search is not None:
             queries = [row.query for row in rows]
-            (ids_BN, values_BCN), _ = self.pipeline.searched(queries, options, inputs[0], (ids_BN, values_BCN))
+            unwanted = self.pipeline.unwanted(rows, options)
+            (ids_BN, values_BCN), _ = self.pipeline.searched(queries, options, unwanted, (ids_BN, values_BCN))
         return ids_BN, values_BCN, np.array(statuses, object)
 
     def drafted(

@@ -20,11 +20,12 @@ from serving.runtime.by_length import RANKING_RUN_EVENTS, chunks, retrieved, tog
 from serving.runtime.cache_settings import StateSettings
 from serving.runtime.fresh import FreshRanking
 from serving.runtime.grown import GrownRetrieval
+from serving.runtime.known import Known
 from serving.runtime.live_catalogue import LiveCatalogue
 from serving.runtime.overload import Level
 from serving.runtime.response import ResponseStage
 from serving.runtime.sharded import ShardedRetrieval, local_shards
-from serving.runtime.stages import FeatureTransform, ItemVocabulary, Row
+from serving.runtime.stages import NO_IDS, FeatureTransform, ItemVocabulary, Row
 from vivace import contract
 from vivace.onnx_session import open_session, session_options
 from vivace.run import Run
@@ -203,6 +204,13 @@ class Pipeline:
         share = self.ranked // FEWER if level == Level.FEWER else self.ranked
         return min(self.shapes.proposed, max(share, top_k))
 
+    def count_of(self, rows: Sequence[Row], level: Level = Level.FULL) -> int:
+        """How many candidates of ``rows`` are ranked at once. Beside a query it is all but under load, whatever a
+        profile ranks: place and score in the whole list are what the search ranker learned from."""
+        if level == Level.FULL and self.search is not None and any(row.query for row in rows):
+            return self.shapes.proposed
+        return self.count_to_rank(max(row.top_k for row in rows), level)
+
     def warm(self, rows: int) -> Iterator[tuple[Level, float]]:
         """Answers ``rows`` at once at each level, as long histories as are read: (level, seconds it took). What memory
         the largest batch needs is then there before the first request."""
@@ -214,17 +222,29 @@ class Pipeline:
             self.respond(ids, values, np.ones(rows, np.int64), [s.encode() for s in status])
             yield level, time.perf_counter() - began
 
+    def unwanted(
+        self, rows: Sequence[Row], options: Sequence[SearchOptions | None], known: Known | None = None
+    ) -> list[np.ndarray]:
+        """Ids int64 of the items that each row's query must not find: all of its history, where the request says so."""
+        out, at = [NO_IDS] * len(rows), [i for i, of in enumerate(options) if of is not None and not of.seen]
+        if at:
+            known = self.transform.known(rows) if known is None else known
+            for i, ids in zip(at, self.transform.seen([rows[i] for i in at], known.of(at)), strict=True):
+                out[i] = ids
+        return out
+
     def searched(
         self,
         queries: Sequence[str],
         options: Sequence[SearchOptions | None],
-        histories_BT: np.ndarray,
+        seen: Sequence[np.ndarray],
         ranked: tuple[np.ndarray, np.ndarray],
     ) -> tuple[list[np.ndarray], list[str]]:
-        """What was ``ranked``, with the rows that have a query answered by what it finds; UNDERSTOOD of each row."""
+        """What was ``ranked``, with the rows that have a query answered by what it finds; UNDERSTOOD of each row.
+        ``seen``: what queries must not find, as ``unwanted`` gives it."""
         if self.search is None or self.search_ranking is None:
             return list(ranked), [""] * len(queries)
-        results = self.search(queries, options, list(histories_BT))
+        results = self.search(queries, options, seen)
         return list(self.search_ranking.rows(results, *ranked, options)), [understood for _, _, understood in results]
 
     def __call__(
@@ -237,5 +257,5 @@ class Pipeline:
         retrieved = self.retrieve(inputs)
         if level == Level.RETRIEVED:
             return self.retrieved(inputs[0], retrieved), list(inputs), status
-        count = self.count_to_rank(max(row.top_k for row in rows), level)
+        count = self.count_of(rows, level)
         return self.rank(inputs[0], retrieved, count), list(inputs), status

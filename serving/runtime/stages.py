@@ -242,6 +242,17 @@ class FeatureTransform:
             known = replace(known, number=self.number, shareable=whole)
         return known
 
+    def seen(self, rows: Sequence[Row], known: Known) -> list[np.ndarray]:
+        """Ids int64 of all items of each row's history, however much of it the models read; of those that were put in
+        since, the live catalogue's ids."""
+        late = {} if self._catalogue is None else self._catalogue.ids
+        histories = [
+            row.history if row.history is not None else (known.stored.get(i) or [[]])[0] for i, row in enumerate(rows)
+        ]
+        ids = [zip(history, self.item_ids(history).tolist(), strict=True) for history in histories]
+        of_rows = ([id_ if id_ >= FIRST_ID else late.get(item, PADDING_ID) for item, id_ in of] for of in ids)
+        return [np.array([id_ for id_ in of if id_ != PADDING_ID], np.int64) for of in of_rows]
+
     @property
     def number(self) -> int:
         """Of the newest change of the catalogue that is known; 0 where none is read."""

@@ -107,7 +107,7 @@ class Variants:
         self._base, (self.status,) = pipeline.transform([row], self._known)  # inputs of retrieval and ranking
         self._found: SearchResult | None = None
         if row.query and pipeline.search is not None:
-            self._found = pipeline.search([row.query], [options], [self._base[0][0]])[0]
+            self._found = pipeline.search([row.query], [options], pipeline.unwanted([row], [options], self._known))[0]
         self.parts += self._others()
 
     def __getitem__(self, left: Left) -> Answer:
@@ -194,7 +194,7 @@ class Variants:
             stale = [place for place, left in enumerate(lefts) if any(self.parts[p].kind == COUNTERS for p in left)]
             inputs[i][stale] = 0
         retrieved = pipeline.retrieve(inputs)
-        ids_BN, values_BCN = pipeline.rank(inputs[0], retrieved, pipeline.count_to_rank(self._row.top_k))
+        ids_BN, values_BCN = pipeline.rank(inputs[0], retrieved, pipeline.count_of([self._row]))
         ids_BN, values_BCN = self._searched(lefts, ids_BN, values_BCN)
         ids_BN, values_BCN = pipeline.respond.without_gone(ids_BN, values_BCN)
         shown_BN, scores_BN = ids_BN, values_BCN[:, 0]

@@ -184,7 +184,7 @@ class Answers:
         part = Batch([way.request for way in ways], run.batch.responses, run.batch.counts)
         part.began_ms = run.batch.began_ms
         rows = [way.row + n for way in ways for n in range(len(way.request.rows))]
-        largest = max(row.top_k for row in part.rows)
+        counted = self.pipeline.count_of(part.rows)
         run.compute(part, run.level, run.known.of(rows))
         run.batch.answers.update(part.answers)
         asked = [way.question for way in ways if way.question is not None]
@@ -193,18 +193,17 @@ class Answers:
             self.cache.repeats.seen(False)
         places = {id(way.question): way.request.place for way in ways}
         answers = [(q, part.answers[place]) for q in asked if (place := places[id(q)]) in part.answers]
-        whole = [(q, values[:-1]) for q, values in answers if self._may_be_kept(run, q, values, largest)]
+        whole = [(q, values[:-1]) for q, values in answers if self._may_be_kept(run, q, values, counted)]
         self.cache.keep(whole, asked if run.level == Level.FULL else [], run.known.shareable)
 
-    def _may_be_kept(self, run: _Run, question: Question, values: list[np.ndarray], largest: int) -> bool:
+    def _may_be_kept(self, run: _Run, question: Question, values: list[np.ndarray], counted: int) -> bool:
         """Whether it is what anyone who asks the same would be answered: whole, and neither changed by its neighbours
-        in the batch, one of which asked for ``largest`` items, nor by a catalogue that changed meanwhile."""
-        count = self.pipeline.count_to_rank
+        in the batch, for which ``counted`` candidates were ranked, nor by a catalogue that changed meanwhile."""
         status, items = values[-1][0, 0], values[0]
         return bool(
             run.level == Level.FULL
             and status == contract.STATUS_OK.encode()
             and items.size
-            and count(question.row.top_k) == count(largest)
+            and self.pipeline.count_of([question.row]) == counted
             and question.number == self._transform.number
         )

@@ -5,6 +5,7 @@ Runs inside Triton's Python stub only (it imports ``triton_python_backend_utils`
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -141,6 +142,11 @@ class RecommendModel(Stage):
         """Answers what is at hand by the models. ``known``: what the stores know of its rows, None to read it."""
         rows = batch.rows
         known = self.pipeline.transform.known(rows) if known is None else known
+        if self.pipeline.search is not None:
+            options = [request.options for request in batch.requests for _ in request.rows]
+            unwanted = iter(self.pipeline.unwanted(rows, options, known))
+            for request in batch.requests:
+                request.unwanted = list(itertools.islice(unwanted, len(request.rows)))
         inputs, statuses = self.pipeline.transform(rows, known)
         sample(self.sampling, batch.requests, known, inputs)
         count_requests(self.drift, batch.requests, inputs)
@@ -162,9 +168,9 @@ class RecommendModel(Stage):
                 )
                 if not batch.requests:
                     return
-                ranked_count = self.pipeline.count_to_rank(max(row.top_k for row in batch.rows), level)
+                ranked_count = self.pipeline.count_of(batch.rows, level)
                 ranked_BN, values_BCN = self.pipeline.rank(history_BT, retrieved, ranked_count)
-        ranked_BN, values_BCN = self._search(batch, history_BT, ranked_BN, values_BCN)
+        ranked_BN, values_BCN = self._search(batch, ranked_BN, values_BCN)
         served = self._served_beside(batch, level)
         status_B, ranked_BN, values_BCN, *served = batch.refuse_late(
             contract.RESPONSE, [status_B, ranked_BN, values_BCN, *served]
@@ -193,16 +199,15 @@ class RecommendModel(Stage):
                 batch.answer(request, refused(str(error)))
         batch.keep_unanswered()
 
-    def _search(
-        self, batch: Batch, history_BT: np.ndarray, ranked_BN: np.ndarray, values_BCN: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, batch: Batch, ranked_BN: np.ndarray, values_BCN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ranked ids and values, those of rows with a query from what the query finds."""
         if self.pipeline.search is None:
             return ranked_BN, values_BCN
         options = [request.options for request in batch.requests for _ in request.rows]
         queries = [row.query for row in batch.rows]
+        unwanted = [ids for request in batch.requests for ids in request.unwanted]
         (ranked_BN, values_BCN), understood = self.pipeline.searched(
-            queries, options, history_BT, (ranked_BN, values_BCN)
+            queries, options, unwanted, (ranked_BN, values_BCN)
         )
         texts = iter(understood)
         for request in batch.requests:

@@ -25,7 +25,6 @@ from serving.runtime.ruled import Rules
 from serving.runtime.sampling import sampling_of_worker
 from serving.runtime.sharded import ShardedRetrieval
 from serving.runtime.stages import (
-    NO_IDS,
     FeatureTransform,
     ItemVocabulary,
     read_search_for,
@@ -88,6 +87,8 @@ class FeatureTransformModel(Stage):
         for request in parsed:
             stop = start + len(request.rows)
             of_request = [v[start:stop] for v in inputs]
+            if self.search and request.has_query and new_only(request.request):
+                request.unwanted = self.transform.seen(request.rows, known.of(range(start, stop)))
             responses.append(self._answer(request, of_request, status[start:stop], began_ms, now_ms))
             start = stop
         self.counts.hand_over()
@@ -110,18 +111,14 @@ class FeatureTransformModel(Stage):
         texts = [f"{contract.STATUS_ERROR}{e}" if e else s for e, s in zip(errors, status, strict=True)]
         values = [*inputs, strings(texts)]
         if self.search:
-            values.append(self._search_for(request, inputs[0]))
+            values.append(
+                strings([search_for(ids, row.query) for ids, row in zip(request.unwanted, request.rows, strict=True)])
+            )
         if self.shown_to:
             values.append(impressions.shown_to(request, began_ms, self.sampled))
         if not request.itself:
             self.counts.answered(status, "full")
         return answer(request.request, self.outputs, values)
-
-    def _search_for(self, request: ParsedRequest, history_BT: np.ndarray) -> np.ndarray:
-        """SEARCH_FOR of each row."""
-        without_seen = request.has_query and new_only(request.request)
-        excluded = [ids[ids >= contract.FIRST_ID] if without_seen else NO_IDS for ids in history_BT]
-        return strings([search_for(ids, row.query) for ids, row in zip(excluded, request.rows, strict=True)])
 
 
 class IndexedRetrievalModel(Stage):

@@ -21,7 +21,7 @@ import triton_python_backend_utils as pb_utils
 from serving.process import close_callers, give_way
 from serving.runtime.live_catalogue import LiveCatalogue
 from serving.runtime.rules import ENVIRONMENT as RULES, rules_file
-from serving.runtime.stages import ItemVocabulary, Row, parse_row
+from serving.runtime.stages import NO_IDS, ItemVocabulary, Row, parse_row
 from serving.triton import byte_strings
 from serving.triton.graph_model import deadline
 from vivace import contract
@@ -166,8 +166,8 @@ class ShardCounts:
 
 class ParsedRequest:
     """One request as it goes through the stages: its ``place`` among those at hand, its rows, what is wrong with each
-    ("" if nothing), CONTEXT of each as sent, its deadline (Unix ms); ``options`` and ``understood`` (of each row) are
-    for requests with a query."""
+    ("" if nothing), CONTEXT of each as sent, its deadline (Unix ms). For requests with a query: ``options`` and, of
+    each row, ``understood`` and ``unwanted``, ids that must not be found."""
 
     def __init__(self, place: int, request: Any, columns: ContextColumns) -> None:
         self.place, self.request, self.deadline = place, request, math.inf
@@ -178,6 +178,7 @@ class ParsedRequest:
             self.errors = [row_error or str(error) for row_error in self.errors]
         self.options: SearchOptions | None = None
         self.understood = [""] * len(self.rows)
+        self.unwanted = [NO_IDS] * len(self.rows)
 
     @cached_property
     def itself(self) -> bool:

@@ -103,7 +103,7 @@ class LiveAt:
         columns = columns or ContextColumns()
         counted, shown = len(columns.counted), impressions is not None
         impressions = impressions or ShownStream.none()
-        stream = features.stream(columns, limits)
+        stream = features.stream(columns, limits, int(moments_R.max(initial=0)))
         table = LiveTable(features.item_count(), rising, counted, shown=shown)
         self.ids = np.zeros((len(moments_R), rising), np.int32)
         self.features = np.zeros((len(moments_R), rising, live_features(counted, shown)), np.float16)
@@ -112,7 +112,8 @@ class LiveAt:
         fed, fed_shown = 0, 0
         for of_step in np.split(order, np.flatnonzero(np.diff(steps)) + 1) if len(order) else ():
             until = int(moments_R[of_step[0]]) // STEP_MS * STEP_MS
-            # events of later wait in the table: many at once cost less than a few at a time
+            # many at once cost less than a few at a time: those of later wait in the table, and an item that counts at
+            # a moment was first clicked before it
             if fed < (stop := int(np.searchsorted(stream.times_ms, until))):
                 stop = max(stop, fed + FED_AT_ONCE)
                 stream[fed:stop].into(table)

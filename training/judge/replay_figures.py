@@ -57,7 +57,7 @@ class Answers:
 
 def figures(answers: Answers, hours: np.ndarray, reference: str) -> dict[str, Any]:
     """``rows`` by method with the gain over ``reference`` (mean and 95 % interval, paired by request), and ``by_hour``
-    of the log. ``hours``: of each request, int64."""
+    and ``by_day`` of the log, days with the same gains. ``hours``: of each request since the log's beginning, int64."""
     ranks, weights = answers.ranks(), answers.weights()
     ndcg = {method: ndcg_of(rank, answers.CUT) for method, rank in ranks.items()}
     rows: dict[str, dict[str, Any]] = {}
@@ -76,7 +76,18 @@ def figures(answers: Answers, hours: np.ndarray, reference: str) -> dict[str, An
         "requests": [int((hours == h).sum()) for h in there],
         "NDCG@10": {method: [float(v[hours == h].mean()) for h in there] for method, v in ndcg.items()},
     }
-    return {"rows": rows, "by_hour": by_hour, "gain over": reference, "debiased": DEBIASED}
+    days = hours // 24
+    of_days = {int(day): np.flatnonzero(days == day) for day in np.unique(days)}
+    by_day = {
+        "day": list(of_days),
+        "requests": [len(requests) for requests in of_days.values()],
+        "NDCG@10": {method: [float(v[r].mean()) for r in of_days.values()] for method, v in ndcg.items()},
+        "gain": {
+            method: [[float(gain[r].mean()), *bootstrap(gain[r])] for r in of_days.values()]
+            for method, gain in ((method, values - ndcg[reference]) for method, values in ndcg.items())
+        },
+    }
+    return {"rows": rows, "by_hour": by_hour, "by_day": by_day, "gain over": reference, "debiased": DEBIASED}
 
 
 def render(results: dict[str, Any], name: str) -> Table:
@@ -102,6 +113,21 @@ def render(results: dict[str, Any], name: str) -> Table:
         gain, low, high = row["gain"]
         table.add_row(
             method, *(f"{row[column]:.4f}" for column in COLUMNS), f"{gain:+.4f}", f"{low:+.4f} … {high:+.4f}"
+        )
+    return table
+
+
+def render_days(results: dict[str, Any], method: str) -> Table:
+    """A method beside what its gain is over, by day of the log."""
+    by_day, reference = results["by_day"], results["gain over"]
+    table = Table(title=f"{method}, by day of the log: NDCG@10")
+    for column in ("day", "requests", reference, method, "gain", "interval"):
+        table.add_column(column, justify="right")
+    of_days = zip(by_day["NDCG@10"][reference], by_day["NDCG@10"][method], by_day["gain"][method], strict=True)
+    for day, requests, (before, after, gain) in zip(by_day["day"], by_day["requests"], of_days, strict=True):
+        mean, low, high = gain
+        table.add_row(
+            str(day + 1), f"{requests:,}", f"{before:.4f}", f"{after:.4f}", f"{mean:+.4f}", f"{low:+.4f} … {high:+.4f}"
         )
     return table
 

@@ -34,6 +34,7 @@ from training.learn.objectives import log_expected_counts, retrieval_loss
 from training.learn.warm_start import finish_unseen, new_retriever, take_up
 from training.metrics import mean_ndcg
 from training.models.adapters import Adaptation, freeze_for, merge
+from training.models.encoders import Attention
 from training.models.item_table import item_attributes
 from training.models.retrieval import EXCLUDED, RetrievalModel
 from training.presets import Preset, recorded_fields
@@ -147,7 +148,10 @@ def _prepared_model(
 
 
 def compile_blocks(model: RetrievalModel) -> None:
-    """Runs the encoder's blocks through torch.compile, for windows of any length; the names of the weights stay."""
+    """Runs the encoder's blocks through torch.compile, for windows of any length; the names of the weights stay. Rows
+    are not packed then: a group more or less would be compiled anew."""
+    if isinstance(model.encoder, Attention):
+        model.encoder.packs = False
     for block in getattr(model.encoder, "blocks", []):
         block.compile(dynamic=True)
 

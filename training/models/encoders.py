@@ -280,6 +280,7 @@ class Attention(nn.Module):
     def __init__(self, config: EncoderConfig, length: int, causal: bool) -> None:
         super().__init__()
         self.causal, self.biased = causal, config.position_bias != "none" or config.time_bias
+        self.packs = not self.biased  # rows end to end, where that is worth it
         self.blocks = nn.ModuleList(AttentionBlock(config, length) for _ in range(config.layers))
 
     def forward(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None = None, newest: int = 0) -> Tensor:
@@ -299,7 +300,7 @@ class Attention(nn.Module):
 
     def _long(self, x_BTD: Tensor, known_BT: Tensor, times_BT: Tensor | None) -> Tensor:
         """The same of long histories, by rows that are packed or turned (``long.packed``, ``long.attention``)."""
-        if not self.biased and (rows := packed(known_BT)) is not None:
+        if self.packs and (rows := packed(known_BT)) is not None:
             x_1PD = rows.pack(x_BTD)
             for block in self.blocks:
                 x_1PD = block(x_1PD, None, None, rows=rows)

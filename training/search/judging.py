@@ -23,19 +23,24 @@ DIVERSITIES = (0.0, 0.25, 0.5, 0.75)
 
 @dataclass
 class SearchRequests:
-    """Requests with a query: what is recommended beside it and what the query found. ``gained``: gain by item id."""
+    """Requests with a query: what is recommended beside it and what the query found. ``gained``: gain by item id.
+    ``hindsight`` bool [requests]: whether the recommendation has learned what was clicked (``in_hindsight``)."""
 
     gained: list[dict[int, float]]
     ids: list[np.ndarray]
     features: list[np.ndarray]
     recommended: Recommended
+    hindsight: np.ndarray
 
     @classmethod
     def of(
-        cls, gained: list[dict[int, float]], results: Sequence[SearchResult], recommended: Recommended
-    ) -> SearchRequests:
+        cls, gained: list[dict[int, float]], results: Sequence[SearchResult], recommended: Recommended,
+        hindsight: np.ndarray | None = None,
+    ) -> SearchRequests:  # fmt: skip
+        """``hindsight``: None for requests of which none was learned."""
         ids, features, _ = zip(*results, strict=True)
-        return cls(gained, list(ids), list(features), recommended)
+        learned = np.zeros(len(gained), bool) if hindsight is None else hindsight
+        return cls(gained, list(ids), list(features), recommended, learned)
 
     def with_history(self, i: int) -> np.ndarray:
         """Features float32 [N, X] as a server works them out for the request's user."""
@@ -69,9 +74,14 @@ def judge(requests: SearchRequests, ranker: Ensemble, history: bool) -> np.ndarr
 
 def judged_log(log: SearchLog, requests: SearchRequests, ranker: Ensemble) -> dict[str, Any]:
     """NDCG@10 of the items that were shown, gains by inverse propensity: in the order shown, in the fused one, in the
-    ranker's without and with history. Of other items nobody knows whether they would have been clicked."""
+    ranker's without and with history. Of other items nobody knows whether they would have been clicked. Lists whose
+    click the recommendation has learned are left out and counted; {} where those are all."""
     orders: dict[str, list[float]] = {"shown": [], "fused": [], "ranked": [], "with_history": []}
+    if requests.hindsight.all():
+        return {}
     for i, list_items in enumerate(np.split(log.frame[contract.ITEM].to_numpy(), log.starts[1:-1])):
+        if requests.hindsight[i]:
+            continue
         ids, gains, displayed = requests.ids[i], requests.gained[i], list_items.tolist()
         positions = {
             "fused": np.arange(len(ids)),
@@ -88,7 +98,8 @@ def judged_log(log: SearchLog, requests: SearchRequests, ranker: Ensemble) -> di
     shown, fused, without, with_history = (np.array(v) for v in orders.values())
     gain = with_history - shown
     return {
-        "searches": len(log), "shown": float(shown.mean()), "fused": float(fused.mean()),
+        "searches": len(gain), "in_hindsight": int(requests.hindsight.sum()),
+        "shown": float(shown.mean()), "fused": float(fused.mean()),
         "ranked": float(without.mean()), "with_history": float(with_history.mean()),
         "over_shown": float(gain.mean()), "over_shown_interval": bootstrap(gain),
     }  # fmt: skip

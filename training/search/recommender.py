@@ -6,7 +6,7 @@ Axis legend: B requests, N candidates with the rising items among them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -141,16 +141,35 @@ def without_user(request: batches.Requests) -> batches.Requests:
     )  # fmt: skip
 
 
-def histories_before(
-    features: Features, users: Sequence[str], times: Sequence[int], columns: EventColumns
-) -> list[np.ndarray]:
-    """Of each user the training events before a time: ``columns`` of them, int64 [n, W]."""
-    known, history_of = set(users), dict[str, np.ndarray]()
+def _training_events(features: Features, users: Iterable[str], columns: EventColumns) -> dict[str, np.ndarray]:
+    """``columns`` of the training events of those of ``users`` who have some, int64 [n, W]."""
+    known, events_of = set(users), dict[str, np.ndarray]()
     for file in features.files("train"):
         frame = pd.read_parquet(file, columns=[contract.USER, *columns.names])
         for user, *values in frame[frame[contract.USER].isin(known)].itertuples(index=False):
             named = zip(columns.names, map(np.asarray, values), strict=True)
-            history_of[user] = columns.packed(dict(named))
-    none = np.empty((0, columns.width), np.int64)
-    histories = (history_of.get(user, none) for user in users)
+            events_of[user] = columns.packed(dict(named))
+    return events_of
+
+
+def histories_before(
+    features: Features, users: Sequence[str], times: Sequence[int], columns: EventColumns
+) -> list[np.ndarray]:
+    """Of each user the training events before a time: ``columns`` of them, int64 [n, W]."""
+    events_of, none = _training_events(features, users, columns), np.empty((0, columns.width), np.int64)
+    histories = (events_of.get(user, none) for user in users)
     return [h[h[:, 1] < time] for h, time in zip(histories, times, strict=True)]
+
+
+def in_hindsight(
+    features: Features, users: Sequence[str], times: Sequence[int], clicked: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """bool [requests]: whether an item that was ``clicked`` is a training event of the user from the request's time on.
+    What is recommended to them then knows the answer, as it never does in a request."""
+    events_of = _training_events(features, users, TIMED)
+    out = np.zeros(len(users), bool)
+    for i, (user, time, items) in enumerate(zip(users, times, clicked, strict=True)):
+        if user in events_of:
+            ids, when = events_of[user].T
+            out[i] = np.isin(ids[when >= time], list(items)).any()
+    return out

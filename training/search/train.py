@@ -43,7 +43,7 @@ from training.presets import Preset
 from training.search.encoder import EncoderTraining, Questions, SearchEncoderConfig, TextSearchEncoder, item_texts
 from training.search.judging import SearchRequests, diversity_costs, judged_log, kinds_of
 from training.search.ranker import Ensemble, SearchRankerConfig, train_search_ranker
-from training.search.recommender import Recommended, Recommender, without_user
+from training.search.recommender import Recommended, Recommender, in_hindsight, without_user
 from training.search.tower import OURS, TowerEncoder
 from training.text.tower import TextTower
 from vivace import contract
@@ -53,7 +53,7 @@ from vivace.run import FEATURES, RANKING, RETRIEVAL, Run
 
 OPSET = 17
 BATCH = 64
-LESSONS = 2  # how the ranker is taught: a search that was taught otherwise is trained again
+LESSONS = 3  # how the ranker is taught: a search that was taught otherwise is trained again
 BLIND = 0.3  # share of the requests that teach as those of someone unknown
 
 
@@ -203,7 +203,8 @@ class SearchStudy:
             part_queries = queries[len(results) : len(results) + len(request.histories)]
             results += self.search(part_queries, [SearchOptions()] * len(part_queries))
             recommended.append(self.recommend.beside(request, nobody))
-        return SearchRequests.of(log.gains(seen), results, Recommended.together(recommended))
+        hindsight = in_hindsight(self.features, users, times, log.clicked())
+        return SearchRequests.of(log.gains(seen), results, Recommended.together(recommended), hindsight)
 
     def judge(self, ranker: Ensemble, vectors_VE: np.ndarray) -> dict[str, Any]:
         """Figures on the test requests."""
@@ -309,8 +310,10 @@ def train_search(
     results = study.judge(ranker, vectors)
     if log is not None and taught is not None and len(taught) < len(log):
         rest = log.part(len(taught), len(log))
-        judged = judged_log(rest, study.logged_requests(rest, seen), ranker)
-        results["log"] = judged | {"seen": [round(float(s), 4) for s in seen[:10]]}
+        if judged := judged_log(rest, study.logged_requests(rest, seen), ranker):
+            results["log"] = judged | {"seen": [round(float(s), 4) for s in seen[:10]]}
+        else:
+            say(f"the log judges nothing: the clicks of its newest {len(rest):,} searches are all training events")
     results |= {"features": width, "index_mib": round((lexical.bytes + vectors.nbytes) / 2**20, 1)}
     write_text(folder / "evaluation.json", json.dumps(results, indent=2))
     return step.finish(time.monotonic() - started, **results)

@@ -71,14 +71,17 @@ def evaluate(
 def evaluate_replay(name: str, artifacts: Path, preset: str, refresh_hours: float) -> None:
     with step(name, artifacts) as run, console.status("replaying the log") as status:
         from preprocessing.features import Features
+        from training.judge.evaluate import RANKED
         from training.judge.replay import FILE, PLOT, replay as walk
-        from training.judge.replay_figures import render
+        from training.judge.replay_figures import render, render_days
         from training.refresh.replay import renewals
 
         features, sizes, tell = Features(run.features), chosen_preset(preset, run.root), progress(status)
         renewing = renewals(features, sizes, run.root, refresh_hours, tell) if refresh_hours else None
         results = walk(features, sizes, run.root, tell, renewing)
     console.print(render(results, run.root.name))
+    if len(results["by_day"]["day"]) > 1:
+        console.print(render_days(results, RANKED))
     say(f"figures {run.evaluation / FILE}, plot {run.evaluation / PLOT}")
 
 

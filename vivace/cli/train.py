@@ -213,7 +213,8 @@ def search_figures(results: dict[str, Any]) -> list[str]:
         lines.append(
             f"{log['searches']:,} held-out searches of the log, NDCG@10 of clicks by inverse propensity: as shown "
             f"{log['shown']:.4f}, fused {log['fused']:.4f}, ranked {log['ranked']:.4f}, with the user's history "
-            f"{log['with_history']:.4f} ({log['over_shown']:+.4f} over shown, {low:+.4f} to {high:+.4f})"
+            f"{log['with_history']:.4f} ({log['over_shown']:+.4f} over shown, {low:+.4f} to {high:+.4f}); "
+            f"{log['in_hindsight']:,} more are training events, and judge nothing"
         )
     costs = (f"{d}: {r['NDCG@10']:.4f}, alike {r['alike']:.2f}" for d, r in results["diversity"].items())
     return [*lines, f"by diversity: {'; '.join(costs)}"]

@@ -174,7 +174,8 @@ def test_titles_and_categories_of_every_type(tmp_path):
 def test_nested_columns_are_named(tmp_path, kind):
     value = {"a": "x"} if pa.types.is_struct(kind) else [("a", "x")] if pa.types.is_map(kind) else ["x", "y"]
     items = pa.table({"item": ["A"], "title": ["t"], "cat": pa.array([value], kind), "price": [1.0]})
-    with pytest.raises(ValueError, match="column 'cat': expected single values"):
+    advice = "under lists" if pa.types.is_list(kind) else "columns of their own|under lists"
+    with pytest.raises(ValueError, match=f"column 'cat': expected single values.*({advice})"):
         read(tmp_path, EVENTS, items)
 
 
@@ -384,15 +385,6 @@ def test_labels_that_would_all_be_zero_are_refused_and_one_silent_head_is_said(t
         _prepared(tmp_path, events, keys=weights, rest=heads)
     results = _prepared(tmp_path, events, keys=weights.replace("VIEW", "view"), rest=heads)
     assert results["notes"] == ["head 'buy': no event has a weight of 3 or more, so all its labels are 0"]
-
-
-def test_a_log_of_what_was_only_shown_is_refused_with_the_types_that_came(tmp_path):
-    kinds = ["seen", "seen", "seen", "below", "seen", "below"]
-    lines = [f"{line},{kind}" for line, kind in zip(EVENTS.splitlines()[1:], kinds, strict=True)]
-    keys = 'event_type = "act"\nshown_types = ["seen", "below", "past"]\n'
-    came = r"of 6 rows only .*: 'seen' \(4\), 'below' \(2\); it names \['seen', 'below', 'past'\]\. .*"
-    with pytest.raises(ValueError, match=f"{came}out of shown_types"):
-        _prepared(tmp_path, "\n".join(["user,item,ts,act", *lines]), keys=keys)
 
 
 def test_a_wrong_unit_is_doubted(tmp_path):

@@ -107,7 +107,7 @@ def test_a_request_sees_what_lies_before_its_moment(tmp_path):
     stream = Stream.of(users, ids, times, np.empty((500, 0), np.int64))
     features = SimpleNamespace(
         files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 10,
-        stream=lambda columns, limits: stream,
+        stream=lambda columns, limits, until_ms: stream,
     )  # fmt: skip
     live = LiveAt.of_part(features, "valid", 6)
     assert planted in live.ids[0] and planted not in live.ids[1]
@@ -137,7 +137,7 @@ def test_a_request_sees_what_was_shown_before_it_and_not_its_own_page(tmp_path):
         shown = ShownStream(user_hash(np.array(users, object)), np.full(len(log), item), np.array(times))
         features = SimpleNamespace(
             files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 10,
-            stream=lambda columns, limits: clicks, shown=lambda limits: shown,
+            stream=lambda columns, limits, until_ms: clicks, shown=lambda limits: shown,
         )  # fmt: skip
         live = LiveAt.of_part(features, "valid", 3, shown=True)
         assert live.ids[0].tolist() == [item, PADDING_ID, PADDING_ID]
@@ -168,7 +168,7 @@ def test_requests_of_one_moment_see_together_what_each_sees_alone(tmp_path, monk
     pq.write_table(pa.table(table), tmp_path / "part.parquet")
     features = SimpleNamespace(
         files=lambda part: [tmp_path / "part.parquet"], item_count=lambda: FIRST_ID + 30,
-        stream=lambda columns, limits: stream, shown=shown.limited,
+        stream=lambda columns, limits, until_ms: stream, shown=shown.limited,
     )  # fmt: skip
     live, kept, own_pages = LiveAt.of_part(features, "test", 12, columns, limits, shown=True), shown.limited(limits), 0
     for request, moment in enumerate(moments.tolist()):

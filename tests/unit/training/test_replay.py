@@ -10,7 +10,7 @@ import torch
 
 from training.data.batches import of_sequences
 from training.judge import replay
-from training.judge.replay_figures import DEBIASED, Answers, figures, plot_by_hour, render
+from training.judge.replay_figures import DEBIASED, Answers, figures, plot_by_hour, render, render_days
 from training.metrics import MISS
 from training.models.retrieval import EXCLUDED
 from vivace.contract import FIRST_ID, ITEM, OOV_ID, TIME, USER
@@ -121,20 +121,24 @@ def _answers() -> Answers:
 
 
 def test_figures_by_hand():
-    found = figures(_answers(), np.array([7, 7, 9]), "two")
+    found = figures(_answers(), np.array([7, 7, 30]), "two")
     one = found["rows"]["one"]
     assert one["NDCG@10"] == pytest.approx((1 + 1 / 2) / 3) and one["HR@10"] == pytest.approx(2 / 3)
     assert one["coverage@10"] == pytest.approx(3 / 9)
     assert one["debiased NDCG@10"] == pytest.approx((2 * 1 + 1000 / 2) / (2 + 1000 + 1000))
     assert found["rows"]["two"]["gain"] == [0, 0, 0] and "p:" in DEBIASED
-    assert found["by_hour"]["hour"] == [7, 9] and found["by_hour"]["requests"] == [2, 1]
+    assert found["by_hour"]["hour"] == [7, 30] and found["by_hour"]["requests"] == [2, 1]
     assert found["by_hour"]["NDCG@10"]["one"] == [pytest.approx(0.75), 0]
+    by_day = found["by_day"]
+    assert by_day["day"] == [0, 1] and by_day["requests"] == [2, 1] and by_day["NDCG@10"]["two"][1] == 1
+    (mean, low, high), second = by_day["gain"]["one"]
+    assert mean == pytest.approx(0.75 - 1 / np.log2(3)) and low <= mean <= high and second == [-1, -1, -1]
 
 
 def test_table_and_plot(tmp_path):
     blend = {"weight": 2.0, "half_life": "2 h", "taken_off": 1.0, "model": 1.0}
     chosen = {"blends": {"one": blend}, "validation requests": 10}
     results = {"requests": 3, "chosen": chosen, **figures(_answers(), np.array([7, 7, 9]), "two")}
-    assert render(results, "run").row_count == 2
+    assert render(results, "run").row_count == 2 and render_days(results, "one").row_count == 1
     plot_by_hour(results, tmp_path / "replay.png")
     assert (tmp_path / "replay.png").stat().st_size > 1000

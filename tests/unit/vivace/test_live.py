@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vivace.contract import FIRST_ID, LIVE_FEATURES, LIVE_HALF_LIVES_MS, OOV_ID, PADDING_ID
+from vivace.limits import CountLimits
 from vivace.live import KEPT_MS, VISIT_GAP_MS, LiveTable, Stream, Visits, entries, order_of, previous_items
 from vivace.live_moment import HALF_LIFE_MS, PairCounts
 
@@ -88,6 +89,20 @@ def test_what_a_server_begins_with_counts_as_the_whole_log(tmp_path):
     assert of_late == pytest.approx(of_today, abs=2)
     log[:0].save(tmp_path / "none.npz")
     assert len(Stream.load(tmp_path / "none.npz")) == 0
+
+
+def test_the_future_of_a_log_changes_nothing_of_what_counts_before_it():
+    """A log that is cut, as it is where no request comes after: the same events, visits and items before."""
+    rng = np.random.default_rng(13)
+    users, ids, context = rng.integers(0, 80, 900), rng.integers(OOV_ID, 20, 900), rng.integers(1, 5, (900, 2))
+    times, seen = START + np.sort(rng.integers(0, 90 * MINUTE, 900)), START + rng.integers(0, 90 * MINUTE, 60)
+    limits = CountLimits(10 * MINUTE, user_events=4, minute_events=3, newcomers=0.2)
+    shown = rng.permutation(80)[:60], seen
+    log = (users, ids, times, context)
+    whole, cut = (Stream.of(*(column[:stop] for column in log), limits, shown) for stop in (900, 700))
+    assert 100 < len(cut) < 650 and len(whole) > len(cut)
+    for name in (f.name for f in fields(Stream)):
+        np.testing.assert_array_equal(getattr(whole, name)[: len(cut)], getattr(cut, name))
 
 
 def test_counts_by_context_and_after_an_item_are_those_counted_by_hand():

@@ -51,7 +51,6 @@ class Packed:
         rows = x_1PD.new_zeros(self.shape.numel(), x_1PD.shape[2])
         return rows.index_copy(0, self.event_P, x_1PD[0]).unflatten(0, self.shape)
 
-    @torch.compiler.disable  # groups differ from batch to batch
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Causal attention within each row, [1, A, P, H] of q, k, v [1, A, P, H]."""
         x_PSAH = torch.stack([q[0], k[0], v[0]]).permute(2, 0, 1, 3)
