@@ -137,11 +137,16 @@ def compare(control: Rate, treatment: Rate, plan: Plan) -> Comparison:
         return _hardly_clicked(control, treatment, plan)
     difference = math.log(treatment.value / control.value)
     variance = control.variance / control.value**2 + treatment.variance / treatment.value**2
+    return _judged(difference, variance, control.users + treatment.users, plan)
+
+
+def _judged(difference: float, variance: float, users: int, plan: Plan) -> Comparison:
+    """Of the logarithm of a ratio of rates, an estimate of as many users."""
     if variance <= 0:
         return UNKNOWN
-    radius, users = plan.radius(variance), control.users + treatment.users
+    radius = plan.radius(variance)
     needed = max(0, math.ceil(users * (plan.information * variance - 1)))
-    low, high = math.expm1(difference - radius), math.expm1(min(difference + radius, 700.0))
+    low, high = (math.expm1(min(difference + side, 700.0)) for side in (-radius, radius))
     return Comparison(math.expm1(difference), low, high, plan.p_value(difference, variance), needed)
 
 
@@ -150,12 +155,9 @@ def drafted(net: np.ndarray, clicks: np.ndarray, plan: Plan) -> Comparison:
     ``clicks`` those on the drafts, float [users]. Their ratio is the difference of two CTRs over their mean, which is
     the logarithm of their ratio but for its cube / 12. UNKNOWN where too few users clicked."""
     rate = Rate.of(net, clicks)
-    if rate.users < LEAST_USERS or rate.variance <= 0:
+    if rate.users < LEAST_USERS:
         return UNKNOWN
-    radius = plan.radius(rate.variance)
-    needed = max(0, math.ceil(rate.users * (plan.information * rate.variance - 1)))
-    low, high = (math.expm1(min(rate.value + side, 700.0)) for side in (-radius, radius))
-    return Comparison(math.expm1(rate.value), low, high, plan.p_value(rate.value, rate.variance), needed)
+    return _judged(rate.value, rate.variance, rate.users, plan)
 
 
 @dataclass(frozen=True)
