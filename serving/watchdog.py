@@ -13,6 +13,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 
 import numpy as np
 import psutil
@@ -104,6 +106,7 @@ class Watchdog:
         on_event: Callable[[str], None] | None = None,
     ) -> None:
         self.server, self.interval_s, self.ask_timeout_s = server, interval_s, ask_timeout_s
+        self.reload_s = server.options.start_timeout_s / 2  # a model that is not loaded again by then never is
         self.metrics = metrics or Metrics()
         self._say = on_event or log.warning
         self._client = server.control_client()
@@ -202,22 +205,27 @@ class Watchdog:
         return True
 
     def revive(self, model: str) -> float:
-        """Unloads and loads ``model`` until it answers; returns the seconds it took."""
+        """Unloads and loads ``model`` until it answers; returns the seconds it took. Where that does not end, as a
+        worker died that Triton waits for, the server is ended, to be started anew."""
         started, segments = time.monotonic(), self.server.segments.names()
         self._retired.update({pid: started for pid, served in self.workers().items() if served == model})
         self.metrics.healthy.labels(model).set(0)
         self._ill.add(model)
         what = "its worker died" if model in self._questions else "it is not loaded"
         self._say(f"{model}: {what}; reloading it")
-        while not self._stop.is_set() and self.server.running():
+        answers, until = False, started + self.reload_s
+        while not answers and not self._stop.is_set() and self.server.running():
             try:
-                self._client.unload_model(model, unload_dependents=False)
-                self._client.load_model(model)
-                if self.alive(model):
+                if not self._reloaded(model, until):
+                    if self._stop.is_set():
+                        break
+                    self._say(f"{model}: not loaded after {time.monotonic() - started:.0f} s; starting the server anew")
+                    os.kill(self.server.pid, signal.SIGKILL)
                     break
+                answers = self.alive(model)
             except InferenceServerException as error:
                 self._say(f"{model}: reload failed: {error.message()}; trying again")
-            self._stop.wait(0.2)
+            self._stop.wait(0.0 if answers else 0.2)
         seconds = time.monotonic() - started
         removed = self.server.segments.sweep(segments, self.workers())
         self.server.segments.close()
@@ -226,8 +234,27 @@ class Watchdog:
         self.metrics.recovery.observe(seconds)
         self.metrics.healthy.labels(model).set(1)
         self._ill.discard(model)
-        self._say(f"{model}: answers again after {seconds:.2f} s; removed {len(removed)} shared memory segments")
+        if answers:
+            self._say(f"{model}: answers again after {seconds:.2f} s; removed {len(removed)} shared memory segments")
         return seconds
+
+    def _reloaded(self, model: str, until: float) -> bool:
+        """Unloads and loads a model once; False where it is not loaded by ``until``, of ``time.monotonic``: Triton
+        waits for ever for a worker that died at once. Raises InferenceServerException."""
+        for step in (partial(self._client.unload_model, unload_dependents=False), self._client.load_model):
+            left_s = until - time.monotonic()
+            if left_s <= 0 or self._stop.is_set():
+                return False
+            pool = ThreadPoolExecutor(1)  # the call is given up, and ends with the server
+            try:
+                called = pool.submit(step, model, client_timeout=left_s)
+                while not wait([called], 0.2).done:
+                    if time.monotonic() > until or self._stop.is_set():
+                        return False
+                called.result()
+            finally:
+                pool.shutdown(wait=False)
+        return True
 
     def lost(self) -> set[str]:
         """Models a worker of which has ended since the last round."""

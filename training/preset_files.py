@@ -23,13 +23,14 @@ def _read(file: Path) -> tuple[str, dict[str, Any]]:
 
 def files_of(name: str, presets: Collection[str]) -> tuple[str, list[tuple[Path, dict[str, Any]]]]:
     """(the preset that ``name`` is or its file builds on, one of ``presets``; the files between with their values, the
-    first to be applied first). Raises ValueError for a file that is no such, or that builds on itself, and for a preset
-    there is not."""
-    changes = dict[Path, dict[str, Any]]()
+    first to be applied first). A file that another names is seen from that one's folder. Raises ValueError for a file
+    that is no such, or that builds on itself, and for a preset there is not."""
+    changes, folder, where = dict[Path, dict[str, Any]](), Path(), ""
     while name.endswith(".json"):
-        if (file := Path(name).resolve()) in changes:
+        if (file := (folder / name).resolve()) in changes:
             raise ValueError(f'--preset: {name} builds on itself; name one of {sorted(presets)} under "preset"')
         name, changes[file] = _read(file)
+        folder, where = file.parent, f'{file}: "preset": '
     if name not in presets:
-        raise ValueError(f"--preset: expected one of {sorted(presets)} or a JSON file, got {name!r}")
+        raise ValueError(f"--preset: {where}expected one of {sorted(presets)} or a JSON file, got {name!r}")
     return name, list(reversed(changes.items()))

@@ -149,6 +149,8 @@ class Preset:
         if self.retrieval.stochastic_length and self.encoder.family == "bert4rec":
             raise ValueError("Preset: retrieval.stochastic_length is for encoders that predict the next event")
         self._check_nearest()
+        if (width := self.encoder.width) % (heads := self.ranker.heads):
+            raise ValueError(f"Preset: expected ranker.heads that divide encoder.width {width}, got {heads}")
         if self.ranker.shown_rates and not self.ranker.rising:
             raise ValueError(
                 "Preset: ranker.shown_rates are of live counters: expected ranker.rising above 0, got 0; set it, or "
@@ -164,9 +166,7 @@ class Preset:
     def _check_nearest(self) -> None:
         reads, memory = self.encoder.span, self.ranker.memory
         if memory > reads:
-            raise ValueError(
-                f"Preset: expected ranker.memory of at most the {reads} events that are read, got {memory}"
-            )
+            raise ValueError(f"Preset: expected ranker.memory of at most the {reads} events read, got {memory}")
         if self.ranker.nearest and self.encoder.history <= (memory or reads):
             raise ValueError(
                 "Preset: ranker.nearest chooses among events before those that are encoded: set encoder.reads, or "

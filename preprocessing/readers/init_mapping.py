@@ -25,6 +25,7 @@ MAX_CATEGORIES = 0.5  # distinct values a row, up to which a text column is a ca
 LIST_SEPARATORS = {"|": 0.25, ";": 0.5, ",": 0.5}  # with the share of a column's texts that have it in a list
 YEAR_1990_MS, YEAR_2100_MS = 631_152_000_000, 4_102_444_800_000
 LEFT_OUT = "# left out: "  # begins a line on a column of which the mapping says nothing, with the reason
+_NONE = "no column looks like it"
 SESSION = "session"  # in the name of the column of users: the log is one of sessions
 _USER = ("user", "visitor", "customer", "member", "client", "reader", "listener", "viewer", "session", "account", "uid")
 _ITEM = ("item", "product", "article", "sku", "asin", "movie", "track", "song", "book", "video", "content", "iid")
@@ -32,6 +33,8 @@ _TIME = ("timestamp", "time", "date", "ts", "created", "at", "when")
 _EVENT = ("event", "behavior", "behaviour", "action", "activity")
 _WEIGHT = ("rating", "stars", "score", "weight", "quantity", "clicked", "dwell", "duration", "watched", "listened")
 _AFTER = (*_WEIGHT, "liked", "scroll", "elapsed", "spent", "revenue")  # known when the event is over
+_SHOWN = ("impression", "impressions", "shown", "display", "displayed", "exposure")  # types that say what was shown
+_OF_ITEM = ("published", "publish", "released", "release", "updated", "expires", "birth")  # times of an item or user
 _TITLE = ("title", "headline", "name", "label")
 
 
@@ -178,9 +181,13 @@ def _form(sample: Sample) -> list[str]:
 
 
 def _key(key: str, column: str | None, check: str) -> str:
-    return (
-        f"{key} = {_toml(column)}  # check: {check}" if column else f'# {key} = ""  # {check}: no column looks like it'
-    )
+    return f"{key} = {_toml(column)}  # check: {check}" if column else f'# {key} = ""  # {check}: {_NONE}'
+
+
+def missing(text: str) -> list[str]:
+    """Keys of a ``draft`` that a mapping must have and that no column looked like."""
+    needed = (f"# {key} = " for key in ("user", "item"))
+    return [start[2:-3] for start in needed if any(line.startswith(start) for line in text.splitlines())]
 
 
 def _interactions(sample: Sample, item_hint: str | None, folder: Path) -> list[str]:
@@ -192,10 +199,12 @@ def _interactions(sample: Sample, item_hint: str | None, folder: Path) -> list[s
         taken.extend([name] if name else [])
         return name
 
-    when = guess(_TIME, lambda n: _is_time(sample, n)) or next((n for n in names if _is_time(sample, n)), None)
+    of_event = [n for n in names if _is_time(sample, n) and not set(_words(n)) & set(_OF_ITEM)]
+    when = guess(_TIME, lambda n: n in of_event) or next(iter(of_event), None)
     taken.extend([when] if when else [])
     user = guess(_USER)
     item = item_hint if item_hint in names and item_hint not in taken else guess(_ITEM)
+    item = item or guess(_TITLE[:2], lambda n: sample.distinct(n) <= MAX_CATEGORIES)
     event = guess(_EVENT, lambda n: not sample.numeric(n))
     weight = None if event else guess(_WEIGHT, sample.numeric)
     unit = time_unit(sample, when) if when else None
@@ -205,12 +214,16 @@ def _interactions(sample: Sample, item_hint: str | None, folder: Path) -> list[s
     out += ['# time_zone = "Europe/Berlin"  # of times without an offset; UTC without it']
     if event:
         kinds = [str(k) for k in sample.table[event].unique().to_pylist() if k is not None][:10]
+        shown = [kind for kind in kinds if kind.lower() in _SHOWN]
+        out += [f"shown_types = {_toml(shown)}  # check: what was shown, which is nothing that the user did"] * bool(
+            shown
+        )
         out += [
             _key("event_type", event, "what the user did"),
             "",
             "[interactions.weights]  # check: what each is worth",
         ]
-        out += [f"{_toml(kind)} = 1" for kind in kinds]
+        out += [f"{_toml(kind)} = 1" for kind in kinds if kind not in shown]
     elif weight:
         out += [_key("weight", weight, "how much the event says")]
     rest = [n for n in names if n not in (user, item, when, event, weight)]

@@ -72,6 +72,11 @@ def check_values(name: str, values: Any, preset: Preset) -> None:
     kind = values[-1] if isinstance(values[-1], str) else ""
     if kind != "choice" and any(isinstance(value, bool) for value in values):
         raise ValueError(f"hyper-parameter space: {name}: expected numbers as ends of a range, got {values!r}")
+    if name.startswith(("ranker.", "ranking.")):
+        raise ValueError(
+            f"hyper-parameter space: {name}: expected a field of encoder or retrieval, as the retriever alone is "
+            "trained and judged"
+        )
     ends = values[:-1] if kind in ("choice", "int") else [float(end) for end in values[:2]]  # as they are drawn
     for end in ends:
         try:
@@ -153,7 +158,11 @@ def optimize(
     check_space(study, searched, preset, folder)
 
     def objective(trial: optuna.Trial) -> float:
-        chosen = drawn(trial, searched, preset)
+        try:
+            chosen = drawn(trial, searched, preset)
+        except ValueError as error:  # values that do not fit each other, such as a width and heads
+            say(f"trial {trial.number}: not run: {error}")
+            raise optuna.TrialPruned from None
         trial_root = folder / f"trial-{trial.number}"
         train_retrieval(features, chosen, trial_root, seed, say, quiet=True, on_epoch=_pruner(trial))
         value = validation_ndcg(features, chosen, trial_root)

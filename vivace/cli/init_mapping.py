@@ -16,7 +16,7 @@ def init_mapping(
     out: Annotated[Path | None, typer.Option("--out", help="the mapping; mapping.toml beside the events")] = None,
 ) -> None:
     """Write a first mapping.toml for --data tables from a table's columns."""
-    from preprocessing.readers.init_mapping import LEFT_OUT, draft
+    from preprocessing.readers.init_mapping import LEFT_OUT, draft, missing
     from vivace.manifest import write_text
 
     target = out or file.parent / "mapping.toml"
@@ -27,4 +27,5 @@ def init_mapping(
     for line in text.splitlines():
         if line.startswith(LEFT_OUT):
             say(line.removeprefix("# "))
-    say(f"wrote {target}: check each line, then: vivace prepare --data tables --path {target}")
+    lacks = "".join(f"name the column of {key}, which none looks like; " for key in missing(text))
+    say(f"wrote {target}: {lacks}check each line, then: vivace prepare --data tables --path {target}")

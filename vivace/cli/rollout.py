@@ -154,9 +154,13 @@ def _compared(seen: dict[str, Any], interleaved: bool) -> list[str]:
     served, trial, copies, clicks = seen["served"], seen["trial"], seen["copies"], seen["clicks"]
     lines = [
         f"last answers of {served['users']:,} and {trial['users']:,} users: empty {served['empty']:,} and "
-        f"{trial['empty']:,}; median score of the first item {served['score']:.4g} and {trial['score']:.4g} "
-        f"({seen['score_shift']:+.2f} spreads, PSI {seen['score_psi']:.3f})"
+        f"{trial['empty']:,}"
     ]
+    if all(math.isfinite(value) for value in (served["score"], trial["score"], seen["score_shift"])):
+        lines[0] += (
+            f"; median score of the first item {served['score']:.4g} and {trial['score']:.4g} "
+            f"({seen['score_shift']:+.2f} spreads, PSI {seen['score_psi']:.3f})"
+        )
     if copies["compared"]:
         lines.append(
             f"{copies['compared']:,} requests answered by both: {copies['overlap']:.1%} of the first ten items alike, "

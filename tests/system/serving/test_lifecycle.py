@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from serving.launcher import TritonServer
-from serving.process import children, living
+from serving.process import children, living, living_workers
 from serving.segments import SHM_PREFIX
 from serving.service import service
 from serving.start_checks import LEFTOVER, MAKES_S, free_port
@@ -161,6 +161,33 @@ def test_workers_that_were_killed_are_no_zombies_and_new_ones_hold_no_connection
         for pid in watchdog.workers():
             sockets = [f for f in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(f).startswith("socket:")]
             assert not sockets, pid
+
+
+def test_a_worker_that_dies_while_it_is_loaded_again_is_not_waited_for(root):
+    """Triton may wait for it for ever; then the server is started anew."""
+    with service(on_free_ports(root / "model_repository", profile="fused"), quiet) as (server, watchdog):
+        watchdog.reload_s = 8.0
+        at_first, killed = set(watchdog.workers()), set[int]()
+
+        def kill_new() -> None:
+            while not killed:  # before it is known to Triton
+                for pid in living_workers(server.pid) - at_first:
+                    killed.add(pid)
+                    os.kill(pid, signal.SIGKILL)
+
+        os.kill(next(p for p, m in watchdog.workers().items() if m == contract.ENSEMBLE), signal.SIGKILL)
+        killer = threading.Thread(target=kill_new)
+        killer.start()
+        killer.join(PATIENCE_S)
+        assert killed
+        with VivaceClient(f"{server.host}:{server.grpc_port}", timeout_s=PATIENCE_S) as client:
+
+            def answers() -> bool:
+                with contextlib.suppress(VivaceError):
+                    return bool(client.recommend(history=HISTORY, top_k=5).items) and not watchdog.models_fault()
+                return False
+
+            wait_until(answers, "an answer of a model that was loaded again")
 
 
 def test_a_server_that_crashes_while_it_starts_is_started_again(root):

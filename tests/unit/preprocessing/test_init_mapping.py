@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from preprocessing.readers.init_mapping import draft
+from preprocessing.readers.init_mapping import draft, missing
 from preprocessing.readers.mapping import read_mapping
 from tests.unit.preprocessing.tables import taken, write
 from vivace.cli import main
@@ -151,3 +151,14 @@ def test_a_news_log_is_known_and_what_is_known_after_an_event_is_no_context(tmp_
     text = draft(tmp_path / "c.csv", None, tmp_path)
     assert 'event_type = "event"' in text and '# context = ["device"]' in text and "weight =" not in text
     assert '# left out: "dwellSeconds": known only after the event' in text
+
+
+def test_times_of_the_item_are_none_of_the_event_and_what_was_shown_is_no_event(tmp_path):
+    rows = "".join(f"r{n},Goal,2026-01-0{n}T00:00:00Z,2026-02-0{n}T00:00:00Z,impression\n" for n in (1, 2, 3))
+    write(tmp_path, "c.csv", f"reader,headline,published_at,read_at,event\n{rows}")
+    text = draft(tmp_path / "c.csv", None, tmp_path)
+    for line in ('item = "headline"', 'time = "read_at"', 'shown_types = ["impression"]'):
+        assert line in text, text
+    assert not missing(text)
+    write(tmp_path, "d.csv", "reader,read_at\nr1,2026-01-01T00:00:00Z\n")
+    assert missing(draft(tmp_path / "d.csv", None, tmp_path)) == ["item"]

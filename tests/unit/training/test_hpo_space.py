@@ -52,6 +52,11 @@ def test_a_range_that_cannot_be_drawn_from_is_refused(values):
         check_space(optuna.create_study(), {"encoder.dropout": values}, tiny(), FOLDER)
 
 
+def test_what_a_search_does_not_train_is_refused():
+    with pytest.raises(ValueError, match=r"ranker\.candidates: expected a field of encoder or retrieval"):
+        check_space(optuna.create_study(), {"ranker.candidates": [50, 100, "int"]}, tiny(), FOLDER)
+
+
 def test_an_unknown_field_is_refused():
     with pytest.raises(ValueError, match=r"encoder\.depth"):
         check_space(optuna.create_study(), {"encoder.depth": [1, 2]}, tiny(), FOLDER)
@@ -59,7 +64,7 @@ def test_an_unknown_field_is_refused():
 
 def test_the_best_values_are_a_preset(tmp_path):
     """Sizes that fit each other and not those of the default preset: width 27 with 3 heads."""
-    sizes = replace(tiny(), encoder=replace(tiny().encoder, width=27, heads=3))
+    sizes = replace(tiny(), encoder=replace(tiny().encoder, width=27, heads=3), ranker=replace(tiny().ranker, heads=3))
     path = write_best(tmp_path / "preset.json", sizes, {"encoder.dropout": 0.25})
     assert json.loads(path.read_text())["encoder.width"] == 27
     assert preset(str(path)) == replace(sizes, encoder=replace(sizes.encoder, dropout=0.25))
@@ -68,7 +73,7 @@ def test_the_best_values_are_a_preset(tmp_path):
 def test_a_preset_file_builds_on_another_but_not_on_itself(tmp_path):
     wide, deep = tmp_path / "wide.json", tmp_path / "deep.json"
     wide.write_text('{"preset": "tiny", "encoder.width": 64, "encoder.layers": 2}')
-    deep.write_text(json.dumps({"preset": str(wide), "encoder.layers": 3}))
+    deep.write_text(json.dumps({"preset": wide.name, "encoder.layers": 3}))  # seen from its own folder
     assert (preset(str(deep)).encoder.width, preset(str(deep)).encoder.layers) == (64, 3)
     wide.write_text(json.dumps({"preset": str(deep)}))
     with pytest.raises(ValueError, match="builds on itself"):

@@ -250,7 +250,7 @@ def test_choosing_needs_older_events():
     base = preset("tiny")
     with pytest.raises(ValueError, match=r"set encoder\.reads"):
         with_values(base, {"ranker.nearest": 4})
-    with pytest.raises(ValueError, match=r"at most the 8 events that are read"):
+    with pytest.raises(ValueError, match=r"at most the 8 events read"):
         with_values(base, {"encoder.reads": 8, "ranker.memory": 10})
     with pytest.raises(ValueError, match=r"leaves the older of 20 events to ranker\.nearest, which is 0"):
         with_values(base, {"encoder.reads": 8})

@@ -141,6 +141,8 @@ def test_the_presets_set_nothing_that_nothing_reads(name, tmp_path):
         ('{"retrieval.calibration": 1.5}', "RetrievalTraining.calibration: expected a finite number, 0 <= x <= 1"),
         ('{"ranker.rising_user_events": 3}', "expected ranker.rising set beside it, got ranker.rising 0"),
         ('{"preset": "no-such.json"}', "no-such.json: .*No such file"),
+        ('{"preset": "nope"}', 'mine.json: "preset": expected one of'),
+        ('{"ranker.heads": 5}', "expected ranker.heads that divide encoder.width 64, got 5"),
         ("[" * 100_000, "nested"),
     ],
 )  # fmt: skip
