@@ -99,16 +99,15 @@ def needed(c: Comparison | Preference) -> str:
 def team_rows(of: Sequence[Teams]) -> tuple[list[str], list[list[str]]]:
     """(header, two rows for each two versions that were interleaved: CTR, and the requests that were won)."""
     header = [
-        "version", "beside", "users", "requests", "with clicks", "figure", "", "interval", "p", "verdict",
-        "users needed",
+        "version", "beside", "users", "requests", "figure, of requests", "", "interval", "p", "verdict", "users needed",
     ]  # fmt: skip
     rows = []
     for t in of:
         c, p, known = t.lift, t.preference, math.isfinite(t.preference.share)
-        head = [t.tried, t.served, f"{t.users:,}", f"{t.requests:,}", f"{t.clicked:,}"]
-        rows.append([*head, CTR, per_cent(c.lift), interval(c), chance(c.p_value), verdict(c), needed(c)])
+        head = [t.tried, t.served, f"{t.users:,}", f"{t.requests:,}", f"{CTR}, clicks in {t.clicked:,}"]
+        rows.append([*head, per_cent(c.lift), interval(c), chance(c.p_value), verdict(c), needed(c)])
         rows.append(
-            ["", "", "", "", "", f"won, of {t.decided:,}", f"{p.share:.1%}" if known else "–",
+            ["", "", "", "", f"won, of {t.decided:,}", f"{p.share:.1%}" if known else "–",
              f"{p.low:.1%} to {p.high:.1%}" if known else "–", chance(p.p_value),
              p.verdict if known else "too few users with a winner yet", needed(p)]
         )  # fmt: skip
