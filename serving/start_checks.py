@@ -12,6 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -94,10 +95,18 @@ def _check_exposure_of_shard(host: str, address: str, access: AccessOptions) -> 
         )
 
 
+_given: deque[int] = deque(maxlen=64)
+
+
 def free_port(host: str) -> int:
-    with socket.socket() as s:
-        s.bind((host, 0))
-        return int(s.getsockname()[1])
+    """A port that is free now, and none of the last ones that this process was given: they may not be bound yet."""
+    while True:
+        with socket.socket() as s:
+            s.bind((host, 0))
+            port = int(s.getsockname()[1])
+        if port not in _given:
+            _given.append(port)
+            return port
 
 
 def _port_fault(host: str, port: int) -> str:
