@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 
 import numpy as np
@@ -217,14 +216,13 @@ class Watchdog:
         while not answers and not self._stop.is_set() and self.server.running():
             try:
                 if not self._reloaded(model, until):
-                    if self._stop.is_set():
-                        break
                     self._say(f"{model}: not loaded after {time.monotonic() - started:.0f} s; starting the server anew")
                     os.kill(self.server.pid, signal.SIGKILL)
                     break
                 answers = self.alive(model)
             except InferenceServerException as error:
-                self._say(f"{model}: reload failed: {error.message()}; trying again")
+                if time.monotonic() < until:
+                    self._say(f"{model}: reload failed: {error.message()}; trying again")
             self._stop.wait(0.0 if answers else 0.2)
         seconds = time.monotonic() - started
         removed = self.server.segments.sweep(segments, self.workers())
@@ -239,21 +237,12 @@ class Watchdog:
         return seconds
 
     def _reloaded(self, model: str, until: float) -> bool:
-        """Unloads and loads a model once; False where it is not loaded by ``until``, of ``time.monotonic``: Triton
-        waits for ever for a worker that died at once. Raises InferenceServerException."""
+        """Unloads and loads a model once; False where ``until``, of ``time.monotonic``, is over: Triton waits for ever
+        for a worker that died at once. Raises InferenceServerException, at ``until`` at the latest."""
         for step in (partial(self._client.unload_model, unload_dependents=False), self._client.load_model):
-            left_s = until - time.monotonic()
-            if left_s <= 0 or self._stop.is_set():
+            if (left_s := until - time.monotonic()) <= 0:
                 return False
-            pool = ThreadPoolExecutor(1)  # the call is given up, and ends with the server
-            try:
-                called = pool.submit(step, model, client_timeout=left_s)
-                while not wait([called], 0.2).done:
-                    if time.monotonic() > until or self._stop.is_set():
-                        return False
-                called.result()
-            finally:
-                pool.shutdown(wait=False)
+            step(model, client_timeout=left_s)
         return True
 
     def lost(self) -> set[str]:

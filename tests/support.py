@@ -55,7 +55,7 @@ def wait_until(condition: Callable[[], T], expected: str, every_s: float = 0.05)
 
 class Second:
     """A second, or ``length_s``, of a server's own time, from now on: within it all its processes count what was
-    appended. Not counted is what they spent ready to run while other jobs had the cores."""
+    appended. Not counted is what they spent ready to run while other jobs had the cores, up to ``PATIENCE_S``."""
 
     def __init__(self, server: Any, length_s: float = 1.0) -> None:
         self._pid, self._length_s = server.pid, length_s
@@ -64,7 +64,7 @@ class Second:
     def left_s(self) -> float:
         waited = _waited_ns(self._pid)
         longest_ns = max((ns - self._waited_ns.get(pid, 0) for pid, ns in waited.items()), default=0)
-        return self._length_s + longest_ns / 1e9 - (time.monotonic() - self._began)
+        return self._length_s + min(longest_ns / 1e9, PATIENCE_S) - (time.monotonic() - self._began)
 
     def pass_by(self) -> None:
         """Returns when it is over."""

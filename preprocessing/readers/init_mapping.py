@@ -215,9 +215,8 @@ def _interactions(sample: Sample, item_hint: str | None, folder: Path) -> list[s
     if event:
         kinds = [str(k) for k in sample.table[event].unique().to_pylist() if k is not None][:10]
         shown = [kind for kind in kinds if kind.lower() in _SHOWN]
-        out += [f"shown_types = {_toml(shown)}  # check: what was shown, which is nothing that the user did"] * bool(
-            shown
-        )
+        if shown:
+            out += [f"shown_types = {_toml(shown)}  # check: what was shown, which is nothing that the user did"]
         out += [
             _key("event_type", event, "what the user did"),
             "",

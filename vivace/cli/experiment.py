@@ -64,9 +64,7 @@ def report(
     name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     joined: Joined = None,
-    by: Annotated[
-        str, choice("--by", values_of("training.judge.clicks.experiment:ARMS"), "what makes the arms")
-    ] = "variant",
+    by: By = "variant",
     control: Annotated[str, typer.Option(help="the arm that others stand beside; the first by name if empty")] = "",
     top_k: Annotated[int, typer.Option(help="places of a request that count", min=1, max=100)] = 10,
     effect: Annotated[
@@ -141,9 +139,7 @@ def uplift(
     name: Name = "",
     artifacts: Artifacts = DEFAULT_ARTIFACTS,
     joined: Joined = None,
-    by: Annotated[
-        str, choice("--by", values_of("training.judge.clicks.experiment:ARMS"), "what makes the arms")
-    ] = "variant",
+    by: By = "variant",
     arm: Annotated[str, typer.Option(help="whose rows count, by its name")] = "",
     least: Annotated[int, typer.Option(help="times that an item must have been shown", min=2)] = 30,
     most: Annotated[int, typer.Option(help="items of each end that are printed", min=1)] = 10,
